@@ -1,0 +1,27 @@
+"""Encoders, SD-VAE, SiT, interpolants, losses and samplers in pure PyTorch.
+
+Public names are imported on first use, so that `from model.errors import UserError`
+costs no import of torch in the rooms that only need the error.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC: dict[str, str] = {
+    "UserError": "model.errors",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines the public name, once."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'model' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
