@@ -1,0 +1,92 @@
+"""The contract: a dataset directory of tiles and features, real or generated.
+
+Shards and caches are immutable facts that a journal line names; a selection is a view on them.
+"""
+
+from pipeline.dataset.commit import (
+    FileRecord,
+    HashingFile,
+    commit_bytes,
+    commit_file,
+    commit_json,
+    new_run_id,
+)
+from pipeline.dataset.fingerprint import fingerprint
+from pipeline.dataset.identity import (
+    claim_identity,
+    identity_value,
+    open_dataset,
+    read_identity,
+    software_versions,
+)
+from pipeline.dataset.journal import Entry, Run, files_present, read_journal, standing
+from pipeline.dataset.layout import (
+    BLOCK_ROWS,
+    Dataset,
+    ShardName,
+    check_name,
+    check_slide_id,
+    covering_blocks,
+    parse_shard_name,
+    safe_slide_id,
+)
+from pipeline.dataset.png_tar import decode_png, encode_png, write_tar
+from pipeline.dataset.tables import (
+    CANDIDATES_SCHEMA,
+    GENERATED_SCHEMA,
+    Selection,
+    Slide,
+    make_selection,
+    read_candidates,
+    read_selection,
+    read_slides,
+    write_candidates,
+    write_selection,
+    write_slides,
+)
+from pipeline.dataset.tiles import TileStore, committed_shards, covered_blocks
+
+__all__ = [
+    "BLOCK_ROWS",
+    "CANDIDATES_SCHEMA",
+    "GENERATED_SCHEMA",
+    "Dataset",
+    "Entry",
+    "FileRecord",
+    "HashingFile",
+    "Run",
+    "Selection",
+    "ShardName",
+    "Slide",
+    "TileStore",
+    "check_name",
+    "check_slide_id",
+    "claim_identity",
+    "commit_bytes",
+    "commit_file",
+    "commit_json",
+    "committed_shards",
+    "covered_blocks",
+    "covering_blocks",
+    "decode_png",
+    "encode_png",
+    "files_present",
+    "fingerprint",
+    "identity_value",
+    "make_selection",
+    "new_run_id",
+    "open_dataset",
+    "parse_shard_name",
+    "read_candidates",
+    "read_identity",
+    "read_journal",
+    "read_selection",
+    "read_slides",
+    "safe_slide_id",
+    "software_versions",
+    "standing",
+    "write_candidates",
+    "write_selection",
+    "write_slides",
+    "write_tar",
+]

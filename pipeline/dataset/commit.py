@@ -1,0 +1,126 @@
+"""Nothing half-written under a final name: stage, sync, rename."""
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from model.errors import UserError
+from pipeline.dataset.layout import Dataset
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A committed file as its journal line names it."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def new_run_id() -> str:
+    """An id that sorts by time and that no other process on any machine makes."""
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24]
+    return f"{stamp}-{time.time_ns() % 10**9:09d}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside the folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class HashingFile:
+    """A write-only file that takes its sha256 and size on the way."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._sha = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        """Append the bytes."""
+        self._sha.update(data)
+        self.bytes += len(data)
+        return self._raw.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    def flush(self) -> None:
+        """Flush to the operating system."""
+        self._raw.flush()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file below is closed (pyarrow asks)."""
+        return self._raw.closed
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written."""
+        return self._sha.hexdigest()
+
+
+def commit_file(
+    dataset: Dataset, run_id: str, final: Path, write: Callable[[HashingFile], None]
+) -> FileRecord:
+    """Write a file under `.tmp/<run_id>/`, sync it, rename it to its final name.
+
+    Raises `UserError` naming the file when the disk is full or not writable.
+    """
+    staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
+    try:
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("wb") as raw:
+            file = HashingFile(raw)
+            write(file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(final)
+        sync_directory(final.parent)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    return FileRecord(dataset.relative(final), file.bytes, file.sha256)
+
+
+def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> FileRecord:
+    """Commit bytes already in memory."""
+
+    def write(file: HashingFile) -> None:
+        file.write(data)
+
+    return commit_file(dataset, run_id, final, write)
+
+
+def commit_json(dataset: Dataset, run_id: str, final: Path, value: Any) -> FileRecord:
+    """Commit a JSON document with sorted keys."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return commit_bytes(dataset, run_id, final, text.encode())
+
+
+def clean_staging(dataset: Dataset, run_id: str) -> None:
+    """Remove the run's staging folder; leftovers of a killed worker go with it."""
+    folder = dataset.staging_dir(run_id)
+    if folder.exists():
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()

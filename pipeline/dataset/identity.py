@@ -1,0 +1,102 @@
+"""dataset.json: the identity that every stage must agree with, and records that never refuse."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from pipeline.dataset.commit import commit_json, new_run_id
+from pipeline.dataset.layout import Dataset
+
+FORMAT_VERSION = 1
+
+
+def software_versions(*packages: str) -> dict[str, str]:
+    """Versions of this project, Python and the named packages ('absent' where not installed)."""
+    found = {"python": platform.python_version()}
+    for package in ("histogen", *packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def open_dataset(root: Path) -> Dataset:
+    """The dataset at `root`; refuses a folder that holds none, or one of another major format."""
+    dataset = Dataset(root)
+    if not dataset.identity_file.exists():
+        raise UserError(
+            f"no dataset at {root} (no dataset.json): run `python -m pipeline scan` first"
+        )
+    read_identity(dataset)
+    return dataset
+
+
+def read_identity(dataset: Dataset) -> dict[str, Any]:
+    """The identity section; unknown keys are kept as they are."""
+    return dict(_read(dataset).get("identity", {}))
+
+
+def identity_value(dataset: Dataset, key: str) -> Any:
+    """One identity value; a `UserError` names the key and stage order where it is missing."""
+    identity = read_identity(dataset)
+    if key not in identity:
+        raise UserError(
+            f"{dataset.identity_file} has no '{key}': an earlier stage has not run; "
+            "stages run in the order scan, tissue, select, tile, cache"
+        )
+    return identity[key]
+
+
+def claim_identity(
+    dataset: Dataset,
+    claims: dict[str, Any],
+    *,
+    stage: str,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Add a stage's identity values, or check them against those that stand.
+
+    Another value than the one that stands is refused with both in the message. The stage's
+    software versions and platform are recorded beside; records hold no time and no host name,
+    so that two datasets made alike are alike in bytes.
+    """
+    document = _read(dataset) if dataset.identity_file.exists() else _empty()
+    identity = document["identity"]
+    for key, value in json.loads(json.dumps(claims)).items():
+        if key in identity and identity[key] != value:
+            raise UserError(
+                f"{dataset.identity_file}: {key} is {identity[key]!r} in this dataset, "
+                f"{value!r} was asked for; use the dataset's value or another --dataset"
+            )
+        identity[key] = value
+    document["records"][stage] = {"versions": versions, "platform": platform.platform()}
+    before = dataset.identity_file.read_text() if dataset.identity_file.exists() else ""
+    if json.loads(before or "null") != document:
+        run_id = new_run_id()
+        commit_json(dataset, run_id, dataset.identity_file, document)
+        dataset.staging_dir(run_id).rmdir()
+    return dict(identity)
+
+
+def _empty() -> dict[str, Any]:
+    return {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
+
+
+def _read(dataset: Dataset) -> dict[str, Any]:
+    try:
+        document = json.loads(dataset.identity_file.read_text())
+        version = document["identity"]["format_version"]
+    except FileNotFoundError as error:
+        raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{dataset.identity_file}: format version {version}, this software reads "
+            f"{FORMAT_VERSION}; use the release that wrote it or make a new dataset"
+        )
+    return dict(document)

@@ -1,0 +1,121 @@
+"""Where each thing lies in a dataset directory. Names here are the contract."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import UserError
+
+BLOCK_ROWS = 16
+"""Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file holds it."""
+
+_SHARD_NAME = re.compile(r"^(?P<slide>.+)\.(?P<start>\d+)-(?P<stop>\d+)\.(?P<kind>\w+)$")
+_SAFE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+
+
+@dataclass(frozen=True)
+class ShardName:
+    """The slide and the half-open rank range that a shard's file name states."""
+
+    slide_id: str
+    start: int
+    stop: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.slide_id}.{self.start}-{self.stop}.{self.kind}"
+
+
+def parse_shard_name(name: str) -> ShardName:
+    """Read `<slide_id>.<a>-<b>.<kind>`; raises `UserError` on any other name."""
+    match = _SHARD_NAME.match(name)
+    if match is None:
+        raise UserError(f"'{name}' is not a shard's name: expected <slide_id>.<a>-<b>.<kind>")
+    return ShardName(match["slide"], int(match["start"]), int(match["stop"]), match["kind"])
+
+
+def safe_slide_id(name: str) -> str:
+    """A slide id that is a safe file name everywhere: other characters become `_`."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")
+    return safe or "slide"
+
+
+def check_slide_id(slide_id: str) -> str:
+    """Refuse an id that could leave the dataset's folders or break a tar key."""
+    if not _SAFE_ID.match(slide_id):
+        raise UserError(
+            f"slide id '{slide_id}' is not usable: expected letters, digits, '.', '_', '-', "
+            "beginning with a letter or digit"
+        )
+    return slide_id
+
+
+def check_name(name: str, what: str) -> str:
+    """Refuse a selection, encoder or view name that is not a plain file name."""
+    if not _SAFE_NAME.match(name):
+        raise UserError(f"{what} '{name}' is not usable: expected letters, digits, '.', '_', '-'")
+    return name
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset directory: tiles and features of real slides, or of generated pseudo-slides."""
+
+    root: Path
+
+    @property
+    def identity_file(self) -> Path:
+        """`dataset.json`: identity and records."""
+        return self.root / "dataset.json"
+
+    @property
+    def slides_file(self) -> Path:
+        """`slides.parquet`: one row a slide."""
+        return self.root / "slides.parquet"
+
+    def mask_file(self, slide_id: str) -> Path:
+        """The tissue mask; classes as pixel values."""
+        return self.root / "tissue" / f"{slide_id}.png"
+
+    def overlay_file(self, slide_id: str) -> Path:
+        """The picture of the mask and grid that a person looks at."""
+        return self.root / "tissue" / f"{slide_id}.jpg"
+
+    def candidates_file(self, slide_id: str) -> Path:
+        """The slide's tile grid in rank order."""
+        return self.root / "candidates" / f"{slide_id}.parquet"
+
+    def selection_file(self, name: str) -> Path:
+        """A named view: rows of (slide_id, rank)."""
+        return self.root / "selections" / f"{check_name(name, 'selection')}.parquet"
+
+    def selection_names(self) -> list[str]:
+        """The selections that stand, sorted."""
+        return sorted(path.stem for path in (self.root / "selections").glob("*.parquet"))
+
+    def tiles_dir(self, tile_px: int) -> Path:
+        """Folder of the tile shards of that size."""
+        return self.root / "tiles" / str(tile_px)
+
+    def features_dir(self, tile_px: int, encoder: str, view: str = "") -> Path:
+        """Folder of an encoder's features under a preprocessing view ('' is none)."""
+        leaf = check_name(f"{encoder}+{view}" if view else encoder, "encoder and view")
+        return self.root / "features" / str(tile_px) / leaf
+
+    def status_dir(self, stage: str) -> Path:
+        """Folder of a stage's journals."""
+        return self.root / "status" / stage
+
+    def staging_dir(self, run_id: str) -> Path:
+        """Where a run writes before it renames; on the same file system as the rest."""
+        return self.root / ".tmp" / run_id
+
+    def relative(self, path: Path) -> str:
+        """The path as journals name it: relative to the dataset, with '/'."""
+        return path.relative_to(self.root).as_posix()
+
+
+def covering_blocks(ranks_start: int, ranks_stop: int) -> range:
+    """The blocks that ranks [start, stop) touch."""
+    return range(ranks_start // BLOCK_ROWS, -(-ranks_stop // BLOCK_ROWS))

@@ -1,0 +1,123 @@
+"""PNG tiles in a webdataset tar, with an index, so that a block is one contiguous read."""
+
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset.commit import HashingFile
+from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
+
+_HEADER = 512
+_PNG_OPTIONS = [
+    cv2.IMWRITE_PNG_COMPRESSION,
+    1,
+    cv2.IMWRITE_PNG_STRATEGY,
+    cv2.IMWRITE_PNG_STRATEGY_RLE,
+]
+"""zlib level 1 with run-length matches: H&E noise repays no more effort (docs/decisions.md)."""
+
+
+def encode_png(tile: npt.NDArray[np.uint8]) -> bytes:
+    """Lossless PNG of an RGB tile [H, W, 3]; no ICC profile, no other chunk."""
+    ok, data = cv2.imencode(".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), _PNG_OPTIONS)
+    if not ok:
+        raise RuntimeError("the PNG encoder refused a tile")
+    return data.tobytes()
+
+
+def decode_png(data: bytes | memoryview) -> npt.NDArray[np.uint8]:
+    """RGB tile [H, W, 3]; raises ValueError on damaged bytes."""
+    tile = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if tile is None:
+        raise ValueError("not a readable PNG")
+    return np.asarray(tile, np.uint8)
+
+
+def member_name(slide_id: str, rank: int) -> str:
+    """The tar key: the slide is a folder, since its id may hold dots."""
+    return f"{slide_id}/{rank:08d}.png"
+
+
+def write_tar(file: HashingFile, slide_id: str, start: int, pngs: Iterable[bytes]) -> bytes:
+    """Write PNGs of consecutive ranks from `start`; returns the index in wds2idx's v1.2 format."""
+    lines = []
+    for rank, png in enumerate(pngs, start):
+        info = tarfile.TarInfo(member_name(slide_id, rank))
+        info.size, info.mode = len(png), 0o644
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        lines.append(f"png {file.tell()} {len(png)} {info.name}")
+        file.write(png)
+        file.write(bytes(-len(png) % _HEADER))
+    file.write(bytes(2 * _HEADER))
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode()
+
+
+class _Handle:
+    """A file descriptor that closes when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """An open tar shard: where each of its blocks begins."""
+
+    path: Path
+    start: int
+    stop: int
+    block_starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def open(cls, path: Path) -> "TarShard":
+        """Read the index beside the tar; keeps one number a block."""
+        name = parse_shard_name(path.name)
+        index = path.with_suffix(".idx")
+        try:
+            lines = index.read_text().splitlines()
+            offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
+            last = lines[-1].split(" ", 3)
+            end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER
+        except (OSError, IndexError, ValueError) as error:
+            raise UserError(f"{index} cannot be read ({error}): run `verify` and tile again") from (
+                error
+            )
+        return cls(path, name.start, name.stop, np.array([*offsets, end], np.int64))
+
+    def handle(self) -> _Handle:
+        """Open the tar for reading."""
+        return _Handle(self.path)
+
+    def read_block(self, block: int, handle: _Handle | None = None) -> dict[int, bytes]:
+        """PNG bytes by rank of one block of the slide, in one read."""
+        handle = handle or self.handle()
+        index = block - self.start // BLOCK_ROWS
+        begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
+        data = os.pread(handle.fd, end - begin, begin)
+        if len(data) != end - begin:
+            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+        return dict(_members(data, self.path))
+
+
+def _members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
+    at = 0
+    while at < len(data):
+        try:
+            info = tarfile.TarInfo.frombuf(data[at : at + _HEADER], "utf-8", "strict")
+        except tarfile.TarError as error:
+            raise UserError(f"{path} is damaged ({error}): run `verify`") from error
+        rank = int(info.name.rsplit("/", 1)[1].removesuffix(".png"))
+        at += _HEADER
+        yield rank, data[at : at + info.size]
+        at += -(-info.size // _HEADER) * _HEADER

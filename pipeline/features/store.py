@@ -1,0 +1,111 @@
+"""Reading features by (slide, rank), and what they were made with."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset.journal import Entry, read_journal, standing
+from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.tables import Selection
+from pipeline.features.parquet import FeatureShard
+
+_OPEN_FILES = 128
+
+
+def feature_scope(tile_px: int, encoder: str, view: str, kind: str) -> str:
+    """The journal scope of a kind of features, e.g. `224/h0-mini+jpeg70/cls`."""
+    return f"{tile_px}/{encoder}{'+' + view if view else ''}/{kind}"
+
+
+def encoder_file(dataset: Dataset, tile_px: int, encoder: str, view: str, kind: str) -> Path:
+    """encoder.json of a kind: what the features were computed with."""
+    return dataset.features_dir(tile_px, encoder, view) / kind / "encoder.json"
+
+
+def read_encoder_record(
+    dataset: Dataset, *, tile_px: int, encoder: str, kind: str = "cls", view: str = ""
+) -> dict[str, Any]:
+    """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...)."""
+    path = encoder_file(dataset, tile_px, encoder, view, kind)
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(_missing(dataset, encoder, kind, view)) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
+
+
+def _missing(dataset: Dataset, encoder: str, kind: str, view: str) -> str:
+    seen = f" under view {view}" if view else ""
+    return (
+        f"no {kind} features of {encoder}{seen} in {dataset.root}; make them with "
+        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}`"
+    )
+
+
+class FeatureStore:
+    """Random access to one kind of features. Safe to share between threads.
+
+    `kind` is `cls` (float32 [d]) or `tokens-float16` (float16 [t, d]).
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, tile_px: int, encoder: str, kind: str = "cls", view: str = ""
+    ) -> None:
+        self.dataset, self.encoder, self.kind, self.view = dataset, encoder, kind, view
+        self.record = read_encoder_record(
+            dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view
+        )
+        scope = feature_scope(tile_px, encoder, view, kind)
+        rows = standing(read_journal(dataset, "cache"), scope)
+        self._entries: dict[str, list[Entry]] = {
+            slide: [e for e in entries if e.outcome == "done"] for slide, entries in rows.items()
+        }
+        self._open: OrderedDict[str, FeatureShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
+        """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
+        return self._shard(slide_id, block).read_block(block)
+
+    def read(self, slide_id: str, ranks: Iterable[int]) -> npt.NDArray[np.floating]:
+        """Features [n, ...] in the order of `ranks`; each block is read once."""
+        wanted = np.fromiter((int(rank) for rank in ranks), np.int64)
+        needed = np.unique(wanted // BLOCK_ROWS)
+        blocks = {int(b): self.read_block(slide_id, int(b)) for b in needed}
+        return np.stack([blocks[int(r) // BLOCK_ROWS][int(r) % BLOCK_ROWS] for r in wanted])
+
+    def read_selection(self, selection: Selection) -> npt.NDArray[np.floating]:
+        """Features of all rows of a selection, in its order (slide_id, rank)."""
+        if selection.rows == 0:
+            raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
+        return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
+
+    def _shard(self, slide_id: str, block: int) -> FeatureShard:
+        rank = block * BLOCK_ROWS
+        for entry in reversed(self._entries.get(slide_id, [])):
+            if entry.start <= rank < entry.stop:
+                return self._opened(entry.files[0].path)
+        raise UserError(
+            f"slide {slide_id}, rank {rank}: "
+            + _missing(self.dataset, self.encoder, self.kind, self.view)
+        )
+
+    def _opened(self, path: str) -> FeatureShard:
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        shard = FeatureShard(self.dataset.root / path)
+        with self._lock:
+            self._open[path] = shard
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return shard
