@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC: dict[str, str] = {
+    "Interpolant": "model.interpolant",
+    "LatentNorm": "model.latent_norm",
+    "SiT": "model.sit",
+    "SiTConfig": "model.sit",
+    "SIT_PRESETS": "model.sit",
     "UserError": "model.errors",
 }
 
