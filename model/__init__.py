@@ -8,11 +8,17 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC: dict[str, str] = {
+    "Encoder": "model.encoders",
+    "encoder_spec": "model.encoders",
+    "EncoderOutput": "model.encoders",
+    "ENCODERS": "model.encoders",
+    "EncoderSpec": "model.encoders",
     "Interpolant": "model.interpolant",
     "LatentNorm": "model.latent_norm",
+    "load_encoder": "model.encoders",
     "SiT": "model.sit",
-    "SiTConfig": "model.sit",
     "SIT_PRESETS": "model.sit",
+    "SiTConfig": "model.sit",
     "UserError": "model.errors",
 }
 

@@ -1,0 +1,246 @@
+"""Weights as named tensors: where they come from, how they are read, fitted, summed and written.
+
+Nothing here executes pickled code: files are safetensors, or PyTorch archives read
+with `weights_only=True`.
+"""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.errors import UserError
+
+Tensors = dict[str, Tensor]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_NAMED_KEYS = 3  # how many offending keys an error spells out
+
+
+class WeightsError(UserError):
+    """Weights that cannot be found, read or fitted to the network they were given for."""
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """A parsed weights string.
+
+    `kind` is "hub" (`value` a repository id, or empty for the network's own), "file"
+    (`value` a path), "random" (`value` the seed in decimal) or "none" (the term is off).
+    """
+
+    kind: Literal["hub", "file", "random", "none"]
+    value: str
+
+    @property
+    def seed(self) -> int:
+        """The seed of a "random" source."""
+        return int(self.value)
+
+
+def parse_weights(weights: str) -> WeightsSource:
+    """Read "hub", "hub:ID", "random:SEED", "none" or a file path.
+
+    Raises `WeightsError` for an empty string and for "random" without a seed that is
+    a whole number from 0 up; whether a file exists is checked when it is read.
+    """
+    head, _, tail = weights.partition(":")
+    if head == "hub":
+        return WeightsSource("hub", tail)
+    if head == "random":
+        if not (tail.isascii() and tail.isdigit()):
+            raise WeightsError(
+                f"weights {weights!r}: random weights need a seed, a whole number from 0 up, "
+                "for example random:0"
+            )
+        return WeightsSource("random", tail)
+    if weights == "none":
+        return WeightsSource("none", "")
+    if not weights:
+        raise WeightsError("weights: empty; give hub, hub:ID, a file path or random:SEED")
+    return WeightsSource("file", weights)
+
+
+@contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Run module constructors with the CPU generator at `seed`, then put its state back.
+
+    Modules built inside get the same initial values whatever ran before, and nothing
+    that runs after can tell that they were built.
+    """
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """Read the tensors of a .safetensors or PyTorch file onto the CPU, by name.
+
+    A PyTorch file may hold the tensors directly or under "state_dict". Raises
+    `WeightsError` if the file is missing, of another kind, damaged, or holds anything
+    but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(
+            f"weights {path}: no such file; give an existing .safetensors or .pt file, "
+            "hub, hub:ID or random:SEED"
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(_damaged(path, error)) from error
+    if path.suffix in _TORCH_SUFFIXES:
+        return _named_tensors(load_archive(path), path)
+    raise WeightsError(
+        f"weights {path}: unknown file type {path.suffix!r}; expected .safetensors or one of "
+        + ", ".join(_TORCH_SUFFIXES)
+    )
+
+
+def load_archive(path: Path, *, safe_types: Sequence[type] = ()) -> Any:
+    """Load a PyTorch archive onto the CPU without executing pickled code.
+
+    `safe_types` are plain record classes the file may hold besides tensors and
+    containers. Raises `WeightsError` if the file is damaged or wants other classes.
+    """
+    try:
+        with torch.serialization.safe_globals(list(safe_types)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise WeightsError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"weights {path}: damaged, incomplete or not a plain weights file "
+        f"({reason[:160]}); fetch or export it again"
+    )
+
+
+def _named_tensors(content: Any, path: Path) -> Tensors:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"weights {path}: holds {type(content).__name__}, not named tensors")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise WeightsError(
+            f"weights {path}: expected named tensors only, but {_spell(strange)} "
+            "is something else; extract the network's own state_dict"
+        )
+    return dict(content)
+
+
+def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `tensors` into `module`, which must name exactly these keys and shapes.
+
+    The values take the module's dtype and device. Raises `WeightsError` that names
+    `source` and the first missing, unexpected and misshapen keys; the module is then
+    unchanged.
+    """
+    problem = describe_misfit(module.state_dict(), tensors)
+    if problem:
+        raise WeightsError(f"weights {source}: do not fit {type(module).__name__}: {problem}")
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Say in one line how `given` differs from `expected` in keys and shapes; "" if it fits."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = [
+        f"{key} {list(given[key].shape)} where {list(tensor.shape)} is expected"
+        for key, tensor in expected.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
+    parts = [
+        f"{label} {_spell(keys)}"
+        for label, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("other shape:", misshapen),
+        )
+        if keys
+    ]
+    return "; ".join(parts)
+
+
+def _spell(keys: Sequence[str]) -> str:
+    named = ", ".join(keys[:_NAMED_KEYS])
+    rest = len(keys) - _NAMED_KEYS
+    return named if rest <= 0 else f"{named} and {rest} more"
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Sum up named tensors independently of the file that held them.
+
+    Returns the hex sha256 over the keys in sorted order, each followed by dtype, shape
+    and raw little-endian bytes, so that a safetensors file, a PyTorch archive and
+    seeded random values with equal tensors have equal sums.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors; the file appears whole or not at all.
+
+    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors
+    alone.
+    """
+    path = Path(path)
+    packed = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(packed, temporary)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; exported weights are shared
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_hub_errors(hub_id: str, *, instead: str) -> Iterator[None]:
+    """Turn a hub's refusal or absence into one `WeightsError` that says what to do.
+
+    `instead` names what the caller accepts in place of the hub.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/{hub_id.partition('@')[0]}"
+    try:
+        yield
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise WeightsError(
+            f"weights hub:{hub_id}: refused; accept the terms at {page} and set HF_TOKEN "
+            f"to a token of that account (or check the id), or give {instead}"
+        ) from error
+    except Exception as error:  # the client's transport, and so its errors, differ by version
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:80]
+        raise WeightsError(
+            f"weights hub:{hub_id}: not loaded ({type(error).__name__}: {reason}); on a machine "
+            f"with a network accept the terms at {page}, set HF_TOKEN and download the weights, "
+            f"then give {instead}"
+        ) from error
