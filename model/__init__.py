@@ -19,6 +19,7 @@ _PUBLIC: dict[str, str] = {
     "SiT": "model.sit",
     "SIT_PRESETS": "model.sit",
     "SiTConfig": "model.sit",
+    "sample": "model.sampler",
     "UserError": "model.errors",
 }
 

@@ -395,18 +395,26 @@ class SiT(nn.Module):
     def condition(
         self, t: Tensor, y: Tensor | None, *, drop: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """The conditioning vectors c = time + condition, [B, D]; t and y broadcast from one row.
+        """The conditioning vectors c [B, D] = time + condition; one row of t or y serves all.
 
-        Times [1] with y None give the single row of the null branch. `frozen` detaches the
-        parameters. Raises UserError when y is given to a SiT without conditioning.
+        `frozen` detaches the parameters.
         """
         call = _frozen_call if frozen else _plain_call
-        c = call(self.t_embedder, t)
+        return call(self.t_embedder, t) + self.embed_condition(y, drop=drop, frozen=frozen)
+
+    def embed_condition(
+        self, y: Tensor | None, *, drop: Tensor | None = None, frozen: bool = False
+    ) -> Tensor:
+        """The condition's share [B, D] of `condition`; [1, D], the null one, for y None.
+
+        Raises UserError when y is given to a SiT without conditioning.
+        """
+        call = _frozen_call if frozen else _plain_call
         if self.y_embedder is not None:
-            return c + call(self.y_embedder, y, drop)
+            return call(self.y_embedder, y, drop)
         if y is not None:
             raise UserError("this SiT has conditioning 'none'; pass y=None instead of a condition")
-        return c
+        return self.pos_embed.new_zeros(1, self.config.hidden_size)
 
     def _run(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity, and the residual stream at the alignment tap."""
