@@ -16,11 +16,16 @@ _PUBLIC: dict[str, str] = {
     "Interpolant": "model.interpolant",
     "LatentNorm": "model.latent_norm",
     "load_encoder": "model.encoders",
+    "Posterior": "model.vae",
+    "sample": "model.sampler",
     "SiT": "model.sit",
     "SIT_PRESETS": "model.sit",
     "SiTConfig": "model.sit",
-    "sample": "model.sampler",
     "UserError": "model.errors",
+    "VAE": "model.vae",
+    "VAE_PRESETS": "model.vae",
+    "VAEConfig": "model.vae",
+    "VAEOutput": "model.vae",
 }
 
 __all__ = sorted(_PUBLIC)
