@@ -7,6 +7,7 @@ Ho & Salimans (arXiv 2207.12598) and Kynkäänniemi et al. (arXiv 2404.07724) fo
 interval. `integrate` is the core and knows no network: a velocity is a function of (x, t).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class GuidedVelocity:
 def time_nodes(solver: Solver, steps: int) -> list[float]:
     """The steps + 1 times from 1 to 0 between which a solver moves.
 
-    Evenly spaced, but for "sde" evenly from 1 to 0.04 with one last step to 0.
+    Evenly spaced for "ode" and "heun"; for "sde" evenly from 1 to 0.04 with one last step to 0.
+    For "dpm" the squares of evenly spaced cosines, dense at both ends: on even times its steps
+    in log(alpha/sigma) do not shrink there, and its error was that of order 1.8 instead of 2.
     Raises UserError for an unknown solver or fewer than 1 step.
     """
     if solver not in get_args(Solver):
@@ -95,6 +98,8 @@ def time_nodes(solver: Solver, steps: int) -> list[float]:
     if solver == "sde":
         nodes = torch.linspace(1, SDE_LAST_TIME, steps, dtype=torch.float64)
         return [*nodes.tolist(), 0.0]
+    if solver == "dpm":
+        return [math.cos(math.pi / 2 * k / steps) ** 2 for k in range(steps)] + [0.0]
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
 
 
