@@ -1,0 +1,109 @@
+"""A small real dataset for the train room: two slides of tiles, CLS and patch tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    HashingFile,
+    Run,
+    claim_identity,
+    commit_bytes,
+    commit_file,
+    commit_json,
+    encode_png,
+    make_selection,
+    software_versions,
+    write_selection,
+    write_tar,
+)
+from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
+
+TILE_PX = 32
+TOKENS = (4, 12)
+DIM = 16
+
+
+def train_tile(slide: int, rank: int) -> np.ndarray:
+    """A tile whose pixels say where it comes from, with some structure to learn."""
+    rng = np.random.default_rng([slide, rank])
+    y, x = np.mgrid[:TILE_PX, :TILE_PX] / TILE_PX
+    waves = np.stack([x, y, np.sin(6 * (x + y) + rank)], axis=2) * 120 + 60
+    tile = np.clip(waves + rng.normal(0, 8, waves.shape), 0, 255).astype(np.uint8)
+    tile[0, 0] = (slide, rank % 256, rank // 256)
+    return tile
+
+
+def train_features(slide: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([7, slide, rank])
+    cls = rng.standard_normal(DIM).astype(np.float32)
+    return cls, rng.standard_normal(TOKENS).astype(np.float16)
+
+
+def _table_writer(table: pa.Table) -> Callable[[HashingFile], None]:
+    def write(file: HashingFile) -> None:
+        with open_writer(file, table.schema) as writer:
+            write_blocks(writer, table)
+
+    return write
+
+
+def add_shard(dataset: Dataset, slide: int, start: int, stop: int) -> None:
+    """Tiles and features of ranks [start, stop), as the pipeline's stages commit them."""
+    slide_id = f"S.{slide}-x"
+    ranks = range(start, stop)
+    with Run(dataset, "tile", software_versions()) as run:
+        index: list[bytes] = []
+
+        def write(file: HashingFile) -> None:
+            tiles = [encode_png(train_tile(slide, rank)) for rank in ranks]
+            index.append(write_tar(file, slide_id, start, tiles))
+
+        path = dataset.tiles_dir(TILE_PX) / f"{slide_id}.{start}-{stop}.tar"
+        tar = commit_file(dataset, run.run_id, path, write)
+        idx = commit_bytes(dataset, run.run_id, path.with_suffix(".idx"), index[0])
+        files = (tar, idx)
+        run.append(
+            [Entry(slide_id, "done", "f", scope=str(TILE_PX), start=start, stop=stop, files=files)]
+        )
+    features = [train_features(slide, rank) for rank in ranks]
+    tables = {
+        "cls": cls_table(start, np.stack([cls for cls, _ in features])),
+        "tokens-float16": token_table(np.stack([tokens for _, tokens in features])),
+    }
+    record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": DIM}
+    with Run(dataset, "cache", software_versions()) as run:
+        for kind, table in tables.items():
+            folder = dataset.features_dir(TILE_PX, "h0-mini") / kind
+            name = f"{slide_id}.{start}-{stop}.parquet"
+            done = commit_file(dataset, run.run_id, folder / name, _table_writer(table))
+            commit_json(dataset, run.run_id, folder / "encoder.json", record)
+            scope = feature_scope(TILE_PX, "h0-mini", "", kind)
+            entry = Entry(slide_id, "done", "f", scope=scope, start=start, stop=stop, files=(done,))
+            run.append([entry])
+
+
+def make_dataset(root: Path) -> Dataset:
+    """Slides of 48 and 37 tiles; selection `train` leaves out the first ranks of each."""
+    dataset = Dataset(root)
+    versions = software_versions()
+    claim_identity(dataset, {"tile_px": TILE_PX, "mpp": 0.5}, stage="scan", versions=versions)
+    add_shard(dataset, 0, 0, 48)
+    add_shard(dataset, 1, 0, 37)
+    chosen = {
+        "S.0-x": np.arange(1, 48, dtype=np.int32),
+        "S.1-x": np.delete(np.arange(2, 37, dtype=np.int32), [5, 20]),
+    }
+    write_selection(dataset, "test", make_selection("train", chosen, {}))
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def train_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Shared, for tests that only read."""
+    return make_dataset(tmp_path_factory.mktemp("dataset"))

@@ -1,0 +1,196 @@
+"""Reading: the stream's tiles with their own features, whatever the threads and processes."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TILE_PX, add_shard, make_dataset, train_features, train_tile
+
+from model.errors import UserError
+from pipeline.dataset import Dataset, read_selection
+from train.reader import Batch, BatchReader
+from train.source import TOKENS_KIND, BlockSource, OpenBlock, check_coverage
+from train.stream import Stream, compile_blocks, slots_of_rank
+
+B, K = 6, 2
+
+
+def make_stream(dataset: Dataset) -> Stream:
+    table = compile_blocks(read_selection(dataset, "train"))
+    return Stream(table, seed=5, batch_size=B, cursors=K)
+
+
+def make_source(dataset: Dataset) -> BlockSource:
+    return BlockSource(dataset, tile_px=TILE_PX, encoder="h0-mini")
+
+
+def read(
+    dataset: Dataset, slots: range = range(B), first: int = 0, stop: int = 20, **options: object
+) -> list[Batch]:
+    stream = make_stream(dataset)
+    with BatchReader(
+        stream, make_source(dataset), slots, first_step=first, stop_step=stop, **options
+    ) as reader:
+        return list(reader)
+
+
+def test_tiles_come_with_their_own_features(train_dataset: Dataset) -> None:
+    stream = make_stream(train_dataset)
+    for batch in read(train_dataset):
+        assert batch.cls is not None
+        assert batch.tokens is not None
+        for place, row in enumerate(stream.batch(batch.step)):
+            slide = int(row.slide_id[2])
+            cls, tokens = train_features(slide, row.rank)
+            assert np.array_equal(batch.tiles[place].numpy(), train_tile(slide, row.rank))
+            assert np.array_equal(batch.cls[place].numpy(), cls)
+            assert np.array_equal(batch.tokens[place].numpy(), tokens)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ranks_and_threads_change_nothing(
+    train_dataset: Dataset, num_ranks: int, threads: int
+) -> None:
+    whole = read(train_dataset, stop=8)
+    parts = [
+        read(train_dataset, slots_of_rank(rank, num_ranks, B), stop=8, threads=threads, prefetch=1)
+        for rank in range(num_ranks)
+    ]
+    for step, batch in enumerate(whole):
+        joined = np.concatenate([part[step].tiles.numpy() for part in parts])
+        assert np.array_equal(joined, batch.tiles.numpy())
+
+
+@pytest.mark.parametrize("step", [1, 7, 13, 14])
+def test_resume_from_any_step(train_dataset: Dataset, step: int) -> None:
+    whole = read(train_dataset, stop=16)
+    for late, batch in zip(read(train_dataset, first=step, stop=16), whole[step:], strict=True):
+        assert late.step == batch.step
+        assert late.tiles.equal(batch.tiles)
+        assert late.tokens is not None
+        assert batch.tokens is not None
+        assert late.tokens.equal(batch.tokens)
+
+
+def test_more_shards_change_nothing(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    before = read(dataset, stop=6)
+    add_shard(dataset, 1, 32, 64)
+    add_shard(dataset, 2, 0, 16)
+    for a, b in zip(before, read(dataset, stop=6), strict=True):
+        assert a.tiles.equal(b.tiles)
+
+
+def test_each_block_is_read_once_a_cursor_visit(
+    train_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Counter[tuple[str, int]] = Counter()
+    original = BlockSource.open
+
+    def count(self: BlockSource, slide_id: str, block: int) -> OpenBlock:
+        opened[slide_id, block] += 1
+        return original(self, slide_id, block)
+
+    monkeypatch.setattr(BlockSource, "open", count)
+    stream = make_stream(train_dataset)
+    stop = stream.steps_per_epoch
+    read(train_dataset, stop=stop, threads=2)
+    visits = Counter(
+        block
+        for slot in range(B)
+        for cursor in range(K)
+        for block in {
+            (row.slide_id, row.block)
+            for t in range(cursor, stop, K)
+            for row in [stream.row(t, slot)]
+        }
+    )
+    assert opened == visits
+
+
+def damage(dataset: Dataset, rank: int) -> None:
+    """Overwrite the middle of one PNG of slide 0."""
+    path = next(dataset.tiles_dir(TILE_PX).glob("S.0-x.0-48.tar"))
+    data = bytearray(path.read_bytes())
+    at = data.index(f"S.0-x/{rank:08d}.png".encode()) + 512
+    data[at + 40 : at + 200] = bytes(160)
+    path.write_bytes(bytes(data))
+
+
+def first_step_of(dataset: Dataset, rank: int, *, after: int = 0) -> tuple[int, int]:
+    stream = make_stream(dataset)
+    return next(
+        (t, slot)
+        for t in range(after, 3 * stream.steps_per_epoch)
+        for slot, row in enumerate(stream.batch(t))
+        if (row.slide_id, row.rank) == ("S.0-x", rank)
+    )
+
+
+def test_a_damaged_tile_stops_with_its_name_at_its_own_step(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    damage(dataset, 21)
+    step, _ = first_step_of(dataset, 21)
+    stream = make_stream(dataset)
+    seen = []
+    with (
+        pytest.raises(UserError, match=r"S\.0-x\.0-48\.tar: tile 21 of slide S\.0-x"),
+        BatchReader(
+            stream, make_source(dataset), range(B), first_step=0, stop_step=step + 5
+        ) as reader,
+    ):
+        seen.extend(batch.step for batch in reader)
+    assert seen == list(range(step))
+
+
+def test_skipping_takes_the_cursors_previous_row_and_counts(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    stream = make_stream(dataset)
+    ranks = (r for r in range(1, 48) if first_step_of(dataset, r)[0] >= K)
+    rank = next(ranks)
+    damage(dataset, rank)
+    step, slot = first_step_of(dataset, rank)
+    batches = read(dataset, stop=step + 1, on_error="skip")
+    assert [batch.skipped for batch in batches] == [0] * step + [1]
+    stand_in = stream.row(step - K, slot)
+    expected = train_tile(int(stand_in.slide_id[2]), stand_in.rank)
+    assert np.array_equal(batches[step].tiles[slot].numpy(), expected)
+    resumed = read(dataset, first=step, stop=step + 1, on_error="skip")
+    assert resumed[0].tiles.equal(batches[step].tiles)
+
+
+def test_skipping_at_a_stretchs_start_takes_a_later_row(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    stream = make_stream(dataset)
+    slot, row = next((s, r) for s, r in enumerate(stream.batch(0)) if r.slide_id == "S.0-x")
+    damage(dataset, row.rank)
+    batch = read(dataset, stop=1, on_error="skip")[0]
+    later = stream.row(K, slot)
+    expected = train_tile(int(later.slide_id[2]), later.rank)
+    assert np.array_equal(batch.tiles[slot].numpy(), expected)
+
+
+def test_runs_without_features_open_no_features(train_dataset: Dataset) -> None:
+    source = BlockSource(
+        train_dataset, tile_px=TILE_PX, encoder="absent", with_cls=False, with_tokens=False
+    )
+    assert source.encoder_record == {}
+    with BatchReader(
+        make_stream(train_dataset), source, range(B), first_step=0, stop_step=1
+    ) as reader:
+        batch = next(iter(reader))
+    assert batch.cls is None
+    assert batch.tokens is None
+
+
+def test_missing_tiles_and_features_name_the_command(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    table = compile_blocks(read_selection(dataset, "train"))
+    known = {"encoder": "h0-mini", "view": ""}
+    check_coverage(dataset, table, tile_px=TILE_PX, kinds=["cls", TOKENS_KIND], **known)
+    with pytest.raises(UserError, match="python -m pipeline tile"):
+        check_coverage(dataset, table, tile_px=99, kinds=[], **known)
+    with pytest.raises(UserError, match=r"python -m pipeline cache .* --encoder uni2-h"):
+        check_coverage(dataset, table, tile_px=TILE_PX, encoder="uni2-h", view="", kinds=["cls"])

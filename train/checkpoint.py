@@ -1,0 +1,194 @@
+"""Checkpoints: a folder a step, written whole or not at all, never pickled.
+
+`RUN/checkpoints/step-NNNNNNNN/` holds a safetensors file for each network, moving average and
+optimizer, and state.json. There is no state of a random generator or of the reader in it: all
+randomness and the stream are functions of the step.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.errors import UserError
+from model.weights import fit_tensors, read_tensors, write_tensors
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"^step-(\d{8,})$")
+_STATE_FILE = "state.json"
+_STAGING = ".writing-"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint knows beside tensors.
+
+    `blocks_sha256` is the stream's block table, `config_sha256` the configuration's `hash`;
+    `seconds` counts training over all restarts; `untrained` holds the reconstruction measured
+    before the first step.
+    """
+
+    step: int
+    blocks_sha256: str
+    config_sha256: str
+    seconds: float = 0.0
+    skipped_tiles: int = 0
+    untrained: dict[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Trainees:
+    """All that training changes: networks (averages among them) and their optimizers, by name.
+
+    The optimizer `x` is of the network `x`'s parameters that require gradients, in their order.
+    """
+
+    networks: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+
+    def parameter_names(self, name: str) -> list[str]:
+        """Names of the parameters that optimizer `name` updates, in its order."""
+        named = self.networks[name].named_parameters()
+        return [key for key, parameter in named if parameter.requires_grad]
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    folder = checkpoints_dir(run_dir)
+    found = [path for path in folder.glob("step-*") if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint, or None before the first."""
+    return next(reversed(list_checkpoints(run_dir)), None)
+
+
+def save_checkpoint(run_dir: Path, state: RunState, trainees: Trainees, *, keep: int) -> Path:
+    """Write the checkpoint of `state.step`, durably, then remove all but the newest `keep`.
+
+    Raises `UserError` where the folder cannot be written; what stood before then still stands.
+    """
+    folder = checkpoints_dir(run_dir)
+    final = folder / f"step-{state.step:08d}"
+    staged = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
+    try:
+        staged.mkdir(parents=True)
+        _write_parts(staged, state, trainees)
+        if final.exists():  # the same step of the same run, written again after a restart
+            shutil.rmtree(final)
+        staged.rename(final)
+        _sync(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; free space or choose "
+            "another run.dir, then run the same command to go on"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what a killed run was writing."""
+    for path in checkpoints_dir(run_dir).glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state.json of a checkpoint; raises `UserError` for a damaged or newer one."""
+    path = checkpoint / _STATE_FILE
+    try:
+        values = json.loads(path.read_text())
+        version = values["format_version"]
+        known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}
+        state = RunState(**known)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove that checkpoint to go on from an older one"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this software reads {FORMAT_VERSION}; "
+            "go on with the release that wrote it"
+        )
+    return state
+
+
+def load_checkpoint(checkpoint: Path, trainees: Trainees) -> None:
+    """Put a checkpoint's weights and optimizer moments in place.
+
+    Raises `UserError` naming the file where it is missing, damaged or of other networks.
+    """
+    for name, network in trainees.networks.items():
+        load_network(checkpoint, name, network)
+    for name, optimizer in trainees.optimizers.items():
+        path = checkpoint / f"optimizer_{name}.safetensors"
+        _load_optimizer(optimizer, trainees.parameter_names(name), read_tensors(path), path)
+
+
+def load_network(checkpoint: Path, name: str, network: nn.Module) -> None:
+    """Put one network's weights in place: sit, sit_ema, vae, vae_ema or discriminator."""
+    path = checkpoint / f"{name}.safetensors"
+    fit_tensors(network, read_tensors(path), source=str(path))
+
+
+def _write_parts(staged: Path, state: RunState, trainees: Trainees) -> None:
+    for name, network in trainees.networks.items():
+        write_tensors(staged / f"{name}.safetensors", network.state_dict())
+    for name, optimizer in trainees.optimizers.items():
+        tensors = _optimizer_tensors(optimizer, trainees.parameter_names(name))
+        write_tensors(staged / f"optimizer_{name}.safetensors", tensors)
+    text = json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
+    (staged / _STATE_FILE).write_text(text)
+    for path in staged.iterdir():
+        _sync(path)
+    _sync(staged)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as named tensors: `<parameter>:<moment>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}:{moment}": value
+        for index, moments in state.items()
+        for moment, value in moments.items()
+    }
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], path: Path
+) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    index = {name: number for number, name in enumerate(names)}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(":")
+        if name not in index:
+            raise UserError(f"{path}: holds moments of '{name}', which this run does not train")
+        state.setdefault(index[name], {})[moment] = value
+    groups = optimizer.state_dict()["param_groups"]  # learning rates come from the configuration
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,314 @@
+"""The configuration of a training run: typed, complete, written beside the result.
+
+Defaults are REPA-E's (arXiv 2504.10483 and its public training script), which the CytoSyn
+report (arXiv 2603.18089, section 3.3) follows. Every key can be set in YAML or as
+`section.key=value` on the command line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from model.errors import UserError
+from model.interpolant import PathName
+from model.sit import SiTConfig
+from model.vae import VAEConfig
+from train.typed import build, plain, read_yaml, with_overrides, write_yaml
+
+CONFIG_VERSION = 1
+
+Mode = Literal["repa-e", "repa", "ldm"]
+Weights = Literal["ema", "raw"]
+
+
+def _check(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"configuration key '{key}': expected {expected}, got '{value}'")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long and on what the run trains."""
+
+    dir: str = ""  # the run directory
+    mode: Mode = "repa-e"  # repa: frozen VAE, aligned; ldm: frozen VAE, no alignment
+    seed: int = 0
+    steps: int = 400_000
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses and statistics are fp32
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
+        _check(0 < self.steps < 2**32, "run.steps", self.steps, "a whole number in [1, 2^32)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tiles and features, and how they are read."""
+
+    dataset: str = ""  # a dataset directory
+    selection: str = "train"
+    tile_px: int = 224
+    encoder: str = "h0-mini"
+    view: str = ""  # preprocessing view of the features; empty is none
+    batch_size: int = 256  # of all processes together
+    cursors: int = 4  # places of the epoch that a slot reads in turn: more mix slides better
+    threads: int = 4  # reader threads of a process
+    prefetch: int = 2  # batches read ahead
+    on_error: Literal["stop", "skip"] = "stop"  # what a damaged tile does
+
+    def __post_init__(self) -> None:
+        for name in ("tile_px", "batch_size", "cursors", "threads", "prefetch"):
+            value = getattr(self, name)
+            _check(value >= 1, f"data.{name}", value, "a whole number of 1 or more")
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The PatchGAN's shape."""
+
+    base_channels: int = 64
+    num_layers: int = 3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks and the path between data and noise."""
+
+    sit: SiTConfig = field(default_factory=SiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    path: PathName = "linear"
+
+    def __post_init__(self) -> None:
+        same = self.sit.latent_channels == self.vae.latent_channels
+        expected = f"model.vae.latent_channels, {self.vae.latent_channels}"
+        _check(same, "model.sit.latent_channels", self.sit.latent_channels, expected)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights on disk to begin with; empty is from scratch, as in the report."""
+
+    vae: str = ""
+    sit: str = ""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and switches of the loss terms (model.md, section 2)."""
+
+    reconstruction: float = 1.0  # mean |x - reconstruction| in [-1, 1]
+    perceptual: float = 1.0
+    perceptual_weights: str = "hub"  # hub, a file, random:SEED, or none to switch the term off
+    legacy_lpips_range: bool = False  # REPA-E's first release scaled LPIPS' input twice
+    kl: float = 1e-6
+    generator: float = 0.1
+    generator_start: int = 0  # step at which the discriminator and its loss begin
+    vae_align: float = 1.5
+    sit_align: float = 0.5
+    condition_dropout: float = 0.1
+    time: Literal["uniform", "lognormal"] = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction", "perceptual", "kl", "generator", "vae_align", "sit_align"):
+            value = getattr(self, name)
+            _check(value >= 0, f"loss.{name}", value, "a number of 0 or more")
+        dropout = self.condition_dropout
+        _check(0 <= dropout <= 1, "loss.condition_dropout", dropout, "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW for each network, at a constant learning rate."""
+
+    lr_vae: float = 1e-4
+    lr_discriminator: float = 1e-4
+    lr_sit: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm of each network
+    max_bad_steps: int = 10  # so many non-finite steps in a row stop the run
+
+    def __post_init__(self) -> None:
+        for name in ("lr_vae", "lr_discriminator", "lr_sit", "eps", "clip"):
+            value = getattr(self, name)
+            _check(value > 0, f"optim.{name}", value, "a number above 0")
+        good = all(0 <= beta < 1 for beta in self.betas)
+        _check(good, "optim.betas", list(self.betas), "two numbers in [0, 1)")
+        _check(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Moving averages of the SiT (with its latent statistics) and of the VAE."""
+
+    sit: float = 0.9999
+    vae: float = 0.9999
+    warmup: bool = False  # decay min(d, (1 + n) / (10 + n)) at update n
+
+    def __post_init__(self) -> None:
+        for name in ("sit", "vae"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"ema.{name}", value, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the run reports, and how often; 0 switches an interval off."""
+
+    every: int = 50  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+    samples_every: int = 10_000  # steps between sample grids
+    samples: int = 8  # tiles of the fixed set that guide the grid
+    sample_steps: int = 50
+    guidance_scale: float = 2.5
+    fixed_tiles: int = 16  # tiles on which the reconstruction is measured before and after
+
+    def __post_init__(self) -> None:
+        for name in ("every", "samples", "sample_steps", "fixed_tiles"):
+            _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
+        _check(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the run's state is saved; it always is at the end and on SIGTERM or SIGUSR1."""
+
+    every: int = 5_000  # steps
+    keep: int = 3  # newest checkpoints that stay
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "checkpoint.every", self.every, "1 or more")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Which weights `python -m train export` and the sample grids take unless told otherwise."""
+
+    sit: Weights = "ema"
+    vae: Weights = "raw"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run, complete."""
+
+    config_version: int = CONFIG_VERSION
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        version = self.config_version
+        _check(version == CONFIG_VERSION, "config_version", version, str(CONFIG_VERSION))
+        self._check_sizes()
+        if self.run.mode != "repa-e" and not self.init.vae:
+            raise UserError(
+                f"run.mode={self.run.mode} keeps the VAE frozen: set init.vae to a VAE's weights "
+                "(an exported model's vae folder or file)"
+            )
+
+    def _check_sizes(self) -> None:
+        latent, down = self.model.sit.latent_size, self.model.vae.downsampling
+        _check(
+            self.data.tile_px == latent * down,
+            "model.sit.latent_size",
+            latent,
+            f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}",
+        )
+        if self.model.sit.conditioning == "label":
+            raise UserError(
+                "configuration key 'model.sit.conditioning': datasets hold no labels; "
+                "expected feature or none"
+            )
+
+    @property
+    def uses_alignment(self) -> bool:
+        """Whether the run reads the encoder's patch tokens."""
+        return self.run.mode != "ldm" and (self.loss.sit_align > 0 or self.loss.vae_align > 0)
+
+    @property
+    def uses_condition(self) -> bool:
+        """Whether the run reads the encoder's CLS tokens."""
+        return self.model.sit.conditioning == "feature"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return plain(self)
+
+    def to_yaml(self) -> str:
+        """The complete configuration; `load_config` reads it back unchanged."""
+        return write_yaml(self.to_dict())
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what decides the weights: two runs of one hash and one selection are one.
+
+        Left out is what may change when a run goes on: its length, its machine, its dataset's
+        folder (the selection's own hash is compared instead), logging and checkpoints.
+        """
+        values = self.to_dict()
+        for section in ("log", "checkpoint", "export"):
+            del values[section]
+        for section, keys in _FREE_KEYS.items():
+            for key in keys:
+                del values[section][key]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_FREE_KEYS = {
+    "run": ("dir", "steps", "device"),
+    "data": ("dataset", "selection", "threads", "prefetch"),
+    "optim": ("max_bad_steps",),
+}
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file with `section.key=value` overrides.
+
+    Raises `UserError` in one line for an unknown key (naming the nearest), a value of a wrong
+    type or range, and values that do not fit together.
+    """
+    values = read_yaml(path) if path is not None else {}
+    return build(Config, with_overrides(values, overrides))
+
+
+def differing_keys(ours: Config, theirs: Config) -> list[str]:
+    """Dotted keys by which two configurations are different runs, with both values."""
+    free = {f"{section}.{key}" for section, keys in _FREE_KEYS.items() for key in keys}
+    a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
+    return [
+        f"{key} is {b[key]!r} there, {a[key]!r} here"
+        for key in a
+        if a[key] != b.get(key)
+        and key not in free
+        and key.partition(".")[0] not in ("log", "checkpoint", "export")
+    ]
+
+
+def with_device(config: Config, device: Literal["auto", "cpu", "cuda"]) -> Config:
+    """The configuration on another device."""
+    return replace(config, run=replace(config.run, device=device))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

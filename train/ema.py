@@ -1,0 +1,40 @@
+"""Exponential moving averages of networks, as foreach operations."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
+    """The decay at update `step` = 0, 1, ...: d, or min(d, (1 + n) / (10 + n)) with warm-up.
+
+    Without warm-up, 300 steps at 0.9999 leave 97 % of the initial weights in the average.
+    """
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+class Ema:
+    """A network's moving average: parameters and floating-point buffers.
+
+    `module` is a copy in evaluation mode that begins at the network's weights. Integer buffers
+    (counters) are copied. Source: REPA-E's training loop (model.md 2.4, step 6).
+    """
+
+    def __init__(self, network: nn.Module, decay: float, *, warmup: bool = False) -> None:
+        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay, self.warmup = decay, warmup
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """average <- d average + (1 - d) network, with the decay of that update."""
+        weight = 1 - ema_decay(self.decay, step, warmup=self.warmup)
+        averages = dict(self.module.state_dict(keep_vars=True))
+        floats, sources = [], []
+        for name, value in network.state_dict(keep_vars=True).items():
+            if value.is_floating_point():
+                floats.append(averages[name].detach())
+                sources.append(value.detach())
+            else:
+                averages[name].copy_(value)
+        torch._foreach_lerp_(floats, sources, weight)

@@ -1,0 +1,112 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard events, summary.json."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from train.ranks import Ranks
+
+
+class Averages:
+    """Means of metrics over steps, kept on the device so that no step waits for the host.
+
+    Every process must add the same names in the same order.
+    """
+
+    def __init__(self, ranks: Ranks, batch_size: int) -> None:
+        self._ranks = ranks
+        self._share = len(ranks.slots(batch_size)) / batch_size
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one step's local batch means (0-dim)."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, weighted over processes by their tiles; starts again."""
+        if not self._sums:
+            return {}
+        means = torch.stack([self._sums[n] / self._counts[n] for n in self._sums])
+        values = self._ranks.total(means * self._share).tolist()
+        result = dict(zip(self._sums, values, strict=True))
+        self._sums, self._counts = {}, {}
+        return result
+
+
+class RunLog:
+    """metrics.jsonl, and TensorBoard events beside it; lines after `step` are taken back.
+
+    A run that goes on from step n repeats no line: what was logged after its checkpoint is cut.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        _cut_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same values as events."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a torn last line (the run was killed) is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines: list[dict[str, float]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+    return lines
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file with sorted keys, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    if path.exists():
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,115 @@
+"""The processes of a run: one a GPU under torchrun, or a single one."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.errors import UserError
+from train.stream import slots_of_rank
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the `size` processes of the run, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.rank == 0
+
+    def slots(self, batch_size: int) -> range:
+        """The slots of the global batch that this process trains on."""
+        if self.size > batch_size:
+            raise UserError(
+                f"{self.size} processes, but data.batch_size is {batch_size}: "
+                "start at most one process a tile of the batch"
+            )
+        return slots_of_rank(self.rank, self.size, batch_size)
+
+    def loss_weight(self, batch_size: int) -> float:
+        """n_local R / B: local mean losses so weighted average over ranks to the global mean."""
+        return len(self.slots(batch_size)) * self.size / batch_size
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """The network with gradients averaged over processes; itself in a single process.
+
+        Buffers are not broadcast: the latent norm sees all ranks by itself, and the
+        discriminator's batch norm is meant to be local.
+        """
+        if self.size == 1 or not any(p.requires_grad for p in network.parameters()):
+            return network
+        return DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def agree(self, flags: Sequence[bool | Tensor]) -> list[bool]:
+        """Whether each flag is set on any process; the one point a step where the host waits."""
+        values = torch.stack(
+            [torch.as_tensor(flag, device=self.device).to(torch.float32) for flag in flags]
+        )
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [value > 0 for value in values.tolist()]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_main(self, number: int) -> int:
+        """The main process's number, on every process."""
+        value = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+        return int(value.item())
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """Join the run's processes as torchrun's environment says; alone without it.
+
+    `device` is auto, cpu or cuda. Raises `UserError` for cuda without a usable GPU.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    if size == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for auto, cpu or cuda; raises `UserError` where the GPU asked for is missing."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and available == 0):
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise UserError(
+            f"run.device={name}, but PyTorch {torch.__version__} sees {available} CUDA GPUs and "
+            f"process {local_rank} of this machine needs one: set run.device=cpu, or install a "
+            "CUDA build of PyTorch with a driver that `nvidia-smi` shows working"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

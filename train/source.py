@@ -1,0 +1,141 @@
+"""A block of the dataset with its features: tiles, CLS tokens and patch tokens in one order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    TileStore,
+    committed_shards,
+    covered_blocks,
+    read_journal,
+    standing,
+)
+from pipeline.features import FeatureStore, feature_scope
+from train.stream import BlockTable
+
+TOKENS_KIND = "tokens-float16"
+
+
+class Sample(NamedTuple):
+    """A tile and what the encoder made of it; features that the run does not use are None."""
+
+    tile: npt.NDArray[np.uint8]  # [px, px, 3] RGB
+    cls: npt.NDArray[np.floating] | None  # [d] float32
+    tokens: npt.NDArray[np.floating] | None  # [t, d] float16
+
+
+@dataclass(frozen=True)
+class OpenBlock:
+    """A block read from disk, its tiles still encoded: 16 decoded ones would be five times that."""
+
+    slide_id: str
+    block: int
+    png: dict[int, bytes]
+    cls: npt.NDArray[np.floating] | None
+    tokens: npt.NDArray[np.floating] | None
+
+
+class BlockSource:
+    """Reads blocks of tiles and features; safe to share between threads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        tile_px: int,
+        encoder: str,
+        view: str = "",
+        with_cls: bool = True,
+        with_tokens: bool = True,
+    ) -> None:
+        self.tile_px = tile_px
+        self._tiles = TileStore(dataset, tile_px)
+        self._cls = self._tokens = None
+        if with_cls:
+            self._cls = FeatureStore(
+                dataset, tile_px=tile_px, encoder=encoder, kind="cls", view=view
+            )
+        if with_tokens:
+            self._tokens = FeatureStore(
+                dataset, tile_px=tile_px, encoder=encoder, kind=TOKENS_KIND, view=view
+            )
+
+    @property
+    def encoder_record(self) -> dict[str, Any]:
+        """The encoder.json of the features in use; empty for a run without features."""
+        store = self._tokens or self._cls
+        return dict(store.record) if store is not None else {}
+
+    def open(self, slide_id: str, block: int) -> OpenBlock:
+        """Read a block; raises `UserError` naming the file where it cannot be read."""
+        return OpenBlock(
+            slide_id,
+            block,
+            self._tiles.read_block_bytes(slide_id, block),
+            self._cls.read_block(slide_id, block) if self._cls else None,
+            self._tokens.read_block(slide_id, block) if self._tokens else None,
+        )
+
+    def sample(self, block: OpenBlock, rank: int, row: int) -> Sample:
+        """Row `row` of an open block, decoded; raises `UserError` where the tile is damaged."""
+        where = f"slide {block.slide_id}, rank {rank}"
+        if rank not in block.png:
+            raise UserError(f"{where}: the tile is not in its shard; run `python -m pipeline tile`")
+        tile = self._tiles.decode(block.slide_id, rank, block.png[rank])
+        if tile.shape != (self.tile_px, self.tile_px, 3):
+            raise UserError(f"{where}: tile of shape {tile.shape}, expected {self.tile_px} px RGB")
+        for features in (block.cls, block.tokens):
+            if features is not None and row >= len(features):
+                raise UserError(f"{where}: no features; run `python -m pipeline cache` again")
+        return Sample(
+            tile,
+            None if block.cls is None else block.cls[row],
+            None if block.tokens is None else block.tokens[row],
+        )
+
+
+def check_coverage(
+    dataset: Dataset,
+    table: BlockTable,
+    *,
+    tile_px: int,
+    encoder: str,
+    view: str,
+    kinds: Iterable[str],
+) -> None:
+    """Raise `UserError` with the command to run where tiles or features of the table are missing.
+
+    A training run must not find out after days that its last slides were never cached.
+    """
+    root = dataset.root
+    tiles = committed_shards(dataset, tile_px)
+    _require(table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}")
+    journal = read_journal(dataset, "cache")
+    for kind in kinds:
+        done = standing(journal, feature_scope(tile_px, encoder, view, kind))
+        command = f"python -m pipeline cache --dataset {root} --encoder {encoder}"
+        _require(table, done, f"{kind} features of {encoder}", command)
+
+
+def _require(table: BlockTable, entries: dict[str, list[Entry]], what: str, command: str) -> None:
+    missing = 0
+    first = ""
+    starts = np.searchsorted(table.blocks["slide"], np.arange(len(table.slide_ids) + 1))
+    for index, slide_id in enumerate(table.slide_ids):
+        done = covered_blocks(e for e in entries.get(slide_id, ()) if e.outcome == "done")
+        needed = table.blocks["block"][starts[index] : starts[index + 1]].tolist()
+        gaps = [block for block in needed if block not in done]
+        missing += len(gaps)
+        first = first or (f"slide {slide_id}, block {gaps[0]}" if gaps else "")
+    if missing:
+        raise UserError(
+            f"{missing} of {len(table.blocks)} blocks of the selection have no {what} "
+            f"(first: {first}): run `{command}` for the selection"
+        )
