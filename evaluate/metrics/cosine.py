@@ -1,0 +1,153 @@
+"""Sample-wise cosine similarity: how near each generated image is to the one it was made from.
+
+The CytoSyn report (arXiv 2603.18089, table 2) gives the plain mean. Pathology features share a
+large common direction, so that two unrelated tiles are similar already; the mean is therefore
+never given without what a shuffled pairing scores, without the common direction, and without
+the question whether the source is recognised at all.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import checked_pair, chunks, random_subset
+from model.errors import UserError
+
+_NEAR_TIE = 1e-5  # float32 dot products of unit vectors are nearer to the truth than this
+_BLOCK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class CosineSimilarity:
+    """Cosine similarities of the pairs (real i, generated i).
+
+    Attributes:
+        mean: mean of `values`, in [-1, 1].
+        std: their standard deviation, divisor n - 1.
+        values: ``[n]`` float64, one a pair.
+        null_mean: the mean over pairs shuffled so that nothing is paired with its own source.
+        centred_mean: the mean after the real set's mean was taken from both sides; a vector
+            that this leaves without length counts as 0.
+        retrieval_at_1: the fraction of generated images to which no real image of the pool is
+            more similar than their own source.
+        retrieval_pool: how many pairs that fraction was taken over.
+        n: number of pairs.
+        dim: feature dimension.
+    """
+
+    mean: float
+    std: float
+    values: NDArray[np.float64]
+    null_mean: float
+    centred_mean: float
+    retrieval_at_1: float
+    retrieval_pool: int
+    n: int
+    dim: int
+
+
+def cosine_similarity(
+    real: ArrayLike, generated: ArrayLike, *, seed: int = 0, retrieval_pool: int = 10_000
+) -> CosineSimilarity:
+    """Cosine similarity of each generated image to its source, with its null.
+
+    Args:
+        real: ``[n, d]``, the sources.
+        generated: ``[n, d]``, row i made from row i of `real`.
+        seed: of the shuffled pairing and of the retrieval pool.
+        retrieval_pool: retrieval is asked among this many pairs, drawn without replacement
+            where there are more (chance is 1 / pool).
+
+    Raises:
+        UserError: fewer than two pairs, NaN or infinity, differing dimensions or lengths, or a
+            row of zeros, whose direction is undefined.
+    """
+    sources, images = checked_pair(real, generated)
+    _check_pairs(sources, images, retrieval_pool)
+    values = _paired(sources, images)
+    centre = np.concatenate([b.sum(axis=0)[None] for b in chunks(sources)]).sum(0) / len(sources)
+    pool = random_subset(len(sources), min(retrieval_pool, len(sources)), seed)
+    return CosineSimilarity(
+        mean=float(values.mean()),
+        std=float(values.std(ddof=1)),
+        values=values,
+        null_mean=float(_paired(sources[_derangement(len(sources), seed)], images).mean()),
+        centred_mean=float(_paired(sources, images, centre).mean()),
+        retrieval_at_1=_retrieval_at_1(_unit(sources[pool]), _unit(images[pool])),
+        retrieval_pool=len(pool),
+        n=len(values),
+        dim=sources.shape[1],
+    )
+
+
+def _check_pairs(
+    sources: NDArray[np.floating], images: NDArray[np.floating], retrieval_pool: int
+) -> None:
+    if len(sources) != len(images):
+        raise UserError(
+            f"{len(sources)} real and {len(images)} generated rows: a sample-wise similarity "
+            f"needs one generated row for each real row, in the same order"
+        )
+    if retrieval_pool < 2:
+        raise UserError(f"retrieval_pool is {retrieval_pool}, expected at least 2")
+    for rows, name in ((sources, "real"), (images, "generated")):
+        zero = int((~rows.any(axis=1)).sum())
+        if zero:
+            raise UserError(
+                f"{name} features: {zero} rows hold only zeros and have no direction; leave the "
+                f"pairs out or look at what the encoder was given"
+            )
+
+
+def _paired(
+    first: NDArray[np.floating],
+    second: NDArray[np.floating],
+    centre: NDArray[np.float64] | float = 0.0,
+) -> NDArray[np.float64]:
+    """The cosine of each row pair ``[n]``, after `centre` was taken from both."""
+    return np.concatenate(
+        [
+            np.clip((_unit(a - centre) * _unit(b - centre)).sum(axis=1), -1.0, 1.0)
+            for a, b in zip(chunks(first), chunks(second), strict=True)
+        ]
+    )
+
+
+def _unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Rows scaled to length 1; a row of zeros stays.
+
+    Each is first divided by its largest entry, so that no square over- or underflows.
+    """
+    wide = rows.astype(np.float64)
+    for scale in (np.abs(wide).max(axis=1, keepdims=True), None):
+        length = np.linalg.norm(wide, axis=1, keepdims=True) if scale is None else scale
+        wide /= np.where(length > 0, length, 1.0)
+    return wide
+
+
+def _derangement(n: int, seed: int) -> NDArray[np.int64]:
+    """A random permutation of 0..n-1 that leaves nothing in place: one random cycle."""
+    cycle = np.random.RandomState(seed).permutation(n)
+    partner = np.empty(n, dtype=np.int64)
+    partner[cycle] = np.roll(cycle, 1)
+    return partner
+
+
+def _retrieval_at_1(sources: NDArray[np.float64], images: NDArray[np.float64]) -> float:
+    """Blocks in float32; rows where the source and its best rival nearly tie, in float64."""
+    n = len(sources)
+    gallery = sources.astype(np.float32).T
+    own = (sources * images).sum(axis=1)
+    rival = np.empty(n)
+    for start in range(0, n, _BLOCK_ROWS):
+        rows = np.arange(start, min(start + _BLOCK_ROWS, n))
+        similarity = images[rows].astype(np.float32) @ gallery
+        similarity[rows - start, rows] = -np.inf
+        rival[rows] = similarity.max(axis=1)
+    for row in np.flatnonzero(np.abs(rival - own) < _NEAR_TIE):
+        # The products are summed as `own` is, so that a duplicate of the source ties exactly.
+        similarity = (sources * images[row]).sum(axis=1)
+        similarity[row] = -np.inf
+        rival[row] = similarity.max()
+    return float((own >= rival).mean())

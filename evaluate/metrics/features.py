@@ -1,0 +1,102 @@
+"""What every metric demands of a feature array, and how it says what is wrong with one."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from model.errors import UserError
+
+CHUNK_ROWS = 4096  # 50 MB of float64 at d = 1536
+
+
+def checked_features(features: ArrayLike, name: str, *, min_rows: int = 2) -> NDArray[np.floating]:
+    """The features as a float32 or float64 array ``[n, d]`` of finite values.
+
+    Half precision is widened to float32, integers to float64; nothing else is changed or copied.
+
+    Args:
+        features: one row an image.
+        name: how messages call the set, as in "generated".
+        min_rows: the fewest rows the metric is defined for.
+
+    Raises:
+        UserError: not two-dimensional, not real numbers, too few rows, NaN or infinity.
+    """
+    array = np.asarray(features)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise UserError(
+            f"{name} features: expected an array [images, dimensions], got shape {array.shape}"
+        )
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{name} features: expected real numbers, got dtype {array.dtype}")
+    if len(array) < min_rows:
+        raise UserError(
+            f"{name} features: {len(array)} row{'s' * (len(array) != 1)}, but this metric needs "
+            f"at least {min_rows}; measure more images"
+        )
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+    _refuse_non_finite(array, name)
+    return array
+
+
+def checked_pair(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    min_rows: int = 2,
+    names: tuple[str, str] = ("real", "generated"),
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Two feature sets of one dimension, each as `checked_features` leaves it.
+
+    Raises:
+        UserError: as `checked_features`, or the two sets differ in dimension.
+    """
+    first = checked_features(real, names[0], min_rows=min_rows)
+    second = checked_features(generated, names[1], min_rows=min_rows)
+    if first.shape[1] != second.shape[1]:
+        raise UserError(
+            f"{names[0]} features have {first.shape[1]} dimensions, {names[1]} features "
+            f"{second.shape[1]}: compare features of one encoder and one feature definition"
+        )
+    return first, second
+
+
+def chunks(features: NDArray[np.floating], rows: int = CHUNK_ROWS) -> Iterator[NDArray[np.float64]]:
+    """Consecutive blocks of at most `rows` rows, each widened to float64."""
+    for start in range(0, len(features), rows):
+        yield features[start : start + rows].astype(np.float64)
+
+
+def constant_features(features: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which dimensions hold one single value in all rows, as a mask ``[d]``."""
+    low, high = features[0].copy(), features[0].copy()
+    for start in range(0, len(features), CHUNK_ROWS):
+        block = features[start : start + CHUNK_ROWS]
+        np.minimum(low, block.min(axis=0), out=low)
+        np.maximum(high, block.max(axis=0), out=high)
+    return np.asarray(low == high)
+
+
+def random_subset(n: int, size: int, seed: int) -> NDArray[np.int64]:
+    """`size` of the indices 0..n-1 without replacement, ascending.
+
+    numpy's legacy generator draws them, because its stream is frozen for good: the same seed
+    names the same subset under every numpy version, and the one that the implementation of
+    Jiralerspong et al. (arXiv 2302.04440) draws after ``np.random.seed(seed)``.
+    """
+    draw = np.random.RandomState(seed).choice(n, size, replace=False)
+    return np.sort(draw).astype(np.int64)
+
+
+def _refuse_non_finite(array: NDArray[np.floating], name: str) -> None:
+    bad = sum(
+        int((~np.isfinite(array[start : start + CHUNK_ROWS]).all(axis=1)).sum())
+        for start in range(0, len(array), CHUNK_ROWS)
+    )
+    if bad:
+        raise UserError(
+            f"{name} features: {bad} of {len(array)} rows hold NaN or infinity; "
+            f"recompute them (half precision overflows in some encoders) or leave them out"
+        )

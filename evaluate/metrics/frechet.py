@@ -1,0 +1,232 @@
+"""Fréchet distance of two feature sets, as Gaussians: never complex, never negative.
+
+``FD = |m_r - m_g|^2 + tr S_r + tr S_g - 2 tr (S_r S_g)^(1/2)`` (Heusel et al., arXiv 1706.08500,
+equation 6). With any factors ``F F^T = S`` the last trace is the sum of the singular values of
+``F_r^T F_g``: real and non-negative by construction, defined for singular covariances too, and
+no square root of a non-symmetric matrix is taken.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import checked_pair, constant_features, random_subset
+from evaluate.metrics.moments import Moments
+from model.errors import UserError
+
+Matrix = NDArray[np.float64]
+
+_ACCURACY = 1e-9  # relative, that the eigenvalue route must promise for the trace of the root
+_ROUNDING = 1e-6  # what of the traces a difference may fall below zero by rounding alone
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """A Fréchet distance with what one must know to read it.
+
+    Attributes:
+        value: the distance (squared feature units, at least 0): the two terms' sum.
+        mean_term: ``|m_r - m_g|^2``.
+        covariance_term: ``tr S_r + tr S_g - 2 tr (S_r S_g)^(1/2)``.
+        noise_floor: the value to expect of two sets of these sizes from one Gaussian with the
+            real set's covariance; a value near it says "indistinguishable", not "n better".
+        n_real: real rows used.
+        n_generated: generated rows used, after the cap.
+        dim: feature dimension.
+        warnings: what makes the value doubtful, one sentence each.
+    """
+
+    value: float
+    mean_term: float
+    covariance_term: float
+    noise_floor: float
+    n_real: int
+    n_generated: int
+    dim: int
+    warnings: tuple[str, ...]
+
+
+def frechet_distance(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    max_generated: int | None = 50_000,
+    seed: int = 0,
+) -> FrechetDistance:
+    """The Fréchet distance between real and generated features.
+
+    Sets of at most d rows have singular covariances: the distance is still exact for what was
+    measured (the factors are then the centred rows themselves), but is dominated by the missing
+    rows, and a warning says so. Constant features contribute only their mean and are named in a
+    warning.
+
+    Args:
+        real: ``[n, d]``, all rows are used.
+        generated: ``[m, d]``.
+        max_generated: as in the paper's implementation, of a larger generated set this many rows
+            are drawn without replacement; None uses them all.
+        seed: of that draw.
+
+    Raises:
+        UserError: fewer than two rows, NaN or infinity, differing dimensions.
+    """
+    real_rows, generated_rows = checked_pair(real, generated)
+    generated_rows = _capped(generated_rows, max_generated, seed)
+    first, second = Moments.of(real_rows), Moments.of(generated_rows)
+    warnings = (*_constant_warnings(real_rows, "real"),)
+    warnings += (*_constant_warnings(generated_rows, "generated"),)
+    return _distance(first, second, _RowFactor(real_rows), _RowFactor(generated_rows), warnings)
+
+
+def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDistance:
+    """The Fréchet distance from moments alone, where the rows are gone or never met in memory.
+
+    Raises:
+        UserError: a side has fewer than two rows, or the dimensions differ.
+    """
+    if real.dim != generated.dim:
+        raise UserError(
+            f"real moments have {real.dim} dimensions, generated {generated.dim}: "
+            f"compare features of one encoder and one feature definition"
+        )
+    return _distance(real, generated, None, None, ())
+
+
+def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
+    """The expected distance of two samples of n and m rows from one Gaussian.
+
+    ``(1/n + 1/m) (tr S + 1/2 sum_ij l_i l_j (1 + [i = j]) / (l_i + l_j))`` to first order in 1/n,
+    with l the eigenvalues of the covariance S: the mean term's share and, by the second-order
+    expansion of the covariance term, the covariances' own noise.
+    """
+    spectrum = eigenvalues[eigenvalues > 0]
+    if not len(spectrum):
+        return 0.0
+    pairs = np.outer(spectrum, spectrum) / np.add.outer(spectrum, spectrum)
+    covariance_share = 0.5 * (pairs.sum() + np.trace(pairs))
+    return float((1 / n + 1 / m) * (spectrum.sum() + covariance_share))
+
+
+class _RowFactor:
+    """The centred rows as a factor of their covariance: exact where there are few of them."""
+
+    def __init__(self, rows: NDArray[np.floating]) -> None:
+        self._rows = rows
+
+    def __call__(self, moments: Moments) -> Matrix:
+        return (self._rows.astype(np.float64) - moments.mean).T / np.sqrt(moments.n - 1)
+
+
+def _distance(
+    real: Moments,
+    generated: Moments,
+    real_rows: _RowFactor | None,
+    generated_rows: _RowFactor | None,
+    warnings: tuple[str, ...],
+) -> FrechetDistance:
+    first, second = real.covariance, generated.covariance
+    difference = real.mean - generated.mean
+    mean_term = float(difference @ difference)
+    traces = float(np.trace(first) + np.trace(second))
+    overlap = _trace_of_root(
+        (real, first, real_rows if real.n <= real.dim else None),
+        (generated, second, generated_rows if generated.n <= real.dim else None),
+    )
+    covariance_term = _at_least_zero(traces - 2 * overlap, traces)
+    return FrechetDistance(
+        value=mean_term + covariance_term,
+        mean_term=mean_term,
+        covariance_term=covariance_term,
+        noise_floor=expected_noise(_spectrum(first), real.n, generated.n),
+        n_real=real.n,
+        n_generated=generated.n,
+        dim=real.dim,
+        warnings=_size_warnings(real, "real") + _size_warnings(generated, "generated") + warnings,
+    )
+
+
+_Side = tuple[Moments, Matrix, _RowFactor | None]
+
+
+def _trace_of_root(real: _Side, generated: _Side) -> float:
+    """``tr (S_r S_g)^(1/2)``, by eigenvalues where that is accurate, else by singular values."""
+    if real[2] is None and generated[2] is None:
+        root = _trace_by_eigenvalues(real[1], generated[1])
+        if root is not None:
+            return root
+    product = _factor(*real).T @ _factor(*generated)
+    return float(np.linalg.svd(product, compute_uv=False).sum())
+
+
+def _trace_by_eigenvalues(first: Matrix, second: Matrix) -> float | None:
+    """The trace from the eigenvalues of ``C^T S C``, ``C C^T`` the first covariance.
+
+    Twice as fast as singular values, but an eigenvalue's absolute error is eps times the
+    largest, which its square root magnifies where it is small. None where those errors together
+    could exceed the accuracy promised, or where no Cholesky factor exists.
+    """
+    factor = _cholesky(first)
+    if factor is None:
+        return None
+    eigenvalues = np.linalg.eigvalsh(factor.T @ second @ factor)
+    error = np.finfo(np.float64).eps * eigenvalues[-1]
+    if error <= 0:
+        return None
+    roots = np.sqrt(np.maximum(eigenvalues, error))
+    return float(roots.sum()) if (error / (2 * roots)).sum() < _ACCURACY * roots.sum() else None
+
+
+def _factor(moments: Moments, covariance: Matrix, rows: _RowFactor | None) -> Matrix:
+    """Some F ``[d, r]`` with ``F F^T`` the covariance."""
+    if rows is not None:
+        return rows(moments)
+    factor = _cholesky(covariance)
+    if factor is not None:
+        return factor
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    kept = eigenvalues > len(covariance) * np.finfo(np.float64).eps * max(eigenvalues[-1], 0.0)
+    return np.asarray(vectors[:, kept] * np.sqrt(eigenvalues[kept]))
+
+
+def _cholesky(covariance: Matrix) -> Matrix | None:
+    """The lower Cholesky factor, or None where the covariance is singular."""
+    try:
+        return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _spectrum(covariance: Matrix) -> Matrix:
+    return np.asarray(np.linalg.eigvalsh(covariance), dtype=np.float64)
+
+
+def _at_least_zero(difference: float, scale: float) -> float:
+    """Zero for what rounding alone left below zero; more than that is a fault, not a number."""
+    if difference < -_ROUNDING * scale:
+        raise ArithmeticError(f"covariance term {difference} of traces {scale} is negative")
+    return max(difference, 0.0)
+
+
+def _capped(rows: NDArray[np.floating], limit: int | None, seed: int) -> NDArray[np.floating]:
+    if limit is None or len(rows) <= limit:
+        return rows
+    if limit < 2:
+        raise UserError(f"max_generated is {limit}, but a Fréchet distance needs at least 2 rows")
+    return rows[random_subset(len(rows), limit, seed)]
+
+
+def _size_warnings(moments: Moments, name: str) -> tuple[str, ...]:
+    if moments.n > moments.dim:
+        return ()
+    return (
+        f"{moments.n} {name} images for {moments.dim} feature dimensions: the covariance is "
+        f"singular and the Fréchet distance mostly measures how few images there are",
+    )
+
+
+def _constant_warnings(rows: NDArray[np.floating], name: str) -> tuple[str, ...]:
+    dead = int(constant_features(rows).sum())
+    if not dead:
+        return ()
+    return (f"{dead} of {rows.shape[1]} {name} feature dimensions are constant",)
