@@ -4,11 +4,10 @@ Source: REPA-E (Leng et al., arXiv 2504.10483, section 3.3). While the VAE train
 move; the running statistics follow them and take the place of a fixed latent scale.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 
@@ -19,6 +18,22 @@ class LatentStatistics(NamedTuple):
     mean: Tensor
     variance: Tensor
     num_values: Tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def latent_statistics(z: Tensor) -> LatentStatistics:
@@ -34,7 +49,7 @@ def latent_statistics(z: Tensor) -> LatentStatistics:
     # The raw second moment cancels when mean >> std, so the C-vectors travel in float64.
     mean, variance = local_mean.double(), local_variance.double()
     moments = torch.stack([count, count * mean, count * (variance + mean.square())])
-    total, first, second = dist_functional.all_reduce(moments).unbind()
+    total, first, second = _SumOverRanks.apply(moments).unbind()
     mean = first / total
     variance = second / total - mean.square()
     return LatentStatistics(mean.float(), variance.clamp(min=0).float(), total[0])

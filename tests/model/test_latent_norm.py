@@ -138,7 +138,9 @@ def _rank(rank: int, world: int, store: str, sizes: list[int], out: str) -> None
     norm = LatentNorm(CHANNELS)
     x = norm.normalise(z)
     (x * weight).sum().backward()
-    torch.save({"x": x.detach(), "grad": z.grad, **norm.state_dict()}, Path(out) / f"rank{rank}.pt")
+    compiled = torch.compile(LatentNorm(CHANNELS).normalise, backend="eager", fullgraph=True)
+    values = {"x": x.detach(), "compiled": compiled(z.detach()), "grad": z.grad}
+    torch.save(values | norm.state_dict(), Path(out) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -154,6 +156,7 @@ def test_ranks_of_different_batch_size_act_as_one_batch(tmp_path: Path) -> None:
     assert torch.allclose(torch.cat([r["x"] for r in ranks]), x, atol=1e-4)
     assert torch.allclose(torch.cat([r["grad"] for r in ranks]), z.grad, rtol=1e-3, atol=1e-3)
     for values in ranks:
+        assert torch.allclose(values["compiled"], values["x"], atol=1e-6)
         assert torch.allclose(values["running_mean"], norm.running_mean, rtol=1e-5)
         assert torch.allclose(values["running_var"], norm.running_var, rtol=1e-5)
 

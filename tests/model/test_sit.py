@@ -341,7 +341,7 @@ def test_velocity_keeps_the_latents_dtype_whatever_the_weights_are() -> None:
     exact = stirred()(x, t, y)
     half = stirred().bfloat16()(x, t, y)
     assert half.dtype == torch.float32
-    assert torch.allclose(half, exact, atol=0.1 * float(exact.abs().max()))
+    assert torch.allclose(half, exact, atol=0.1 * exact.abs().max().item())
     with torch.autocast("cpu", torch.bfloat16):
         assert stirred()(x, t, y).dtype == torch.float32
 
@@ -458,10 +458,9 @@ def test_no_graph_break(recompute: bool) -> None:
         assert explained.graph_break_count == 0, explained.break_reasons
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_compiled_alignment_pass_still_reaches_no_parameter(recompute: bool) -> None:
+def test_the_compiled_alignment_pass_still_reaches_no_parameter() -> None:
     model = stirred(depth=2, encoder_depth=1)
-    model.recompute = recompute
+    model.recompute = True
     x, t, y = inputs()
     x.requires_grad_()
     torch._dynamo.reset()
