@@ -8,14 +8,23 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC: dict[str, str] = {
+    "alignment_loss": "model.losses",
+    "denoising_loss": "model.losses",
+    "Discriminator": "model.discriminator",
+    "DiscriminatorConfig": "model.discriminator",
     "Encoder": "model.encoders",
     "encoder_spec": "model.encoders",
     "EncoderOutput": "model.encoders",
     "ENCODERS": "model.encoders",
     "EncoderSpec": "model.encoders",
+    "generator_loss": "model.losses",
+    "hinge_discriminator_loss": "model.losses",
     "Interpolant": "model.interpolant",
+    "kl_loss": "model.losses",
+    "l1_reconstruction": "model.losses",
     "LatentNorm": "model.latent_norm",
     "load_encoder": "model.encoders",
+    "PerceptualLoss": "model.perceptual",
     "Posterior": "model.vae",
     "sample": "model.sampler",
     "SiT": "model.sit",

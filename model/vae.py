@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from model.errors import UserError
+from model.losses import kl_loss
 from model.vae_keys import VAELayout, from_native, to_native
 from model.weights import fit_tensors, read_tensors, write_tensors
 
@@ -138,12 +139,8 @@ class Posterior(NamedTuple):
         return self.mean
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal of each sample [B], float32, in nats.
-
-        `1/2 sum over C, h, w of (mean^2 + exp(logvar) - 1 - logvar)`: a sum, not a mean.
-        """
-        mean, logvar = self.mean.float(), self.logvar.float()
-        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+        """Divergence from the standard normal of each sample [B], float32, in nats."""
+        return kl_loss(self.mean, self.logvar)
 
 
 class VAEOutput(NamedTuple):

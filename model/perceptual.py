@@ -1,0 +1,152 @@
+"""LPIPS: the distance of two images in the feature maps of a VGG16.
+
+Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"
+(arXiv 1801.03924, equation 1), version 0.1 with VGG16 and learned linear heads.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from model.weights import (
+    Tensors,
+    WeightsError,
+    fit_tensors,
+    parse_weights,
+    read_tensors,
+    seeded_init,
+    tensors_sha256,
+)
+
+# ReLU outputs of VGG16's five stages: 1_2, 2_2, 3_3, 4_3, 5_3, as indices into its layers.
+_TAPS = (3, 8, 15, 22, 29)
+_TAP_CHANNELS = (64, 128, 256, 512, 512)
+# ImageNet's mean and standard deviation, carried over from [0, 1] to [-1, 1].
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+_EPS = 1e-10
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS with VGG16, frozen; pure in its inputs, with gradients to the first.
+
+    `weights` is one of
+
+    - "hub": VGG16 from torchvision's cache (fetched if absent) and the heads that the `lpips`
+      package carries;
+    - a file with torchvision's VGG16 (`features.*`), alone or with the heads
+      (`lin0.model.1.weight` to `lin4...`) beside it;
+    - "random:SEED": VGG16's own initialisation and equal heads, for runs without meaning;
+    - "none": no network, the distance is 0.
+
+    `legacy_lpips_range` maps inputs by 2x - 1 once more, as the first release of REPA-E did
+    although its images were in [-1, 1] already; wrong, but it is what such runs trained with.
+
+    Raises UserError when the weights cannot be had or do not fit.
+    """
+
+    def __init__(self, weights: str = "hub", *, legacy_lpips_range: bool = False) -> None:
+        super().__init__()
+        source = parse_weights(weights)
+        self.weights = weights
+        self.legacy_lpips_range = legacy_lpips_range
+        self.is_random = source.kind == "random"
+        self.is_off = source.kind == "none"
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
+        self.features = nn.Sequential()
+        self.heads = nn.ParameterList()
+        if not self.is_off:
+            with seeded_init(source.seed if self.is_random else 0):
+                self.features = torchvision.models.vgg16(weights=None).features[: _TAPS[-1] + 1]
+            self.heads.extend(torch.full((c,), 1.0 / c) for c in _TAP_CHANNELS)
+        if source.kind == "file":
+            fit_tensors(self, _from_published(read_tensors(weights)), source=weights)
+        elif source.kind == "hub":
+            fit_tensors(self, _from_published(_cached_vgg16()), source="torchvision's VGG16")
+        self.weights_sha256 = tensors_sha256(self.state_dict())
+        self.requires_grad_(False).eval()
+
+    shift: Tensor
+    scale: Tensor
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Distance [B], float32, of images [B, 3, H, W] in [-1, 1]; sides of 16 px or more.
+
+        No gradient is recorded for `images`. The convolutions run in the caller's autocast
+        dtype, the normalisation and the sums in float32.
+        """
+        if self.is_off:
+            return reconstruction.new_zeros(len(reconstruction), dtype=torch.float32)
+        with torch.no_grad():
+            targets = self._unit_features(images)
+        distances = [
+            ((ours - theirs).square() * head.view(1, -1, 1, 1)).sum(dim=1).mean(dim=(1, 2))
+            for ours, theirs, head in zip(
+                self._unit_features(reconstruction), targets, self.heads, strict=True
+            )
+        ]
+        return torch.stack(distances).sum(dim=0)
+
+    def _unit_features(self, images: Tensor) -> list[Tensor]:
+        """The tapped feature maps, each position scaled to unit length over the channels."""
+        if self.legacy_lpips_range:
+            images = 2 * images - 1
+        x = (images - self.shift) / self.scale
+        taps = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in _TAPS:
+                taps.append(_unit_length(x.float()))
+        return taps
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    # The clamp changes no value; without it a position whose features are all 0 has gradient NaN.
+    norm = x.square().sum(dim=1, keepdim=True).clamp(min=_EPS**2).sqrt()
+    return x / (norm + _EPS)
+
+
+def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Published names to ours; the classifier is left out, absent heads come from `lpips`."""
+    if not any(key.startswith("lin") for key in tensors):
+        tensors = {**tensors, **read_tensors(_package_heads())}
+    ours: Tensors = {}
+    for key, value in tensors.items():
+        if key.startswith("lin") and key.endswith(".model.1.weight"):
+            ours[f"heads.{key.removeprefix('lin').split('.')[0]}"] = value.flatten()
+        elif not key.startswith("classifier."):
+            ours[key] = value
+    return ours
+
+
+def _package_heads() -> Path:
+    package = importlib.util.find_spec("lpips")
+    if package is None or package.origin is None:
+        raise WeightsError(
+            "LPIPS heads: the lpips package is not installed; pip install lpips, or give a "
+            "perceptual weights file that holds lin0.model.1.weight to lin4.model.1.weight"
+        )
+    return Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+
+
+def _cached_vgg16() -> Tensors:
+    published = torchvision.models.VGG16_Weights.IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[1]
+    if cached.is_file():
+        return read_tensors(cached)
+    try:
+        tensors: Tensors = dict(
+            published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        )
+        return tensors
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"perceptual weights: VGG16 is not at {cached} and cannot be fetched from "
+            f"{published.url}; download it there on a machine with a network, or give its path, "
+            "or random:SEED (no meaning), or none (the term off)"
+        ) from error
