@@ -1,0 +1,180 @@
+"""What the images are conditioned on, and which real tile each of them comes from."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluate.generate.plan import source_order
+from model.errors import UserError
+from pipeline.dataset import Dataset, Selection, identity_value, read_selection
+from pipeline.features import FeatureStore
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The real tile behind each image: slide ids (None: no tile) and ranks int32 (-1: none)."""
+
+    slide_ids: list[str | None]
+    ranks: npt.NDArray[np.int32]
+
+
+class Guidance(Protocol):
+    """A list of conditions, each of which guides `--variations` images."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it; empty where there is nothing to call."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of conditions that are asked for, where nothing limits it."""
+        ...
+
+    @property
+    def end(self) -> int | None:
+        """Number of conditions that there are; None where there is no end to them."""
+        ...
+
+    @property
+    def encoder_record(self) -> dict[str, Any] | None:
+        """encoder.json of the features; None where nothing guides."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the conditions, as JSON values for dataset.json."""
+        ...
+
+    def sources(self, positions: npt.NDArray[np.int64]) -> Sources:
+        """The real tiles behind the conditions at these positions."""
+        ...
+
+    def features(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
+        """Features [n, d] of the conditions at these positions; None: unconditional."""
+        ...
+
+
+class Unconditional:
+    """No guidance: the model's null condition, `count` times and as often as is asked."""
+
+    name = ""
+    encoder_record = None
+    end = None
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise UserError(f"--count is {count}; expected a number of images of 1 or more")
+        self.count = count
+
+    def identity(self) -> dict[str, Any]:
+        """The kind of guidance alone."""
+        return {"guidance": "none"}
+
+    def sources(self, positions: npt.NDArray[np.int64]) -> Sources:
+        """No tile stands behind any image."""
+        return Sources([None] * len(positions), np.full(len(positions), -1, np.int32))
+
+    def features(self, positions: npt.NDArray[np.int64]) -> None:
+        """Nothing guides."""
+
+
+class SelectionGuidance:
+    """The cached CLS features of a selection, in a fixed shuffled order (`source_order`)."""
+
+    def __init__(self, dataset: Dataset, selection: Selection, store: FeatureStore) -> None:
+        self.dataset, self.selection, self._store = dataset, selection, store
+        self.name, self.count, self.end = selection.name, selection.rows, selection.rows
+        order = source_order(selection.rows, selection.content_hash)
+        slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
+        self._slides = slides[order]
+        self._ranks = selection.ranks[order]
+
+    @classmethod
+    def open(cls, dataset: Dataset, selection_name: str, encoder: str) -> "SelectionGuidance":
+        """Open a selection's features; names the `cache` command where they are missing."""
+        selection = read_selection(dataset, selection_name)
+        if selection.rows == 0:
+            raise UserError(f"selection '{selection_name}' of {dataset.root} has no rows")
+        tile_px = int(identity_value(dataset, "tile_px"))
+        return cls(dataset, selection, FeatureStore(dataset, tile_px=tile_px, encoder=encoder))
+
+    @property
+    def encoder_record(self) -> dict[str, Any]:
+        """encoder.json of the features."""
+        return dict(self._store.record)
+
+    def identity(self) -> dict[str, Any]:
+        """Which tiles guide, and by which encoder's features; no paths."""
+        record = self._store.record
+        return {
+            "guidance": "selection",
+            "guidance_selection_sha256": self.selection.content_hash,
+            "guidance_encoder": record["encoder"],
+            "guidance_encoder_sha256": record["weights_sha256"],
+            "guidance_compute_dtype": record.get("compute_dtype"),
+        }
+
+    def sources(self, positions: npt.NDArray[np.int64]) -> Sources:
+        """The selection's tiles at these positions of the order in which they guide."""
+        names = self.selection.slide_ids
+        slide_ids: list[str | None] = [names[slide] for slide in self._slides[positions]]
+        return Sources(slide_ids, self._ranks[positions].astype(np.int32))
+
+    def features(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """CLS features float32 [n, d]; every slide is read once."""
+        slides, ranks = self._slides[positions], self._ranks[positions]
+        rows: list[npt.NDArray[np.float32] | None] = [None] * len(positions)
+        for slide in np.unique(slides):
+            where = np.flatnonzero(slides == slide)
+            found = self._store.read(self.selection.slide_ids[slide], ranks[where])
+            for place, row in zip(where, found, strict=True):
+                rows[place] = np.asarray(row, np.float32)
+        return np.stack([row for row in rows if row is not None])
+
+
+def check_condition_dim(record: dict[str, Any] | None, condition_dim: int | None) -> None:
+    """Refuse features of another width than the model's, and guidance of a model that takes none.
+
+    Raises `UserError` with both widths.
+    """
+    if record is None:
+        return
+    if condition_dim is None:
+        raise UserError("the model takes no features: leave --guidance out, give --unconditional")
+    if int(record["dim"]) != condition_dim:
+        raise UserError(
+            f"the features of {record['encoder']} have {record['dim']} values, the model takes "
+            f"{condition_dim}; use the encoder that the model was trained with"
+        )
+
+
+def check_encoder(
+    guidance: dict[str, Any] | None, model: dict[str, Any] | None, *, force: bool
+) -> str | None:
+    """Compare the guidance's encoder record with the one that the model was trained on.
+
+    Returns a warning for the person, or None. Raises `UserError` where the encoder or the sum of
+    its weights differ and `force` is not set: features of another encoder steer the model at
+    random. A model that does not say what it was trained on cannot be checked, which is a warning.
+    """
+    if guidance is None:
+        return None
+    if model is None:
+        return "the model does not say which encoder it was trained with; guidance is unchecked"
+    same = all(guidance.get(key) == model.get(key) for key in ("encoder", "weights_sha256"))
+    if same:
+        return None
+    message = (
+        f"the guidance's features are of {_described(guidance)}, "
+        f"the model was trained on {_described(model)}"
+    )
+    if not force:
+        raise UserError(f"{message}; cache the guidance with the model's encoder, or give --force")
+    return message
+
+
+def _described(record: dict[str, Any]) -> str:
+    random = " (random)" if record.get("random_weights") else ""
+    return f"{record.get('encoder')} {str(record.get('weights_sha256'))[:12]}{random}"

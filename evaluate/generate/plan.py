@@ -1,0 +1,145 @@
+"""Which images a synthetic dataset has, in which units they are made, and with which seeds.
+
+Pure: no files, no model. An image is known by its index, from 0; 1,024 consecutive indices form
+a pseudo-slide, and an image's rank is its place therein.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset import BLOCK_ROWS
+
+IMAGES_A_SLIDE = 1024
+_UNIT_IMAGES = 128
+"""About what a kill may cost; a shard of 128 tiles of 224 px is some 10 MB."""
+
+Span = tuple[int, int]
+"""Half-open range of ranks [start, stop)."""
+
+
+def pseudo_slide_id(number: int) -> str:
+    """`gen-00000`, `gen-00001`, ..."""
+    return f"gen-{number:05d}"
+
+
+def slide_spans(images: int) -> list[Span]:
+    """Image indices [start, stop) of each pseudo-slide, for so many images in all."""
+    starts = range(0, images, IMAGES_A_SLIDE)
+    return [(start, min(start + IMAGES_A_SLIDE, images)) for start in starts]
+
+
+def whole_blocks(images: int, end: int | None) -> int:
+    """So many images rounded up to whole blocks, or to the `end` of what guidance there is.
+
+    Readers take a standing block for a whole one, so only the end that can never move may cut
+    one short.
+    """
+    rounded = -(-images // BLOCK_ROWS) * BLOCK_ROWS
+    return rounded if end is None else min(rounded, end)
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Ranks [start, stop) of one pseudo-slide: what is made, committed and resumed as a whole."""
+
+    slide: int
+    start: int
+    stop: int
+
+    @property
+    def slide_id(self) -> str:
+        """The pseudo-slide's id."""
+        return pseudo_slide_id(self.slide)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.stop - self.start
+
+    def image(self, rank: int) -> int:
+        """The image index of a rank."""
+        return self.slide * IMAGES_A_SLIDE + rank
+
+
+def unit_images(micro_batch: int) -> int:
+    """Images a unit: whole blocks and whole micro-batches, about 128.
+
+    It depends on the micro-batch alone, never on the number of processes, so that the files are
+    the same for any of them.
+    """
+    step = math.lcm(BLOCK_ROWS, micro_batch)
+    return min(max(_UNIT_IMAGES // step, 1) * step, IMAGES_A_SLIDE)
+
+
+def plan_units(images: int, micro_batch: int) -> list[Unit]:
+    """Cut so many images in units, in order of their indices."""
+    size = unit_images(micro_batch)
+    return [
+        Unit(number, start, min(start + size, stop - first))
+        for number, (first, stop) in enumerate(slide_spans(images))
+        for start in range(0, stop - first, size)
+    ]
+
+
+def missing_units(units: Iterable[Unit], standing: dict[str, list[Span]]) -> list[Unit]:
+    """The parts of the units that no standing span holds, in whole blocks."""
+    return [part for unit in units for part in _missing_parts(unit, standing)]
+
+
+def _missing_parts(unit: Unit, standing: dict[str, list[Span]]) -> Iterator[Unit]:
+    spans = standing.get(unit.slide_id, [])
+    begin: int | None = None
+    for start in range(unit.start, unit.stop, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, unit.stop)
+        held = any(a <= start and stop <= b for a, b in spans)
+        if held and begin is not None:
+            yield Unit(unit.slide, begin, start)
+            begin = None
+        elif not held and begin is None:
+            begin = start
+    if begin is not None:
+        yield Unit(unit.slide, begin, unit.stop)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Image indices int64 [micro_batch] of one call of the generator; rows [begin, end) are kept.
+
+    The rows around them are padding.
+    """
+
+    images: npt.NDArray[np.int64]
+    begin: int
+    end: int
+
+
+def micro_batches(unit: Unit, micro_batch: int) -> Iterator[MicroBatch]:
+    """The calls that make a unit, all of one shape.
+
+    Rank r always sits in row r mod micro_batch: kernels may round the rows of a batch
+    differently, so an image keeps its row whatever unit or resumed part it is made in. Padding
+    repeats the nearest image that is wanted.
+    """
+    first = unit.start // micro_batch * micro_batch
+    for base in range(first, unit.stop, micro_batch):
+        ranks = np.clip(np.arange(base, base + micro_batch), unit.start, unit.stop - 1)
+        begin, end = max(unit.start - base, 0), min(unit.stop - base, micro_batch)
+        images = (unit.slide * IMAGES_A_SLIDE + ranks).astype(np.int64)
+        yield MicroBatch(images, begin, end)
+
+
+def source_order(rows: int, key: str) -> npt.NDArray[np.int64]:
+    """A fixed permutation of a selection's rows: the order in which they guide images.
+
+    A selection is sorted by slide; in the permuted order any prefix (`--limit`) is a fair sample
+    of it, and a larger limit extends a smaller one. Raw Philox bits are sorted instead of
+    numpy's own `permutation`, whose algorithm may change between its versions.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(rows)
+    return np.argsort(np.atleast_1d(bits), kind="stable").astype(np.int64)

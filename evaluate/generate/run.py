@@ -1,0 +1,240 @@
+"""The generation loop: sample, encode and write beside it, commit unit by unit."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluate.generate.guidance import Guidance
+from evaluate.generate.plan import (
+    Unit,
+    micro_batches,
+    missing_units,
+    plan_units,
+    whole_blocks,
+)
+from evaluate.generate.write import commit_unit, planned_images, standing_spans, write_tables
+from evaluate.generators import Generator
+from evaluate.processes import Processes
+from model.noise import derive_seeds
+from pipeline.console import Meter, format_bytes, format_seconds, meter, say
+from pipeline.dataset import (
+    Dataset,
+    Run,
+    claim_identity,
+    encode_png,
+    fingerprint,
+    software_versions,
+)
+
+_STAGE_VERSION = 1
+_ENCODE_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a synthetic dataset is asked to hold.
+
+    `conditions` limits the guidance to its first conditions (None: all); every condition guides
+    `variations` images; `micro_batch` is the fixed number of images a call of the generator.
+    `mpp` is the resolution that the tiles stand for, in micrometres per pixel, None if unknown;
+    `forced` says what was wrong with guidance that `--force` let through.
+    """
+
+    out: Path
+    seed: int = 0
+    conditions: int | None = None
+    variations: int = 1
+    micro_batch: int = 16
+    mpp: float | None = None
+    forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of generation made, over all processes, and how many images are selected."""
+
+    made: int
+    selected: int
+    bytes: int
+    seconds: float
+
+
+def generate(
+    generator: Generator, guidance: Guidance, request: Request, processes: Processes
+) -> Outcome:
+    """Make the images of a synthetic dataset that are missing, and commit them in units.
+
+    The images are a function of the generator's identity, the guidance, the seed and the
+    micro-batch: not of the number of processes, of restarts or of `conditions`. Raises
+    `UserError` where the dataset at `request.out` was made with other values.
+    """
+    dataset = Dataset(request.out)
+    claims = identity_claims(generator, guidance, request)
+    mark = fingerprint(stage="generate", version=_STAGE_VERSION, **claims)
+
+    def prepare() -> list[tuple[int, ...]]:
+        units = _prepare(dataset, generator, guidance, request, claims, mark)
+        return [(unit.slide, unit.start, unit.stop) for unit in units]
+
+    units = [Unit(*row) for row in processes.agree(prepare)]
+    mine = units[processes.rank :: processes.size]
+    started = time.monotonic()
+    made, written = _make(dataset, mark, generator, guidance, request, mine)
+    made, written = processes.total(made, written)
+    return Outcome(made, planned_images(dataset), written, time.monotonic() - started)
+
+
+def identity_claims(generator: Generator, guidance: Guidance, request: Request) -> dict[str, Any]:
+    """The identity of a synthetic dataset: everything that fixes its images but their number."""
+    forced = {"forced_guidance": request.forced} if request.forced else {}
+    return {
+        "kind": "generated",
+        "tile_px": generator.tile_px,
+        "mpp": request.mpp,
+        "codec": "png",
+        "rounding": "nearest",
+        "seed": request.seed,
+        "variations": request.variations,
+        "micro_batch": request.micro_batch,
+        **guidance.identity(),
+        **generator.identity(),
+        **forced,
+    }
+
+
+def _prepare(
+    dataset: Dataset,
+    generator: Generator,
+    guidance: Guidance,
+    request: Request,
+    claims: dict[str, Any],
+    mark: str,
+) -> list[Unit]:
+    claim_identity(dataset, claims, stage="generate", versions=_versions())
+    asked = min(request.conditions or guidance.count, guidance.count) * request.variations
+    selected = max(asked, planned_images(dataset))
+    end = None if guidance.end is None else guidance.end * request.variations
+    images = whole_blocks(selected, end)
+    write_tables(
+        dataset,
+        guidance,
+        selected=selected,
+        images=images,
+        variations=request.variations,
+        tile_px=generator.tile_px,
+        mpp=request.mpp,
+        plan={**claims, "guidance_selection": guidance.name},
+    )
+    spans = standing_spans(dataset, generator.tile_px, mark)
+    units = missing_units(plan_units(images, request.micro_batch), spans)
+    missing = sum(unit.count for unit in units)
+    if missing < images:
+        say(f"generate: {images - missing:,} of {images:,} images stand already; "
+            + (f"making the other {missing:,}" if missing else "nothing to make"))  # fmt: skip
+    return units
+
+
+def _versions() -> dict[str, str]:
+    return software_versions("torch", "numpy", "opencv-python-headless")
+
+
+def _make(
+    dataset: Dataset,
+    mark: str,
+    generator: Generator,
+    guidance: Guidance,
+    request: Request,
+    units: Sequence[Unit],
+) -> tuple[int, int]:
+    """Make the units; returns images and bytes. Encoding and writing overlap with sampling."""
+    total = sum(unit.count for unit in units)
+    if not total:
+        return 0, 0
+    with (
+        Run(dataset, "tile", _versions()) as run,
+        _Writer(run, generator.tile_px, mark) as writer,
+        meter("generate", total, "images") as progress,
+    ):
+        for unit in units:
+            tiles = _sample_unit(generator, guidance, request, unit, progress)
+            writer.write(unit, tiles)
+    return total, writer.bytes
+
+
+def _sample_unit(
+    generator: Generator, guidance: Guidance, request: Request, unit: Unit, progress: Meter
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tiles of a unit, in rank order, a micro-batch at a time."""
+    for batch in micro_batches(unit, request.micro_batch):
+        features = guidance.features(batch.images // request.variations)
+        seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
+        tiles = generator.sample(features, seeds)
+        kept = tiles[batch.begin : batch.end]
+        progress.advance(len(kept))
+        yield from kept
+
+
+class _Writer:
+    """Encodes tiles as they come and commits whole units, in threads beside the sampling.
+
+    One unit may wait to be committed while the next is sampled; an error in a thread is raised
+    by the next call.
+    """
+
+    def __init__(self, run: Run, tile_px: int, mark: str) -> None:
+        self._run, self._tile_px, self._mark = run, tile_px, mark
+        self._encoders = ThreadPoolExecutor(_ENCODE_THREADS, "encode")
+        self._committer = ThreadPoolExecutor(1, "commit")
+        self._pending: Future[int] | None = None
+        self.bytes = 0
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last commit, also after Ctrl-C: what was sampled whole is kept."""
+        try:
+            self._settle()
+        finally:
+            self._committer.shutdown()
+            self._encoders.shutdown(cancel_futures=True)
+
+    def write(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
+        """Encode the tiles of a unit as they are sampled, then hand the unit to be committed."""
+        started = time.monotonic()
+        pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]
+        self._settle()
+        self._pending = self._committer.submit(self._commit, unit, pngs, started)
+
+    def _commit(self, unit: Unit, pngs: list[Future[bytes]], started: float) -> int:
+        return commit_unit(
+            self._run,
+            unit,
+            [png.result() for png in pngs],
+            tile_px=self._tile_px,
+            fingerprint=self._mark,
+            seconds=time.monotonic() - started,
+        )
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.bytes += pending.result()
+
+
+def final_line(outcome: Outcome, out: Path) -> str:
+    """What was made, where, how many, how long, at what rate."""
+    if not outcome.made:
+        return f"generate: all {outcome.selected:,} images stand in {out}, nothing to redo"
+    rate = outcome.made / max(outcome.seconds, 1e-9)
+    return (
+        f"generate: {outcome.made:,} images made, {outcome.selected:,} in {out} now; "
+        f"wrote {format_bytes(outcome.bytes)} in {format_seconds(outcome.seconds)} "
+        f"({rate:.3g} images/s)"
+    )

@@ -1,0 +1,154 @@
+"""Writing a synthetic dataset: tables first, then shards under the journal of stage `tile`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from evaluate.generate.guidance import Guidance
+from evaluate.generate.plan import IMAGES_A_SLIDE, Span, Unit, pseudo_slide_id, slide_spans
+from pipeline.dataset import (
+    GENERATED_SCHEMA,
+    Dataset,
+    Entry,
+    HashingFile,
+    Run,
+    Slide,
+    commit_bytes,
+    commit_file,
+    committed_shards,
+    files_present,
+    make_selection,
+    new_run_id,
+    read_selection,
+    write_candidates,
+    write_selection,
+    write_slides,
+    write_tar,
+)
+
+SELECTION_NAME = "generated"
+_GRID_SIDE = 32
+"""A pseudo-slide is laid out as 32 x 32 tiles, for readers that ask where a tile lies."""
+
+
+def planned_images(dataset: Dataset) -> int:
+    """Images of the selection `generated` so far; 0 for a new dataset."""
+    if not dataset.selection_file(SELECTION_NAME).exists():
+        return 0
+    return read_selection(dataset, SELECTION_NAME).rows
+
+
+def write_tables(
+    dataset: Dataset,
+    guidance: Guidance,
+    *,
+    selected: int,
+    images: int,
+    variations: int,
+    tile_px: int,
+    mpp: float | None,
+    plan: dict[str, Any],
+) -> None:
+    """Write candidates and slides.parquet for so many images, of which the first are `selected`.
+
+    The selection `generated` comes last: where it stands with this many rows, the rest stands
+    too. Tables only grow: fewer images than were asked for before change nothing.
+    """
+    if planned_images(dataset) >= selected:
+        return
+    run_id = new_run_id()
+    for number, (start, stop) in enumerate(slide_spans(images)):
+        table = candidates_table(guidance, start, stop, variations, tile_px)
+        write_candidates(dataset, run_id, pseudo_slide_id(number), table)
+    write_slides(dataset, run_id, pseudo_slides(images, tile_px, mpp))
+    ranks = {
+        pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
+        for number, (start, stop) in enumerate(slide_spans(selected))
+    }
+    write_selection(dataset, run_id, make_selection(SELECTION_NAME, ranks, plan))
+    dataset.staging_dir(run_id).rmdir()
+
+
+def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
+    """The rows of slides.parquet."""
+    side = _GRID_SIDE * tile_px
+    return [
+        Slide(
+            pseudo_slide_id(number),
+            path="",
+            reader="generated",
+            mpp=mpp,
+            mpp_source="guidance" if mpp is not None else "",
+            width=side,
+            height=side,
+            levels=((side, side, 1.0),),
+        )
+        for number in range(len(slide_spans(images)))
+    ]
+
+
+def candidates_table(
+    guidance: Guidance, start: int, stop: int, variations: int, tile_px: int
+) -> pa.Table:
+    """Candidates of images [start, stop): rank, place in the layout, and source tile.
+
+    Image i is variation i mod K of condition i // K.
+    """
+    sources = guidance.sources(np.arange(start, stop) // variations)
+    ranks = np.arange(stop - start, dtype=np.int32)
+    full = np.ones(len(ranks), np.float32)
+    columns: dict[str, Any] = {
+        "rank": ranks,
+        "x_level0": (ranks % _GRID_SIDE * tile_px).astype(np.float64),
+        "y_level0": (ranks // _GRID_SIDE * tile_px).astype(np.float64),
+        "tissue_fraction": full,
+        "artifact_fraction": np.zeros_like(full),
+        "source_slide_id": sources.slide_ids,
+        "source_rank": sources.ranks,
+    }
+    return pa.table(columns, schema=GENERATED_SCHEMA)
+
+
+def standing_spans(dataset: Dataset, tile_px: int, fingerprint: str) -> dict[str, list[Span]]:
+    """Per pseudo-slide, the ranks that are committed with this fingerprint and still on disk."""
+    return {
+        slide_id: [
+            (entry.start, entry.stop)
+            for entry in entries
+            if entry.fingerprint == fingerprint and files_present(dataset, entry)
+        ]
+        for slide_id, entries in committed_shards(dataset, tile_px).items()
+    }
+
+
+def commit_unit(
+    run: Run, unit: Unit, pngs: Sequence[bytes], *, tile_px: int, fingerprint: str, seconds: float
+) -> int:
+    """Write a unit's shard and index and journal them; after this they stand. Returns the bytes."""
+    dataset = run.dataset
+    final = dataset.tiles_dir(tile_px) / f"{unit.slide_id}.{unit.start}-{unit.stop}.tar"
+    index: list[bytes] = []
+
+    def write(file: HashingFile) -> None:
+        index.append(write_tar(file, unit.slide_id, unit.start, pngs))
+
+    tar = commit_file(dataset, run.run_id, final, write)
+    idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[-1])
+    entry = Entry(
+        unit.slide_id,
+        "done",
+        fingerprint,
+        scope=str(tile_px),
+        start=unit.start,
+        stop=unit.stop,
+        files=(tar, idx),
+        counts={"tiles": unit.count},
+        seconds=round(seconds, 3),
+    )
+    run.append([entry])
+    return tar.bytes + idx.bytes
+
+
+assert IMAGES_A_SLIDE == _GRID_SIDE**2

@@ -1,0 +1,110 @@
+"""Images for a page that carries them itself."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from evaluate.generate.plan import source_order
+from model.errors import UserError
+from pipeline.dataset import (
+    Dataset,
+    Selection,
+    TileStore,
+    identity_value,
+    read_candidates,
+)
+
+Tile = npt.NDArray[np.uint8]
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes of a MIME type as a URI that a page can hold."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def png(tile: Tile) -> bytes:
+    """An RGB image [H, W, 3] as a well compressed PNG: lossless, since artefacts are judged."""
+    ok, data = cv2.imencode(
+        ".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9]
+    )
+    if not ok:
+        raise ValueError(f"cannot encode an image of shape {tile.shape}")
+    return data.tobytes()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A generated tile and, where it was guided by one, the real tile that guided it."""
+
+    generated: Tile
+    generated_name: str
+    real: Tile | None
+    real_name: str
+
+
+def tile_pairs(
+    generated: Dataset, selection: Selection, guidance: Dataset, count: int
+) -> list[Pair]:
+    """The first generated images, up to `count`, one a condition, beside their source tiles.
+
+    Tiles that are not on disk (a selection that was never tiled) leave the place empty.
+    """
+    real_store = TileStore(guidance, int(identity_value(guidance, "tile_px")))
+    store = TileStore(generated, int(identity_value(generated, "tile_px")))
+    pairs: list[Pair] = []
+    seen: set[tuple[str, int]] = set()
+    for slide_id, ranks in selection.items():
+        rows = read_candidates(generated, slide_id).take(ranks).to_pylist()
+        for rank, row in zip(ranks, rows, strict=True):
+            source = (str(row.get("source_slide_id") or ""), int(row.get("source_rank") or 0))
+            if source in seen and source[0]:
+                continue
+            seen.add(source)
+            tile = store.read(slide_id, [int(rank)])[0]
+            pairs.append(Pair(tile, f"{slide_id}, {rank}", *_source_tile(real_store, *source)))
+            if len(pairs) == count:
+                return pairs
+    return pairs
+
+
+def _source_tile(store: TileStore, slide_id: str, rank: int) -> tuple[Tile | None, str]:
+    if not slide_id:
+        return None, "no source tile"
+    name = f"{slide_id}, {rank}"
+    try:
+        return store.read(slide_id, [rank])[0], name
+    except UserError:
+        return None, f"{name} (not on disk)"
+
+
+def sample_tiles(dataset: Dataset, selection: Selection, count: int) -> list[Tile]:
+    """A fixed random sample of a selection's tiles, for rows that are not paired."""
+    order = source_order(selection.rows, selection.content_hash)[:count]
+    store = TileStore(dataset, int(identity_value(dataset, "tile_px")))
+    index = np.searchsorted(selection.offsets, order, side="right") - 1
+    return [
+        store.read(selection.slide_ids[slide], [int(selection.ranks[row])])[0]
+        for slide, row in zip(index, order, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The tissue overlay of a slide, a JPEG."""
+
+    slide_id: str
+    jpeg: bytes
+
+
+def overlays(dataset: Dataset, slide_ids: Sequence[str], count: int) -> list[Overlay]:
+    """The overlays of the first slides that have one."""
+    having = (slide_id for slide_id in slide_ids if dataset.overlay_file(slide_id).exists())
+    return [
+        Overlay(slide_id, dataset.overlay_file(slide_id).read_bytes())
+        for slide_id in islice(having, count)
+    ]

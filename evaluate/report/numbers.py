@@ -1,0 +1,205 @@
+"""The measured numbers as rows of a table, each with what to hold it against and what it means."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: its value, what beside it makes it readable, and its meaning in plain words."""
+
+    name: str
+    better: str
+    value: str
+    reference: str
+    reference_name: str
+    meaning: str
+
+
+def show(value: Any, digits: int = 4) -> str:
+    """A number with that many significant digits; a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """All rows of the metrics table."""
+    metrics = results["metrics"]
+    halves = (results["references"] or {}).get("real_vs_real")
+    found = _frechet(metrics["frechet_distance"], halves)
+    found += _manifold(metrics["precision_recall"], halves)
+    if metrics.get("cosine_similarity"):
+        found += _cosine(metrics["cosine_similarity"])
+    return found
+
+
+def _frechet(frechet: Mapping[str, Any], halves: Mapping[str, Any] | None) -> list[Row]:
+    real = halves["frechet_distance"] if halves else {}
+    size = f"real vs real, {show(real.get('n_real'))} a side" if real else "too few real tiles"
+    meaning = (
+        "How far the generated tiles are from the real ones as two clouds of features: the "
+        "difference of their means plus that of their spreads. 0 is identical. Its unit is the "
+        "encoder's own and it falls with the number of tiles, so it is read against the numbers "
+        "beside it, never against another encoder's."
+    )
+    floor = (
+        "What two sets of exactly these sizes, drawn from one and the same distribution, would "
+        "show by chance (closed form). A distance near it cannot be told from a perfect one."
+    )
+    return [
+        Row(
+            "Fréchet distance",
+            "lower",
+            show(frechet["value"]),
+            show(real.get("value")),
+            size,
+            meaning,
+        ),
+        Row(
+            "… noise floor",
+            "",
+            show(frechet["noise_floor"]),
+            show(real.get("noise_floor")),
+            size if real else "",
+            floor,
+        ),
+        Row(
+            "… of means / of spreads",
+            "lower",
+            f"{show(frechet['mean_term'])} / {show(frechet['covariance_term'])}",
+            f"{show(real.get('mean_term'))} / {show(real.get('covariance_term'))}",
+            size if real else "",
+            "The two terms of the distance. A large first one is a common shift, as of colour; a "
+            "large second one is missing or surplus variety.",
+        ),
+    ]
+
+
+_MANIFOLD = (
+    (
+        "precision",
+        "Precision",
+        "Share of generated tiles that fall among the real ones (within the distance of some real "
+        "tile to its {k}rd nearest real neighbour): do they look real?",
+    ),
+    (
+        "recall",
+        "Recall",
+        "Share of real tiles that fall among the generated ones: is the variety of the real "
+        "tissue covered?",
+    ),
+    (
+        "density",
+        "Density",
+        "Like precision, but counts how many real neighbourhoods hold a generated tile, so one "
+        "real outlier weighs little; about 1 for equal distributions, can exceed it.",
+    ),
+    (
+        "coverage",
+        "Coverage",
+        "Share of real tiles with at least one generated tile in their neighbourhood: recall that "
+        "outliers among the generated tiles cannot inflate.",
+    ),
+)
+
+
+def _manifold(manifold: Mapping[str, Any], halves: Mapping[str, Any] | None) -> list[Row]:
+    real = halves["precision_recall"] if halves else {}
+    k = manifold.get("k", 3)
+    return [
+        Row(
+            title,
+            "higher",
+            show(manifold[key]),
+            show(real.get(key)),
+            "real vs real" if real else "too few real tiles",
+            meaning.format(k=k),
+        )
+        for key, title, meaning in _MANIFOLD
+        if manifold.get(key) is not None
+    ]
+
+
+def _cosine(cosine: Mapping[str, Any]) -> list[Row]:
+    pool = cosine["retrieval_pool"]
+    return [
+        Row(
+            "Cosine to the source tile",
+            "higher",
+            f"{show(cosine['mean'])} ± {show(cosine['std'], 2)}",
+            show(cosine["null_mean"]),
+            "sources shuffled",
+            "How alike the features of a generated tile and of the real tile that guided it are; "
+            "1 is the same direction. Any two tiles share much, so what counts is how far it lies "
+            "above the shuffled pairing.",
+        ),
+        Row(
+            "Cosine, centred",
+            "higher",
+            show(cosine["centred_mean"]),
+            "0",
+            "no relation",
+            "The same after the mean of the real features was taken from both sides, which "
+            "removes what all tiles share.",
+        ),
+        Row(
+            "Source found first",
+            "higher",
+            show(cosine["retrieval_at_1"]),
+            show(1 / pool),
+            f"chance among {pool:,}",
+            "Share of generated tiles whose own source is the most similar of all source tiles.",
+        ),
+    ]
+
+
+def card(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The run card: which model, sampler, encoder and tiles the numbers belong to."""
+    sampler, encoder = results["sampler"], results["encoder"]
+    real, generated = results["real"], results["generated"]
+    low, high = sampler.get("guidance_low"), sampler.get("guidance_high")
+    unguided = sampler.get("guidance") == "none"
+    scale = f"{show(sampler.get('guidance_scale'))} for {show(low)} ≤ t ≤ {show(high)}"
+    versions = ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items())
+    machine = results.get("hardware", {})
+    return [
+        ("Model", str(results.get("model_sha256") or "unknown")[:16]),
+        ("Sampler", f"{sampler.get('solver')}, {show(sampler.get('steps'))} steps"),
+        ("Guidance", "none (unconditional)" if unguided else scale),
+        ("Seed", f"{show(sampler.get('seed'))}; {show(sampler.get('variations'))} per condition"),
+        ("Arithmetic", f"{sampler.get('compute_dtype')}, batch {show(sampler.get('micro_batch'))}"),
+        ("Encoder", f"{encoder.get('encoder')}, {show(encoder.get('dim'))} features"),
+        (
+            "Encoder weights",
+            f"{encoder.get('weights')} ({str(encoder.get('weights_sha256'))[:16]})",
+        ),
+        ("Real tiles", _side(real)),
+        ("Generated tiles", _side(generated)),
+        ("Software", versions),
+        ("Machine", f"{machine.get('cpu_count')} CPU cores, GPU {machine.get('gpu') or 'none'}"),
+    ]
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    many = "s" if side["slides"] != 1 else ""
+    return (
+        f"{side['rows']:,} of {side['slides']:,} slide{many}, selection "
+        f"“{side['selection']}” of {side['dataset']}"
+    )
+
+
+def reconstruction(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, untrained, trained, better) rows of the autoencoder, from summary.json."""
+    found = summary.get("reconstruction") or {}
+    names = (("l1", "mean absolute error", "lower"), ("psnr", "PSNR, dB", "higher"))
+    return [
+        (title, show(found[f"{key}_untrained"]), show(found[f"{key}_trained"]), better)
+        for key, title, better in names
+        if f"{key}_untrained" in found and f"{key}_trained" in found
+    ]

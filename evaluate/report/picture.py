@@ -1,0 +1,94 @@
+"""One small PNG that shows a run at a glance, for a README."""
+
+import io
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from evaluate.report import numbers
+from evaluate.report.images import Tile
+from evaluate.report.page import Content
+from evaluate.report.plots import MUTED, PANELS, STYLE, curves
+from model.errors import UserError
+
+_COLUMNS = 6
+_MAX_BYTES = 400_000
+
+
+def picture(content: Content) -> bytes:
+    """PNG of the overlay, a row of real tiles, one of generated tiles, a loss curve; < 400 kB."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 4.3), dpi=100)
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 2.75), height_ratios=(1, 1))
+        _overlay(figure.add_subplot(grid[0, 0]), content)
+        _curve(figure.add_subplot(grid[1, 0]), content)
+        rows = grid[:, 1].subgridspec(2, _COLUMNS, wspace=0.04, hspace=0.22)
+        pairs = [pair for pair in content.pairs if pair.real is not None] or content.pairs
+        real = [pair.real for pair in pairs if pair.real is not None] or content.real_tiles
+        made = [pair.generated for pair in pairs]
+        for row, (title, tiles) in enumerate((("real", real), ("generated from each", made))):
+            for column in range(min(_COLUMNS, len(tiles))):
+                axes = figure.add_subplot(rows[row, column])
+                _show(axes, tiles[column])
+                if column == 0:
+                    axes.set_title(title if content.is_paired else title.split()[0])
+        figure.subplots_adjust(
+            left=0.06, right=0.99, top=0.93, bottom=0.12, wspace=0.08, hspace=0.35
+        )
+        _footer(figure, content)
+        return _within(figure, _MAX_BYTES)
+
+
+def _overlay(axes: Axes, content: Content) -> None:
+    if not content.overlays:
+        axes.set_axis_off()
+        return
+    data = np.frombuffer(content.overlays[0].jpeg, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError(f"the overlay of {content.overlays[0].slide_id} is no readable JPEG")
+    _show(axes, np.asarray(image, np.uint8))
+    axes.set_title("tissue")
+
+
+def _curve(axes: Axes, content: Content) -> None:
+    series = content.run.series if content.run else {}
+    for panel in PANELS:
+        shown = {label: series[key] for label, key in panel.series.items() if key in series}
+        if shown:
+            curves(axes, shown, panel.title)
+            return
+    axes.set_axis_off()
+
+
+def _show(axes: Axes, image: Tile) -> None:
+    axes.imshow(image, interpolation="antialiased")
+    axes.set_axis_off()
+
+
+def _footer(figure: Figure, content: Content) -> None:
+    frechet = content.results["metrics"]["frechet_distance"]
+    text = (
+        f"Fréchet distance {numbers.show(frechet['value'])}"
+        f" (noise floor {numbers.show(frechet['noise_floor'])})"
+    )
+    random = any(one["code"].startswith("random_") for one in content.warnings)
+    note = "; encoder weights are random: the number means nothing" if random else ""
+    figure.text(0.985, 0.025, text + note, ha="right", color="#b3261e" if random else MUTED)
+
+
+def _within(figure: Figure, limit: int) -> bytes:
+    """The figure as a palette PNG, at the largest scale that keeps it under the limit."""
+    for dpi in (110, 95, 80, 65, 50):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+        image = Image.open(buffer).convert("RGB").quantize(255, dither=Image.Dither.FLOYDSTEINBERG)
+        packed = io.BytesIO()
+        image.save(packed, "PNG", optimize=True)
+        if packed.tell() < limit:
+            break
+    return packed.getvalue()

@@ -1,0 +1,197 @@
+"""Small real and synthetic datasets in the contract, written by the contract's own functions."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from evaluate.generate.guidance import Guidance
+from evaluate.generate.run import Request, generate
+from evaluate.processes import Processes
+from pipeline.dataset import (
+    CANDIDATES_SCHEMA,
+    Dataset,
+    Entry,
+    HashingFile,
+    Run,
+    Slide,
+    TileStore,
+    claim_identity,
+    commit_bytes,
+    commit_file,
+    commit_json,
+    encode_png,
+    make_selection,
+    new_run_id,
+    read_candidates,
+    read_selection,
+    read_slides,
+    write_candidates,
+    write_selection,
+    write_slides,
+    write_tar,
+)
+from pipeline.features import cls_table, encoder_file, feature_scope, open_writer, write_blocks
+
+DIM = 12
+ALONE = Processes(0, 1, 0)
+
+RECORD: dict[str, Any] = {
+    "encoder": "h0-mini",
+    "weights": "random:0",
+    "weights_sha256": "a" * 64,
+    "random_weights": True,
+    "dim": DIM,
+    "view": "",
+    "compute_dtype": "float32",
+    "tile_px": 224,
+}
+
+
+def slide_colour(slide_id: str) -> npt.NDArray[np.uint8]:
+    """A colour of the slide's own, so that its tiles are recognised."""
+    return np.frombuffer(hashlib.sha256(slide_id.encode()).digest()[:3], np.uint8)
+
+
+def real_tile(slide_id: str, rank: int) -> npt.NDArray[np.uint8]:
+    tile = np.empty((224, 224, 3), np.uint8)
+    tile[:] = slide_colour(slide_id)
+    tile[: rank + 1] = 255 - tile[: rank + 1]
+    return tile
+
+
+def write_tiles(dataset: Dataset, slide_id: str, count: int) -> None:
+    with Run(dataset, "tile", {}) as run:
+        index: list[bytes] = []
+        final = dataset.tiles_dir(224) / f"{slide_id}.0-{count}.tar"
+        pngs = [encode_png(real_tile(slide_id, rank)) for rank in range(count)]
+        tar = commit_file(
+            dataset, run.run_id, final, lambda f: index.append(write_tar(f, slide_id, 0, pngs))
+        )
+        idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[0])
+        run.append(
+            [Entry(slide_id, "done", "f", scope="224", start=0, stop=count, files=(tar, idx))]
+        )
+
+
+def _write_table(file: HashingFile, table: pa.Table) -> None:
+    with open_writer(file, table.schema) as writer:
+        write_blocks(writer, table)
+
+
+def write_features(
+    dataset: Dataset,
+    features: dict[str, npt.NDArray[np.float32]],
+    record: dict[str, Any] | None = None,
+) -> None:
+    """Cache CLS features [n, d] of ranks 0..n-1 of each slide, as the `cache` stage does."""
+    record = record or RECORD
+    encoder = record["encoder"]
+    with Run(dataset, "cache", {}) as run:
+        for slide_id, rows in features.items():
+            final = dataset.features_dir(224, encoder) / "cls" / f"{slide_id}.0-{len(rows)}.parquet"
+            table = cls_table(0, rows)
+            file = commit_file(dataset, run.run_id, final, lambda f, t=table: _write_table(f, t))
+            scope = feature_scope(224, encoder, "", "cls")
+            entry = Entry(
+                slide_id, "done", "f", scope=scope, start=0, stop=len(rows), files=(file,)
+            )
+            run.append([entry])
+        commit_json(dataset, run.run_id, encoder_file(dataset, 224, encoder, "", "cls"), record)
+
+
+def random_features(slide_id: str, count: int, dim: int = DIM) -> npt.NDArray[np.float32]:
+    seed = int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:4], "little")
+    return np.random.default_rng(seed).normal(1.0, 1.0, (count, dim)).astype(np.float32)
+
+
+def make_real(
+    root: Path, slides: dict[str, int] | None = None, *, record: dict[str, Any] | None = None
+) -> Dataset:
+    """A real dataset of slides with so many tiles each, their features, and selection `train`."""
+    slides = slides or {"A.b-1": 40, "C-2": 24}
+    dataset = Dataset(root)
+    claim_identity(dataset, {"tile_px": 224, "mpp": 0.5}, stage="scan", versions={})
+    run_id = new_run_id()
+    write_slides(dataset, run_id, [Slide(slide_id, path="") for slide_id in slides])
+    ranks = {}
+    for slide_id, count in slides.items():
+        ranks[slide_id] = np.arange(1, count, dtype=np.int32)
+        columns = [np.arange(count), *[np.zeros(count)] * 4]
+        arrays = [
+            pa.array(column).cast(field.type)
+            for column, field in zip(columns, CANDIDATES_SCHEMA, strict=True)
+        ]
+        write_candidates(dataset, run_id, slide_id, pa.table(arrays, schema=CANDIDATES_SCHEMA))
+        write_tiles(dataset, slide_id, count)
+    dim = (record or RECORD)["dim"]
+    features = {slide_id: random_features(slide_id, n, dim) for slide_id, n in slides.items()}
+    write_features(dataset, features, record)
+    write_selection(dataset, run_id, make_selection("train", ranks, {"rule": "test"}))
+    return dataset
+
+
+def tile_hashes(dataset: Dataset) -> dict[tuple[str, int], str]:
+    """sha256 of the pixels of every tile of the selection `generated`, read by the contract."""
+    store = TileStore(dataset, 224)
+    return {
+        (slide_id, int(rank)): hashlib.sha256(tile.tobytes()).hexdigest()
+        for slide_id, ranks in read_selection(dataset, "generated").items()
+        for rank, tile in zip(ranks, store.read(slide_id, ranks), strict=True)
+    }
+
+
+class Stripes:
+    """A small generator: noise of the image's seed under a stripe for every feature."""
+
+    tile_px = 224
+    condition_dim = DIM
+    encoder_record: dict[str, Any] | None = RECORD
+
+    def __init__(self, name: str = "stripes", stop_after: int | None = None) -> None:
+        self.name, self.stop_after = name, stop_after
+        self.shapes: set[int] = set()
+        self.calls = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"model_sha256": self.name, "solver": "none"}
+
+    def sample(
+        self, features: npt.NDArray[np.float32] | None, seeds: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint8]:
+        if self.calls == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.shapes.add(len(seeds))
+        tiles = np.empty((len(seeds), 224, 224, 3), np.uint8)
+        for row, seed in enumerate(seeds):
+            random = np.random.default_rng(int(np.uint64(seed)))
+            tiles[row] = random.integers(0, 256, (1, 1, 3), np.uint8)
+            if features is not None:
+                tiles[row, :DIM, 0, 0] = np.clip(features[row] * 32 + 128, 0, 255)
+        return tiles
+
+
+def make_synthetic(
+    root: Path,
+    guidance: Guidance,
+    *,
+    record: dict[str, Any] | None = None,
+    shift: float = 0.0,
+    **request: Any,
+) -> Dataset:
+    """A synthetic dataset whose features are its sources' own, a little noisy and shifted."""
+    generate(Stripes(), guidance, Request(out=root, **request), ALONE)
+    dataset = Dataset(root)
+    features = {}
+    for slide in read_slides(dataset):
+        rows = read_candidates(dataset, slide.slide_id).num_rows
+        images = np.arange(rows) + int(slide.slide_id.removeprefix("gen-")) * 1024
+        found = guidance.features(images // request.get("variations", 1))
+        noise = 0.1 * random_features(slide.slide_id, rows) + np.float32(shift)
+        features[slide.slide_id] = noise if found is None else found + noise
+    write_features(dataset, features, record)
+    return dataset

@@ -1,0 +1,201 @@
+"""The generation loop with a generator that draws each image from its own feature and seed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluate_data import ALONE, DIM, RECORD, Stripes, tile_hashes
+
+from evaluate.generate.guidance import SelectionGuidance, Unconditional, check_encoder
+from evaluate.generate.run import Outcome, Request, generate
+from model.errors import UserError
+from pipeline.dataset import (
+    GENERATED_SCHEMA,
+    Dataset,
+    TileStore,
+    committed_shards,
+    read_candidates,
+    read_identity,
+    read_selection,
+    read_slides,
+)
+from pipeline.features import FeatureStore
+
+
+@pytest.fixture
+def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., Outcome]:
+    guidance = SelectionGuidance.open(evaluate_real(), "train", "h0-mini")
+
+    def call(out: str = "syn", *, generator: Stripes | None = None, **request: Any) -> Outcome:
+        return generate(
+            generator or Stripes(), guidance, Request(out=tmp_path / out, **request), ALONE
+        )
+
+    return call
+
+
+def test_the_dataset_reads_back_by_the_contract(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = run(mpp=0.5)
+    dataset, real = Dataset(tmp_path / "syn"), Dataset(tmp_path / "real")
+    selection = read_selection(dataset, "generated")
+    assert outcome.made == outcome.selected == selection.rows == read_selection(real, "train").rows
+    (slide,) = read_slides(dataset)
+    assert (slide.slide_id, slide.status, slide.reader) == ("gen-00000", "ok", "generated")
+    assert slide.mpp == 0.5
+    table = read_candidates(dataset, "gen-00000")
+    assert table.schema.names == GENERATED_SCHEMA.names
+    sources = FeatureStore(real, tile_px=224, encoder="h0-mini")
+    tiles = TileStore(dataset, 224).read("gen-00000", range(selection.rows))
+    for row, tile in zip(table.to_pylist(), tiles, strict=True):
+        feature = sources.read(row["source_slide_id"], [row["source_rank"]])[0]
+        expected = np.clip(feature * 32 + 128, 0, 255).astype(np.uint8)
+        assert (tile[:DIM, 0, 0] == expected).all()
+    guiding = set(
+        zip(table["source_slide_id"].to_pylist(), table["source_rank"].to_pylist(), strict=True)
+    )
+    wanted = {(s, int(r)) for s, ranks in read_selection(real, "train").items() for r in ranks}
+    assert guiding == wanted
+    identity = read_identity(dataset)
+    assert identity["kind"] == "generated"
+    assert identity["guidance_selection_sha256"] == read_selection(real, "train").content_hash
+    assert read_selection(dataset, "generated").plan["guidance_selection"] == "train"
+
+
+def test_no_path_of_this_machine_is_in_the_datasets_identity(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run(conditions=4)
+    assert str(tmp_path) not in (tmp_path / "syn" / "dataset.json").read_text()
+
+
+def test_images_do_not_depend_on_the_batch_and_batches_have_one_shape(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    generators = {batch: Stripes() for batch in (1, 7, 16)}
+    for batch, generator in generators.items():
+        run(f"b{batch}", generator=generator, micro_batch=batch)
+        assert generator.shapes == {batch}
+    hashes = [tile_hashes(Dataset(tmp_path / f"b{batch}")) for batch in generators]
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_a_second_run_makes_nothing_and_changes_no_byte(
+    run: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    before = {p: p.read_bytes() for p in (tmp_path / "syn").rglob("*") if p.is_file()}
+    generator = Stripes()
+    capsys.readouterr()
+    assert run(generator=generator).made == 0
+    assert generator.calls == 0
+    assert "nothing to make" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in (tmp_path / "syn").rglob("*") if p.is_file()}
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    request = {"variations": 5, "micro_batch": 16}  # 310 images: units of 128, 128, 54
+    with pytest.raises(KeyboardInterrupt):
+        run(generator=Stripes(stop_after=10), **request)
+    assert not list((tmp_path / "syn" / ".tmp").iterdir())
+    again = Stripes()
+    outcome = run(generator=again, **request)
+    assert outcome.made == 310 - 128
+    assert again.calls == 8 + 4
+    run("whole", **request)
+    assert tile_hashes(Dataset(tmp_path / "syn")) == tile_hashes(Dataset(tmp_path / "whole"))
+    shards = {
+        d: sorted(p.name for p in (tmp_path / d / "tiles/224").iterdir()) for d in ("syn", "whole")
+    }
+    assert shards["syn"] == shards["whole"]
+
+
+def test_a_shard_that_was_lost_is_made_again(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    run(variations=3)
+    before = tile_hashes(Dataset(tmp_path / "syn"))
+    next((tmp_path / "syn/tiles/224").glob("*.0-128.tar")).unlink()
+    assert run(variations=3).made == 128
+    assert tile_hashes(Dataset(tmp_path / "syn")) == before
+
+
+def test_a_larger_limit_extends_a_smaller_one(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    run(conditions=21)
+    small = tile_hashes(Dataset(tmp_path / "syn"))
+    assert len(small) == 21
+    assert run(conditions=40).made == 48 - 32  # both are rounded up to whole blocks of 16
+    run("whole", conditions=40)
+    large = tile_hashes(Dataset(tmp_path / "syn"))
+    assert large == tile_hashes(Dataset(tmp_path / "whole"))
+    assert small.items() <= large.items()
+    assert run(conditions=21).made == 0
+    assert tile_hashes(Dataset(tmp_path / "syn")) == large
+
+
+def test_other_values_than_the_datasets_are_refused(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run(conditions=4)
+    with pytest.raises(UserError, match=r"seed is 0 in this dataset, 1 was asked for"):
+        run(conditions=4, seed=1)
+    with pytest.raises(UserError, match="model_sha256 is 'stripes' in this dataset, 'other'"):
+        run(conditions=4, generator=Stripes("other"))
+
+
+def test_neighbouring_seeds_share_no_image(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(f"s{seed}", seed=seed)
+    first, second = (set(tile_hashes(Dataset(tmp_path / f"s{seed}")).values()) for seed in (0, 1))
+    assert not first & second
+
+
+def test_variations_of_a_tile_are_different_images_of_one_source(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run(conditions=16, variations=3)
+    dataset = Dataset(tmp_path / "syn")
+    rows = read_candidates(dataset, "gen-00000").to_pylist()
+    sources = [(row["source_slide_id"], row["source_rank"]) for row in rows]
+    assert sources == [sources[i // 3 * 3] for i in range(48)]
+    assert len(set(sources)) == 16
+    assert len(set(tile_hashes(dataset).values())) == 48
+
+
+def test_unconditional_images_have_no_source(tmp_path: Path) -> None:
+    generate(Stripes(), Unconditional(20), Request(out=tmp_path / "syn"), ALONE)
+    rows = read_candidates(Dataset(tmp_path / "syn"), "gen-00000").to_pylist()
+    assert {(row["source_slide_id"], row["source_rank"]) for row in rows} == {(None, -1)}
+
+
+def test_shards_are_journalled_like_those_of_the_tile_stage(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    run(variations=3)
+    dataset = Dataset(tmp_path / "syn")
+    entries = committed_shards(dataset, 224)["gen-00000"]
+    assert [(e.start, e.stop, e.scope) for e in entries] == [(0, 128, "224"), (128, 186, "224")]
+    names = [[Path(f.path).name for f in e.files] for e in entries]
+    assert names[0] == ["gen-00000.0-128.tar", "gen-00000.0-128.idx"]
+    assert json.loads((tmp_path / "syn/dataset.json").read_text())["records"]["generate"]
+
+
+def test_guidance_of_other_encoder_weights_is_refused_unless_forced() -> None:
+    other = {**RECORD, "weights_sha256": "b" * 64, "random_weights": False}
+    with pytest.raises(UserError, match=r"aaaaaaaaaaaa \(random\).*bbbbbbbbbbbb.*--force"):
+        check_encoder(RECORD, other, force=False)
+    assert "trained on" in str(check_encoder(RECORD, other, force=True))
+    assert check_encoder(RECORD, dict(RECORD), force=False) is None
+    assert "unchecked" in str(check_encoder(RECORD, None, force=False))
+    assert check_encoder(None, other, force=False) is None
+
+
+def test_guidance_without_features_names_the_cache_command(
+    evaluate_real: Callable[..., Dataset],
+) -> None:
+    with pytest.raises(UserError, match=r"python -m pipeline cache --dataset"):
+        SelectionGuidance.open(evaluate_real(), "train", "uni2-h")

@@ -1,0 +1,148 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluate_data import RECORD, make_synthetic, random_features, write_features
+
+from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.measure import Side, measure, real_halves
+from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
+from evaluate.results import read_results, write_results
+from model.errors import UserError
+from pipeline.dataset import Dataset, Selection, make_selection, new_run_id, write_selection
+
+
+@pytest.fixture
+def real(evaluate_real: Callable[..., Dataset]) -> Dataset:
+    return evaluate_real()
+
+
+@pytest.fixture
+def synthetic(real: Dataset, tmp_path: Path) -> Dataset:
+    return make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+
+
+def sides(real: Dataset, synthetic: Dataset) -> tuple[Side, Side]:
+    first = Side.open(real.root, "train", "h0-mini", like=None)
+    return first, Side.open(synthetic.root, "generated", "h0-mini", like=first)
+
+
+def test_the_numbers_are_those_of_the_metrics_on_the_cached_features(
+    real: Dataset, synthetic: Dataset
+) -> None:
+    first, second = sides(real, synthetic)
+    results = measure(first, second)
+    expected = np.concatenate([random_features("A.b-1", 40)[1:], random_features("C-2", 24)[1:]])
+    assert (first.features == expected).all()
+    metrics = results["metrics"]
+    distance = frechet_distance(expected, second.features)
+    assert metrics["frechet_distance"]["value"] == distance.value
+    assert metrics["frechet_distance"]["noise_floor"] == distance.noise_floor
+    assert (
+        metrics["precision_recall"]["recall"] == precision_recall(expected, second.features).recall
+    )
+    assert results["real"]["rows"] == results["generated"]["rows"] == 62
+
+
+def test_the_cosine_pairs_each_image_with_its_own_source(real: Dataset, synthetic: Dataset) -> None:
+    first, second = sides(real, synthetic)
+    cosine = measure(first, second)["metrics"]["cosine_similarity"]
+    # Generated features are the source's plus a tenth of noise: any other pairing would show.
+    assert cosine["mean"] > 0.98 > 0.9 > cosine["null_mean"]
+    assert cosine["retrieval_at_1"] == 1.0
+    assert sum(cosine["histogram"]["counts"]) == 62
+    guidance = SelectionGuidance.open(real, "train", "h0-mini")
+    sources = guidance.features(np.arange(62))
+    assert cosine["mean"] == pytest.approx(cosine_similarity(sources, second.features).mean)
+
+
+def test_source_tiles_may_lie_in_another_dataset(
+    evaluate_real: Callable[..., Dataset], real: Dataset, synthetic: Dataset
+) -> None:
+    other = evaluate_real({"Z": 60}, name="other")
+    first, second = sides(other, synthetic)
+    alone = measure(first, second)
+    assert alone["metrics"]["cosine_similarity"] is None
+    assert "no_cosine" in {one["code"] for one in alone["warnings"]}
+    assert measure(first, second, real)["metrics"]["cosine_similarity"]["mean"] > 0.98
+
+
+def test_unconditional_images_have_no_cosine(real: Dataset, tmp_path: Path) -> None:
+    synthetic = make_synthetic(tmp_path / "syn", Unconditional(32))
+    results = measure(*sides(real, synthetic))
+    assert results["metrics"]["cosine_similarity"] is None
+    assert results["sampler"]["guidance"] == "none"
+
+
+def test_missing_features_name_the_very_command(real: Dataset, synthetic: Dataset) -> None:
+    (synthetic.features_dir(224, "h0-mini") / "cls" / "encoder.json").unlink()
+    with pytest.raises(UserError) as error:
+        sides(real, synthetic)
+    assert (
+        f"`python -m pipeline cache --dataset {synthetic.root} --selection generated "
+        "--encoder h0-mini --weights random:0`" in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weights_sha256", "b" * 64), ("view", "jpeg70"), ("compute_dtype", "bfloat16"), ("dim", 768)],
+)
+def test_features_made_differently_are_refused(
+    real: Dataset, synthetic: Dataset, key: str, value: object
+) -> None:
+    write_features(synthetic, {}, {**RECORD, key: value})
+    with pytest.raises(UserError, match=f"{key} is .* and .*{value!r}"):
+        sides(real, synthetic)
+
+
+def test_warnings_name_random_weights_and_small_samples(real: Dataset, synthetic: Dataset) -> None:
+    codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
+    assert codes == {"random_encoder_weights", "few_real_tiles", "few_generated_tiles"}
+
+
+def test_fewer_tiles_than_dimensions_is_a_warning(
+    evaluate_real: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    real = evaluate_real({"A": 12}, name="small")
+    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
+    assert "fewer_tiles_than_dimensions" in codes
+
+
+def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
+    side = Side.open(real.root, "train", "h0-mini", like=None)
+    halves = real_halves(side)
+    assert halves is not None
+    assert halves["frechet_distance"]["n_real"] == halves["frechet_distance"]["n_generated"] == 31
+    assert 0 < halves["frechet_distance"]["value"] < 3 * halves["frechet_distance"]["noise_floor"]
+    assert halves["precision_recall"]["precision"] < 1.0  # equal halves would give 1
+
+
+def test_a_selection_too_small_to_measure_is_refused(real: Dataset, synthetic: Dataset) -> None:
+    few: Selection = make_selection("few", {"C-2": np.arange(3, dtype=np.int32)}, {})
+    write_selection(real, new_run_id(), few)
+    first = Side.open(real.root, "few", "h0-mini", like=None)
+    second = Side.open(synthetic.root, "generated", "h0-mini", like=first)
+    with pytest.raises(UserError, match="few has 3 tiles, at least 8"):
+        measure(first, second)
+
+
+def test_results_survive_the_file_and_foreign_files_are_refused(
+    real: Dataset, synthetic: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep" / "results.json"
+    results = measure(*sides(real, synthetic))
+    write_results(path, results)
+    assert read_results(path) == json.loads(json.dumps(results))
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+    path.write_text('{"schema_version": 99}')
+    with pytest.raises(UserError, match="schema_version 99"):
+        read_results(path)
+    path.write_text("[")
+    with pytest.raises(UserError, match="not a results file"):
+        read_results(path)
+    with pytest.raises(UserError, match="measure"):
+        read_results(tmp_path / "absent.json")
