@@ -32,7 +32,7 @@ _EPS = 1e-10
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS with VGG16, frozen; pure in its inputs, with gradients to the first.
+    """LPIPS with VGG16, frozen; symmetric in its two inputs.
 
     `weights` is one of
 
@@ -74,21 +74,21 @@ class PerceptualLoss(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Distance [B], float32, of images [B, 3, H, W] in [-1, 1]; sides of 16 px or more.
 
-        No gradient is recorded for `images`. The convolutions run in the caller's autocast
-        dtype, the normalisation and the sums in float32.
+        Gradients reach the input that requires them; for the other no graph is kept. The
+        convolutions run in the caller's autocast dtype, the normalisation and the sums in
+        float32.
         """
         if self.is_off:
-            return reconstruction.new_zeros(len(reconstruction), dtype=torch.float32)
-        with torch.no_grad():
-            targets = self._unit_features(images)
+            return images.new_zeros(len(images), dtype=torch.float32)
+        features = zip(
+            self._unit_features(images), self._unit_features(others), self.heads, strict=True
+        )
         distances = [
             ((ours - theirs).square() * head.view(1, -1, 1, 1)).sum(dim=1).mean(dim=(1, 2))
-            for ours, theirs, head in zip(
-                self._unit_features(reconstruction), targets, self.heads, strict=True
-            )
+            for ours, theirs, head in features
         ]
         return torch.stack(distances).sum(dim=0)
 

@@ -140,7 +140,7 @@ class Posterior(NamedTuple):
 
     def kl(self) -> Tensor:
         """Divergence from the standard normal of each sample [B], float32, in nats."""
-        return kl_loss(self.mean, self.logvar)
+        return kl_loss(self.mean, self.logvar, reduction="none")
 
 
 class VAEOutput(NamedTuple):
