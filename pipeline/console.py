@@ -3,6 +3,8 @@
 Used by the doors of `pipeline`, `train` and `evaluate`.
 """
 
+import argparse
+import difflib
 import os
 import sys
 import time
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -171,3 +173,17 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake as a `UserError`; the door prints it and exits with 2."""
+        raise UserError(f"{message}{self._nearest(message)}; see `{self.prog} --help`")
+
+    def _nearest(self, message: str) -> str:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1) if unknown else []
+        return f" (did you mean {close[0]}?)" if close else ""

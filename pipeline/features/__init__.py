@@ -4,7 +4,13 @@
 Dask and an encoder and is imported by the door alone.
 """
 
-from pipeline.features.parquet import FeatureShard, cls_table, token_table, write_blocks
+from pipeline.features.parquet import (
+    FeatureShard,
+    cls_table,
+    open_writer,
+    token_table,
+    write_blocks,
+)
 from pipeline.features.store import (
     FeatureStore,
     encoder_file,
@@ -18,6 +24,7 @@ __all__ = [
     "cls_table",
     "encoder_file",
     "feature_scope",
+    "open_writer",
     "read_encoder_record",
     "token_table",
     "write_blocks",

@@ -43,18 +43,22 @@ def token_table(tokens: npt.NDArray[np.float16]) -> pa.Table:
     return pa.table({"tokens": binary}).replace_schema_metadata({_META_KEY: json.dumps(meta)})
 
 
-def write_blocks(file: HashingFile, table: pa.Table) -> None:
-    """Write a feature table, one row group a block."""
-    pq.write_table(
-        table,
+def open_writer(file: HashingFile, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer in the layout of the cache; write whole blocks with `write_blocks`."""
+    return pq.ParquetWriter(
         file,
-        row_group_size=BLOCK_ROWS,
+        schema,
         use_dictionary=False,
         compression="none",
         write_statistics=False,
         write_page_checksum=True,
         data_page_size=1 << 30,
     )
+
+
+def write_blocks(writer: pq.ParquetWriter, table: pa.Table) -> None:
+    """Append rows of whole blocks, one row group a block (the slide's last may be shorter)."""
+    writer.write_table(table, row_group_size=BLOCK_ROWS)
 
 
 class FeatureShard:

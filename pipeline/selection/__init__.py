@@ -1,0 +1,1 @@
+"""Selections: named views on the candidates, stratified by tissue source site."""

@@ -1,0 +1,1 @@
+"""Whole-slide images: one reader a file, resolution, barcodes, the `scan` stage."""

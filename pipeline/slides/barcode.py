@@ -1,0 +1,65 @@
+"""TCGA barcodes: patient, tissue source site, project and sample type from a slide's name.
+
+Codes are text: "02", "2E" and "NA" are sites.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_BARCODE = re.compile(
+    r"^TCGA-(?P<tss>[A-Z0-9]{2})-(?P<participant>[A-Z0-9]{4})(-(?P<sample>\d{2})[A-Z])?",
+    re.IGNORECASE,
+)
+_TABLES = Path(__file__).parent / "tcga"
+
+
+@dataclass(frozen=True)
+class Barcode:
+    """What a TCGA barcode says; `project` is '' for a site that the table lacks."""
+
+    patient: str
+    site: str
+    project: str
+    sample_type: str
+
+
+def parse_barcode(slide_id: str) -> Barcode | None:
+    """Read a TCGA slide barcode, or None for any other name."""
+    match = _BARCODE.match(slide_id)
+    if match is None:
+        return None
+    site = match["tss"].upper()
+    patient = f"TCGA-{site}-{match['participant'].upper()}"
+    return Barcode(patient, site, project_of_site(site), match["sample"] or "")
+
+
+def project_of_site(site: str) -> str:
+    """The TCGA project (`TCGA-HNSC`) that a tissue source site collected for."""
+    study = _study_of_site().get(site)
+    code = _study_codes().get(study or "")
+    return f"TCGA-{code}" if code else ""
+
+
+@cache
+def _study_of_site() -> dict[str, str]:
+    return {row["TSS Code"]: _key(row["Study Name"]) for row in _rows("tissue_source_sites.tsv")}
+
+
+@cache
+def _study_codes() -> dict[str, str]:
+    return {_key(row["Study Name"]): row["Study Abbreviation"] for row in _rows("tcga_studies.tsv")}
+
+
+def _key(name: str) -> str:
+    return " ".join(name.lower().replace("-", " ").split())
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    with (_TABLES / name).open(newline="", encoding="utf-8") as file:
+        return [
+            {key: (value or "").strip() for key, value in row.items() if key}
+            for row in csv.DictReader(file, delimiter="\t")
+        ]

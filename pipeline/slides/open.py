@@ -1,0 +1,166 @@
+"""Opening a slide with the reader that fits, and finding slides in folders, globs and tables."""
+
+import csv
+import glob
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import UserError
+from pipeline.dataset import check_slide_id, safe_slide_id
+from pipeline.slides.reader import SlideOpenError, SlideReader
+
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs"}
+    | {".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
+)
+READERS = ("auto", "openslide", "tiffslide")
+_PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
+_SITE_COLUMNS = ("site", "tss")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A slide to scan: its path, and what a table says of it ('' where it does not)."""
+
+    path: Path
+    slide_id: str
+    mpp: float | None = None
+    patient: str = ""
+    site: str = ""
+    project: str = ""
+    sample_type: str = ""
+
+
+def open_slide(path: Path, reader: str = "auto") -> SlideReader:
+    """Open a slide with the named reader, or with the first that accepts it.
+
+    Raises `SlideOpenError` with the reasons in one line.
+    """
+    _refuse_known_non_slides(path)
+    reasons = []
+    for name in ("openslide", "tiffslide") if reader == "auto" else (reader,):
+        try:
+            return _reader(name, path)
+        except SlideOpenError as error:
+            reasons.append(" ".join(str(error).split())[:120])
+    raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
+
+
+def _reader(name: str, path: Path) -> SlideReader:
+    # Imported where used: training nodes often lack these libraries.
+    if name == "openslide":
+        from pipeline.slides.openslide_reader import OpenSlideReader
+
+        return OpenSlideReader(path)
+    if name == "tiffslide":
+        from pipeline.slides.tiffslide_reader import TiffSlideReader
+
+        return TiffSlideReader(path)
+    raise UserError(f"no reader '{name}': expected one of {', '.join(READERS)}")
+
+
+def _refuse_known_non_slides(path: Path) -> None:
+    if path.is_dir():
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise SlideOpenError(f"cannot be read: {error.strerror}") from error
+    if not head:
+        raise SlideOpenError("the file is empty (0 bytes); fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise SlideOpenError("a Git LFS pointer, not the slide itself; run `git lfs pull`")
+
+
+def find_sources(inputs: Iterable[str]) -> list[Source]:
+    """Slides of folders, globs, files and CSV tables, sorted by slide_id.
+
+    A folder is searched recursively for known suffixes; a folder of .dcm files is one slide.
+    Two files with one slide_id are refused: names must be unique in a dataset.
+    """
+    found: dict[str, Source] = {}
+    for one in inputs:
+        for source in _expand(one):
+            other = found.setdefault(source.slide_id, source)
+            if other.path != source.path:
+                raise UserError(
+                    f"slide id '{source.slide_id}' stands for both {other.path} and "
+                    f"{source.path}; rename one, or give a CSV with a slide_id column"
+                )
+    return [found[key] for key in sorted(found)]
+
+
+def _expand(text: str) -> Iterator[Source]:
+    path = Path(text)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        yield from _from_csv(path)
+    elif path.is_dir():
+        for slide in sorted(set(_slides_under(path))):
+            yield Source(slide.absolute(), slide_id_of(slide))
+    elif path.is_file():
+        yield Source(path.absolute(), slide_id_of(path))
+    else:
+        matches = sorted(glob.glob(text, recursive=True))
+        if not matches:
+            raise UserError(f"{text}: no such file, folder or match; expected slides or a CSV")
+        for match in matches:
+            yield from _expand(match)
+
+
+def _slides_under(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file():
+            yield path.parent if path.suffix.lower() == ".dcm" else path
+
+
+def slide_id_of(path: Path) -> str:
+    """The slide's name without its suffix (also `.ome`), as a safe file name."""
+    known = path.suffix.lower() in SLIDE_SUFFIXES or path.is_file()
+    name = path.name[: -len(path.suffix)] if known and path.suffix else path.name
+    return safe_slide_id(name.removesuffix(".ome"))
+
+
+def _from_csv(table: Path) -> Iterator[Source]:
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        path_column = next((name for name in _PATH_COLUMNS if name in columns), None)
+        if path_column is None:
+            raise UserError(
+                f"{table}: no column with the slide's path; expected one of "
+                f"{', '.join(_PATH_COLUMNS)}, there: {', '.join(columns) or 'none'}"
+            )
+        for number, row in enumerate(rows, 2):
+            yield _row_source(table, number, path_column, row)
+
+
+def _row_source(table: Path, number: int, path_column: str, row: dict[str, str]) -> Source:
+    text = (row.get(path_column) or "").strip()
+    if not text:
+        raise UserError(f"{table}, line {number}: no value in column '{path_column}'")
+    path = Path(text) if Path(text).is_absolute() else table.parent / text
+    site = next((row[name] for name in _SITE_COLUMNS if row.get(name)), "")
+    slide_id = row.get("slide_id") or slide_id_of(path)
+    return Source(
+        path.absolute(),
+        check_slide_id(slide_id),
+        _csv_mpp(table, number, row.get("mpp")),
+        (row.get("patient") or "").strip(),
+        site.strip(),
+        (row.get("project") or "").strip(),
+        (row.get("sample_type") or "").strip(),
+    )
+
+
+def _csv_mpp(table: Path, number: int, text: str | None) -> float | None:
+    if text is None or not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.01 < value < 100:
+        raise UserError(f"{table}, line {number}: mpp '{text}', expected micrometres per pixel")
+    return value

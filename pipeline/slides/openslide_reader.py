@@ -1,0 +1,81 @@
+"""Slides through OpenSlide: Aperio, Hamamatsu, MIRAX, DICOM, Leica, generic tiled TIFF."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import openslide
+
+from pipeline.slides.reader import (
+    Level,
+    ResolutionTags,
+    SlideOpenError,
+    SlideReader,
+    over_white,
+)
+
+_CACHE_BYTES = 64 << 20
+_GENERIC_VENDORS = {"generic-tiff"}
+
+
+class OpenSlideReader(SlideReader):
+    """A slide opened by OpenSlide; one small tile cache a handle."""
+
+    name = "openslide"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._slide = openslide.OpenSlide(_entry_file(path))
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise SlideOpenError("not a format that OpenSlide knows") from error
+        except (openslide.OpenSlideError, OSError) as error:
+            raise SlideOpenError(f"OpenSlide: {error}") from error
+        self._slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
+        properties = dict(self._slide.properties)
+        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
+        self.levels = tuple(
+            Level(width, height, float(downsample))
+            for (width, height), downsample in zip(
+                self._slide.level_dimensions, self._slide.level_downsamples, strict=True
+            )
+        )
+        self.resolution = _resolution(properties, self.vendor)
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+        scale = self.levels[level].downsample
+        corner = (round(x * scale), round(y * scale))
+        region = self._slide.read_region(corner, level, (width, height))
+        return over_white(np.asarray(region))
+
+    def close(self) -> None:
+        """Release the file."""
+        self._slide.close()
+
+
+def _entry_file(path: Path) -> Path:
+    """A DICOM slide is a folder; OpenSlide takes any of its files and finds the others."""
+    if path.is_dir():
+        files = sorted(path.glob("*.dcm"))
+        if not files:
+            raise SlideOpenError("a folder without .dcm files")
+        return files[0]
+    return path
+
+
+def _resolution(properties: dict[str, str], vendor: str) -> ResolutionTags:
+    x = _number(properties.get(openslide.PROPERTY_NAME_MPP_X))
+    y = _number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
+    found = (x, y) if x and y else None
+    if vendor in _GENERIC_VENDORS:
+        # OpenSlide derives this one from the TIFF resolution tags: less to be trusted.
+        return ResolutionTags(tiff=found)
+    return ResolutionTags(vendor=found)
+
+
+def _number(text: str | None) -> float | None:
+    if text is None or not re.fullmatch(r"\s*[0-9.]+(e[+-]?\d+)?\s*", text, re.IGNORECASE):
+        return None
+    value = float(text)
+    return value if value > 0 else None

@@ -1,0 +1,99 @@
+"""What every slide reader offers: levels, resolution metadata, RGB windows of a level."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+
+
+class SlideOpenError(UserError):
+    """The file is not a slide that the reader can open."""
+
+
+class SlideReadError(UserError):
+    """A region of an open slide could not be read; the message holds its coordinates."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A pyramid level: size in pixels, and level-0 pixels per pixel of this level."""
+
+    width: int
+    height: int
+    downsample: float
+
+
+@dataclass(frozen=True)
+class ResolutionTags:
+    """Micrometres per pixel at level 0 as (x, y), by where they were found."""
+
+    vendor: tuple[float, float] | None = None
+    tiff: tuple[float, float] | None = None
+
+
+class SlideReader(ABC):
+    """An open slide. Use as a context manager, so that no handle outlives its slide."""
+
+    name: ClassVar[str]
+    path: Path
+    vendor: str
+    levels: tuple[Level, ...]
+    resolution: ResolutionTags
+
+    @abstractmethod
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+        """RGB of a window that lies inside the level; any exception means it cannot be read."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file."""
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+        """RGB uint8 [height, width, 3] of a window in pixels of `level`; outside is white.
+
+        Raises `SlideReadError` with slide and coordinates: a region that cannot be read is never
+        replaced by white.
+        """
+        size = self.levels[level]
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, size.width), min(y + height, size.height)
+        inside = right > left and bottom > top
+        try:
+            if inside and (right - left, bottom - top) == (width, height):
+                return self._read(level, x, y, width, height)
+            canvas = np.full((height, width, 3), 255, np.uint8)
+            if inside:
+                part = self._read(level, left, top, right - left, bottom - top)
+                canvas[top - y : bottom - y, left - x : right - x] = part
+            return canvas
+        except Exception as error:
+            raise SlideReadError(
+                f"slide {self.path.name}: cannot read level {level} at x={x}, y={y}, "
+                f"{width}x{height} px ({_one_line(error)}); the file is damaged, fetch it again"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def over_white(rgba: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """RGB of RGBA [h, w, 4] over white: beyond the scanned area OpenSlide gives clear black."""
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha.astype(np.uint16)
+    blended = rgba[..., :3] * weight + 255 * (255 - weight)
+    return ((blended + 127) // 255).astype(np.uint8)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

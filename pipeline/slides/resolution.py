@@ -1,0 +1,144 @@
+"""From a target mpp to pixels: which mpp to believe, which level to read, which window.
+
+Pure arithmetic, no slide in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.slides.reader import Level, ResolutionTags
+
+TIFF_MPP_WINDOW = (0.1, 1.0)
+MAX_ANISOTROPY = 0.02
+_VENDOR_WINDOW = (0.02, 50.0)
+
+
+class ResolutionError(UserError):
+    """The slide's resolution is unknown, not to be trusted or too coarse: it is rejected."""
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """Micrometres per pixel at level 0, and where the number comes from."""
+
+    value: float
+    source: str
+
+
+def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | None) -> Mpp:
+    """The first of: the CSV's column, the vendor's metadata, TIFF tags in [0.1, 1], `assumed`."""
+    if table is not None:
+        return Mpp(table, "table")
+    notes = []
+    for name, pair, window in (
+        ("vendor", tags.vendor, _VENDOR_WINDOW),
+        ("tiff-tags", tags.tiff, TIFF_MPP_WINDOW),
+    ):
+        if pair is None:
+            continue
+        value = (pair[0] + pair[1]) / 2
+        if window[0] <= value <= window[1]:
+            _refuse_anisotropy(pair)
+            return Mpp(value, name)
+        notes.append(f"{name} say {value:.4g}, outside {window[0]} to {window[1]}")
+    if assumed is not None:
+        return Mpp(assumed, "assumed")
+    why = f" ({'; '.join(notes)})" if notes else ""
+    raise ResolutionError(
+        f"no trustworthy mpp{why}; give a CSV with an mpp column, or --assume-mpp"
+    )
+
+
+def _refuse_anisotropy(pair: tuple[float, float]) -> None:
+    if abs(pair[0] - pair[1]) > MAX_ANISOTROPY * min(pair):
+        raise ResolutionError(
+            f"pixels are not square: {pair[0]:.4f} x {pair[1]:.4f} mpp differ by more than "
+            f"{MAX_ANISOTROPY:.0%}"
+        )
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """How tiles of a slide are read.
+
+    Tiles are cut from `level`; a tile covers `window` x `window` of that level's pixels, which is
+    `tile_px * factor`. With `factor` an integer and `aligned` true, tiles are pixel-aligned
+    integer reductions; otherwise windows have sub-pixel exact edges. `mpp` is the tile's true
+    resolution; `stride_level0` the distance between tiles in level-0 pixels.
+    """
+
+    level: int
+    factor: float
+    aligned: bool
+    mpp: float
+    window: float
+    stride_level0: float
+    downsample: float
+
+
+def plan_read(
+    levels: Sequence[Level], mpp_level0: float, target_mpp: float, tolerance: float, tile_px: int
+) -> ReadPlan:
+    """Choose the coarsest level that is not coarser than the target, and the reduction from it.
+
+    If an integer multiple of that level's mpp lies within `tolerance` (relative) of the target,
+    tiles are integer reductions and their true mpp is recorded; else they are resampled to the
+    target exactly. Raises `ResolutionError` when level 0 is coarser than the target: nothing is
+    ever enlarged.
+    """
+    if mpp_level0 > target_mpp * (1 + tolerance) + 1e-12:
+        raise ResolutionError(
+            f"{mpp_level0:.4g} mpp is coarser than the target {target_mpp:.4g}; "
+            "slides are never enlarged"
+        )
+    limit = target_mpp * (1 + tolerance) + 1e-12
+    downsamples = [snap_downsample(level.downsample) for level in levels]
+    usable = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= limit]
+    level = max(usable, key=lambda i: downsamples[i])
+    level_mpp = mpp_level0 * downsamples[level]
+    multiple = max(1, round(target_mpp / level_mpp))
+    aligned = abs(multiple * level_mpp - target_mpp) <= tolerance * target_mpp + 1e-12
+    factor = float(multiple) if aligned else target_mpp / level_mpp
+    return ReadPlan(
+        level=level,
+        factor=factor,
+        aligned=aligned,
+        mpp=level_mpp * factor,
+        window=tile_px * factor,
+        stride_level0=tile_px * factor * downsamples[level],
+        downsample=downsamples[level],
+    )
+
+
+def snap_downsample(downsample: float) -> float:
+    """The downsample that was meant: readers give 4.00012 for 4, from rounded level sizes."""
+    nearest = round(downsample)
+    return float(nearest) if abs(downsample - nearest) <= 0.01 * nearest else downsample
+
+
+def area_resample(
+    image: npt.NDArray[np.uint8], x: float, y: float, window: float, out_px: int
+) -> npt.NDArray[np.uint8]:
+    """Mean over sub-pixel exact cells: [h, w, 3] uint8 to [out_px, out_px, 3] uint8, rounded.
+
+    Output pixel (i, j) is the area-weighted mean of [y + i s, y + (i+1) s) x [x + j s, ...) with
+    s = window / out_px >= 1, in pixels of `image`.
+    """
+    rows = _coverage(image.shape[0], y, window, out_px)
+    columns = _coverage(image.shape[1], x, window, out_px)
+    height, width = image.shape[:2]
+    first = rows @ image.reshape(height, width * 3).astype(np.float32)
+    second = np.einsum("ow,nwc->noc", columns, first.reshape(out_px, width, 3), optimize=True)
+    return np.clip(np.rint(second), 0, 255).astype(np.uint8)
+
+
+def _coverage(pixels: int, start: float, window: float, out_px: int) -> npt.NDArray[np.float32]:
+    edges = start + np.arange(out_px + 1) * (window / out_px)
+    left = np.maximum(edges[:-1, None], np.arange(pixels)[None])
+    right = np.minimum(edges[1:, None], np.arange(1, pixels + 1)[None])
+    overlap = np.clip(right - left, 0, None)
+    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,66 @@
+"""Slides through tiffslide: OME-TIFF and tiled TIFF that OpenSlide refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiffslide
+
+from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
+
+_CM_IN_UM, _INCH_IN_UM = 10_000.0, 25_400.0
+
+
+class TiffSlideReader(SlideReader):
+    """A slide opened by tiffslide (tifffile underneath)."""
+
+    name = "tiffslide"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._slide = tiffslide.TiffSlide(path)
+            self.levels = tuple(
+                Level(width, height, float(downsample))
+                for (width, height), downsample in zip(
+                    self._slide.level_dimensions, self._slide.level_downsamples, strict=True
+                )
+            )
+            properties = dict(self._slide.properties)
+        except Exception as error:
+            # tifffile raises many kinds for damaged headers; all mean the same to the user.
+            raise SlideOpenError(f"tiffslide: {error}") from error
+        self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
+        self.resolution = _resolution(properties)
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+        scale = self.levels[level].downsample
+        corner = (round(x * scale), round(y * scale))
+        region = self._slide.read_region(corner, level, (width, height), as_array=True)
+        if region.dtype != np.uint8 or region.shape[-1] not in (3, 4):
+            raise ValueError(f"pixels are {region.dtype} {region.shape}, expected 8-bit RGB")
+        return np.ascontiguousarray(region[..., :3])
+
+    def close(self) -> None:
+        """Release the file."""
+        self._slide.close()
+
+
+def _resolution(properties: dict[str, object]) -> ResolutionTags:
+    x, y = properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y")
+    if not isinstance(x, float) or not isinstance(y, float) or x <= 0 or y <= 0:
+        return ResolutionTags()
+    tags = _tiff_mpp(properties)
+    if tags is not None and abs(tags - x) < 1e-6 * x:
+        return ResolutionTags(tiff=(x, y))
+    return ResolutionTags(vendor=(x, y))
+
+
+def _tiff_mpp(properties: dict[str, object]) -> float | None:
+    unit = {"CENTIMETER": _CM_IN_UM, "INCH": _INCH_IN_UM}.get(
+        str(properties.get("tiff.ResolutionUnit", "")).upper()
+    )
+    per_unit = properties.get("tiff.XResolution")
+    if unit is None or not isinstance(per_unit, float | int) or per_unit <= 0:
+        return None
+    return unit / float(per_unit)

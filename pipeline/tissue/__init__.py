@@ -1,0 +1,1 @@
+"""Tissue and artifact detection, overlays, and the `tissue` stage."""
