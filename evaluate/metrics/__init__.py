@@ -10,10 +10,13 @@ from typing import Any
 
 _PUBLIC: dict[str, str] = {
     "CosineSimilarity": "evaluate.metrics.cosine",
+    "FeatureLikelihoodDivergence": "evaluate.metrics.likelihood",
     "FrechetDistance": "evaluate.metrics.frechet",
+    "LikelihoodBaseline": "evaluate.metrics.likelihood",
     "Moments": "evaluate.metrics.moments",
     "PrecisionRecall": "evaluate.metrics.manifold",
     "cosine_similarity": "evaluate.metrics.cosine",
+    "feature_likelihood_divergence": "evaluate.metrics.likelihood",
     "frechet_distance": "evaluate.metrics.frechet",
     "frechet_distance_of_moments": "evaluate.metrics.frechet",
     "precision_recall": "evaluate.metrics.manifold",

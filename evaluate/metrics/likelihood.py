@@ -1,0 +1,256 @@
+"""Feature likelihood divergence: fidelity, diversity and novelty in one number.
+
+Jiralerspong et al., "Feature Likelihood Divergence" (arXiv 2302.04440), as its authors'
+implementation computes it, down to the order of random draws: the same seed gives the same
+subsets and splits. Float64 is canonical, because Adam at learning rate 0.5 turns float32's
+rounding into differences of a thousandth.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
+from evaluate.metrics.mixture import Mixture
+from evaluate.metrics.moments import Moments
+from model.errors import UserError
+
+Mode = Literal["test", "train", "gap"]
+Dtype = Literal["float64", "float32"]
+_SUSPICIOUS = 1000.0
+
+
+@dataclass(frozen=True)
+class LikelihoodBaseline:
+    """What real train rows score in place of generated ones; reusable for other models.
+
+    Attributes:
+        nll: seed to mean negative log-likelihood per dimension of the test rows.
+        fingerprint: of all it depends on: both real sets, the row counts and the dtype.
+    """
+
+    nll: Mapping[int, float]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class FeatureLikelihoodDivergence:
+    """A feature likelihood divergence over several seeds.
+
+    Attributes:
+        value: mean over the seeds of 100 times a difference of log-likelihoods per dimension, in
+            nats. Mode "test": generated against real train rows as a model of the test rows, 0
+            is as good as real. "train": the same for the train rows. "gap": train rows against
+            test rows, clearly negative where the train rows were copied.
+        std: standard deviation over the seeds, divisor n - 1; None for one seed. Differences
+            between models below it mean nothing.
+        values: one a seed.
+        seeds: the seeds.
+        mode: see `value`.
+        baseline: to hand to the next call with the same real sets; None in mode "gap".
+        memorisation: ``[n_generated]``, how narrow a spike on its nearest train row each
+            generated row of the first seed became: log-density per dimension, high is suspicious.
+        memorisation_rows: ``[n_generated]``, the rows of `generated` these belong to.
+        n_train: train rows.
+        n_test: test rows.
+        n_generated: generated rows used, after the cap.
+        dim: feature dimensions used, after constant ones were dropped.
+        dtype: of the computation.
+        warnings: what makes the value doubtful, one sentence each.
+    """
+
+    value: float
+    std: float | None
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    mode: str
+    baseline: LikelihoodBaseline | None
+    memorisation: NDArray[np.float64]
+    memorisation_rows: NDArray[np.int64]
+    n_train: int
+    n_test: int
+    n_generated: int
+    dim: int
+    dtype: str
+    warnings: tuple[str, ...]
+
+
+def feature_likelihood_divergence(
+    train: ArrayLike,
+    test: ArrayLike,
+    generated: ArrayLike,
+    *,
+    mode: Mode = "test",
+    dtype: Dtype = "float64",
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    max_generated: int = 10_000,
+    baseline: LikelihoodBaseline | None = None,
+    device: str = "cpu",
+) -> FeatureLikelihoodDivergence:
+    """How well Gaussians around generated rows, fitted to train rows, explain test rows.
+
+    Features are scaled by the test set's mean and standard deviation; those constant in it have
+    none and are dropped, with a warning.
+
+    Args:
+        train: ``[n, d]``, what the model was trained on.
+        test: ``[m, d]``, unseen.
+        generated: ``[g, d]``.
+        mode: which likelihoods are compared, see the result's `value`.
+        dtype: of the fit; float32 halves time and memory and moves the value by about 0.001.
+        seeds: each draws its own generated subset, row order and baseline split.
+        max_generated: of more generated rows this many are drawn.
+        baseline: a former result's, which halves the work.
+        device: where the fit is computed.
+
+    Raises:
+        UserError: fewer than 4 train or 2 other rows, NaN or infinity, differing dimensions, no
+            or repeated seeds, only constant features, a baseline of other data.
+    """
+    _check_arguments(mode, dtype, seeds, max_generated)
+    train_rows, test_rows = checked_pair(train, test, names=("train", "test"))
+    train_rows, generated_rows = checked_pair(train_rows, generated, names=("train", "generated"))
+    if len(train_rows) < 4:
+        raise UserError(f"train features: {len(train_rows)} rows, this metric needs at least 4")
+    normalise = _Normaliser(test_rows, dtype, device)
+    fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
+    if mode != "gap":
+        baseline = fits.baseline(seeds, baseline)
+    first, values = None, []
+    for seed in seeds:
+        draw = fits.draw(seed)
+        mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
+        first = first or (mixture.memorisation(), draw.generated)
+        values.append(_value(mode, mixture, fits, 0.0 if baseline is None else baseline.nll[seed]))
+    assert first is not None
+    return FeatureLikelihoodDivergence(
+        value=float(np.mean(values)),
+        std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        values=tuple(values),
+        seeds=tuple(seeds),
+        mode=mode,
+        baseline=None if mode == "gap" else baseline,
+        memorisation=first[0],
+        memorisation_rows=first[1],
+        n_train=len(train_rows),
+        n_test=len(test_rows),
+        n_generated=len(first[1]),
+        dim=fits.train.shape[1],
+        dtype=dtype,
+        warnings=normalise.warnings + _value_warnings(values, mode),
+    )
+
+
+def _check_arguments(mode: str, dtype: str, seeds: Sequence[int], max_generated: int) -> None:
+    if mode not in get_args(Mode):
+        raise UserError(f"mode {mode!r} is unknown, expected one of {', '.join(get_args(Mode))}")
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype {dtype!r} is unknown, expected {' or '.join(get_args(Dtype))}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds are {list(seeds)}, expected at least one and each once")
+    if max_generated < 2:
+        raise UserError(f"max_generated is {max_generated}, expected at least 2")
+
+
+class _Normaliser:
+    """Centres and scales by the test rows, without the features that are constant in them."""
+
+    def __init__(self, test: NDArray[np.floating], dtype: str, device: str) -> None:
+        self._kept = ~constant_features(test)
+        dropped = int((~self._kept).sum())
+        if dropped == len(self._kept):
+            raise UserError("test features are all constant: nothing can be scaled by them")
+        moments = Moments.of(test[:, self._kept])
+        self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
+        self._dtype, self._device = getattr(torch, dtype), device
+        self.warnings = (
+            (f"{dropped} feature dimensions are constant in the test set and were dropped",)
+            if dropped
+            else ()
+        )
+
+    def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
+        scaled = torch.empty((len(rows), len(self._mean)), dtype=self._dtype)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            scaled[part] = torch.from_numpy((rows[part][:, self._kept] - self._mean) / self._std)
+        return scaled.to(self._device)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One seed's random choices, in the order in which the authors' implementation makes them."""
+
+    generated: NDArray[np.int64]
+    order: NDArray[np.int64]
+    baseline_order: NDArray[np.int64]
+    baseline_fit_order: NDArray[np.int64]
+
+
+class _Fits:
+    """The two real sets, normalised, and the fits that need nothing else."""
+
+    def __init__(
+        self, train: torch.Tensor, test: torch.Tensor, n_generated: int, max_generated: int
+    ) -> None:
+        self.train, self.test = train, test
+        self._n_generated, self._used = n_generated, min(n_generated, max_generated)
+        self._centres = min(self._used, len(train) // 2)
+
+    def draw(self, seed: int) -> _Draw:
+        random, n = np.random.RandomState(seed), len(self.train)
+        everything = np.arange(self._n_generated)
+        capped = self._used < self._n_generated
+        return _Draw(
+            random.choice(self._n_generated, self._used, replace=False) if capped else everything,
+            random.choice(n, n, replace=False),
+            random.choice(n, n, replace=False),
+            random.choice(n - self._centres, n - self._centres, replace=False),
+        )
+
+    def baseline(
+        self, seeds: Sequence[int], known: LikelihoodBaseline | None
+    ) -> LikelihoodBaseline:
+        fingerprint = self._fingerprint()
+        if known is not None and known.fingerprint != fingerprint:
+            raise UserError(
+                "the baseline given is of other train or test features, row counts or dtype; "
+                "leave it out to have it computed"
+            )
+        nll = dict(known.nll) if known else {}
+        nll |= {seed: self._baseline_nll(seed) for seed in seeds if seed not in nll}
+        return LikelihoodBaseline(nll, fingerprint)
+
+    def _baseline_nll(self, seed: int) -> float:
+        draw = self.draw(seed)
+        centres = draw.baseline_order[: self._centres]
+        rest = draw.baseline_order[self._centres :]
+        fitted_to = self.train[rest[draw.baseline_fit_order]]
+        return Mixture(self.train[centres], fitted_to).nll(self.test)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for rows in (self.train, self.test):
+            digest.update(
+                f"{tuple(rows.shape)} {rows.dtype} {self._n_generated} {self._used};".encode()
+            )
+            digest.update(rows.cpu().numpy().data)
+        return digest.hexdigest()
+
+
+def _value(mode: str, mixture: Mixture, fits: _Fits, baseline_nll: float) -> float:
+    if mode == "gap":
+        return 100 * (mixture.nll(fits.train) - mixture.nll(fits.test))
+    return 100 * (mixture.nll(fits.train if mode == "train" else fits.test) - baseline_nll)
+
+
+def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
+    if max(np.abs(values)) <= _SUSPICIOUS:
+        return ()
+    cause = "copies of train rows" if mode != "train" else "features far from the real ones"
+    return (f"a value beyond ±{_SUSPICIOUS:.0f} points to {cause} or to another encoder",)
