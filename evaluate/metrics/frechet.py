@@ -7,6 +7,7 @@ no square root of a non-symmetric matrix is taken.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,9 +75,10 @@ def frechet_distance(
     real_rows, generated_rows = checked_pair(real, generated)
     generated_rows = _capped(generated_rows, max_generated, seed)
     first, second = Moments.of(real_rows), Moments.of(generated_rows)
-    warnings = (*_constant_warnings(real_rows, "real"),)
-    warnings += (*_constant_warnings(generated_rows, "generated"),)
-    return _distance(first, second, _RowFactor(real_rows), _RowFactor(generated_rows), warnings)
+    warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
+        generated_rows, "generated"
+    )
+    return _distance(first, second, (real_rows, generated_rows), warnings)
 
 
 def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDistance:
@@ -90,7 +92,7 @@ def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDis
             f"real moments have {real.dim} dimensions, generated {generated.dim}: "
             f"compare features of one encoder and one feature definition"
         )
-    return _distance(real, generated, None, None, ())
+    return _distance(real, generated, (None, None), ())
 
 
 def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
@@ -108,37 +110,70 @@ def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
     return float((1 / n + 1 / m) * (spectrum.sum() + covariance_share))
 
 
-class _RowFactor:
-    """The centred rows as a factor of their covariance: exact where there are few of them."""
+class FrechetReference:
+    """The real side of many distances, factored once."""
 
-    def __init__(self, rows: NDArray[np.floating]) -> None:
-        self._rows = rows
+    def __init__(self, real: Moments, rows: NDArray[np.floating] | None = None) -> None:
+        """Take the real moments, and the rows too where no more than d of them exist.
 
-    def __call__(self, moments: Moments) -> Matrix:
-        return (self._rows.astype(np.float64) - moments.mean).T / np.sqrt(moments.n - 1)
+        Raises:
+            UserError: the moments are of fewer than two rows.
+        """
+        self._moments, self._rows = real, rows
+        self._covariance = real.covariance
+        self._lower = None if self._few(real, rows) else _cholesky(self._covariance)
+
+    @cached_property
+    def _spectrum(self) -> Matrix:
+        return np.asarray(np.linalg.eigvalsh(self._covariance), dtype=np.float64)
+
+    def noise_floor(self, n_generated: int) -> float:
+        """See `expected_noise`, of the real spectrum."""
+        return expected_noise(self._spectrum, self._moments.n, n_generated)
+
+    def terms(
+        self, generated: Moments, rows: NDArray[np.floating] | None = None
+    ) -> tuple[float, float]:
+        """The mean and the covariance term of the distance to the generated moments.
+
+        Raises:
+            UserError: fewer than two generated rows.
+        """
+        covariance = generated.covariance
+        difference = self._moments.mean - generated.mean
+        traces = float(np.trace(self._covariance) + np.trace(covariance))
+        root = None
+        if self._lower is not None and not self._few(generated, rows):
+            root = _trace_by_eigenvalues(self._lower, covariance)
+        if root is None:
+            product = self._factor.T @ _factor(generated, covariance, rows)
+            root = float(np.linalg.svd(product, compute_uv=False).sum())
+        return float(difference @ difference), _at_least_zero(traces - 2 * root, traces)
+
+    @cached_property
+    def _factor(self) -> Matrix:
+        if self._lower is not None:
+            return self._lower
+        return _factor(self._moments, self._covariance, self._rows)
+
+    @staticmethod
+    def _few(moments: Moments, rows: NDArray[np.floating] | None) -> bool:
+        return rows is not None and moments.n <= moments.dim
 
 
 def _distance(
     real: Moments,
     generated: Moments,
-    real_rows: _RowFactor | None,
-    generated_rows: _RowFactor | None,
+    rows: tuple[NDArray[np.floating], NDArray[np.floating]] | tuple[None, None],
     warnings: tuple[str, ...],
 ) -> FrechetDistance:
-    first, second = real.covariance, generated.covariance
-    difference = real.mean - generated.mean
-    mean_term = float(difference @ difference)
-    traces = float(np.trace(first) + np.trace(second))
-    overlap = _trace_of_root(
-        (real, first, real_rows if real.n <= real.dim else None),
-        (generated, second, generated_rows if generated.n <= real.dim else None),
-    )
-    covariance_term = _at_least_zero(traces - 2 * overlap, traces)
+    reference = FrechetReference(real, rows[0])
+    mean_term, covariance_term = reference.terms(generated, rows[1])
     return FrechetDistance(
         value=mean_term + covariance_term,
         mean_term=mean_term,
         covariance_term=covariance_term,
-        noise_floor=expected_noise(_spectrum(first), real.n, generated.n),
+        noise_floor=reference.noise_floor(generated.n),
         n_real=real.n,
         n_generated=generated.n,
         dim=real.dim,
@@ -146,30 +181,14 @@ def _distance(
     )
 
 
-_Side = tuple[Moments, Matrix, _RowFactor | None]
+def _trace_by_eigenvalues(lower: Matrix, covariance: Matrix) -> float | None:
+    """``tr (S_r S_g)^(1/2)`` from the eigenvalues of ``C^T S_g C``, ``C C^T = S_r``.
 
-
-def _trace_of_root(real: _Side, generated: _Side) -> float:
-    """``tr (S_r S_g)^(1/2)``, by eigenvalues where that is accurate, else by singular values."""
-    if real[2] is None and generated[2] is None:
-        root = _trace_by_eigenvalues(real[1], generated[1])
-        if root is not None:
-            return root
-    product = _factor(*real).T @ _factor(*generated)
-    return float(np.linalg.svd(product, compute_uv=False).sum())
-
-
-def _trace_by_eigenvalues(first: Matrix, second: Matrix) -> float | None:
-    """The trace from the eigenvalues of ``C^T S C``, ``C C^T`` the first covariance.
-
-    Twice as fast as singular values, but an eigenvalue's absolute error is eps times the
-    largest, which its square root magnifies where it is small. None where those errors together
-    could exceed the accuracy promised, or where no Cholesky factor exists.
+    Faster than singular values, but an eigenvalue's absolute error is eps times the largest,
+    which its square root magnifies where it is small. None where those errors together could
+    exceed the accuracy promised.
     """
-    factor = _cholesky(first)
-    if factor is None:
-        return None
-    eigenvalues = np.linalg.eigvalsh(factor.T @ second @ factor)
+    eigenvalues = np.linalg.eigvalsh(lower.T @ covariance @ lower)
     error = np.finfo(np.float64).eps * eigenvalues[-1]
     if error <= 0:
         return None
@@ -177,10 +196,10 @@ def _trace_by_eigenvalues(first: Matrix, second: Matrix) -> float | None:
     return float(roots.sum()) if (error / (2 * roots)).sum() < _ACCURACY * roots.sum() else None
 
 
-def _factor(moments: Moments, covariance: Matrix, rows: _RowFactor | None) -> Matrix:
-    """Some F ``[d, r]`` with ``F F^T`` the covariance."""
-    if rows is not None:
-        return rows(moments)
+def _factor(moments: Moments, covariance: Matrix, rows: NDArray[np.floating] | None) -> Matrix:
+    """Some F ``[d, r]`` with ``F F^T`` the covariance: the centred rows where they are few."""
+    if rows is not None and moments.n <= moments.dim:
+        return np.asarray((rows.astype(np.float64) - moments.mean).T / np.sqrt(moments.n - 1))
     factor = _cholesky(covariance)
     if factor is not None:
         return factor
@@ -195,10 +214,6 @@ def _cholesky(covariance: Matrix) -> Matrix | None:
         return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
-
-
-def _spectrum(covariance: Matrix) -> Matrix:
-    return np.asarray(np.linalg.eigvalsh(covariance), dtype=np.float64)
 
 
 def _at_least_zero(difference: float, scale: float) -> float:
