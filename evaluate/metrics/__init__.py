@@ -12,14 +12,23 @@ _PUBLIC: dict[str, str] = {
     "CosineSimilarity": "evaluate.metrics.cosine",
     "FeatureLikelihoodDivergence": "evaluate.metrics.likelihood",
     "FrechetDistance": "evaluate.metrics.frechet",
+    "FrechetReference": "evaluate.metrics.frechet",
+    "KernelInceptionDistance": "evaluate.metrics.kernel_distance",
     "LikelihoodBaseline": "evaluate.metrics.likelihood",
+    "MaximumMeanDiscrepancy": "evaluate.metrics.kernel_distance",
     "Moments": "evaluate.metrics.moments",
     "PrecisionRecall": "evaluate.metrics.manifold",
+    "SlicedDistance": "evaluate.metrics.sliced_distance",
+    "VendiScore": "evaluate.metrics.vendi_score",
     "cosine_similarity": "evaluate.metrics.cosine",
     "feature_likelihood_divergence": "evaluate.metrics.likelihood",
     "frechet_distance": "evaluate.metrics.frechet",
     "frechet_distance_of_moments": "evaluate.metrics.frechet",
+    "kid": "evaluate.metrics.kernel_distance",
+    "mind": "evaluate.metrics.sliced_distance",
+    "mmd": "evaluate.metrics.kernel_distance",
     "precision_recall": "evaluate.metrics.manifold",
+    "vendi": "evaluate.metrics.vendi_score",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -1,0 +1,246 @@
+"""Kernel distances: unbiased in the number of images, where the Fréchet distance is not.
+
+Being unbiased they fall below zero about half the time where two sets are alike; such a value
+says "indistinguishable" and is reported as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import checked_pair
+from model.errors import UserError
+
+Rows = NDArray[np.float64]
+Kernel = Callable[[Rows, Rows], Rows]
+
+_BLOCK_ROWS = 1024
+_MEDIAN_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class KernelInceptionDistance:
+    """A kernel (inception) distance.
+
+    Attributes:
+        value: mean of the subsets' unbiased squared distances; may be slightly negative.
+        std: their standard deviation, divisor n - 1; None for one subset.
+        standard_error: std / sqrt(subsets); the subsets overlap, so it is a lower bound.
+        values: ``[subsets]`` float64.
+        subset_size: rows a side in each subset.
+        n_real: real rows drawn from.
+        n_generated: generated rows drawn from.
+        dim: feature dimension.
+        warnings: what makes the value doubtful, one sentence each.
+    """
+
+    value: float
+    std: float | None
+    standard_error: float | None
+    values: NDArray[np.float64]
+    subset_size: int
+    n_real: int
+    n_generated: int
+    dim: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MaximumMeanDiscrepancy:
+    """A squared maximum mean discrepancy under a Gaussian kernel.
+
+    Attributes:
+        value: the unbiased estimate; may be slightly negative.
+        biased: the biased one, never negative, CMMD's (which prints it times 1000).
+        sigma: the kernel's width; values compare only at equal sigma.
+        n_real: real rows.
+        n_generated: generated rows.
+        dim: feature dimension.
+    """
+
+    value: float
+    biased: float
+    sigma: float
+    n_real: int
+    n_generated: int
+    dim: int
+
+
+def kid(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> KernelInceptionDistance:
+    """The kernel distance of Bińkowski et al. (arXiv 1801.01401): kernel ``(x.y / d + 1)^3``.
+
+    Args:
+        real: ``[n, d]``.
+        generated: ``[m, d]``.
+        subsets: pairs of subsets, each drawn without replacement.
+        subset_size: rows a side; of smaller sets all rows are taken, with a warning.
+        seed: of the draws.
+
+    Raises:
+        UserError: fewer than two rows, NaN or infinity, differing dimensions, sizes too small.
+    """
+    first, second = checked_pair(real, generated)
+    if subsets < 1 or subset_size < 2:
+        raise UserError(
+            f"subsets is {subsets} and subset_size {subset_size}, expected at least 1 and 2"
+        )
+    size = min(subset_size, len(first), len(second))
+    random = np.random.RandomState(seed)
+    values = np.empty(subsets)
+    for draw in range(subsets):
+        a, b = (
+            x[random.choice(len(x), size, replace=False)].astype(np.float64)
+            for x in (first, second)
+        )
+        values[draw] = _kernel_sums(a, b, _cubic).unbiased(size, size)
+    std = float(values.std(ddof=1)) if subsets > 1 else None
+    return KernelInceptionDistance(
+        value=float(values.mean()),
+        std=std,
+        standard_error=None if std is None else std / float(np.sqrt(subsets)),
+        values=values,
+        subset_size=size,
+        n_real=len(first),
+        n_generated=len(second),
+        dim=first.shape[1],
+        warnings=_subset_warnings(size, subset_size),
+    )
+
+
+def mmd(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    sigma: float | None = None,
+    unit_norm: bool = True,
+    seed: int = 0,
+) -> MaximumMeanDiscrepancy:
+    """The squared MMD with kernel ``exp(-|x - y|^2 / (2 sigma^2))`` over all pairs, in float64.
+
+    With CLIP features and sigma 10 it is CMMD (Jayasumana et al., arXiv 2401.09603); here the
+    features are a pathology encoder's. The default width is the median distance within the real
+    set alone, so that all models measured against that set share it.
+
+    Args:
+        real: ``[n, d]``.
+        generated: ``[m, d]``.
+        sigma: kernel width, in the (normalised) features' units.
+        unit_norm: whether rows are scaled to length 1 first.
+        seed: of the at most 2000 real rows whose median distance is taken.
+
+    Raises:
+        UserError: fewer than two rows, NaN or infinity, differing dimensions, rows of zeros to
+            be normalised, sigma not positive, a median distance of zero.
+    """
+    sides = checked_pair(real, generated)
+    first, second = (
+        _scaled(x, name, unit_norm) for x, name in zip(sides, ("real", "generated"), strict=True)
+    )
+    width = _median_distance(first, seed) if sigma is None else float(sigma)
+    if not (np.isfinite(width) and width > 0):
+        raise UserError(
+            f"the kernel width is {width}: give a positive sigma (the median distance is zero "
+            f"where most real rows are copies)"
+        )
+    sums = _kernel_sums(first, second, lambda a, b: _gaussian(a, b, width))
+    return MaximumMeanDiscrepancy(
+        value=sums.unbiased(len(first), len(second)),
+        biased=max(0.0, sums.biased(len(first), len(second))),
+        sigma=width,
+        n_real=len(first),
+        n_generated=len(second),
+        dim=first.shape[1],
+    )
+
+
+@dataclass(frozen=True)
+class _KernelSums:
+    """Sums of the kernel over ordered pairs: within a set without the diagonal, and across."""
+
+    real: float
+    generated: float
+    across: float
+    real_diagonal: float
+    generated_diagonal: float
+
+    def unbiased(self, n: int, m: int) -> float:
+        within = self.real / (n * (n - 1)) + self.generated / (m * (m - 1))
+        return within - 2 * self.across / (n * m)
+
+    def biased(self, n: int, m: int) -> float:
+        real, generated = self.real + self.real_diagonal, self.generated + self.generated_diagonal
+        return real / n**2 + generated / m**2 - 2 * self.across / (n * m)
+
+
+def _kernel_sums(first: Rows, second: Rows, kernel: Kernel) -> _KernelSums:
+    (real, real_diagonal), (generated, generated_diagonal) = (
+        _within(rows, kernel) for rows in (first, second)
+    )
+    across = sum(float(kernel(a, b).sum()) for a in _blocks(first) for b in _blocks(second))
+    return _KernelSums(real, generated, across, real_diagonal, generated_diagonal)
+
+
+def _within(rows: Rows, kernel: Kernel) -> tuple[float, float]:
+    """The sum off the diagonal, whose symmetric half is not computed, and on it."""
+    blocks = list(_blocks(rows))
+    off, on = 0.0, 0.0
+    for number, block in enumerate(blocks):
+        square = kernel(block, block)
+        diagonal = float(np.trace(square))
+        on += diagonal
+        off += float(square.sum()) - diagonal
+        off += 2 * sum(float(kernel(block, later).sum()) for later in blocks[number + 1 :])
+    return off, on
+
+
+def _blocks(rows: Rows) -> Iterator[Rows]:
+    return (rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS))
+
+
+def _cubic(a: Rows, b: Rows) -> Rows:
+    base = a @ b.T / a.shape[1] + 1
+    return base * base * base
+
+
+def _gaussian(a: Rows, b: Rows, sigma: float) -> Rows:
+    return np.exp(_squared_distances(a, b) / (-2 * sigma**2))
+
+
+def _squared_distances(a: Rows, b: Rows) -> Rows:
+    squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
+    return np.maximum(squared, 0.0)
+
+
+def _median_distance(rows: Rows, seed: int) -> float:
+    if len(rows) > _MEDIAN_ROWS:
+        rows = rows[np.random.RandomState(seed).choice(len(rows), _MEDIAN_ROWS, replace=False)]
+    upper = np.triu_indices(len(rows), k=1)
+    return float(np.median(np.sqrt(_squared_distances(rows, rows)[upper])))
+
+
+def _scaled(rows: NDArray[np.floating], name: str, unit_norm: bool) -> Rows:
+    wide = rows.astype(np.float64)
+    if not unit_norm:
+        return wide
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not lengths.all():
+        raise UserError(
+            f"{name} features: {int((lengths == 0).sum())} rows hold only zeros and cannot be "
+            f"scaled to length 1; leave them out or set unit_norm to false"
+        )
+    return np.asarray(wide / lengths)
+
+
+def _subset_warnings(size: int, wanted: int) -> tuple[str, ...]:
+    if size == wanted:
+        return ()
+    return (f"subsets of {size} rows in place of {wanted}, as no more are there",)
