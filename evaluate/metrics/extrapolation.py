@@ -1,0 +1,114 @@
+"""The Fréchet distance extrapolated to infinitely many generated images."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import checked_pair
+from evaluate.metrics.frechet import FrechetReference
+from evaluate.metrics.moments import Moments
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class FrechetInfinity:
+    """A Fréchet distance without the bias of a finite generated set.
+
+    Attributes:
+        value: intercept of the line through (1/N, distance of N rows). The real set's own
+            finiteness stays in it. Noise can take it below zero where the sets are alike; it is
+            then reported as it is, with a warning.
+        slope: of that line, the bias times N.
+        sizes: ``[points]`` int64, the N.
+        values: ``[points]`` float64, their distances.
+        n_real: real rows.
+        n_generated: generated rows.
+        dim: feature dimension.
+        warnings: what makes the value doubtful, one sentence each.
+    """
+
+    value: float
+    slope: float
+    sizes: NDArray[np.int64]
+    values: NDArray[np.float64]
+    n_real: int
+    n_generated: int
+    dim: int
+    warnings: tuple[str, ...]
+
+
+def frechet_infinity(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    points: int = 15,
+    smallest: int | None = None,
+    seed: int = 0,
+) -> FrechetInfinity:
+    """Least squares of Fréchet distances on 1/N (Chong & Forsyth, arXiv 1911.07023).
+
+    The subsets are prefixes of one random order, so that their moments come from one pass
+    instead of one a size.
+
+    Args:
+        real: ``[n, d]``, used whole.
+        generated: ``[m, d]``.
+        points: sizes, evenly spaced up to m.
+        smallest: the first of them; by default m / 10, at most 5000.
+        seed: of the order.
+
+    Raises:
+        UserError: fewer than three different sizes, too few rows, NaN or infinity, differing
+            dimensions.
+    """
+    real_rows, generated_rows = checked_pair(real, generated)
+    n, d = generated_rows.shape
+    sizes = _sizes(n, points, smallest)
+    order = np.random.RandomState(seed).permutation(n)
+    reference = FrechetReference(Moments.of(real_rows), real_rows)
+    moments, values = Moments(d), []
+    for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):
+        moments.update(generated_rows[order[start:stop]])
+        rows = generated_rows[order[:stop]] if stop <= d else None
+        values.append(sum(reference.terms(moments, rows)))
+    slope, intercept = np.polyfit(1 / sizes, values, 1)
+    return FrechetInfinity(
+        value=float(intercept),
+        slope=float(slope),
+        sizes=sizes,
+        values=np.array(values),
+        n_real=len(real_rows),
+        n_generated=n,
+        dim=d,
+        warnings=_warnings(float(intercept), int(sizes[0]), len(real_rows), d),
+    )
+
+
+def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
+    first = max(2, min(5000, n // 10)) if smallest is None else smallest
+    if not 2 <= first < n:
+        raise UserError(
+            f"the smallest subset has {first} rows, expected 2 to {n - 1} of the {n} generated"
+        )
+    sizes = np.unique(np.linspace(first, n, max(points, 0)).astype(np.int64))
+    if len(sizes) < 3:
+        raise UserError(
+            f"{points} points over {n} generated rows give {len(sizes)} different sizes, but a "
+            f"line with a residual needs 3; measure more images or ask for more points"
+        )
+    return sizes
+
+
+def _warnings(value: float, smallest: int, n_real: int, dim: int) -> tuple[str, ...]:
+    warnings = []
+    if smallest <= dim:
+        warnings.append(
+            f"the smallest subset has {smallest} rows for {dim} feature dimensions: there the "
+            f"distance is not linear in 1/N"
+        )
+    if n_real <= dim:
+        warnings.append(f"{n_real} real images for {dim} feature dimensions: their bias stays")
+    if value < 0:
+        warnings.append("the extrapolated distance is below zero: not distinguishable from zero")
+    return tuple(warnings)

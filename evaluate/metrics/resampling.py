@@ -1,0 +1,235 @@
+"""How far a Fréchet distance would move with other images, or with other slides.
+
+The CytoSyn report (arXiv 2603.18089, section 5) draws 50,000 of 100,000 generated images 50
+times without replacement. That is subsampling: its spread must be widened by the finite
+population factor (sqrt 2 for half of the set), and it knows nothing of images being alike within
+a slide. Drawing whole slides or patients with replacement does, but repeats rows, which raises a
+Fréchet distance: its draws give the width of the interval, never its centre.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evaluate.metrics.features import checked_pair, chunks
+from evaluate.metrics.frechet import FrechetReference
+from evaluate.metrics.moments import Moments
+from model.errors import UserError
+
+_DRAW_BYTES = 2 << 30  # covariances of the draws in hand
+_TILE_BYTES = 1 << 30  # columns of all clusters' second moments
+_QUANTILES = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class FrechetBootstrap:
+    """A Fréchet distance with the spread of its resamples.
+
+    Attributes:
+        value: the centre: for subsampling the mean of the draws, as the paper prints it; for
+            clusters the distance of all rows.
+        std: standard deviation of the draws, divisor n - 1; the paper's figure.
+        corrected_std: of an independent sample of that size: `std` over
+            ``sqrt(1 - size / n_generated)`` for subsampling, `std` itself for clusters.
+        low: lower end of the 95% interval: `value` less the draws' (corrected) lower spread,
+            not below 0.
+        high: its upper end.
+        values: ``[draws]`` float64.
+        kind: "subsample" or "cluster".
+        size: rows in a draw; None for clusters, whose draws differ in size.
+        n_clusters: generated clusters; None for subsampling.
+        n_real: real rows.
+        n_generated: generated rows.
+        dim: feature dimension.
+    """
+
+    value: float
+    std: float
+    corrected_std: float
+    low: float
+    high: float
+    values: NDArray[np.float64]
+    kind: str
+    size: int | None
+    n_clusters: int | None
+    n_real: int
+    n_generated: int
+    dim: int
+
+
+def bootstrap(
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    draws: int = 50,
+    size: int = 50_000,
+    clusters: ArrayLike | None = None,
+    real_clusters: ArrayLike | None = None,
+    seed: int = 0,
+) -> FrechetBootstrap:
+    """The paper's subsampling, or with `clusters` a cluster bootstrap.
+
+    A cluster draw's covariance is the weighted sum of the clusters' second moments. These are
+    taken in tiles of columns, so that 4 GB suffice beside the features and one sorted copy,
+    whatever the number of clusters.
+
+    Args:
+        real: ``[n, d]``.
+        generated: ``[m, d]``.
+        draws: at least 2.
+        size: rows in a draw, below m; without clusters only.
+        clusters: ``[m]`` labels, the slide or patient each generated row was made from.
+        real_clusters: ``[n]`` labels, to draw the real set's slides too; else it is fixed.
+        seed: of the draws.
+
+    Raises:
+        UserError: labels not of the rows' number, fewer than two clusters, sizes out of range,
+            NaN or infinity, differing dimensions.
+    """
+    first, second = checked_pair(real, generated)
+    if draws < 2:
+        raise UserError(f"draws is {draws}, expected at least 2")
+    random = np.random.RandomState(seed)
+    if clusters is None:
+        if real_clusters is not None:
+            raise UserError("real_clusters were given without clusters: give the generated ones")
+        return _subsample(first, second, draws, size, random)
+    return _cluster(first, second, draws, (real_clusters, clusters), random)
+
+
+def _subsample(
+    real: NDArray[np.floating],
+    generated: NDArray[np.floating],
+    draws: int,
+    size: int,
+    random: np.random.RandomState,
+) -> FrechetBootstrap:
+    n = len(generated)
+    if not 2 <= size < n:
+        raise UserError(
+            f"size is {size}, expected 2 to {n - 1}: a draw without replacement must leave some "
+            f"of the {n} generated rows out"
+        )
+    reference = FrechetReference(Moments.of(real), real)
+    values = np.empty(draws)
+    for draw in range(draws):
+        rows = generated[np.sort(random.choice(n, size, replace=False))]
+        values[draw] = sum(reference.terms(Moments.of(rows), rows))
+    widening = 1 / np.sqrt(1 - size / n)
+    return _result(values, float(values.mean()), widening, real, n, size=size)
+
+
+def _cluster(
+    real: NDArray[np.floating],
+    generated: NDArray[np.floating],
+    draws: int,
+    labels: tuple[ArrayLike | None, ArrayLike],
+    random: np.random.RandomState,
+) -> FrechetBootstrap:
+    fixed = FrechetReference(Moments.of(real), real)
+    point = sum(fixed.terms(Moments.of(generated), generated))
+    side = _ClusteredRows(generated, labels[1], "generated")
+    other = None if labels[0] is None else _ClusteredRows(real, labels[0], "real")
+    weights = side.draw(draws, random)
+    real_weights = None if other is None else other.draw(draws, random)
+    values = np.empty(draws)
+    group = max(1, _DRAW_BYTES // (8 * real.shape[1] ** 2 * (1 if other is None else 2)))
+    for start in range(0, draws, group):
+        part = slice(start, start + group)
+        references = [fixed] * draws
+        if other is not None and real_weights is not None:
+            references = [FrechetReference(m) for m in other.resampled(real_weights[part])]
+        for number, moments in enumerate(side.resampled(weights[part])):
+            values[start + number] = sum(references[number].terms(moments))
+    return _result(values, point, 1.0, real, len(generated), n_clusters=side.n_clusters)
+
+
+def _result(
+    values: NDArray[np.float64],
+    centre: float,
+    widening: float,
+    real: NDArray[np.floating],
+    n_generated: int,
+    *,
+    size: int | None = None,
+    n_clusters: int | None = None,
+) -> FrechetBootstrap:
+    std = float(values.std(ddof=1))
+    low, high = centre + widening * (np.quantile(values, _QUANTILES) - values.mean())
+    return FrechetBootstrap(
+        value=centre,
+        std=std,
+        corrected_std=std * widening,
+        low=max(0.0, float(low)),
+        high=float(high),
+        values=values,
+        kind="subsample" if n_clusters is None else "cluster",
+        size=size,
+        n_clusters=n_clusters,
+        n_real=len(real),
+        n_generated=n_generated,
+        dim=real.shape[1],
+    )
+
+
+class _ClusteredRows:
+    """Rows in the order of their clusters, and the moments of weighted sums of clusters."""
+
+    def __init__(self, rows: NDArray[np.floating], labels: ArrayLike, name: str) -> None:
+        label = np.asarray(labels)
+        if label.shape != (len(rows),):
+            raise UserError(
+                f"{name} clusters: expected one label for each of {len(rows)} rows, got an array "
+                f"of shape {label.shape}"
+            )
+        names, member, self._counts = np.unique(label, return_inverse=True, return_counts=True)
+        self.n_clusters = len(names)
+        if self.n_clusters < 2:
+            raise UserError(f"{name} clusters: all rows have one label, expected 2 or more")
+        self._rows = rows[np.argsort(member, kind="stable")]
+        self._stops = np.cumsum(self._counts)
+        # Second moments are taken about the common mean, so that nothing large cancels.
+        self._centre = np.stack([b.sum(axis=0) for b in chunks(rows)]).sum(axis=0) / len(rows)
+        self._sums = np.stack([block.sum(axis=0) for block in self._blocks()])
+
+    def draw(self, draws: int, random: np.random.RandomState) -> NDArray[np.float64]:
+        """How often each cluster is drawn ``[draws, clusters]``, with replacement."""
+        c = self.n_clusters
+        return random.multinomial(c, np.full(c, 1 / c), size=draws).astype(np.float64)
+
+    def resampled(self, weights: NDArray[np.float64]) -> list[Moments]:
+        """The moments of the rows with each cluster repeated as `weights` says, a draw each."""
+        scatter = self._weighted_squares(weights)
+        result = []
+        for draw, weight in enumerate(weights):
+            moments = Moments(self._rows.shape[1])
+            moments.n = int(weight @ self._counts)
+            offset = weight @ self._sums / moments.n
+            moments.mean = self._centre + offset
+            moments.scatter = scatter[draw]
+            moments.scatter -= np.outer(offset * moments.n, offset)
+            result.append(moments)
+        return result
+
+    def _weighted_squares(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``[draws, d, d]``: the weighted sums of the clusters' second moments."""
+        d = self._rows.shape[1]
+        result = np.empty((len(weights), d, d))
+        width = max(1, _TILE_BYTES // (8 * d * self.n_clusters))
+        for start in range(0, d, width):
+            columns = slice(start, min(start + width, d))
+            # The part above the tile is known by symmetry.
+            tile = np.empty((self.n_clusters, d - start, columns.stop - start))
+            for cluster, block in enumerate(self._blocks()):
+                np.matmul(block[:, start:].T, block[:, columns], out=tile[cluster])
+            summed = (weights @ tile.reshape(self.n_clusters, -1)).reshape(-1, *tile.shape[1:])
+            result[:, start:, columns] = summed
+            result[:, columns, start:] = summed.transpose(0, 2, 1)
+        return result
+
+    def _blocks(self) -> Iterator[NDArray[np.float64]]:
+        """Each cluster's rows, less the common mean."""
+        for stop, count in zip(self._stops, self._counts, strict=True):
+            yield self._rows[stop - count : stop] - self._centre
