@@ -9,6 +9,7 @@ from typing import Any
 
 _PUBLIC: dict[str, str] = {
     "alignment_loss": "model.losses",
+    "CytoSyn": "model.cytosyn",
     "denoising_loss": "model.losses",
     "Discriminator": "model.discriminator",
     "DiscriminatorConfig": "model.discriminator",
@@ -26,6 +27,7 @@ _PUBLIC: dict[str, str] = {
     "load_encoder": "model.encoders",
     "PerceptualLoss": "model.perceptual",
     "Posterior": "model.vae",
+    "Records": "model.cytosyn",
     "sample": "model.sampler",
     "SiT": "model.sit",
     "SIT_PRESETS": "model.sit",

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
 from model.errors import UserError
 from model.losses import kl_loss
 from model.vae_keys import VAELayout, from_native, to_native
-from model.weights import fit_tensors, read_tensors, write_tensors
+from model.weights import build_from_tensors, read_tensors, write_tensors
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -429,6 +429,4 @@ class VAE(nn.Module):
         that do not fit `config`.
         """
         tensors = to_native(read_tensors(path))
-        vae = cls(config)
-        fit_tensors(vae, tensors, source=str(path))
-        return vae
+        return build_from_tensors(lambda: cls(config), tensors, source=str(path))

@@ -8,11 +8,11 @@ import hashlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.errors import UserError
 
 Tensors = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _NAMED_KEYS = 3  # how many offending keys an error spells out
@@ -155,10 +156,33 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     `source` and the first missing, unexpected and misshapen keys; the module is then
     unchanged.
     """
+    _refuse_misfit(module, tensors, source)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def build_from_tensors(
+    build: Callable[[], Module], tensors: Mapping[str, Tensor], *, source: str
+) -> Module:
+    """Build a module around `tensors`, in float32, without first initialising it at random.
+
+    `build` makes the module; every parameter and buffer of it must be in its state. Raises
+    `WeightsError` as `fit_tensors` does.
+    """
+    with torch.device("meta"):
+        module = build()
+    _refuse_misfit(module, tensors, source)
+    single = {
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in tensors.items()
+    }
+    module.load_state_dict(single, strict=True, assign=True)
+    return module
+
+
+def _refuse_misfit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     problem = describe_misfit(module.state_dict(), tensors)
     if problem:
         raise WeightsError(f"weights {source}: do not fit {type(module).__name__}: {problem}")
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -209,16 +233,29 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors
     alone.
     """
-    path = Path(path)
     packed = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with _appearing_whole(Path(path)) as temporary:
         save_file(packed, temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; exported weights are shared
-        os.replace(temporary, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file that appears whole or not at all."""
+    with _appearing_whole(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it private; exported weights are shared
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

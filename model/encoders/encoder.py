@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.encoders.resize import resize_tokens
 from model.encoders.table import EncoderSpec, encoder_spec
 from model.errors import UserError
+from model.images import as_uint8_nchw
 from model.weights import (
     WeightsSource,
     explain_hub_errors,
@@ -97,23 +98,6 @@ class Encoder:
                 f"and patch tokens {got}, expected {spec.dim} and {native}; "
                 f"use weights of {spec.hub_id}"
             )
-
-
-def as_uint8_nchw(images: Tensor | np.ndarray) -> Tensor:
-    """View uint8 RGB images [B, H, W, 3] or [B, 3, H, W] as a tensor [B, 3, H, W].
-
-    Raises `ValueError` for another dtype or shape.
-    """
-    if isinstance(images, np.ndarray):
-        # torch warns about memory it cannot protect from writing; a read-only view is copied
-        images = torch.from_numpy(images if images.flags.writeable else images.copy())
-    if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images, got {images.dtype}")
-    if images.ndim == 4 and images.shape[3] == 3:
-        return images.permute(0, 3, 1, 2)
-    if images.ndim == 4 and images.shape[1] == 3:
-        return images
-    raise ValueError(f"expected [B, H, W, 3] or [B, 3, H, W] images, got {list(images.shape)}")
 
 
 def load_encoder(

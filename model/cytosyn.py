@@ -1,0 +1,345 @@
+"""CytoSyn: everything that makes images, in one object and one folder.
+
+Source: the CytoSyn report (arXiv 2603.18089): a SiT over the latents of an SD-VAE, trained end to
+end by REPA-E (arXiv 2504.10483), conditioned on the CLS feature of a pathology encoder.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.errors import UserError
+from model.images import from_uint8, to_uint8
+from model.interpolant import Interpolant
+from model.noise import derive_seeds, seed_tensor
+from model.repa_e import read_repa_e
+from model.sampler import Progress, Solver, sample
+from model.sit import SiT, SiTConfig
+from model.vae import VAE, VAEConfig
+from model.weights import (
+    Module,
+    build_from_tensors,
+    explain_hub_errors,
+    read_tensors,
+    tensors_sha256,
+    write_tensors,
+    write_text,
+)
+
+FORMAT_VERSION = 1
+_CONFIG, _SIT, _VAE = "config.json", "sit.safetensors", "vae.safetensors"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where a model's weights come from; None where it is not known.
+
+    `sit` and `vae` say which weights these are: the exponential moving average of training, or
+    the last step's. The encoder's sha256 is that of `model.weights.tensors_sha256`.
+    """
+
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    encoder_weights_sha256: str | None = None
+    encoder_is_random: bool | None = None
+    mpp: float | None = None
+    tile_px: int | None = None
+    training_step: int | None = None
+    sit: Literal["ema", "raw"] | None = None
+    vae: Literal["ema", "raw"] | None = None
+
+
+class CytoSyn(nn.Module):
+    """SiT, VAE and latent norm (inside the SiT), with what is known of their training.
+
+    Latents here are normalised ones, the SiT's own space. The networks are held, not copied or
+    changed, so a trainer can look at its own through this; those that the loaders return are
+    frozen.
+    """
+
+    def __init__(
+        self,
+        sit: SiT,
+        vae: VAE,
+        *,
+        interpolant: Interpolant | None = None,
+        records: Records | None = None,
+    ) -> None:
+        super().__init__()
+        if sit.config.latent_channels != vae.config.latent_channels:
+            raise UserError(
+                f"SiT has {sit.config.latent_channels} latent channels and the VAE "
+                f"{vae.config.latent_channels}; they must be equal"
+            )
+        self.sit = sit
+        self.vae = vae
+        self.interpolant = interpolant or Interpolant()
+        self.records = records or Records()
+
+    @property
+    def tile_px(self) -> int:
+        """Side of the images that `generate` gives."""
+        return self.sit.config.latent_size * self.vae.config.downsampling
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is and its outputs will be computed."""
+        return self.sit.pos_embed.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        features: Tensor | np.ndarray | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 250,
+        guidance_scale: float = 2.5,
+        guidance_low: float = 0.0,
+        guidance_high: float = 0.75,
+        seed: int | Sequence[int] | Tensor = 0,
+        solver: Solver = "sde",
+        batch_size: int = 32,
+        dtype: torch.dtype | None = None,
+        legacy_truncate: bool = False,
+        network: Callable[[Tensor, Tensor], Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Generate RGB images, uint8 [N, H, W, 3].
+
+        `features` is [n, condition_dim] (or labels [n] for a model of classes), each used for
+        `num_images_per_prompt` consecutive images; None generates that many without
+        condition, where guidance has nothing to do. `seed` is one number from which each
+        image's own seed is derived by its index, or N seeds. An image is a function of its
+        feature and seed alone, up to the rounding of the arithmetic; `batch_size` bounds memory.
+        Steps, solver and guidance are those of `model.sample`. `dtype` runs the networks under
+        autocast, `network` replaces `sit.forward_from_condition` by a compiled one. `progress`
+        is told of steps done and of all steps, over all batches. Values are rounded to
+        integers, or cut with `legacy_truncate` as the reference did (half a grey level darker).
+
+        Raises UserError for features of another width and for numbers out of range.
+        """
+        prompts = self._prompts(features, num_images_per_prompt)
+        count = num_images_per_prompt if prompts is None else len(prompts)
+        seeds = _image_seeds(seed, count)
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+        images = []
+        starts = range(0, count, batch_size)
+        for batch, start in enumerate(starts):
+            chosen = slice(start, start + batch_size)
+            latents = sample(
+                self.sit,
+                None if prompts is None else prompts[chosen],
+                seeds=seeds[chosen],
+                steps=num_inference_steps,
+                solver=solver,
+                guidance_scale=guidance_scale,
+                guidance_low=guidance_low,
+                guidance_high=guidance_high,
+                interpolant=self.interpolant,
+                dtype=dtype,
+                network=network,
+                progress=_within(progress, batch, len(starts)),
+            )
+            images.append(self.decode(latents, dtype=dtype, legacy_truncate=legacy_truncate))
+        return np.concatenate(images)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor | np.ndarray,
+        *,
+        noise: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Normalised latents [N, C, h, w], float32, of RGB images.
+
+        Images are uint8 [N, H, W, 3] or [N, 3, H, W]. The posterior's mean is taken, or with
+        `noise` [N, C, h, w] a sample. Normalised by the running statistics, as in training.
+        """
+        batch = from_uint8(images).to(self.device)
+        with self._precision(dtype):
+            posterior = self.vae.encode(batch.to(self.vae.quant_conv.weight.dtype))
+        latents = posterior.mode() if noise is None else posterior.sample(noise.to(self.device))
+        return self.sit.bn.normalise(latents, use_batch=False)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        legacy_truncate: bool = False,
+    ) -> np.ndarray:
+        """RGB images uint8 [N, H, W, 3] of normalised latents [N, C, h, w]."""
+        raw = self.sit.bn.denormalise(latents.to(self.device))
+        with self._precision(dtype):
+            images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
+        return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, sit.safetensors and vae.safetensors (CompVis keys) to a folder.
+
+        The configuration is written last and holds the weights' sums, so that a folder that
+        was cut short or put together from two models is recognised.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CONFIG).unlink(missing_ok=True)
+        weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}
+        for name, tensors in weights.items():
+            write_tensors(folder / name, tensors)
+        config = {
+            "format": "cytosyn",
+            "format_version": FORMAT_VERSION,
+            "path": self.interpolant.path,
+            "sit": self.sit.config.to_dict(),
+            "vae": self.vae.config.to_dict(),
+            "records": asdict(self.records),
+            "sha256": {name: tensors_sha256(tensors) for name, tensors in weights.items()},
+        }
+        write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name").
+
+        Weights are loaded to the CPU in float32. Raises UserError, naming the file, if the
+        source cannot be found or reached, is of another format, damaged, or does not fit.
+        """
+        folder = _local_folder(source)
+        config = _read_config(folder / _CONFIG)
+        sums = config["sha256"]
+        sit_config = SiTConfig.from_dict(config["sit"])
+        vae_config = VAEConfig.from_dict(config["vae"])
+        model = cls(
+            _load(lambda: SiT(sit_config), folder / _SIT, sums),
+            _load(lambda: VAE(vae_config), folder / _VAE, sums),
+            interpolant=Interpolant(config["path"]),
+            records=_read_records(config["records"]),
+        )
+        return model.requires_grad_(False).eval()
+
+    @classmethod
+    def from_repa_e(cls, checkpoint: str | Path, *, use_ema: bool = True) -> Self:
+        """Load a training checkpoint (.pt) of the public REPA-E code, executing no pickled code.
+
+        `use_ema` takes the averaged SiT and latent statistics, else the last step's; the VAE is
+        the last step's either way, as that code keeps no average of it. Raises UserError for a
+        file that is damaged or holds something else.
+        """
+        parts = read_repa_e(checkpoint, use_ema=use_ema)
+        source = str(checkpoint)
+        sit = build_from_tensors(lambda: SiT(parts.sit_config), parts.sit, source=source)
+        vae = build_from_tensors(lambda: VAE(parts.vae_config), parts.vae, source=source)
+        records = Records(
+            encoder=parts.encoder,
+            tile_px=parts.sit_config.latent_size * parts.vae_config.downsampling,
+            training_step=parts.step,
+            sit="ema" if use_ema else "raw",
+            vae="raw",
+        )
+        model = cls(sit, vae, interpolant=Interpolant(parts.path), records=records)
+        return model.requires_grad_(False).eval()
+
+    def _prompts(self, features: Tensor | np.ndarray | None, repeats: int) -> Tensor | None:
+        """One row of features (or label) an image, on the model's device."""
+        if repeats < 1:
+            raise UserError(f"num_images_per_prompt is {repeats}; expected 1 or more")
+        if features is None:
+            return None
+        prompts = torch.as_tensor(features)
+        config = self.sit.config
+        width = {"feature": (config.condition_dim,), "label": (), "none": None}[config.conditioning]
+        if width is None:
+            raise UserError("this model was trained without condition; generate without features")
+        if tuple(prompts.shape[1:]) != width or prompts.ndim == 0 or len(prompts) == 0:
+            wanted = ", ".join(["n", *map(str, width)])
+            raise UserError(f"features are {list(prompts.shape)}; this model expects [{wanted}]")
+        if config.conditioning == "label" and not 0 <= prompts.min() <= prompts.max() < (
+            config.num_classes
+        ):
+            raise UserError(f"labels must lie in [0, {config.num_classes - 1}]")
+        return prompts.to(self.device).repeat_interleave(repeats, dim=0)
+
+    def _precision(self, dtype: torch.dtype | None) -> Any:
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+
+def _image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
+    """Seeds [count] (int64 bits): derived from one number by image index, or as given."""
+    if isinstance(seed, int):
+        return derive_seeds(seed, torch.arange(count))
+    seeds = seed_tensor(seed)
+    if seeds.shape != (count,):
+        raise UserError(f"{seeds.numel()} seeds for {count} images; pass one, or one an image")
+    return seeds
+
+
+def _within(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+    """A batch's progress as part of all batches'."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(batch * steps + done, batches * steps)
+
+
+def _local_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    hub_id = str(source).removeprefix("hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise UserError(
+            f"model {source}: no such folder; give the folder of an exported model or a hub id "
+            "(owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    with explain_hub_errors(hub_id, instead=f"the local folder (there is none at {folder})"):
+        return Path(snapshot_download(hub_id, allow_patterns=[_CONFIG, _SIT, _VAE]))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"model {path.parent}: holds no {_CONFIG}; export the model again")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"model {path}: not valid JSON ({error}); export the model again"
+        ) from error
+    if not (isinstance(config, dict) and config.get("format") == "cytosyn"):
+        raise UserError(f"model {path}: not a model of this project ('format' is not 'cytosyn')")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"model {path}: format_version is {config.get('format_version')!r}, this version "
+            f"reads {FORMAT_VERSION}; update this software or export the model again"
+        )
+    absent = [key for key in ("path", "sit", "vae", "records", "sha256") if key not in config]
+    if absent:
+        raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
+    return config
+
+
+def _read_records(values: dict[str, Any]) -> Records:
+    known = {field.name for field in fields(Records)}  # records of later versions are no obstacle
+    return Records(**{key: value for key, value in values.items() if key in known})
+
+
+def _load(build: Callable[[], Module], path: Path, sums: dict[str, str]) -> Module:
+    tensors = read_tensors(path)
+    module = build_from_tensors(build, tensors, source=str(path))
+    if tensors_sha256(tensors) != sums.get(path.name):
+        raise UserError(
+            f"model {path}: its sum is not the one in {_CONFIG}; the file is damaged or of "
+            "another model, copy or export the folder again"
+        )
+    return module
