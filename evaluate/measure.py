@@ -27,7 +27,7 @@ from pipeline.features import FeatureStore, encoder_file
 Features = npt.NDArray[np.float32]
 
 _FEW_TILES = 1000
-_COSINE_BINS = 40
+_COSINE_BINS = 100
 _MIN_ROWS = 8
 """Fewer rows a side make no half with three neighbours a tile."""
 

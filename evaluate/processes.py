@@ -60,8 +60,9 @@ class Processes:
         count, width = (int(value) for value in shape)
         if count < 0:
             sys.exit(2)
-        table = torch.tensor(rows, dtype=torch.int64).reshape(count, width)
-        table = table if self.is_first else torch.empty(count, width, dtype=torch.int64)
+        table = torch.empty(count, width, dtype=torch.int64)
+        if rows:
+            table = torch.tensor(rows, dtype=torch.int64)
         dist.broadcast(table, 0)
         return [tuple(row) for row in table.tolist()]
 

@@ -8,8 +8,16 @@ import numpy.typing as npt
 
 from evaluate.generate.plan import source_order
 from model.errors import UserError
-from pipeline.dataset import Dataset, Selection, identity_value, read_selection
+from pipeline.dataset import (
+    Dataset,
+    Selection,
+    identity_value,
+    read_identity,
+    read_selection,
+)
 from pipeline.features import FeatureStore
+
+_MPP_SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,16 @@ class Guidance(Protocol):
         ...
 
     @property
+    def tile_px(self) -> int | None:
+        """Side of the guiding tiles in pixels; None where nothing guides."""
+        ...
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the guiding tiles; None where nothing guides."""
+        ...
+
+    @property
     def encoder_record(self) -> dict[str, Any] | None:
         """encoder.json of the features; None where nothing guides."""
         ...
@@ -60,6 +78,8 @@ class Unconditional:
     """No guidance: the model's null condition, `count` times and as often as is asked."""
 
     name = ""
+    tile_px = None
+    mpp = None
     encoder_record = None
     end = None
 
@@ -99,6 +119,16 @@ class SelectionGuidance:
             raise UserError(f"selection '{selection_name}' of {dataset.root} has no rows")
         tile_px = int(identity_value(dataset, "tile_px"))
         return cls(dataset, selection, FeatureStore(dataset, tile_px=tile_px, encoder=encoder))
+
+    @property
+    def tile_px(self) -> int:
+        """Side of the dataset's tiles in pixels."""
+        return int(identity_value(self.dataset, "tile_px"))
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the dataset's tiles."""
+        return read_identity(self.dataset).get("mpp")
 
     @property
     def encoder_record(self) -> dict[str, Any]:
@@ -150,22 +180,45 @@ def check_condition_dim(record: dict[str, Any] | None, condition_dim: int | None
         )
 
 
+def check_tile_px(guidance_px: int | None, model_px: int) -> None:
+    """Refuse guidance by tiles of another size than the model draws, with both sizes."""
+    if guidance_px is not None and guidance_px != model_px:
+        raise UserError(
+            f"the guidance's tiles are {guidance_px} px, the model draws {model_px} px; guide with "
+            "a dataset of the model's tile size"
+        )
+
+
+def check_resolution(guidance_mpp: float | None, model_mpp: float | None, *, force: bool) -> str:
+    """Compare the resolution of the guiding tiles with that of the model's training tiles.
+
+    Returns a warning, empty where they agree within 2% or one is not known. Raises `UserError`
+    where they differ and `force` is not set.
+    """
+    if guidance_mpp is None or model_mpp is None or abs(guidance_mpp / model_mpp - 1) <= _MPP_SLACK:
+        return ""
+    message = (
+        f"the guidance's tiles are at {guidance_mpp} µm per pixel, the model was trained at "
+        f"{model_mpp}"
+    )
+    if not force:
+        raise UserError(f"{message}; guide with tiles of the model's resolution, or give --force")
+    return message
+
+
 def check_encoder(
     guidance: dict[str, Any] | None, model: dict[str, Any] | None, *, force: bool
-) -> str | None:
+) -> str:
     """Compare the guidance's encoder record with the one that the model was trained on.
 
-    Returns a warning for the person, or None. Raises `UserError` where the encoder or the sum of
-    its weights differ and `force` is not set: features of another encoder steer the model at
-    random. A model that does not say what it was trained on cannot be checked, which is a warning.
+    Returns a warning, empty where they agree or the model does not know. Raises `UserError` where
+    the encoder or the sum of its weights differ and `force` is not set: features of another
+    encoder steer the model at random.
     """
-    if guidance is None:
-        return None
-    if model is None:
-        return "the model does not say which encoder it was trained with; guidance is unchecked"
-    same = all(guidance.get(key) == model.get(key) for key in ("encoder", "weights_sha256"))
-    if same:
-        return None
+    if guidance is None or model is None:
+        return ""
+    if all(guidance.get(key) == model.get(key) for key in ("encoder", "weights_sha256")):
+        return ""
     message = (
         f"the guidance's features are of {_described(guidance)}, "
         f"the model was trained on {_described(model)}"

@@ -1,8 +1,9 @@
 """The generation loop: sample, encode and write beside it, commit unit by unit."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from evaluate.generate.plan import (
     plan_units,
     whole_blocks,
 )
-from evaluate.generate.write import commit_unit, planned_images, standing_spans, write_tables
+from evaluate.generate.write import (
+    SELECTION_NAME,
+    commit_unit,
+    planned_images,
+    standing_spans,
+    write_tables,
+)
 from evaluate.generators import Generator
 from evaluate.processes import Processes
 from model.noise import derive_seeds
-from pipeline.console import Meter, format_bytes, format_seconds, meter, say
+from pipeline.console import format_bytes, format_seconds, meter, say
 from pipeline.dataset import (
     Dataset,
     Run,
@@ -85,7 +92,8 @@ def generate(
     units = [Unit(*row) for row in processes.agree(prepare)]
     mine = units[processes.rank :: processes.size]
     started = time.monotonic()
-    made, written = _make(dataset, mark, generator, guidance, request, mine)
+    with _progress(processes, sum(unit.count for unit in mine)) as advance:
+        made, written = _make(dataset, mark, generator, guidance, request, mine, advance)
     made, written = processes.total(made, written)
     return Outcome(made, planned_images(dataset), written, time.monotonic() - started)
 
@@ -135,13 +143,28 @@ def _prepare(
     units = missing_units(plan_units(images, request.micro_batch), spans)
     missing = sum(unit.count for unit in units)
     if missing < images:
-        say(f"generate: {images - missing:,} of {images:,} images stand already; "
-            + (f"making the other {missing:,}" if missing else "nothing to make"))  # fmt: skip
+        rest = f"making the other {missing:,}" if missing else "nothing to make"
+        say(f"generate: {images - missing:,} of {images:,} images stand already; {rest}")
     return units
 
 
 def _versions() -> dict[str, str]:
     return software_versions("torch", "numpy", "opencv-python-headless")
+
+
+_Advance = Callable[[int, str], None]
+"""Called with images made and a note; 0 images while a micro-batch is under way."""
+
+
+@contextmanager
+def _progress(processes: Processes, total: int) -> Iterator[_Advance]:
+    """Progress of the first process, which stands for the others: they have as much to do."""
+    if not processes.is_first or not total:
+        yield lambda count, note: None
+        return
+    label = "generate" if processes.size == 1 else f"generate (1 of {processes.size} processes)"
+    with meter(label, total, "images") as shown:
+        yield shown.advance
 
 
 def _make(
@@ -151,32 +174,32 @@ def _make(
     guidance: Guidance,
     request: Request,
     units: Sequence[Unit],
+    advance: _Advance,
 ) -> tuple[int, int]:
     """Make the units; returns images and bytes. Encoding and writing overlap with sampling."""
-    total = sum(unit.count for unit in units)
-    if not total:
+    if not units:
         return 0, 0
     with (
         Run(dataset, "tile", _versions()) as run,
         _Writer(run, generator.tile_px, mark) as writer,
-        meter("generate", total, "images") as progress,
     ):
         for unit in units:
-            tiles = _sample_unit(generator, guidance, request, unit, progress)
-            writer.write(unit, tiles)
-    return total, writer.bytes
+            writer.write(unit, _sample_unit(generator, guidance, request, unit, advance))
+    return sum(unit.count for unit in units), writer.bytes
 
 
 def _sample_unit(
-    generator: Generator, guidance: Guidance, request: Request, unit: Unit, progress: Meter
+    generator: Generator, guidance: Guidance, request: Request, unit: Unit, advance: _Advance
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The tiles of a unit, in rank order, a micro-batch at a time."""
     for batch in micro_batches(unit, request.micro_batch):
         features = guidance.features(batch.images // request.variations)
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
-        tiles = generator.sample(features, seeds)
+        tiles = generator.sample(
+            features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")
+        )
         kept = tiles[batch.begin : batch.end]
-        progress.advance(len(kept))
+        advance(len(kept), "")
         yield from kept
 
 
@@ -230,11 +253,11 @@ class _Writer:
 
 def final_line(outcome: Outcome, out: Path) -> str:
     """What was made, where, how many, how long, at what rate."""
+    selection = f"selection '{SELECTION_NAME}' of {out} has {outcome.selected:,} images"
     if not outcome.made:
-        return f"generate: all {outcome.selected:,} images stand in {out}, nothing to redo"
+        return f"generate: nothing to redo; {selection}"
     rate = outcome.made / max(outcome.seconds, 1e-9)
     return (
-        f"generate: {outcome.made:,} images made, {outcome.selected:,} in {out} now; "
-        f"wrote {format_bytes(outcome.bytes)} in {format_seconds(outcome.seconds)} "
-        f"({rate:.3g} images/s)"
+        f"generate: made {outcome.made:,} images, {format_bytes(outcome.bytes)}, in "
+        f"{format_seconds(outcome.seconds)} ({rate:.3g} images/s); {selection}"
     )

@@ -1,5 +1,6 @@
 """What generation asks of a model, whoever made it."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,11 @@ class Generator(Protocol):
         ...
 
     @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the tiles that it was trained on, where it is known."""
+        ...
+
+    @property
     def condition_dim(self) -> int | None:
         """Width of the conditioning features, or None for a model that takes none."""
         ...
@@ -33,7 +39,13 @@ class Generator(Protocol):
         ...
 
     def sample(
-        self, features: npt.NDArray[np.float32] | None, seeds: npt.NDArray[np.int64]
+        self,
+        features: npt.NDArray[np.float32] | None,
+        seeds: npt.NDArray[np.int64],
+        progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.uint8]:
-        """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
+        """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B].
+
+        `progress` is told of the steps done and of all steps.
+        """
         ...

@@ -28,6 +28,11 @@ def show(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
+def fixed(value: float | None) -> str:
+    """A share or a cosine, with three decimals; a dash where there is none."""
+    return "–" if value is None else f"{value:.3f}"
+
+
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """All rows of the metrics table."""
     metrics = results["metrics"]
@@ -86,7 +91,7 @@ _MANIFOLD = (
         "precision",
         "Precision",
         "Share of generated tiles that fall among the real ones (within the distance of some real "
-        "tile to its {k}rd nearest real neighbour): do they look real?",
+        "tile to its real neighbour number {k}): do they look real?",
     ),
     (
         "recall",
@@ -116,8 +121,8 @@ def _manifold(manifold: Mapping[str, Any], halves: Mapping[str, Any] | None) -> 
         Row(
             title,
             "higher",
-            show(manifold[key]),
-            show(real.get(key)),
+            fixed(manifold[key]),
+            fixed(real.get(key)),
             "real vs real" if real else "too few real tiles",
             meaning.format(k=k),
         )
@@ -132,8 +137,8 @@ def _cosine(cosine: Mapping[str, Any]) -> list[Row]:
         Row(
             "Cosine to the source tile",
             "higher",
-            f"{show(cosine['mean'])} ± {show(cosine['std'], 2)}",
-            show(cosine["null_mean"]),
+            f"{fixed(cosine['mean'])} ± {fixed(cosine['std'])}",
+            fixed(cosine["null_mean"]),
             "sources shuffled",
             "How alike the features of a generated tile and of the real tile that guided it are; "
             "1 is the same direction. Any two tiles share much, so what counts is how far it lies "
@@ -142,8 +147,8 @@ def _cosine(cosine: Mapping[str, Any]) -> list[Row]:
         Row(
             "Cosine, centred",
             "higher",
-            show(cosine["centred_mean"]),
-            "0",
+            fixed(cosine["centred_mean"]),
+            fixed(0.0),
             "no relation",
             "The same after the mean of the real features was taken from both sides, which "
             "removes what all tiles share.",
@@ -151,8 +156,8 @@ def _cosine(cosine: Mapping[str, Any]) -> list[Row]:
         Row(
             "Source found first",
             "higher",
-            show(cosine["retrieval_at_1"]),
-            show(1 / pool),
+            fixed(cosine["retrieval_at_1"]),
+            fixed(1 / pool),
             f"chance among {pool:,}",
             "Share of generated tiles whose own source is the most similar of all source tiles.",
         ),

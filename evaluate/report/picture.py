@@ -22,7 +22,7 @@ _MAX_BYTES = 400_000
 def picture(content: Content) -> bytes:
     """PNG of the overlay, a row of real tiles, one of generated tiles, a loss curve; < 400 kB."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.3), dpi=100)
+        figure = Figure(figsize=(9.6, 3.55), dpi=100)
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 2.75), height_ratios=(1, 1))
         _overlay(figure.add_subplot(grid[0, 0]), content)
         _curve(figure.add_subplot(grid[1, 0]), content)

@@ -108,7 +108,8 @@ def cosine_histogram(cosine: Mapping[str, Any]) -> bytes:
         axes.set_xlabel("cosine similarity")
         axes.set_ylabel("tiles")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.legend(loc="upper left")
+        axes.set_ylim(0, 1.3 * max(counts.max(), 1))
+        axes.legend(loc="upper left", ncols=2)
 
     return _svg(draw)
 

@@ -1,6 +1,7 @@
 """Small real and synthetic datasets in the contract, written by the contract's own functions."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.dataset import (
     commit_file,
     commit_json,
     encode_png,
+    identity_value,
     make_selection,
     new_run_id,
     read_candidates,
@@ -56,24 +58,24 @@ def slide_colour(slide_id: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(hashlib.sha256(slide_id.encode()).digest()[:3], np.uint8)
 
 
-def real_tile(slide_id: str, rank: int) -> npt.NDArray[np.uint8]:
-    tile = np.empty((224, 224, 3), np.uint8)
+def real_tile(slide_id: str, rank: int, px: int = 224) -> npt.NDArray[np.uint8]:
+    tile = np.empty((px, px, 3), np.uint8)
     tile[:] = slide_colour(slide_id)
     tile[: rank + 1] = 255 - tile[: rank + 1]
     return tile
 
 
-def write_tiles(dataset: Dataset, slide_id: str, count: int) -> None:
+def write_tiles(dataset: Dataset, slide_id: str, count: int, px: int) -> None:
     with Run(dataset, "tile", {}) as run:
         index: list[bytes] = []
-        final = dataset.tiles_dir(224) / f"{slide_id}.0-{count}.tar"
-        pngs = [encode_png(real_tile(slide_id, rank)) for rank in range(count)]
+        final = dataset.tiles_dir(px) / f"{slide_id}.0-{count}.tar"
+        pngs = [encode_png(real_tile(slide_id, rank, px)) for rank in range(count)]
         tar = commit_file(
             dataset, run.run_id, final, lambda f: index.append(write_tar(f, slide_id, 0, pngs))
         )
         idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[0])
         run.append(
-            [Entry(slide_id, "done", "f", scope="224", start=0, stop=count, files=(tar, idx))]
+            [Entry(slide_id, "done", "f", scope=str(px), start=0, stop=count, files=(tar, idx))]
         )
 
 
@@ -89,18 +91,18 @@ def write_features(
 ) -> None:
     """Cache CLS features [n, d] of ranks 0..n-1 of each slide, as the `cache` stage does."""
     record = record or RECORD
-    encoder = record["encoder"]
+    encoder, px = record["encoder"], record["tile_px"]
     with Run(dataset, "cache", {}) as run:
         for slide_id, rows in features.items():
-            final = dataset.features_dir(224, encoder) / "cls" / f"{slide_id}.0-{len(rows)}.parquet"
+            final = dataset.features_dir(px, encoder) / "cls" / f"{slide_id}.0-{len(rows)}.parquet"
             table = cls_table(0, rows)
             file = commit_file(dataset, run.run_id, final, lambda f, t=table: _write_table(f, t))
-            scope = feature_scope(224, encoder, "", "cls")
+            scope = feature_scope(px, encoder, "", "cls")
             entry = Entry(
                 slide_id, "done", "f", scope=scope, start=0, stop=len(rows), files=(file,)
             )
             run.append([entry])
-        commit_json(dataset, run.run_id, encoder_file(dataset, 224, encoder, "", "cls"), record)
+        commit_json(dataset, run.run_id, encoder_file(dataset, px, encoder, "", "cls"), record)
 
 
 def random_features(slide_id: str, count: int, dim: int = DIM) -> npt.NDArray[np.float32]:
@@ -113,8 +115,9 @@ def make_real(
 ) -> Dataset:
     """A real dataset of slides with so many tiles each, their features, and selection `train`."""
     slides = slides or {"A.b-1": 40, "C-2": 24}
+    record = record or RECORD
     dataset = Dataset(root)
-    claim_identity(dataset, {"tile_px": 224, "mpp": 0.5}, stage="scan", versions={})
+    claim_identity(dataset, {"tile_px": record["tile_px"], "mpp": 0.5}, stage="scan", versions={})
     run_id = new_run_id()
     write_slides(dataset, run_id, [Slide(slide_id, path="") for slide_id in slides])
     ranks = {}
@@ -126,8 +129,8 @@ def make_real(
             for column, field in zip(columns, CANDIDATES_SCHEMA, strict=True)
         ]
         write_candidates(dataset, run_id, slide_id, pa.table(arrays, schema=CANDIDATES_SCHEMA))
-        write_tiles(dataset, slide_id, count)
-    dim = (record or RECORD)["dim"]
+        write_tiles(dataset, slide_id, count, record["tile_px"])
+    dim = record["dim"]
     features = {slide_id: random_features(slide_id, n, dim) for slide_id, n in slides.items()}
     write_features(dataset, features, record)
     write_selection(dataset, run_id, make_selection("train", ranks, {"rule": "test"}))
@@ -136,7 +139,7 @@ def make_real(
 
 def tile_hashes(dataset: Dataset) -> dict[tuple[str, int], str]:
     """sha256 of the pixels of every tile of the selection `generated`, read by the contract."""
-    store = TileStore(dataset, 224)
+    store = TileStore(dataset, int(identity_value(dataset, "tile_px")))
     return {
         (slide_id, int(rank)): hashlib.sha256(tile.tobytes()).hexdigest()
         for slide_id, ranks in read_selection(dataset, "generated").items()
@@ -148,6 +151,7 @@ class Stripes:
     """A small generator: noise of the image's seed under a stripe for every feature."""
 
     tile_px = 224
+    mpp: float | None = None
     condition_dim = DIM
     encoder_record: dict[str, Any] | None = RECORD
 
@@ -160,7 +164,10 @@ class Stripes:
         return {"model_sha256": self.name, "solver": "none"}
 
     def sample(
-        self, features: npt.NDArray[np.float32] | None, seeds: npt.NDArray[np.int64]
+        self,
+        features: npt.NDArray[np.float32] | None,
+        seeds: npt.NDArray[np.int64],
+        progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.uint8]:
         if self.calls == self.stop_after:
             raise KeyboardInterrupt

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from evaluate_data import ALONE, DIM, RECORD, Stripes, tile_hashes
 
-from evaluate.generate.guidance import SelectionGuidance, Unconditional, check_encoder
+from evaluate.generate.guidance import (
+    SelectionGuidance,
+    Unconditional,
+    check_condition_dim,
+    check_encoder,
+    check_resolution,
+)
 from evaluate.generate.run import Outcome, Request, generate
 from model.errors import UserError
 from pipeline.dataset import (
@@ -188,10 +194,27 @@ def test_guidance_of_other_encoder_weights_is_refused_unless_forced() -> None:
     other = {**RECORD, "weights_sha256": "b" * 64, "random_weights": False}
     with pytest.raises(UserError, match=r"aaaaaaaaaaaa \(random\).*bbbbbbbbbbbb.*--force"):
         check_encoder(RECORD, other, force=False)
-    assert "trained on" in str(check_encoder(RECORD, other, force=True))
-    assert check_encoder(RECORD, dict(RECORD), force=False) is None
-    assert "unchecked" in str(check_encoder(RECORD, None, force=False))
-    assert check_encoder(None, other, force=False) is None
+    assert "trained on" in check_encoder(RECORD, other, force=True)
+    assert check_encoder(RECORD, dict(RECORD), force=False) == ""
+    assert check_encoder(RECORD, None, force=False) == ""
+    assert check_encoder(None, other, force=False) == ""
+
+
+def test_guidance_at_another_resolution_is_refused_unless_forced() -> None:
+    with pytest.raises(UserError, match=r"0.25 µm per pixel.*trained at 0.5.*--force"):
+        check_resolution(0.25, 0.5, force=False)
+    assert "trained at" in check_resolution(0.25, 0.5, force=True)
+    assert check_resolution(0.503, 0.5, force=False) == ""
+    assert check_resolution(None, 0.5, force=False) == ""
+
+
+def test_features_of_another_width_are_refused() -> None:
+    check_condition_dim(RECORD, DIM)
+    check_condition_dim(None, None)
+    with pytest.raises(UserError, match="12 values, the model takes 768"):
+        check_condition_dim(RECORD, 768)
+    with pytest.raises(UserError, match="takes no features"):
+        check_condition_dim(RECORD, None)
 
 
 def test_guidance_without_features_names_the_cache_command(
