@@ -55,10 +55,10 @@ class Trainees:
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
 
-    def parameter_names(self, name: str) -> list[str]:
-        """Names of the parameters that optimizer `name` updates, in its order."""
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters that optimizer `name` updates, by name and in its order."""
         named = self.networks[name].named_parameters()
-        return [key for key, parameter in named if parameter.requires_grad]
+        return {key: parameter for key, parameter in named if parameter.requires_grad}
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -140,7 +140,7 @@ def load_checkpoint(checkpoint: Path, trainees: Trainees) -> None:
         load_network(checkpoint, name, network)
     for name, optimizer in trainees.optimizers.items():
         path = checkpoint / f"optimizer_{name}.safetensors"
-        _load_optimizer(optimizer, trainees.parameter_names(name), read_tensors(path), path)
+        _load_optimizer(optimizer, trainees.parameters(name), read_tensors(path), path)
 
 
 def load_network(checkpoint: Path, name: str, network: nn.Module) -> None:
@@ -153,7 +153,7 @@ def _write_parts(staged: Path, state: RunState, trainees: Trainees) -> None:
     for name, network in trainees.networks.items():
         write_tensors(staged / f"{name}.safetensors", network.state_dict())
     for name, optimizer in trainees.optimizers.items():
-        tensors = _optimizer_tensors(optimizer, trainees.parameter_names(name))
+        tensors = _optimizer_tensors(optimizer, list(trainees.parameters(name)))
         write_tensors(staged / f"optimizer_{name}.safetensors", tensors)
     text = json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
     (staged / _STATE_FILE).write_text(text)
@@ -173,15 +173,20 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> di
 
 
 def _load_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], path: Path
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    path: Path,
 ) -> None:
     state: dict[int, dict[str, Any]] = {}
-    index = {name: number for number, name in enumerate(names)}
+    index = {name: number for number, name in enumerate(parameters)}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(":")
-        if name not in index:
-            raise UserError(f"{path}: holds moments of '{name}', which this run does not train")
-        state.setdefault(index[name], {})[moment] = value
+        if name not in index or value.shape not in ((), parameters[name].shape):
+            raise UserError(f"{path}: '{key}' is not of a parameter that this run trains")
+        if value.ndim:  # fused updates need the parameter's memory layout (channels last)
+            value = torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
+        state.setdefault(index[name], {})[moment] = value.detach()
     groups = optimizer.state_dict()["param_groups"]  # learning rates come from the configuration
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

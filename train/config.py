@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from model.discriminator import DiscriminatorConfig
 from model.errors import UserError
 from model.interpolant import PathName
 from model.sit import SiTConfig
@@ -64,14 +65,6 @@ class DataConfig:
         for name in ("tile_px", "batch_size", "cursors", "threads", "prefetch"):
             value = getattr(self, name)
             _check(value >= 1, f"data.{name}", value, "a whole number of 1 or more")
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """The PatchGAN's shape."""
-
-    base_channels: int = 64
-    num_layers: int = 3
 
 
 @dataclass(frozen=True)
@@ -168,6 +161,7 @@ class LogConfig:
     sample_steps: int = 50
     guidance_scale: float = 2.5
     fixed_tiles: int = 16  # tiles on which the reconstruction is measured before and after
+    fixed_selection: str = ""  # where they come from; empty is data.selection
 
     def __post_init__(self) -> None:
         for name in ("every", "samples", "sample_steps", "fixed_tiles"):
@@ -220,6 +214,11 @@ class Config:
                 f"run.mode={self.run.mode} keeps the VAE frozen: set init.vae to a VAE's weights "
                 "(an exported model's vae folder or file)"
             )
+
+    @property
+    def fixed_selection(self) -> str:
+        """The selection of the fixed tiles."""
+        return self.log.fixed_selection or self.data.selection
 
     def _check_sizes(self) -> None:
         latent, down = self.model.sit.latent_size, self.model.vae.downsampling

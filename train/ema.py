@@ -1,9 +1,12 @@
 """Exponential moving averages of networks, as foreach operations."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
@@ -14,19 +17,19 @@ def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
-class Ema:
+class Ema(Generic[Network]):
     """A network's moving average: parameters and floating-point buffers.
 
     `module` is a copy in evaluation mode that begins at the network's weights. Integer buffers
     (counters) are copied. Source: REPA-E's training loop (model.md 2.4, step 6).
     """
 
-    def __init__(self, network: nn.Module, decay: float, *, warmup: bool = False) -> None:
-        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+    def __init__(self, network: Network, decay: float, *, warmup: bool = False) -> None:
+        self.module: Network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, network: Network, step: int) -> None:
         """average <- d average + (1 - d) network, with the decay of that update."""
         weight = 1 - ema_decay(self.decay, step, warmup=self.warmup)
         averages = dict(self.module.state_dict(keep_vars=True))

@@ -1,0 +1,119 @@
+"""The configuration: complete, reloadable, and strict in one clear line."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.errors import UserError
+from train.config import Config, differing_keys, load_config
+from train.typed import dotted_keys
+
+CONFIGS = Path(__file__).parents[2] / "train" / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_load_and_the_written_configuration_reads_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["run.dir=somewhere"])
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml())
+    assert load_config(written) == config
+    assert load_config(written).hash == config.hash
+
+
+def test_the_papers_preset_holds_the_papers_values() -> None:
+    config = load_config(CONFIGS / "cytosyn-40m.yaml")
+    assert config.data.batch_size == 640
+    assert config.optim.lr_sit == config.optim.lr_vae == config.optim.lr_discriminator == 1e-4
+    assert config.optim.betas == (0.9, 0.999)
+    assert config.optim.clip == 1.0
+    assert (config.loss.sit_align, config.loss.vae_align) == (0.5, 1.5)
+    assert config.loss.condition_dropout == 0.1
+    assert config.ema.sit == 0.9999
+    assert not config.ema.warmup
+    assert config.loss.generator_start == 0
+    assert (config.model.sit.hidden_size, config.model.sit.depth) == (1152, 28)
+    assert config.export == type(config.export)(sit="ema", vae="raw")
+
+
+def test_overrides_take_the_type_of_their_key() -> None:
+    config = load_config(
+        None, ["run.dir=007", "optim.lr_sit=1e-5", "optim.betas=[0.5, 0.6]", "ema.warmup=true"]
+    )
+    assert config.run.dir == "007"
+    assert config.optim.lr_sit == 1e-5
+    assert config.optim.betas == (0.5, 0.6)
+    assert config.ema.warmup is True
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "optim.lr_sitt=1",
+            "unknown configuration key 'optim.lr_sitt': did you mean 'optim.lr_sit'",
+        ),
+        ("optm={}", "did you mean 'optim'"),
+        ("data.steps=4", "did you mean 'run.steps'"),
+        ("data.batch_size=ten", "'data.batch_size': expected a whole number, got 'ten'"),
+        ("data.batch_size=2.5", "'data.batch_size': expected a whole number"),
+        ("optim.lr_sit=fast", "'optim.lr_sit': expected a number, got 'fast'"),
+        ("ema.warmup=1", "'ema.warmup': expected true or false"),
+        ("run.mode=gan", "'run.mode': expected one of repa-e, repa, ldm"),
+        ("run=3", "'run': expected a section of keys"),
+        ("optim.betas=[0.9]", "'optim.betas': expected a list of 2 values"),
+        ("run.steps", "expected key=value"),
+        ("run.seed=-1", "'run.seed': expected a whole number in"),
+        ("model.sit.depth=0", "depth"),
+        ("model.sit.latent_size=32", "'model.sit.latent_size': expected data.tile_px"),
+        ("run.mode=repa", "set init.vae"),
+        ("config_version=9", "'config_version': expected 1"),
+        ("run.dir.x=1", "expected text"),
+    ],
+)
+def test_mistakes_get_one_line_that_names_the_key(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_config(broken)
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="expected keys and values, got a list"):
+        load_config(broken)
+
+
+def test_a_yaml_file_cannot_run_code(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.yaml"
+    evil.write_text("run: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load_config(evil)
+
+
+@given(st.sampled_from(dotted_keys(Config)), st.integers(0, 50), st.text("abcxyz", min_size=1))
+def test_a_misspelt_key_is_never_accepted(key: str, at: int, extra: str) -> None:
+    wrong = key[: at % (len(key) + 1)] + extra + key[at % (len(key) + 1) :]
+    if wrong not in dotted_keys(Config):
+        with pytest.raises(UserError):
+            load_config(None, [f"{wrong}=1"])
+
+
+def test_what_may_change_when_a_run_goes_on() -> None:
+    base = Config()
+    longer = load_config(None, ["run.steps=9", "log.every=3", "data.threads=1", "run.device=cpu"])
+    other = load_config(None, ["optim.lr_sit=0.5", "run.seed=4"])
+    assert longer.hash == base.hash
+    assert differing_keys(longer, base) == []
+    assert other.hash != base.hash
+    assert differing_keys(other, base) == [
+        "run.seed is 0 there, 4 here",
+        "optim.lr_sit is 0.0001 there, 0.5 here",
+    ]

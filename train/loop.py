@@ -1,0 +1,314 @@
+"""The training loop: batches in, steps, what is logged, sampled and saved on the way."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from model.errors import UserError
+from model.sit import SiT
+from model.vae import VAE
+from pipeline.console import EXIT_OK, Meter, format_seconds, meter, say
+from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from train.config import Config
+from train.metrics import Averages, RunLog, read_metrics, write_json
+from train.networks import build_parts
+from train.preview import (
+    FixedTiles,
+    Reconstruction,
+    draw_samples,
+    measure_reconstruction,
+    read_fixed_tiles,
+    save_picture,
+)
+from train.ranks import Ranks, joined_ranks
+from train.reader import BatchReader
+from train.setup import (
+    SUMMARY_FILE,
+    Inputs,
+    Resume,
+    Start,
+    is_finished,
+    open_inputs,
+    open_run,
+    run_directory,
+)
+from train.signals import EXIT_REQUEUE, StopRequests
+from train.step import Metrics, TrainingStep
+
+_NOTED = ("vae/l1", "sit/denoise", "sit/align")  # what stands at the end of the progress bar
+
+
+class TrainingDivergedError(UserError):
+    """Too many non-finite steps in a row."""
+
+
+def train(config: Config, resume: Resume = "auto") -> int:
+    """Train, or go on with a run, to `run.steps`; the exit status.
+
+    0 when the run is complete (at once, where it already was); 75 when SIGTERM or SIGUSR1 came,
+    the state is saved and the same command goes on. Raises `UserError` for what a person can
+    mend.
+    """
+    with joined_ranks(config.run.device) as ranks, StopRequests() as requests:
+        if is_finished(config):
+            if ranks.is_main:
+                say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
+            return EXIT_OK
+        inputs = open_inputs(config)
+        ranks.slots(config.data.batch_size)
+        start = open_run(config, inputs, ranks, resume)
+        return Training(config, ranks, inputs, start, requests).run()
+
+
+@dataclass
+class Window:
+    """Counters since the last line of the log."""
+
+    started: float = field(default_factory=time.monotonic)
+    images: int = 0
+    skipped_steps: int = 0
+    waited_before: float = 0.0
+
+
+class Training:
+    """A run in progress on one process."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        inputs: Inputs,
+        start: Start,
+        requests: StopRequests,
+    ) -> None:
+        self.config, self.ranks, self.inputs, self.requests = config, ranks, inputs, requests
+        self.run_dir = run_directory(config)
+        self.parts = build_parts(config, ranks.device)
+        if start.checkpoint is not None:
+            load_checkpoint(start.checkpoint, self.parts.trainees)
+        self.state = start.state
+        self.first_step = start.state.step
+        self.fixed = self._read_fixed()
+        if not self.state.untrained:
+            self.state = replace(self.state, untrained=self._reconstruction().to_dict())
+        self.averages = Averages(ranks, config.data.batch_size)
+        self.window = Window()
+        self._start = start.state
+        self._bad_steps = self._skipped_here = 0
+        self._started = time.monotonic()
+        self._note = ""
+
+    def run(self) -> int:
+        """Train to the last step, or to a request to stop."""
+        config, step = self.config, self._training_step()
+        self._announce()
+        stopping = False
+        with self._log() as log, self._reader() as reader, self._progress() as progress:
+            for batch in reader:
+                metrics, skipped, stopping = step(batch, stop=self.requests.asked)
+                self._count(batch.step + 1, metrics, batch.skipped, skipped=skipped)
+                if self.state.step % config.log.every == 0 or self._is_last:
+                    self._log_window(log, reader)
+                if self._is_due(config.log.samples_every):
+                    self._save_samples()
+                if self._is_due(config.checkpoint.every) or self._is_last or stopping:
+                    self._save_checkpoint()
+                if progress is not None:
+                    progress.advance(1, self._note)
+                if stopping and not self._is_last:
+                    break
+        if stopping and not self._is_last:
+            return self._stopped()
+        self._finish()
+        return EXIT_OK
+
+    @property
+    def _is_last(self) -> bool:
+        return self.state.step >= self.config.run.steps
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.state.step % interval == 0
+
+    def _training_step(self) -> TrainingStep:
+        parts = self.parts
+        return TrainingStep(
+            self.config,
+            self.ranks,
+            parts.networks,
+            parts.optimizers,
+            sit_average=parts.sit_average,
+            vae_average=parts.vae_average,
+        )
+
+    def _reader(self) -> BatchReader:
+        data = self.config.data
+        return BatchReader(
+            self.inputs.stream,
+            self.inputs.source,
+            self.ranks.slots(data.batch_size),
+            first_step=self.first_step,
+            stop_step=self.config.run.steps,
+            threads=data.threads,
+            prefetch=data.prefetch,
+            on_error=data.on_error,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+
+    @contextmanager
+    def _log(self) -> Iterator[RunLog | None]:
+        """The main process's log; the others have none."""
+        if not self.ranks.is_main:
+            yield None
+            return
+        tensorboard = self.config.log.tensorboard
+        with RunLog(self.run_dir, step=self.first_step, tensorboard=tensorboard) as log:
+            yield log
+
+    @contextmanager
+    def _progress(self) -> Iterator[Meter | None]:
+        steps = self.config.run.steps - self.first_step
+        with meter("train", steps, "steps") if self.ranks.is_main else nullcontext() as progress:
+            yield progress
+
+    def _announce(self) -> None:
+        if not self.ranks.is_main:
+            return
+        stream, config = self.inputs.stream, self.config
+        if self.first_step:
+            say(f"going on from step {self.first_step} of {self.run_dir}")
+        if self.inputs.source.encoder_record.get("random_weights"):
+            say("the encoder has RANDOM weights: conditions and alignment targets have no meaning")
+        if config.run.mode == "repa-e" and self.parts.networks.perceptual is None:
+            say("perceptual loss (LPIPS): off by the configuration")
+        say(
+            f"training on {stream.table.num_rows} tiles, {stream.steps_per_epoch} steps of "
+            f"{config.data.batch_size} an epoch, on {self.ranks.size} x {self.ranks.device.type}"
+        )
+
+    def _count(self, done: int, metrics: Metrics, skipped_tiles: int, *, skipped: bool) -> None:
+        self.state = replace(self.state, step=done)
+        self._skipped_here += skipped_tiles
+        self.window.images += self.config.data.batch_size
+        if not skipped:
+            self._bad_steps = 0
+            self.averages.add(metrics)
+            return
+        self.window.skipped_steps += 1
+        self._bad_steps += 1
+        if self._bad_steps >= self.config.optim.max_bad_steps:
+            good = latest_checkpoint(self.run_dir) or "none yet"
+            raise TrainingDivergedError(
+                f"{self._bad_steps} steps in a row up to step {done} had non-finite gradients; "
+                f"last good checkpoint: {good}; lower the learning rates and start another run"
+            )
+
+    def _log_window(self, log: RunLog | None, reader: BatchReader) -> None:
+        values, skipped_tiles = self.averages.take(), self._skipped_tiles()
+        now = time.monotonic()
+        window, self.window = self.window, Window(now, waited_before=reader.wait_s)
+        if log is None:
+            return
+        line = {
+            "epoch": self.state.step / self.inputs.stream.steps_per_epoch,
+            "seconds": self._seconds(now),
+            "images_per_s": window.images / max(now - window.started, 1e-9),
+            "data_wait_s": reader.wait_s - window.waited_before,
+            "skipped_steps": window.skipped_steps,
+            "skipped_tiles": skipped_tiles,
+            **values,
+        }
+        if self.ranks.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated(self.ranks.device) / 1e9
+        log.write(self.state.step, line)
+        noted = [f"{name} {values[name]:.3f}" for name in _NOTED if name in values]
+        self._note = "  ".join(noted)
+
+    def _seconds(self, now: float) -> float:
+        """Seconds of training up to now, over all restarts."""
+        return self._start.seconds + now - self._started
+
+    def _skipped_tiles(self) -> int:
+        """Damaged tiles replaced so far, over all processes and restarts."""
+        here = torch.tensor(float(self._skipped_here), device=self.ranks.device)
+        return self._start.skipped_tiles + int(self.ranks.total(here).item())
+
+    def _save_checkpoint(self) -> None:
+        skipped, seconds = self._skipped_tiles(), self._seconds(time.monotonic())
+        self.state = replace(self.state, skipped_tiles=skipped, seconds=seconds)
+        if self.ranks.is_main:
+            keep = self.config.checkpoint.keep
+            save_checkpoint(self.run_dir, self.state, self.parts.trainees, keep=keep)
+        self.ranks.wait()
+
+    def _read_fixed(self) -> FixedTiles:
+        inputs, count = self.inputs, max(self.config.log.fixed_tiles, self.config.log.samples)
+        return read_fixed_tiles(inputs.source, inputs.fixed_selection, count)
+
+    def _exported(self) -> tuple[SiT, VAE]:
+        """The networks that the configuration exports, raw or averaged."""
+        chosen = self.config.export
+        networks, parts = self.parts.networks, self.parts
+        sit = parts.sit_average.module if chosen.sit == "ema" else networks.sit
+        if chosen.vae == "ema" and parts.vae_average is not None:
+            return sit, parts.vae_average.module
+        return sit, networks.vae
+
+    def _reconstruction(self) -> Reconstruction:
+        tiles = self.fixed.tiles[: self.config.log.fixed_tiles]
+        return measure_reconstruction(self._exported()[1], tiles)
+
+    def _save_samples(self) -> None:
+        if self.ranks.is_main:
+            pixels = draw_samples(self.config, *self._exported(), self.fixed)
+            save_picture(self.run_dir / "samples" / f"step-{self.state.step:08d}.png", pixels)
+        self.ranks.wait()
+
+    def _stopped(self) -> int:
+        if self.ranks.is_main:
+            say(
+                f"stopped on request at step {self.state.step} of {self.config.run.steps}; saved "
+                f"in {self.run_dir}; the same command goes on (exit status {EXIT_REQUEUE})"
+            )
+        return EXIT_REQUEUE
+
+    def _finish(self) -> None:
+        """summary.json and the last lines a person reads."""
+        if not self.ranks.is_main:
+            return
+        before, after = self.state.untrained, self._reconstruction()
+        images = self.state.step * self.config.data.batch_size
+        lines = read_metrics(self.run_dir)
+        last = lines[-1] if lines else {}
+        summary = {
+            "steps": self.state.step,
+            "seconds": self.state.seconds,
+            "images_per_s": images / max(self.state.seconds, 1e-9),
+            "skipped_tiles": self.state.skipped_tiles,
+            "reconstruction": {
+                "tiles": after.tiles,
+                "selection": self.config.fixed_selection,
+                "vae": self.config.export.vae,
+                "l1_untrained": before["l1"],
+                "l1_trained": after.l1,
+                "psnr_untrained": before["psnr"],
+                "psnr_trained": after.psnr,
+            },
+            "alignment": {
+                name: -last[f"{name}/align"] for name in ("vae", "sit") if f"{name}/align" in last
+            },
+            "encoder_record": self.inputs.source.encoder_record,
+        }
+        write_json(self.run_dir / SUMMARY_FILE, summary)
+        say(
+            f"trained {self.state.step} steps, {images} tiles in "
+            f"{format_seconds(self.state.seconds)} ({summary['images_per_s']:.3g} tiles/s): "
+            f"{self.run_dir}"
+        )
+        say(
+            f"reconstruction: PSNR untrained {before['psnr']:.2f} dB -> trained {after.psnr:.2f} "
+            f"dB, L1 {before['l1']:.4f} -> {after.l1:.4f} (grey scale 0 to 1, {after.tiles} tiles "
+            f"of selection '{self.config.fixed_selection}')"
+        )

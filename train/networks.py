@@ -1,0 +1,117 @@
+"""The networks, optimizers and averages of a run, built from its configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.discriminator import Discriminator
+from model.errors import UserError
+from model.perceptual import PerceptualLoss
+from model.sit import SiT
+from model.vae import VAE
+from model.weights import fit_tensors, read_tensors, seeded_init
+from train.checkpoint import Trainees
+from train.config import Config
+from train.ema import Ema
+from train.step import Networks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step works on: the networks, an AdamW a trained one, and the moving averages."""
+
+    networks: Networks
+    optimizers: dict[str, torch.optim.Optimizer]
+    sit_average: Ema[SiT]
+    vae_average: Ema[VAE] | None  # None where the VAE is frozen
+
+    @property
+    def trainees(self) -> Trainees:
+        """All that a checkpoint holds: `vae` is in it even where it is frozen."""
+        kept: dict[str, nn.Module] = {"sit": self.networks.sit, "vae": self.networks.vae}
+        if self.networks.discriminator is not None:
+            kept["discriminator"] = self.networks.discriminator
+        kept["sit_ema"] = self.sit_average.module
+        if self.vae_average is not None:
+            kept["vae_ema"] = self.vae_average.module
+        return Trainees(kept, self.optimizers)
+
+
+def build_parts(config: Config, device: torch.device) -> Parts:
+    """Networks at their first weights: from the seed, or from `init.vae` and `init.sit`.
+
+    Raises `UserError` for weights that are missing or do not fit.
+    """
+    networks = build_networks(config, device)
+    rates = {"vae": config.optim.lr_vae, "discriminator": config.optim.lr_discriminator}
+    rates["sit"] = config.optim.lr_sit
+    optimizers = {
+        name: _adamw(config, network, rates[name])
+        for name in ("vae", "discriminator", "sit")  # the order of the updates
+        if (network := getattr(networks, name)) is not None
+        and any(parameter.requires_grad for parameter in network.parameters())
+    }
+    warmup = config.ema.warmup
+    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup)
+    vae_average = Ema(networks.vae, config.ema.vae, warmup=warmup) if "vae" in optimizers else None
+    return Parts(networks, optimizers, sit_average, vae_average)
+
+
+def build_networks(config: Config, device: torch.device) -> Networks:
+    """SiT and VAE, and in mode repa-e the discriminator and LPIPS where their terms are on."""
+    end_to_end = config.run.mode == "repa-e"
+    with seeded_init(config.run.seed):
+        sit, vae = SiT(config.model.sit), VAE(config.model.vae)
+        discriminator = None
+        if end_to_end and config.loss.generator > 0:
+            discriminator = Discriminator(config.model.discriminator).to(device)
+    perceptual = None
+    if end_to_end and config.loss.perceptual > 0 and config.loss.perceptual_weights != "none":
+        perceptual = _perceptual(config).to(device)
+    _initialise(sit, vae, config)
+    sit.projectors.requires_grad_(config.uses_alignment and config.loss.sit_align > 0)
+    vae.requires_grad_(end_to_end)
+    vae = vae.to(device).to(memory_format=torch.channels_last)
+    return Networks(sit.to(device), vae, discriminator, perceptual)
+
+
+def _perceptual(config: Config) -> PerceptualLoss:
+    loss = config.loss
+    try:
+        return PerceptualLoss(loss.perceptual_weights, legacy_lpips_range=loss.legacy_lpips_range)
+    except UserError as error:
+        raise UserError(f"loss.perceptual_weights: {error}") from error
+
+
+def _initialise(sit: SiT, vae: VAE, config: Config) -> None:
+    if config.init.vae:
+        loaded = VAE.load(_weights_file(config.init.vae), config.model.vae)
+        vae.load_state_dict(loaded.state_dict())
+    if config.init.sit:
+        path = _weights_file(config.init.sit)
+        fit_tensors(sit, read_tensors(path), source=str(path))
+
+
+def _weights_file(name: str) -> Path:
+    """The file, or the one safetensors file of the folder."""
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(f"{path} holds {len(found)} .safetensors files: name the file itself")
+    return found[0]
+
+
+def _adamw(config: Config, network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    optim = config.optim
+    return torch.optim.AdamW(
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,118 @@
+"""What a person looks at: reconstruction on fixed tiles, grids of samples beside their guides."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from model.cytosyn import CytoSyn
+from model.images import from_uint8
+from model.interpolant import Interpolant
+from model.sit import SiT
+from model.vae import VAE
+from pipeline.dataset import BLOCK_ROWS, Selection
+from train.config import Config
+from train.source import BlockSource
+
+_AT_ONCE = 8  # tiles of a forward pass: previews must fit beside a training step
+
+
+@dataclass(frozen=True)
+class FixedTiles:
+    """Tiles that stay the same over the run: uint8 [n, px, px, 3], and CLS [n, d] where used."""
+
+    tiles: Tensor
+    cls: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a VAE gives tiles back, on the grey scale [0, 1].
+
+    `l1` is the mean absolute error, `psnr` the mean over tiles of the peak signal-to-noise ratio
+    in dB, of posterior means decoded and clamped.
+    """
+
+    tiles: int
+    l1: float
+    psnr: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return asdict(self)
+
+
+def read_fixed_tiles(source: BlockSource, selection: Selection, count: int) -> FixedTiles:
+    """`count` rows spread evenly over a selection (all of them where it has fewer)."""
+    rows = np.unique(np.linspace(0, selection.rows - 1, min(count, selection.rows)).astype(int))
+    samples = []
+    for row in rows.tolist():
+        index = int(np.searchsorted(selection.offsets, row, side="right")) - 1
+        rank = int(selection.ranks[row])
+        block = source.open(selection.slide_ids[index], rank // BLOCK_ROWS)
+        samples.append(source.sample(block, rank, rank % BLOCK_ROWS))
+    cls = [torch.tensor(s.cls) for s in samples if s.cls is not None]
+    tiles = torch.from_numpy(np.stack([s.tile for s in samples]))
+    return FixedTiles(tiles, torch.stack(cls) if cls else None)
+
+
+@torch.no_grad()
+def measure_reconstruction(vae: VAE, tiles: Tensor) -> Reconstruction:
+    """L1 and PSNR of tiles uint8 [n, px, px, 3] through posterior mean and decoder."""
+    errors, psnrs = [], []
+    with _evaluating(vae):
+        for part in tiles.split(_AT_ONCE):
+            images = from_uint8(part.to(next(vae.parameters()).device))
+            decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
+            difference = (decoded - images) / 2
+            errors.append(difference.abs().mean(dim=(1, 2, 3)))
+            mse = difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+            psnrs.append(-10 * torch.log10(mse))
+    return Reconstruction(
+        len(tiles), float(torch.cat(errors).mean()), float(torch.cat(psnrs).mean())
+    )
+
+
+def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.NDArray[np.uint8]:
+    """A picture of two rows: the fixed tiles that guide, and one sample below each.
+
+    The seeds are fixed, so that grids of different steps show one and the same images growing.
+    """
+    guides = fixed.tiles[: config.log.samples].numpy()
+    features = None if fixed.cls is None else fixed.cls[: len(guides)]
+    model = CytoSyn(sit, vae, interpolant=Interpolant(config.model.path))
+    with _evaluating(sit), _evaluating(vae):
+        images = model.generate(
+            features,
+            num_images_per_prompt=1 if features is not None else len(guides),
+            num_inference_steps=config.log.sample_steps,
+            guidance_scale=config.log.guidance_scale,
+            seed=config.run.seed,
+            solver="ode",
+            batch_size=_AT_ONCE,
+        )
+    return np.concatenate([np.hstack(list(guides)), np.hstack(list(images))])
+
+
+def save_picture(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """Write an RGB picture uint8 [h, w, 3] as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}")
+    Image.fromarray(pixels).save(staged, format="PNG")
+    staged.replace(path)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -1,0 +1,178 @@
+"""Opening a run: every check that can fail is made before the first network is built."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from model.errors import UserError
+from pipeline.dataset import (
+    Dataset,
+    Selection,
+    open_dataset,
+    read_identity,
+    read_selection,
+    software_versions,
+)
+from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unfinished
+from train.config import Config, differing_keys, load_config
+from train.metrics import write_json, write_text
+from train.ranks import Ranks
+from train.source import TOKENS_KIND, BlockSource, check_coverage
+from train.stream import BlockTable, Stream, compile_blocks
+
+Resume = Literal["auto", "never"]
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+RECORDS_FILE = "records.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run: its stream, where it reads, and the selection of the fixed tiles."""
+
+    dataset: Dataset
+    stream: Stream
+    source: BlockSource
+    fixed_selection: Selection
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or at a checkpoint."""
+
+    state: RunState
+    checkpoint: Path | None
+
+
+def open_inputs(config: Config) -> Inputs:
+    """The run's data; raises `UserError` with the command to run for whatever is missing."""
+    if not config.data.dataset:
+        raise UserError("data.dataset is not set: add data.dataset=DIR, a dataset directory")
+    dataset = open_dataset(Path(config.data.dataset))
+    table = compile_blocks(read_selection(dataset, config.data.selection))
+    data = config.data
+    stream = Stream(table, seed=config.run.seed, batch_size=data.batch_size, cursors=data.cursors)
+    source = BlockSource(
+        dataset,
+        tile_px=data.tile_px,
+        encoder=data.encoder,
+        view=data.view,
+        with_cls=config.uses_condition,
+        with_tokens=config.uses_alignment,
+    )
+    fixed = read_selection(dataset, config.fixed_selection)
+    for wanted in (table, compile_blocks(fixed)):
+        _check_tables(config, dataset, wanted)
+    _check_features(config, source)
+    return Inputs(dataset, stream, source, fixed)
+
+
+def _check_tables(config: Config, dataset: Dataset, table: BlockTable) -> None:
+    data = config.data
+    kinds = ["cls"] * config.uses_condition + [TOKENS_KIND] * config.uses_alignment
+    check_coverage(
+        dataset, table, tile_px=data.tile_px, encoder=data.encoder, view=data.view, kinds=kinds
+    )
+
+
+def _check_features(config: Config, source: BlockSource) -> None:
+    """The encoder's widths must be those that the SiT is built for."""
+    record, sit = source.encoder_record, config.model.sit
+    dim = record.get("dim")
+    if config.uses_condition and dim is not None and dim != sit.condition_dim:
+        raise UserError(
+            f"configuration key 'model.sit.condition_dim': the features of {config.data.encoder} "
+            f"have {dim} values, got {sit.condition_dim}"
+        )
+    shape = record.get("tokens_shape")
+    if config.uses_alignment and shape and list(shape) != [sit.num_tokens, sit.token_dim]:
+        raise UserError(
+            f"patch tokens of {config.data.encoder} are {list(shape)}, but the SiT aligns "
+            f"{[sit.num_tokens, sit.token_dim]}: set model.sit.token_dim, latent_size and "
+            "patch_size to match"
+        )
+
+
+def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> Start:
+    """Claim the run directory and find where to begin.
+
+    Raises `UserError` for the directory of another configuration or selection, and with
+    resume="never" for one that holds checkpoints.
+    """
+    run_dir = run_directory(config)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None and resume == "never":
+        raise UserError(f"{run_dir} holds checkpoints: use --resume auto, or another run.dir")
+    _check_same_configuration(config, run_dir)
+    table = inputs.stream.table
+    state = RunState(0, table.content_hash, config.hash)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        if state.blocks_sha256 != table.content_hash:
+            raise UserError(
+                f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
+                f"{config.data.dataset} now holds: restore that selection, or use another run.dir"
+            )
+    ranks.wait()  # all have read before the main process writes
+    if ranks.is_main:
+        remove_unfinished(run_dir)
+        _write_claim(config, inputs, run_dir)
+    ranks.wait()
+    return Start(replace(state, config_sha256=config.hash), checkpoint)
+
+
+def run_directory(config: Config) -> Path:
+    """The run directory; raises `UserError` where none is set."""
+    if not config.run.dir:
+        raise UserError("run.dir is not set: add run.dir=DIR, where the run is written")
+    return Path(config.run.dir)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether this very run stands complete in its directory; refuses another configuration."""
+    run_dir = run_directory(config)
+    _check_same_configuration(config, run_dir)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None or not (run_dir / SUMMARY_FILE).exists():
+        return False
+    return read_state(checkpoint).step >= config.run.steps
+
+
+def read_records(run_dir: Path) -> dict[str, Any]:
+    """records.json of a run: the encoder's record, the dataset's identity, versions."""
+    import json
+
+    path = run_dir / RECORDS_FILE
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
+
+
+def _check_same_configuration(config: Config, run_dir: Path) -> None:
+    path = run_dir / CONFIG_FILE
+    if path.exists() and (differing := differing_keys(config, load_config(path))):
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{run_dir} is the run of another configuration ({'; '.join(differing[:3])}{more}): "
+            "use another run.dir"
+        )
+
+
+def _write_claim(config: Config, inputs: Inputs, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = inputs.source.encoder_record
+    header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
+    if record.get("random_weights"):
+        header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
+    write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
+    records = {
+        "encoder": record,
+        "dataset": read_identity(inputs.dataset),
+        "rows": inputs.stream.table.num_rows,
+        "steps_per_epoch": inputs.stream.steps_per_epoch,
+        "blocks_sha256": inputs.stream.table.content_hash,
+        "config_sha256": config.hash,
+        "versions": software_versions("torch", "numpy"),
+    }
+    write_json(run_dir / RECORDS_FILE, records)

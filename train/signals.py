@@ -1,0 +1,36 @@
+"""A scheduler's warning: finish the step, save, and leave with a status that says so."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+EXIT_REQUEUE = 75
+"""Exit status after SIGTERM or SIGUSR1 (EX_TEMPFAIL of sysexits.h): the state is saved, and the
+same command goes on from it. A requeue script starts the job again on this status alone."""
+
+_WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequests:
+    """Notes SIGTERM and SIGUSR1 instead of dying from them, inside the `with` block."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in _WARNINGS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
