@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.neighbours import (
+    TINY,
     Block32,
     NearestCandidates,
     Neighbours,
@@ -136,16 +137,19 @@ class _Balls:
         device = side.rows.device
         # Widened by one float32 step: rounding the limits themselves must not decide either.
         self._surely = torch.from_numpy(_float32(self._squared - margin, -np.inf)).to(device)
-        self._maybe = torch.from_numpy(_float32(self._squared + margin, np.inf)).to(device)
+        self._maybe = torch.from_numpy(
+            _float32(np.maximum(self._squared + margin, TINY), np.inf)
+        ).to(device)
         self._holding = torch.zeros(len(points), dtype=torch.int64, device=device)
         self._on_surface = np.zeros(len(points), dtype=bool)
 
     def update(self, i: slice, j: slice, squared: torch.Tensor) -> None:
         """Take in the block of squared distances of the balls i to the points j."""
-        inside = squared < self._surely[i, None]
-        self._holding[j] += inside.sum(dim=0)
-        doubtful = (squared <= self._maybe[i, None]) & ~inside
-        balls, points = doubtful.nonzero(as_tuple=True)
+        # Few pairs are this near, so one comparison of the whole block is all it takes.
+        balls, points = (squared <= self._maybe[i, None]).nonzero(as_tuple=True)
+        surely = squared[balls, points] < self._surely[i][balls]
+        self._holding[j] += torch.bincount(points[surely], minlength=j.stop - j.start)
+        balls, points = balls[~surely], points[~surely]
         if len(balls):
             self._decide(balls.cpu().numpy() + i.start, points.cpu().numpy() + j.start)
 
@@ -182,11 +186,11 @@ class _Realism:
         self._ball = torch.zeros(len(generated), dtype=torch.int64, device=device)
 
     def update(self, i: slice, j: slice, squared: torch.Tensor) -> None:
-        tiny = torch.finfo(torch.float32).tiny
-        ratio, ball = (self._usable[i, None] / squared.clamp_min(tiny)).max(dim=0)
-        better = ratio > self._best[j]
-        self._best[j] = torch.where(better, ratio, self._best[j])
-        self._ball[j] = torch.where(better, ball + i.start, self._ball[j])
+        ratio = self._usable[i, None] / squared
+        top = ratio.amax(dim=0)
+        better = (top > self._best[j]).nonzero().squeeze(1)
+        self._best[j.start + better] = top[better]
+        self._ball[j.start + better] = ratio[:, better].argmax(dim=0) + i.start
 
     def finish(self, nearest: Neighbours) -> NDArray[np.float64]:
         """Exact ratios of the balls found, and of the nearest ones, which float32 may not order."""

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 Rows = NDArray[np.floating]
 
 _TILE = 2048  # rows and columns of a block: 16 MB of float32
-_SPARE = 4  # candidates kept beyond the k asked for, so that rounding seldom loses a true one
+_EXACT_ROWS = 64  # pairs compared at a time in float64: what stays in a core's cache
+TINY = float(np.finfo(np.float32).tiny)  # stands for a block distance of zero: divisible
+_SPARE = 2  # candidates kept beyond the k asked for, so that rounding seldom loses a true one
 
 
 @contextmanager
@@ -80,9 +82,9 @@ class Block32:
 
 
 def squared_distances(a: Block32, i: slice, b: Block32, j: slice) -> torch.Tensor:
-    """The block ``[rows of i, rows of j]`` of squared distances, float32, not below zero."""
-    shift = a.squares[i][:, None] + b.squares[j][None, :]
-    return torch.addmm(shift, a.rows[i], b.rows[j].T, alpha=-2).clamp_(min=0)
+    """The block ``[rows of i, rows of j]`` of squared distances, float32, at least `TINY`."""
+    squared = a.squares[i][:, None] + b.squares[j][None, :]
+    return squared.addmm_(a.rows[i], b.rows[j].T, alpha=-2).clamp_(min=TINY)
 
 
 class NearestCandidates:
@@ -155,8 +157,8 @@ def exact_pairs(
 ) -> NDArray[np.float64]:
     """``|a[i] - b[j]|^2`` of index pairs, in float64, in bounded memory."""
     result = np.empty(len(i))
-    for start in range(0, len(i), _TILE):
-        part = slice(start, start + _TILE)
+    for start in range(0, len(i), _EXACT_ROWS):
+        part = slice(start, start + _EXACT_ROWS)
         difference = a[i[part]].astype(np.float64) - b[j[part]]
         result[part] = np.einsum("nd,nd->n", difference, difference)
     return result
