@@ -22,9 +22,9 @@ from model.weights import (
     tensors_sha256,
 )
 
-# ReLU outputs of VGG16's five stages: 1_2, 2_2, 3_3, 4_3, 5_3, as indices into its layers.
+_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions
+# The last ReLU of each stage (1_2, 2_2, 3_3, 4_3, 5_3), as indices into VGG16's layers.
 _TAPS = (3, 8, 15, 22, 29)
-_TAP_CHANNELS = (64, 128, 256, 512, 512)
 # ImageNet's mean and standard deviation, carried over from [0, 1] to [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -62,8 +62,8 @@ class PerceptualLoss(nn.Module):
         self.heads = nn.ParameterList()
         if not self.is_off:
             with seeded_init(source.seed if self.is_random else 0):
-                self.features = torchvision.models.vgg16(weights=None).features[: _TAPS[-1] + 1]
-            self.heads.extend(torch.full((c,), 1.0 / c) for c in _TAP_CHANNELS)
+                self.features = _vgg16_features()
+            self.heads.extend(torch.full((width,), 1.0 / width) for width, _ in _STAGES)
         if source.kind == "file":
             fit_tensors(self, _from_published(read_tensors(weights)), source=weights)
         elif source.kind == "hub":
@@ -103,6 +103,29 @@ class PerceptualLoss(nn.Module):
             if index in _TAPS:
                 taps.append(_unit_length(x.float()))
         return taps
+
+
+def _vgg16_features() -> nn.Sequential:
+    """VGG16's layers up to relu5_3, numbered as torchvision's, with its initialisation.
+
+    Built here because torchvision initialises the classifier's 124 M parameters with them.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, convolutions in _STAGES:
+        layers += [nn.MaxPool2d(2)] if layers else []
+        for _ in range(convolutions):
+            layers += [_convolution(channels, width), nn.ReLU(inplace=True)]
+            channels = width
+    return nn.Sequential(*layers)
+
+
+def _convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
+    layer = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _unit_length(x: Tensor) -> Tensor:
