@@ -184,6 +184,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _nearest(self, message: str) -> str:
         unknown = message.partition("unrecognized arguments: ")[2].split()
-        known = [option for action in self._actions for option in action.option_strings]
+        known = _all_options(self)
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1) if unknown else []
         return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _all_options(parser: argparse.ArgumentParser) -> list[str]:
+    options: list[str] = []
+    for action in parser._actions:
+        options += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                options += _all_options(child)
+    return options

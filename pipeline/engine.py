@@ -55,7 +55,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
     options = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": False,
-        "distributed.comm.timeouts.connect": "60s",
+        "distributed.comm.timeouts.connect": "10s",
         "distributed.admin.log-format": "%(name)s: %(message)s",
         "distributed.admin.low-level-log-length": 1000,
         "logging.distributed": "error",
@@ -63,7 +63,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
     with dask.config.set(options):
         if config.scheduler:
             try:
-                client = Client(config.scheduler, timeout=30)
+                client = Client(config.scheduler, timeout=10)
             except (OSError, TimeoutError, ValueError) as error:
                 raise UserError(
                     f"--scheduler {config.scheduler}: no Dask scheduler answers there"

@@ -32,7 +32,7 @@ class Summary:
     """How a stage ended, slide by slide."""
 
     stage: str
-    done: int = 0
+    done_slides: set[str] = field(default_factory=set)
     skipped: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Summary:
         elif entry.outcome == "failed":
             self.failed.append((entry.slide_id, entry.reason))
         else:
-            self.done += 1
+            self.done_slides.add(entry.slide_id)
         self.files += len(entry.files)
         self.bytes += sum(record.bytes for record in entry.files)
         for name, count in entry.counts.items():
@@ -94,7 +94,7 @@ def run_stage(
 def report_summary(summary: Summary, where: Any, rate_of: str = "") -> int:
     """Print refused slides with their reasons and the final line; returns the exit status."""
     _print_reasons(summary)
-    parts = [f"{summary.done} done"]
+    parts = [f"{len(summary.done_slides)} done"]
     if summary.skipped:
         parts.append(f"{summary.skipped} already done, nothing to redo")
     if summary.rejected:

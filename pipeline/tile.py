@@ -14,6 +14,7 @@ from pipeline.dataset import (
     Entry,
     Run,
     Slide,
+    candidate_count,
     claim_identity,
     commit_bytes,
     commit_file,
@@ -73,7 +74,8 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
                 summary.skipped += 1
                 continue
             arguments = (str(dataset.root), run.run_id, slide, runs, mark)
-            units = sum(len(span) for span in runs) * BLOCK_ROWS
+            rows = candidate_count(dataset, slide_id)
+            units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             tasks.append(SlideTask(slide_id, mark, arguments, units, units))
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")

@@ -149,6 +149,15 @@ def read_candidates(dataset: Dataset, slide_id: str) -> pa.Table:
     return read_table(path, hint="run `python -m pipeline tissue` first")
 
 
+def candidate_count(dataset: Dataset, slide_id: str) -> int:
+    """How many candidates a slide has, from the file's footer alone."""
+    path = dataset.candidates_file(slide_id)
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({error}): run `tissue` again") from error
+
+
 @dataclass(frozen=True)
 class Selection:
     """A named view of a dataset: ranks of slides, sorted by (slide_id, rank).

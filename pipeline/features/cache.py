@@ -168,14 +168,11 @@ def _tasks(
         kind: standing(journal, feature_scope(tile_px, config.encoder, "", kind))
         for kind in config.kinds
     }
-    parents = {
-        slide_id: entries[-1].fingerprint
-        for slide_id, entries in committed_shards(dataset, tile_px).items()
-    }
+    shards = committed_shards(dataset, tile_px)
     tasks = []
     for slide_id, blocks in needs.items():
         mark = fingerprint(
-            stage=STAGE, version=VERSION, parent=parents[slide_id],
+            stage=STAGE, version=VERSION, parent=shards[slide_id][-1].fingerprint,
             weights=record["weights_sha256"], compute_dtype=config.dtype, view="",
         )  # fmt: skip
         work: dict[tuple[int, int], list[str]] = {}
@@ -188,7 +185,8 @@ def _tasks(
             continue
         expected = record["weights_sha256"]
         arguments = (str(dataset.root), run.run_id, slide_id, config, tile_px, work, mark, expected)
-        units = sum(stop - start for start, stop in work) * BLOCK_ROWS
+        rows = max(entry.stop for entry in shards[slide_id])
+        units = sum(min(stop * BLOCK_ROWS, rows) - start * BLOCK_ROWS for start, stop in work)
         tasks.append(SlideTask(slide_id, mark, arguments, units, units))
     return tasks
 

@@ -47,9 +47,7 @@ def _uncontested(
         return np.zeros_like(weights)
 
     def at(divisor: float) -> npt.NDArray[np.int64]:
-        # A hair below, so that float rounding never gives a seat the exact rule would not.
-        seats_at = np.floor(weights / divisor * (1 - 1e-12) + 0.5 - 1e-9)
-        return np.minimum(seats_at.clip(0), capacities).astype(np.int64)
+        return np.minimum(np.floor(weights / divisor + 0.5), capacities).astype(np.int64)
 
     for _ in range(200):
         middle = (low + high) / 2
@@ -59,7 +57,8 @@ def _uncontested(
             low = middle
         else:
             high = middle
-    return at(high)
+    # A hair coarser: seats that tie in floating point are left to the exact comparison.
+    return at(high * (1 + 1e-9))
 
 
 def _by_priority(

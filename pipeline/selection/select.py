@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from model.errors import UserError
 from pipeline.console import say
@@ -15,6 +14,7 @@ from pipeline.dataset import (
     Run,
     Selection,
     Slide,
+    candidate_count,
     fingerprint,
     make_selection,
     read_identity,
@@ -96,7 +96,7 @@ def _eligible(
             undone.append(slide.slide_id)
         elif entry.outcome == "done":
             slides.append(slide)
-            counts.append(pq.read_metadata(dataset.candidates_file(slide.slide_id)).num_rows)
+            counts.append(candidate_count(dataset, slide.slide_id))
             parents.append((slide.slide_id, mark))
     if not slides:
         what = f"{len(undone)} slides wait for it" if undone else "none was found"

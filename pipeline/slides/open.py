@@ -2,8 +2,10 @@
 
 import csv
 import glob
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.errors import UserError
@@ -21,7 +23,10 @@ _SITE_COLUMNS = ("site", "tss")
 
 @dataclass(frozen=True)
 class Source:
-    """A slide to scan: its path, and what a table says of it ('' where it does not)."""
+    """A slide to scan: its path, and what a table says of it ('' where it does not).
+
+    `taken_by` is the path of another slide that bears the same name: this one cannot be taken.
+    """
 
     path: Path
     slide_id: str
@@ -30,6 +35,7 @@ class Source:
     site: str = ""
     project: str = ""
     sample_type: str = ""
+    taken_by: str = ""
 
 
 def open_slide(path: Path, reader: str = "auto") -> SlideReader:
@@ -78,17 +84,20 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     """Slides of folders, globs, files and CSV tables, sorted by slide_id.
 
     A folder is searched recursively for known suffixes; a folder of .dcm files is one slide.
-    Two files with one slide_id are refused: names must be unique in a dataset.
+    Of two files with one slide_id the first by path keeps it; the other is marked `taken_by`.
     """
-    found: dict[str, Source] = {}
+    by_path: dict[Path, Source] = {}
     for one in inputs:
         for source in _expand(one):
-            other = found.setdefault(source.slide_id, source)
-            if other.path != source.path:
-                raise UserError(
-                    f"slide id '{source.slide_id}' stands for both {other.path} and "
-                    f"{source.path}; rename one, or give a CSV with a slide_id column"
-                )
+            by_path.setdefault(source.path, source)
+    found: dict[str, Source] = {}
+    for path in sorted(by_path):
+        source = by_path[path]
+        other = found.get(source.slide_id)
+        if other is not None:
+            mark = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+            source = replace(source, slide_id=f"{source.slide_id}.{mark}", taken_by=str(other.path))
+        found[source.slide_id] = source
     return [found[key] for key in sorted(found)]
 
 
@@ -98,9 +107,9 @@ def _expand(text: str) -> Iterator[Source]:
         yield from _from_csv(path)
     elif path.is_dir():
         for slide in sorted(set(_slides_under(path))):
-            yield Source(slide.absolute(), slide_id_of(slide))
+            yield Source(_absolute(slide), slide_id_of(slide))
     elif path.is_file():
-        yield Source(path.absolute(), slide_id_of(path))
+        yield Source(_absolute(path), slide_id_of(path))
     else:
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
@@ -113,6 +122,11 @@ def _slides_under(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file():
             yield path.parent if path.suffix.lower() == ".dcm" else path
+
+
+def _absolute(path: Path) -> Path:
+    """Absolute and without '..', but with its links as the user wrote them."""
+    return Path(os.path.abspath(path))
 
 
 def slide_id_of(path: Path) -> str:
@@ -144,7 +158,7 @@ def _row_source(table: Path, number: int, path_column: str, row: dict[str, str])
     site = next((row[name] for name in _SITE_COLUMNS if row.get(name)), "")
     slide_id = row.get("slide_id") or slide_id_of(path)
     return Source(
-        path.absolute(),
+        _absolute(path),
         check_slide_id(slide_id),
         _csv_mpp(table, number, row.get("mpp")),
         (row.get("patient") or "").strip(),

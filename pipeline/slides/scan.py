@@ -85,18 +85,19 @@ def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
             tasks.append(SlideTask(source.slide_id, mark, (source, config, mark), _size(source)))
     with Run(dataset, STAGE, versions) as run:
         run_stage(run, scan_slide, tasks, engine, summary)
-        _write_slides(dataset, run)
+        _write_slides(dataset, run, summary)
     return report_summary(summary, dataset.slides_file)
 
 
-def _write_slides(dataset: Dataset, run: Run) -> None:
+def _write_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
     rows = {
         slide_id: Slide(**entry.values | {"levels": tuple(map(tuple, entry.values["levels"]))})
         for slide_id, entries in standing(read_journal(dataset, STAGE)).items()
         for entry in entries
     }
     if not dataset.slides_file.exists() or read_slides(dataset) != [rows[k] for k in sorted(rows)]:
-        write_slides(dataset, run.run_id, rows.values())
+        record = write_slides(dataset, run.run_id, rows.values())
+        summary.files, summary.bytes = 1, record.bytes
 
 
 def _size(source: Source) -> float:
@@ -139,6 +140,11 @@ def scan_slide(source: Source, config: ScanConfig, mark: str) -> list[Entry]:
         sample_type=source.sample_type or (barcode.sample_type if barcode else ""),
     )
     try:
+        if source.taken_by:
+            raise SlideOpenError(
+                f"{source.path} bears the name of {source.taken_by}; rename one of them, "
+                "or give a CSV with a slide_id column"
+            )
         if config.sha256:
             slide = replace(slide, sha256=_sha256(source.path))
         with open_slide(source.path, config.reader) as reader:

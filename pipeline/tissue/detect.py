@@ -32,8 +32,8 @@ class DetectorConfig:
 
     um_per_px: float = 8.0
     min_density: float = 0.06
-    min_object_um2: float = 20_000.0
-    max_hole_um2: float = 20_000.0
+    min_object_um2: float = 10_000.0
+    max_hole_um2: float = 4_000.0
     max_dark_fraction: float = 0.5
     min_stained_as_tissue: float = 0.2
 

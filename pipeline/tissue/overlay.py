@@ -7,7 +7,7 @@ import numpy.typing as npt
 from pipeline.tissue.detect import TissueClass
 
 _KEPT, _PEN, _OUTLINE = (46, 125, 50), (21, 101, 192), (20, 20, 20)
-_MIN_SIDE_PX, _MAX_SIDE_PX = 900, 1800
+_MAX_SIDE_PX = 1800
 
 
 def draw_overlay(
@@ -17,13 +17,13 @@ def draw_overlay(
     y: npt.NDArray[np.float64],
     size: float,
 ) -> npt.NDArray[np.uint8]:
-    """RGB picture: tissue outlined, pen tinted blue, kept tiles boxed in green.
+    """RGB picture of the slide: tissue outlined, pen tinted blue, kept tiles boxed in green.
 
-    `x`, `y` and `size` are in pixels of `rgb` and `mask` [h, w].
+    `x`, `y` and `size` are in pixels of `rgb`; `mask` may be of another size and is stretched.
     """
-    scale = _scale(rgb.shape[:2])
-    canvas = _resize(rgb, scale, cv2.INTER_LINEAR if scale > 1 else cv2.INTER_AREA)
-    big = _resize(mask, scale, cv2.INTER_NEAREST)
+    scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
+    canvas = _resize(rgb, (rgb.shape[1] * scale, rgb.shape[0] * scale), cv2.INTER_AREA)
+    big = _resize(mask, (canvas.shape[1], canvas.shape[0]), cv2.INTER_NEAREST)
     pen = big == TissueClass.PEN
     canvas[pen] = (0.4 * canvas[pen] + 0.6 * np.array(_PEN)).astype(np.uint8)
     tissue = (big == TissueClass.TISSUE).astype(np.uint8)
@@ -36,13 +36,8 @@ def draw_overlay(
     return canvas
 
 
-def _scale(shape: tuple[int, ...]) -> float:
-    side = max(shape)
-    return float(np.clip(1.0, _MIN_SIDE_PX / side, _MAX_SIDE_PX / side))
-
-
 def _resize(
-    image: npt.NDArray[np.uint8], scale: float, interpolation: int
+    image: npt.NDArray[np.uint8], size: tuple[float, float], interpolation: int
 ) -> npt.NDArray[np.uint8]:
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return np.array(cv2.resize(image, size, interpolation=interpolation), np.uint8)
+    whole = (max(1, round(size[0])), max(1, round(size[1])))
+    return np.array(cv2.resize(image, whole, interpolation=interpolation), np.uint8)

@@ -29,6 +29,7 @@ from pipeline.dataset import (
 from pipeline.engine import EngineConfig, SlideTask
 from pipeline.grid import grid_positions, rank_order, window_means
 from pipeline.slides.open import open_slide
+from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
@@ -43,6 +44,7 @@ from pipeline.tissue.overlay import draw_overlay
 
 STAGE, VERSION = "tissue", 1
 _JPEG_QUALITY = 88
+_OVERLAY_PX = 1600
 _GRID_KEYS = ("mpp", "mpp_tolerance", "tile_px", "grid", "seed")
 _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
 
@@ -133,10 +135,15 @@ def _tissue_slide(
             reader.levels, mpp, identity["mpp"], identity["mpp_tolerance"], identity["tile_px"]
         )
         overview, um_per_px = read_overview(reader, mpp, detector.um_per_px)
+        picture, picture_um_per_px = _picture(reader, mpp, overview, um_per_px)
     detection = detect_tissue(overview, um_per_px, detector)
     grid = _Grid.cut(slide, plan, detection, um_per_px)
     keep = grid.kept(config)
-    files = _write_pictures(dataset, run_id, slide.slide_id, overview, detection, grid, keep)
+    overlay = draw_overlay(
+        picture, detection.mask, grid.x[keep] * mpp / picture_um_per_px,
+        grid.y[keep] * mpp / picture_um_per_px, grid.size_level0 * mpp / picture_um_per_px,
+    )  # fmt: skip
+    files = _write_pictures(dataset, run_id, slide.slide_id, overlay, detection.mask)
     table = _candidates(identity["seed"], slide.slide_id, grid, keep)
     files.append(write_candidates(dataset, run_id, slide.slide_id, table))
     counts = {"grid tiles": len(grid.x), "candidate tiles": table.num_rows}
@@ -154,12 +161,11 @@ def _tissue_slide(
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tiles of a slide: corners in level-0 px, scale to the mask, class fractions."""
+    """Tiles of a slide: corners in level-0 px, class fractions."""
 
     x: npt.NDArray[np.float64]
     y: npt.NDArray[np.float64]
     size_level0: float
-    level0_per_mask_px: float
     tissue: npt.NDArray[np.float32]
     artifact: npt.NDArray[np.float32]
 
@@ -174,7 +180,7 @@ class _Grid:
 
         is_tissue = detection.mask == TissueClass.TISSUE
         is_artifact = detection.mask > TissueClass.TISSUE
-        return cls(x, y, size, scale, fraction(is_tissue), fraction(is_artifact))
+        return cls(x, y, size, fraction(is_tissue), fraction(is_artifact))
 
     def kept(self, config: TissueConfig) -> npt.NDArray[np.bool_]:
         return (self.tissue >= config.min_tissue) & (self.artifact <= config.max_artifact)
@@ -193,24 +199,27 @@ def _candidates(seed: int, slide_id: str, grid: _Grid, keep: npt.NDArray[np.bool
     return pa.table([pa.array(column) for column in columns], schema=CANDIDATES_SCHEMA)
 
 
+def _picture(
+    reader: SlideReader, mpp: float, overview: npt.NDArray[np.uint8], um_per_px: float
+) -> tuple[npt.NDArray[np.uint8], float]:
+    """The slide at a size to look at: finer than the mask where the slide is small."""
+    longest_um = max(reader.levels[0].width, reader.levels[0].height) * mpp
+    wanted = longest_um / _OVERLAY_PX
+    if wanted >= um_per_px:
+        return overview, um_per_px
+    return read_overview(reader, mpp, max(mpp, wanted))
+
+
 def _write_pictures(
     dataset: Dataset,
     run_id: str,
     slide_id: str,
-    overview: npt.NDArray[np.uint8],
-    detection: Detection,
-    grid: _Grid,
-    keep: npt.NDArray[np.bool_],
+    overlay: npt.NDArray[np.uint8],
+    mask: npt.NDArray[np.uint8],
 ) -> list[FileRecord]:
-    scale = grid.level0_per_mask_px
-    picture = draw_overlay(
-        overview, detection.mask, grid.x[keep] / scale, grid.y[keep] / scale,
-        grid.size_level0 / scale,
-    )  # fmt: skip
-    mask_png = cv2.imencode(".png", detection.mask)[1].tobytes()
-    jpeg = cv2.imencode(
-        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-    )[1].tobytes()
+    mask_png = cv2.imencode(".png", mask)[1].tobytes()
+    bgr = cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)
+    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
     return [
         commit_bytes(dataset, run_id, dataset.mask_file(slide_id), mask_png),
         commit_bytes(dataset, run_id, dataset.overlay_file(slide_id), jpeg),

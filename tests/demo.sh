@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The demo: the commands a user types, on the committed slide. DEMO is the folder it writes,
+# PY the interpreter. Run it through `make demo`.
+set -euo pipefail
+export PYTHONSAFEPATH=1
+DEMO=${DEMO:-demo}
+PY=${PY:-.venv/bin/python}
+WEIGHTS=random:0 # H0-mini's weights are gated: a dry run of the same architecture, and it says so
+began=$SECONDS
+
+step() {
+    printf '\n$ python %s\n' "$*"
+    "$PY" "$@"
+}
+
+step -m pipeline scan tests/data/slides --dataset "$DEMO/dataset"
+step -m pipeline tissue --dataset "$DEMO/dataset"
+step -m pipeline select --dataset "$DEMO/dataset" --name train
+step -m pipeline tile --dataset "$DEMO/dataset" --selection train
+step -m pipeline cache --dataset "$DEMO/dataset" --encoder h0-mini --weights "$WEIGHTS"
+step -m train --config tiny data.dataset="$DEMO/dataset" run.dir="$DEMO/run"
+step -m train export "$DEMO/run" "$DEMO/model"
+step -m evaluate generate --model "$DEMO/model" --guidance "$DEMO/dataset" --selection train \
+    --steps 50 --out "$DEMO/synthetic"
+step -m pipeline cache --dataset "$DEMO/synthetic" --encoder h0-mini --weights "$WEIGHTS" --tokens none
+step -m evaluate measure --real "$DEMO/dataset" --real-selection train --generated "$DEMO/synthetic" \
+    --encoder h0-mini --out "$DEMO/results.json"
+step -m evaluate report --results "$DEMO/results.json" --run "$DEMO/run" --dataset "$DEMO/dataset" \
+    --generated "$DEMO/synthetic" --out "$DEMO/report.html" --picture "$DEMO/picture.png"
+
+printf '\nThe demo took %d min %02d s. Open %s/report.html in a browser.\n' \
+    $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$DEMO"

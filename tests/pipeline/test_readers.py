@@ -1,0 +1,149 @@
+import numpy as np
+import openslide
+import pytest
+
+from pipeline.slides.open import find_sources, open_slide, slide_id_of
+from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
+from pipeline.slides.region import read_overview, read_tile
+from pipeline.slides.resolution import plan_read
+
+
+@pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
+def test_levels_and_resolution_of_the_real_slide(cmu_slide, reader):
+    with open_slide(cmu_slide, reader) as slide:
+        assert [(v.width, v.height) for v in slide.levels] == [(2220, 2967)]
+        assert slide.resolution.vendor == (0.499, 0.499)
+
+
+def test_both_readers_give_the_same_pixels(cmu_slide):
+    with open_slide(cmu_slide, "openslide") as one, open_slide(cmu_slide, "tiffslide") as other:
+        for x, y in [(0, 0), (777, 1033), (1900, 2700)]:
+            a, b = (s.read(0, x, y, 300, 250).astype(int) for s in (one, other))
+            assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
+def test_outside_of_the_slide_is_white(cmu_slide, reader):
+    with open_slide(cmu_slide, reader) as slide:
+        region = slide.read(0, 2220 - 40, 2967 - 30, 100, 100)
+        assert region.shape == (100, 100, 3)
+        assert (region[:, 40:] == 255).all()
+        assert (region[30:] == 255).all()
+        assert (region[:30, :40] < 255).any()
+        assert (slide.read(0, -500, -500, 60, 60) == 255).all()
+
+
+def test_a_tile_equals_openslide_itself(cmu_slide):
+    with open_slide(cmu_slide) as slide:
+        plan = plan_read(slide.levels, 0.499, 0.5, 0.02, 224)
+        tile = read_tile(slide, plan, 896.0, 1344.0, 224)
+    direct = openslide.OpenSlide(cmu_slide).read_region((896, 1344), 0, (224, 224)).convert("RGB")
+    assert np.array_equal(tile, np.asarray(direct))
+
+
+def test_a_two_fold_reduction_is_the_mean_of_four(cmu_slide):
+    with open_slide(cmu_slide) as slide:
+        plan = plan_read(slide.levels, 0.25, 0.5, 0.02, 224)
+        tile = read_tile(slide, plan, 448.0, 896.0, 224)
+        full = slide.read(0, 448, 896, 448, 448)
+    means = full.reshape(224, 2, 224, 2, 3).mean((1, 3))
+    assert np.abs(tile - means).max() <= 0.51
+
+
+def test_resampled_neighbours_share_no_pixel_and_leave_none_out(cmu_slide):
+    """At 0.2325 mpp a tile is 481.72 px wide: two tiles together equal one of twice the width."""
+    with open_slide(cmu_slide) as slide:
+        plan = plan_read(slide.levels, 0.2325, 0.5, 0.02, 224)
+        wide = plan_read(slide.levels, 0.2325, 0.5, 0.02, 448)
+        stride = round(plan.stride_level0 * 256) / 256
+        both = read_tile(slide, wide, 0.0, 400.0, 448)
+        left = read_tile(slide, plan, 0.0, 400.0, 224)
+        right = read_tile(slide, plan, stride, 400.0, 224)
+    assert not plan.aligned
+    joined = np.concatenate([left, right], 1).astype(int)
+    # One grey level: positions are kept in 1/256 px.
+    assert np.abs(joined - both[:224].astype(int)).max() <= 1
+
+
+def test_an_overview_is_made_of_whole_cells(cmu_slide):
+    with open_slide(cmu_slide) as slide:
+        overview, um_per_px = read_overview(slide, 0.499, 8.0)
+        cell = slide.read(0, 16 * 50, 16 * 90, 16, 16)
+    assert um_per_px == pytest.approx(16 * 0.499)
+    assert overview.shape == (2967 // 16, 2220 // 16, 3)
+    assert np.abs(overview[90, 50] - cell.reshape(-1, 3).mean(0)).max() <= 0.51
+
+
+def test_transparent_black_becomes_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    rgba[0, 1] = (0, 0, 0, 128)
+    assert over_white(rgba)[0, 0].tolist() == [10, 20, 30]
+    assert over_white(rgba)[0, 1].tolist() == [127, 127, 127]
+    assert over_white(rgba)[1, 1].tolist() == [255, 255, 255]
+
+
+def test_a_read_error_names_slide_and_place_and_is_never_white(shared_data):
+    with (
+        open_slide(shared_data / "bad_slides" / "bad_unreadable.svs") as slide,
+        pytest.raises(SlideReadError, match=r"bad_unreadable.*x=0, y=0"),
+    ):
+        slide.read(0, 0, 0, 16, 16)
+
+
+def test_a_truncated_slide_fails_with_a_reason(cmu_slide, tmp_path):
+    whole = cmu_slide.read_bytes()
+    broken = tmp_path / "broken.svs"
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((SlideOpenError, SlideReadError)) as failure:
+        _read_all(broken)
+    assert "\n" not in str(failure.value)
+
+
+def _read_all(path):
+    with open_slide(path) as slide:
+        for y in range(0, 2900, 200):
+            for x in range(0, 2200, 200):
+                slide.read(0, x, y, 200, 200)
+
+
+def test_not_slides_are_named_for_what_they_are(tmp_path):
+    empty, pointer = tmp_path / "a.svs", tmp_path / "b.svs"
+    empty.write_bytes(b"")
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(SlideOpenError, match="empty"):
+        open_slide(empty)
+    with pytest.raises(SlideOpenError, match="git lfs pull"):
+        open_slide(pointer)
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [
+        ("TCGA-CR-7395-01A-01-TS1.svs", "TCGA-CR-7395-01A-01-TS1"),
+        ("OS-1-detail.ome.tif", "OS-1-detail"),
+        ("a b(1).ndpi", "a_b_1_"),
+        ("TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF.svs", "TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF"),
+    ],
+)
+def test_slide_ids_are_safe_names(tmp_path, name, slide_id):
+    path = tmp_path / name
+    path.touch()
+    assert slide_id_of(path) == slide_id
+
+
+def test_two_slides_of_one_name_do_not_stop_the_others(tmp_path):
+    for name in ("a/x.svs", "b/x.svs", "b/y.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    sources = find_sources([str(tmp_path)])
+    assert [bool(source.taken_by) for source in sources] == [False, True, False]
+    assert sources[1].taken_by == str(tmp_path / "a/x.svs")
+
+
+def test_a_table_gives_path_id_mpp_and_site(tmp_path):
+    table = tmp_path / "slides.csv"
+    table.write_text("path,slide_id,mpp,tss,patient\nx.svs,S1,0.25,NA,P1\ny.svs,S2,,02,P2\n")
+    first, second = find_sources([str(table)])
+    assert (first.slide_id, first.mpp, first.site) == ("S1", 0.25, "NA")
+    assert (second.mpp, second.site, second.path) == (None, "02", tmp_path / "y.svs")

@@ -1,0 +1,104 @@
+"""The rules of the house: imports run one way, and light rooms import without heavy libraries."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("pipeline", "model", "train", "evaluate")
+ALLOWED = {
+    "model": (),
+    "pipeline": ("model",),
+    "train": ("model", "pipeline.dataset", "pipeline.features", "pipeline.console"),
+    "evaluate": ("model", "train", "pipeline.dataset", "pipeline.features", "pipeline.console"),
+}
+HEAVY = ("dask", "distributed", "openslide", "tiffslide", "zarr", "tifffile", "imagecodecs")
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports name their room, not '.'"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / room).rglob("*.py")):
+        for name in _imports(path):
+            others = [other for other in ROOMS if other != room and _is_within(name, other)]
+            fits = any(_is_within(name, allowed) for allowed in ALLOWED[room])
+            # `from pipeline import dataset` names the allowed module in its second part.
+            if others and not fits and name not in ROOMS:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not wrong
+
+
+def test_the_rule_itself_sees_a_wrong_import(tmp_path: Path) -> None:
+    source = tmp_path / "stray.py"
+    source.write_text("from train.loop import run\nimport pipeline.engine\n")
+    assert set(_imports(source)) == {"train.loop", "train.loop.run", "pipeline.engine"}
+
+
+LIGHT_IMPORTS = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {heavy!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked by the test")
+sys.meta_path.insert(0, Block())
+import importlib, pkgutil
+for room in ("train", "evaluate", "model", "pipeline.dataset", "pipeline.features.store"):
+    package = importlib.import_module(room)
+    for module in pkgutil.walk_packages(getattr(package, "__path__", []), room + "."):
+        importlib.import_module(module.name)
+print("ok")
+"""
+
+
+def test_training_and_generation_import_without_the_slide_libraries() -> None:
+    code = LIGHT_IMPORTS.format(heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip().endswith("ok"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("room", ["pipeline", "train", "evaluate"])
+def test_every_door_explains_itself(room: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", room, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {room}" in done.stdout
+
+
+def test_no_function_unpickles() -> None:
+    """Weights and checkpoints never run code from data."""
+    wrong = []
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    only = [k for k in node.keywords if k.arg == "weights_only"]
+                    if not only or ast.unparse(only[0].value) != "True":
+                        wrong.append(f"{path.name}:{node.lineno}")
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("pickle.load"):
+                    wrong.append(f"{path.name}:{node.lineno}")
+    assert not wrong
