@@ -55,6 +55,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         place = result
         for section in sections:
             below = place.setdefault(section, {})
+            if isinstance(below, _Raw):  # section={...} and then section.key=value
+                below = place[section] = _parsed(below, section)
             if not isinstance(below, dict):
                 raise UserError(f"override '{text}': '{section}' is not a section")
             place = below

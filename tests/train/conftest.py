@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.dataset import (
     Dataset,
@@ -23,6 +25,7 @@ from pipeline.dataset import (
     write_tar,
 )
 from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
+from train.config import Config, load_config
 
 TILE_PX = 32
 TOKENS = (4, 12)
@@ -107,3 +110,47 @@ def make_dataset(root: Path) -> Dataset:
 def train_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Shared, for tests that only read."""
     return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+SMALL = [
+    "run.device=cpu",
+    "run.steps=6",
+    f"data.tile_px={TILE_PX}",
+    "data.batch_size=5",
+    "data.cursors=2",
+    "data.threads=2",
+    "model.sit={latent_size: 4, hidden_size: 32, depth: 2, num_heads: 2, encoder_depth: 1, "
+    "projector_dim: 24, token_dim: 12, condition_dim: 16}",
+    "model.vae={base_channels: 4, channel_multipliers: [1, 1, 2, 2], num_res_blocks: 1, "
+    "norm_groups: 2}",
+    "model.discriminator.base_channels=4",
+    "loss.perceptual_weights=none",
+    "optim.lr_vae=2e-3",
+    "optim.lr_sit=2e-3",
+    "ema.sit=0.9",
+    "ema.vae=0.8",
+    "log.every=2",
+    "log.tensorboard=false",
+    "log.samples_every=0",
+    "log.samples=2",
+    "log.sample_steps=2",
+    "log.fixed_tiles=4",
+    "checkpoint.every=3",
+]
+"""A run of the real networks at a size that trains in well under a second a step."""
+
+
+def small_config(dataset: Dataset, run_dir: Path, *overrides: str) -> Config:
+    """The small run on that dataset."""
+    places = [f"data.dataset={dataset.root}", f"run.dir={run_dir}"]
+    return load_config(None, [*SMALL, *places, *overrides])
+
+
+def weights_of(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, optimizers among them, by file and name."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{path.stem}/{name}": value
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }

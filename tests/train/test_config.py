@@ -47,6 +47,11 @@ def test_overrides_take_the_type_of_their_key() -> None:
     assert config.ema.warmup is True
 
 
+def test_a_whole_section_and_then_its_key() -> None:
+    config = load_config(None, ["model.sit={depth: 9, num_heads: 8}", "model.sit.depth=10"])
+    assert (config.model.sit.depth, config.model.sit.num_heads) == (10, 8)
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -1,0 +1,104 @@
+"""Checkpoints: whole or not at all, the last K, and refused where they do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model.errors import UserError
+from train import checkpoint
+from train.checkpoint import (
+    RunState,
+    Trainees,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    remove_unfinished,
+    save_checkpoint,
+)
+
+
+def make_trainees(seed: int = 0, width: int = 4) -> Trainees:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+    net[0].bias.requires_grad_(False)
+    net = net.to(memory_format=torch.channels_last)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return Trainees({"net": net}, {"net": torch.optim.AdamW(trained, lr=1e-2, fused=True)})
+
+
+def train_once(trainees: Trainees, seed: int) -> None:
+    torch.manual_seed(seed)
+    trainees.networks["net"](torch.randn(2, 3, 8, 8)).square().sum().backward()
+    trainees.optimizers["net"].step()
+    trainees.optimizers["net"].zero_grad()
+
+
+def state(step: int) -> RunState:
+    return RunState(step, "blocks", "config", 1.5, 2, {"psnr": 3.0})
+
+
+def test_a_run_goes_on_exactly(tmp_path: Path) -> None:
+    ours, theirs = make_trainees(0), make_trainees(1)
+    train_once(ours, 5)
+    path = save_checkpoint(tmp_path, state(1), ours, keep=2)
+    assert path == tmp_path / "checkpoints" / "step-00000001"
+    assert read_state(path) == state(1)
+    load_checkpoint(path, theirs)
+    for seed in (6, 7):
+        train_once(ours, seed)
+        train_once(theirs, seed)
+    mine, yours = (t.networks["net"].state_dict() for t in (ours, theirs))
+    assert all(mine[key].equal(yours[key]) for key in mine)
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    trainees = make_trainees()
+    for step in (1, 2, 10, 20, 100000000):
+        save_checkpoint(tmp_path, state(step), trainees, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-100000000"
+
+
+def test_nothing_half_written_is_ever_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainees = make_trainees()
+    good = save_checkpoint(tmp_path, state(1), trainees, keep=2)
+    real = checkpoint.write_tensors
+    calls = []
+
+    def fail_later(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail_later)
+    with pytest.raises(UserError, match="step-00000002: No space left on device"):
+        save_checkpoint(tmp_path, state(2), trainees, keep=2)
+    assert list_checkpoints(tmp_path) == [good]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    good = save_checkpoint(tmp_path, state(1), make_trainees(), keep=2)
+    (tmp_path / "checkpoints" / ".writing-step-00000002-ab12").mkdir()
+    assert latest_checkpoint(tmp_path) == good
+    remove_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_damaged_and_foreign_checkpoints_get_one_line(tmp_path: Path) -> None:
+    trainees = make_trainees()
+    train_once(trainees, 0)
+    path = save_checkpoint(tmp_path, state(1), trainees, keep=2)
+    with pytest.raises(UserError, match=r"net\.safetensors.*other shape: 0\.weight"):
+        load_checkpoint(path, make_trainees(width=6))
+    weights = path / "net.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"net\.safetensors.*damaged"):
+        load_checkpoint(path, trainees)
+    (path / "state.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+        read_state(path)

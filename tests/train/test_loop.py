@@ -1,0 +1,338 @@
+"""Whole runs: exact resume, any number of processes, stopping, refusing, reporting, exporting."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dataset, small_config, weights_of
+from PIL import Image
+
+from model.cytosyn import CytoSyn
+from model.errors import UserError
+from pipeline.dataset import Dataset, make_selection, read_selection, write_selection
+from train.__main__ import main
+from train.checkpoint import list_checkpoints
+from train.config import Config, load_config
+from train.loop import TrainingDivergedError, train
+from train.metrics import read_metrics
+from train.setup import open_inputs
+from train.signals import EXIT_REQUEUE
+
+HOME = Path(__file__).parents[2]
+
+
+def command(dataset: Dataset, run_dir: Path, *overrides: str) -> list[str]:
+    """The same small run as a command line of another process."""
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(small_config(dataset, run_dir).to_yaml())
+    return [sys.executable, "-m", "train", "--config", str(config), *overrides]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME), **more}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    train_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Path]:
+    """A run of 6 steps in one go, with everything it writes."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    config = small_config(train_dataset, run_dir, "log.samples_every=3", "log.tensorboard=true")
+    torch.set_num_threads(1)
+    assert train(config) == 0
+    return config, run_dir
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not a[name].equal(b[name])]
+    assert different == []
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_equals_one_go(
+    finished: tuple[Config, Path], train_dataset: Dataset, tmp_path: Path
+) -> None:
+    """kill -9 while it trains towards a million steps, then to the end in this process."""
+    run_dir = tmp_path / "run"
+    arguments = command(
+        train_dataset, run_dir, "run.steps=1000000", "checkpoint.every=1", "checkpoint.keep=100"
+    )
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(run_dir / "checkpoints" / "step-00000003", process)
+        process.send_signal(signal.SIGKILL)
+    for late in list_checkpoints(run_dir)[3:]:  # whatever it wrote before the signal came
+        late.rename(tmp_path / late.name)
+    assert train(small_config(train_dataset, run_dir)) == 0
+    assert_same_weights(weights_of(run_dir, 6), weights_of(finished[1], 6))
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def test_two_processes_equal_one(train_dataset: Dataset, tmp_path: Path) -> None:
+    """A batch of 5 as 2 + 3 over gloo. The discriminator's batch norm is local, so it is off."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    overrides = ("loss.generator=0", "run.steps=5", "checkpoint.every=5")
+    assert train(small_config(train_dataset, one, *overrides)) == 0
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            command(train_dataset, two, *overrides),
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    a, b = weights_of(one, 5), weights_of(two, 5)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=1e-4, rtol=1e-4, msg=name)
+    moved = weights_of(one, 5)["vae/decoder.conv_in.weight"]
+    start = small_config(train_dataset, tmp_path)
+    assert not moved.equal(initial_vae(start)["decoder.conv_in.weight"])
+    for mine, theirs in zip(read_metrics(one), read_metrics(two), strict=True):
+        for name in ("vae/l1", "vae/kl", "vae/align", "sit/denoise", "sit/align"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-4)
+
+
+def initial_vae(config: Config) -> dict[str, torch.Tensor]:
+    from train.networks import build_networks
+
+    return build_networks(config, torch.device("cpu")).vae.state_dict()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_warning_saves_and_asks_to_be_requeued(
+    finished: tuple[Config, Path], train_dataset: Dataset, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    log = run_dir / "metrics.jsonl"
+
+    def warn() -> None:
+        while not log.exists() or not log.read_text():
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=warn, daemon=True)
+    before = signal.getsignal(number)
+    thread.start()
+    status = train(small_config(train_dataset, run_dir, "run.steps=1000000"))
+    assert status == EXIT_REQUEUE
+    assert signal.getsignal(number) == before
+    stopped_at = int(list_checkpoints(run_dir)[-1].name.removeprefix("step-"))
+    assert stopped_at >= 2
+    assert not (run_dir / "summary.json").exists()
+    assert train(small_config(train_dataset, run_dir, f"run.steps={stopped_at + 1}")) == 0
+
+
+def test_the_run_directory_holds_what_was_agreed(finished: tuple[Config, Path]) -> None:
+    config, run_dir = finished
+    assert load_config(run_dir / "config.yaml") == config
+    assert "RANDOM encoder weights" in (run_dir / "config.yaml").read_text()
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    expected = {"epoch", "seconds", "images_per_s", "data_wait_s", "latent/mean", "latent/std"}
+    expected |= {f"vae/{term}" for term in ("l1", "kl", "generator", "align", "total")}
+    expected |= {"discriminator/total", "sit/denoise", "sit/align", "sit/total"}
+    expected |= {f"grad_norm/{name}" for name in ("vae", "discriminator", "sit")}
+    assert expected <= set(lines[-1])
+    assert "vae/lpips" not in lines[-1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["encoder_record"]["random_weights"] is True
+    measured = summary["reconstruction"]
+    assert measured["tiles"] == 4
+    assert measured["psnr_trained"] != measured["psnr_untrained"]
+    for step in (3, 6):
+        with Image.open(run_dir / "samples" / f"step-{step:08d}.png") as grid:
+            assert grid.size == (2 * 32, 2 * 32)
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert [p.name for p in list_checkpoints(run_dir)] == ["step-00000003", "step-00000006"]
+
+
+def test_a_finished_run_is_left_alone(
+    finished: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run_dir = finished
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+    assert train(config) == 0
+    assert "is finished (6 steps): nothing to do" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+
+
+def test_another_configuration_is_refused(
+    finished: tuple[Config, Path], train_dataset: Dataset
+) -> None:
+    other = small_config(train_dataset, finished[1], "optim.lr_sit=0.5")
+    with pytest.raises(UserError, match=r"optim\.lr_sit is 0\.002 there, 0\.5 here"):
+        train(other)
+
+
+def test_another_selection_is_refused(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    config = small_config(dataset, tmp_path / "run", "run.steps=1")
+    assert train(config) == 0
+    fewer = {slide: ranks[1:] for slide, ranks in read_selection(dataset, "train").items()}
+    write_selection(dataset, "test", make_selection("train", fewer, {}))
+    with pytest.raises(UserError, match="trained on another selection than 'train'"):
+        train(small_config(dataset, tmp_path / "run", "run.steps=2"))
+
+
+def test_never_resuming_refuses_a_directory_with_checkpoints(
+    finished: tuple[Config, Path], train_dataset: Dataset
+) -> None:
+    longer = small_config(train_dataset, finished[1], "run.steps=7")
+    with pytest.raises(UserError, match="--resume auto"):
+        train(longer, "never")
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(
+    train_dataset: Dataset, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(small_config(train_dataset, run_dir, "run.steps=3")) == 0
+    poison(run_dir / "checkpoints" / "step-00000003" / "sit.safetensors")
+    config = small_config(train_dataset, run_dir, "run.steps=20", "optim.max_bad_steps=2")
+    with pytest.raises(TrainingDivergedError, match=r"2 steps in a row up to step 5 .*00000003"):
+        train(config)
+
+
+def poison(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["final_layer.linear.bias"].fill_(float("inf"))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.dataset="], "data.dataset is not set"),
+        (["run.dir="], "run.dir is not set"),
+        (["data.dataset=/nowhere"], "no dataset at /nowhere"),
+        (["data.selection=other"], "no selection 'other'"),
+        (["data.encoder=uni2-h"], "python -m pipeline cache"),
+        (["data.batch_size=50"], "lower data.cursors"),
+        (["data.cursors=40"], "lower data.cursors to"),
+        (["model.sit.condition_dim=17"], "'model.sit.condition_dim'"),
+        (["run.device=cuda"], "set run.device=cpu"),
+        (["run.mode=repa", "init.vae=/nowhere.safetensors"], "no such file"),
+    ],
+)
+def test_mistakes_get_one_line_that_says_what_to_do(
+    train_dataset: Dataset, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    if "run.device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError) as caught:
+        train(small_config(train_dataset, tmp_path / "run", *overrides))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_tiles_are_refused(train_dataset: Dataset, tmp_path: Path) -> None:
+    from train.ranks import Ranks
+
+    with pytest.raises(UserError, match=r"8 processes, but data.batch_size is 5"):
+        Ranks(7, 8, torch.device("cpu")).slots(5)
+    assert open_inputs(small_config(train_dataset, tmp_path)).stream.batch_size == 5
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_export_writes_the_chosen_weights_with_their_records(
+    finished: tuple[Config, Path], tmp_path: Path, weights: str
+) -> None:
+    run_dir = finished[1]
+    out = tmp_path / "model"
+    arguments = ["export", str(run_dir), str(out), "--sit", weights, "--vae", weights]
+    assert main(arguments) == 0
+    model = CytoSyn.from_pretrained(out)
+    suffix = "_ema" if weights == "ema" else ""
+    expected = weights_of(run_dir, 6)
+    for name in ("sit", "vae"):
+        for key, value in getattr(model, name).state_dict().items():
+            assert value.equal(expected[f"{name}{suffix}/{key}"])
+    assert model.records.encoder_is_random is True
+    assert model.records.encoder_weights == "random:0"
+    assert (model.records.sit, model.records.vae) == (weights, weights)
+    assert (model.records.training_step, model.records.tile_px) == (6, 32)
+    assert model.records.mpp == 0.5
+
+
+def test_export_says_what_is_there(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint of step 5; there: step-00000003"):
+        main(["export", str(finished[1]), str(tmp_path), "--step", "5"])
+    with pytest.raises(UserError, match="is not a run"):
+        main(["export", str(tmp_path), str(tmp_path / "out")])
+
+
+def test_the_door_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "train", "--config", "tiny", "run.stepz=4"]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, cwd=HOME)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert lines == ["error: unknown configuration key 'run.stepz': did you mean 'run.steps'?"]
+
+
+BLOCKED = ("dask", "distributed", "openslide", "tiffslide", "zarr")
+
+
+def test_train_imports_without_the_pipelines_libraries() -> None:
+    """GPU nodes and images often lack them."""
+    script = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import train, train.__main__, train.loop, train.export
+assert not set(sys.modules) & set({BLOCKED!r})
+"""
+    subprocess.run([sys.executable, "-c", script], env=environment(), check=True, cwd=HOME)
+
+
+def test_learning_lowers_the_reconstruction_error(train_dataset: Dataset, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = small_config(
+        train_dataset, run_dir, "run.steps=60", "ema.warmup=true", "loss.generator=0"
+    )
+    assert train(config) == 0
+    measured = json.loads((run_dir / "summary.json").read_text())["reconstruction"]
+    assert measured["psnr_trained"] > measured["psnr_untrained"] + 3
+    assert measured["l1_trained"] < 0.7 * measured["l1_untrained"]
