@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from model.discriminator import Discriminator
 from model.errors import UserError
-from model.perceptual import PerceptualLoss
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import fit_tensors, read_tensors, seeded_init
@@ -16,6 +16,9 @@ from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
 from train.step import Networks
+
+if TYPE_CHECKING:
+    from model.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def build_networks(config: Config, device: torch.device) -> Networks:
     return Networks(sit.to(device), vae, discriminator, perceptual)
 
 
-def _perceptual(config: Config) -> PerceptualLoss:
+def _perceptual(config: Config) -> "PerceptualLoss":
+    from model.perceptual import PerceptualLoss  # torchvision takes seconds to import
+
     loss = config.loss
     try:
         return PerceptualLoss(loss.perceptual_weights, legacy_lpips_range=loss.legacy_lpips_range)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,15 @@ from model.losses import (
     l1_reconstruction,
 )
 from model.noise import Stream, normal, uniform
-from model.perceptual import PerceptualLoss
 from model.sit import SiT
 from model.vae import VAE, VAEOutput
 from train.config import Config, LossConfig
 from train.ema import Ema
 from train.ranks import Ranks
 from train.reader import Batch
+
+if TYPE_CHECKING:
+    from model.perceptual import PerceptualLoss
 
 Metrics = dict[str, Tensor]
 
@@ -72,7 +74,7 @@ class Networks:
     sit: SiT
     vae: VAE
     discriminator: Discriminator | None
-    perceptual: PerceptualLoss | None
+    perceptual: "PerceptualLoss | None"
 
 
 def draw(config: Config, step: int, slots: range, device: torch.device | str = "cpu") -> Draws:
