@@ -49,7 +49,10 @@ def _add_scan(stages: Stages) -> None:
     parser.add_argument("--tile-px", type=int, default=224, help="tile side in pixels (224)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rank order (0)")
     parser.add_argument("--assume-mpp", type=float, help="µm per pixel where a slide states none")
-    parser.add_argument("--reader", default="auto", choices=("auto", "openslide", "tiffslide"))
+    parser.add_argument(
+        "--reader", default="auto", choices=("auto", "native", "openslide", "tiffslide"),
+        help="auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
+    )  # fmt: skip
     parser.add_argument("--sha256", action="store_true", help="recognise slides by their sha256")
     _add_engine(parser)
 

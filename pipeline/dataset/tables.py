@@ -39,6 +39,7 @@ SLIDES_SCHEMA = pa.schema(
         ("site", pa.string()),
         ("project", pa.string()),
         ("sample_type", pa.string()),
+        ("codec", pa.string()),
     ]
 )
 
@@ -65,7 +66,8 @@ class Slide:
 
     `mpp` is micrometres per pixel at level 0; `levels` are (width, height, downsample);
     `status` is ok, rejected or failed, `reason` says why for the last two. A file is recognised
-    by its size and modification time, and by `sha256` where scan was asked to take it.
+    by its size and modification time, and by `sha256` where scan was asked to take it. `codec`
+    is that of its native tiles (jpeg, jpeg2000), '' where the reader does not say.
     """
 
     slide_id: str
@@ -86,6 +88,7 @@ class Slide:
     site: str = ""
     project: str = ""
     sample_type: str = ""
+    codec: str = ""
 
     @property
     def content_key(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs"}
     | {".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
 )
-READERS = ("auto", "openslide", "tiffslide")
+READERS = ("auto", "native", "openslide", "tiffslide")
 _PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
 _SITE_COLUMNS = ("site", "tss")
 
@@ -39,9 +39,10 @@ class Source:
 
 
 def open_slide(path: Path, reader: str = "auto") -> SlideReader:
-    """Open a slide with the named reader, or with the first that accepts it.
+    """Open a slide with the named reader; "auto" is OpenSlide, or tiffslide where that refuses.
 
-    Raises `SlideOpenError` with the reasons in one line.
+    Whether the native reader may be used is for `scan` to find out (see `best_reader`). Raises
+    `SlideOpenError` with the reasons in one line.
     """
     _refuse_known_non_slides(path)
     reasons = []
@@ -53,8 +54,33 @@ def open_slide(path: Path, reader: str = "auto") -> SlideReader:
     raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
 
 
+def best_reader(path: Path) -> tuple[SlideReader, str]:
+    """The native reader where it shows what OpenSlide shows; else OpenSlide or tiffslide.
+
+    Returns the open slide and, where it is not the native reader, why. Raises `SlideOpenError`.
+    """
+    from pipeline.slides.compare import disagreement
+    from pipeline.slides.native_reader import NativeReader
+
+    reference = open_slide(path)
+    if reference.name != "openslide":
+        return reference, "OpenSlide does not open it"
+    try:
+        native = NativeReader(path)
+    except SlideOpenError as error:
+        return reference, " ".join(str(error).split())[:160]
+    reason = disagreement(native, reference)
+    chosen, other = (reference, native) if reason else (native, reference)
+    other.close()
+    return chosen, reason
+
+
 def _reader(name: str, path: Path) -> SlideReader:
     # Imported where used: training nodes often lack these libraries.
+    if name == "native":
+        from pipeline.slides.native_reader import NativeReader
+
+        return NativeReader(path)
     if name == "openslide":
         from pipeline.slides.openslide_reader import OpenSlideReader
 

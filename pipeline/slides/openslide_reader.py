@@ -15,7 +15,6 @@ from pipeline.slides.reader import (
     over_white,
 )
 
-_CACHE_BYTES = 64 << 20
 _GENERIC_VENDORS = {"generic-tiff"}
 
 
@@ -32,7 +31,7 @@ class OpenSlideReader(SlideReader):
             raise SlideOpenError("not a format that OpenSlide knows") from error
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideOpenError(f"OpenSlide: {error}") from error
-        self._slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
+        self._slide.set_cache(openslide.OpenSlideCache(self.cache_bytes))
         properties = dict(self._slide.properties)
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
         self.levels = tuple(
@@ -42,6 +41,8 @@ class OpenSlideReader(SlideReader):
             )
         )
         self.resolution = _resolution(properties, self.vendor)
+        self.native_tiles = _native_tiles(properties, len(self.levels))
+        self.icc_profile = _icc_profile(self._slide)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         scale = self.levels[level].downsample
@@ -72,6 +73,22 @@ def _resolution(properties: dict[str, str], vendor: str) -> ResolutionTags:
         # OpenSlide derives this one from the TIFF resolution tags: less to be trusted.
         return ResolutionTags(tiff=found)
     return ResolutionTags(vendor=found)
+
+
+def _native_tiles(properties: dict[str, str], levels: int) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for level in range(levels):
+        width = _number(properties.get(f"openslide.level[{level}].tile-width"))
+        height = _number(properties.get(f"openslide.level[{level}].tile-height"))
+        if not width or not height:
+            return ()
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
+
+
+def _icc_profile(slide: openslide.OpenSlide) -> bytes | None:
+    profile = slide.color_profile
+    return None if profile is None else profile.tobytes()
 
 
 def _number(text: str | None) -> float | None:

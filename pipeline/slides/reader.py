@@ -44,6 +44,14 @@ class SlideReader(ABC):
     vendor: str
     levels: tuple[Level, ...]
     resolution: ResolutionTags
+    codec: str = ""
+    """`jpeg`, `jpeg2000`, or '' where the reader does not say."""
+    icc_profile: bytes | None = None
+    """The colour profile that the slide carries; readers never apply it."""
+    native_tiles: tuple[tuple[int, int], ...] = ()
+    """(width, height) of each level's native tiles; empty where the reader does not say."""
+    cache_bytes: ClassVar[int] = 64 << 20
+    """Most that decoded native tiles hold in memory."""
 
     @abstractmethod
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -52,6 +60,13 @@ class SlideReader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
+
+    def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
+        """Hear which windows [n, 4] (x, y, w, h) of a level will be read, each once.
+
+        A reader that can keeps what several of them share until the last is read; for the
+        others this is nothing to be done.
+        """
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         """RGB uint8 [height, width, 3] of a window in pixels of `level`; outside is white.

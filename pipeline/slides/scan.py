@@ -22,12 +22,12 @@ from pipeline.dataset import (
 from pipeline.engine import EngineConfig, SlideTask
 from pipeline.grid import RESERVE_PER_CANDIDATES
 from pipeline.slides.barcode import parse_barcode
-from pipeline.slides.open import Source, find_sources, open_slide
+from pipeline.slides.open import Source, best_reader, find_sources, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions
 
-STAGE, VERSION = "scan", 1
+STAGE, VERSION = "scan", 2
 _PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
 
@@ -139,6 +139,7 @@ def scan_slide(source: Source, config: ScanConfig, mark: str) -> list[Entry]:
         project=source.project or (barcode.project if barcode else ""),
         sample_type=source.sample_type or (barcode.sample_type if barcode else ""),
     )
+    note = ""
     try:
         if source.taken_by:
             raise SlideOpenError(
@@ -147,7 +148,8 @@ def scan_slide(source: Source, config: ScanConfig, mark: str) -> list[Entry]:
             )
         if config.sha256:
             slide = replace(slide, sha256=_sha256(source.path))
-        with open_slide(source.path, config.reader) as reader:
+        reader, note = _open(source.path, config.reader)
+        with reader:
             _probe(reader)
             slide = _described(slide, reader, source, config)
     except ResolutionError as error:
@@ -156,7 +158,16 @@ def scan_slide(source: Source, config: ScanConfig, mark: str) -> list[Entry]:
         slide = replace(slide, status="failed", reason=str(error))
     outcome = {"ok": "done"}.get(slide.status, slide.status)
     values = asdict(slide)
-    return [Entry(slide.slide_id, outcome, mark, slide.reason, values=values)]  # type: ignore[arg-type]
+    reason = slide.reason or note
+    return [Entry(slide.slide_id, outcome, mark, reason, values=values)]  # type: ignore[arg-type]
+
+
+def _open(path: Path, name: str) -> tuple[SlideReader, str]:
+    """The slide with the reader that was asked for, and why it is not the native one."""
+    if name != "auto":
+        return open_slide(path, name), ""
+    reader, why = best_reader(path)
+    return reader, f"read by {reader.name}: {why}" if why else ""
 
 
 def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanConfig) -> Slide:
@@ -165,6 +176,7 @@ def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanCo
         slide,
         reader=reader.name,
         vendor=reader.vendor,
+        codec=reader.codec,
         width=base.width,
         height=base.height,
         levels=tuple((v.width, v.height, v.downsample) for v in reader.levels),

@@ -8,6 +8,7 @@ import tiffslide
 
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
+_ICC_TAG = 34675
 _CM_IN_UM, _INCH_IN_UM = 10_000.0, 25_400.0
 
 
@@ -27,11 +28,13 @@ class TiffSlideReader(SlideReader):
                 )
             )
             properties = dict(self._slide.properties)
+            profile = self._slide.ts_tifffile.pages.first.tags.get(_ICC_TAG)
         except Exception as error:
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"tiffslide: {error}") from error
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
         self.resolution = _resolution(properties)
+        self.icc_profile = None if profile is None else bytes(profile.value)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         scale = self.levels[level].downsample
