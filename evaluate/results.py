@@ -12,7 +12,7 @@ Schema 1, one JSON object:
     metrics          frechet_distance, precision_recall, cosine_similarity: the fields of the
                      result classes of evaluate.metrics; cosine_similarity is null without pairs
     references       real_vs_real: the same metrics between two disjoint random halves of the
-                     real tiles, null where these are too few
+                     real tiles, means over `splits` such; null where the tiles are too few
     warnings         a list of {code, message}; codes are stable, messages are for people
     seconds, versions, hardware
 """

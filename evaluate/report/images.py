@@ -28,9 +28,9 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def png(tile: Tile) -> bytes:
-    """An RGB image [H, W, 3] as a well compressed PNG: lossless, since artefacts are judged."""
+    """An RGB image [H, W, 3] as PNG: lossless, since artefacts are judged."""
     ok, data = cv2.imencode(
-        ".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9]
+        ".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6]
     )
     if not ok:
         raise ValueError(f"cannot encode an image of shape {tile.shape}")

@@ -46,7 +46,7 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
 
 def _frechet(frechet: Mapping[str, Any], halves: Mapping[str, Any] | None) -> list[Row]:
     real = halves["frechet_distance"] if halves else {}
-    size = f"real vs real, {show(real.get('n_real'))} a side" if real else "too few real tiles"
+    size = f"real halves, {show(real.get('n_real'))} a side" if real else "too few real tiles"
     meaning = (
         "How far the generated tiles are from the real ones as two clouds of features: the "
         "difference of their means plus that of their spreads. 0 is identical. Its unit is the "
@@ -123,7 +123,7 @@ def _manifold(manifold: Mapping[str, Any], halves: Mapping[str, Any] | None) -> 
             "higher",
             fixed(manifold[key]),
             fixed(real.get(key)),
-            "real vs real" if real else "too few real tiles",
+            "real halves" if real else "too few real tiles",
             meaning.format(k=k),
         )
         for key, title, meaning in _MANIFOLD

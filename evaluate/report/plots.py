@@ -109,7 +109,8 @@ def cosine_histogram(cosine: Mapping[str, Any]) -> bytes:
         axes.set_ylabel("tiles")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylim(0, 1.3 * max(counts.max(), 1))
-        axes.legend(loc="upper left", ncols=2)
+        # On white: the lines run up behind it.
+        axes.legend(loc="upper left", ncols=2, frameon=True, framealpha=1, edgecolor="white")
 
     return _svg(draw)
 

@@ -39,6 +39,7 @@ from pipeline.dataset import (
 from pipeline.features import cls_table, encoder_file, feature_scope, open_writer, write_blocks
 
 DIM = 12
+PX = 64  # small tiles: nothing here depends on their size
 ALONE = Processes(0, 1, 0)
 
 RECORD: dict[str, Any] = {
@@ -49,7 +50,7 @@ RECORD: dict[str, Any] = {
     "dim": DIM,
     "view": "",
     "compute_dtype": "float32",
-    "tile_px": 224,
+    "tile_px": PX,
 }
 
 
@@ -58,7 +59,7 @@ def slide_colour(slide_id: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(hashlib.sha256(slide_id.encode()).digest()[:3], np.uint8)
 
 
-def real_tile(slide_id: str, rank: int, px: int = 224) -> npt.NDArray[np.uint8]:
+def real_tile(slide_id: str, rank: int, px: int = PX) -> npt.NDArray[np.uint8]:
     tile = np.empty((px, px, 3), np.uint8)
     tile[:] = slide_colour(slide_id)
     tile[: rank + 1] = 255 - tile[: rank + 1]
@@ -150,7 +151,7 @@ def tile_hashes(dataset: Dataset) -> dict[tuple[str, int], str]:
 class Stripes:
     """A small generator: noise of the image's seed under a stripe for every feature."""
 
-    tile_px = 224
+    tile_px = PX
     mpp: float | None = None
     condition_dim = DIM
     encoder_record: dict[str, Any] | None = RECORD
@@ -173,7 +174,7 @@ class Stripes:
             raise KeyboardInterrupt
         self.calls += 1
         self.shapes.add(len(seeds))
-        tiles = np.empty((len(seeds), 224, 224, 3), np.uint8)
+        tiles = np.empty((len(seeds), PX, PX, 3), np.uint8)
         for row, seed in enumerate(seeds):
             random = np.random.default_rng(int(np.uint64(seed)))
             tiles[row] = random.integers(0, 256, (1, 1, 3), np.uint8)

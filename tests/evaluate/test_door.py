@@ -132,6 +132,7 @@ def test_kill_9_loses_no_committed_unit_and_makes_none_twice(
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_one_failing_process_speaks_for_all(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:

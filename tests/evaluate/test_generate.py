@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluate_data import ALONE, DIM, RECORD, Stripes, tile_hashes
+from evaluate_data import ALONE, DIM, PX, RECORD, Stripes, tile_hashes
 
 from evaluate.generate.guidance import (
     SelectionGuidance,
@@ -55,8 +55,8 @@ def test_the_dataset_reads_back_by_the_contract(
     assert slide.mpp == 0.5
     table = read_candidates(dataset, "gen-00000")
     assert table.schema.names == GENERATED_SCHEMA.names
-    sources = FeatureStore(real, tile_px=224, encoder="h0-mini")
-    tiles = TileStore(dataset, 224).read("gen-00000", range(selection.rows))
+    sources = FeatureStore(real, tile_px=PX, encoder="h0-mini")
+    tiles = TileStore(dataset, PX).read("gen-00000", range(selection.rows))
     for row, tile in zip(table.to_pylist(), tiles, strict=True):
         feature = sources.read(row["source_slide_id"], [row["source_rank"]])[0]
         expected = np.clip(feature * 32 + 128, 0, 255).astype(np.uint8)
@@ -117,7 +117,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
     run("whole", **request)
     assert tile_hashes(Dataset(tmp_path / "syn")) == tile_hashes(Dataset(tmp_path / "whole"))
     shards = {
-        d: sorted(p.name for p in (tmp_path / d / "tiles/224").iterdir()) for d in ("syn", "whole")
+        d: sorted(p.name for p in (tmp_path / d / f"tiles/{PX}").iterdir())
+        for d in ("syn", "whole")
     }
     assert shards["syn"] == shards["whole"]
 
@@ -125,7 +126,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_a_shard_that_was_lost_is_made_again(run: Callable[..., Outcome], tmp_path: Path) -> None:
     run(variations=3)
     before = tile_hashes(Dataset(tmp_path / "syn"))
-    next((tmp_path / "syn/tiles/224").glob("*.0-128.tar")).unlink()
+    next((tmp_path / f"syn/tiles/{PX}").glob("*.0-128.tar")).unlink()
     assert run(variations=3).made == 128
     assert tile_hashes(Dataset(tmp_path / "syn")) == before
 
@@ -183,8 +184,8 @@ def test_shards_are_journalled_like_those_of_the_tile_stage(
 ) -> None:
     run(variations=3)
     dataset = Dataset(tmp_path / "syn")
-    entries = committed_shards(dataset, 224)["gen-00000"]
-    assert [(e.start, e.stop, e.scope) for e in entries] == [(0, 128, "224"), (128, 186, "224")]
+    entries = committed_shards(dataset, PX)["gen-00000"]
+    assert [(e.start, e.stop, e.scope) for e in entries] == [(0, 128, str(PX)), (128, 186, str(PX))]
     names = [[Path(f.path).name for f in e.files] for e in entries]
     assert names[0] == ["gen-00000.0-128.tar", "gen-00000.0-128.idx"]
     assert json.loads((tmp_path / "syn/dataset.json").read_text())["records"]["generate"]

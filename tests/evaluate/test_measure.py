@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluate_data import RECORD, make_synthetic, random_features, write_features
+from evaluate_data import PX, RECORD, make_synthetic, random_features, write_features
 
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, measure, real_halves
@@ -77,12 +77,12 @@ def test_unconditional_images_have_no_cosine(real: Dataset, tmp_path: Path) -> N
 
 
 def test_missing_features_name_the_very_command(real: Dataset, synthetic: Dataset) -> None:
-    (synthetic.features_dir(224, "h0-mini") / "cls" / "encoder.json").unlink()
+    (synthetic.features_dir(PX, "h0-mini") / "cls" / "encoder.json").unlink()
     with pytest.raises(UserError) as error:
         sides(real, synthetic)
     assert (
         f"`python -m pipeline cache --dataset {synthetic.root} --selection generated "
-        "--encoder h0-mini --weights random:0`" in str(error.value)
+        "--encoder h0-mini --weights random:0 --tokens none`" in str(error.value)
     )
 
 
