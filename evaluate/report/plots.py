@@ -80,8 +80,11 @@ def curves(axes: Axes, shown: Mapping[str, Series], title: str) -> None:
 
 
 def running_median(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Median over a window of about a twentieth of the run, shorter at its ends."""
-    half = max(len(values) // 40, 1)
+    """Median over a window of about a twentieth of the run, shorter at its ends.
+
+    Fewer than 40 values are shown as they are.
+    """
+    half = len(values) // 40
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     )
