@@ -40,6 +40,7 @@ class RunConfig:
     steps: int = 400_000
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses and statistics are fp32
+    recompute: bool = False  # compute activations again in the backward pass: slower, less memory
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
@@ -269,7 +270,7 @@ class Config:
 
 
 _FREE_KEYS = {
-    "run": ("dir", "steps", "device"),
+    "run": ("dir", "steps", "device", "recompute"),
     "data": ("dataset", "selection", "threads", "prefetch"),
     "optim": ("max_bad_steps",),
 }

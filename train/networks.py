@@ -76,6 +76,7 @@ def build_networks(config: Config, device: torch.device) -> Networks:
     _initialise(sit, vae, config)
     sit.projectors.requires_grad_(config.uses_alignment and config.loss.sit_align > 0)
     vae.requires_grad_(end_to_end)
+    sit.recompute = vae.recompute = config.run.recompute
     vae = vae.to(device).to(memory_format=torch.channels_last)
     return Networks(sit.to(device), vae, discriminator, perceptual)
 

@@ -223,6 +223,20 @@ def test_a_non_finite_batch_changes_nothing(config: Config) -> None:
     assert not skipped
 
 
+def test_recomputing_activations_changes_no_weight(
+    config: Config, train_dataset: Dataset, tmp_path: Path
+) -> None:
+    states = []
+    for chosen in (config, small_config(train_dataset, tmp_path, "run.recompute=true")):
+        parts = build_parts(chosen, CPU)
+        make_step(chosen, parts)(make_batch(chosen))
+        states.append(state_of(parts))
+    assert parts.networks.sit.recompute
+    assert parts.networks.vae.recompute
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value)
+
+
 def moments_of(parts: Parts) -> list[Tensor]:
     states = [s for o in parts.optimizers.values() for s in o.state_dict()["state"].values()]
     return [value for state in states for value in state.values()]
