@@ -1,17 +1,22 @@
-"""The `tile` stage: the PNG shards that the named selections need."""
+"""The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 
 from model.errors import UserError
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
     Entry,
+    FileRecord,
     Run,
     Slide,
     candidate_count,
@@ -32,53 +37,105 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import ShardName
+from pipeline.dataset.zarr_shard import CODEC as ZARR_CODEC
+from pipeline.dataset.zarr_shard import commit_zarr, encode_chunk
 from pipeline.engine import EngineConfig, SlideTask, report_progress
+from pipeline.slides.colour import to_srgb
 from pipeline.slides.open import open_slide
-from pipeline.slides.region import read_tile
-from pipeline.slides.resolution import plan_read
+from pipeline.slides.reader import SlideReader
+from pipeline.slides.region import cut_tiles
+from pipeline.slides.resolution import ReadPlan, plan_read
+from pipeline.spool import Spool
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions
 from pipeline.tissue.stage import tissue_fingerprint
 
-STAGE, VERSION = "tile", 1
+STAGE, VERSION = "tile", 2
+FORMATS = ("png", "zarr")
 _PROGRESS_TILES = 256
+_PNG_CODEC = {"small": "png", "fast": "png-fast"}
+_MS_PER_MEGAPIXEL = {"jpeg": 6.0, "jpeg2000": 45.0}
+_MS_PER_MEGAPIXEL_UNKNOWN = 30.0
+_MS_PER_TILE = 3.0
+"""For ordering only: measured costs of decoding and of resizing, encoding and writing."""
+
+Tile = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Which selections to write tiles for (all that stand, where none is named)."""
+    """Which selections to write tiles for (all that stand, where none is named), and how.
+
+    `tile_px` asks for larger tiles around the same ranks: the centre of each is the tile of the
+    dataset's own size, what lies beyond the slide is white. `png` is "small" or "fast";
+    `spool` is a folder for tiles that wait, by default inside the dataset.
+    """
 
     selections: tuple[str, ...] = ()
+    resampler: str = "area"
+    icc: str = "ignore"
+    format: str = "png"
+    png: str = "small"
+    tile_px: int | None = None
+    spool: str = ""
+
+    @property
+    def codec(self) -> str:
+        """The name under which the identity knows the tiles' encoding."""
+        return ZARR_CODEC if self.format == "zarr" else _PNG_CODEC[self.png]
 
     def identity(self) -> dict[str, Any]:
         """The values that make it this dataset and no other."""
-        return {"resampler": "area", "icc": "ignore", "codec": "png"}
+        return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
+
+    def encoder(self) -> Callable[[Tile], bytes]:
+        """From an RGB tile to its lossless bytes."""
+        return encode_chunk if self.format == "zarr" else partial(encode_png, effort=self.png)
 
 
 def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     """Write the tile shards that are missing; returns the exit status."""
-    versions = stage_versions()
+    versions = stage_versions("imagecodecs", "isal")
     needs = needed_blocks(dataset, config.selections)
+    tile_px = _output_px(dataset, config)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
-    tile_px = int(identity["tile_px"])
     known = standing(read_journal(dataset, STAGE), str(tile_px))
     summary = Summary(STAGE)
     tasks = []
     with Run(dataset, STAGE, versions) as run:
         for slide_id, blocks in needs.items():
             slide = slides[slide_id]
-            mark = tile_fingerprint(slide, identity)
+            mark = tile_fingerprint(slide, identity, tile_px)
             stood = standing_blocks(dataset, known.get(slide_id, []), mark)
             runs = missing_runs(blocks, stood)
             if not runs:
                 summary.skipped += 1
                 continue
-            arguments = (str(dataset.root), run.run_id, slide, runs, mark)
+            arguments = (str(dataset.root), run.run_id, slide, runs, mark, config)
             rows = candidate_count(dataset, slide_id)
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
-            tasks.append(SlideTask(slide_id, mark, arguments, units, units))
+            cost = units * tile_cost(slide, identity["mpp"], tile_px)
+            tasks.append(SlideTask(slide_id, mark, arguments, cost, units))
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
+
+
+def _output_px(dataset: Dataset, config: TileConfig) -> int:
+    own = int(read_identity(dataset)["tile_px"])
+    tile_px = config.tile_px or own
+    if tile_px < own or (tile_px - own) % 2:
+        raise UserError(
+            f"--tile-px {tile_px}: expected {own}, the dataset's tile size, or more by an even "
+            f"number of pixels (such as {own + 32}), so that the centres coincide"
+        )
+    return tile_px
+
+
+def tile_cost(slide: Slide, target_mpp: float, tile_px: int) -> float:
+    """About how many milliseconds of one core a tile of the slide takes: by codec and area."""
+    side = tile_px * max(1.0, target_mpp / slide.mpp) if slide.mpp else tile_px
+    rate = _MS_PER_MEGAPIXEL.get(slide.codec, _MS_PER_MEGAPIXEL_UNKNOWN)
+    return side * side / 1e6 * rate + _MS_PER_TILE
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
@@ -114,66 +171,116 @@ def missing_runs(needed: set[int], stood: set[int]) -> list[range]:
     return runs
 
 
-def tile_fingerprint(slide: Slide, identity: dict[str, Any]) -> str:
+def tile_fingerprint(slide: Slide, identity: dict[str, Any], tile_px: int | None = None) -> str:
     """Fingerprint of a slide's tile shards; the rank range is not part of it."""
     values = {key: identity[key] for key in ("resampler", "icc", "codec")}
+    if tile_px not in (None, identity["tile_px"]):
+        values["around"] = tile_px
     return fingerprint(
         stage=STAGE, version=VERSION, parent=tissue_fingerprint(slide, identity), **values
     )
 
 
-def tile_slide(root: str, run_id: str, slide: Slide, runs: list[range], mark: str) -> list[Entry]:
+def tile_slide(
+    root: str, run_id: str, slide: Slide, runs: list[range], mark: str, config: TileConfig
+) -> list[Entry]:
     """Write one slide's missing shards; a read error fails the slide with its coordinates."""
+    cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    tile_px = int(read_identity(dataset)["tile_px"])
+    job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
     entries: list[Entry] = []
+    folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     try:
-        # A loop, not a list: shards that stand before a later one fails are journalled.
-        for span in runs:
-            entries += [_write_shard(dataset, run_id, slide, span, tile_px, mark)]
+        with Spool(folder) as spool:
+            began = time.monotonic()
+            spans = job.fill(spool, runs)
+            read_seconds = time.monotonic() - began
+            # A loop, not a list: shards that stand before a later one fails are journalled.
+            for span in spans:
+                entries += [job.write_shard(spool, span)]
+            entries[0] = replace(entries[0], seconds=entries[0].seconds + read_seconds)
     except UserError as error:
-        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=str(tile_px)))
+        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=str(job.tile_px)))
     return entries
 
 
-def _write_shard(
-    dataset: Dataset, run_id: str, slide: Slide, span: range, tile_px: int, mark: str
-) -> Entry:
-    began = time.monotonic()
-    candidates = read_candidates(dataset, slide.slide_id)
-    start = span.start * BLOCK_ROWS
-    stop = min(span.stop * BLOCK_ROWS, candidates.num_rows)
-    xs = candidates["x_level0"].to_numpy()[start:stop]
-    ys = candidates["y_level0"].to_numpy()[start:stop]
-    pngs = _cut_tiles(dataset, slide, xs, ys, tile_px)
-    name = ShardName(slide.slide_id, start, stop, "tar")
-    tar = dataset.tiles_dir(tile_px) / str(name)
-    index = bytearray()
+@dataclass(frozen=True)
+class _Job:
+    """One slide's tiles with everything that making them needs."""
 
-    def write(file: HashingFile) -> None:
-        index.extend(write_tar(file, slide.slide_id, start, pngs))
+    dataset: Dataset
+    run_id: str
+    slide: Slide
+    mark: str
+    config: TileConfig
+    tile_px: int
 
-    shard = commit_file(dataset, run_id, tar, write)
-    idx = commit_bytes(dataset, run_id, tar.with_suffix(".idx"), bytes(index))
-    return Entry(
-        slide.slide_id, "done", mark, scope=str(tile_px), start=start, stop=stop,
-        files=(shard, idx), counts={"tiles": stop - start}, seconds=time.monotonic() - began,
-    )  # fmt: skip
+    def fill(self, spool: Spool, runs: list[range]) -> list[range]:
+        """Encode the tiles of all runs of blocks, in one pass; returns the runs of ranks."""
+        candidates = read_candidates(self.dataset, self.slide.slide_id)
+        rows = candidates.num_rows
+        spans = [range(s.start * BLOCK_ROWS, min(s.stop * BLOCK_ROWS, rows)) for s in runs]
+        ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        x = candidates["x_level0"].to_numpy()[ranks]
+        y = candidates["y_level0"].to_numpy()[ranks]
+        encode = self.config.encoder()
+        with open_slide(Path(self.slide.path), self.slide.reader) as reader:
+            done = 0
+            for done, (index, image) in enumerate(self._tiles(reader, x, y), 1):
+                spool.put(int(ranks[index]), encode(image))
+                if done % _PROGRESS_TILES == 0:
+                    report_progress(self.slide.slide_id, _PROGRESS_TILES)
+        return spans
 
+    def _tiles(
+        self, reader: SlideReader, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
+    ) -> Iterator[tuple[int, Tile]]:
+        plan, border = self._plan(reader)
+        tiles = cut_tiles(reader, plan, x - border, y - border, self.tile_px, self.config.resampler)
+        if self.config.icc == "ignore":
+            yield from tiles
+            return
+        recolour = to_srgb(reader.icc_profile)
+        for index, image in tiles:
+            yield index, recolour(image)
 
-def _cut_tiles(
-    dataset: Dataset, slide: Slide, xs: np.ndarray, ys: np.ndarray, tile_px: int
-) -> list[bytes]:
-    """Encoded tiles in rank order; read in the order they lie in the slide."""
-    identity = read_identity(dataset)
-    pngs = [b""] * len(xs)
-    with open_slide(Path(slide.path), slide.reader) as reader:
+    def _plan(self, reader: SlideReader) -> tuple[ReadPlan, float]:
+        """How to read, and how far, in level-0 pixels, a tile reaches beyond its grid cell."""
+        identity = read_identity(self.dataset)
+        own = int(identity["tile_px"])
         plan = plan_read(
-            reader.levels, float(slide.mpp or 0), identity["mpp"], identity["mpp_tolerance"],
-            tile_px,
+            reader.levels, float(self.slide.mpp or 0), identity["mpp"],
+            identity["mpp_tolerance"], own,
         )  # fmt: skip
-        for done, index in enumerate(np.lexsort((xs, ys)), 1):
-            pngs[index] = encode_png(read_tile(reader, plan, xs[index], ys[index], tile_px))
-            if done % _PROGRESS_TILES == 0:
-                report_progress(slide.slide_id, _PROGRESS_TILES)
-    return pngs
+        border = (self.tile_px - own) / 2 * plan.factor * plan.downsample
+        return replace(plan, window=self.tile_px * plan.factor), border
+
+    def write_shard(self, spool: Spool, span: range) -> Entry:
+        """Write the tiles of a run of ranks as one shard, in rank order."""
+        began = time.monotonic()
+        encoded = (spool.take(rank) for rank in span)
+        write = self._write_zarr if self.config.format == "zarr" else self._write_tar
+        return Entry(
+            self.slide.slide_id, "done", self.mark, scope=str(self.tile_px), start=span.start,
+            stop=span.stop, files=write(span, encoded), counts={"tiles": len(span)},
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
+
+    def _write_tar(self, span: range, pngs: Iterator[bytes]) -> tuple[FileRecord, ...]:
+        tar = self._path(span, "tar")
+        index = bytearray()
+
+        def write(file: HashingFile) -> None:
+            index.extend(write_tar(file, self.slide.slide_id, span.start, pngs))
+
+        shard = commit_file(self.dataset, self.run_id, tar, write)
+        idx = commit_bytes(self.dataset, self.run_id, tar.with_suffix(".idx"), bytes(index))
+        return shard, idx
+
+    def _write_zarr(self, span: range, chunks: Iterator[bytes]) -> tuple[FileRecord, ...]:
+        final = self._path(span, "zarr")
+        return commit_zarr(self.dataset, self.run_id, final, self.tile_px, chunks)
+
+    def _path(self, span: range, kind: str) -> Path:
+        name = ShardName(self.slide.slide_id, span.start, span.stop, kind)
+        return self.dataset.tiles_dir(self.tile_px) / str(name)

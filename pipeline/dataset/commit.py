@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -121,6 +122,4 @@ def clean_staging(dataset: Dataset, run_id: str) -> None:
     """Remove the run's staging folder; leftovers of a killed worker go with it."""
     folder = dataset.staging_dir(run_id)
     if folder.exists():
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """PNG tiles in a webdataset tar, with an index, so that a block is one contiguous read."""
 
 import os
+import struct
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,22 +15,69 @@ from model.errors import UserError
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
 
+PNG_EFFORTS = ("small", "fast")
 _HEADER = 512
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_TRUE_COLOUR, _FILTER_AVERAGE = 2, 3
 _PNG_OPTIONS = [
     cv2.IMWRITE_PNG_COMPRESSION,
     1,
     cv2.IMWRITE_PNG_STRATEGY,
     cv2.IMWRITE_PNG_STRATEGY_RLE,
 ]
-"""zlib level 1 with run-length matches: H&E noise repays no more effort (docs/decisions.md)."""
+"""zlib level 1 with run-length matches: H&E noise repays no more (docs/performance/tiling.md)."""
 
 
-def encode_png(tile: npt.NDArray[np.uint8]) -> bytes:
-    """Lossless PNG of an RGB tile [H, W, 3]; no ICC profile, no other chunk."""
+def encode_png(tile: npt.NDArray[np.uint8], effort: str = "small") -> bytes:
+    """Lossless PNG of an RGB tile uint8 [H, W, 3]; no ICC profile, no other chunk.
+
+    "small" is OpenCV's level 1 with run-length matches; "fast" (needs the isal package) is
+    about five times as fast and 3 to 7% larger.
+    """
+    if effort == "fast":
+        return _encode_fast(tile)
     ok, data = cv2.imencode(".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), _PNG_OPTIONS)
     if not ok:
         raise RuntimeError("the PNG encoder refused a tile")
     return data.tobytes()
+
+
+def _encode_fast(tile: npt.NDArray[np.uint8]) -> bytes:
+    """Every row with the filter Average, all deflated by ISA-L at its level 1."""
+    from isal import isal_zlib
+
+    height, width, _ = tile.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, _TRUE_COLOUR, 0, 0, 0)
+    chunks = (
+        (b"IHDR", header),
+        (b"IDAT", isal_zlib.compress(_average_filtered(tile), 1)),
+        (b"IEND", b""),
+    )
+    parts = [_SIGNATURE]
+    for kind, data in chunks:
+        crc = isal_zlib.crc32(data, isal_zlib.crc32(kind))
+        parts += (struct.pack(">I", len(data)), kind, data, struct.pack(">I", crc))
+    return b"".join(parts)
+
+
+def _average_filtered(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Rows as PNG stores them: filter type 3, then x - floor((left + above) / 2) modulo 256.
+
+    ISO/IEC 15948, section 9.2. Floor of the mean in eight bits: (a & b) + ((a ^ b) >> 1).
+    """
+    height, width, channels = tile.shape
+    rows = tile.reshape(height, width * channels)
+    left = np.zeros_like(rows)
+    left[:, channels:] = rows[:, :-channels]
+    mean = left >> 1
+    np.bitwise_xor(left[1:], rows[:-1], out=mean[1:])
+    mean[1:] >>= 1
+    left[1:] &= rows[:-1]
+    mean[1:] += left[1:]
+    stored = np.empty((height, width * channels + 1), np.uint8)
+    stored[:, 0] = _FILTER_AVERAGE
+    np.subtract(rows, mean, out=stored[:, 1:])
+    return stored
 
 
 def decode_png(data: bytes | memoryview) -> npt.NDArray[np.uint8]:
@@ -59,7 +107,7 @@ def write_tar(file: HashingFile, slide_id: str, start: int, pngs: Iterable[bytes
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode()
 
 
-class _Handle:
+class ShardHandle:
     """A file descriptor that closes when the last reader lets go of it."""
 
     def __init__(self, path: Path) -> None:
@@ -95,11 +143,11 @@ class TarShard:
             )
         return cls(path, name.start, name.stop, np.array([*offsets, end], np.int64))
 
-    def handle(self) -> _Handle:
+    def handle(self) -> ShardHandle:
         """Open the tar for reading."""
-        return _Handle(self.path)
+        return ShardHandle(self.path)
 
-    def read_block(self, block: int, handle: _Handle | None = None) -> dict[int, bytes]:
+    def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """PNG bytes by rank of one block of the slide, in one read."""
         handle = handle or self.handle()
         index = block - self.start // BLOCK_ROWS

@@ -3,7 +3,6 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,8 @@ import numpy.typing as npt
 from model.errors import UserError
 from pipeline.dataset.journal import Entry, read_journal, standing
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
-from pipeline.dataset.png_tar import TarShard, decode_png
+from pipeline.dataset.png_tar import ShardHandle, TarShard, decode_png
+from pipeline.dataset.zarr_shard import ZarrShard, decode_chunk
 
 _OPEN_FILES = 128
 
@@ -42,8 +42,8 @@ class TileStore:
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
         self.dataset, self.tile_px = dataset, tile_px
         self._entries = committed_shards(dataset, tile_px)
-        self._shards: dict[str, TarShard] = {}
-        self._handles: OrderedDict[str, Any] = OrderedDict()
+        self._shards: dict[str, TarShard | ZarrShard] = {}
+        self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._lock = threading.Lock()
 
     def slide_ids(self) -> list[str]:
@@ -55,7 +55,7 @@ class TileStore:
         return covered_blocks(self._entries.get(slide_id, ()))
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
-        """Encoded PNG bytes by rank of a block."""
+        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
         shard = self._shard(slide_id, block)
         return shard.read_block(block, self._handle(shard))
 
@@ -67,9 +67,13 @@ class TileStore:
         return tiles
 
     def decode(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
-        """Decode one PNG; a `UserError` names slide, rank and file where it is damaged."""
+        """Decode what `read_block_bytes` gave: a PNG, or a Zarr chunk.
+
+        A `UserError` names slide, rank and file where it is damaged.
+        """
+        zarr = isinstance(self._shard(slide_id, rank // BLOCK_ROWS), ZarrShard)
         try:
-            tile = decode_png(data)
+            tile = decode_chunk(data, self.tile_px) if zarr else decode_png(data)
         except ValueError as error:
             where = self._shard(slide_id, rank // BLOCK_ROWS).path
             raise UserError(
@@ -87,15 +91,16 @@ class TileStore:
         }
         return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
 
-    def _shard(self, slide_id: str, block: int) -> TarShard:
+    def _shard(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
         for entry in reversed(self._entries.get(slide_id, [])):
             if entry.start <= rank < entry.stop:
-                path = next(f.path for f in entry.files if f.path.endswith(".tar"))
+                path = _shard_path(entry)
                 with self._lock:
                     shard = self._shards.get(path)
                 if shard is None:
-                    shard = TarShard.open(self.dataset.root / path)
+                    kind = TarShard if path.endswith(".tar") else ZarrShard
+                    shard = kind.open(self.dataset.root / path)
                     with self._lock:
                         self._shards[path] = shard
                 return shard
@@ -104,7 +109,7 @@ class TileStore:
             f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
         )
 
-    def _handle(self, shard: TarShard) -> Any:
+    def _handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
         key = str(shard.path)
         with self._lock:
             if key in self._handles:
@@ -119,3 +124,16 @@ class TileStore:
             while len(self._handles) > _OPEN_FILES:
                 self._handles.popitem(last=False)
         return handle
+
+
+def _shard_path(entry: Entry) -> str:
+    """The tar, or the folder of the Zarr array, that holds an entry's tiles."""
+    for record in entry.files:
+        if record.path.endswith(".tar"):
+            return record.path
+        if record.path.endswith(".zarr/zarr.json"):
+            return record.path.removesuffix("/zarr.json")
+    raise UserError(
+        f"the journal names no tile shard for ranks {entry.start} to {entry.stop} of slide "
+        f"{entry.slide_id}; run `python -m pipeline tile` again"
+    )

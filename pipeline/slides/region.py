@@ -1,35 +1,134 @@
 """Cutting tiles and overviews from an open slide at a resolution in mpp."""
 
 import math
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from pipeline.slides.reader import SlideReader
+from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.resolution import ReadPlan, area_resample, snap_downsample
 
+RESAMPLERS = ("area", "lanczos", "bicubic")
+_KERNELS = {
+    "lanczos": (Image.Resampling.LANCZOS, 3.0),
+    "bicubic": (Image.Resampling.BICUBIC, 2.0),
+}
+"""Pillow's filter, and its reach in output pixels."""
+
 _STRIP_PIXELS = 16_000_000
+_UNKNOWN_NATIVE_TILE = (256, 256)
 
 
 def read_tile(
-    reader: SlideReader, plan: ReadPlan, x_level0: float, y_level0: float, tile_px: int
+    reader: SlideReader,
+    plan: ReadPlan,
+    x_level0: float,
+    y_level0: float,
+    tile_px: int,
+    resampler: str = "area",
 ) -> npt.NDArray[np.uint8]:
     """RGB uint8 [tile_px, tile_px, 3] whose upper left corner is at (x, y) in level-0 pixels.
 
-    Resampler "area": the mean over each output pixel's exact footprint.
+    Resampler "area" is the mean over each output pixel's exact footprint; "lanczos" and "bicubic"
+    are Pillow's, and see the slide beyond the tile's edge. Outside the slide is white.
     """
+    x, y = np.array([x_level0]), np.array([y_level0])
+    windows = tile_windows(reader.levels[plan.level], plan, x, y, resampler)
+    return _cut(reader, plan, windows[0], x_level0, y_level0, tile_px, resampler)
+
+
+def cut_tiles(
+    reader: SlideReader,
+    plan: ReadPlan,
+    x_level0: npt.NDArray[np.float64],
+    y_level0: npt.NDArray[np.float64],
+    tile_px: int,
+    resampler: str = "area",
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """(index, tile) of every position, as `read_tile` gives it, in the order of native tiles.
+
+    The native reader decodes each native tile once (but for the seams of bands, on slides too
+    wide for its cache).
+    """
+    windows = tile_windows(reader.levels[plan.level], plan, x_level0, y_level0, resampler)
+    reader.expect(plan.level, windows)
+    native = reader.native_tiles[plan.level] if reader.native_tiles else _UNKNOWN_NATIVE_TILE
+    for index in reading_order(windows, native, reader.cache_bytes):
+        x, y = float(x_level0[index]), float(y_level0[index])
+        yield int(index), _cut(reader, plan, windows[index], x, y, tile_px, resampler)
+
+
+def tile_windows(
+    level: Level,
+    plan: ReadPlan,
+    x_level0: npt.NDArray[np.float64],
+    y_level0: npt.NDArray[np.float64],
+    resampler: str = "area",
+) -> npt.NDArray[np.int64]:
+    """What must be read for tiles at these positions: int64 [n, 4] (x, y, w, h), level pixels."""
+    spans = []
+    for start, pixels in (
+        (x_level0 / plan.downsample, level.width),
+        (y_level0 / plan.downsample, level.height),
+    ):
+        if plan.aligned:
+            first = np.rint(start).astype(np.int64)
+            last = first + round(plan.window)
+        else:
+            first = np.floor(start).astype(np.int64)
+            last = np.ceil(start + plan.window).astype(np.int64)
+        if resampler != "area" and plan.factor != 1:
+            reach = math.ceil(_KERNELS[resampler][1] * plan.factor)
+            first = np.minimum(first, np.maximum(first - reach, 0))
+            last = np.maximum(last, np.minimum(last + reach, pixels))
+        spans.append((first, last - first))
+    return np.stack([spans[0][0], spans[1][0], spans[0][1], spans[1][1]], 1)
+
+
+def reading_order(
+    windows: npt.NDArray[np.int64], native_tile: tuple[int, int], cache_bytes: int
+) -> npt.NDArray[np.int64]:
+    """Order in which to read windows [n, 4] so that decoded native tiles fit the cache.
+
+    Row by row; a slide so wide that its rows overflow the cache is read in vertical bands.
+    """
+    if len(windows) == 0:
+        return np.zeros(0, np.int64)
+    width, height = native_tile
+    rows = -(-int(windows[:, 3].max()) // height) + 1
+    columns = cache_bytes // (rows * width * height * 3)
+    spare = -(-int(windows[:, 2].max()) // width) + 1
+    band_px = max(1, columns - spare) * width
+    x, y = windows[:, 0], windows[:, 1]
+    return np.lexsort((x, y, x // band_px))
+
+
+def _cut(
+    reader: SlideReader,
+    plan: ReadPlan,
+    window: npt.NDArray[np.int64],
+    x_level0: float,
+    y_level0: float,
+    tile_px: int,
+    resampler: str,
+) -> npt.NDArray[np.uint8]:
+    left, top, width, height = (int(value) for value in window)
+    image = reader.read(plan.level, left, top, width, height)
+    if plan.factor == 1:
+        return image
     x, y = x_level0 / plan.downsample, y_level0 / plan.downsample
     if plan.aligned:
-        size = round(plan.window)
-        image = reader.read(plan.level, round(x), round(y), size, size)
-        if plan.factor == 1:
-            return image
+        x, y = round(x), round(y)
+    if resampler != "area":
+        box = (x - left, y - top, x - left + plan.window, y - top + plan.window)
+        kernel = _KERNELS[resampler][0]
+        return np.array(Image.fromarray(image).resize((tile_px, tile_px), kernel, box))
+    if plan.aligned:
         shrunk = cv2.resize(image, (tile_px, tile_px), interpolation=cv2.INTER_AREA)
         return np.asarray(shrunk, np.uint8)
-    left, top = math.floor(x), math.floor(y)
-    size = math.ceil(max(x - left, y - top) + plan.window)
-    image = reader.read(plan.level, left, top, size, size)
     return area_resample(image, x - left, y - top, plan.window, tile_px)
 
 

@@ -3,8 +3,10 @@
 Pure arithmetic, no slide in it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,17 +130,32 @@ def area_resample(
     Output pixel (i, j) is the area-weighted mean of [y + i s, y + (i+1) s) x [x + j s, ...) with
     s = window / out_px >= 1, in pixels of `image`.
     """
-    rows = _coverage(image.shape[0], y, window, out_px)
-    columns = _coverage(image.shape[1], x, window, out_px)
     height, width = image.shape[:2]
-    first = rows @ image.reshape(height, width * 3).astype(np.float32)
-    second = np.einsum("ow,nwc->noc", columns, first.reshape(out_px, width, 3), optimize=True)
-    return np.clip(np.rint(second), 0, 255).astype(np.uint8)
+    rows = _taps(height, y, window, out_px)
+    columns = _taps(width, x, window, out_px)
+    narrow = _weighted_rows(image.reshape(height, width * 3), rows)
+    turned = narrow.reshape(out_px, width, 3).transpose(1, 0, 2).reshape(width, out_px * 3)
+    result = _weighted_rows(turned, columns).reshape(out_px, out_px, 3)
+    return np.rint(result).astype(np.uint8).transpose(1, 0, 2).copy()
 
 
-def _coverage(pixels: int, start: float, window: float, out_px: int) -> npt.NDArray[np.float32]:
+def _taps(
+    pixels: int, start: float, window: float, out_px: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """For each output cell the input pixels under it and their shares: both [taps, out_px]."""
     edges = start + np.arange(out_px + 1) * (window / out_px)
-    left = np.maximum(edges[:-1, None], np.arange(pixels)[None])
-    right = np.minimum(edges[1:, None], np.arange(1, pixels + 1)[None])
-    overlap = np.clip(right - left, 0, None)
-    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
+    taps = math.ceil(window / out_px) + 1
+    index = np.floor(edges[:-1]).astype(np.int64)[None] + np.arange(taps)[:, None]
+    left = np.maximum(edges[:-1], index)
+    right = np.minimum(edges[1:], np.minimum(index + 1, pixels))
+    share = np.clip(right - left, 0, None)
+    return np.minimum(index, pixels - 1), (share / share.sum(0)).astype(np.float32)
+
+
+def _weighted_rows(
+    rows: npt.NDArray[Any], taps: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+) -> npt.NDArray[np.float32]:
+    total = np.zeros((taps[0].shape[1], rows.shape[1]), np.float32)
+    for index, share in zip(*taps, strict=True):
+        total += rows[index] * share[:, None]
+    return total
