@@ -61,6 +61,10 @@ def _add_tissue(stages: Stages) -> None:
     parser = _stage(stages, "tissue", "find tissue, draw overlays, rank the candidate tiles")
     parser.add_argument("--min-tissue", type=float, default=0.5, help="tissue fraction (0.5)")
     parser.add_argument("--max-artifact", type=float, default=0.1, help="artifact fraction (0.1)")
+    parser.add_argument(
+        "--detector", default="classical", metavar="NAME",
+        help="classical (the default, needs no weights) or onnx:FILE with a JSON beside it",
+    )  # fmt: skip
     _add_engine(parser)
 
 
@@ -155,7 +159,8 @@ def _scan(options: argparse.Namespace, engine: EngineConfig) -> int:
 def _tissue(dataset: Dataset, options: argparse.Namespace, engine: EngineConfig) -> int:
     from pipeline.tissue.stage import TissueConfig, tissue
 
-    return tissue(dataset, TissueConfig(options.min_tissue, options.max_artifact), engine)
+    config = TissueConfig(options.min_tissue, options.max_artifact, options.detector)
+    return tissue(dataset, config, engine)
 
 
 def _select(dataset: Dataset, options: argparse.Namespace, engine: EngineConfig) -> int:

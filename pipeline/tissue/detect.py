@@ -1,45 +1,62 @@
-"""Tissue on a brightfield H&E overview, by optical density and colour.
+"""Tissue, ink and artifacts on a brightfield H&E overview, by optical density and colour.
 
 No weights, no tuning per cohort: the glass level is estimated on each slide (it is 241 to 246
-on real scanners, while padding is exactly 255), and colours are judged relative to it.
+on real scanners, while padding is exactly 255), the density asked for follows the strength of
+the slide's stain, and sizes are in micrometres.
 """
 
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from pipeline.tissue.classes import TissueClass
+from pipeline.tissue.colour import (
+    Bools,
+    Floats,
+    NotHematoxylinEosinError,
+    glass_level,
+    ink_colour,
+    is_coloured,
+    mean_density,
+    optical_density,
+    refuse_dark,
+    refuse_wrong_colour,
+    smooth,
+)
 
-
-class TissueClass(IntEnum):
-    """Pixel values of a tissue mask."""
-
-    BACKGROUND = 0
-    TISSUE = 1
-    PEN = 2
-
-
-class NotHematoxylinEosinError(UserError):
-    """The slide is not a brightfield H&E slide: it is rejected, with the reason."""
+__all__ = ["Detection", "DetectorConfig", "NotHematoxylinEosinError", "detect_tissue"]
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Thresholds of the classical detector. Optical densities are base 10, relative to glass."""
+    """Thresholds of the classical detector. Optical densities are base 10, relative to glass.
+
+    The tissue threshold is `relative_density` of the stain's typical one, kept within
+    [`min_density`, `max_density`]; lengths are in µm, areas in µm².
+    """
 
     um_per_px: float = 8.0
-    min_density: float = 0.06
-    min_object_um2: float = 10_000.0
-    max_hole_um2: float = 4_000.0
-    max_dark_fraction: float = 0.5
-    min_stained_as_tissue: float = 0.2
+    sigma_um: float = 8.0
+    min_density: float = 0.006
+    max_density: float = 0.06
+    relative_density: float = 0.2
+    min_object_um2: float = 20_000.0
+    max_hole_um2: float = 8_000.0
+    close_um: float = 40.0
+    min_ink_core_um2: float = 2_500.0
+    min_ink_um2: float = 10_000.0
+    min_ink_width_um: float = 40.0
+    ink_margin_um: float = 40.0
+    max_ink_gap_um2: float = 40_000.0
+    min_fold_density: float = 0.35
+    relative_fold_density: float = 2.1
+    min_fold_um2: float = 5_000.0
 
     def as_dict(self) -> dict[str, float | str]:
         """For the dataset's identity: another detector is another dataset."""
-        return {"name": "classical-1", **asdict(self)}
+        return {"name": "classical-2", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -53,88 +70,121 @@ class Detection:
 def detect_tissue(
     rgb: npt.NDArray[np.uint8], um_per_px: float, config: DetectorConfig
 ) -> Detection:
-    """Classify an overview uint8 [h, w, 3]; raises `NotHematoxylinEosinError` with the reason."""
-    _refuse_dark(rgb, config)
-    glass = glass_level(rgb)
-    smooth = np.asarray(cv2.GaussianBlur(rgb, (3, 3), 0), np.uint8)
-    density = optical_density(smooth, glass)
-    stained = density.mean(-1) >= config.min_density
-    pen = stained & _is_pen(density)
-    tissue = stained & ~pen
-    _refuse_wrong_colour(stained, tissue, config)
-    tissue = _clean(tissue, um_per_px, config)
-    mask = np.zeros(rgb.shape[:2], np.uint8)
-    mask[tissue] = TissueClass.TISSUE
-    mask[pen] = TissueClass.PEN
-    return Detection(mask, glass)
+    """Classify a slide's overview uint8 [h, w, 3].
 
-
-def glass_level(rgb: npt.NDArray[np.uint8]) -> tuple[float, float, float]:
-    """Empty glass (R, G, B): the mode of bright, colourless pixels, padding (255) left out.
-
-    A field without glass (a crop of solid tissue) is given 245 in each channel.
+    Raises `NotHematoxylinEosinError` with the reason where the slide is no brightfield H&E.
+    Focus is not judged here: what a microscope loses out of focus is far finer than the pixels
+    of an overview (see `pipeline.tissue.focus`).
     """
-    brightness, spread = rgb.min(-1), np.ptp(rgb, axis=-1)
-    empty = (brightness > 200) & (brightness < 255) & (spread < 16)
-    if empty.sum() < 0.005 * empty.size:
-        return (245.0, 245.0, 245.0)
-    modes = [float(np.bincount(rgb[..., c][empty], minlength=256).argmax()) for c in range(3)]
-    return (modes[0], modes[1], modes[2])
+    refuse_dark(rgb)
+    glass = glass_level(rgb)
+    density = smooth(optical_density(rgb, glass), config.sigma_um / um_per_px)
+    refuse_wrong_colour(density, config.max_density)
+    return Detection(classify(density, um_per_px, config), glass)
 
 
-def optical_density(
-    rgb: npt.NDArray[np.uint8], glass: tuple[float, float, float]
-) -> npt.NDArray[np.float32]:
-    """log10((glass + 1) / (I + 1)) a channel, not below 0 (Beer and Lambert)."""
-    levels = np.arange(256, dtype=np.float64) + 1
-    tables = [np.log10((value + 1) / levels).clip(0) for value in glass]
-    channels = [tables[c].astype(np.float32)[rgb[..., c]] for c in range(3)]
-    return np.stack(channels, -1)
+def classify(density: Floats, um_per_px: float, config: DetectorConfig) -> npt.NDArray[np.uint8]:
+    """Mask uint8 [h, w] of a smoothed optical density [3, h, w]; also of a part of a slide."""
+    mean = mean_density(density)
+    ink, specks = find_ink(density, um_per_px, config)
+    stained = mean >= density_threshold(mean[~ink], config)
+    coloured = is_coloured(density)
+    tissue = _clean(stained & coloured & ~ink, um_per_px, config)
+    mask = np.zeros(mean.shape, np.uint8)
+    mask[(specks | ~coloured) & stained & ~tissue] = TissueClass.OTHER
+    mask[tissue] = TissueClass.TISSUE
+    mask[find_folds(mean, tissue & stained, um_per_px, config)] = TissueClass.FOLD
+    mask[ink] = TissueClass.PEN
+    return mask
 
 
-def _is_pen(density: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Inks absorb where haematoxylin and eosin do not: both stains absorb green most."""
-    red, green, blue = density[..., 0], density[..., 1], density[..., 2]
-    strong = density.max(-1) > 0.2
-    green_ink = (green < 0.8 * red) & (green < 1.1 * blue)
-    blue_ink = (red > 1.3 * green) & (blue < 0.6 * red)
-    red_ink = (red < 0.25 * green) & (blue > 0.8 * green)
-    black_ink = (density.min(-1) > 0.8 * density.max(-1)) & (density.mean(-1) > 0.7)
-    return np.asarray(strong & (green_ink | blue_ink | red_ink | black_ink))
+def density_threshold(density: Floats, config: DetectorConfig) -> float:
+    """From which optical density (mean of the channels) a pixel of this slide is stained.
+
+    The stain's typical strength is the mean of the densities weighted by themselves, so that
+    neither the amount of glass nor faint dirt on it moves it.
+    """
+    total = float(density.sum(dtype=np.float64))
+    squares = float(np.square(density).sum(dtype=np.float64))
+    typical = squares / total if total > 0 else 0.0
+    return float(np.clip(config.relative_density * typical, config.min_density, config.max_density))
 
 
-def _refuse_dark(rgb: npt.NDArray[np.uint8], config: DetectorConfig) -> None:
-    dark = float((rgb.max(-1) < 40).mean()) if rgb.size else 1.0
-    if dark > config.max_dark_fraction:
-        raise NotHematoxylinEosinError(
-            f"{dark:.0%} of the slide is black: fluorescence or an empty scan, not brightfield H&E"
-        )
+def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple[Bools, Bools]:
+    """Pen strokes, and specks of ink-like colour too small or thin for a stroke; bool [h, w].
+
+    A stroke is a connected region of ink-like colour with a core that is surely ink and wide
+    enough; gaps within it are filled and its faded margin is taken with it.
+    """
+    sure, margin = ink_colour(density)
+    px2, wide_px = um_per_px**2, config.ink_margin_um / um_per_px
+    core = _drop_small(
+        _opened(sure, config.min_ink_width_um / um_per_px), config.min_ink_core_um2 / px2
+    )
+    strokes = _drop_small(_touching(margin | sure, core), config.min_ink_um2 / px2)
+    if strokes.any():
+        strokes = _dilated(_closed(strokes, wide_px), wide_px)
+        strokes = ~_drop_small(~strokes, config.max_ink_gap_um2 / px2)
+    return strokes, sure & ~strokes
 
 
-def _refuse_wrong_colour(
-    stained: npt.NDArray[np.bool_], tissue: npt.NDArray[np.bool_], config: DetectorConfig
-) -> None:
-    if not stained.any():
-        return
-    share = float(tissue.sum() / stained.sum())
-    if share < config.min_stained_as_tissue:
-        raise NotHematoxylinEosinError(
-            f"only {share:.0%} of what is stained has the colours of H&E; "
-            "another stain, or ink over the whole slide"
-        )
+def find_folds(density: Floats, tissue: Bools, um_per_px: float, config: DetectorConfig) -> Bools:
+    """Experimental: tissue that absorbs as much as several layers would, bool [h, w]."""
+    if not tissue.any():
+        return np.zeros_like(tissue)
+    typical = float(np.median(density[tissue]))
+    least = max(config.min_fold_density, config.relative_fold_density * typical)
+    dark = tissue & (density > least)
+    return _drop_small(dark, config.min_fold_um2 / um_per_px**2)
 
 
-def _clean(
-    tissue: npt.NDArray[np.bool_], um_per_px: float, config: DetectorConfig
-) -> npt.NDArray[np.bool_]:
-    """Close gaps of a pixel, drop small objects, fill small holes."""
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
-    closed = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
-    kept = _drop_small(closed.astype(bool), config.min_object_um2 / um_per_px**2)
+def _clean(tissue: Bools, um_per_px: float, config: DetectorConfig) -> Bools:
+    """Close narrow gaps, drop small objects, fill small holes."""
+    closed = _closed(tissue, config.close_um / um_per_px)
+    kept = _drop_small(closed, config.min_object_um2 / um_per_px**2)
     return ~_drop_small(~kept, config.max_hole_um2 / um_per_px**2)
 
 
-def _drop_small(mask: npt.NDArray[np.bool_], min_pixels: float) -> npt.NDArray[np.bool_]:
+def _disk(width_px: float) -> npt.NDArray[np.uint8] | None:
+    side = 2 * round(width_px / 2) + 1
+    return (
+        None if side < 3 else np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
+    )
+
+
+def _morphed(mask: Bools, operation: int, width_px: float) -> Bools:
+    disk = _disk(width_px)
+    if disk is None:
+        return mask
+    return np.asarray(cv2.morphologyEx(mask.astype(np.uint8), operation, disk)).astype(bool)
+
+
+def _closed(mask: Bools, width_px: float) -> Bools:
+    return _morphed(mask, cv2.MORPH_CLOSE, width_px) | mask
+
+
+def _opened(mask: Bools, width_px: float) -> Bools:
+    return _morphed(mask, cv2.MORPH_OPEN, width_px)
+
+
+def _dilated(mask: Bools, width_px: float) -> Bools:
+    return _morphed(mask, cv2.MORPH_DILATE, width_px)
+
+
+def _touching(mask: Bools, seeds: Bools) -> Bools:
+    """The connected regions of `mask` that hold a seed."""
+    if not seeds.any():
+        return np.zeros_like(mask)
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    keep = np.zeros(count, bool)
+    keep[np.unique(labels[seeds])] = True
+    keep[0] = False
+    return np.asarray(keep[labels])
+
+
+def _drop_small(mask: Bools, min_pixels: float) -> Bools:
+    if not mask.any():
+        return mask
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
     keep[0] = False

@@ -1,6 +1,6 @@
 """The `tissue` stage: a mask, an overlay and the ranked candidates of every slide."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +26,52 @@ from pipeline.dataset import (
     standing,
     write_candidates,
 )
+from pipeline.dataset.journal import Outcome
 from pipeline.engine import EngineConfig, SlideTask
-from pipeline.grid import grid_positions, rank_order, window_means
+from pipeline.grid import grid_positions, rank_order
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
-from pipeline.tissue.detect import (
-    Detection,
-    DetectorConfig,
-    NotHematoxylinEosinError,
-    TissueClass,
-    detect_tissue,
-)
-from pipeline.tissue.overlay import draw_overlay
+from pipeline.tissue.classes import CLASS_NAMES, TissueClass
+from pipeline.tissue.colour import NotHematoxylinEosinError
+from pipeline.tissue.detect import Detection
+from pipeline.tissue.detector import ClassicalDetector, Detector, detector_name, open_detector
+from pipeline.tissue.focus import mark_out_of_focus, slide_patches
+from pipeline.tissue.overlay import draw_overlay, encode_jpeg
+from pipeline.tissue.verdict import Judgement, judge
 
-STAGE, VERSION = "tissue", 1
-_JPEG_QUALITY = 88
-_OVERLAY_PX = 1600
+STAGE, VERSION = "tissue", 2
+_OVERLAY_PX, _OVERLAY_BYTES = 1600, 600_000
 _GRID_KEYS = ("mpp", "mpp_tolerance", "tile_px", "grid", "seed")
 _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
 
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """Which tiles become candidates."""
+    """Which tiles become candidates, and the detector that judges them.
+
+    `detector` is `classical` or `onnx:FILE` (see `pipeline.tissue.learned`).
+    """
 
     min_tissue: float = 0.5
     max_artifact: float = 0.1
+    detector: str = "classical"
 
     def identity(self) -> dict[str, Any]:
         """The values that make it this dataset and no other."""
-        detector = DetectorConfig().as_dict()
         return {
-            "detector": fingerprint(**detector),
-            "detector_parameters": detector,
+            **detector_identity(open_detector(self.detector)),
             "min_tissue": self.min_tissue,
             "max_artifact": self.max_artifact,
         }
+
+
+def detector_identity(detector: Detector) -> dict[str, Any]:
+    """The detector's hash and, for a person, what was hashed."""
+    parameters = detector.identity()
+    return {"detector": fingerprint(**parameters), "detector_parameters": parameters}
 
 
 def slide_key(slide: Slide) -> dict[str, Any]:
@@ -90,7 +97,8 @@ def usable_slides(dataset: Dataset) -> list[Slide]:
 
 def tissue(dataset: Dataset, config: TissueConfig, engine: EngineConfig) -> int:
     """Detect tissue on every usable slide; returns the exit status."""
-    versions = stage_versions()
+    config = replace(config, detector=detector_name(config.detector))
+    versions = stage_versions("onnxruntime")
     slides = usable_slides(dataset)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     known = standing(read_journal(dataset, STAGE))
@@ -128,73 +136,123 @@ def _tissue_slide(
     dataset: Dataset, run_id: str, slide: Slide, config: TissueConfig, mark: str
 ) -> Entry:
     identity = read_identity(dataset)
-    detector = DetectorConfig()
+    detector = _same_detector(config.detector, identity["detector"])
     mpp = float(slide.mpp or 0)
     with open_slide(Path(slide.path), slide.reader) as reader:
         plan = plan_read(
             reader.levels, mpp, identity["mpp"], identity["mpp_tolerance"], identity["tile_px"]
         )
         overview, um_per_px = read_overview(reader, mpp, detector.um_per_px)
+        detection = detector.detect(overview, um_per_px)
+        detection = _with_focus(detector, detection, reader, mpp, um_per_px)
         picture, picture_um_per_px = _picture(reader, mpp, overview, um_per_px)
-    detection = detect_tissue(overview, um_per_px, detector)
-    grid = _Grid.cut(slide, plan, detection, um_per_px)
-    keep = grid.kept(config)
+    grid = _Grid.cut(slide, plan)
+    judgement = grid.judged(detection.mask, um_per_px / mpp, config, detector)
+    to_picture = mpp / picture_um_per_px
     overlay = draw_overlay(
-        picture, detection.mask, grid.x[keep] * mpp / picture_um_per_px,
-        grid.y[keep] * mpp / picture_um_per_px, grid.size_level0 * mpp / picture_um_per_px,
+        picture, detection.mask, grid.x * to_picture, grid.y * to_picture,
+        grid.size_level0 * to_picture, judgement.verdict, _title(slide, detection, um_per_px),
     )  # fmt: skip
     files = _write_pictures(dataset, run_id, slide.slide_id, overlay, detection.mask)
-    table = _candidates(identity["seed"], slide.slide_id, grid, keep)
+    table = _candidates(identity["seed"], slide.slide_id, grid, judgement)
     files.append(write_candidates(dataset, run_id, slide.slide_id, table))
     counts = {"grid tiles": len(grid.x), "candidate tiles": table.num_rows}
-    values = {"glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan)}
-    if table.num_rows == 0:
-        reason = "no tile has enough tissue: an empty slide, or tissue too pale to be found"
-        return Entry(
-            slide.slide_id, "rejected", mark, reason, files=tuple(files), counts=counts,
-            values=values,
-        )  # fmt: skip
+    values = {
+        "glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan),
+        "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.counts(),
+    }  # fmt: skip
+    outcome: Outcome = "done" if table.num_rows else "rejected"
+    reason = "" if table.num_rows else _why_none(judgement)
     return Entry(
-        slide.slide_id, "done", mark, files=tuple(files), counts=counts, values=values
-    )  # fmt: skip
+        slide.slide_id, outcome, mark, reason, files=tuple(files), counts=counts, values=values
+    )
+
+
+def _same_detector(name: str, expected: str) -> Detector:
+    """The detector, refused where its file is no longer the one the stage began with."""
+    detector = open_detector(name)
+    if detector_identity(detector)["detector"] != expected:
+        raise UserError(
+            f"detector {name} is not the one this dataset was begun with; restore its files, "
+            "or make another dataset"
+        )
+    return detector
+
+
+def _with_focus(
+    detector: Detector, detection: Detection, reader: SlideReader, mpp: float, um_per_px: float
+) -> Detection:
+    """The detection with blurred tissue marked; a learned detector knows its own classes."""
+    if not isinstance(detector, ClassicalDetector):
+        return detection
+    patches = slide_patches(reader, mpp, detector.focus)
+    if patches is None:
+        return detection
+    return replace(
+        detection, mask=mark_out_of_focus(detection.mask, um_per_px, patches, detector.focus)
+    )
+
+
+def _class_areas(mask: npt.NDArray[np.uint8], um_per_px: float) -> dict[str, float]:
+    """Area in mm² of each class that occurs, background left out."""
+    pixels = np.bincount(mask.ravel(), minlength=len(TissueClass))
+    return {
+        CLASS_NAMES[one]: round(float(pixels[one]) * um_per_px**2 / 1e6, 4)
+        for one in TissueClass
+        if one != TissueClass.BACKGROUND and pixels[one]
+    }
+
+
+def _title(slide: Slide, detection: Detection, um_per_px: float) -> str:
+    areas = _class_areas(detection.mask, um_per_px)
+    parts = [f"{name} {area:.3g} mm2" for name, area in areas.items()] or ["nothing found"]
+    glass = "/".join(f"{value:.0f}" for value in detection.glass)
+    return f"{slide.slide_id}   {slide.mpp:.4g} mpp   {', '.join(parts)}   glass {glass}"
+
+
+def _why_none(judgement: Judgement) -> str:
+    """Why a slide has no candidate, from what became of its tiles."""
+    refused = {name: count for name, count in judgement.counts().items() if name != "no tissue"}
+    if not refused:
+        return "no tile has enough tissue: an empty slide, or tissue too pale to be found"
+    said = ", ".join(f"{name} {count}" for name, count in refused.items())
+    return f"no tile has enough tissue free of artifacts; tiles refused: {said}"
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tiles of a slide: corners in level-0 px, class fractions."""
+    """Tiles of a slide: corners and size in level-0 px."""
 
     x: npt.NDArray[np.float64]
     y: npt.NDArray[np.float64]
     size_level0: float
-    tissue: npt.NDArray[np.float32]
-    artifact: npt.NDArray[np.float32]
 
     @classmethod
-    def cut(cls, slide: Slide, plan: ReadPlan, detection: Detection, um_per_px: float) -> "_Grid":
+    def cut(cls, slide: Slide, plan: ReadPlan) -> "_Grid":
         size = plan.window * plan.downsample
         x, y = grid_positions(slide.width, slide.height, plan.stride_level0, size)
-        scale = um_per_px / float(slide.mpp or 0)
+        return cls(x, y, size)
 
-        def fraction(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-            return window_means(chosen.astype(np.float32), x / scale, y / scale, size / scale)
+    def judged(
+        self, mask: npt.NDArray[np.uint8], scale: float, config: TissueConfig, detector: Detector
+    ) -> Judgement:
+        """`scale` is level-0 pixels a pixel of the mask."""
+        return judge(
+            mask, self.x / scale, self.y / scale, self.size_level0 / scale,
+            min_tissue=config.min_tissue, max_artifact=config.max_artifact,
+            experimental=detector.experimental,
+        )  # fmt: skip
 
-        is_tissue = detection.mask == TissueClass.TISSUE
-        is_artifact = detection.mask > TissueClass.TISSUE
-        return cls(x, y, size, fraction(is_tissue), fraction(is_artifact))
 
-    def kept(self, config: TissueConfig) -> npt.NDArray[np.bool_]:
-        return (self.tissue >= config.min_tissue) & (self.artifact <= config.max_artifact)
-
-
-def _candidates(seed: int, slide_id: str, grid: _Grid, keep: npt.NDArray[np.bool_]) -> pa.Table:
-    chosen = np.flatnonzero(keep)
+def _candidates(seed: int, slide_id: str, grid: _Grid, judgement: Judgement) -> pa.Table:
+    chosen = np.flatnonzero(judgement.kept)
     order = chosen[rank_order(seed, slide_id, grid.x[chosen], grid.y[chosen])]
     columns = [
         np.arange(len(order), dtype=np.int32),
         grid.x[order],
         grid.y[order],
-        grid.tissue[order],
-        grid.artifact[order],
+        judgement.tissue[order],
+        judgement.artifact[order],
     ]
     return pa.table([pa.array(column) for column in columns], schema=CANDIDATES_SCHEMA)
 
@@ -218,8 +276,7 @@ def _write_pictures(
     mask: npt.NDArray[np.uint8],
 ) -> list[FileRecord]:
     mask_png = cv2.imencode(".png", mask)[1].tobytes()
-    bgr = cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR)
-    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()
+    jpeg = encode_jpeg(overlay, _OVERLAY_BYTES)
     return [
         commit_bytes(dataset, run_id, dataset.mask_file(slide_id), mask_png),
         commit_bytes(dataset, run_id, dataset.overlay_file(slide_id), jpeg),

@@ -1,0 +1,151 @@
+"""Colour on a brightfield slide as light absorbed: the glass, the stains, the inks.
+
+Haematoxylin and eosin both absorb green most and blue clearly less: on the slides measured,
+blue over green stays below 0.70 and red over green below 1. Inks break one of the two, also
+where they lie over tissue, so ratios of optical density tell them apart without a colour table.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+
+Number = TypeVar("Number", bound=np.generic)
+Rgb = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+GLASS_WITHOUT_GLASS = (245.0, 245.0, 245.0)
+_SAMPLE_PIXELS = 1_000_000
+_MAX_DARK_SHARE = 0.5
+_MIN_STAIN_SHARE = 0.2
+_MAX_BROWN_SHARE = 0.3
+_MIN_COLOURED_SHARE = 0.1
+
+
+class NotHematoxylinEosinError(UserError):
+    """The slide is not a brightfield H&E slide: it is rejected, with the reason."""
+
+
+def glass_level(rgb: Rgb) -> tuple[float, float, float]:
+    """Empty glass (R, G, B): the mode of bright, colourless pixels, padding (255) left out.
+
+    A field without glass (a crop of solid tissue) is given 245 in each channel.
+    """
+    step = _sample_step(rgb.shape[:2])
+    planes = [np.ascontiguousarray(rgb[::step, ::step, c]) for c in range(3)]
+    darkest, brightest = _range(planes)
+    empty = (darkest > 200) & (darkest < 255) & (brightest - darkest < 16)
+    if empty.sum() < 0.005 * empty.size:
+        return GLASS_WITHOUT_GLASS
+    modes = [float(np.bincount(plane[empty], minlength=256).argmax()) for plane in planes]
+    return (modes[0], modes[1], modes[2])
+
+
+def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
+    """log10((glass + 1) / (I + 1)) a channel, not below 0 (Beer-Lambert).
+
+    `rgb` is uint8 [h, w, 3]; the result is float32 [3, h, w], planes one after another, because
+    what follows compares channels pixel by pixel.
+    """
+    levels = np.arange(256, dtype=np.float64) + 1
+    density = np.empty((3, *rgb.shape[:2]), np.float32)
+    for channel, value in enumerate(glass):
+        table = np.log10((value + 1) / levels).clip(0).astype(np.float32)
+        np.take(table, rgb[..., channel], out=density[channel])
+    return density
+
+
+def smooth(density: Floats, sigma_px: float) -> Floats:
+    """Gaussian mean of a density [3, h, w]; below a third of a pixel nothing is done."""
+    if sigma_px < 1 / 3:
+        return density
+    return np.stack([cv2.GaussianBlur(plane, (0, 0), sigma_px) for plane in density])
+
+
+def mean_density(density: Floats) -> Floats:
+    """Mean over the channels of a density [3, ...], float32 [...]."""
+    return np.asarray(density.sum(0) / 3, np.float32)
+
+
+def is_coloured(density: Floats) -> Bools:
+    """Stain, not grey: dirty glass, dust and shading absorb all three channels alike.
+
+    For a density [3, ...]; bool [...].
+    """
+    low, high = _range(density)
+    return np.asarray(high - low > 0.2 * high)
+
+
+def ink_colour(density: Floats) -> tuple[Bools, Bools]:
+    """Pixels that are surely ink, and pixels that may be its margin; bool [h, w].
+
+    `density` [3, h, w] should be smoothed over a few pixels: ratios of single pixels are noise.
+    """
+    red, green, blue = density
+    strength = _range(density)[1]
+    sure = (blue > 0.75 * green) & (strength > 0.30) | (red > 1.25 * green) & (strength > 0.10)
+    sure |= (blue > 0.70 * green) & (red < 0.4 * green) & (green > 0.6)
+    margin = (blue > 0.71 * green) & (strength > 0.12) | (red > 1.10 * green) & (strength > 0.04)
+    # Thin red ink has nearly the hue of eosin, but absorbs more than eosin does.
+    margin |= (blue > 0.62 * green) & (red < 0.25 * green) & (green > 0.42)
+    return np.asarray(sure), np.asarray(margin)
+
+
+def _sample_step(shape: tuple[int, ...]) -> int:
+    """Stride at which about a million pixels of a picture are looked at."""
+    return max(1, int((shape[0] * shape[1] / _SAMPLE_PIXELS) ** 0.5))
+
+
+def _range(
+    planes: Sequence[npt.NDArray[Number]] | npt.NDArray[Number],
+) -> tuple[npt.NDArray[Number], npt.NDArray[Number]]:
+    """Least and greatest of three planes."""
+    red, green, blue = planes
+    return (
+        np.minimum(np.minimum(red, green), blue),
+        np.maximum(np.maximum(red, green), blue),
+    )
+
+
+def refuse_dark(rgb: Rgb) -> None:
+    """Raise `NotHematoxylinEosinError` for fluorescence and other pictures on black."""
+    dark = float((_range(np.moveaxis(rgb, -1, 0))[1] < 40).mean()) if rgb.size else 1.0
+    if dark > _MAX_DARK_SHARE:
+        raise NotHematoxylinEosinError(
+            f"{dark:.0%} of the slide is black: fluorescence or an empty scan, not brightfield H&E"
+        )
+
+
+def refuse_wrong_colour(density: Floats, min_density: float) -> None:
+    """Raise `NotHematoxylinEosinError` where what is stained has not the colours of H&E.
+
+    `density` is float32 [3, h, w]; stained is what has at least `min_density`.
+
+    Recognised are pictures without colour, brown chromogens (DAB) and slides whose stain is
+    mostly that of no H&E (blue, green or red as ink is).
+    """
+    step = _sample_step(density.shape[1:])
+    values = density[:, ::step, ::step].reshape(3, -1)
+    values = values[:, mean_density(values) >= min_density]
+    if values.shape[1] == 0:
+        return
+    red, green, blue = values
+    coloured = float(is_coloured(values).mean())
+    if coloured < _MIN_COLOURED_SHARE:
+        raise NotHematoxylinEosinError("the picture has no colour: greyscale, not brightfield H&E")
+    brown = float(((blue > 1.1 * green) & (red > 0.3 * green) & (red < 0.9 * green)).mean())
+    if brown > _MAX_BROWN_SHARE:
+        raise NotHematoxylinEosinError(
+            f"{brown:.0%} of what is stained is brown: immunohistochemistry (DAB), not H&E"
+        )
+    share = float(((blue < 0.76 * green) & (red < 1.25 * green)).mean())
+    if share < _MIN_STAIN_SHARE:
+        raise NotHematoxylinEosinError(
+            f"only {share:.0%} of what is stained has the colours of H&E; "
+            "another stain, or ink over the whole slide"
+        )
