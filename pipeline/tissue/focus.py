@@ -36,7 +36,7 @@ class FocusConfig:
     max_probes: int = 400
     min_patch_tissue: float = 0.7
     min_sharpness: float = 0.48
-    min_contrast: float = 0.01
+    min_contrast: float = 0.004
 
 
 def sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float) -> float:
