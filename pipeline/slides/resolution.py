@@ -17,6 +17,7 @@ from pipeline.slides.reader import Level, ResolutionTags
 TIFF_MPP_WINDOW = (0.1, 1.0)
 MAX_ANISOTROPY = 0.02
 _VENDOR_WINDOW = (0.02, 50.0)
+_CELLS_A_BLOCK = 16
 
 
 class ResolutionError(UserError):
@@ -131,31 +132,29 @@ def area_resample(
     s = window / out_px >= 1, in pixels of `image`.
     """
     height, width = image.shape[:2]
-    rows = _taps(height, y, window, out_px)
-    columns = _taps(width, x, window, out_px)
-    narrow = _weighted_rows(image.reshape(height, width * 3), rows)
+    narrow = _cell_means(image.reshape(height, width * 3), y, window, out_px)
     turned = narrow.reshape(out_px, width, 3).transpose(1, 0, 2).reshape(width, out_px * 3)
-    result = _weighted_rows(turned, columns).reshape(out_px, out_px, 3)
+    result = _cell_means(turned, x, window, out_px).reshape(out_px, out_px, 3)
     return np.rint(result).astype(np.uint8).transpose(1, 0, 2).copy()
 
 
-def _taps(
-    pixels: int, start: float, window: float, out_px: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """For each output cell the input pixels under it and their shares: both [taps, out_px]."""
-    edges = start + np.arange(out_px + 1) * (window / out_px)
-    taps = math.ceil(window / out_px) + 1
-    index = np.floor(edges[:-1]).astype(np.int64)[None] + np.arange(taps)[:, None]
-    left = np.maximum(edges[:-1], index)
-    right = np.minimum(edges[1:], np.minimum(index + 1, pixels))
-    share = np.clip(right - left, 0, None)
-    return np.minimum(index, pixels - 1), (share / share.sum(0)).astype(np.float32)
-
-
-def _weighted_rows(
-    rows: npt.NDArray[Any], taps: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+def _cell_means(
+    rows: npt.NDArray[Any], start: float, window: float, cells: int
 ) -> npt.NDArray[np.float32]:
-    total = np.zeros((taps[0].shape[1], rows.shape[1]), np.float32)
-    for index, share in zip(*taps, strict=True):
-        total += rows[index] * share[:, None]
-    return total
+    """Means of `rows` [n, w] over `cells` equal parts of [start, start + window): [cells, w].
+
+    A cell touches few rows, so the matrix of shares is a band: it is applied in blocks.
+    """
+    step = window / cells
+    blocks = -(-cells // _CELLS_A_BLOCK)
+    edges = start + np.arange(blocks * _CELLS_A_BLOCK + 1) * step
+    first = np.floor(edges[:-1:_CELLS_A_BLOCK]).astype(np.int64)
+    index = first[:, None] + np.arange(math.ceil(_CELLS_A_BLOCK * step) + 1)
+    upper = edges[:-1].reshape(blocks, _CELLS_A_BLOCK, 1)
+    lower = edges[1:].reshape(blocks, _CELLS_A_BLOCK, 1)
+    inside = np.minimum(index + 1, len(rows))[:, None]
+    share = np.clip(np.minimum(lower, inside) - np.maximum(upper, index[:, None]), 0, None)
+    share /= np.maximum(share.sum(2, keepdims=True), np.finfo(np.float64).tiny)
+    taken = rows[np.minimum(index, len(rows) - 1)].astype(np.float32, copy=False)
+    means = share.astype(np.float32) @ taken
+    return np.asarray(means.reshape(blocks * _CELLS_A_BLOCK, -1)[:cells])

@@ -124,13 +124,12 @@ def test_a_damaged_tile_is_an_error_and_never_grey(tmp_path, cmu_slide, size, cu
 
 
 def test_a_file_that_ends_early_is_an_error(tmp_path, cmu_slide):
-    (tmp_path / "x.svs").write_bytes(cmu_slide.read_bytes()[:-1])
     with NativeReader(cmu_slide) as native:
         offsets = native.native[0].offsets
     patched = tmp_path / "y.svs"
     patched_tile(cmu_slide, patched, int(offsets.argmax()), size=1 << 24, cut=False)
+    row, column = divmod(int(offsets.argmax()), 10)
     with NativeReader(patched) as native, pytest.raises(SlideReadError, match="the file ends"):
-        row, column = divmod(int(offsets.argmax()), native.native[0].columns)
         native.read(0, column * 240, row * 240, 10, 10)
 
 
