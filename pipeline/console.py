@@ -34,7 +34,8 @@ from model.errors import UserError
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
 
-stdout = Console(soft_wrap=True, highlight=False)
+_LOG_WIDTH = 160
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

@@ -4,6 +4,7 @@ At most one task a worker is in flight, so that a slide that kills its worker ta
 with it; after three such deaths the slide is failed and the rest goes on.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -56,9 +57,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": False,
         "distributed.comm.timeouts.connect": "10s",
-        "distributed.admin.log-format": "%(name)s: %(message)s",
         "distributed.admin.low-level-log-length": 1000,
-        "logging.distributed": "error",
     }
     with dask.config.set(options):
         if config.scheduler:
@@ -76,8 +75,9 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
                 n_workers=config.worker_count(tasks),
                 threads_per_worker=1,
                 processes=True,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 memory_limit=0,
+                silence_logs=logging.ERROR,
             ) as cluster,
             Client(cluster) as client,
         ):
