@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    options = _train_parser().parse_args(arguments)
+    options = _train_parser().parse_intermixed_args(arguments)
     from train.config import load_config
     from train.loop import train
 

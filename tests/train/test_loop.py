@@ -302,7 +302,7 @@ def test_export_says_what_is_there(finished: tuple[Config, Path], tmp_path: Path
 
 
 def test_the_door_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "train", "--config", "tiny", "run.stepz=4"]
+    arguments = [sys.executable, "-m", "train", "run.steps=3", "--config", "tiny", "run.stepz=4"]
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, cwd=HOME)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
