@@ -53,10 +53,11 @@ def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
     what follows compares channels pixel by pixel.
     """
     levels = np.arange(256, dtype=np.float64) + 1
-    density = np.empty((3, *rgb.shape[:2]), np.float32)
-    for channel, value in enumerate(glass):
-        table = np.log10((value + 1) / levels).clip(0).astype(np.float32)
-        np.take(table, rgb[..., channel], out=density[channel])
+    density = np.zeros((3, *rgb.shape[:2]), np.float32)
+    if rgb.size:
+        for plane, value, out in zip(cv2.split(rgb), glass, density, strict=True):
+            table = np.log10((value + 1) / levels).clip(0).astype(np.float32)
+            cv2.LUT(plane, table, out)
     return density
 
 
@@ -69,7 +70,7 @@ def smooth(density: Floats, sigma_px: float) -> Floats:
 
 def mean_density(density: Floats) -> Floats:
     """Mean over the channels of a density [3, ...], float32 [...]."""
-    return np.asarray(density.sum(0) / 3, np.float32)
+    return np.asarray((density[0] + density[1] + density[2]) / np.float32(3))
 
 
 def is_coloured(density: Floats) -> Bools:
@@ -78,7 +79,7 @@ def is_coloured(density: Floats) -> Bools:
     For a density [3, ...]; bool [...].
     """
     low, high = _range(density)
-    return np.asarray(high - low > 0.2 * high)
+    return np.asarray(low < 0.8 * high)
 
 
 def ink_colour(density: Floats) -> tuple[Bools, Bools]:
@@ -87,13 +88,16 @@ def ink_colour(density: Floats) -> tuple[Bools, Bools]:
     `density` [3, h, w] should be smoothed over a few pixels: ratios of single pixels are noise.
     """
     red, green, blue = density
-    strength = _range(density)[1]
-    sure = (blue > 0.75 * green) & (strength > 0.30) | (red > 1.25 * green) & (strength > 0.10)
+    sure = (blue > 0.75 * green) & _any_above(density, 0.30) | (red > 1.25 * green) & (red > 0.10)
     sure |= (blue > 0.70 * green) & (red < 0.4 * green) & (green > 0.6)
-    margin = (blue > 0.71 * green) & (strength > 0.12) | (red > 1.10 * green) & (strength > 0.04)
+    margin = (blue > 0.71 * green) & _any_above(density, 0.12) | (red > 1.10 * green) & (red > 0.04)
     # Thin red ink has nearly the hue of eosin, but absorbs more than eosin does.
     margin |= (blue > 0.62 * green) & (red < 0.25 * green) & (green > 0.42)
     return np.asarray(sure), np.asarray(margin)
+
+
+def _any_above(density: Floats, least: float) -> Bools:
+    return (density[0] > least) | (density[1] > least) | (density[2] > least)
 
 
 def _sample_step(shape: tuple[int, ...]) -> int:
@@ -114,7 +118,9 @@ def _range(
 
 def refuse_dark(rgb: Rgb) -> None:
     """Raise `NotHematoxylinEosinError` for fluorescence and other pictures on black."""
-    dark = float((_range(np.moveaxis(rgb, -1, 0))[1] < 40).mean()) if rgb.size else 1.0
+    step = _sample_step(rgb.shape[:2])
+    sample = rgb[::step, ::step]
+    dark = float((sample.max(-1) < 40).mean()) if sample.size else 1.0
     if dark > _MAX_DARK_SHARE:
         raise NotHematoxylinEosinError(
             f"{dark:.0%} of the slide is black: fluorescence or an empty scan, not brightfield H&E"

@@ -91,7 +91,8 @@ def classify(density: Floats, um_per_px: float, config: DetectorConfig) -> npt.N
     coloured = is_coloured(density)
     tissue = _clean(stained & coloured & ~ink, um_per_px, config)
     mask = np.zeros(mean.shape, np.uint8)
-    mask[(specks | ~coloured) & stained & ~tissue] = TissueClass.OTHER
+    # Faint grey is dirty glass or a shadow: only what is as dense as any stain is an artifact.
+    mask[(specks | ~coloured) & (mean >= config.max_density) & ~tissue] = TissueClass.OTHER
     mask[tissue] = TissueClass.TISSUE
     mask[find_folds(mean, tissue & stained, um_per_px, config)] = TissueClass.FOLD
     mask[ink] = TissueClass.PEN
