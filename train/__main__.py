@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     options = _train_parser().parse_intermixed_args(arguments)
-    # Before torch is loaded. Threads that spin while they wait took 3 times the time of a CPU run
-    # on cores shared with other work; on idle cores sleeping costs little.
+    # Before torch is loaded. On cores shared with other work, threads that spin while they wait
+    # made a CPU run take 2.5 to 4 times as long as threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from train.config import load_config
     from train.loop import train
