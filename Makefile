@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A stray train.py in the working folder must not run in place of ours.
 export PYTHONSAFEPATH := 1
+# Waiting OpenMP threads sleep: spinning ones take a shared machine's cores from each other.
+export OMP_WAIT_POLICY ?= PASSIVE
 PY := $(VENV)/bin/python
 
 DEMO ?= demo

@@ -77,7 +77,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
                 processes=True,
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,
             ) as cluster,
             Client(cluster) as client,
         ):

@@ -2,7 +2,7 @@
 # The demo: the commands a user types, on the committed slide. DEMO is the folder it writes,
 # PY the interpreter. Run it through `make demo`.
 set -euo pipefail
-export PYTHONSAFEPATH=1
+export PYTHONSAFEPATH=1 OMP_WAIT_POLICY=PASSIVE
 DEMO=${DEMO:-demo}
 PY=${PY:-.venv/bin/python}
 WEIGHTS=random:0 # H0-mini's weights are gated: a dry run of the same architecture, and it says so
