@@ -21,7 +21,7 @@ step -m pipeline cache --dataset "$DEMO/dataset" --encoder h0-mini --weights "$W
 step -m train --config tiny data.dataset="$DEMO/dataset" run.dir="$DEMO/run"
 step -m train export "$DEMO/run" "$DEMO/model"
 step -m evaluate generate --model "$DEMO/model" --guidance "$DEMO/dataset" --selection train \
-    --steps 50 --out "$DEMO/synthetic"
+    --limit 32 --steps 25 --out "$DEMO/synthetic"
 step -m pipeline cache --dataset "$DEMO/synthetic" --encoder h0-mini --weights "$WEIGHTS" --tokens none
 step -m evaluate measure --real "$DEMO/dataset" --real-selection train --generated "$DEMO/synthetic" \
     --encoder h0-mini --out "$DEMO/results.json"

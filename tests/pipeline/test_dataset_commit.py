@@ -155,8 +155,11 @@ with Run(dataset, "tile", {}) as run:
 
 def test_kill_9_leaves_only_whole_files_under_journalled_names(tmp_path):
     dataset = Dataset(tmp_path)
-    for moment in (0.6, 0.75, 0.9):
+    for moment in (0.0, 0.07, 0.15):
+        stood = len(read_journal(dataset, "tile"))
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
+        while len(read_journal(dataset, "tile")) == stood and writer.poll() is None:
+            time.sleep(0.02)
         time.sleep(moment)
         writer.kill()
         writer.wait()
