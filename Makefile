@@ -19,7 +19,7 @@ SELECTION ?= train
 TILES ?=
 ENCODER ?= h0-mini
 WEIGHTS ?= hub
-CONFIG ?= train/configs/single-gpu.yaml
+CONFIG ?= single-gpu
 RUN ?= runs/$(basename $(notdir $(CONFIG)))
 NPROC ?= 1
 MODEL ?= $(RUN)/model
@@ -80,7 +80,7 @@ lint: setup ## ruff (lint and format) and mypy, all clean
 	$(VENV)/bin/mypy
 
 bench: setup ## speed as ratios to a floor or a peer in the same run
-	@shopt -s nullglob; for script in bench/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	@for script in $(filter-out bench/bench_%.py,$(wildcard bench/*.py)); do echo "== $$script"; $(PY) $$script; done
 
 clean: ## remove what the demo, tests and linters made; keeps .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
