@@ -1,12 +1,11 @@
 """The `cache` stage: an encoder's CLS and patch tokens for the named selections."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +79,7 @@ def cache(dataset: Dataset, config: CacheConfig, engine: EngineConfig) -> int:
         if tasks:
             _claim_encoder(dataset, run, tile_px, config, record)
         engine = EngineConfig(engine.workers or _device_count(config.device), engine.scheduler)
-        work = partial(cache_slide, threads=_threads(engine))
-        run_stage(run, work, tasks, engine, summary, "tiles")
+        run_stage(run, cache_slide, tasks, engine, summary, "tiles")
     if record["random_weights"]:
         summary.stage += f" ({config.encoder} with RANDOM weights)"
     return report_summary(
@@ -202,14 +200,11 @@ def cache_slide(
     work: dict[tuple[int, int], list[str]],
     mark: str,
     weights_sha256: str,
-    *,
-    threads: int,
 ) -> list[Entry]:
-    """Compute and write one slide's missing features, on `threads` CPU threads."""
+    """Compute and write one slide's missing features."""
     dataset = Dataset(Path(root))
     entries: list[Entry] = []
     try:
-        _set_threads(threads)
         encoder = _load(config.encoder, config.weights, _worker_device(config.device), config.dtype)
         if encoder.weights_sha256 != weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
@@ -319,21 +314,6 @@ def _load(name: str, weights: str, device: str, dtype: str) -> "Encoder":
     from model.encoders import load_encoder
 
     return load_encoder(name, weights, device=device, dtype=getattr(torch, dtype))
-
-
-def _threads(engine: EngineConfig) -> int:
-    """CPU threads of one local worker; 0 leaves a cluster's own setting alone."""
-    if engine.scheduler:
-        return 0
-    return max(1, len(os.sched_getaffinity(0)) // (engine.workers or 1))
-
-
-def _set_threads(threads: int) -> None:
-    """Dask starts workers with one thread each, which is half of what two cores can do."""
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def _device_count(device: str) -> int:
