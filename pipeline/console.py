@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from model.errors import UserError
+from pipeline.redact import redact
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
@@ -41,7 +42,7 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def say(message: str) -> None:
     """Print one line for the person at the terminal (or in the batch job's log)."""
-    stdout.print(message, markup=False)
+    stdout.print(redact(message), markup=False)
 
 
 def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
@@ -54,7 +55,7 @@ def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
         _check_rooms(rooms)
         status = command()
     except UserError as error:
-        stderr.print(f"error: {error}", markup=False, style="bold red")
+        stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
         status = EXIT_USAGE
     except KeyboardInterrupt:
         stderr.print("interrupted: what was committed stays; run the same command to go on")
@@ -185,8 +186,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _nearest(self, message: str) -> str:
         unknown = message.partition("unrecognized arguments: ")[2].split()
+        word = unknown[0].partition("=")[0] if unknown else ""
         known = _all_options(self)
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1) if unknown else []
+        if word in known:
+            return f" ({word} is an option of another command)"
+        close = difflib.get_close_matches(word, known, 1) if word else []
         return f" (did you mean {close[0]}?)" if close else ""
 
 

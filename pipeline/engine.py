@@ -1,30 +1,74 @@
-"""Dask distributed: one slide is one task, coordinates and paths travel, never pixels.
+"""Dask distributed: a task is a slide, or a bundle of short ones; pixels never travel.
 
 At most one task a worker is in flight, so that a slide that kills its worker takes no innocent
-with it; after three such deaths the slide is failed and the rest goes on.
+with it; after three such deaths alone the slide is failed and the rest goes on. A worker whose
+whole job ended (walltime, preemption, a lost node) is no slide's fault.
 """
 
+import hashlib
+import itertools
 import logging
 import os
+import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 from model.errors import UserError
-from pipeline.console import Meter
+from pipeline.cluster import ClusterConfig, make_scaler, open_cluster
+from pipeline.console import Meter, say
 from pipeline.dataset import Entry
+from pipeline.dataset.journal import decode_line, encode_line
 
 MAX_WORKER_DEATHS = 3
-_PROGRESS_TOPIC = "histogen-progress"
+MAX_JOB_LOSSES = 10
+"""How often a slide is begun again after its worker's whole job was lost without a warning."""
+_STARTS = 3
+_LOOK_AROUND_S = 0.5
+"""How often new and lost workers are looked for while no task ends."""
+_RETURNS_WITHIN_S = 60.0
+"""A nanny that is alive has its worker back by then; else the job itself is gone."""
+_HEARD_WITHIN_S = 2.0
+_CONNECT_WITHIN_S = 10.0
+_HEARTBEAT_S = 30.0
+"""How often a run that goes on says so in its log."""
+_TOPIC = "histogen"
+
+BundleFunction: TypeAlias = Callable[[list[tuple[Any, ...]]], Iterable[list[Entry]]]
+"""From the arguments of several slides to the entries of each, in their order."""
+
+
+class Observer(Protocol):
+    """Who is told what happens beside results: a run's log."""
+
+    def begun(self, slide_id: str, worker: str) -> None:
+        """A slide was given to a worker."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something else: a heartbeat, a worker that died or left."""
+
+
+class _Nobody:
+    """Nobody is told."""
+
+    def begun(self, slide_id: str, worker: str) -> None:
+        """Tell nobody."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Tell nobody."""
 
 
 @dataclass(frozen=True)
 class SlideTask:
     """One slide's work: arguments for the stage's function, a cost to order by, its size.
 
-    `units` is what the progress bar counts (slides or tiles).
+    `units` is what the progress bar counts (slides or tiles); `values` are those of the line that
+    is journalled where the task itself could not write one.
     """
 
     slide_id: str
@@ -32,37 +76,95 @@ class SlideTask:
     arguments: tuple[Any, ...]
     cost: float = 0.0
     units: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where tasks run: a local cluster of `workers` processes, or a running Dask scheduler."""
+    """Where tasks run: local processes, batch jobs (`cluster`), or a running Dask scheduler.
+
+    `threads` is what numerical libraries may use inside a local worker: 1 where slides are cut,
+    more where a network runs on a CPU. `array` is (i, n): of all slides, the i-th of n parts.
+    """
 
     workers: int | None = None
     scheduler: str = ""
+    threads: int = 1
+    cluster: ClusterConfig | None = None
+    array: tuple[int, int] = (0, 1)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other elements of a job array do the rest."""
+        return self.array[1] > 1
+
+    @property
+    def described(self) -> str:
+        """In a few words, for the log."""
+        if self.cluster:
+            return f"{self.cluster.system}: up to {self.cluster.max_jobs} jobs"
+        if self.scheduler:
+            return f"scheduler {self.scheduler}"
+        part = f", part {self.array[0]} of {self.array[1]}" if self.is_part else ""
+        return f"local, {self.workers or 'all'} workers{part}"
+
+    def takes(self, slide_id: str) -> bool:
+        """Whether a slide is this array element's; it never depends on what is done already."""
+        element, elements = self.array
+        digest = hashlib.blake2b(slide_id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % elements == element
+
+    def job_environment(self) -> dict[str, str]:
+        """The same for a worker in a batch job, which reads Dask's settings from there too."""
+        threads = self.cluster.cores // self.cluster.workers if self.cluster else self.threads
+        own = replace(self, threads=threads if self.threads > 1 else 1).environment()
+        return own | {
+            "PYTHONSAFEPATH": "1",
+            "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
+            "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+        }
 
     def worker_count(self, tasks: int) -> int:
         """Local workers: as asked, else one a core, never more than tasks."""
         cores = len(os.sched_getaffinity(0))
         return max(1, min(self.workers or cores, tasks))
 
+    def environment(self) -> dict[str, str]:
+        """What must stand in a worker's environment before it starts.
+
+        Freed memory goes back to the system above 64 KiB, or a worker keeps its peak for ever.
+        """
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        return {"MALLOC_TRIM_THRESHOLD_": "65536"} | dict.fromkeys(names, str(self.threads))
+
 
 @contextmanager
 def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
     """A Dask client; a local cluster lives as long as the context."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
+    # Dask's profiler looks at every worker's stack a hundred times a second and keeps an hour.
     options = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": False,
+        "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": "10s",
         "distributed.admin.low-level-log-length": 1000,
+        "distributed.deploy.lost-worker-timeout": f"{_RETURNS_WITHIN_S}s",
+        "distributed.nanny.pre-spawn-environ": config.environment(),
     }
     with dask.config.set(options):
+        if config.cluster:
+            with (
+                open_cluster(config.cluster, config.job_environment()) as cluster,
+                Client(cluster) as client,
+            ):
+                yield client
+            return
         if config.scheduler:
             try:
-                client = Client(config.scheduler, timeout=10)
+                client = Client(config.scheduler, timeout=_CONNECT_WITHIN_S)
             except (OSError, TimeoutError, ValueError) as error:
                 raise UserError(
                     f"--scheduler {config.scheduler}: no Dask scheduler answers there"
@@ -70,29 +172,51 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
             with client:
                 yield client
             return
-        with (
-            LocalCluster(
+        with _local_cluster(config, tasks) as cluster, Client(cluster) as client:
+            yield client
+
+
+def _local_cluster(config: EngineConfig, tasks: int) -> Any:
+    """A local cluster; a worker that is killed while it starts costs another try, not the stage."""
+    from distributed import LocalCluster
+
+    for _ in range(_STARTS):
+        try:
+            return LocalCluster(
                 n_workers=config.worker_count(tasks),
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,
+                env=config.environment(),
                 silence_logs=logging.CRITICAL,
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            yield client
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+    raise UserError(
+        f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
+        "Try fewer with --workers"
+    )
 
 
 def report_progress(slide_id: str, units: int) -> None:
     """Called inside a task: that many more units of the slide are done."""
+    _log_event({"slide_id": slide_id, "units": units})
+
+
+def report_note(text: str) -> None:
+    """Called inside a task: one line for the person at the terminal."""
+    _log_event({"note": text})
+
+
+def _log_event(message: dict[str, Any]) -> None:
     from distributed import get_worker
 
     try:
         worker = get_worker()
     except ValueError:
         return
-    worker.log_event(_PROGRESS_TOPIC, {"slide_id": slide_id, "units": units})
+    worker.log_event(_TOPIC, message)
 
 
 def run_tasks(
@@ -101,101 +225,365 @@ def run_tasks(
     config: EngineConfig,
     on_entries: Callable[[list[Entry]], None],
     meter: Meter,
+    observer: Observer | None = None,
 ) -> None:
     """Run `function(*task.arguments)` for every task, dearest first.
 
     `on_entries` is called here, in the coordinator, as each slide ends. A task that kills its
     worker is tried again; the third death makes it a failed entry.
     """
-    if not tasks:
+    run_bundles(_OneByOne(function), [[task] for task in dearest_first(tasks)], config,
+                on_entries, meter, observer)  # fmt: skip
+
+
+def run_bundles(
+    function: BundleFunction,
+    bundles: Sequence[list[SlideTask]],
+    config: EngineConfig,
+    on_entries: Callable[[list[Entry]], None],
+    meter: Meter,
+    observer: Observer | None = None,
+) -> None:
+    """Run `function([task.arguments of a bundle])` for every bundle, in their order.
+
+    The function yields the entries of one slide after another, in the bundle's order;
+    `on_entries` is called as each comes, so that a death costs no slide that was finished. What
+    a killed bundle left undone is tried slide by slide; only a slide that is alone is charged.
+    """
+    if not bundles:
         return
-    queue = sorted(tasks, key=lambda t: (-t.cost, t.slide_id))
-    with dask_client(config, len(tasks)) as client:
-        progress = _Progress(meter)
-        client.subscribe_topic(_PROGRESS_TOPIC, progress.on_event)
-        _Drain(client, function, on_entries, progress).run(queue)
+    with dask_client(config, len(bundles)) as client:
+        external = bool(config.scheduler or config.cluster)
+        progress = _Progress(meter, sum(len(bundle) for bundle in bundles))
+        drain = _Drain(
+            client, function, on_entries, progress, observer or _Nobody(), external=external
+        )
+        check = None
+        if config.cluster:
+            say(
+                f"{config.cluster.system}: jobs: up to {config.cluster.max_jobs}, workers in "
+                f"each: {config.cluster.workers}, logs in {config.cluster.log_dir}"
+            )
+            check = make_scaler(
+                client.cluster, config.cluster, drain.demand, drain.busy, drain.take_seen
+            ).check
+        drain.run(bundles, check)
+
+
+def dearest_first(tasks: Sequence[SlideTask]) -> list[SlideTask]:
+    """The order in which tasks are begun: the longest first, so that none is left for the end."""
+    return sorted(tasks, key=lambda task: (-task.cost, task.slide_id))
+
+
+def bundled(tasks: Sequence[SlideTask], units: int) -> list[list[SlideTask]]:
+    """Tasks in their order, in bundles of at most `units` (or of one larger task)."""
+    bundles: list[list[SlideTask]] = []
+    held = 0
+    for task in tasks:
+        if not bundles or held + task.units > units:
+            bundles.append([])
+            held = 0
+        bundles[-1].append(task)
+        held += task.units
+    return bundles
+
+
+@dataclass(frozen=True)
+class _OneByOne:
+    """A function of one slide as a function of a bundle."""
+
+    function: Callable[..., list[Entry]]
+
+    def __call__(self, bundle: list[tuple[Any, ...]]) -> Iterator[list[Entry]]:
+        for arguments in bundle:
+            yield self.function(*arguments)
+
+
+def _run_bundle(
+    function: BundleFunction, bundle: list[tuple[Any, ...]], number: int
+) -> list[list[Entry]]:
+    """On the worker: every slide's entries are sent as they come, and returned at the end."""
+    done = []
+    began = time.monotonic()
+    for index, entries in enumerate(function(bundle)):
+        now = time.monotonic()
+        entries, began = _timed(entries, now - began), now
+        done.append(entries)
+        if index + 1 < len(bundle):
+            lines = [encode_line(entry, {}) for entry in entries]
+            _log_event({"bundle": number, "index": index, "lines": lines})
+    return done
+
+
+def _timed(entries: list[Entry], seconds: float) -> list[Entry]:
+    """A slide's only entry bears how long it took, where its stage did not say."""
+    if len(entries) == 1 and entries[0].seconds == 0.0:
+        return [replace(entries[0], seconds=round(seconds, 6))]
+    return entries
 
 
 class _Progress:
     """Advances the meter by what workers report, and to the task's size when it ends."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    def __init__(self, meter: Meter, slides: int) -> None:
+        self._meter, self._slides, self._ended = meter, slides, 0
         self._reported: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def on_event(self, event: tuple[float, dict[str, Any]]) -> None:
-        slide_id, units = event[1]["slide_id"], event[1]["units"]
+    def report(self, slide_id: str, units: int) -> None:
         with self._lock:
             if slide_id in self._reported:
                 self._reported[slide_id] += units
-                self._meter.advance(units, note=slide_id)
+                self._meter.advance(units, note=self._note(slide_id))
+
+    def _note(self, slide_id: str) -> str:
+        """How many slides have ended, where the meter counts something else, and the last one."""
+        if self._meter.unit == "slides":
+            return slide_id
+        return f"{self._ended}/{self._slides} slides  {slide_id}"
+
+    def state(self) -> dict[str, Any]:
+        """How far the stage is: done, total, units a second."""
+        meter = self._meter
+        rate = meter.done / meter.seconds if meter.seconds > 0 else 0.0
+        return {
+            "done": meter.done,
+            "total": meter.total,
+            "unit": meter.unit,
+            "rate": round(rate, 4),
+        }
 
     def begin(self, task: SlideTask) -> None:
+        """A first or further try: what an earlier one reported is taken back."""
         with self._lock:
+            taken_back = self._reported.pop(task.slide_id, 0)
+            self._meter.advance(-taken_back, note=self._note(task.slide_id))
             self._reported[task.slide_id] = 0
 
     def end(self, task: SlideTask) -> None:
         with self._lock:
             reported = self._reported.pop(task.slide_id, 0)
-            self._meter.advance(task.units - reported, note=task.slide_id)
+            self._ended += 1
+            self._meter.advance(task.units - reported, note=self._note(task.slide_id))
+
+
+@dataclass
+class _Flight:
+    """A bundle on a worker; `taken` counts the slides whose entries were received."""
+
+    future: Any
+    tasks: list[SlideTask]
+    number: int
+    nanny: str = ""
+    worker: str = ""
+    taken: int = 0
+
+    @property
+    def slide_id(self) -> str:
+        """The first slide whose entries were not received yet."""
+        return self.tasks[self.taken].slide_id if self.taken < len(self.tasks) else ""
 
 
 class _Drain:
-    """Keeps one task a worker in flight until the queue is empty."""
+    """Keeps one bundle on every worker that is there, until none is left.
+
+    A bundle is bound to its worker: left to itself, Dask may give two to one while another
+    restarts, and a death would be charged to both.
+    """
 
     def __init__(
         self,
         client: Any,
-        function: Callable[..., list[Entry]],
+        function: BundleFunction,
         on_entries: Callable[[list[Entry]], None],
         progress: _Progress,
+        observer: Observer,
+        *,
+        external: bool = False,
     ) -> None:
-        from distributed import as_completed
-
-        self._client, self._function = client, function
-        self._on_entries, self._progress = on_entries, progress
-        self._running: dict[Any, SlideTask] = {}
+        self._client, self._function, self._external = client, function, external
+        self._on_entries, self._progress, self._observer = on_entries, progress, observer
+        self._heartbeat = time.monotonic()
+        self._waiting: deque[list[SlideTask]] = deque()
+        self._flights: dict[str, _Flight] = {}
+        self._dead: list[tuple[float, _Flight]] = []
         self._deaths: dict[str, int] = {}
-        self._completed = as_completed(loop=client.loop)
+        self._losses: dict[str, int] = {}
+        self._gone_since: dict[str, float] = {}
+        self._names_seen: set[str] = set()
+        self._numbers = itertools.count()
+        self._heard: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        client.subscribe_topic(_TOPIC, self._hear)
 
-    def run(self, queue: Sequence[SlideTask]) -> None:
-        """Run all tasks of the queue, in its order."""
-        waiting = iter(queue)
-        slots = max(1, len(self._client.scheduler_info(n_workers=-1)["workers"]))
-        for _, task in zip(range(slots), waiting, strict=False):
-            self._submit(task)
-        for future in self._completed:
-            task = self._running.pop(future)
-            entries = self._entries(task, future)
-            if entries is None:
-                self._submit(task)
+    def demand(self) -> int:
+        """How many workers would have something to do."""
+        return len(self._waiting) + len(self._flights) + len(self._dead)
+
+    def busy(self) -> set[str]:
+        """Addresses of the workers that have."""
+        return set(self._flights)
+
+    def take_seen(self) -> set[str]:
+        """Names of the workers that were there since the last call."""
+        seen, self._names_seen = self._names_seen, set()
+        return seen
+
+    def run(
+        self, bundles: Sequence[list[SlideTask]], check: Callable[[], None] | None = None
+    ) -> None:
+        """Run all bundles, in their order as workers come free; `check` may raise meanwhile."""
+        self._waiting.extend(bundles)
+        while self._waiting or self._flights or self._dead:
+            self._fill()
+            self._say_alive()
+            if check is not None:
+                check()
+            try:
+                act = self._heard.get(timeout=_LOOK_AROUND_S)
+            except queue.Empty:
                 continue
-            self._on_entries(entries)
-            self._progress.end(task)
-            following = next(waiting, None)
-            if following is not None:
-                self._submit(following)
+            act()
 
-    def _submit(self, task: SlideTask) -> None:
-        self._progress.begin(task)
-        future = self._client.submit(self._function, *task.arguments, pure=False, retries=0)
-        self._running[future] = task
-        self._completed.add(future)
+    def _say_alive(self) -> None:
+        if time.monotonic() - self._heartbeat >= _HEARTBEAT_S:
+            self._heartbeat = time.monotonic()
+            self._observer.event(
+                "progress", **self._progress.state(), workers=len(self._flights),
+                waiting=len(self._waiting),
+            )  # fmt: skip
 
-    def _entries(self, task: SlideTask, future: Any) -> list[Entry] | None:
-        """What became of the task; None asks for another try."""
-        from distributed.scheduler import KilledWorker
+    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Called in the client's thread: progress at once, all else in the coordinator's own."""
+        message = event[1]
+        if "units" in message:
+            self._progress.report(message["slide_id"], message["units"])
+        elif "note" in message:
+            self._heard.put(partial(say, message["note"]))
+        else:
+            self._heard.put(partial(self._take_early, message))
 
-        error = future.exception()
+    def _take_early(self, message: dict[str, Any]) -> None:
+        """One slide of a bundle that goes on; of a bundle that has ended it is taken already."""
+        for flight in self._flights.values():
+            if flight.number == message["bundle"] and flight.taken == message["index"]:
+                self._take_next(
+                    flight, [e for line in message["lines"] if (e := decode_line(line))]
+                )
+
+    def _take_next(self, flight: _Flight, entries: list[Entry]) -> None:
+        self._on_entries(entries)
+        self._progress.end(flight.tasks[flight.taken])
+        flight.taken += 1
+
+    def _fill(self) -> None:
+        """Give every free worker a bundle; take back those of workers that left."""
+        there = self._client.scheduler_info(n_workers=-1)["workers"]
+        self._names_seen |= {str(worker["name"]) for worker in there.values()}
+        for address in self._left_in_good_order(set(there)):
+            flight = self._flights.pop(address)
+            flight.future.cancel()
+            self._observer.event("worker left", worker=flight.worker, slide=flight.slide_id)
+            self._waiting.appendleft(flight.tasks[flight.taken :])
+        self._judge_deaths({str(worker.get("nanny")) for worker in there.values()})
+        for address in sorted(set(there) - set(self._flights)):
+            if self._waiting:
+                self._submit(address, there[address], self._waiting.popleft())
+
+    def _left_in_good_order(self, there: set[str]) -> list[str]:
+        """Workers that are gone though nothing failed (their walltime): no slide is to blame.
+
+        That a worker died is heard a moment after it is seen to be gone.
+        """
+        now = time.monotonic()
+        gone = {one for one in set(self._flights) - there if not self._flights[one].future.done()}
+        self._gone_since = {one: self._gone_since.get(one, now) for one in gone}
+        return [one for one, since in self._gone_since.items() if now - since > _HEARD_WITHIN_S]
+
+    def _judge_deaths(self, nannies: set[str]) -> None:
+        """A worker that died and came back was killed by its slide; a job that ended was not."""
+        for death in self._dead[:]:
+            deadline, flight = death
+            if flight.nanny in nannies:
+                self._charge(flight)
+            elif time.monotonic() > deadline:
+                self._excuse(flight)
+            else:
+                continue
+            self._dead.remove(death)
+
+    def _submit(self, address: str, worker: dict[str, Any], tasks: list[SlideTask]) -> None:
+        name = f"{worker.get('name', '')} {address}"
+        for task in tasks:
+            self._progress.begin(task)
+            self._observer.begun(task.slide_id, name)
+        number = next(self._numbers)
+        future = self._client.submit(
+            _run_bundle, self._function, [task.arguments for task in tasks], number, pure=False,
+            retries=0, workers=[address], allow_other_workers=False,
+        )  # fmt: skip
+        self._flights[address] = _Flight(future, tasks, number, str(worker.get("nanny")), name)
+        future.add_done_callback(lambda _: self._heard.put(partial(self._land, address, number)))
+
+    def _land(self, address: str, number: int) -> None:
+        flight = self._flights.get(address)
+        if flight is None or flight.number != number:
+            return
+        del self._flights[address]
+        error = flight.future.exception()
         if error is None:
-            return list(future.result())
-        if isinstance(error, KilledWorker):
-            self._deaths[task.slide_id] = self._deaths.get(task.slide_id, 0) + 1
-            if self._deaths[task.slide_id] < MAX_WORKER_DEATHS:
-                return None
-            reason = f"killed its worker {MAX_WORKER_DEATHS} times (out of memory, or a crash)"
+            for entries in flight.future.result()[flight.taken :]:
+                self._take_next(flight, entries)
+            return
+        if _is_death(error):
+            self._observer.event("worker died", worker=flight.worker, slide=flight.slide_id)
+        if self._external and _is_death(error):
+            self._dead.append((time.monotonic() + _RETURNS_WITHIN_S, flight))
+        elif len(flight.tasks) - flight.taken > 1:
+            self._try_apart(flight)
+        elif _is_death(error):
+            self._charge(flight)
         else:
             text = " ".join(str(error).split())[:200]
-            reason = f"internal error: {type(error).__name__}: {text}"
-        return [Entry(task.slide_id, "failed", task.fingerprint, reason)]
+            self._fail(flight, f"internal error: {type(error).__name__}: {text}")
+
+    def _try_apart(self, flight: _Flight) -> None:
+        """Any slide of the bundle may be to blame: each is tried alone."""
+        for task in reversed(flight.tasks[flight.taken :]):
+            self._waiting.appendleft([task])
+
+    def _charge(self, flight: _Flight) -> None:
+        """The worker died and its job goes on: a slide that was alone with it is counted."""
+        if len(flight.tasks) - flight.taken > 1:
+            self._try_apart(flight)
+            return
+        task = flight.tasks[-1]
+        alone = len(flight.tasks) == 1
+        self._deaths[task.slide_id] = self._deaths.get(task.slide_id, 0) + alone
+        if self._deaths[task.slide_id] < MAX_WORKER_DEATHS:
+            self._waiting.appendleft([task])
+            return
+        times = MAX_WORKER_DEATHS
+        self._fail(flight, f"killed its worker {times} times (out of memory, or a crash)")
+
+    def _excuse(self, flight: _Flight) -> None:
+        """The job is gone: what it had begun goes back, but not for ever."""
+        task = flight.tasks[flight.taken]
+        self._losses[task.slide_id] = self._losses.get(task.slide_id, 0) + 1
+        if self._losses[task.slide_id] < MAX_JOB_LOSSES:
+            self._waiting.appendleft(flight.tasks[flight.taken :])
+            return
+        if rest := flight.tasks[flight.taken + 1 :]:
+            self._waiting.appendleft(rest)
+        times = MAX_JOB_LOSSES
+        self._fail(flight, f"its job ended {times} times meanwhile (out of memory? too short?)")
+
+    def _fail(self, flight: _Flight, reason: str) -> None:
+        task = flight.tasks[flight.taken]
+        entry = Entry(task.slide_id, "failed", task.fingerprint, reason, values=dict(task.values))
+        self._take_next(flight, [entry])
+
+
+def _is_death(error: BaseException) -> bool:
+    from distributed.scheduler import KilledWorker
+
+    return isinstance(error, KilledWorker)

@@ -16,7 +16,7 @@ from pipeline.console import (
     stdout,
 )
 from pipeline.dataset import Dataset, Entry, Run, files_present, software_versions
-from pipeline.engine import EngineConfig, SlideTask, run_tasks
+from pipeline.engine import BundleFunction, EngineConfig, SlideTask, run_bundles, run_tasks
 
 _ROWS_SHOWN = 40
 _PACKAGES = ("numpy", "opencv-python-headless", "openslide-python", "openslide-bin", "tiffslide")
@@ -61,11 +61,10 @@ class Summary:
 
 
 def stands(dataset: Dataset, entries: Iterable[Entry], fingerprint: str) -> Entry | None:
-    """The entry that makes the work needless: done with its files there, or rejected."""
+    """The entry that makes the work needless: done or rejected, with the files that it names."""
     for entry in entries:
-        if entry.fingerprint != fingerprint or entry.outcome == "failed":
-            continue
-        if entry.outcome == "rejected" or files_present(dataset, entry):
+        judged = entry.fingerprint == fingerprint and entry.outcome in ("done", "rejected")
+        if judged and files_present(dataset, entry):
             return entry
     return None
 
@@ -79,16 +78,45 @@ def run_stage(
     unit: str = "slides",
 ) -> Summary:
     """Run the tasks, journal every entry as it comes, and fill the summary."""
+    tasks = [task for task in tasks if engine.takes(task.slide_id)]
+    _log_tasks(run, tasks, engine, unit)
+    with meter(summary.stage, sum(task.units for task in tasks), unit) as progress:
+        run_tasks(function, tasks, engine, _journal(run, summary), progress, run)
+        summary.seconds = progress.seconds
+    return summary
 
+
+def run_bundled_stage(
+    run: Run,
+    function: BundleFunction,
+    bundles: Sequence[list[SlideTask]],
+    engine: EngineConfig,
+    summary: Summary,
+    unit: str = "slides",
+) -> Summary:
+    """`run_stage` for a function of several slides: every slide is journalled as it ends."""
+    tasks = [task for bundle in bundles for task in bundle]
+    _log_tasks(run, tasks, engine, unit)
+    with meter(summary.stage, sum(task.units for task in tasks), unit) as progress:
+        run_bundles(function, bundles, engine, _journal(run, summary), progress, run)
+        summary.seconds = progress.seconds
+    return summary
+
+
+def _log_tasks(run: Run, tasks: Sequence[SlideTask], engine: EngineConfig, unit: str) -> None:
+    """The first event of a run that has something to do."""
+    if tasks:
+        total = sum(task.units for task in tasks)
+        run.event("tasks", slides=len(tasks), total=total, unit=unit, engine=engine.described)
+
+
+def _journal(run: Run, summary: Summary) -> Callable[[list[Entry]], None]:
     def journal(entries: list[Entry]) -> None:
         run.append(entries)
         for entry in entries:
             summary.add(entry)
 
-    with meter(summary.stage, sum(task.units for task in tasks), unit) as progress:
-        run_tasks(function, tasks, engine, journal, progress)
-        summary.seconds = progress.seconds
-    return summary
+    return journal
 
 
 def report_summary(summary: Summary, where: Any, rate_of: str = "") -> int:

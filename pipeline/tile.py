@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import UserError
+from pipeline.console import EXIT_OK, say
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -41,22 +42,22 @@ from pipeline.dataset.zarr_shard import CODEC as ZARR_CODEC
 from pipeline.dataset.zarr_shard import commit_zarr, encode_chunk
 from pipeline.engine import EngineConfig, SlideTask, report_progress
 from pipeline.slides.colour import to_srgb
+from pipeline.slides.cost import tile_cost
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
+from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
 from pipeline.spool import Spool
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions
-from pipeline.tissue.stage import tissue_fingerprint
+from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
 FORMATS = ("png", "zarr")
+IMPORTED_TILES = "imported tiles"
+"""Grid, in the identity, of a dataset whose slides are folders of pictures."""
 _PROGRESS_TILES = 256
 _PNG_CODEC = {"small": "png", "fast": "png-fast"}
-_MS_PER_MEGAPIXEL = {"jpeg": 6.0, "jpeg2000": 45.0}
-_MS_PER_MEGAPIXEL_UNKNOWN = 30.0
-_MS_PER_TILE = 3.0
-"""For ordering only: measured costs of decoding and of resizing, encoding and writing."""
 
 Tile = npt.NDArray[np.uint8]
 
@@ -77,6 +78,7 @@ class TileConfig:
     png: str = "small"
     tile_px: int | None = None
     spool: str = ""
+    stage_in: StageIn = IN_PLACE
 
     @property
     def codec(self) -> str:
@@ -94,18 +96,22 @@ class TileConfig:
 
 def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     """Write the tile shards that are missing; returns the exit status."""
+    if read_identity(dataset).get("grid") == IMPORTED_TILES:
+        return _nothing_to_cut(dataset, config)
     versions = stage_versions("imagecodecs", "isal")
     needs = needed_blocks(dataset, config.selections)
     tile_px = _output_px(dataset, config)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
     known = standing(read_journal(dataset, STAGE), str(tile_px))
+    parents = standing(read_journal(dataset, "tissue"))
     summary = Summary(STAGE)
     tasks = []
     with Run(dataset, STAGE, versions) as run:
         for slide_id, blocks in needs.items():
             slide = slides[slide_id]
-            mark = tile_fingerprint(slide, identity, tile_px)
+            source = imported_source(parents.get(slide_id, []))
+            mark = tile_fingerprint(slide, identity, tile_px, source)
             stood = standing_blocks(dataset, known.get(slide_id, []), mark)
             runs = missing_runs(blocks, stood)
             if not runs:
@@ -120,6 +126,16 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 
 
+def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:
+    """Imported tiles are there from the start, and no larger ones can be cut."""
+    if config.tile_px not in (None, read_identity(dataset)["tile_px"]):
+        raise UserError(
+            f"--tile-px {config.tile_px}: {dataset.root} holds imported tiles, no slides"
+        )
+    say(f"tile: {dataset.root} holds imported tiles: nothing to cut (lost ones: `import tiles`)")
+    return EXIT_OK
+
+
 def _output_px(dataset: Dataset, config: TileConfig) -> int:
     own = int(read_identity(dataset)["tile_px"])
     tile_px = config.tile_px or own
@@ -129,13 +145,6 @@ def _output_px(dataset: Dataset, config: TileConfig) -> int:
             f"number of pixels (such as {own + 32}), so that the centres coincide"
         )
     return tile_px
-
-
-def tile_cost(slide: Slide, target_mpp: float, tile_px: int) -> float:
-    """About how many milliseconds of one core a tile of the slide takes: by codec and area."""
-    side = tile_px * max(1.0, target_mpp / slide.mpp) if slide.mpp else tile_px
-    rate = _MS_PER_MEGAPIXEL.get(slide.codec, _MS_PER_MEGAPIXEL_UNKNOWN)
-    return side * side / 1e6 * rate + _MS_PER_TILE
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
@@ -171,14 +180,18 @@ def missing_runs(needed: set[int], stood: set[int]) -> list[range]:
     return runs
 
 
-def tile_fingerprint(slide: Slide, identity: dict[str, Any], tile_px: int | None = None) -> str:
-    """Fingerprint of a slide's tile shards; the rank range is not part of it."""
+def tile_fingerprint(
+    slide: Slide, identity: dict[str, Any], tile_px: int | None = None, source: str = ""
+) -> str:
+    """Fingerprint of a slide's tile shards; the rank range is not part of it.
+
+    `source` is what the slide's candidates were imported from, if they were.
+    """
     values = {key: identity[key] for key in ("resampler", "icc", "codec")}
     if tile_px not in (None, identity["tile_px"]):
         values["around"] = tile_px
-    return fingerprint(
-        stage=STAGE, version=VERSION, parent=tissue_fingerprint(slide, identity), **values
-    )
+    parent = tissue_fingerprint(slide, identity, source)
+    return fingerprint(stage=STAGE, version=VERSION, parent=parent, **values)
 
 
 def tile_slide(
@@ -224,7 +237,11 @@ class _Job:
         x = candidates["x_level0"].to_numpy()[ranks]
         y = candidates["y_level0"].to_numpy()[ranks]
         encode = self.config.encoder()
-        with open_slide(Path(self.slide.path), self.slide.reader) as reader:
+        folder = self.dataset.staging_dir(self.run_id)
+        with (
+            local_slide(self.slide, self.config.stage_in, folder) as path,
+            open_slide(path, self.slide.reader) as reader,
+        ):
             done = 0
             for done, (index, image) in enumerate(self._tiles(reader, x, y), 1):
                 spool.put(int(ranks[index]), encode(image))

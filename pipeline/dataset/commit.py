@@ -114,8 +114,13 @@ def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> Fil
 
 def commit_json(dataset: Dataset, run_id: str, final: Path, value: Any) -> FileRecord:
     """Commit a JSON document with sorted keys."""
+    return commit_bytes(dataset, run_id, final, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document as it is committed: one form for one value."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    return commit_bytes(dataset, run_id, final, text.encode())
+    return text.encode()
 
 
 def clean_staging(dataset: Dataset, run_id: str) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import platform
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from pipeline.dataset.commit import commit_json, new_run_id
+from pipeline.dataset.commit import commit_json, json_bytes, new_run_id
 from pipeline.dataset.layout import Dataset
 
 FORMAT_VERSION = 1
@@ -38,6 +39,23 @@ def open_dataset(root: Path) -> Dataset:
 def read_identity(dataset: Dataset) -> dict[str, Any]:
     """The identity section; unknown keys are kept as they are."""
     return dict(_read(dataset).get("identity", {}))
+
+
+def identity_damage(dataset: Dataset) -> str:
+    """What is wrong with the bytes of dataset.json; "" where they are as they were written.
+
+    A file without a checksum (made before there was one, or edited on purpose) is only read.
+    """
+    try:
+        document = _read(dataset)
+        data = dataset.identity_file.read_bytes()
+    except (UserError, OSError) as error:
+        return str(error)
+    if set(document) == {"identity", "records"}:
+        return ""
+    if "crc" not in document or json_bytes(document) != data:
+        return f"{dataset.identity_file} was altered outside its values: restore it from a copy"
+    return ""
 
 
 def identity_value(dataset: Dataset, key: str) -> Any:
@@ -75,11 +93,19 @@ def claim_identity(
         identity[key] = value
     document["records"][stage] = {"versions": versions, "platform": platform.platform()}
     before = dataset.identity_file.read_text() if dataset.identity_file.exists() else ""
+    document["crc"] = _crc(document)
     if json.loads(before or "null") != document:
         run_id = new_run_id()
         commit_json(dataset, run_id, dataset.identity_file, document)
         dataset.staging_dir(run_id).rmdir()
     return dict(identity)
+
+
+def _crc(document: dict[str, Any]) -> str:
+    """Checksum of identity and records, so that a flipped byte is not taken for another mpp."""
+    parts = {key: document[key] for key in ("identity", "records")}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _empty() -> dict[str, Any]:
@@ -98,5 +124,10 @@ def _read(dataset: Dataset) -> dict[str, Any]:
         raise UserError(
             f"{dataset.identity_file}: format version {version}, this software reads "
             f"{FORMAT_VERSION}; use the release that wrote it or make a new dataset"
+        )
+    if document.get("crc", _crc(document)) != _crc(document):
+        raise UserError(
+            f"{dataset.identity_file} is damaged (its checksum does not match): restore it from a "
+            "copy; if it was edited on purpose, remove its 'crc' line"
         )
     return dict(document)

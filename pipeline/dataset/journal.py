@@ -8,16 +8,20 @@ import json
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import UserError
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id, sync_directory
-from pipeline.dataset.layout import Dataset
+from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
+from pipeline.dataset.layout import Dataset, is_inside
+from pipeline.redact import redact
 
-Outcome = Literal["done", "rejected", "failed"]
+Outcome = Literal["done", "rejected", "failed", "pruned"]
+"""`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +71,66 @@ def decode_line(line: str) -> Entry | None:
     if crc != _crc(record):
         return None
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
-    known["files"] = tuple(FileRecord(**one) for one in record.get("files", ()))
-    return Entry(**known)
+    try:
+        known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
+        return _checked(Entry(**known))
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+_TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry, if its values are of the types that a run writes."""
+    texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
+    whole = all(type(value) is int for value in (entry.start, entry.stop))
+    tables = isinstance(entry.counts, dict) and isinstance(entry.values, dict)
+    if not (texts and whole and tables and isinstance(entry.seconds, int | float)):
+        raise ValueError("not a line of a journal")
+    return entry
+
+
+def _file_record(one: dict[str, Any]) -> FileRecord:
+    record = FileRecord(**one)
+    texts = isinstance(record.path, str) and isinstance(record.sha256, str)
+    if not texts or type(record.bytes) is not int:
+        raise ValueError("not a file's record")
+    return record
 
 
 class Run:
-    """One run of one stage: its id, its staging folder, its journal."""
+    """One run of one stage: its id, its staging folder, its journal, its log of events."""
 
     def __init__(self, dataset: Dataset, stage: str, versions: dict[str, str]) -> None:
         self.dataset, self.stage, self.versions = dataset, stage, versions
         self.run_id = new_run_id()
         self._handle: int | None = None
+        folder = dataset.status_dir(stage)
+        self._log = EventLog(folder / f"{self.run_id}{SUFFIX}", self.run_id, stage)
+        self._workers: dict[str, str] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._began = time.monotonic()
 
     @property
     def journal_file(self) -> Path:
         """This run's journal."""
         return self.dataset.status_dir(self.stage) / f"{self.run_id}.jsonl"
 
+    def event(self, name: str, **fields: Any) -> None:
+        """Add a line to the run's log; the first one is preceded by where and with what it runs."""
+        if not self._log.used:
+            self._log.write("begin", **whereabouts(), versions=self.versions)
+        self._log.write(name, **fields)
+
+    def begun(self, slide_id: str, worker: str) -> None:
+        """Log that a slide was given to a worker."""
+        self._workers[slide_id] = worker
+        self.event("slide begun", slide=slide_id, worker=worker)
+
     def append(self, entries: Iterable[Entry]) -> None:
         """Append lines and sync: after this returns, the entries stand."""
+        entries = [replace(entry, reason=redact(entry.reason)) for entry in entries]
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:
             if self._handle is None:
@@ -93,13 +138,35 @@ class Run:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)
-            os.write(self._handle, data)
+            # A disk that is all but full takes a part of the bytes without an error.
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._handle, left) :]
             os.fsync(self._handle)
         except OSError as error:
             raise UserError(f"cannot write {self.journal_file}: {error.strerror}") from error
+        for entry in entries:
+            self._log_entry(entry)
+
+    def _log_entry(self, entry: Entry) -> None:
+        self._outcomes[entry.outcome] += 1
+        fields: dict[str, Any] = {"worker": self._workers.pop(entry.slide_id, "")}
+        if entry.reason:
+            fields["reason"] = entry.reason
+        if entry.start >= 0:
+            fields["ranks"] = [entry.start, entry.stop]
+        self.event(
+            f"slide {entry.outcome}", slide=entry.slide_id, scope=entry.scope, **fields,
+            seconds=round(entry.seconds, 3), bytes=sum(file.bytes for file in entry.files),
+            **({"counts": entry.counts} if entry.counts else {}),
+        )  # fmt: skip
 
     def close(self) -> None:
-        """Close the journal and remove the staging folder."""
+        """Close the journal and the log and remove the staging folder."""
+        if self._log.used:
+            seconds = round(time.monotonic() - self._began, 3)
+            self._log.write("end", outcomes=dict(self._outcomes), seconds=seconds)
+            self._log.close()
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -112,13 +179,19 @@ class Run:
         self.close()
 
 
-def read_journal(dataset: Dataset, stage: str) -> list[Entry]:
-    """Every valid line of a stage, oldest run first."""
+def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list[Entry]:
+    """Every valid line of a stage, oldest run first.
+
+    A journal is data, and others may have written it: a line that names a file outside the
+    dataset is left out, but for `verify`, which reports it (`outside`).
+    """
     entries: list[Entry] = []
     for path in sorted(dataset.status_dir(stage).glob("*.jsonl")):
         with path.open(encoding="utf-8", errors="replace") as lines:
             entries.extend(entry for line in lines if (entry := decode_line(line)) is not None)
-    return entries
+    if outside:
+        return entries
+    return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]
 
 
 def standing(entries: Iterable[Entry], scope: str = "") -> dict[str, list[Entry]]:

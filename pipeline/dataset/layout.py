@@ -1,5 +1,6 @@
 """Where each thing lies in a dataset directory. Names here are the contract."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ BLOCK_ROWS = 16
 """Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file holds it."""
 
 _SHARD_NAME = re.compile(r"^(?P<slide>.+)\.(?P<start>\d+)-(?P<stop>\d+)\.(?P<kind>\w+)$")
-_SAFE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_MOST_LETTERS = 200
+"""Of a name: with a shard's ranks and suffix it still fits into the 255 bytes of a file name."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class ShardName:
     kind: str
 
     def __str__(self) -> str:
-        return f"{self.slide_id}.{self.start}-{self.stop}.{self.kind}"
+        return f"{check_slide_id(self.slide_id)}.{self.start}-{self.stop}.{self.kind}"
 
 
 def parse_shard_name(name: str) -> ShardName:
@@ -36,24 +39,41 @@ def parse_shard_name(name: str) -> ShardName:
 
 
 def safe_slide_id(name: str) -> str:
-    """A slide id that is a safe file name everywhere: other characters become `_`."""
+    """A slide id that is a safe file name everywhere: other characters become `_`.
+
+    A name that is too long ends in a hash of the whole.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")
+    if len(safe) > _MOST_LETTERS:
+        mark = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+        safe = f"{safe[: _MOST_LETTERS - len(mark) - 1]}.{mark}"
     return safe or "slide"
 
 
 def check_slide_id(slide_id: str) -> str:
     """Refuse an id that could leave the dataset's folders or break a tar key."""
-    if not _SAFE_ID.match(slide_id):
+    if not _SAFE_ID.fullmatch(slide_id) or len(slide_id) > _MOST_LETTERS:
         raise UserError(
-            f"slide id '{slide_id}' is not usable: expected letters, digits, '.', '_', '-', "
-            "beginning with a letter or digit"
+            f"slide id {slide_id[: 2 * _MOST_LETTERS]!r} is not usable: expected letters, digits, "
+            f"'.', '_', '-', beginning with a letter or digit, at most {_MOST_LETTERS} in all"
         )
     return slide_id
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a name of a slide, selection, encoder or view is a plain file name."""
+    return len(name) <= _MOST_LETTERS and _SAFE_NAME.fullmatch(name) is not None
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path, as journals name it, stays in the dataset: relative, without `..`."""
+    parts = path.split("/")
+    return bool(path) and not {"", ".", ".."} & set(parts) and "\0" not in path
+
+
 def check_name(name: str, what: str) -> str:
     """Refuse a selection, encoder or view name that is not a plain file name."""
-    if not _SAFE_NAME.match(name):
+    if not is_safe_name(name):
         raise UserError(f"{what} '{name}' is not usable: expected letters, digits, '.', '_', '-'")
     return name
 
@@ -76,15 +96,15 @@ class Dataset:
 
     def mask_file(self, slide_id: str) -> Path:
         """The tissue mask; classes as pixel values."""
-        return self.root / "tissue" / f"{slide_id}.png"
+        return self.root / "tissue" / f"{check_slide_id(slide_id)}.png"
 
     def overlay_file(self, slide_id: str) -> Path:
         """The picture of the mask and grid that a person looks at."""
-        return self.root / "tissue" / f"{slide_id}.jpg"
+        return self.root / "tissue" / f"{check_slide_id(slide_id)}.jpg"
 
     def candidates_file(self, slide_id: str) -> Path:
         """The slide's tile grid in rank order."""
-        return self.root / "candidates" / f"{slide_id}.parquet"
+        return self.root / "candidates" / f"{check_slide_id(slide_id)}.parquet"
 
     def selection_file(self, name: str) -> Path:
         """A named view: rows of (slide_id, rank)."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from model.errors import UserError
 from pipeline.dataset.commit import HashingFile
-from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
+from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, parse_shard_name
 
 PNG_EFFORTS = ("small", "fast")
 _HEADER = 512
@@ -80,12 +80,25 @@ def _average_filtered(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return stored
 
 
-def decode_png(data: bytes | memoryview) -> npt.NDArray[np.uint8]:
-    """RGB tile [H, W, 3]; raises ValueError on damaged bytes."""
-    tile = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+def decode_png(data: bytes | memoryview, tile_px: int | None = None) -> npt.NDArray[np.uint8]:
+    """RGB tile [H, W, 3]; raises ValueError on damaged bytes, and on another size than tile_px."""
+    if tile_px is not None and png_size(data) != (tile_px, tile_px):
+        raise ValueError(f"it is {png_size(data)} px, expected {tile_px}x{tile_px}")
+    try:
+        tile = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise ValueError(f"not a readable PNG ({error.err})") from error
     if tile is None:
         raise ValueError("not a readable PNG")
     return np.asarray(tile, np.uint8)
+
+
+def png_size(data: bytes | memoryview) -> tuple[int, int]:
+    """Width and height that a PNG states, before anything is decoded or allocated."""
+    if len(data) < 33 or bytes(data[:8]) != _SIGNATURE or bytes(data[12:16]) != b"IHDR":
+        raise ValueError("not a PNG")
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
 
 
 def member_name(slide_id: str, rank: int) -> str:
@@ -137,11 +150,13 @@ class TarShard:
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
             last = lines[-1].split(" ", 3)
             end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER
-        except (OSError, IndexError, ValueError) as error:
+            starts = np.array([*offsets, end], np.int64)
+            _check_starts(starts, name, path.stat().st_size)
+        except (OSError, IndexError, ValueError, OverflowError) as error:
             raise UserError(f"{index} cannot be read ({error}): run `verify` and tile again") from (
                 error
             )
-        return cls(path, name.start, name.stop, np.array([*offsets, end], np.int64))
+        return cls(path, name.start, name.stop, starts)
 
     def handle(self) -> ShardHandle:
         """Open the tar for reading."""
@@ -151,21 +166,61 @@ class TarShard:
         """PNG bytes by rank of one block of the slide, in one read."""
         handle = handle or self.handle()
         index = block - self.start // BLOCK_ROWS
+        if not 0 <= index < len(self.block_starts) - 1:
+            raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = os.pread(handle.fd, end - begin, begin)
         if len(data) != end - begin:
             raise UserError(f"{self.path} is shorter than its index says: run `verify`")
-        return dict(_members(data, self.path))
+        members = dict(_members(data, self.path))
+        ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
+        if list(members) != list(ranks):
+            raise UserError(f"{self.path}: block {block} has not its tiles: run `verify`")
+        return members
+
+
+def _check_starts(starts: npt.NDArray[np.int64], name: ShardName, size: int) -> None:
+    """An index that is not of this tar must not make us read anything else, or for ever."""
+    blocks = len(covering_blocks(name.start, name.stop))
+    if name.start % BLOCK_ROWS or len(starts) != blocks + 1:
+        raise ValueError(f"it has {len(starts) - 1} blocks, expected {blocks}")
+    if starts[0] < 0 or (np.diff(starts) < _HEADER).any() or starts[-1] > size:
+        raise ValueError("its offsets are not those of the tar")
 
 
 def _members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
-    at = 0
+    at, slide_id = 0, parse_shard_name(path.name).slide_id
     while at < len(data):
+        header = data[at : at + _HEADER]
         try:
-            info = tarfile.TarInfo.frombuf(data[at : at + _HEADER], "utf-8", "strict")
-        except tarfile.TarError as error:
+            name, size = _plain_header(header) or _any_header(header)
+            rank = int(name.rpartition("/")[2].removesuffix(".png"))
+            if name != member_name(slide_id, rank) or size < 0:
+                raise ValueError(f"a member {name[:80]!r} is not one of slide {slide_id}")
+        except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): run `verify`") from error
-        rank = int(info.name.rsplit("/", 1)[1].removesuffix(".png"))
         at += _HEADER
-        yield rank, data[at : at + info.size]
-        at += -(-info.size // _HEADER) * _HEADER
+        yield rank, data[at : at + size]
+        at += -(-size // _HEADER) * _HEADER
+
+
+def _plain_header(header: bytes) -> tuple[str, int] | None:
+    """Name and size of a ustar header such as ours, in a fifth of tarfile's time.
+
+    None, for tarfile to look at, where it is anything else: a name in two parts, a size or a
+    checksum that is not plain octal digits, another checksum.
+    """
+    name, size, checksum = header[:100].rstrip(b"\0"), header[124:135], header[148:154]
+    plain = name.isascii() and size.isdigit() and checksum.isdigit() and not header[345]
+    if len(header) != _HEADER or not plain:
+        return None
+    # POSIX.1-1988: the sum of all bytes, those of the sum itself taken for spaces.
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if total != int(checksum, 8):
+        return None
+    return name.decode("ascii"), int(size, 8)
+
+
+def _any_header(header: bytes) -> tuple[str, int]:
+    info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    return info.name, info.size

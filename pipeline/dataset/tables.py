@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from model.errors import UserError
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
-from pipeline.dataset.layout import Dataset
+from pipeline.dataset.layout import Dataset, check_slide_id
 
 LEVEL = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("downsample", pa.float64())])
 
@@ -40,6 +40,9 @@ SLIDES_SCHEMA = pa.schema(
         ("project", pa.string()),
         ("sample_type", pa.string()),
         ("codec", pa.string()),
+        ("md5", pa.string()),
+        ("preparation", pa.string()),
+        ("tile_mpp", pa.float64()),
     ]
 )
 
@@ -64,10 +67,13 @@ GENERATED_SCHEMA = (
 class Slide:
     """One row of slides.parquet.
 
-    `mpp` is micrometres per pixel at level 0; `levels` are (width, height, downsample);
-    `status` is ok, rejected or failed, `reason` says why for the last two. A file is recognised
-    by its size and modification time, and by `sha256` where scan was asked to take it. `codec`
-    is that of its native tiles (jpeg, jpeg2000), '' where the reader does not say.
+    `mpp` is micrometres per pixel at level 0, `tile_mpp` that of the slide's tiles (within the
+    tolerance of the dataset's, and exactly it where they are resampled); `levels` are (width,
+    height, downsample); `status` is ok, rejected or failed, `reason` says why for the last two. A
+    file is recognised by its size and modification time, and by `sha256` where scan was asked to
+    take it. `codec` is that of its native tiles (jpeg, jpeg2000), '' where the reader does not
+    say. `md5` is what the table or manifest states; `preparation` is ffpe, frozen or ''. The path
+    of a slide that is staged in is its URI, and its `mtime_ns` is 0.
     """
 
     slide_id: str
@@ -89,12 +95,17 @@ class Slide:
     project: str = ""
     sample_type: str = ""
     codec: str = ""
+    md5: str = ""
+    preparation: str = ""
+    tile_mpp: float | None = None
 
     @property
     def content_key(self) -> dict[str, Any]:
-        """What identifies the slide's bytes: sha256 where known, else size and time."""
+        """What identifies the slide's bytes: sha256 where known, else size and time or md5."""
         if self.sha256:
             return {"sha256": self.sha256}
+        if not self.mtime_ns:
+            return {"bytes": self.bytes, "md5": self.md5, "uri": self.path}
         return {"bytes": self.bytes, "mtime_ns": self.mtime_ns}
 
 
@@ -112,9 +123,11 @@ def read_table(path: Path, columns: list[str] | None = None, hint: str = "") -> 
     if not path.exists():
         raise UserError(f"{path} is missing{': ' + hint if hint else ''}")
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table.column_names  # noqa: B018 (damaged names are no text, which is found out here)
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
 
 
@@ -133,12 +146,25 @@ def read_slides(dataset: Dataset) -> list[Slide]:
     """All slides, sorted by slide_id."""
     table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
     rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
-    return [_slide(row) for row in rows.to_pylist()]
+    try:
+        return [_slide(row) for row in rows.to_pylist()]
+    except (TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{dataset.slides_file} is not a table of slides ({reason}): remove it and run `scan`"
+        ) from error
 
 
 def _slide(row: dict[str, Any]) -> Slide:
-    levels = tuple((v["width"], v["height"], v["downsample"]) for v in row.pop("levels") or ())
-    return Slide(levels=levels, **row)
+    """A row as a slide."""
+    levels = tuple(
+        (int(v["width"]), int(v["height"]), float(v["downsample"]))
+        for v in row.pop("levels", None) or ()
+    )
+    slide = Slide(levels=levels, **row)
+    if not isinstance(slide.slide_id, str) or not isinstance(slide.path, str):
+        raise ValueError("a row without slide_id or path")
+    return slide
 
 
 def write_candidates(dataset: Dataset, run_id: str, slide_id: str, table: pa.Table) -> FileRecord:
@@ -209,17 +235,50 @@ def make_selection(
     return Selection(name, tuple(slides), offsets, ranks, plan)
 
 
+SELECTION_SCHEMA = pa.schema(
+    [("slide_id", pa.dictionary(pa.int32(), pa.string())), ("rank", pa.int32())]
+)
+_SELECTION_GROUP_ROWS = 1 << 20
+
+
 def write_selection(dataset: Dataset, run_id: str, selection: Selection) -> FileRecord:
-    """Write selections/<name>.parquet with its plan in the file's metadata."""
-    index = np.repeat(
-        np.arange(len(selection.slide_ids), dtype=np.int32), np.diff(selection.offsets)
-    )
-    names = pa.array(selection.slide_ids, pa.string())
-    slide_ids = pa.DictionaryArray.from_arrays(pa.array(index), names)
-    table = pa.table(
-        {"slide_id": slide_ids, "rank": pa.array(selection.ranks)}
-    ).replace_schema_metadata({"plan": json.dumps(selection.plan, sort_keys=True)})
-    return _write_table(dataset, run_id, dataset.selection_file(selection.name), table)
+    """Write selections/<name>.parquet with its plan in the file's metadata.
+
+    No Python object a tile, and a row group at a time, so that 10^8 rows need little more memory
+    than their ranks. Slides are dictionary codes and ranks are differences: runs of one cost
+    next to nothing.
+    """
+    final = dataset.selection_file(selection.name)
+    return commit_file(dataset, run_id, final, lambda file: write_rows(file, selection))
+
+
+def write_rows(file: HashingFile, selection: Selection) -> None:
+    """The rows (slide_id, rank) of a selection as Parquet, its plan in the metadata."""
+    plan = json.dumps(selection.plan, sort_keys=True)
+    with pq.ParquetWriter(
+        file,
+        SELECTION_SCHEMA.with_metadata({"plan": plan}),
+        use_dictionary=["slide_id"],
+        column_encoding={"rank": "DELTA_BINARY_PACKED"},
+        compression="zstd",
+        write_statistics=["rank"],
+        write_page_checksum=True,
+    ) as writer:
+        for start in range(0, selection.rows, _SELECTION_GROUP_ROWS):
+            stop = min(start + _SELECTION_GROUP_ROWS, selection.rows)
+            writer.write_table(_selection_rows(selection, start, stop))
+
+
+def _selection_rows(selection: Selection, start: int, stop: int) -> pa.Table:
+    """Rows [start, stop), the dictionary holding the slides that occur in them."""
+    first = int(np.searchsorted(selection.offsets, start, "right")) - 1
+    last = int(np.searchsorted(selection.offsets, stop, "left"))
+    edges = np.clip(selection.offsets[first : last + 1], start, stop)
+    codes = np.repeat(np.arange(last - first, dtype=np.int32), np.diff(edges))
+    names = pa.array(selection.slide_ids[first:last], pa.string())
+    slides = pa.DictionaryArray.from_arrays(pa.array(codes), names)
+    ranks = pa.array(selection.ranks[start:stop])
+    return pa.Table.from_arrays([slides, ranks], schema=SELECTION_SCHEMA)
 
 
 def read_selection(dataset: Dataset, name: str) -> Selection:
@@ -231,32 +290,88 @@ def read_selection(dataset: Dataset, name: str) -> Selection:
             f"no selection '{name}' in {dataset.root}; there: {known}; "
             f"make it with `python -m pipeline select --name {name}`"
         )
-    table = read_table(path)
-    plan = json.loads((table.schema.metadata or {}).get(b"plan", b"{}"))
-    column = table["slide_id"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks)
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    ranks = table["rank"].to_numpy().astype(np.int32)
-    return _grouped(name, names, codes, ranks, plan)
+    return read_rows(path, name)
+
+
+def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
+    """A selection's plan, from the file's footer alone; {} where it has none."""
+    path = dataset.selection_file(name)
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return dict(json.loads(metadata.get(b"plan", b"{}")))
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}; remove it and run `select`") from error
+
+
+def read_rows(path: Path, name: str) -> Selection:
+    """A file of (slide_id, rank) rows in any order, sorted, with the plan it carries.
+
+    Read a row group at a time: 10^8 rows need twice the memory of their ranks.
+    """
+    known: dict[str, int] = {}
+    try:
+        with pq.ParquetFile(
+            path, read_dictionary=["slide_id"], page_checksum_verification=True
+        ) as file:
+            plan = json.loads((file.schema_arrow.metadata or {}).get(b"plan", b"{}"))
+            codes = np.empty(file.metadata.num_rows, np.int32)
+            ranks = np.empty(file.metadata.num_rows, np.int32)
+            start = 0
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, ["slide_id", "rank"], use_threads=False)
+                stop = start + table.num_rows
+                codes[start:stop] = _global_codes(table["slide_id"], known)
+                ranks[start:stop] = table["rank"].to_numpy()
+                start = stop
+            for slide_id in known:
+                check_slide_id(slide_id)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
+    return _grouped(name, list(known), codes, ranks, plan)
+
+
+def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray[np.int32]:
+    """Codes of the column's names in `known`, which takes up new ones."""
+    parts = [np.zeros(0, np.int32)]
+    for chunk in column.chunks:
+        encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        if encoded.null_count or not all(isinstance(one, str) for one in names):
+            raise ValueError("a slide_id is missing or no text")
+        place = np.array([known.setdefault(one, len(known)) for one in names], np.int32)
+        parts.append(place[encoded.indices.to_numpy(zero_copy_only=False)])
+    return np.concatenate(parts)
 
 
 def _grouped(
     name: str,
     names: list[str],
-    codes: npt.NDArray[Any],
+    codes: npt.NDArray[np.int32],
     ranks: npt.NDArray[np.int32],
     plan: dict[str, Any],
 ) -> Selection:
-    by_name = np.argsort(np.array(names, dtype=object)) if names else np.zeros(0, np.int64)
-    place = np.empty(len(names), np.int64)
+    by_name = sorted(range(len(names)), key=names.__getitem__)
+    place = np.empty(len(names), np.int32)
     place[by_name] = np.arange(len(names))
-    keys = place[codes] if len(codes) else np.zeros(0, np.int64)
-    order = np.lexsort((ranks, keys))
-    counts = np.bincount(keys, minlength=len(names))
+    keys = place[codes]
+    if not _in_order(keys, ranks):
+        ranks = ranks[np.lexsort((ranks, keys))]
+    counts = np.zeros(len(names), np.int64)
+    for start in range(0, len(keys), _SELECTION_GROUP_ROWS):
+        # In pieces: bincount casts to int64, which would double the memory.
+        counts += np.bincount(keys[start : start + _SELECTION_GROUP_ROWS], minlength=len(names))
     kept = np.flatnonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(counts[kept])]).astype(np.int64)
-    slides = tuple(names[by_name[i]] for i in kept)
-    return Selection(name, slides, offsets, ranks[order], plan)
+    return Selection(name, tuple(names[by_name[i]] for i in kept), offsets, ranks, plan)
+
+
+def _in_order(keys: npt.NDArray[np.int32], ranks: npt.NDArray[np.int32]) -> bool:
+    """Whether rows are sorted by (key, rank) already, as `write_selection` leaves them."""
+    for start in range(0, len(keys), _SELECTION_GROUP_ROWS):
+        key = keys[start : start + _SELECTION_GROUP_ROWS + 1]
+        rank = ranks[start : start + _SELECTION_GROUP_ROWS + 1]
+        later = (key[1:] > key[:-1]) | ((key[1:] == key[:-1]) & (rank[1:] >= rank[:-1]))
+        if not later.all():
+            return False
+    return True

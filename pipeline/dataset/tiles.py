@@ -73,7 +73,8 @@ class TileStore:
         """
         zarr = isinstance(self._shard(slide_id, rank // BLOCK_ROWS), ZarrShard)
         try:
-            tile = decode_chunk(data, self.tile_px) if zarr else decode_png(data)
+            decode = decode_chunk if zarr else decode_png
+            tile = decode(data, self.tile_px)
         except ValueError as error:
             where = self._shard(slide_id, rank // BLOCK_ROWS).path
             raise UserError(

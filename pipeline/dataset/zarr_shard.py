@@ -47,7 +47,10 @@ def decode_chunk(data: bytes | memoryview, tile_px: int) -> npt.NDArray[np.uint8
     if len(data) <= _CRC or struct.unpack_from("<I", data)[0] != zlib.crc32(data[_CRC:]):
         raise ValueError("the chunk's CRC-32 does not match")
     size = tile_px * tile_px * 3
-    flat = np.frombuffer(_zstd().decompress(data[_CRC:], size), np.uint8)
+    try:
+        flat = np.frombuffer(_zstd().decompress(data[_CRC:], size), np.uint8)
+    except OSError as error:
+        raise ValueError(f"the chunk cannot be decompressed ({error})") from error
     planar = np.cumsum(flat, dtype=np.uint8).reshape(3, tile_px, tile_px)
     return np.ascontiguousarray(planar.transpose(1, 2, 0))
 
@@ -155,6 +158,14 @@ def _with_index(chunks: Iterable[bytes], count: int) -> Iterable[bytes]:
     yield index + struct.pack("<I", crc32c(index))
 
 
+def _check_index(index: npt.NDArray[np.uint64], size: int) -> None:
+    """Chunks follow each other from the file's beginning, as our writer leaves them."""
+    rows = index.astype(object)
+    ends = np.cumsum(rows[:, 1]) if len(rows) else np.zeros(0)
+    if not len(rows) or (rows[:, 0] != ends - rows[:, 1]).any() or ends[-1] > size:
+        raise ValueError("its index is not that of its chunks")
+
+
 @dataclass(frozen=True)
 class ZarrShard:
     """An open Zarr shard: where each of its chunks lies."""
@@ -172,8 +183,10 @@ class ZarrShard:
         try:
             with path.joinpath(*_CHUNK_FILE).open("rb") as file:
                 file.seek(-(count * _INDEX_ROW + _CRC), os.SEEK_END)
+                size = file.tell()
                 index = np.frombuffer(file.read(count * _INDEX_ROW), "<u8").reshape(count, 2)
-        except (OSError, ValueError) as error:
+            _check_index(index, size)
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error}): run `verify` and tile again") from (
                 error
             )
@@ -187,6 +200,8 @@ class ZarrShard:
         """Encoded chunks by rank of one block of the slide, in one read."""
         handle = handle or self.handle()
         first = block * BLOCK_ROWS
+        if not self.start <= first < self.stop:
+            raise UserError(f"{self.path} has no block {block}: run `verify`")
         rows = self.index[first - self.start : first - self.start + BLOCK_ROWS].astype(np.int64)
         begin, end = int(rows[0, 0]), int(rows[-1].sum())
         data = os.pread(handle.fd, end - begin, begin)

@@ -2,10 +2,11 @@
 
 import json
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from pipeline.dataset.journal import Entry, read_journal, standing
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.tables import Selection
 from pipeline.features.parquet import FeatureShard
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPEN_FILES = 128
 
@@ -30,39 +34,75 @@ def encoder_file(dataset: Dataset, tile_px: int, encoder: str, view: str, kind: 
 
 
 def read_encoder_record(
-    dataset: Dataset, *, tile_px: int, encoder: str, kind: str = "cls", view: str = ""
+    dataset: Dataset,
+    *,
+    tile_px: int,
+    encoder: str,
+    kind: str = "cls",
+    view: str = "",
+    selection: str = "",
 ) -> dict[str, Any]:
-    """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...)."""
+    """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
+
+    `selection` is whose features are wanted, for the command that a missing file is told by.
+    """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise UserError(_missing(dataset, encoder, kind, view)) from error
+        raise UserError(_missing(dataset, encoder, kind, view, selection)) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
 
-def _missing(dataset: Dataset, encoder: str, kind: str, view: str) -> str:
+def refuse_other_features(path: Path, stood: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse features that were made with other values than are wanted, with both of them."""
+    for key, value in wanted.items():
+        if key in stood and stood[key] != value:
+            raise UserError(
+                f"{path}: these features were made with {key} {stood[key]!r}, "
+                f"{value!r} was asked for; use the former or another --dataset"
+            )
+
+
+def _missing(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
+    chosen = f" --selection {selection}" if selection else ""
     seen = f" under view {view}" if view else ""
     return (
         f"no {kind} features of {encoder}{seen} in {dataset.root}; make them with "
-        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}`"
+        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}{chosen}`"
     )
 
 
 class FeatureStore:
     """Random access to one kind of features. Safe to share between threads.
 
-    `kind` is `cls` (float32 [d]) or `tokens-float16` (float16 [t, d]).
+    `kind` is `cls` (float32 [d]), `tokens-float16` or `tokens-int8` (both float16 [t, d] when
+    read). `expect` names values that encoder.json must hold, such as weights_sha256 or
+    compute_dtype: features made otherwise are refused with both values. `selection` is whose
+    features are wanted: the `cache` command in messages names it.
     """
 
     def __init__(
-        self, dataset: Dataset, *, tile_px: int, encoder: str, kind: str = "cls", view: str = ""
+        self,
+        dataset: Dataset,
+        *,
+        tile_px: int,
+        encoder: str,
+        kind: str = "cls",
+        view: str = "",
+        expect: Mapping[str, Any] | None = None,
+        selection: str = "",
     ) -> None:
         self.dataset, self.encoder, self.kind, self.view = dataset, encoder, kind, view
+        self._selection = selection
         self.record = read_encoder_record(
-            dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view
+            dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view, selection=selection
         )
+        refuse_other_features(
+            encoder_file(dataset, tile_px, encoder, view, kind), self.record,
+            {"view": view} | dict(expect or {}),
+        )  # fmt: skip
         scope = feature_scope(tile_px, encoder, view, kind)
         rows = standing(read_journal(dataset, "cache"), scope)
         self._entries: dict[str, list[Entry]] = {
@@ -74,6 +114,15 @@ class FeatureStore:
     def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
         """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
         return self._shard(slide_id, block).read_block(block)
+
+    def block_tensor(self, slide_id: str, block: int) -> "Tensor":
+        """`read_block` as a torch tensor of the same memory, which is not to be written to."""
+        import torch
+
+        with warnings.catch_warnings():
+            # torch warns of arrays that are read-only, as pages of a mapped file are.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.read_block(slide_id, block))
 
     def read(self, slide_id: str, ranks: Iterable[int]) -> npt.NDArray[np.floating]:
         """Features [n, ...] in the order of `ranks`; each block is read once."""
@@ -88,15 +137,24 @@ class FeatureStore:
             raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
         return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
 
+    def require(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
+        """Raise `UserError`, with the `cache` command, where a rank of a slide is not cached."""
+        cached = np.zeros(len(ranks), bool)
+        for entry in self._entries.get(slide_id, []):
+            cached |= (entry.start <= ranks) & (ranks < entry.stop)
+        if not cached.all():
+            raise self._absent(slide_id, int(ranks[np.argmin(cached)]))
+
+    def _absent(self, slide_id: str, rank: int) -> UserError:
+        missing = _missing(self.dataset, self.encoder, self.kind, self.view, self._selection)
+        return UserError(f"slide {slide_id}, rank {rank}: {missing}")
+
     def _shard(self, slide_id: str, block: int) -> FeatureShard:
         rank = block * BLOCK_ROWS
         for entry in reversed(self._entries.get(slide_id, [])):
             if entry.start <= rank < entry.stop:
                 return self._opened(entry.files[0].path)
-        raise UserError(
-            f"slide {slide_id}, rank {rank}: "
-            + _missing(self.dataset, self.encoder, self.kind, self.view)
-        )
+        raise self._absent(slide_id, rank)
 
     def _opened(self, path: str) -> FeatureShard:
         with self._lock:

@@ -10,20 +10,27 @@ from functools import cache
 from pathlib import Path
 
 _BARCODE = re.compile(
-    r"^TCGA-(?P<tss>[A-Z0-9]{2})-(?P<participant>[A-Z0-9]{4})(-(?P<sample>\d{2})[A-Z])?",
+    r"^TCGA-(?P<tss>[A-Z0-9]{2})-(?P<participant>[A-Z0-9]{4})(-(?P<sample>\d{2})[A-Z])?"
+    r"(-\d{2}[A-Z]?-(?P<section>[A-Z]{2})\w)?",
     re.IGNORECASE,
 )
+_PREPARATION = {"DX": "ffpe", "TS": "frozen", "MS": "frozen", "BS": "frozen"}
+"""Diagnostic sections are paraffin; top, middle and bottom sections of a sample are frozen."""
 _TABLES = Path(__file__).parent / "tcga"
 
 
 @dataclass(frozen=True)
 class Barcode:
-    """What a TCGA barcode says; `project` is '' for a site that the table lacks."""
+    """What a TCGA barcode says; `project` is '' for a site that the table lacks.
+
+    `preparation` is `ffpe`, `frozen`, or '' where the barcode does not say.
+    """
 
     patient: str
     site: str
     project: str
     sample_type: str
+    preparation: str = ""
 
 
 def parse_barcode(slide_id: str) -> Barcode | None:
@@ -33,7 +40,8 @@ def parse_barcode(slide_id: str) -> Barcode | None:
         return None
     site = match["tss"].upper()
     patient = f"TCGA-{site}-{match['participant'].upper()}"
-    return Barcode(patient, site, project_of_site(site), match["sample"] or "")
+    preparation = _PREPARATION.get((match["section"] or "").upper(), "")
+    return Barcode(patient, site, project_of_site(site), match["sample"] or "", preparation)
 
 
 def project_of_site(site: str) -> str:

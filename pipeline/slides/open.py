@@ -16,8 +16,11 @@ SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs"}
     | {".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
 )
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 READERS = ("auto", "native", "openslide", "tiffslide")
 _PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
+_GDC_COLUMNS = frozenset({"id", "filename", "md5", "size"})
+"""The columns of a manifest of the Genomic Data Commons."""
 _SITE_COLUMNS = ("site", "tss")
 
 
@@ -26,6 +29,7 @@ class Source:
     """A slide to scan: its path, and what a table says of it ('' where it does not).
 
     `taken_by` is the path of another slide that bears the same name: this one cannot be taken.
+    `uri` is where a slide is fetched from that is no local file; its `bytes` are the table's.
     """
 
     path: Path
@@ -36,6 +40,15 @@ class Source:
     project: str = ""
     sample_type: str = ""
     taken_by: str = ""
+    md5: str = ""
+    preparation: str = ""
+    uri: str = ""
+    bytes: int = 0
+
+    @property
+    def location(self) -> str:
+        """Where the slide is: a local path or a URI."""
+        return self.uri or str(self.path)
 
 
 def open_slide(path: Path, reader: str = "auto") -> SlideReader:
@@ -129,8 +142,8 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
 def _expand(text: str) -> Iterator[Source]:
     path = Path(text)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        yield from _from_csv(path)
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        yield from _from_table(path)
     elif path.is_dir():
         for slide in sorted(set(_slides_under(path))):
             yield Source(_absolute(slide), slide_id_of(slide))
@@ -139,7 +152,7 @@ def _expand(text: str) -> Iterator[Source]:
     else:
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
-            raise UserError(f"{text}: no such file, folder or match; expected slides or a CSV")
+            raise UserError(f"{text}: no such file, folder or match; expected slides or a table")
         for match in matches:
             yield from _expand(match)
 
@@ -162,10 +175,22 @@ def slide_id_of(path: Path) -> str:
     return safe_slide_id(name.removesuffix(".ome"))
 
 
-def _from_csv(table: Path) -> Iterator[Source]:
+def _from_table(table: Path) -> Iterator[Source]:
+    try:
+        yield from _table_rows(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} cannot be read as a table of slides: {error}") from error
+
+
+def _table_rows(table: Path) -> Iterator[Source]:
     with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
+        header = file.readline()
+        file.seek(0)
+        rows = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
         columns = rows.fieldnames or []
+        if set(columns) >= _GDC_COLUMNS:
+            yield from (_gdc_source(table, number, row) for number, row in enumerate(rows, 2))
+            return
         path_column = next((name for name in _PATH_COLUMNS if name in columns), None)
         if path_column is None:
             raise UserError(
@@ -177,21 +202,68 @@ def _from_csv(table: Path) -> Iterator[Source]:
 
 
 def _row_source(table: Path, number: int, path_column: str, row: dict[str, str]) -> Source:
-    text = (row.get(path_column) or "").strip()
+    text = _plain_path(table, number, row.get(path_column))
     if not text:
         raise UserError(f"{table}, line {number}: no value in column '{path_column}'")
-    path = Path(text) if Path(text).is_absolute() else table.parent / text
+    remote = "://" in text
+    if not remote:
+        check_below(table, number, text)
+    path = Path(text) if remote or Path(text).is_absolute() else table.parent / text
     site = next((row[name] for name in _SITE_COLUMNS if row.get(name)), "")
     slide_id = row.get("slide_id") or slide_id_of(path)
     return Source(
-        _absolute(path),
+        path if remote else _absolute(path),
         check_slide_id(slide_id),
         _csv_mpp(table, number, row.get("mpp")),
         (row.get("patient") or "").strip(),
         site.strip(),
         (row.get("project") or "").strip(),
         (row.get("sample_type") or "").strip(),
+        md5=(row.get("md5") or row.get("md5sum") or "").strip().lower(),
+        preparation=(row.get("preparation") or "").strip().lower(),
+        uri=text if remote else "",
+        bytes=_table_bytes(table, number, row.get("bytes") or row.get("size_bytes")),
     )
+
+
+def _gdc_source(table: Path, number: int, row: dict[str, str]) -> Source:
+    """A row of a GDC manifest: the slide is `<id>/<filename>`, as gdc-client lays it out."""
+    uuid, name = (_plain_path(table, number, row[key]) for key in ("id", "filename"))
+    if not uuid or not name:
+        raise UserError(f"{table}, line {number}: no id or no filename")
+    if "/" in name or {uuid, name} & {".", ".."}:
+        raise UserError(f"{table}, line {number}: '{name}' of '{uuid}' is no file's name")
+    size = _table_bytes(table, number, row["size"])
+    uri = f"{uuid}/{name}"
+    return Source(
+        Path(uri), slide_id_of(Path(name)), md5=(row["md5"] or "").strip().lower(), uri=uri,
+        bytes=size,
+    )  # fmt: skip
+
+
+def check_below(table: Path, number: int, text: str) -> None:
+    """A relative path in a table is below the table's folder; an absolute one says where it is."""
+    if not os.path.isabs(text) and os.path.normpath(text).split(os.sep)[0] == os.pardir:
+        raise UserError(
+            f"{table}, line {number}: '{text}' leaves the table's folder; "
+            "write the absolute path if that is meant"
+        )
+
+
+def _plain_path(table: Path, number: int, text: str | None) -> str:
+    """A path or address as written; one that a command would take for an option is refused."""
+    plain = (text or "").strip()
+    if plain.startswith("-") or "\0" in plain or "\n" in plain:
+        raise UserError(f"{table}, line {number}: {plain[:80]!r} is neither a path nor an address")
+    return plain
+
+
+def _table_bytes(table: Path, number: int, text: str | None) -> int:
+    if text is None or not text.strip():
+        return 0
+    if not (text.isascii() and text.strip().isdigit()):
+        raise UserError(f"{table}, line {number}: size '{text}', expected a number of bytes")
+    return int(text)
 
 
 def _csv_mpp(table: Path, number: int, text: str | None) -> float | None:

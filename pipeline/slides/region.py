@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.slides.reader import Level, SlideReader
-from pipeline.slides.resolution import ReadPlan, area_resample, snap_downsample
+from pipeline.slides.resolution import ReadPlan, area_resample, level_downsamples, plan_read
 
 RESAMPLERS = ("area", "lanczos", "bicubic")
 _KERNELS = {
@@ -20,6 +20,29 @@ _KERNELS = {
 
 _STRIP_PIXELS = 16_000_000
 _UNKNOWN_NATIVE_TILE = (256, 256)
+
+
+def read_region(
+    reader: SlideReader,
+    mpp_level0: float,
+    x_level0: float,
+    y_level0: float,
+    tile_px: int,
+    mpp: float,
+    *,
+    tolerance: float = 0.02,
+    resampler: str = "area",
+) -> npt.NDArray[np.uint8]:
+    """RGB uint8 [tile_px, tile_px, 3] at `mpp` whose upper left corner is at (x, y) of level 0.
+
+    `mpp_level0` is the slide's own resolution (`slides.parquet` holds it). Where an integer
+    multiple of a level's lies within `tolerance` (relative) of `mpp`, the region is an integer
+    reduction of whole pixels at that multiple; otherwise it is resampled from the coarsest level
+    that is not coarser than `mpp`, sub-pixel exact. Raises `ResolutionError` where the slide is
+    coarser than asked for, and `SlideReadError` with the coordinates where it cannot be read.
+    """
+    plan = plan_read(reader.levels, mpp_level0, mpp, tolerance, tile_px)
+    return read_tile(reader, plan, x_level0, y_level0, tile_px, resampler)
 
 
 def read_tile(
@@ -140,7 +163,7 @@ def read_overview(
     Read from the coarsest level that is not coarser than the target, in strips of at most 16
     million pixels, each reduced by an integer factor: memory does not grow with the slide.
     """
-    downsamples = [snap_downsample(level.downsample) for level in reader.levels]
+    downsamples = level_downsamples(reader.levels)
     fine = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= target_um_per_px]
     level = max(fine, key=lambda i: downsamples[i]) if fine else 0
     level_mpp = mpp_level0 * downsamples[level]

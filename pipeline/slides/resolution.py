@@ -18,6 +18,7 @@ TIFF_MPP_WINDOW = (0.1, 1.0)
 MAX_ANISOTROPY = 0.02
 _VENDOR_WINDOW = (0.02, 50.0)
 _CELLS_A_BLOCK = 16
+_ROUNDED_PX = 1.5
 
 
 class ResolutionError(UserError):
@@ -99,7 +100,7 @@ def plan_read(
             "slides are never enlarged"
         )
     limit = target_mpp * (1 + tolerance) + 1e-12
-    downsamples = [snap_downsample(level.downsample) for level in levels]
+    downsamples = level_downsamples(levels)
     usable = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= limit]
     level = max(usable, key=lambda i: downsamples[i])
     level_mpp = mpp_level0 * downsamples[level]
@@ -117,10 +118,19 @@ def plan_read(
     )
 
 
-def snap_downsample(downsample: float) -> float:
-    """The downsample that was meant: readers give 4.00012 for 4, from rounded level sizes."""
-    nearest = round(downsample)
-    return float(nearest) if abs(downsample - nearest) <= 0.01 * nearest else downsample
+def level_downsamples(levels: Sequence[Level]) -> list[float]:
+    """The downsamples that were meant: readers give 4.00012 for 4, from rounded level sizes.
+
+    A whole number is meant where it explains the level's size to within 1.5 of its pixels, so
+    that nothing at the far edge of the slide is misplaced by more.
+    """
+    return [_meant(level, levels[0]) for level in levels]
+
+
+def _meant(level: Level, base: Level) -> float:
+    whole = max(1, round(level.downsample))
+    off = max(abs(base.width / whole - level.width), abs(base.height / whole - level.height))
+    return float(whole) if off <= _ROUNDED_PX else level.downsample
 
 
 def area_resample(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from pipeline.console import say
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -15,19 +16,23 @@ from pipeline.dataset import (
     claim_identity,
     fingerprint,
     read_journal,
-    read_slides,
     standing,
     write_slides,
 )
+from pipeline.dataset.journal import Outcome
 from pipeline.engine import EngineConfig, SlideTask
 from pipeline.grid import RESERVE_PER_CANDIDATES
-from pipeline.slides.barcode import parse_barcode
+from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.open import Source, best_reader, find_sources, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions
+from pipeline.slides.staging import IN_PLACE, StageIn, StageInError, local_slide
+from pipeline.slides.tiff_extent import what_is_missing
+from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 
-STAGE, VERSION = "scan", 2
+STAGE, VERSION = "scan", 4
+TABLE_SCOPE = "table"
+"""Scope of the journal line that names slides.parquet."""
 _PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
 
@@ -44,6 +49,7 @@ class ScanConfig:
     assume_mpp: float | None = None
     reader: str = "auto"
     sha256: bool = False
+    stage_in: StageIn = IN_PLACE
 
     def identity(self) -> dict[str, Any]:
         """The values that make it this dataset and no other."""
@@ -73,7 +79,7 @@ def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
     claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     known = standing(read_journal(dataset, STAGE))
     summary = Summary(STAGE)
-    tasks = []
+    todo = []
     for source in sources:
         mark = _source_fingerprint(source, config)
         stood = [e for e in known.get(source.slide_id, []) if e.fingerprint == mark]
@@ -82,33 +88,59 @@ def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
             if stood[-1].outcome == "rejected":
                 summary.rejected.append((source.slide_id, stood[-1].reason))
         else:
-            tasks.append(SlideTask(source.slide_id, mark, (source, config, mark), _size(source)))
+            todo.append((source, mark))
     with Run(dataset, STAGE, versions) as run:
+        folder = str(dataset.staging_dir(run.run_id))
+        tasks = [
+            SlideTask(
+                source.slide_id,
+                mark,
+                (source, config, mark, folder),
+                _state(source)[0],
+                values=asdict(_named(source)),
+            )
+            for source, mark in todo
+        ]
         run_stage(run, scan_slide, tasks, engine, summary)
-        _write_slides(dataset, run, summary)
+        if engine.is_part:
+            say(f"{dataset.slides_file} is written by one more `scan`, without --array, at the end")
+        else:
+            record_slides(dataset, run, summary)
     return report_summary(summary, dataset.slides_file)
 
 
-def _write_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
+def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
+    """Write slides.parquet from the stage's journals, if it does not say the same already."""
     rows = {
-        slide_id: Slide(**entry.values | {"levels": tuple(map(tuple, entry.values["levels"]))})
+        slide_id: _row(entry)
         for slide_id, entries in standing(read_journal(dataset, STAGE)).items()
         for entry in entries
     }
-    if not dataset.slides_file.exists() or read_slides(dataset) != [rows[k] for k in sorted(rows)]:
+    mark = fingerprint(rows=[asdict(rows[key]) for key in sorted(rows)])
+    tables = standing(read_journal(dataset, STAGE), TABLE_SCOPE)
+    if stands(dataset, tables.get(dataset.slides_file.name, []), mark) is None:
         record = write_slides(dataset, run.run_id, rows.values())
+        name = dataset.slides_file.name
+        run.append([Entry(name, "done", mark, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
 
 
-def _size(source: Source) -> float:
-    try:
-        return float(source.path.stat().st_size)
-    except OSError:
-        return 0.0
+def _row(entry: Entry) -> Slide:
+    """The slide of a journal line; one whose worker died has only what was known before."""
+    values = dict(entry.values)
+    values["levels"] = tuple(map(tuple, values.get("levels", ())))
+    if entry.outcome == "failed":
+        values |= {"status": "failed", "reason": entry.reason}
+    return Slide(**({"slide_id": entry.slide_id, "path": ""} | values))
+
+
+def _state(source: Source) -> tuple[int, int]:
+    """Bytes and modification time (0 for a slide that is no local file)."""
+    return (source.bytes, 0) if source.uri else _file_state(source.path)
 
 
 def _source_fingerprint(source: Source, config: ScanConfig) -> str:
-    size, mtime_ns = _file_state(source.path)
+    size, mtime_ns = _state(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint(
         stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.parameters()
@@ -125,41 +157,59 @@ def _file_state(path: Path) -> tuple[int, int]:
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
-def scan_slide(source: Source, config: ScanConfig, mark: str) -> list[Entry]:
+def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason."""
-    size, mtime_ns = _file_state(source.path)
-    barcode = parse_barcode(source.slide_id)
-    slide = Slide(
-        source.slide_id,
-        str(source.path),
-        bytes=size,
-        mtime_ns=mtime_ns,
-        patient=source.patient or (barcode.patient if barcode else ""),
-        site=source.site or (barcode.site if barcode else ""),
-        project=source.project or (barcode.project if barcode else ""),
-        sample_type=source.sample_type or (barcode.sample_type if barcode else ""),
-    )
+    slide = _named(source)
     note = ""
     try:
         if source.taken_by:
             raise SlideOpenError(
-                f"{source.path} bears the name of {source.taken_by}; rename one of them, "
+                f"{source.location} bears the name of {source.taken_by}; rename one of them, "
                 "or give a CSV with a slide_id column"
             )
-        if config.sha256:
-            slide = replace(slide, sha256=_sha256(source.path))
-        reader, note = _open(source.path, config.reader)
-        with reader:
-            _probe(reader)
-            slide = _described(slide, reader, source, config)
+        with local_slide(slide, config.stage_in, Path(scratch)) as path:
+            if source.uri:
+                slide = replace(slide, bytes=_file_state(path)[0])
+            if config.sha256:
+                slide = replace(slide, sha256=_sha256(path))
+            _require_whole(path)
+            reader, note = _open(path, config.reader)
+            with reader:
+                _probe(reader)
+                slide = _described(slide, reader, source, config)
     except ResolutionError as error:
         slide = replace(slide, status="rejected", reason=str(error))
-    except (SlideOpenError, SlideReadError, OSError) as error:
+    except (SlideOpenError, SlideReadError, StageInError, OSError) as error:
         slide = replace(slide, status="failed", reason=str(error))
-    outcome = {"ok": "done"}.get(slide.status, slide.status)
-    values = asdict(slide)
-    reason = slide.reason or note
-    return [Entry(slide.slide_id, outcome, mark, reason, values=values)]  # type: ignore[arg-type]
+    outcome: Outcome = "done" if slide.status == "ok" else slide.status  # type: ignore[assignment]
+    return [Entry(slide.slide_id, outcome, mark, slide.reason or note, values=asdict(slide))]
+
+
+def _named(source: Source) -> Slide:
+    """What is known of a slide before it is opened: from the table, or from its barcode."""
+    size, mtime_ns = _state(source)
+    barcode = parse_barcode(source.slide_id) or Barcode("", "", "", "")
+    return Slide(
+        source.slide_id,
+        source.location,
+        bytes=size,
+        mtime_ns=mtime_ns,
+        patient=source.patient or barcode.patient,
+        site=source.site or barcode.site,
+        project=source.project or barcode.project,
+        sample_type=source.sample_type or barcode.sample_type,
+        md5=source.md5,
+        preparation=source.preparation or barcode.preparation,
+    )
+
+
+def _require_whole(path: Path) -> None:
+    try:
+        missing = what_is_missing(path)
+    except OSError as error:
+        raise SlideOpenError(f"cannot be read: {error.strerror}") from error
+    if missing:
+        raise SlideOpenError(f"the file is cut off: {missing}; fetch it again")
 
 
 def _open(path: Path, name: str) -> tuple[SlideReader, str]:
@@ -187,6 +237,7 @@ def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanCo
         plan = plan_read(reader.levels, mpp.value, config.mpp, config.mpp_tolerance, config.tile_px)
     except ResolutionError as error:
         return replace(slide, status="rejected", reason=str(error))
+    slide = replace(slide, tile_mpp=plan.mpp)
     needed = plan.window * plan.downsample
     if min(base.width, base.height) < needed - 0.5:
         reason = (

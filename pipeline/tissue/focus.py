@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.slides.reader import SlideReader
-from pipeline.slides.resolution import snap_downsample
+from pipeline.slides.resolution import level_downsamples
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import Floats
 
@@ -66,7 +66,7 @@ def slide_patches(
     reader: SlideReader, mpp_level0: float, config: FocusConfig
 ) -> PatchSource | None:
     """Patches of an open slide at about `config.um_per_px`; None where the slide is coarser."""
-    levels = [mpp_level0 * snap_downsample(level.downsample) for level in reader.levels]
+    levels = [mpp_level0 * downsample for downsample in level_downsamples(reader.levels)]
     fine = [i for i, mpp in enumerate(levels) if mpp <= 1.05 * config.um_per_px]
     level = max(fine, key=lambda i: levels[i]) if fine else 0
     factor = max(1, round(config.um_per_px / levels[level]))

@@ -60,7 +60,15 @@ def draw_overlay(
         for one in reversed(_ORDER)
         if counts[one] or one == Verdict.KEPT
     ]
-    return with_legend(canvas, title, entries)
+    return _with_legend(canvas, title, entries)
+
+
+def draw_plain(rgb: Rgb, title: str) -> Rgb:
+    """RGB picture of a slide that was refused as a whole: nothing drawn on it, the title below."""
+    scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
+    return _with_legend(
+        _resized(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA), title, []
+    )
 
 
 def tint(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) -> None:
@@ -72,7 +80,7 @@ def tint(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) -> None:
             canvas[where] = mixed.astype(np.uint8)
 
 
-def with_legend(picture: Rgb, title: str, entries: list[tuple[Colour, str]]) -> Rgb:
+def _with_legend(picture: Rgb, title: str, entries: list[tuple[Colour, str]]) -> Rgb:
     """The picture over a white strip with a title and as many swatches a line as fit."""
     width = max(picture.shape[1], _MIN_WIDTH_PX)
     lines = _legend_lines(entries, width)

@@ -1,5 +1,6 @@
 """The `tissue` stage: a mask, an overlay and the ranked candidates of every slide."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,19 @@ from pipeline.dataset import (
 from pipeline.dataset.journal import Outcome
 from pipeline.engine import EngineConfig, SlideTask
 from pipeline.grid import grid_positions, rank_order
+from pipeline.slides.cost import overview_cost
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
+from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
 from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import NotHematoxylinEosinError
 from pipeline.tissue.detect import Detection
 from pipeline.tissue.detector import ClassicalDetector, Detector, detector_name, open_detector
 from pipeline.tissue.focus import mark_out_of_focus, slide_patches
-from pipeline.tissue.overlay import draw_overlay, encode_jpeg
+from pipeline.tissue.overlay import draw_overlay, draw_plain, encode_jpeg
 from pipeline.tissue.verdict import Judgement, judge
 
 STAGE, VERSION = "tissue", 2
@@ -58,6 +61,7 @@ class TissueConfig:
     min_tissue: float = 0.5
     max_artifact: float = 0.1
     detector: str = "classical"
+    stage_in: StageIn = IN_PLACE
 
     def identity(self) -> dict[str, Any]:
         """The values that make it this dataset and no other."""
@@ -79,12 +83,23 @@ def slide_key(slide: Slide) -> dict[str, Any]:
     return {**slide.content_key, "mpp": slide.mpp, "reader": slide.reader}
 
 
-def tissue_fingerprint(slide: Slide, identity: dict[str, Any]) -> str:
-    """Fingerprint of a slide's mask and candidates."""
+def tissue_fingerprint(slide: Slide, identity: dict[str, Any], source: str = "") -> str:
+    """Fingerprint of a slide's mask and candidates.
+
+    `source` is the sha256 of what was imported for this slide in place of detection (see
+    `imported_source`).
+    """
     values = {f"identity_{key}": identity[key] for key in _IDENTITY_KEYS if key in identity}
+    if source:
+        values["source"] = source
     return fingerprint(
         stage=STAGE, version=VERSION, slide_id=slide.slide_id, slide=slide_key(slide), **values
     )
+
+
+def imported_source(entries: Iterable[Entry]) -> str:
+    """What a slide's standing candidates were imported from, '' where they were detected."""
+    return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
 def usable_slides(dataset: Dataset) -> list[Slide]:
@@ -98,6 +113,7 @@ def usable_slides(dataset: Dataset) -> list[Slide]:
 def tissue(dataset: Dataset, config: TissueConfig, engine: EngineConfig) -> int:
     """Detect tissue on every usable slide; returns the exit status."""
     config = replace(config, detector=detector_name(config.detector))
+    um_per_px = open_detector(config.detector).um_per_px
     versions = stage_versions("onnxruntime")
     slides = usable_slides(dataset)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
@@ -110,7 +126,8 @@ def tissue(dataset: Dataset, config: TissueConfig, engine: EngineConfig) -> int:
             stood = stands(dataset, known.get(slide.slide_id, []), mark)
             if stood is None:
                 arguments = (str(dataset.root), run.run_id, slide, config, mark)
-                tasks.append(SlideTask(slide.slide_id, mark, arguments, slide.bytes))
+                cost = overview_cost(slide, um_per_px)
+                tasks.append(SlideTask(slide.slide_id, mark, arguments, cost))
             else:
                 summary.skipped += 1
                 if stood.outcome == "rejected":
@@ -126,8 +143,6 @@ def tissue_slide(
     dataset = Dataset(Path(root))
     try:
         return [_tissue_slide(dataset, run_id, slide, config, mark)]
-    except NotHematoxylinEosinError as error:
-        return [Entry(slide.slide_id, "rejected", mark, str(error))]
     except UserError as error:
         return [Entry(slide.slide_id, "failed", mark, str(error))]
 
@@ -135,17 +150,33 @@ def tissue_slide(
 def _tissue_slide(
     dataset: Dataset, run_id: str, slide: Slide, config: TissueConfig, mark: str
 ) -> Entry:
+    detector = _same_detector(config.detector, read_identity(dataset)["detector"])
+    return record_tissue(dataset, run_id, slide, config, mark, detector)
+
+
+def record_tissue(
+    dataset: Dataset, run_id: str, slide: Slide, config: TissueConfig, mark: str, detector: Detector
+) -> Entry:
+    """Write mask, overlay and candidates of one slide, as the detector sees it.
+
+    Of a slide that is no brightfield H&E only the picture.
+    """
     identity = read_identity(dataset)
-    detector = _same_detector(config.detector, identity["detector"])
     mpp = float(slide.mpp or 0)
-    with open_slide(Path(slide.path), slide.reader) as reader:
+    with (
+        local_slide(slide, config.stage_in, dataset.staging_dir(run_id)) as path,
+        open_slide(path, slide.reader) as reader,
+    ):
         plan = plan_read(
             reader.levels, mpp, identity["mpp"], identity["mpp_tolerance"], identity["tile_px"]
         )
         overview, um_per_px = read_overview(reader, mpp, detector.um_per_px)
-        detection = detector.detect(overview, um_per_px)
-        detection = _with_focus(detector, detection, reader, mpp, um_per_px)
         picture, picture_um_per_px = _picture(reader, mpp, overview, um_per_px)
+        try:
+            detection = detector.detect(overview, um_per_px)
+        except NotHematoxylinEosinError as error:
+            return _refused(dataset, run_id, slide, mark, picture, str(error))
+        detection = _with_focus(detector, detection, reader, mpp, um_per_px)
     grid = _Grid.cut(slide, plan)
     judgement = grid.judged(detection.mask, um_per_px / mpp, config, detector)
     to_picture = mpp / picture_um_per_px
@@ -166,6 +197,18 @@ def _tissue_slide(
     return Entry(
         slide.slide_id, outcome, mark, reason, files=tuple(files), counts=counts, values=values
     )
+
+
+def _refused(
+    dataset: Dataset, run_id: str, slide: Slide, mark: str, picture: npt.NDArray[np.uint8],
+    reason: str,
+) -> Entry:  # fmt: skip
+    """The entry of a slide that is no H&E, with its picture: a person may judge the judgement."""
+    files: tuple[FileRecord, ...] = ()
+    if picture.size:
+        jpeg = encode_jpeg(draw_plain(picture, f"{slide.slide_id}   {reason}"), _OVERLAY_BYTES)
+        files = (commit_bytes(dataset, run_id, dataset.overlay_file(slide.slide_id), jpeg),)
+    return Entry(slide.slide_id, "rejected", mark, reason, files=files)
 
 
 def _same_detector(name: str, expected: str) -> Detector:

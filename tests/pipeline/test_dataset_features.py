@@ -75,6 +75,14 @@ def test_features_come_back_in_the_order_asked_for(cached, features):
     assert np.array_equal(store.read_selection(selection), tokens[[4, 24]])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_block_is_a_tensor_of_the_same_memory(cached, features):
+    store = FeatureStore(cached, tile_px=224, encoder="enc", kind="tokens-float16")
+    tensor, rows = store.block_tensor("s", 2), store.read_block("s", 2)
+    assert tensor.data_ptr() == rows.ctypes.data
+    assert np.array_equal(tensor.numpy(), features[1][16:32])
+
+
 def test_a_row_group_is_a_block_and_any_tool_reads_the_cls(cached, features):
     path = cached.features_dir(224, "enc") / "cls" / "s.16-53.parquet"
     file = pq.ParquetFile(path)

@@ -4,8 +4,8 @@ import pytest
 
 from pipeline.slides.open import find_sources, open_slide, slide_id_of
 from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
-from pipeline.slides.region import read_overview, read_tile
-from pipeline.slides.resolution import plan_read
+from pipeline.slides.region import read_overview, read_region, read_tile
+from pipeline.slides.resolution import ResolutionError, plan_read
 
 
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
@@ -147,3 +147,32 @@ def test_a_table_gives_path_id_mpp_and_site(tmp_path):
     first, second = find_sources([str(table)])
     assert (first.slide_id, first.mpp, first.site) == ("S1", 0.25, "NA")
     assert (second.mpp, second.site, second.path) == (None, "02", tmp_path / "y.svs")
+
+
+def test_a_region_is_asked_for_in_mpp(cmu_slide):
+    with open_slide(cmu_slide) as slide:
+        whole = read_region(slide, 0.499, 480, 700, 64, 0.998, tolerance=0.0)
+        pixels = slide.read(0, 480, 700, 128, 128).astype(np.float64)
+        means = pixels.reshape(64, 2, 64, 2, 3).mean((1, 3))
+        assert np.abs(whole - means).max() <= 0.5
+        assert np.array_equal(
+            read_region(slide, 0.499, 480, 700, 64, 0.5), slide.read(0, 480, 700, 64, 64)
+        ), "0.499 lies within 2% of 0.5: whole pixels"
+        exact = read_region(slide, 0.499, 480, 700, 64, 0.5, tolerance=0.0)
+        assert not np.array_equal(exact, slide.read(0, 480, 700, 64, 64))
+        with pytest.raises(ResolutionError, match="never enlarged"):
+            read_region(slide, 0.499, 480, 700, 64, 0.25)
+
+
+def test_a_dicom_folder_is_the_slide_that_it_was_made_from(cmu_slide, shared_data):
+    """The copy at hand was compressed anew: pixels differ, places and colours do not."""
+    folder = shared_data / "slides" / "CMU-1-Small-Region.dcm"
+    with open_slide(folder) as dicom, open_slide(cmu_slide) as aperio:
+        assert dicom.levels == aperio.levels
+        assert dicom.resolution.vendor == pytest.approx(aperio.resolution.vendor)
+        window = (0, 800, 1200, 448, 448)
+        ours, theirs = (slide.read(*window).astype(float) for slide in (dicom, aperio))
+        assert np.abs((ours - theirs).mean((0, 1))).max() < 0.5
+        for move in (1, -1):
+            moved = np.roll(theirs, move, 1)
+            assert np.abs(ours - theirs).mean() < 0.5 * np.abs(ours - moved).mean()

@@ -7,9 +7,9 @@ from pipeline.slides.reader import Level, ResolutionTags
 from pipeline.slides.resolution import (
     ResolutionError,
     area_resample,
+    level_downsamples,
     plan_read,
     resolve_mpp,
-    snap_downsample,
 )
 
 APERIO = [Level(100_000, 80_000, 1.0), Level(25_000, 20_000, 4.00012), Level(6250, 5000, 16.0013)]
@@ -80,10 +80,20 @@ def test_plans_hold_their_promises(mpp, target, tolerance):
         assert plan.factor == round(plan.factor)
 
 
-def test_downsamples_of_rounded_levels_are_snapped():
-    assert snap_downsample(4.00012) == 4.0
-    assert snap_downsample(16.0013) == 16.0
-    assert snap_downsample(2.5) == 2.5
+def test_downsamples_of_rounded_levels_are_the_whole_ones_that_were_meant():
+    base = Level(44_443, 35_671, 1.0)
+    levels = [
+        base,
+        Level(11_110, 8_917, (44_443 / 11_110 + 35_671 / 8_917) / 2),
+        Level(2_777, 2_229, (44_443 / 2_777 + 35_671 / 2_229) / 2),
+        Level(17_777, 14_268, 2.5),
+    ]
+    assert levels[1].downsample != 4
+    assert level_downsamples(levels) == [1.0, 4.0, 16.0, 2.5]
+    off = Level(22_111, 17_747, 44_443 / 22_111)
+    assert level_downsamples([base, off]) == [1.0, off.downsample], "110 px away at the far edge"
+    thin = Level(2_500, 10, (10_000 / 2_500 + 42 / 10) / 2)
+    assert level_downsamples([Level(10_000, 42, 1.0), thin]) == [1.0, 4.0], "10 rows are 10.5"
 
 
 def test_area_resample_equals_the_plain_mean_for_integer_factors():

@@ -61,6 +61,7 @@ def test_the_slide_is_described(tiled):
         "ok", "aperio", 0.499, "vendor",
     )  # fmt: skip
     assert (slide.width, slide.height) == (2220, 2967)
+    assert slide.tile_mpp == 0.499, "a tile of whole pixels, within the tolerance of 0.5"
 
 
 def test_candidates_are_in_rank_order_and_have_tissue(tiled):

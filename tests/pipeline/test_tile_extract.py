@@ -14,12 +14,13 @@ from model.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Slide, TileStore, read_candidates, read_journal
 from pipeline.slides.colour import to_srgb
+from pipeline.slides.cost import overview_cost, tile_cost
 from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import open_slide
 from pipeline.slides.region import RESAMPLERS, cut_tiles, read_tile, reading_order, tile_windows
 from pipeline.slides.resolution import plan_read
 from pipeline.spool import Spool
-from pipeline.tile import TileConfig, tile_cost
+from pipeline.tile import TileConfig
 
 SLIDE = "CMU-1-Small-Region"
 
@@ -133,6 +134,7 @@ def again(dataset: Dataset, *options: str) -> Dataset:
     for path in [*dataset.tiles_dir(224).iterdir(), *dataset.status_dir("tile").iterdir()]:
         path.unlink()
     values = json.loads(dataset.identity_file.read_text())
+    del values["crc"]  # edited on purpose
     for key in ("resampler", "icc", "codec"):
         del values["identity"][key]
     dataset.identity_file.write_text(json.dumps(values))
@@ -239,6 +241,16 @@ def test_longest_slides_first_by_codec_and_area():
 
     assert cost(0.25, "jpeg2000") > cost(0.25, "jpeg") > cost(0.5, "jpeg") > 0
     assert cost(0.25, "jpeg2000") > cost(0.25, "") > cost(0.25, "jpeg")
+
+
+def test_overviews_cost_what_their_level_holds():
+    def cost(levels: tuple[tuple[int, int, float], ...], codec: str = "jpeg") -> float:
+        return overview_cost(Slide("s", "/s", mpp=0.25, codec=codec, levels=levels), 8.0)
+
+    base, quarter, small = (80_000, 60_000, 1.0), (20_000, 15_000, 4.0), (5_000, 3_750, 16.0)
+    assert cost((base,)) > 10 * cost((base, quarter)) > 20 * cost((base, quarter, small)) > 0
+    assert cost((base, quarter), "jpeg2000") > 2 * cost((base, quarter))
+    assert overview_cost(Slide("s", "/s", bytes=7), 8.0) == 7
 
 
 def test_opening_many_slides_leaves_no_handle(cmu_slide: Path):

@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import NotHematoxylinEosinError, glass_level, optical_density, smooth
-from pipeline.tissue.contact_sheet import SheetCell, contact_sheet
 from pipeline.tissue.detect import DetectorConfig, classify, detect_tissue
 from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, sharpness
 
@@ -294,14 +293,3 @@ def test_real_fluorescence_is_rejected(shared_data):
     image = np.array(slide.get_thumbnail((800, 800)).convert("RGB"))
     with pytest.raises(NotHematoxylinEosinError, match="fluorescence"):
         detect_tissue(image, 8.0, CONFIG)
-
-
-def test_the_contact_sheet_shows_every_picture(cmu_slide, tmp_path):
-    small, um_per_px = shrunk(cmu_picture(cmu_slide), 0.499)
-    mask = detect_tissue(small, um_per_px, CONFIG).mask
-    sheet = contact_sheet([SheetCell(f"picture {i}", small, mask) for i in range(5)], 2, 120)
-    assert sheet.shape[1] == max(640, 2 * (2 * 120 + 6))
-    rows = [sheet[i * 144 + 18 : i * 144 + 138, :120] for i in range(3)]
-    assert np.array_equal(rows[0], rows[1])
-    assert (rows[2] != 255).any()
-    assert (sheet[2 * 144 + 18 : 2 * 144 + 138, 252:480] == 255).all(), "there is no sixth"

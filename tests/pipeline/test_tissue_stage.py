@@ -8,7 +8,13 @@ import pytest
 
 from model.errors import UserError
 from pipeline.__main__ import main
-from pipeline.dataset import open_dataset, read_candidates, read_identity, read_journal
+from pipeline.dataset import (
+    Dataset,
+    open_dataset,
+    read_candidates,
+    read_identity,
+    read_journal,
+)
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.stage import TissueConfig, _same_detector
 from pipeline.tissue.verdict import judge
@@ -111,3 +117,20 @@ def test_the_second_real_slide_with_padding(tmp_path, shared_data):
     assert 170 <= entry.counts["candidate tiles"] <= 220
     assert all(level < 250 for level in entry.values["glass"]), "padding is no glass"
     assert set(entry.values["tiles"]) == {"no tissue", "kept", "little tissue"}
+
+
+def test_a_slide_that_is_not_stained_is_rejected_with_its_picture(tmp_path, shared_data):
+    name, root = "slideio_test3-DAPI-2-387", tmp_path / "dataset"
+    run = ["--dataset", str(root), "--workers", "1"]
+    assert main(["scan", str(shared_data / "slides" / f"{name}.ndpi"), *run]) == 0
+    assert main(["tissue", *run]) == 0
+    (entry,) = read_journal(Dataset(root), "tissue")
+    assert entry.outcome == "rejected"
+    assert "fluorescence" in entry.reason
+    assert [record.path for record in entry.files] == [f"tissue/{name}.jpg"]
+    picture = cv2.imread(str(root / "tissue" / f"{name}.jpg"))
+    assert (picture[:-40] < 60).mean() > 0.5, "the slide is dark, and so is its picture"
+    (root / "tissue" / f"{name}.jpg").unlink()
+    assert main(["verify", "--dataset", str(root)]) == 1
+    assert main(["tissue", *run]) == 0, "as verify says"
+    assert main(["verify", "--dataset", str(root)]) == 0

@@ -1,0 +1,1 @@
+"""SLURM batch scripts, printed by `python -m pipeline batch NAME`."""

@@ -1,0 +1,93 @@
+"""The machine's copy of what a person reads: one JSON line an event of a run.
+
+`status/<stage>/<run_id>.log` lies beside the run's journal. Nothing depends on it: it is neither
+synced nor checked, and a line may be torn by a kill. `pipeline status` reads it for what runs now.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.redact import redact
+
+SUFFIX = ".log"
+
+
+class EventLog:
+    """Appends events of one run to one file; a log that cannot be written stops nothing."""
+
+    def __init__(self, path: Path, run_id: str, stage: str) -> None:
+        self.path, self._run, self._stage = path, run_id, stage
+        self._handle: int | None = None
+        self._broken = False
+
+    @property
+    def used(self) -> bool:
+        """Whether an event was written."""
+        return self._handle is not None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line: time (UTC), run, stage, event, and the fields, without secrets."""
+        if self._broken:
+            return
+        record = {"time": now(), "run": self._run, "stage": self._stage, "event": event, **fields}
+        line = redact(json.dumps(record, ensure_ascii=False, default=str)) + "\n"
+        try:
+            if self._handle is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._handle = os.open(self.path, flags, 0o666)
+            os.write(self._handle, line.encode())
+        except OSError:
+            self._broken = True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def now() -> str:
+    """The time in UTC, to the millisecond."""
+    seconds = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+def whereabouts() -> dict[str, Any]:
+    """Where this process runs: host, process, batch job."""
+    names = {"slurm_job": "SLURM_JOB_ID", "slurm_array_task": "SLURM_ARRAY_TASK_ID"}
+    batch = {key: os.environ[name] for key, name in names.items() if name in os.environ}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **batch}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of a log."""
+
+    time: str
+    run: str
+    stage: str
+    event: str
+    fields: dict[str, Any]
+
+
+def decode_event(line: str) -> Event | None:
+    """The event of a line, or None where the line is torn."""
+    try:
+        record = json.loads(line)
+        head = [str(record.pop(key)) for key in ("time", "run", "stage", "event")]
+        return Event(head[0], head[1], head[2], head[3], record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_events(path: Path) -> list[Event]:
+    """Every whole line of a log."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return [event for line in lines if (event := decode_event(line)) is not None]

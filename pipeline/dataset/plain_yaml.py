@@ -1,0 +1,53 @@
+"""YAML files that people write: plain values, and nothing that runs, loops or swells."""
+
+from typing import Any
+
+import yaml
+
+_MOST_BYTES = 4 << 20
+_MOST_VALUES = 200_000
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text. Whatever is wrong with it is a ValueError of one line.
+
+    No tags of Python. Aliases (`*name`) are taken, but what they stand for is counted before it is
+    made: ten lines of aliases can stand for a billion values, or for themselves.
+    """
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"{len(text):,} characters are more than a configuration has")
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values the node and all below it stand for, aliases written out.
+
+    Each node is visited once; one that contains itself is a ValueError.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise ValueError("an alias stands for something that contains it")
+        return count
+    known[id(node)] = None
+    below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+    total = 1 + sum(_values(part, known) for part in below)
+    known[id(node)] = total
+    return total

@@ -1,0 +1,1 @@
+"""What others made, taken into a dataset: coordinates, pictures of tiles, masks; and back out."""

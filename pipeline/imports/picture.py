@@ -1,0 +1,69 @@
+"""Reading one picture of a tile: RGB pixels of just the right size, or one line why not."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from model.errors import UserError
+from pipeline.slides.colour import Recolour, to_srgb
+from pipeline.slides.reader import over_white
+
+_OPAQUE, _CLEAR = ("RGB", "L"), ("RGBA", "LA", "P", "PA")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """RGB uint8 [px, px, 3], and the format it was stored in (`png`, `jpeg`)."""
+
+    rgb: npt.NDArray[np.uint8]
+    codec: str
+
+
+def read_picture(path: Path, tile_px: int, *, crop: bool = False, icc: str = "ignore") -> Picture:
+    """The picture at `path`, its size checked; `crop` takes the centre of a larger one.
+
+    Transparent parts become white; `icc` "srgb" applies an embedded colour profile, "ignore"
+    drops it; an EXIF rotation is not applied. Raises `UserError` with the path.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            codec = str(image.format).lower()
+            profile = image.info.get("icc_profile")
+            if image.mode not in _OPAQUE + _CLEAR:
+                raise UserError(f"{path}: its pixels are {image.mode}, expected 8-bit RGB or grey")
+            see_through = image.mode in _CLEAR
+            rgb = np.asarray(image.convert("RGBA" if see_through else "RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever they meet in damaged bytes
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path} cannot be read as PNG or JPEG ({reason})") from error
+    rgb = _sized(path, over_white(rgb) if see_through else rgb, tile_px, crop)
+    if icc == "srgb":
+        rgb = _recolour(profile)(rgb)
+    return Picture(np.ascontiguousarray(rgb), codec)
+
+
+@lru_cache(maxsize=8)
+def _recolour(profile: bytes | None) -> Recolour:
+    return to_srgb(profile)
+
+
+def _sized(
+    path: Path, rgb: npt.NDArray[np.uint8], tile_px: int, crop: bool
+) -> npt.NDArray[np.uint8]:
+    height, width = rgb.shape[:2]
+    if (height, width) == (tile_px, tile_px):
+        return rgb
+    if not crop or min(height, width) < tile_px:
+        larger = min(height, width) >= tile_px
+        hint = ", or --crop to take the centre" if larger else ""
+        raise UserError(
+            f"{path} is {width}x{height} px, expected {tile_px}x{tile_px}: give --tile-px{hint}"
+        )
+    top, left = (height - tile_px) // 2, (width - tile_px) // 2
+    return rgb[top : top + tile_px, left : left + tile_px]

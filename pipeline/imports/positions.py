@@ -1,0 +1,134 @@
+"""From positions as others state them to tiles of this dataset: pure functions of arrays."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dataset import Slide, safe_slide_id
+from pipeline.grid import COORDINATE_UNITS, rank_order
+from pipeline.slides.open import SLIDE_SUFFIXES
+from pipeline.slides.reader import Level
+from pipeline.slides.resolution import level_downsamples, plan_read
+
+_SLACK = 0.5 / COORDINATE_UNITS
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class SlideFrames:
+    """What positions on n slides are measured by, each float64 [n]; all in level-0 pixels.
+
+    `size` is the side of one of the dataset's tiles; `step` that of a pixel of the level it is
+    cut from where tiles begin on whole pixels, 0 where they are resampled; `downsamples` [n, k]
+    is NaN where a slide has no such level.
+    """
+
+    width: Floats
+    height: Floats
+    mpp: Floats
+    size: Floats
+    step: Floats
+    downsamples: Floats
+
+
+def slide_frames(
+    slides: Sequence[Slide], mpp: float, tolerance: float, tile_px: int
+) -> SlideFrames:
+    """The frames of usable slides for tiles of `tile_px` at `mpp`."""
+    depth = max((len(slide.levels) for slide in slides), default=0)
+    downsamples = np.full((len(slides), depth), np.nan)
+    rows = []
+    for index, slide in enumerate(slides):
+        levels = [Level(*level) for level in slide.levels]
+        downsamples[index, : len(levels)] = level_downsamples(levels)
+        plan = plan_read(levels, float(slide.mpp or 0), mpp, tolerance, tile_px)
+        step = plan.downsample if plan.aligned else 0.0
+        size = plan.window * plan.downsample
+        rows.append((slide.width, slide.height, float(slide.mpp or 0), size, step))
+    columns = np.array(rows, np.float64).reshape(len(rows), 5)
+    return SlideFrames(
+        columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3], columns[:, 4], downsamples
+    )
+
+
+def match_slides(names: Iterable[str], slides: Sequence[Slide]) -> Ints:
+    """Index of the slide that each name means, -1 where none or several do; int32 [n].
+
+    A name is a slide id, a file name or a path of any system; last, what stands before the first
+    dot of the id (a TCGA barcode without its UUID).
+    """
+    exact = {slide.slide_id: index for index, slide in enumerate(slides)}
+    short: dict[str, int] = {}
+    for index, slide in enumerate(slides):
+        head = slide.slide_id.partition(".")[0]
+        short[head] = index if head not in short else -1
+    found = []
+    for name in names:
+        stem = _stem(name)
+        found.append(exact.get(name, exact.get(stem, short.get(stem.partition(".")[0], -1))))
+    return np.array(found, np.int32)
+
+
+def _stem(name: str) -> str:
+    path = PurePosixPath(name.strip().replace("\\", "/"))
+    known = path.suffix.lower() in SLIDE_SUFFIXES
+    return safe_slide_id((path.stem if known else path.name).removesuffix(".ome"))
+
+
+def level_factors(frames: SlideFrames, codes: Ints, levels: Floats) -> Floats:
+    """Level-0 pixels a pixel of each row's level; NaN where its slide has no such level."""
+    depth = frames.downsamples.shape[1]
+    whole = np.where((levels >= 0) & (levels < depth) & (levels == np.floor(levels)), levels, -1)
+    factors = frames.downsamples[codes, whole.astype(np.int64)] if depth else np.full(len(codes), 0)
+    return np.where(whole >= 0, factors, np.nan)
+
+
+def place(position: Floats, step: Floats) -> Floats:
+    """Where a tile asked for at `position` (level-0 px) begins: a multiple of 1/256 pixel.
+
+    Tiles that are cut without resampling begin on whole pixels of their level, `step` level-0
+    pixels apart, and so do their recorded positions; `step` 0 leaves the fraction.
+    """
+    whole = np.where(step > 0, step, 1.0 / COORDINATE_UNITS)
+    return np.rint(np.rint(position / whole) * whole * COORDINATE_UNITS) / COORDINATE_UNITS
+
+
+def inside(frames: SlideFrames, codes: Ints, x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
+    """Whether tiles at (x, y) lie wholly on their slides."""
+    size = frames.size[codes] - _SLACK
+    fits = (x >= -_SLACK) & (y >= -_SLACK)
+    return fits & (x + size <= frames.width[codes]) & (y + size <= frames.height[codes])
+
+
+@dataclass(frozen=True)
+class RankedUnion:
+    """A slide's distinct positions in rank order, and the ranks of each part that asked for them.
+
+    `x`, `y` float64 [n]; `ranks[k]` int32 ascending, distinct; `duplicates[k]` counts the rows of
+    part k that repeat another of its own.
+    """
+
+    x: Floats
+    y: Floats
+    ranks: list[Ints]
+    duplicates: list[int]
+
+
+def ranked_union(
+    seed: int, slide_id: str, x: Floats, y: Floats, part: npt.NDArray[np.integer], parts: int
+) -> RankedUnion:
+    """Union of the parts' positions on one slide; equal positions are one candidate."""
+    order = rank_order(seed, slide_id, x, y)
+    x, y, part = x[order], y[order], part[order]
+    new = np.ones(len(x), bool)
+    new[1:] = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
+    rank = (np.cumsum(new) - 1).astype(np.int32)
+    rows = [rank[part == k] for k in range(parts)]
+    ranks = [np.unique(one) for one in rows]
+    repeated = [len(all_) - len(own) for all_, own in zip(rows, ranks, strict=True)]
+    return RankedUnion(x[new], y[new], ranks, repeated)

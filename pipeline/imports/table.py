@@ -1,0 +1,202 @@
+"""Tables of tile positions that others made: CSV or Parquet, columns by name, columns in memory.
+
+Ten million rows are a few hundred megabytes here: slide names are dictionary codes, positions
+are arrays, no row becomes a Python object.
+"""
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from model.errors import UserError
+
+UNITS = ("level0", "level", "mpp")
+SYNONYMS = {
+    "slide": (
+        "slide_id", "slide", "slide_name", "wsi", "wsi_id", "filename", "file_name", "slide_path",
+        "path",
+    ),
+    "x": ("x_level0", "x", "coord_x", "x_coord", "tile_x"),
+    "y": ("y_level0", "y", "coord_y", "y_coord", "tile_y"),
+    "level": ("level", "slide_level", "pyramid_level"),
+    "mpp": ("mpp", "tile_mpp", "um_per_px", "microns_per_pixel"),
+}  # fmt: skip
+"""Names under which each column is known, first come first taken, in any case."""
+
+_LEVEL0_SUFFIX = "_level0"
+_HEAD_BYTES = 1 << 16
+_LINES_SHOWN = 5
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns' names in the table; '' where the synonyms or nothing will do."""
+
+    slide: str = ""
+    x: str = ""
+    y: str = ""
+    level: str = ""
+    mpp: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """By role."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """Positions as a table has them.
+
+    `codes` int32 [n] point into `slides` (the names as written), `x` and `y` are float64 [n] in
+    pixels of `units`: "level0", "level" (`scale` is the row's level) or "mpp" (`scale` is its
+    µm per pixel). Row i stands in line `first_line + i` of the file.
+    """
+
+    path: Path
+    slides: list[str]
+    codes: npt.NDArray[np.int32]
+    x: Floats
+    y: Floats
+    units: str
+    scale: Floats | None
+    first_line: int
+
+    def lines(self, rows: npt.NDArray[np.int64]) -> str:
+        """'lines 3, 17, ...' of the rows, the first few of them."""
+        shown = ", ".join(str(row + self.first_line) for row in rows[:_LINES_SHOWN])
+        more = ", ..." if len(rows) > _LINES_SHOWN else ""
+        return f"line{'' if len(rows) == 1 else 's'} {shown}{more}"
+
+
+def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTable:
+    """Read a CSV or Parquet table of positions.
+
+    `units` is one of `UNITS`; '' takes level 0 where the x column's name says so or no level and
+    mpp column is there, else what that column says. Raises `UserError` naming file, column and
+    lines where a value is missing or no number.
+    """
+    is_csv = path.suffix.lower() not in (".parquet", ".pq")
+    try:
+        header = _csv_header(path) if is_csv else pq.read_schema(path).names
+        found = _resolve(path, header, columns)
+        units = _units(path, found, units)
+        names = [found.slide, found.x, found.y]
+        names += [getattr(found, units)] if units != "level0" else []
+        table = _read_csv(path, names) if is_csv else _read_parquet(path, names)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as a table of positions: {reason}") from error
+    first_line = 2 if is_csv else 1
+    numbers = [_floats(path, table, name, first_line) for name in names[1:]]
+    slides, codes = _codes(path, table, found.slide, first_line)
+    scale = numbers[2] if units != "level0" else None
+    return PositionTable(path, slides, codes, numbers[0], numbers[1], units, scale, first_line)
+
+
+def _csv_header(path: Path) -> list[str]:
+    with pa.input_stream(str(path)) as stream:
+        head = stream.read(_HEAD_BYTES).decode("utf-8-sig", "replace")
+    lines = head.splitlines()
+    return next(csv.reader(lines[:1], delimiter=_delimiter(path)), []) if lines else []
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
+
+
+def _resolve(path: Path, header: list[str], columns: Columns) -> Columns:
+    """The columns that are there; slide, x and y must be."""
+    by_lower = {name.lower(): name for name in reversed(header)}
+    found = {}
+    for field in fields(Columns):
+        role, asked = field.name, getattr(columns, field.name)
+        if asked and asked not in header:
+            raise UserError(f"{path}: no column '{asked}'; there: {', '.join(header) or 'none'}")
+        names = (by_lower[name] for name in SYNONYMS[role] if name in by_lower)
+        found[role] = asked or next(names, "")
+        if not found[role] and role in ("slide", "x", "y"):
+            raise UserError(
+                f"{path}: no {role} column; expected one of {', '.join(SYNONYMS[role])} or "
+                f"--{role}-column, there: {', '.join(header) or 'none'}"
+            )
+    return Columns(**found)
+
+
+def _units(path: Path, found: Columns, units: str) -> str:
+    if units:
+        if units != "level0" and not getattr(found, units):
+            raise UserError(
+                f"{path}: --units {units} needs a {units} column; give --{units}-column"
+            )
+        return units
+    if found.x.lower().endswith(_LEVEL0_SUFFIX):
+        return "level0"
+    if found.level and found.mpp:
+        raise UserError(
+            f"{path}: has both a level column '{found.level}' and an mpp column '{found.mpp}'; "
+            "say which the coordinates are in: --units level0, level or mpp"
+        )
+    return "level" if found.level else "mpp" if found.mpp else "level0"
+
+
+def _read_csv(path: Path, names: list[str]) -> pa.Table:
+    types: dict[str, Any] = dict.fromkeys(names[1:], pa.float64())
+    # Text is text: a slide may be called NA or 02.
+    types[names[0]] = pa.dictionary(pa.int32(), pa.string())
+    convert = pacsv.ConvertOptions(
+        column_types=types, include_columns=names, strings_can_be_null=False
+    )
+    parse = pacsv.ParseOptions(delimiter=_delimiter(path))
+    return pacsv.read_csv(path, parse_options=parse, convert_options=convert)
+
+
+def _read_parquet(path: Path, names: list[str]) -> pa.Table:
+    table = pq.read_table(path, columns=names, read_dictionary=[names[0]])
+    column = table[names[0]]
+    if not pa.types.is_dictionary(column.type):
+        table = table.set_column(
+            table.column_names.index(names[0]), names[0], pc.dictionary_encode(column)
+        )
+    return table
+
+
+def _floats(path: Path, table: pa.Table, name: str, first_line: int) -> Floats:
+    try:
+        values = table[name].cast(pa.float64()).to_numpy()
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(
+            f"{path}: column '{name}' holds {table[name].type}, expected numbers"
+        ) from (error)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise UserError(
+            f"{path}: column '{name}' has no number in {len(bad):,} rows, first in line "
+            f"{bad[0] + first_line}"
+        )
+    return np.asarray(values, np.float64)
+
+
+def _codes(
+    path: Path, table: pa.Table, name: str, first_line: int
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    column = table[name].unify_dictionaries().combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if column.null_count:
+        first = int(np.flatnonzero(column.indices.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(
+            f"{path}: column '{name}' is empty in {column.null_count:,} rows, first in line "
+            f"{first + first_line}"
+        )
+    slides = [str(value) for value in column.dictionary.to_pylist()]
+    return slides, column.indices.to_numpy(zero_copy_only=False).astype(np.int32)

@@ -1,0 +1,262 @@
+"""Finding pictures of tiles: a folder a slide, or a CSV; positions from their names."""
+
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset import check_slide_id, fingerprint, safe_slide_id
+from pipeline.grid import rank_order
+from pipeline.slides.barcode import parse_barcode
+from pipeline.slides.open import check_below
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg"})
+NAMES = ("none", "x_y", "col_row")
+_PATHS = ("path", "tile_path", "file", "filename", "file_name", "image")
+_SLIDES = ("slide_id", "slide", "wsi")
+_POSITION = re.compile(r"^(?:.*[^0-9])?(\d+)_(\d+)$")
+
+
+@dataclass(frozen=True)
+class TileFolder:
+    """The pictures of one slide: paths relative to `root`, sorted.
+
+    `positions` are (x, y) or (column, row) a picture as a table states them, empty where names
+    are to be read; `cells` says that they are columns and rows. `taken_by` is the other folder
+    that bears the same name: this one cannot be taken.
+    """
+
+    slide_id: str
+    root: Path
+    files: tuple[str, ...]
+    positions: tuple[tuple[float, float], ...] = ()
+    cells: bool = False
+    patient: str = ""
+    site: str = ""
+    project: str = ""
+    sample_type: str = ""
+    taken_by: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """State of a folder's files: bytes in all, newest change, and a hash of every name and state.
+
+    A picture that was renamed changes neither its bytes nor its time, but its place.
+    """
+
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+def find_tile_folders(source: Path) -> list[TileFolder]:
+    """Folders with pictures below a folder (any depth), or the slides of a CSV, by slide id.
+
+    A slide is named after its folder (DSMIL's `<class>/<slide>/<col>_<row>.jpeg` and plain
+    `<slide>/*.png` alike). Raises `UserError` where there is no picture, or a folder with
+    pictures holds another one: two magnifications are two datasets.
+    """
+    if source.is_file():
+        return _from_csv(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder or CSV; expected folders of PNG or JPEG tiles")
+    found = [
+        TileFolder(safe_slide_id(f.name), f, files) for f, files in _folders(source.absolute())
+    ]
+    if not found:
+        raise UserError(f"{source} holds no pictures; expected <slide>/<tile>.png, .jpg or .jpeg")
+    _refuse_nested(found)
+    return _named_once([_with_barcode(folder) for folder in found])
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    for folder, inside, names in os.walk(root):
+        inside.sort()
+        files = tuple(sorted(name for name in names if Path(name).suffix.lower() in PICTURES))
+        if files:
+            yield Path(folder), files
+
+
+def _refuse_nested(folders: Sequence[TileFolder]) -> None:
+    roots = {folder.root for folder in folders}
+    for folder in folders:
+        above = next((parent for parent in folder.root.parents if parent in roots), None)
+        if above is not None:
+            raise UserError(
+                f"{above} holds pictures and so does {folder.root} inside it (two "
+                "magnifications?): give the folder of one of them, or a CSV with path and slide"
+            )
+
+
+def _named_once(folders: Iterable[TileFolder]) -> list[TileFolder]:
+    """Sorted by slide id; of two folders of one name the second is marked, under another id."""
+    found: dict[str, TileFolder] = {}
+    for folder in sorted(folders, key=lambda f: f.root):
+        other = found.get(folder.slide_id)
+        if other is not None:
+            mark = hashlib.sha256(str(folder.root).encode()).hexdigest()[:8]
+            name = f"{folder.slide_id}.{mark}"
+            folder = replace(folder, slide_id=name, taken_by=str(other.root))
+        found[folder.slide_id] = folder
+    return [found[key] for key in sorted(found)]
+
+
+def _with_barcode(folder: TileFolder) -> TileFolder:
+    """Patient, site and project of a TCGA barcode, where nothing else says them."""
+    barcode = parse_barcode(folder.slide_id)
+    if barcode is None:
+        return folder
+    return replace(
+        folder,
+        patient=folder.patient or barcode.patient,
+        site=folder.site or barcode.site,
+        project=folder.project or barcode.project,
+        sample_type=folder.sample_type or barcode.sample_type,
+    )
+
+
+@dataclass
+class _Rows:
+    """Rows of a CSV for one slide, as they are read."""
+
+    first: dict[str, str]
+    files: list[str] = field(default_factory=list)
+    positions: list[tuple[float, float]] = field(default_factory=list)
+
+
+def _from_csv(table: Path) -> list[TileFolder]:
+    """Slides of a CSV with path and slide, and perhaps x and y or col and row, patient, site ..."""
+    try:
+        return _read_csv(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} cannot be read as a table of tiles: {error}") from error
+
+
+def _read_csv(table: Path) -> list[TileFolder]:
+    slides: dict[str, _Rows] = {}
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        path_column = _column(table, columns, _PATHS)
+        slide_column = _column(table, columns, _SLIDES)
+        pair = next((p for p in (("x", "y"), ("col", "row")) if set(p) <= set(columns)), None)
+        for number, row in enumerate(reader, 2):
+            name = (row[slide_column] or "").strip()
+            if not name or not row[path_column]:
+                raise UserError(f"{table}, line {number}: needs {path_column} and {slide_column}")
+            check_below(table, number, row[path_column].strip())
+            rows = slides.setdefault(safe_slide_id(name), _Rows(row))
+            rows.files.append(row[path_column].strip())
+            if pair:
+                rows.positions.append(_position(table, number, row, pair))
+    if not slides:
+        raise UserError(f"{table} has no rows; expected one a tile, with path and slide")
+    cells = pair == ("col", "row")
+    return [_csv_folder(table, name, slides[name], cells) for name in sorted(slides)]
+
+
+def _column(table: Path, columns: Sequence[str], names: Sequence[str]) -> str:
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        raise UserError(
+            f"{table}: expected a column {' or '.join(names)}, there: "
+            f"{', '.join(columns) or 'none'}"
+        )
+    return found
+
+
+def _position(
+    table: Path, number: int, row: dict[str, str], pair: tuple[str, str]
+) -> tuple[float, float]:
+    try:
+        return float(row[pair[0]]), float(row[pair[1]])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{table}, line {number}: {pair[0]} and {pair[1]} are no numbers"
+        ) from error
+
+
+def _csv_folder(table: Path, slide_id: str, rows: _Rows, cells: bool) -> TileFolder:
+    order = sorted(range(len(rows.files)), key=lambda i: rows.files[i])
+    row = rows.first
+    folder = TileFolder(
+        check_slide_id(slide_id),
+        table.absolute().parent,
+        tuple(rows.files[i] for i in order),
+        tuple(rows.positions[i] for i in order) if rows.positions else (),
+        cells,
+        (row.get("patient") or "").strip(),
+        (row.get("site") or row.get("tss") or "").strip(),
+        (row.get("project") or "").strip(),
+        (row.get("sample_type") or "").strip(),
+    )
+    return _with_barcode(folder)
+
+
+def list_files(folder: TileFolder) -> Listing:
+    """State of the folder's files; raises `UserError` naming one that is not there."""
+    total, newest = 0, 0
+    states = []
+    for name in folder.files:
+        try:
+            stat = (folder.root / name).stat()
+        except OSError as error:
+            raise UserError(f"{folder.root / name}: {error.strerror}") from error
+        total, newest = total + stat.st_size, max(newest, stat.st_mtime_ns)
+        states.append((name, stat.st_size, stat.st_mtime_ns))
+    return Listing(total, newest, fingerprint(files=states, positions=folder.positions))
+
+
+def tile_positions(
+    folder: TileFolder, names: str, tile_px: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """Positions (x, y) of the pictures in the order of `files`, or None where none are stated.
+
+    `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's own
+    columns come first. Raises `UserError` for a name without, and for two pictures of one place.
+    """
+    cells = folder.cells if folder.positions else names == "col_row"
+    if not folder.positions and names == "none":
+        return None
+    pairs = folder.positions or tuple(_from_name(folder, name, names) for name in folder.files)
+    xy = np.array(pairs, np.float64).reshape(len(pairs), 2) * (tile_px if cells else 1)
+    distinct, first = np.unique(xy, axis=0, return_index=True)
+    if len(distinct) < len(xy):
+        again = sorted(set(range(len(xy))) - set(first.tolist()))[0]
+        raise UserError(f"{folder.root / folder.files[again]} has the position of another picture")
+    return xy[:, 0], xy[:, 1]
+
+
+def _from_name(folder: TileFolder, name: str, names: str) -> tuple[float, float]:
+    match = _POSITION.match(Path(name).stem)
+    if match is None:
+        what = "<x>_<y>" if names == "x_y" else "<col>_<row>"
+        raise UserError(f"{folder.root / name}: the name does not end in {what}; see --names")
+    return float(match[1]), float(match[2])
+
+
+def tile_order(
+    seed: int,
+    folder: TileFolder,
+    positions: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None,
+) -> npt.NDArray[np.int64]:
+    """Indices of the pictures in rank order: by position, else by the hash of their names.
+
+    Without positions the key is the first 8 bytes (little endian) of BLAKE2b of
+    "<seed>\\0<slide_id>\\0<name>", ties by name.
+    """
+    if positions is not None:
+        return rank_order(seed, folder.slide_id, *positions)
+    keys = [
+        hashlib.blake2b(f"{seed}\0{folder.slide_id}\0{name}".encode(), digest_size=8).digest()
+        for name in folder.files
+    ]
+    return np.argsort(np.frombuffer(b"".join(keys), "<u8"), kind="stable")

@@ -1,0 +1,1 @@
+"""`pipeline run`: all stages from one file, planned before they run."""

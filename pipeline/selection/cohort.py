@@ -1,0 +1,187 @@
+"""A cohort as columns, and which of its slides may be selected from: pure functions of arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+
+Text = npt.NDArray[np.str_]
+
+DUPLICATE, FROZEN = "duplicate file", "frozen section"
+SAMPLE_TYPE, FEW_CANDIDATES, HELD_OUT = "sample type", "few candidates", "held out"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides sorted by slide_id, one array a column; build with `make_cohort`.
+
+    `patient` is the slide_id where none is known, so that such a slide stands alone. `family` is
+    the lowest patient of those connected by a shared file: they must stay on one side of any
+    split. `content` is the file's md5 (or sha256), '' where unknown; `candidates` is int64.
+    """
+
+    slide_id: Text
+    patient: Text
+    family: Text
+    site: Text
+    project: Text
+    sample_type: Text
+    preparation: Text
+    content: Text
+    candidates: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.slide_id)
+
+    def take(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> "Cohort":
+        """The rows of a mask or of ascending indices; families stay those of the whole."""
+        columns = {name: getattr(self, name)[chosen] for name in self.__dataclass_fields__}
+        return replace(self, **columns)
+
+    def strata(self, stratify: str) -> Text:
+        """The stratum of each slide: `site`, `project`, `project+site` or `none`."""
+        if stratify == "none":
+            return np.full(len(self), "all")
+        if stratify == "project+site":
+            return np.array([f"{a}/{b}" for a, b in zip(self.project, self.site, strict=True)])
+        return self.site if stratify == "site" else self.project
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which slides of a cohort are eligible; `sample_types` () takes all."""
+
+    sample_types: tuple[str, ...] = ()
+    min_candidates: int = 1
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A slide that was left out: the rule, what it found, and how many candidates went with it."""
+
+    slide_id: str
+    reason: str
+    detail: str = ""
+    candidates: int = 0
+
+
+def make_cohort(
+    *,
+    slide_id: Sequence[str],
+    patient: Sequence[str],
+    site: Sequence[str],
+    project: Sequence[str],
+    sample_type: Sequence[str],
+    preparation: Sequence[str],
+    content: Sequence[str],
+    candidates: Sequence[int] | npt.NDArray[np.int64],
+) -> Cohort:
+    """A cohort from columns in any order.
+
+    Raises `UserError` where a slide_id comes twice.
+    """
+    names = np.array(slide_id, dtype=np.str_)
+    order = np.argsort(names, kind="stable")
+    names = names[order]
+    twice = np.flatnonzero(names[1:] == names[:-1])
+    if len(twice):
+        raise UserError(f"slide_id {names[twice[0]]} comes twice; expected each slide once")
+
+    def column(values: Sequence[str]) -> Text:
+        return np.array(values, dtype=np.str_)[order] if len(values) else np.zeros(0, np.str_)
+
+    stated = column(patient)
+    patients = np.where(stated == "", names, stated)
+    contents = column(content)
+    return Cohort(
+        slide_id=names, patient=patients, family=_families(patients, contents),
+        site=column(site), project=column(project), sample_type=column(sample_type),
+        preparation=column(preparation), content=contents,
+        candidates=np.asarray(candidates, np.int64)[order],
+    )  # fmt: skip
+
+
+def _families(patients: Text, contents: Text) -> Text:
+    """The lowest patient of each connected group; patients with a file in common connect."""
+    parent = {str(patient): str(patient) for patient in np.unique(patients)}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    first: dict[str, str] = {}
+    for patient, content in zip(patients.tolist(), contents.tolist(), strict=True):
+        if content:
+            low, high = sorted((root(first.setdefault(content, patient)), root(patient)))
+            parent[high] = low
+    return np.array([root(patient) for patient in patients.tolist()], dtype=patients.dtype)
+
+
+def eligible(cohort: Cohort, rules: Rules) -> tuple[Cohort, list[Exclusion]]:
+    """The slides that the rules leave, and every other one with the first rule that bars it.
+
+    The rules in order: a file that a slide with a lower slide_id has as well (also where the two
+    claim different patients), frozen sections, sample types not asked for, too few candidates.
+    """
+    reasons: dict[int, tuple[str, str]] = {}
+    for index, kept in _duplicates(cohort):
+        same = cohort.patient[index] == cohort.patient[kept]
+        whose = "" if same else f" of another patient, {cohort.patient[kept]}"
+        reasons[index] = (DUPLICATE, f"the file of {cohort.slide_id[kept]}{whose}")
+    for index in range(len(cohort)):
+        if index not in reasons and (found := _barred(cohort, index, rules)):
+            reasons[index] = found
+    kept_rows = np.array([index not in reasons for index in range(len(cohort))], bool)
+    excluded = [
+        Exclusion(str(cohort.slide_id[index]), *reasons[index], int(cohort.candidates[index]))
+        for index in sorted(reasons)
+    ]
+    return cohort.take(kept_rows), excluded
+
+
+def _duplicates(cohort: Cohort) -> list[tuple[int, int]]:
+    """(slide, the slide with the lowest slide_id that has the same file) of every later copy."""
+    first: dict[str, int] = {}
+    pairs = []
+    for index, content in enumerate(cohort.content.tolist()):
+        if content and first.setdefault(content, index) != index:
+            pairs.append((index, first[content]))
+    return pairs
+
+
+def _barred(cohort: Cohort, index: int, rules: Rules) -> tuple[str, str] | None:
+    sample_type, count = str(cohort.sample_type[index]), int(cohort.candidates[index])
+    if cohort.preparation[index] == "frozen" and not rules.frozen:
+        return FROZEN, "taken with --frozen only"
+    if rules.sample_types and sample_type not in rules.sample_types:
+        return SAMPLE_TYPE, f"{sample_type or 'not stated'}, not {', '.join(rules.sample_types)}"
+    if count < rules.min_candidates:
+        return FEW_CANDIDATES, f"{count}, fewer than {rules.min_candidates}"
+    return None
+
+
+def without_patients(
+    cohort: Cohort, held_out: dict[str, frozenset[str]]
+) -> tuple[Cohort, list[Exclusion]]:
+    """The cohort without the families that hold a held-out patient.
+
+    `held_out` maps a hold-out's name to its patients.
+    """
+    holder: dict[str, str] = {}
+    for name in sorted(held_out):
+        members = np.isin(cohort.patient, sorted(held_out[name]))
+        for family in np.unique(cohort.family[members]).tolist():
+            holder.setdefault(family, name)
+    names = [holder.get(family, "") for family in cohort.family.tolist()]
+    free = np.array([not name for name in names], bool)
+    excluded = [
+        Exclusion(str(cohort.slide_id[i]), HELD_OUT, name, int(cohort.candidates[i]))
+        for i, name in enumerate(names)
+        if name
+    ]
+    return cohort.take(free), excluded

@@ -1,0 +1,105 @@
+"""A cohort from a CSV list of slides, before a slide was opened; candidates simulated."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset import Slide, check_slide_id
+from pipeline.selection.allocate import sainte_lague
+from pipeline.slides.barcode import parse_barcode
+from pipeline.slides.open import slide_id_of
+
+_SITE, _BYTES = ("site", "tss"), ("size_bytes", "bytes", "size", "file_size")
+_PATH, _MD5 = ("file_name", "filename", "path"), ("md5", "md5sum")
+_CANDIDATES = "candidates"
+
+MODEL = (
+    "A slide's number of candidate tiles is simulated as proportional to its file's size, rounded "
+    "by Sainte-Laguë so that all slides of the list together have exactly {total:,} candidates."
+)
+STATED = "Candidate tiles are those of the list's 'candidates' column."
+
+
+@dataclass(frozen=True)
+class CohortTable:
+    """Slides sorted by slide_id, the candidates of each (int64), and how those were got."""
+
+    slides: list[Slide]
+    candidates: npt.NDArray[np.int64]
+    model: str
+
+
+def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
+    """Slides of a CSV with a slide_id or file name column; every value is read as text.
+
+    Columns patient, site (or tss), project, sample_type, preparation, md5 are taken where they
+    are; a TCGA barcode in the slide_id fills in what is missing. Candidates come from a column of
+    that name, else from file sizes (see `MODEL`). Raises `UserError` naming file and line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            _require_columns(path, columns)
+            rows = [
+                _row(path, number, row, _CANDIDATES in columns)
+                for number, row in enumerate(reader, 2)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
+    if not rows:
+        raise UserError(f"{path} holds no slide: expected one row a slide below the header")
+    rows.sort(key=lambda row: row[0].slide_id)
+    slides = [slide for slide, _ in rows]
+    if _CANDIDATES in columns:
+        return CohortTable(slides, np.array([n for _, n in rows], np.int64), STATED)
+    sizes = np.array([slide.bytes for slide in slides], np.int64)
+    model = MODEL.format(total=total_candidates)
+    return CohortTable(slides, simulated_candidates(sizes, total_candidates), model)
+
+
+def simulated_candidates(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
+    """Candidates in proportion to file sizes in bytes, `total` in all (Sainte-Laguë)."""
+    return sainte_lague(sizes, np.full(len(sizes), total, np.int64), total)
+
+
+def _require_columns(path: Path, columns: Sequence[str]) -> None:
+    wanted = {
+        "a slide_id or file_name column": ("slide_id", *_PATH),
+        "a size_bytes or candidates column": (*_BYTES, _CANDIDATES),
+    }
+    for what, names in wanted.items():
+        if not any(name in columns for name in names):
+            there = ", ".join(columns) or "none"
+            raise UserError(f"{path}: expected {what}; columns there: {there}")
+
+
+def _row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple[Slide, int]:
+    def text(*names: str) -> str:
+        return next((row[name].strip() for name in names if (row.get(name) or "").strip()), "")
+
+    slide_id = text("slide_id") or slide_id_of(Path(text(*_PATH)))
+    barcode = parse_barcode(slide_id)
+    slide = Slide(
+        check_slide_id(slide_id),
+        text(*_PATH),
+        patient=text("patient") or (barcode.patient if barcode else ""),
+        site=text(*_SITE) or (barcode.site if barcode else ""),
+        project=text("project") or (barcode.project if barcode else ""),
+        sample_type=text("sample_type") or (barcode.sample_type if barcode else ""),
+        preparation=text("preparation").lower() or (barcode.preparation if barcode else ""),
+        md5=text(*_MD5).lower(),
+        bytes=0 if stated and not text(*_BYTES) else _whole(path, number, text(*_BYTES), 1),
+    )
+    return slide, _whole(path, number, text(_CANDIDATES), 0) if stated else 0
+
+
+def _whole(path: Path, number: int, text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UserError(f"{path}, line {number}: '{text}', expected a whole number from {least} up")
+    return int(text)

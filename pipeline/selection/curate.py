@@ -1,0 +1,350 @@
+"""The `curate` stage: tiles with artifacts found by a linear classifier on cached features."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from model.errors import UserError
+from pipeline.console import EXIT_OK, say, stdout
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    Run,
+    Selection,
+    commit_file,
+    commit_json,
+    files_present,
+    fingerprint,
+    identity_value,
+    make_selection,
+    read_journal,
+    read_selection,
+    standing,
+)
+from pipeline.dataset.tables import read_plan, write_rows
+from pipeline.engine import EngineConfig, SlideTask
+from pipeline.features import FeatureStore, feature_scope
+from pipeline.selection.classifier import Trained, train_classifier
+from pipeline.selection.cohort import Cohort
+from pipeline.selection.denied import curation_dir, deny_file
+from pipeline.selection.labels import Labels, read_labels
+from pipeline.selection.plan import SelectConfig
+from pipeline.selection.scores import read_scores, score_slide, scores_scope
+from pipeline.selection.select import select
+from pipeline.selection.slides import read_tissue
+from pipeline.selection.ties import check_may_change, read_ties
+from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
+
+STAGE, VERSION = "curate", 1
+_SITES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Labels, the features to classify by, and what becomes of the selections.
+
+    `name` is that of the deny-list; a selection S is cleaned as S-<name>. `selections` () takes
+    all that were drawn without a deny-list. `usable_recall` is the share of usable labelled
+    tiles that the threshold keeps.
+    """
+
+    labels: Path
+    encoder: str
+    name: str = "curated"
+    view: str = ""
+    selections: tuple[str, ...] = ()
+    folds: int = 5
+    usable_recall: float = 0.99
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a run of the stage works on."""
+
+    dataset: Dataset
+    config: CurateConfig
+    cohort: Cohort
+    selections: tuple[str, ...]
+    shards: Mapping[str, list[Entry]]
+    trained: Trained
+    mark: str
+
+
+def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
+    """Train, score, write the deny-list and the selections without its tiles."""
+    _check(config)
+    tissue = read_tissue(dataset)
+    selections = _selections(dataset, config)
+    tile_px = int(identity_value(dataset, "tile_px"))
+    store = FeatureStore(dataset, tile_px=tile_px, encoder=config.encoder, view=config.view)
+    count_of = dict(
+        zip(tissue.cohort.slide_id.tolist(), tissue.cohort.candidates.tolist(), strict=True)
+    )
+    labels = read_labels(config.labels, {s: n for s, n in count_of.items() if n})
+    trained = _train(config, labels, store, tissue.cohort, int(identity_value(dataset, "seed")))
+    print_trained(config, labels, trained, bool(store.record.get("random_weights")))
+    shards = _cached(dataset, tile_px, config)
+    mark = fingerprint(
+        stage=STAGE, version=VERSION, weights=trained.model.weights.tolist(),
+        offsets=trained.model.offsets.tolist(), features=store.record.get("weights_sha256", ""),
+    )  # fmt: skip
+    work = _Work(dataset, config, tissue.cohort, selections, shards, trained, mark)
+    summary = _score(work, engine)
+    status = report_summary(summary, curation_dir(dataset, config.name) / "scores", "tiles")
+    if status != EXIT_OK:
+        say("curate: without all scores no deny-list is written; mend the slides and run again")
+        return status
+    _write_result(work, labels, store.record)
+    for name in selections:
+        stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
+        select(dataset, _cleaned(config, name, stratify))
+    return EXIT_OK
+
+
+def _check(config: CurateConfig) -> None:
+    if config.folds < 2:
+        raise UserError(f"--folds {config.folds}: expected 2 or more")
+    if not 0 < config.usable_recall <= 1:
+        raise UserError(f"--recall {config.usable_recall}: expected a number above 0, at most 1")
+
+
+def _selections(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
+    """The selections to clean: those named, or all that no deny-list was applied to."""
+    known = read_ties(dataset)
+    names = config.selections or tuple(
+        name for name in dataset.selection_names() if not known[name].deny
+    )
+    if not names:
+        raise UserError(f"no selection to clean in {dataset.root}; run `python -m pipeline select`")
+    for name in names:
+        if name not in dataset.selection_names():
+            read_selection(dataset, name)
+    return tuple(sorted(set(names)))
+
+
+def _cleaned(config: CurateConfig, name: str, stratify: str = "site") -> SelectConfig:
+    return SelectConfig(f"{name}-{config.name}", None, stratify, parent=name, deny=(config.name,))
+
+
+def _train(
+    config: CurateConfig, labels: Labels, store: FeatureStore, cohort: Cohort, seed: int
+) -> Trained:
+    family = dict(zip(cohort.slide_id.tolist(), cohort.family.tolist(), strict=True))
+    groups = np.array([family[slide_id] for slide_id in labels.slide_ids.tolist()])
+    features = _labelled_features(labels, store)
+    return train_classifier(
+        features, labels.is_artifact, groups,
+        folds=config.folds, usable_recall=config.usable_recall, seed=seed,
+    )  # fmt: skip
+
+
+def _labelled_features(labels: Labels, store: FeatureStore) -> npt.NDArray[np.floating]:
+    slides, first = np.unique(labels.slide_ids, return_index=True)
+    parts = np.split(labels.ranks, first[1:])
+    return np.concatenate(
+        [store.read(str(s), ranks.tolist()) for s, ranks in zip(slides, parts, strict=True)]
+    )
+
+
+def _cached(dataset: Dataset, tile_px: int, config: CurateConfig) -> dict[str, list[Entry]]:
+    """The CLS files of each slide, oldest first."""
+    scope = feature_scope(tile_px, config.encoder, config.view, "cls")
+    found = standing(read_journal(dataset, "cache"), scope)
+    return {
+        slide_id: [e for e in entries if e.outcome == "done" and files_present(dataset, e)]
+        for slide_id, entries in found.items()
+    }
+
+
+def _score(work: _Work, engine: EngineConfig) -> Summary:
+    """Score every cached tile of the slides that the selections touch."""
+    dataset, name = work.dataset, work.config.name
+    known = standing(read_journal(dataset, STAGE), scores_scope(name))
+    summary = Summary(STAGE)
+    tasks = []
+    with Run(dataset, STAGE, stage_versions("scikit-learn")) as run:
+        for slide_id in _require_features(work):
+            shards = [(e.files[0].path, e.start, e.stop) for e in work.shards[slide_id]]
+            sums = [e.files[0].sha256 for e in work.shards[slide_id]]
+            mark = fingerprint(classifier=work.mark, shards=shards, sums=sums)
+            if stands(dataset, known.get(slide_id, []), mark) is not None:
+                summary.skipped += 1
+                continue
+            units = sum(stop - start for _, start, stop in shards)
+            arguments = (
+                str(dataset.root), run.run_id, name, slide_id, shards, work.trained.model, mark,
+            )  # fmt: skip
+            tasks.append(SlideTask(slide_id, mark, arguments, units, units))
+        run_stage(run, score_slide, tasks, engine, summary, "tiles")
+    return summary
+
+
+def _require_features(work: _Work) -> list[str]:
+    """The slides of the selections, each with all its selected tiles in the cache."""
+    slides: set[str] = set()
+    for name in work.selections:
+        for slide_id, ranks in read_selection(work.dataset, name).items():
+            covered = np.zeros(int(ranks[-1]) + 1, bool)
+            for entry in work.shards.get(slide_id, []):
+                covered[entry.start : entry.stop] = True
+            if not covered[ranks].all():
+                raise UserError(
+                    f"slide {slide_id}: no features of {work.config.encoder} for some tiles of "
+                    f"'{name}'; run `python -m pipeline cache --encoder {work.config.encoder} "
+                    f"--selection {name}` first, or name other selections"
+                )
+            slides.add(slide_id)
+    return sorted(slides)
+
+
+def _write_result(work: _Work, labels: Labels, record: Mapping[str, Any]) -> None:
+    """Deny-list, classifier and report, unless they stand."""
+    dataset, config = work.dataset, work.config
+    denied, scored = _denied(work)
+    plan = {"deny_list": config.name, "threshold": work.trained.threshold, "scored": scored}
+    rows = make_selection(config.name, denied, plan)
+    mark = fingerprint(classifier=work.mark, threshold=plan["threshold"], rows=rows.content_hash,
+                       selections=_hashes(work))  # fmt: skip
+    known = standing(read_journal(dataset, STAGE), f"{config.name}/result")
+    if stands(dataset, known.get(config.name, []), mark) is not None:
+        say(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
+        return
+    _check_dependents(dataset, config, work.selections, rows.content_hash)
+    removed = {name: _removed_by_site(work, name, denied) for name in work.selections}
+    folder = curation_dir(dataset, config.name)
+    with Run(dataset, STAGE, stage_versions("scikit-learn")) as run:
+        path = deny_file(dataset, config.name)
+        files = (
+            commit_file(dataset, run.run_id, path, lambda file: write_rows(file, rows)),
+            commit_json(dataset, run.run_id, folder / "classifier.json", _classifier(work, record)),
+            commit_json(
+                dataset, run.run_id, folder / "report.json",
+                _report(work, labels, rows, scored, removed),
+            ),
+        )  # fmt: skip
+        counts = {"tiles denied": rows.rows}
+        scope = f"{config.name}/result"
+        run.append([Entry(config.name, "done", mark, scope=scope, files=files, counts=counts)])
+    for name, table in removed.items():
+        print_removed(name, table)
+    share = rows.rows / max(1, scored)
+    say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
+
+
+def _hashes(work: _Work) -> dict[str, str]:
+    return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
+
+
+def _denied(work: _Work) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
+    """Ranks above the threshold by slide, and how many tiles were scored; a slide at a time."""
+    scored, denied = 0, {}
+    for slide_id in _require_features(work):
+        ranks, scores = read_scores(work.dataset, work.config.name, slide_id)
+        scored += len(ranks)
+        denied[slide_id] = ranks[scores > np.float32(work.trained.threshold)]
+    return denied, scored
+
+
+def _check_dependents(
+    dataset: Dataset, config: CurateConfig, selections: tuple[str, ...], content_hash: str
+) -> None:
+    """Refuse to change a deny-list under selections that this run does not make again."""
+    known = read_ties(dataset)
+    own = {_cleaned(config, name).name for name in selections}
+    other = sorted(
+        name for name, ties in known.items()
+        if ties.deny.get(config.name, content_hash) != content_hash and name not in own
+    )  # fmt: skip
+    if other:
+        raise UserError(
+            f"deny-list '{config.name}' would change, and {', '.join(other)} were drawn with it; "
+            f"remove them first (`select --remove`), or use another --name"
+        )
+    for name in sorted(own & set(known)):
+        if known[name].deny.get(config.name) != content_hash:
+            check_may_change(known, name, "curate")
+
+
+def _removed_by_site(
+    work: _Work, name: str, denied: Mapping[str, npt.NDArray[np.int32]]
+) -> dict[str, dict[str, int]]:
+    """Tiles of a selection and how many of them are denied, by site."""
+    site = dict(zip(work.cohort.slide_id.tolist(), work.cohort.site.tolist(), strict=True))
+    table: dict[str, dict[str, int]] = {}
+    for slide_id, ranks in read_selection(work.dataset, name).items():
+        row = table.setdefault(site[slide_id], {"tiles": 0, "removed": 0})
+        row["tiles"] += len(ranks)
+        row["removed"] += int(np.isin(ranks, denied[slide_id], assume_unique=True).sum())
+    return dict(sorted(table.items()))
+
+
+def _classifier(work: _Work, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "logistic regression on CLS features, mean of the folds' probabilities",
+        "encoder": work.config.encoder, "view": work.config.view,
+        "weights_sha256": record.get("weights_sha256", ""),
+        "random_weights": bool(record.get("random_weights")),
+        "threshold": work.trained.threshold,
+        "weights": work.trained.model.weights.tolist(),
+        "offsets": work.trained.model.offsets.tolist(),
+    }  # fmt: skip
+
+
+def _report(
+    work: _Work,
+    labels: Labels,
+    rows: Selection,
+    scored: int,
+    removed: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> dict[str, Any]:
+    trained = work.trained
+    return {
+        "labels": {"usable": int((~labels.is_artifact).sum()),
+                   "artifact": int(labels.is_artifact.sum())},
+        "folds": [asdict(fold) for fold in trained.folds],
+        "roc_auc": trained.roc_auc,
+        "threshold": trained.threshold,
+        "usable_recall_asked": work.config.usable_recall,
+        "usable_recall": trained.usable_recall,
+        "artifact_recall": trained.artifact_recall,
+        "scored": scored,
+        "denied": rows.rows,
+        "removed_by_site": removed,
+    }  # fmt: skip
+
+
+def print_trained(config: CurateConfig, labels: Labels, trained: Trained, is_random: bool) -> None:
+    """The folds' ROC-AUC and confusion, and the threshold."""
+    title = f"curate: {len(labels):,} labelled tiles, {config.folds} folds by patient"
+    if is_random:
+        title += f" ({config.encoder} with RANDOM weights)"
+    table = Table("fold", "tiles", "patients", "ROC-AUC", "artifacts removed", "artifacts kept",
+                  "usable removed", "usable kept", title=title)  # fmt: skip
+    for number, fold in enumerate(trained.folds, 1):
+        auc = "one class" if fold.roc_auc is None else f"{fold.roc_auc:.4f}"
+        rest = (fold.artifact_removed, fold.artifact_kept, fold.usable_removed, fold.usable_kept)
+        table.add_row(str(number), str(fold.tiles), str(fold.patients), auc, *map(str, rest))
+    stdout.print(table)
+    say(
+        f"curate: threshold {trained.threshold:.4g} keeps {trained.usable_recall:.2%} of usable "
+        f"tiles (at least {config.usable_recall:.2%} asked) and removes "
+        f"{trained.artifact_recall:.2%} of artifacts; ROC-AUC {trained.roc_auc:.4f}, all on tiles "
+        "of patients that their fold had not seen"
+    )
+
+
+def print_removed(name: str, table: Mapping[str, Mapping[str, int]]) -> None:
+    """The sites that lose most of a selection."""
+    shown = Table("site", "tiles", "removed", "share", title=f"{name}: tiles removed by site")
+    order = sorted(table, key=lambda site: (-table[site]["removed"], site))
+    for site in order[:_SITES_SHOWN]:
+        tiles, gone = table[site]["tiles"], table[site]["removed"]
+        shown.add_row(site or "not stated", f"{tiles:,}", f"{gone:,}", f"{gone / tiles:.2%}")
+    stdout.print(shown)
+    if len(order) > _SITES_SHOWN:
+        say(f"... and {len(order) - _SITES_SHOWN} sites more, in report.json")

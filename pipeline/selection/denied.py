@@ -1,0 +1,50 @@
+"""Deny-lists: tiles that later selections leave out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+from pipeline.dataset import Dataset, check_name
+from pipeline.dataset.tables import read_rows
+
+Ranks = npt.NDArray[np.int32]
+
+
+def curation_dir(dataset: Dataset, name: str) -> Path:
+    """Where a curation's deny-list, scores, classifier and report lie."""
+    return dataset.root / "curation" / check_name(name, "deny-list")
+
+
+def deny_file(dataset: Dataset, name: str) -> Path:
+    """The deny-list: rows of (slide_id, rank)."""
+    return curation_dir(dataset, name) / "deny.parquet"
+
+
+def deny_lists(dataset: Dataset) -> list[str]:
+    """The deny-lists that stand, sorted."""
+    return sorted(path.parent.name for path in (dataset.root / "curation").glob("*/deny.parquet"))
+
+
+def read_denied(dataset: Dataset, names: Sequence[str]) -> tuple[dict[str, Ranks], dict[str, str]]:
+    """The denied ranks of each slide (ascending), all lists together, and each list's hash.
+
+    Raises `UserError` with the lists that stand where one does not.
+    """
+    parts: dict[str, list[Ranks]] = {}
+    hashes = {}
+    for name in names:
+        path = deny_file(dataset, name)
+        if not path.exists():
+            known = ", ".join(deny_lists(dataset)) or "none"
+            raise UserError(
+                f"no deny-list '{name}' in {dataset.root}; there: {known}; "
+                "make one with `python -m pipeline curate`"
+            )
+        rows = read_rows(path, name)
+        hashes[name] = rows.content_hash
+        for slide_id, ranks in rows.items():
+            parts.setdefault(slide_id, []).append(ranks)
+    return {slide: np.unique(np.concatenate(some)) for slide, some in parts.items()}, hashes

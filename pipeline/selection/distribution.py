@@ -1,0 +1,70 @@
+"""How a selection is spread over sites and projects, against its cohort: pure functions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+
+
+def jensen_shannon(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
+    """Jensen-Shannon divergence of two vectors of counts, in bits: 0 for equal shares, 1 at most.
+
+    JSD = (KL(p | m) + KL(q | m)) / 2 with m = (p + q) / 2 (Lin, 1991). NaN where either is empty.
+    """
+    first, second = np.asarray(p, np.float64), np.asarray(q, np.float64)
+    if first.sum() <= 0 or second.sum() <= 0:
+        return float("nan")
+    first, second = first / first.sum(), second / second.sum()
+    middle = (first + second) / 2
+
+    def divergence(share: npt.NDArray[np.float64]) -> float:
+        some = share > 0
+        return float((share[some] * np.log2(share[some] / middle[some])).sum())
+
+    return max(0.0, (divergence(first) + divergence(second)) / 2)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Counts by value of one column, cohort beside selection."""
+
+    names: tuple[str, ...]
+    cohort_slides: Counts
+    cohort_tiles: Counts
+    slides: Counts
+    tiles: Counts
+
+    @property
+    def covered(self) -> int:
+        """Values with at least one slide selected."""
+        return int((self.slides > 0).sum())
+
+    @property
+    def jsd_slides(self) -> float:
+        """Divergence of the slides' shares from the cohort's, in bits."""
+        return jensen_shannon(self.slides, self.cohort_slides)
+
+    @property
+    def jsd_tiles(self) -> float:
+        """Divergence of the tiles' shares from the cohort's candidates, in bits."""
+        return jensen_shannon(self.tiles, self.cohort_tiles)
+
+
+def spread(values: npt.NDArray[np.str_], candidates: Counts, tiles: Counts) -> Spread:
+    """The spread over the distinct `values` of the cohort's slides.
+
+    `candidates` and `tiles` are counts a slide of the cohort; a slide with tiles is selected.
+    """
+    names, place = np.unique(values, return_inverse=True)
+    size = len(names)
+
+    def total(weights: npt.ArrayLike) -> Counts:
+        # Sums of whole numbers below 2^53 are exact in float64.
+        return np.bincount(place, np.asarray(weights, np.float64), size).astype(np.int64)
+
+    return Spread(
+        tuple(names.tolist()),
+        total(np.ones(len(values))), total(candidates), total(tiles > 0), total(tiles),
+    )  # fmt: skip

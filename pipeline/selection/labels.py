@@ -1,0 +1,77 @@
+"""Labelled tiles from a CSV: slide_id, rank, label (usable or artifact)."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+
+_COLUMNS = ("slide_id", "rank", "label")
+_IS_ARTIFACT = {"artifact": True, "1": True, "usable": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labelled tiles sorted by (slide_id, rank): `is_artifact` bool [n], `ranks` int32 [n]."""
+
+    slide_ids: npt.NDArray[np.str_]
+    ranks: npt.NDArray[np.int32]
+    is_artifact: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
+def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
+    """The labels of a CSV; `candidates` are the tiles of each slide that may be labelled.
+
+    Raises `UserError` naming the line for a tile that is not there or comes twice, and for a
+    label that is not one of usable, artifact, 0 and 1.
+    """
+    found: dict[tuple[str, int], bool] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            there = reader.fieldnames or []
+            if missing := [name for name in _COLUMNS if name not in there]:
+                raise UserError(
+                    f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
+                    f"there: {', '.join(there) or 'none'}"
+                )
+            for number, row in enumerate(reader, 2):
+                tile, label = _row(f"{path}, line {number}", row, candidates)
+                if tile in found:
+                    raise UserError(
+                        f"{path}, line {number}: tile {tile[1]} of {tile[0]} is labelled twice"
+                    )
+                found[tile] = label
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
+    if not found:
+        raise UserError(f"{path} holds no label: expected rows of {', '.join(_COLUMNS)}")
+    tiles = sorted(found)
+    return Labels(
+        np.array([slide_id for slide_id, _ in tiles]),
+        np.array([rank for _, rank in tiles], np.int32),
+        np.array([found[tile] for tile in tiles], bool),
+    )
+
+
+def _row(
+    where: str, row: Mapping[str, str], candidates: Mapping[str, int]
+) -> tuple[tuple[str, int], bool]:
+    slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
+    if slide_id not in candidates:
+        raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
+    if not (rank.isascii() and rank.isdigit()) or int(rank) >= candidates[slide_id]:
+        raise UserError(
+            f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
+            "(ranks from 0)"
+        )
+    if label.lower() not in _IS_ARTIFACT:
+        raise UserError(f"{where}: label '{label}', expected usable or artifact (or 0, 1)")
+    return (slide_id, int(rank)), _IS_ARTIFACT[label.lower()]

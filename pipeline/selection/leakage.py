@@ -1,0 +1,142 @@
+"""What two selections share that they must not: pure functions of arrays.
+
+Ranks, positions and pixels are compared slide by slide with numpy; no Python object a tile.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ranks = npt.NDArray[np.int32]
+Positions = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+_ROUNDING_PX = 1 / 128
+"""Positions are kept in 1/256 level-0 pixel: neighbours may overlap by what that rounds away."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Pairs of tiles, as indices into the two sets, that cover the same pixels.
+
+    `pixels` are pairs that overlap as they are; `border` are those that overlap only when both
+    are enlarged on all sides.
+    """
+
+    pixels: tuple[Indices, Indices]
+    border: tuple[Indices, Indices]
+
+
+def shared_ranks(left: Ranks, right: Ranks) -> Ranks:
+    """Ranks in both, ascending and each once."""
+    return np.intersect1d(left, right)
+
+
+def overlapping(
+    x: Positions,
+    y: Positions,
+    other_x: Positions,
+    other_y: Positions,
+    size: float,
+    border: float = 0.0,
+) -> Overlap:
+    """Pairs of equal squares [x, x + size) that overlap; all lengths in the same pixels.
+
+    `border` is what an enlarged tile gains on each side.
+    """
+    reach = size + 2 * border
+    i, j = near_pairs(x, y, other_x, other_y, reach)
+    distance = np.maximum(np.abs(x[i] - other_x[j]), np.abs(y[i] - other_y[j]))
+    inside = distance < size - _ROUNDING_PX
+    rim = ~inside & (distance < reach - _ROUNDING_PX)
+    return Overlap((i[inside], j[inside]), (i[rim], j[rim]))
+
+
+def near_pairs(
+    x: Positions, y: Positions, other_x: Positions, other_y: Positions, reach: float
+) -> tuple[Indices, Indices]:
+    """Indices (i, j) of all pairs with |x_i - x'_j| <= reach and the same in y, and a few more.
+
+    The others are sorted into square cells of side `reach`; of each point the nine cells around
+    it are looked up, three ranges of the sorted keys.
+    """
+    if not len(x) or not len(other_x):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    left = min(x.min(), other_x.min())
+    top = min(y.min(), other_y.min())
+    column, row = _cell(x, left, reach), _cell(y, top, reach)
+    other_column, other_row = _cell(other_x, left, reach), _cell(other_y, top, reach)
+    width = int(max(column.max(), other_column.max())) + 2
+    keys = other_row * width + other_column
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    parts = []
+    for above in (-1, 0, 1):
+        middle = (row + above) * width + column
+        first = np.searchsorted(keys, middle - 1, "left")
+        last = np.searchsorted(keys, middle + 1, "right")
+        parts.append(_pairs_of_ranges(first, last))
+    i = np.concatenate([part[0] for part in parts])
+    j = order[np.concatenate([part[1] for part in parts])]
+    return i, j
+
+
+def _cell(values: Positions, origin: float, side: float) -> Indices:
+    # From 1: the column to the left of the first is a cell, and none of the row above.
+    return np.floor((values - origin) / side).astype(np.int64) + 1
+
+
+def _pairs_of_ranges(first: Indices, last: Indices) -> tuple[Indices, Indices]:
+    """(i, k) for every k in [first[i], last[i])."""
+    counts = last - first
+    i = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return i, first[i] + within
+
+
+def shared_patients(
+    left: Iterable[str], right: Iterable[str], patient_of: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+    """Patients with slides in both, each with one slide of either; sorted by patient.
+
+    A slide without a patient ('' or not in the mapping) is a patient of its own.
+    """
+    first = _by_patient(left, patient_of)
+    second = _by_patient(right, patient_of)
+    return {name[1]: (first[name], second[name]) for name in sorted(first.keys() & second.keys())}
+
+
+def _by_patient(slides: Iterable[str], patient_of: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    found: dict[tuple[str, str], str] = {}
+    for slide_id in sorted(slides):
+        patient = patient_of.get(slide_id, "")
+        found.setdefault(("patient", patient) if patient else ("slide", slide_id), slide_id)
+    return found
+
+
+def equal_files(
+    left: Iterable[str], right: Iterable[str], sums_of: Mapping[str, Sequence[str]]
+) -> list[tuple[str, str]]:
+    """Pairs of slides of different names, one of either side, whose files have an equal sum.
+
+    `sums_of` gives a slide's checksums, '' where one is unknown; equal ones of the same place
+    (md5 with md5) mean equal files.
+    """
+    by_sum: dict[tuple[int, str], list[str]] = {}
+    for slide_id in sorted(set(left)):
+        for key in _sum_keys(slide_id, sums_of):
+            by_sum.setdefault(key, []).append(slide_id)
+    pairs = {
+        (mate, slide_id)
+        for slide_id in set(right)
+        for key in _sum_keys(slide_id, sums_of)
+        for mate in by_sum.get(key, ())
+        if mate != slide_id
+    }
+    return sorted(pairs)
+
+
+def _sum_keys(slide_id: str, sums_of: Mapping[str, Sequence[str]]) -> list[tuple[int, str]]:
+    return [(i, one.lower()) for i, one in enumerate(sums_of.get(slide_id, ())) if one]

@@ -1,0 +1,105 @@
+"""Artifact scores of a slide's cached tiles, computed and kept slide by slide."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.errors import UserError
+from pipeline.dataset import Dataset, Entry, FileRecord, HashingFile, commit_file
+from pipeline.dataset.tables import read_table
+from pipeline.selection.classifier import LinearModel
+from pipeline.selection.denied import curation_dir
+
+Ranks = npt.NDArray[np.int32]
+Scores = npt.NDArray[np.float32]
+
+SCORES_SCHEMA = pa.schema([("rank", pa.int32()), ("score", pa.float32())])
+_GROUPS_AT_ONCE = 256
+"""Row groups of 16 tiles read together: 13 MB of H0-mini's features."""
+
+
+def scores_file(dataset: Dataset, name: str, slide_id: str) -> Path:
+    """Where a slide's scores lie: rank, and the probability of artifact."""
+    return curation_dir(dataset, name) / "scores" / f"{slide_id}.parquet"
+
+
+def score_slide(
+    root: str,
+    run_id: str,
+    name: str,
+    slide_id: str,
+    shards: list[tuple[str, int, int]],
+    model: LinearModel,
+    mark: str,
+) -> list[Entry]:
+    """Score the tiles of a slide's CLS files, given as (path, start, stop), and commit them."""
+    dataset, scope = Dataset(Path(root)), scores_scope(name)
+    try:
+        ranks, scores = score_shards(dataset.root, shards, model)
+        record = write_scores(dataset, run_id, name, slide_id, ranks, scores)
+    except UserError as error:
+        return [Entry(slide_id, "failed", mark, str(error), scope=scope)]
+    counts = {"tiles": len(ranks)}
+    return [Entry(slide_id, "done", mark, scope=scope, files=(record,), counts=counts)]
+
+
+def scores_scope(name: str) -> str:
+    """The journal scope of a curation's scores."""
+    return f"{name}/scores"
+
+
+def score_shards(
+    root: Path, shards: list[tuple[str, int, int]], model: LinearModel
+) -> tuple[Ranks, Scores]:
+    """Ranks (ascending) and scores of all tiles in the files; of two files the later counts.
+
+    A few thousand tiles are in memory at a time, whatever the files hold.
+    """
+    scores = np.full(max((stop for _, _, stop in shards), default=0), np.nan, np.float32)
+    for path, _, _ in shards:
+        for ranks, cls in read_cls(root / path):
+            scores[ranks] = model.scores(cls)
+    ranks = np.flatnonzero(~np.isnan(scores)).astype(np.int32)
+    return ranks, scores[ranks]
+
+
+def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
+    """Ranks [n] and CLS features [n, d] of a feature file, a few thousand rows at a time."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for first in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
+                groups = range(first, min(first + _GROUPS_AT_ONCE, file.num_row_groups))
+                table = file.read_row_groups(groups, ["rank", "cls"], use_threads=False)
+                cls = table["cls"].combine_chunks()
+                size = cls.type.list_size
+                yield table["rank"].to_numpy(), cls.flatten().to_numpy().reshape(-1, size)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read ({reason}); run `python -m pipeline cache`"
+        ) from error
+
+
+def write_scores(
+    dataset: Dataset, run_id: str, name: str, slide_id: str, ranks: Ranks, scores: Scores
+) -> FileRecord:
+    """Commit a slide's scores."""
+    table = pa.table([pa.array(ranks), pa.array(scores)], schema=SCORES_SCHEMA)
+
+    def write(file: HashingFile) -> None:
+        pq.write_table(
+            table, file, use_dictionary=False, column_encoding={"rank": "DELTA_BINARY_PACKED"},
+            compression="zstd", write_page_checksum=True,
+        )  # fmt: skip
+
+    return commit_file(dataset, run_id, scores_file(dataset, name, slide_id), write)
+
+
+def read_scores(dataset: Dataset, name: str, slide_id: str) -> tuple[Ranks, Scores]:
+    """A slide's ranks and scores."""
+    table = read_table(scores_file(dataset, name, slide_id), hint="run `curate` again")
+    return table["rank"].to_numpy(), table["score"].to_numpy()

@@ -1,0 +1,146 @@
+"""Which selections of a dataset stand, and what may not change while others depend on it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import UserError
+from pipeline.console import say
+from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
+from pipeline.dataset.tables import read_plan
+from pipeline.selection.plan import VAL_OUT, Ties, ties_from_json
+from pipeline.stage import stage_versions
+
+STAGE = "select"
+_REMOVED = "removed"
+"""Fingerprint of the line that `select --remove` writes; `prune` writes others."""
+
+
+def read_ties(dataset: Dataset, whole: bool = True) -> dict[str, Ties]:
+    """Every selection that stands, from the journal and from the files' own plans.
+
+    Both are asked, so that a hold-out is honoured although its file or the journal is gone. With
+    `whole`, a hold-out that others honour and that is nowhere to be found is refused.
+    """
+    found: dict[str, Ties] = {}
+    for name in dataset.selection_names():
+        plan = read_plan(dataset, name)
+        # Selections of an earlier release or of another tool are taken for training.
+        found[name] = ties_from_json(plan.get("ties")) or Ties(str(plan.get("role", "train")))
+    for name, ties in _journalled(dataset).items():
+        if ties.patients:
+            found.setdefault(name, ties)
+    for name, ties in sorted(found.items()):
+        for other in sorted(set(ties.honours) - set(found)) if whole else ():
+            raise UserError(
+                f"selection '{name}' leaves the patients of hold-out '{other}' alone, which is "
+                f"gone from {dataset.root}: restore {dataset.selection_file(other)}, or remove "
+                f"'{name}' (`select --remove {name}`)"
+            )
+    return found
+
+
+def _journalled(dataset: Dataset) -> dict[str, Ties]:
+    """What the journal's last line of each selection ties it to; only --remove unties."""
+    found: dict[str, Ties] = {}
+    for entry in read_journal(dataset, STAGE):
+        if entry.fingerprint == _REMOVED:
+            found.pop(entry.slide_id, None)
+        elif entry.outcome == "done":
+            found[entry.slide_id] = ties_from_json(entry.values.get("ties")) or Ties("train")
+    return found
+
+
+def held_out(known: Mapping[str, Ties]) -> dict[str, frozenset[str]]:
+    """The patients of every hold-out."""
+    return {name: frozenset(ties.patients) for name, ties in known.items() if ties.patients}
+
+
+def check_hold_out_may_be(
+    dataset: Dataset, name: str, patients: tuple[str, ...], slides: Iterable[str]
+) -> None:
+    """Refuse a hold-out that others contradict.
+
+    `name` is to hold out `patients` ('' for a selection that holds out none), whose slides are
+    `slides`. Selections that honour another choice under that name, and selections that hold
+    tiles of these slides, are listed.
+    """
+    known = read_ties(dataset)
+    before = known.get(name)
+    if before is not None and before.patients and set(before.patients) != set(patients):
+        bound = sorted(n for n, ties in known.items() if name in ties.honours)
+        if bound:
+            raise UserError(
+                f"'{name}' holds out {len(before.patients):,} patients that {_listed(bound)} "
+                f"leave{'s' if len(bound) == 1 else ''} alone; another choice would put them into "
+                f"training: {_remove_first(bound)}, or give this hold-out another name"
+            )
+    if not patients:
+        return
+    wanted = np.array(sorted(slides))
+    inside = [
+        other
+        for other, ties in sorted(known.items())
+        if other != name and not _descends(known, other, name) and name not in ties.honours
+        and ties.role != VAL_OUT and dataset.selection_file(other).exists()
+        and np.isin(wanted, read_selection(dataset, other).slide_ids).any()
+    ]  # fmt: skip
+    if inside:
+        raise UserError(
+            f"'{name}' would hold out patients of {_listed(inside)}: a hold-out comes before the "
+            f"selections that are to leave it alone; {_remove_first(inside)} and make them again"
+        )
+
+
+def check_may_change(known: Mapping[str, Ties], name: str, doing: str) -> None:
+    """Refuse to replace or remove a selection that others were drawn from."""
+    children = sorted(other for other, ties in known.items() if ties.parent == name)
+    if children:
+        raise UserError(
+            f"{doing} '{name}': {_listed(children)} {'was' if len(children) == 1 else 'were'} "
+            f"drawn from it; {_remove_first(children)}, or use another --name"
+        )
+
+
+def remove_selection(dataset: Dataset, name: str) -> int:
+    """Remove a selection that nothing depends on; its journal line is superseded."""
+    known = read_ties(dataset, whole=False)
+    if name not in known:
+        raise UserError(f"no selection '{name}' in {dataset.root}; there: {_listed(sorted(known))}")
+    check_may_change(known, name, "--remove")
+    bound = sorted(other for other, ties in known.items() if name in ties.honours)
+    if bound:
+        raise UserError(
+            f"--remove '{name}': {_listed(bound)} leave its patients alone; {_remove_first(bound)}"
+        )
+    path = dataset.selection_file(name)
+    with Run(dataset, STAGE, stage_versions()) as run:
+        # The line first: a crash in between leaves a file that no line names.
+        run.append([Entry(name, "pruned", _REMOVED, "removed by the user")])
+        path.unlink(missing_ok=True)
+        excluded_file(dataset, name).unlink(missing_ok=True)
+    say(f"select: removed selection '{name}'; tiles and features stay")
+    return 0
+
+
+def excluded_file(dataset: Dataset, name: str) -> Path:
+    """The list of slides that a selection left out, with reasons."""
+    return dataset.selection_file(name).with_suffix(".excluded.csv")
+
+
+def _descends(known: Mapping[str, Ties], name: str, ancestor: str) -> bool:
+    while name in known and known[name].parent:
+        name = known[name].parent
+        if name == ancestor:
+            return True
+    return False
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _remove_first(names: list[str]) -> str:
+    commands = " ".join(f"--remove {name}" for name in names)
+    return f"remove {'it' if len(names) == 1 else 'them'} first (`select {commands}`)"

@@ -1,0 +1,291 @@
+"""The cache worker on small tiles and a small network: overlap, faults, memory, batch sizes."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from model import encoders
+from model.encoders import Encoder, encoder_spec
+from model.errors import UserError
+from pipeline.dataset import (
+    CANDIDATES_SCHEMA,
+    Dataset,
+    Entry,
+    Run,
+    TileStore,
+    commit_bytes,
+    commit_file,
+    encode_png,
+    write_candidates,
+    write_tar,
+)
+from pipeline.features import FeatureStore, bundle
+from pipeline.features.bundle import cache_bundle
+from pipeline.features.compute import Forward, Span, batches, lanes_for
+from pipeline.features.config import CacheConfig
+from pipeline.features.plan import bytes_per_tile, journal_rate, stored_bytes
+from pipeline.features.quantise import quantise
+
+PX, ROWS = 28, 40
+SLIDES = ("a", "b", "c")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Three slides of 40 small tiles."""
+    made = Dataset(tmp_path / "dataset")
+    rng = np.random.default_rng(0)
+    with Run(made, "tile", {}) as run:
+        for slide in SLIDES:
+            tiles = rng.integers(0, 255, (ROWS, PX, PX, 3), np.uint8)
+            path = made.tiles_dir(PX) / f"{slide}.0-{ROWS}.tar"
+            index = bytearray()
+
+            def write(file, slide=slide, tiles=tiles, index=index):
+                index.extend(write_tar(file, slide, 0, (encode_png(tile) for tile in tiles)))
+
+            tar = commit_file(made, run.run_id, path, write)
+            idx = commit_bytes(made, run.run_id, path.with_suffix(".idx"), bytes(index))
+            columns = [pa.array(np.arange(ROWS).astype(f.type.to_pandas_dtype()))
+                       for f in CANDIDATES_SCHEMA]  # fmt: skip
+            write_candidates(made, run.run_id, slide, pa.table(columns, schema=CANDIDATES_SCHEMA))
+            entry = Entry(slide, "done", "f", scope=str(PX), start=0, stop=ROWS, files=(tar, idx))
+            run.append([entry])
+    return made
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Encoder:
+    """H0-mini's own kind of network at two patches a side, one block and 24 channels."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_base_patch14_reg4_dinov2", img_size=PX, embed_dim=24, depth=1, num_heads=2,
+        num_classes=0, global_pool="", reg_tokens=4, no_embed_class=True,
+    )  # fmt: skip
+    spec = dataclasses.replace(
+        encoder_spec("h0-mini"), dim=24, token_dim=24, native_grid=2, token_grid=2, input_px=PX
+    )
+    encoder = Encoder(spec, network, "random:0", device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(bundle, "loaded", lambda *_: encoder)
+    return encoder
+
+
+def arguments(
+    dataset: Dataset, slide: str, encoder: Encoder, config: CacheConfig,
+    work: dict[tuple[int, int], list[str]] | None = None,
+):  # fmt: skip
+    spans = work or {(0, 3): list(config.kinds)}
+    root = str(dataset.root)
+    return (root, "run", slide, config, PX, spans, "mark", encoder.weights_sha256)
+
+
+def compute(
+    dataset: Dataset, encoder: Encoder, config: CacheConfig, slides: tuple[str, ...] = SLIDES
+) -> list[list[Entry]]:
+    rows = list(cache_bundle([arguments(dataset, slide, encoder, config) for slide in slides]))
+    with Run(dataset, "cache", {}) as run:
+        run.append([entry for entries in rows for entry in entries])
+    for kind in config.kinds:
+        path = config.file(dataset, PX, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"weights_sha256": "w", "view": ""}')
+    return rows
+
+
+def tiles_of(dataset: Dataset, slide: str) -> np.ndarray:
+    return np.stack(TileStore(dataset, PX).read(slide, range(ROWS)))
+
+
+@pytest.mark.parametrize("tokens", ["float16", "int8"])
+def test_features_are_the_encoders_own(dataset: Dataset, small: Encoder, tokens: str) -> None:
+    config = CacheConfig("h0-mini", tokens=tokens, batch=32)
+    rows = compute(dataset, small, config)
+    assert [[entry.outcome for entry in entries] for entries in rows] == [["done"] * 2] * 3
+    for slide in SLIDES:
+        direct = small.encode(tiles_of(dataset, slide))
+        cls = FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read(slide, range(ROWS))
+        assert np.abs(cls - direct.cls.numpy()).max() < 1e-5
+        kind = f"tokens-{tokens}"
+        stored = FeatureStore(dataset, tile_px=PX, encoder="h0-mini", kind=kind)
+        assert direct.tokens is not None
+        expected = direct.tokens.numpy()
+        limit = 2e-3 if tokens == "float16" else float(quantise(expected)[1].max()) / 127
+        assert np.abs(stored.read(slide, range(ROWS)) - expected).max() <= limit
+    with pytest.raises(UserError, match="weights_sha256 'w'"):
+        FeatureStore(dataset, tile_px=PX, encoder="h0-mini", expect={"weights_sha256": "x"})
+
+
+def test_batch_size_changes_less_than_a_hundred_thousandth(
+    dataset: Dataset, small: Encoder
+) -> None:
+    whole = small.encode(tiles_of(dataset, "a")).cls.numpy()
+    for batch in (16, 32, 48):
+        compute(dataset, small, CacheConfig("h0-mini", tokens="none", batch=batch), ("a",))
+        cls = FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", range(ROWS))
+        assert np.abs(cls - whole).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_a_slides_bytes_do_not_depend_on_its_bundle(dataset: Dataset, small: Encoder) -> None:
+    config = CacheConfig("h0-mini", tokens="float16", batch=16)
+    together = {
+        e.scope + e.slide_id: e.files for row in compute(dataset, small, config) for e in row
+    }
+    alone = {
+        e.scope + e.slide_id: e.files
+        for slide in SLIDES
+        for row in compute(dataset, small, config, (slide,))
+        for e in row
+    }
+    assert alone == together
+
+
+def test_files_written_by_turns_are_the_same(
+    dataset: Dataset, small: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three lanes, as on a GPU, over slides of one and of two runs of blocks."""
+    config = CacheConfig("h0-mini", tokens="float16", batch=16)
+    kinds = list(config.kinds)
+    work = {"a": {(0, 1): kinds, (2, 3): kinds}, "b": {(0, 3): kinds}, "c": {(0, 3): kinds}}
+    bundle_of = [arguments(dataset, slide, small, config, work[slide]) for slide in SLIDES]
+
+    def files() -> list[list[tuple[str, int, object]]]:
+        rows = list(cache_bundle(bundle_of))
+        assert all(entry.outcome == "done" for entries in rows for entry in entries)
+        return [[(e.scope, e.start, e.files) for e in entries] for entries in rows]
+
+    in_order = files()
+    monkeypatch.setattr(bundle, "lanes_for", lambda *_: 3)
+    assert files() == in_order
+
+
+def test_lanes_take_turns_and_keep_each_spans_order() -> None:
+    spans = [Span(i, name, range(2 * i, 2 * i + 3), ("cls",)) for i, name in enumerate("abc")]
+    in_order = list(batches(spans, 16))
+    by_turns = list(batches(spans, 16, lanes=2))
+    assert "".join(span.slide_id for span, _, _ in by_turns) == "abababccc"
+    for one in spans:
+        assert [b for b in by_turns if b[0] is one] == [b for b in in_order if b[0] is one]
+    assert (lanes_for("cpu", 64), lanes_for("cuda", 2), lanes_for("cuda", 16)) == (1, 1, 4)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_damaged_tile_fails_its_slide_alone(
+    dataset: Dataset, small: Encoder, monkeypatch: pytest.MonkeyPatch, lanes: int
+) -> None:
+    monkeypatch.setattr(bundle, "lanes_for", lambda *_: lanes)
+    tar = dataset.tiles_dir(PX) / f"b.0-{ROWS}.tar"
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"b/00000020.png") + 512
+    data[at : at + 64] = bytes(64)
+    tar.write_bytes(data)
+    rows = compute(dataset, small, CacheConfig("h0-mini", tokens="float16", batch=16))
+    assert [entries[-1].outcome for entries in rows] == ["done", "failed", "done"]
+    assert "tile 20 of slide b is damaged" in rows[1][-1].reason
+    assert not list(dataset.features_dir(PX, "h0-mini").rglob("b.*"))
+    assert not [path for path in (dataset.root / ".tmp").rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_fails_its_slide_alone(
+    dataset: Dataset, small: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(dataset, run_id, final, write):
+        if final.name.startswith("b."):
+            raise UserError(f"cannot write {final}: No space left on device")
+        return commit_file(dataset, run_id, final, write)
+
+    monkeypatch.setattr(bundle, "commit_file", full)
+    rows = compute(dataset, small, CacheConfig("h0-mini", tokens="float16", batch=16))
+    assert [entries[-1].outcome for entries in rows] == ["done", "failed", "done"]
+    assert "No space left" in rows[1][-1].reason
+
+
+def test_tokens_can_be_added_later(dataset: Dataset, small: Encoder) -> None:
+    compute(dataset, small, CacheConfig("h0-mini", tokens="none"), ("a",))
+    cls = dataset.features_dir(PX, "h0-mini") / "cls" / f"a.0-{ROWS}.parquet"
+    before = cls.stat().st_mtime_ns
+    config = CacheConfig("h0-mini", tokens="int8")
+    only = arguments(dataset, "a", small, config, {(0, 3): ["tokens-int8"]})
+    ((entry,),) = cache_bundle([only])
+    assert entry.scope == f"{PX}/h0-mini/tokens-int8"
+    assert cls.stat().st_mtime_ns == before
+
+
+def test_several_runs_of_blocks_make_a_file_each(dataset: Dataset, small: Encoder) -> None:
+    config = CacheConfig("h0-mini", tokens="float16")
+    work = {(2, 3): ["cls", "tokens-float16"], (0, 1): ["cls"]}
+    (entries,) = cache_bundle([arguments(dataset, "c", small, config, work)])
+    spans = [(entry.scope.rpartition("/")[2], entry.start, entry.stop) for entry in entries]
+    assert spans == [("cls", 0, 16), ("cls", 32, 40), ("tokens-float16", 32, 40)]
+
+
+class Hungry:
+    """The encoder on a device with room for eight tiles."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self.device = encoder, encoder.device
+
+    def encode(self, images, *, tokens):
+        if len(images) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._encoder.encode(images, tokens=tokens)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(dataset: Dataset, small: Encoder) -> None:
+    notes: list[str] = []
+    forward = Forward(Hungry(small), 32, "float16", notes.append)  # type: ignore[arg-type]
+    tiles = tiles_of(dataset, "a")
+    features = forward(tiles, tokens=True)()
+    direct = small.encode(tiles)
+    assert forward.batch == 8
+    assert np.abs(features.cls - direct.cls.numpy()).max() < 1e-5
+    assert [note.rpartition(" ")[2] for note in notes] == ["16", "8"]
+
+
+def test_memory_that_holds_no_tile_is_one_line(dataset: Dataset, small: Encoder) -> None:
+    class Full(Hungry):
+        def encode(self, images, *, tokens):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    forward = Forward(Full(small), 4, "none", lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="out of memory on cpu with a single tile"):
+        forward(tiles_of(dataset, "a")[:4], tokens=False)
+
+
+def test_features_that_are_not_finite_fail_the_slide(dataset: Dataset, small: Encoder) -> None:
+    with torch.no_grad():
+        small.network.norm.weight[0] = torch.nan
+    rows = compute(dataset, small, CacheConfig("h0-mini", tokens="float16"), ("a",))
+    assert rows[0][-1].outcome == "failed"
+    assert "not finite" in rows[0][-1].reason
+
+
+def test_encoders_without_patch_tokens_store_none() -> None:
+    assert CacheConfig("h0-mini").resolved().tokens == "float16"
+    assert "uni" not in encoders.ENCODERS or CacheConfig("uni").resolved().tokens == "none"
+
+
+@pytest.mark.parametrize("kind", ["cls", "tokens-float16", "tokens-int8"])
+def test_planned_bytes_are_those_on_disk(dataset: Dataset, small: Encoder, kind: str) -> None:
+    tokens = "none" if kind == "cls" else kind.removeprefix("tokens-")
+    rows = compute(dataset, small, CacheConfig("h0-mini", tokens=tokens))
+    sizes = [e.files[0].bytes for entries in rows for e in entries if e.scope.endswith(kind)]
+    planned = stored_bytes(kind, 3 * ROWS, 3, 24, (4, 24))
+    bare = 3 * ROWS * bytes_per_tile(kind, 24, (4, 24))
+    assert bare <= sum(sizes)
+    assert abs(planned - sum(sizes)) < 3 * 4000, "overhead is a few kB a file"
+
+
+def test_the_rate_is_that_of_the_journal() -> None:
+    def entry(seconds: float, stop: int, scope: str = "s") -> Entry:
+        return Entry("a", "done", "f", scope=scope, start=0, stop=stop, seconds=seconds)
+
+    rate = journal_rate([entry(2, 32), entry(6, 64), entry(1, 900, "other")], "s")
+    assert rate is not None
+    assert rate.tiles_per_s == 12
+    assert journal_rate([], "s") is None

@@ -1,0 +1,233 @@
+"""Cluster files, job arrays and the printed batch scripts, without a batch system."""
+
+import filecmp
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from pipeline import cluster
+from pipeline.__main__ import main
+from pipeline.cluster import ClusterConfig, Watch, cluster_options, load_cluster, walltime_seconds
+from pipeline.commands.batch import SCRIPTS
+from pipeline.engine import EngineConfig
+
+SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("04:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-00:00:01", 172801),
+    ],
+)
+def test_walltimes_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert walltime_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1:2:3:4", "1-", "a:b", "1-1:1:1:1", "00:00:00"])
+def test_other_walltimes_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="walltime"):
+        walltime_seconds(text)
+
+
+def test_a_worker_leaves_before_its_walltime() -> None:
+    assert ClusterConfig(walltime="04:00:00").lifetime_s == 14400 - 300
+    assert ClusterConfig(walltime="10").lifetime_s == 540
+
+
+def test_a_stages_own_keys_come_over_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "queue: cpu\nmax_jobs: 50\n"
+        "stages:\n  cache: {queue: gpu, cores: 16, directives: ['--gres=gpu:1']}\n"
+    )
+    assert load_cluster(path, "tile") == ClusterConfig(queue="cpu", max_jobs=50)
+    own = ClusterConfig(queue="gpu", max_jobs=50, cores=16, directives=("--gres=gpu:1",))
+    assert load_cluster(path, "cache") == own
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quue: cpu", "unknown key 'quue'; did you mean queue"),
+        ("walltime: 3600", "walltime is 3600, expected a text: put it in quotes"),
+        ("cores: '4'", "cores is '4', expected a whole number"),
+        ("directives: --gres=gpu:1", "expected a list of texts"),
+        ("tls: 1", "expected true or false"),
+        ("cores: 3\nworkers: 2", "a multiple of workers"),
+        ("system: slurn", "one of slurm"),
+        ("min_jobs: 20", "min_jobs is 20"),
+        ("- a\n- b", "expected keys such as"),
+        ("stages: [tile]", "expected 'stages:"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"(?s)cluster.yaml.*{message}") as caught:
+        load_cluster(path, "tile")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_job_script_has_what_the_file_says(tmp_path: Path) -> None:
+    from dask_jobqueue.slurm import SLURMJob
+
+    config = ClusterConfig(
+        queue="gpu", account="lab", cores=16, memory="64GB", walltime="1-00:00:00",
+        directives=("--gres=gpu:1",), prologue=("module load cuda",), log_dir=str(tmp_path / "l"),
+        tls=False,
+    )  # fmt: skip
+    options = cluster_options(config, EngineConfig(cluster=config, threads=16).job_environment())
+    for key in ("scheduler_options", "silence_logs"):
+        del options[key]
+    script = SLURMJob("tcp://127.0.0.1:1", name="w", **options).job_script()
+    for line in (
+        "#SBATCH -p gpu", "#SBATCH -A lab", "#SBATCH --cpus-per-task=16", "#SBATCH -t 1-00:00:00",
+        "#SBATCH --gres=gpu:1", "module load cuda", "export OMP_NUM_THREADS=16",
+        "export MALLOC_TRIM_THRESHOLD_=65536",
+    ):  # fmt: skip
+        assert line in script.splitlines()
+    assert "--lifetime 86100s" in script
+
+
+def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now)
+    watch = Watch(ClusterConfig())
+    jobs = {"a": {"a-0", "a-1"}, "b": {"b"}, "c": {"c"}}
+    assert watch.lost(jobs, {"a-0", "b"}) == []
+    now += 59
+    assert watch.lost(jobs, {"a-1"}) == []
+    now += 2
+    assert watch.lost(jobs, set()) == ["b"], "c was never there: it waits in the queue"
+    now += 61
+    assert watch.lost(jobs, set()) == ["a"]
+
+
+def test_jobs_that_never_bear_a_worker_stop_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 11\necho 99\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    watch = Watch(ClusterConfig())
+    assert watch.ended({"a": "11"}) == []
+    watch.check()
+    assert watch.ended({"a": "11", "b": "12", "c": "13", "d": "14"}) == ["b", "c", "d"]
+    with pytest.raises(UserError, match="3 jobs ended before their worker answered"):
+        watch.check()
+
+
+def test_no_job_is_given_up_where_squeue_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Watch(ClusterConfig()).ended({"a": "11"}) == []
+
+
+def test_parts_of_an_array_are_disjoint_and_whole() -> None:
+    names = [f"TCGA-{i:04d}" for i in range(2000)]
+    parts = [[n for n in names if EngineConfig(array=(i, 7)).takes(n)] for i in range(7)]
+    assert sorted(name for part in parts for name in part) == names
+    # 2,000 / 7 = 286; a fair draw has a standard deviation of 16.
+    assert all(220 < len(part) < 350 for part in parts)
+
+
+def test_an_array_leaves_what_one_run_leaves(tmp_path: Path) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    names = ["slide-1", "slide-2", "slide-3"]
+    for name in names:
+        shutil.copy(SLIDE, slides / f"{name}.svs")
+    assert [EngineConfig(array=(0, 2)).takes(name) for name in names] == [True, True, False]
+    one, many = tmp_path / "one", tmp_path / "many"
+
+    def run(root: Path, stage: str, *options: str) -> None:
+        assert main([stage, "--dataset", str(root), "--workers", "1", *options]) == 0
+
+    run(one, "scan", str(slides))
+    run(one, "tissue")
+    for element in ("0/2", "1/2"):
+        run(many, "scan", str(slides), "--array", element)
+    assert not (many / "slides.parquet").exists()
+    run(many, "scan", str(slides))
+    for element in ("1/2", "0/2"):
+        run(many, "tissue", "--array", element)
+    made = [p.relative_to(one) for p in sorted(one.rglob("*")) if p.is_file()]
+    made = [str(path) for path in made if path.parts[0] != "status"]
+    assert len(made) > 9
+    assert filecmp.cmpfiles(one, many, made, shallow=False)[0] == made
+
+
+@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0"])
+def test_a_wrong_array_element_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="I from 0 to N - 1"):
+        main(["tissue", "--dataset", str(tmp_path), f"--array={text}"])
+
+
+def test_cluster_and_scheduler_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="not allowed with"):
+        main(["tile", "--dataset", "d", "--scheduler", "tcp://a:1", "--workers", "2"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_batch_scripts_take_a_cluster_files_keys(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "account: lab\nqueue: cpu\ncores: 2\nprologue: ['module load cuda']\nstages:\n"
+        f"  {name}: {{memory: 64GB, walltime: '1-00:00:00', directives: ['--gres=gpu:4']}}\n"
+    )
+    assert main(["batch", name, "--cluster", str(path)]) == 0
+    script = capsys.readouterr().out
+    said = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    for line in ("--account=lab", "--mem=64G", "--time=1-00:00:00", "--gres=gpu:4"):
+        assert said.count(f"#SBATCH {line}") == 1
+    assert sum(line.split("=")[0].endswith("--time") for line in said) == 1
+    assert sum("--gres" in line for line in said) == 1
+    # What tiling wants of a job is not what training wants.
+    assert ("#SBATCH --partition=cpu" in said) == (name == "tile")
+    assert ("#SBATCH --cpus-per-task=2" in said) == (name == "tile")
+    lines = script.splitlines()
+    assert lines.index("module load cuda") > lines.index(said[-1])
+    assert lines.index("module load cuda") < lines.index("set -euo pipefail")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_jobs_are_stillborn_in_a_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that came and went between two looks was there all the same."""
+    alive: set[str] = set()
+    monkeypatch.setattr(cluster, "slurm_alive", lambda ids: alive & ids)
+    came: set[str] = set()
+    watch = Watch(ClusterConfig(), lambda: came)
+    for number in range(6):
+        came = {"a"} if number % 3 == 2 else set()
+        watch.lost({"a": {"a"}}, set())
+        assert watch.ended({"a": str(number)}) == ["a"]
+        watch.check()
+    came = set()
+    watch.ended({"a": "7"})
+    watch.ended({"a": "8"})
+    watch.ended({"a": "9"})
+    with pytest.raises(UserError, match="3 jobs ended before their worker answered"):
+        watch.check()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_batch_scripts_are_bash(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", name]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert f"#SBATCH --job-name=histogen-{name}\n" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -1,0 +1,263 @@
+"""`select` on datasets: plans, hold-outs that cannot be undone silently, parts, sets, denial."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.errors import UserError
+from pipeline.__main__ import main
+from pipeline.dataset import (
+    Dataset,
+    Slide,
+    commit_file,
+    make_selection,
+    new_run_id,
+    read_selection,
+    read_slides,
+)
+from pipeline.dataset.tables import read_plan, read_rows, write_rows, write_selection
+from pipeline.grid import reserve_size
+from pipeline.selection.denied import deny_file
+from tests.pipeline.cohort_data import slides_of, tissue_dataset, trap_rows
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    slides = slides_of(trap_rows())
+    slides += [
+        Slide("unreadable", "u.svs", status="failed", reason="the file is empty"),
+        Slide("glass", "g.svs", mpp=0.5, bytes=1, mtime_ns=1),
+    ]
+    counts = [max(3, slide.bytes // 2_000_000) for slide in slides[:-1]] + [0]
+    return tissue_dataset(tmp_path_factory.mktemp("cohort") / "d", slides, counts)
+
+
+@pytest.fixture
+def dataset(made, tmp_path):
+    shutil.copytree(made.root, tmp_path / "d")
+    return Dataset(tmp_path / "d")
+
+
+def select(dataset, *arguments):
+    return main(["select", "--dataset", str(dataset.root), *arguments])
+
+
+def patients_of(dataset, name):
+    patient = {slide.slide_id: slide.patient for slide in read_slides(dataset)}
+    return {patient[slide_id] for slide_id in read_selection(dataset, name).slide_ids}
+
+
+def tiles_of(dataset, name):
+    return {(s, int(r)) for s, ranks in read_selection(dataset, name).items() for r in ranks}
+
+
+def test_the_paper_s_selections_in_order(dataset, capsys):
+    assert select(dataset, "--name", "val-out", "--hold-out", "20", "--cover", "project,site",
+                  "--tiles", "500") == 0  # fmt: skip
+    assert select(dataset, "--name", "train-10k", "--tiles", "10_000") == 0
+    assert select(dataset, "--name", "train-4k", "--tiles", "4_000") == 0
+    assert select(dataset, "--name", "val-in", "--pool", "reserve", "--tiles", "100") == 0
+    assert select(dataset, "--name", "guidance", "--from", "train-4k", "--tiles", "300") == 0
+    held = patients_of(dataset, "val-out")
+    for name in ("train-10k", "train-4k", "val-in", "guidance"):
+        assert not held & patients_of(dataset, name), name
+    assert len(read_plan(dataset, "val-out")["ties"]["patients"]) >= len(held)
+    plan = read_plan(dataset, "train-4k")
+    assert plan["cohort"]["slides"] - 20 == sum(row["slides"] for row in plan["strata"])
+    assert {"NA", "02", "2E"} <= {row["name"] for row in plan["strata"]}
+    assert sum(row["selected"] for row in plan["strata"]) == 4000
+    assert tiles_of(dataset, "guidance") <= tiles_of(dataset, "train-4k")
+    assert tiles_of(dataset, "train-4k") < tiles_of(dataset, "train-10k")
+    assert not tiles_of(dataset, "val-in") & tiles_of(dataset, "train-10k")
+    large = dict(read_selection(dataset, "train-10k").items())
+    for slide_id, ranks in read_selection(dataset, "train-4k").items():
+        assert np.array_equal(ranks, large[slide_id][: len(ranks)])
+    roles = {n: read_plan(dataset, n)["role"] for n in dataset.selection_names()}
+    assert roles == {
+        "val-out": "val-out", "train-10k": "train", "train-4k": "train", "val-in": "val-in",
+        "guidance": "train",
+    }  # fmt: skip
+    assert "Jensen-Shannon divergence" in capsys.readouterr().out
+
+
+def test_every_exclusion_is_counted_and_listed(dataset, capsys):
+    assert select(dataset, "--name", "t", "--tiles", "100", "--sample-types", "01",
+                  "--min-candidates", "5") == 0  # fmt: skip
+    counted = {row["reason"]: row["slides"] for row in read_plan(dataset, "t")["exclusions"]}
+    assert counted == {
+        "duplicate file": 2, "frozen section": 1, "sample type": 1, "few candidates": 1,
+        "failed by scan": 1, "rejected by tissue": 1,
+    }  # fmt: skip
+    with (dataset.root / "selections" / "t.excluded.csv").open() as file:
+        rows = {row["slide_id"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 7
+    assert rows["unreadable"]["detail"] == "the file is empty"
+    assert not set(rows) & set(read_selection(dataset, "t").slide_ids)
+    assert "duplicate file" in capsys.readouterr().out
+
+
+def test_a_second_run_does_nothing_and_other_bytes_never_come(dataset, capsys):
+    run = ("--name", "val-out", "--hold-out", "15", "--cover", "project", "--tiles", "200")
+    select(dataset, *run)
+    first = dataset.selection_file("val-out").read_bytes()
+    capsys.readouterr()
+    select(dataset, *run)
+    assert "already done, nothing to redo" in capsys.readouterr().out
+    dataset.selection_file("val-out").unlink()
+    select(dataset, *run)
+    assert dataset.selection_file("val-out").read_bytes() == first
+
+
+def test_a_hold_out_is_honoured_though_its_file_is_gone(dataset):
+    select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "200")
+    held = patients_of(dataset, "val-out")
+    dataset.selection_file("val-out").unlink()
+    select(dataset, "--name", "train")
+    assert not held & patients_of(dataset, "train")
+    assert list(read_plan(dataset, "train")["ties"]["honours"]) == ["val-out"]
+
+
+def test_a_hold_out_without_any_trace_is_missed(dataset):
+    select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "200")
+    select(dataset, "--name", "train", "--tiles", "500")
+    dataset.selection_file("val-out").unlink()
+    for path in dataset.status_dir("select").glob("*.jsonl"):
+        path.unlink()
+    with pytest.raises(UserError, match="'train' leaves the patients of hold-out 'val-out' alone"):
+        select(dataset, "--name", "more")
+
+
+def test_a_hold_out_that_others_honour_cannot_change_or_go(dataset):
+    select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "200")
+    select(dataset, "--name", "train", "--tiles", "500")
+    # More tiles of the same patients harm nobody.
+    assert select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "300") == 0
+    with pytest.raises(UserError, match="another choice would put them into training"):
+        select(dataset, "--name", "val-out", "--hold-out", "12", "--tiles", "200")
+    with pytest.raises(UserError, match="another choice would put them into training"):
+        select(dataset, "--name", "val-out", "--tiles", "200")
+    with pytest.raises(UserError, match="'train' leave its patients alone"):
+        select(dataset, "--remove", "val-out")
+    assert select(dataset, "--remove", "train") == 0
+    assert select(dataset, "--remove", "val-out") == 0
+    assert dataset.selection_names() == []
+    assert not list((dataset.root / "selections").iterdir())
+    select(dataset, "--name", "all")
+    assert read_plan(dataset, "all")["ties"]["honours"] == {}
+
+
+def test_a_hold_out_comes_before_what_it_must_be_kept_from(dataset):
+    select(dataset, "--name", "train", "--tiles", "500")
+    with pytest.raises(UserError, match=r"patients of 'train': a hold-out comes before"):
+        select(dataset, "--name", "val-out", "--hold-out", "20")
+    select(dataset, "--remove", "train")
+    assert select(dataset, "--name", "val-out", "--hold-out", "20") == 0
+
+
+def test_two_hold_outs_do_not_meet(dataset):
+    select(dataset, "--name", "val-out", "--hold-out", "20")
+    select(dataset, "--name", "test-out", "--hold-out", "20")
+    assert not patients_of(dataset, "val-out") & patients_of(dataset, "test-out")
+    select(dataset, "--name", "train")
+    both = patients_of(dataset, "val-out") | patients_of(dataset, "test-out")
+    assert not both & patients_of(dataset, "train")
+
+
+def test_what_was_drawn_from_a_selection_binds_it(dataset):
+    select(dataset, "--name", "train", "--tiles", "500")
+    select(dataset, "--name", "guidance", "--from", "train", "--tiles", "50")
+    with pytest.raises(UserError, match="'guidance' was drawn from it"):
+        select(dataset, "--name", "train", "--tiles", "400")
+    with pytest.raises(UserError, match="'guidance' was drawn from it"):
+        select(dataset, "--remove", "train")
+
+
+def test_disjoint_sets_in_one_call(dataset):
+    select(dataset, "--name", "ood", "--split", "conditioning,reference", "--tiles", "2_000",
+           "--pool", "all")  # fmt: skip
+    one, two = tiles_of(dataset, "ood-conditioning"), tiles_of(dataset, "ood-reference")
+    assert len(one) == len(two) == 2000
+    assert not one & two
+    plans = [read_plan(dataset, f"ood-{part}") for part in ("conditioning", "reference")]
+    for a, b in zip(*(plan["strata"] for plan in plans), strict=True):
+        assert abs(a["selected"] - b["selected"]) <= 1
+        assert a["selected"] == pytest.approx(a["quota"], abs=1.5)
+    with pytest.raises(UserError, match="largest possible is"):
+        select(dataset, "--name", "x", "--split", "a,b", "--tiles", "1_000_000")
+
+
+def deny(dataset, name, ranks):
+    rows = make_selection(name, ranks, {})
+    commit_file(dataset, new_run_id(), deny_file(dataset, name), lambda f: write_rows(f, rows))
+
+
+def test_a_deny_list_is_filled_up_or_subtracted(dataset):
+    select(dataset, "--name", "train", "--tiles", "3_000")
+    before = dict(read_selection(dataset, "train").items())
+    denied = {slide: ranks[::3] for slide, ranks in before.items()}
+    deny(dataset, "bad", denied)
+    gone = {(s, int(r)) for s, ranks in denied.items() for r in ranks}
+    select(dataset, "--name", "minus", "--from", "train", "--deny", "bad")
+    assert tiles_of(dataset, "minus") == tiles_of(dataset, "train") - gone
+    select(dataset, "--name", "filled", "--tiles", "3_000", "--deny", "bad")
+    filled = tiles_of(dataset, "filled")
+    assert len(filled) == 3000
+    assert not filled & gone
+    for slide, ranks in read_selection(dataset, "filled").items():
+        count = pq.read_metadata(dataset.candidates_file(slide)).num_rows
+        free = [r for r in range(reserve_size(count), count) if (slide, r) not in gone]
+        assert ranks.tolist() == free[: len(ranks)]
+    with pytest.raises(UserError, match=r"no deny-list 'good'.*there: bad"):
+        select(dataset, "--name", "x", "--deny", "good")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--name", "x", "--tiles", "100_000_000"], "largest possible is"),
+        (["--name", "x", "--cover", "site"], "--cover is for --hold-out"),
+        (["--name", "x", "--hold-out", "9", "--cover", "tss"], "expected project, site"),
+        (["--name", "x", "--hold-out", "9_999"], "fewer than the cohort's eligible slides"),
+        (["--name", "x", "--hold-out", "9", "--pool", "reserve"], "leave --from and --pool out"),
+        (["--name", "x", "--from", "y"], "no selection 'y'"),
+        (["--name", "x", "--from", "x"], "drawn from itself"),
+        (["--name", "x", "--split", "a,a"], "two or more different names"),
+        (["--name", "x", "--min-candidates", "9_999_999"], "no slide is left; left out"),
+        (["--tiles", "9"], "needs --name"),
+        (["--remove", "x"], "no selection 'x'"),
+    ],
+)
+def test_mistakes_say_what_to_do(made, arguments, words):
+    with pytest.raises(UserError, match=words):
+        select(made, *arguments)
+    assert not made.selection_names()
+
+
+def test_a_selection_file_round_trips_in_little_space(tmp_path):
+    rng = np.random.default_rng(0)
+    ranks = {f"slide-{i:03d}": np.arange(7, 7 + rng.integers(1, 9000), dtype=np.int32)
+             for i in range(600)}  # fmt: skip
+    selection = make_selection("x", ranks, {"a": "NA"})
+    assert selection.rows > 2 * (1 << 20), "several row groups"
+    write_selection(Dataset(tmp_path), "run", selection)
+    path = tmp_path / "selections" / "x.parquet"
+    assert path.stat().st_size < selection.rows / 20
+    back = read_rows(path, "x")
+    assert back.content_hash == selection.content_hash
+    assert back.plan == {"a": "NA"}
+    # Any tool's file: plain strings, any order.
+    table = pq.read_table(path)
+    order = rng.permutation(table.num_rows)[:5000]
+    plain = table.take(order).cast(
+        table.schema.set(0, table.schema.field(0).with_type(pa.string()))
+    )
+    pq.write_table(plain, tmp_path / "other.parquet")
+    rows = sorted(zip(plain["slide_id"].to_pylist(), plain["rank"].to_pylist(), strict=True))
+    other = read_rows(tmp_path / "other.parquet", "o")
+    assert [(s, int(r)) for s, some in other.items() for r in some] == rows
+    assert json.loads(pq.read_schema(path).metadata[b"plan"]) == {"a": "NA"}

@@ -1,0 +1,63 @@
+"""`pipeline status` says what the files say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.__main__ import main
+from pipeline.dataset import Dataset, Entry, FileRecord, Run
+from pipeline.status import count_covered, read_status
+
+SPANS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=6)
+
+
+@given(st.sets(st.integers(0, 60)), SPANS)
+def test_covered_ranks_are_those_in_any_span(ranks: set[int], spans: list[tuple[int, int]]) -> None:
+    covered = {rank for rank in ranks if any(start <= rank < stop for start, stop in spans)}
+    ascending = np.array(sorted(ranks), np.int32)
+    assert count_covered(ascending, [(a, b) for a, b in spans if a <= b]) == len(covered)
+
+
+def test_a_tiled_slide_in_numbers(tiled: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--dataset", str(tiled.root), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    stages = {(one["stage"], one["scope"]): one for one in said["stages"]}
+    assert stages["scan", ""]["done"] == 1
+    tar = next(tiled.tiles_dir(224).glob("*.tar"))
+    expected = tar.stat().st_size + tar.with_suffix(".idx").stat().st_size
+    assert stages["tile", "224"]["bytes"] == expected
+    assert stages["tile", "224"]["tiles_per_s"] > 0
+    (row,) = said["selections"]
+    assert (row["selection"], row["tiles"], row["stored"]) == ("train", 48, 48)
+
+
+def test_failures_pruned_ranges_and_features_by_selection(own_tiled: Dataset) -> None:
+    slide, record = "CMU-1-Small-Region", (FileRecord("features/x", 100, "0"),)
+    scope = "224/h0-mini+jpeg70/cls"
+
+    def line(start: int, stop: int, outcome: str = "done", seconds: float = 4.0) -> Entry:
+        return Entry(slide, outcome, "f", scope=scope, start=start, stop=stop,  # type: ignore[arg-type]
+                     files=record if outcome == "done" else (), seconds=seconds)  # fmt: skip
+
+    with Run(own_tiled, "cache", {}) as run:
+        run.append([line(0, 16), line(16, 32), line(32, 48, "pruned", 0)])
+        run.append([Entry("encoder.json", "done", "f", scope=f"{scope}/encoder.json")])
+        run.append([Entry("other", "failed", "f", "disk full", scope=scope)])
+    status = read_status(own_tiled)
+    cached = next(one for one in status.stages if one.stage == "cache")
+    assert (cached.scope, cached.done, cached.failed, cached.bytes) == (scope, 1, 1, 200)
+    row = next(one for one in status.selections if one.stage == "cache")
+    assert (row.tiles, row.stored) == (48, 31), "rank 0 is the reserve"
+    assert row.seconds_left == pytest.approx((48 - 31) / 4)
+
+
+def test_an_empty_dataset_says_what_to_do(
+    tmp_path: Path, tiled: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dataset.json").write_bytes(tiled.identity_file.read_bytes())
+    assert main(["status", "--dataset", str(tmp_path)]) == 0
+    assert "pipeline scan" in capsys.readouterr().out
