@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from model.weights import (
 )
 
 FORMAT_VERSION = 1
+Model = TypeVar("Model", bound="CytoSyn")
+
 _CONFIG, _SIT, _VAE = "config.json", "sit.safetensors", "vae.safetensors"
 
 
@@ -119,12 +121,15 @@ class CytoSyn(nn.Module):
         condition, where guidance has nothing to do. `seed` is one number from which each
         image's own seed is derived by its index, or N seeds. An image is a function of its
         feature and seed alone, up to the rounding of the arithmetic; `batch_size` bounds memory.
-        Steps, solver and guidance are those of `model.sample`. `dtype` runs the networks under
-        autocast, `network` replaces `sit.forward_from_condition` by a compiled one. `progress`
+        Steps, solver and guidance are those of `model.sample`. `dtype` runs the SiT under
+        autocast, `network` replaces `sit.forward_from_condition` by a compiled one. The VAE
+        decodes in its own dtype: in bfloat16 it is off by a grey level, to save a hundredth of the
+        time of 250 steps. `progress`
         is told of steps done and of all steps, over all batches. Values are rounded to
         integers, or cut with `legacy_truncate` as the reference did (half a grey level darker).
 
-        Raises UserError for features of another width and for numbers out of range.
+        Raises UserError for features of another width, for numbers out of range and for images
+        that are not finite.
         """
         prompts = self._prompts(features, num_images_per_prompt)
         count = num_images_per_prompt if prompts is None else len(prompts)
@@ -149,7 +154,7 @@ class CytoSyn(nn.Module):
                 network=network,
                 progress=_within(progress, batch, len(starts)),
             )
-            images.append(self.decode(latents, dtype=dtype, legacy_truncate=legacy_truncate))
+            images.append(self.decode(latents, legacy_truncate=legacy_truncate))
         return np.concatenate(images)
 
     @torch.no_grad()
@@ -179,10 +184,14 @@ class CytoSyn(nn.Module):
         dtype: torch.dtype | None = None,
         legacy_truncate: bool = False,
     ) -> np.ndarray:
-        """RGB images uint8 [N, H, W, 3] of normalised latents [N, C, h, w]."""
+        """RGB images uint8 [N, H, W, 3] of normalised latents [N, C, h, w].
+
+        Raises UserError where an image is not finite, which as bytes would be a black tile.
+        """
         raw = self.sit.bn.denormalise(latents.to(self.device))
         with self._precision(dtype):
             images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
+        _refuse_unfinite(images)
         return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -212,21 +221,20 @@ class CytoSyn(nn.Module):
     def from_pretrained(cls, source: str | Path) -> Self:
         """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name").
 
+        "owner/name@revision" takes a commit, branch or tag. What the hub's cache holds needs no
+        network.
         Weights are loaded to the CPU in float32. Raises UserError, naming the file, if the
         source cannot be found or reached, is of another format, damaged, or does not fit.
         """
         folder = _local_folder(source)
-        config = _read_config(folder / _CONFIG)
-        sums = config["sha256"]
-        sit_config = SiTConfig.from_dict(config["sit"])
-        vae_config = VAEConfig.from_dict(config["vae"])
+        parts = _read_config(folder / _CONFIG)
         model = cls(
-            _load(lambda: SiT(sit_config), folder / _SIT, sums),
-            _load(lambda: VAE(vae_config), folder / _VAE, sums),
-            interpolant=Interpolant(config["path"]),
-            records=_read_records(config["records"]),
+            _load(lambda: SiT(parts.sit), folder / _SIT, parts.sums),
+            _load(lambda: VAE(parts.vae), folder / _VAE, parts.sums),
+            interpolant=parts.interpolant,
+            records=parts.records,
         )
-        return model.requires_grad_(False).eval()
+        return _ready(model)
 
     @classmethod
     def from_repa_e(cls, checkpoint: str | Path, *, use_ema: bool = True) -> Self:
@@ -248,7 +256,7 @@ class CytoSyn(nn.Module):
             vae="raw",
         )
         model = cls(sit, vae, interpolant=Interpolant(parts.path), records=records)
-        return model.requires_grad_(False).eval()
+        return _ready(model)
 
     def _prompts(self, features: Tensor | np.ndarray | None, repeats: int) -> Tensor | None:
         """One row of features (or label) an image, on the model's device."""
@@ -274,10 +282,19 @@ class CytoSyn(nn.Module):
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
+def _refuse_unfinite(images: Tensor) -> None:
+    bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} images are not finite (first: {bad[0]}); look for NaN in "
+            "the features or the weights, or compute in bfloat16 or float32 instead of float16"
+        )
+
+
 def _image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     """Seeds [count] (int64 bits): derived from one number by image index, or as given."""
-    if isinstance(seed, int):
-        return derive_seeds(seed, torch.arange(count))
+    if isinstance(seed, int | np.integer):
+        return derive_seeds(int(seed), torch.arange(count))
     seeds = seed_tensor(seed)
     if seeds.shape != (count,):
         raise UserError(f"{seeds.numel()} seeds for {count} images; pass one, or one an image")
@@ -296,18 +313,55 @@ def _local_folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     hub_id = str(source).removeprefix("hub:")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", hub_id)
+    if named is None:
         raise UserError(
             f"model {source}: no such folder; give the folder of an exported model or a hub id "
-            "(owner/name)"
+            "(owner/name, or owner/name@revision)"
         )
     from huggingface_hub import snapshot_download
 
+    repository, revision = named.groups()
+    wanted = [_CONFIG, _SIT, _VAE]
     with explain_hub_errors(hub_id, instead=f"the local folder (there is none at {folder})"):
-        return Path(snapshot_download(hub_id, allow_patterns=[_CONFIG, _SIT, _VAE]))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _FolderConfig:
+    """What config.json says: the shapes of the networks, and the sums of their files."""
+
+    sit: SiTConfig
+    vae: VAEConfig
+    interpolant: Interpolant
+    records: Records
+    sums: dict[str, str]
+
+
+def _read_config(path: Path) -> _FolderConfig:
+    config = _read_json(path)
+    absent = [key for key in ("path", "sit", "vae", "records", "sha256") if key not in config]
+    if absent:
+        raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
+    try:
+        return _FolderConfig(
+            SiTConfig.from_dict(config["sit"]),
+            VAEConfig.from_dict(config["vae"]),
+            Interpolant(config["path"]),
+            _read_records(config["records"]),
+            dict(config["sha256"]),
+        )
+    except UserError as error:
+        raise UserError(f"model {path}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"model {path}: a value is of another kind than this software writes ({error}); "
+            "export the model again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object, after its format and version."""
     if not path.is_file():
         raise UserError(f"model {path.parent}: holds no {_CONFIG}; export the model again")
     try:
@@ -323,15 +377,18 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"model {path}: format_version is {config.get('format_version')!r}, this version "
             f"reads {FORMAT_VERSION}; update this software or export the model again"
         )
-    absent = [key for key in ("path", "sit", "vae", "records", "sha256") if key not in config]
-    if absent:
-        raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
     return config
 
 
 def _read_records(values: dict[str, Any]) -> Records:
     known = {field.name for field in fields(Records)}  # records of later versions are no obstacle
     return Records(**{key: value for key, value in values.items() if key in known})
+
+
+def _ready(model: Model) -> Model:
+    """Frozen, and the VAE in the memory layout that its convolutions are fastest in."""
+    model.vae.to(memory_format=torch.channels_last)
+    return model.requires_grad_(False).eval()
 
 
 def _load(build: Callable[[], Module], path: Path, sums: dict[str, str]) -> Module:

@@ -67,7 +67,7 @@ class Discriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor, *, frozen: bool = False) -> Tensor:
-        """Judge images; with `frozen`, gradients reach the images but not the parameters.
+        """Logits [B, 1, h, w] of images [B, 3, H, W]; `frozen` keeps gradients from the parameters.
 
         Freezing by the call, and not by switching `requires_grad` between steps, keeps
         compiled graphs valid. The batch norms' running statistics move either way.

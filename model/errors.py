@@ -1,9 +1,20 @@
 """The error a person can mend, shared by every room because `model` stands on the ground."""
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_LONGEST = 1500
+
 
 class UserError(Exception):
     """A mistake in the input, the configuration or the machine that a person can mend.
 
     The message is one line: it names the slide, file or key, says what was expected
     and what to do. The doors (`python -m ...`) print it without a traceback and exit with 2.
+    Names from files come into it: control characters, which would break the line or steer the
+    terminal, become spaces, and what is far too long is cut.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = _CONTROL.sub(" ", str(message))
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")

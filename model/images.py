@@ -1,4 +1,7 @@
-"""RGB images as bytes and as network inputs."""
+"""RGB images as bytes and as network inputs.
+
+Source: REPA-E (Leng et al., arXiv 2504.10483) scales by 127.5 and generates by truncation.
+"""
 
 import numpy as np
 import torch

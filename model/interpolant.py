@@ -41,19 +41,19 @@ class Interpolant:
             )
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the data, 1 at t=0 and 0 at t=1."""
+        """Weight of the data at times t ([] or [B]), 1 at t=0 and 0 at t=1."""
         return 1 - t if self.path == "linear" else torch.cos(_HALF_PI * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise, 0 at t=0 and 1 at t=1."""
+        """Weight of the noise at times t ([] or [B]), 0 at t=0 and 1 at t=1."""
         return t if self.path == "linear" else torch.sin(_HALF_PI * t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """Time derivative of alpha."""
+        """Time derivative of alpha at times t ([] or [B])."""
         return -torch.ones_like(t) if self.path == "linear" else -_HALF_PI * torch.sin(_HALF_PI * t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        """Time derivative of sigma."""
+        """Time derivative of sigma at times t ([] or [B])."""
         return torch.ones_like(t) if self.path == "linear" else _HALF_PI * torch.cos(_HALF_PI * t)
 
     def x_t(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class LatentNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
     def forward(self, z: Tensor) -> Tensor:
-        """`normalise(z)` in the module's mode."""
+        """`normalise(z)` of latents [B, C, H, W] in the module's mode."""
         return self.normalise(z)
 
     def normalise(self, z: Tensor, *, use_batch: bool | None = None) -> Tensor:
@@ -110,7 +110,10 @@ class LatentNorm(nn.Module):
         self.num_batches_tracked.add_(1)
 
     def denormalise(self, x: Tensor) -> Tensor:
-        """x sqrt(running_var) + running_mean, without eps as in REPA-E's sampler, in float32."""
+        """Raw latents, float32, of normalised x [B, C, H, W]: x sqrt(running_var) + running_mean.
+
+        Without eps, as in REPA-E's sampler.
+        """
         std = self.running_var.float().sqrt()
         return x.float() * _per_channel(std) + _per_channel(self.running_mean.float())
 

@@ -132,14 +132,17 @@ def _words(
     key = _integers(seed, "seed", 64, device)[:, None]
     step_word = _integers(step, "step", 32, device)[:, None]
     slot_word = _integers(slot, "slot", 32, device)[:, None]
-    stream_word = torch.tensor(int(stream), device=device)
+    stream_word = torch.full((), int(stream), dtype=torch.int64, device=device)
     block = torch.arange(-(-size // 4), device=device)
     words = philox((block, step_word, slot_word, stream_word), (key & _WORD, (key >> 32) & _WORD))
     return torch.stack(words, dim=2).flatten(1)[:, :size].reshape(-1, *shape)
 
 
 def _integers(values: Integers, name: str, bits: int, device: torch.device | str) -> Tensor:
-    """Numbers below 2^bits as an int64 tensor [n]; a tensor is taken as it is, without a sync."""
+    """Numbers below 2^bits as an int64 tensor [n]; a tensor is taken as it is, without a sync.
+
+    A single number is filled in on the device: to copy it there would wait for all queued work.
+    """
     if isinstance(values, Tensor):
         return values.to(device=device, dtype=torch.int64).reshape(-1)
     numbers = [values] if isinstance(values, int) else [int(value) for value in values]
@@ -147,4 +150,6 @@ def _integers(values: Integers, name: str, bits: int, device: torch.device | str
         if not 0 <= number < 2**bits:
             raise UserError(f"{name} is {number}; expected an integer in [0, 2^{bits})")
     signed = [number - 2**64 if number >= 2**63 else number for number in numbers]
+    if len(signed) == 1:
+        return torch.full((1,), signed[0], dtype=torch.int64, device=device)
     return torch.tensor(signed, dtype=torch.int64, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.weights import (
     Tensors,
     WeightsError,
-    fit_tensors,
+    assign_tensors,
     parse_weights,
     read_tensors,
     seeded_init,
@@ -60,19 +60,25 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
         self.features = nn.Sequential()
         self.heads = nn.ParameterList()
-        if not self.is_off:
-            with seeded_init(source.seed if self.is_random else 0):
-                self.features = _vgg16_features()
-            self.heads.extend(torch.full((width,), 1.0 / width) for width, _ in _STAGES)
-        if source.kind == "file":
-            fit_tensors(self, _from_published(read_tensors(weights)), source=weights)
-        elif source.kind == "hub":
-            fit_tensors(self, _from_published(_cached_vgg16()), source="torchvision's VGG16")
+        if self.is_random:
+            with seeded_init(source.seed):
+                self._build()
+        elif not self.is_off:
+            from_file = source.kind == "file"
+            tensors = _from_published(read_tensors(weights) if from_file else _cached_vgg16())
+            with torch.device("meta"):
+                self._build()
+            assign_tensors(self, tensors, source=weights if from_file else "torchvision's VGG16")
         self.weights_sha256 = tensors_sha256(self.state_dict())
         self.requires_grad_(False).eval()
 
     shift: Tensor
     scale: Tensor
+
+    def _build(self) -> None:
+        """VGG16 as it is initialised, and heads that weigh all channels alike."""
+        self.features = _vgg16_features()
+        self.heads.extend(torch.full((width,), 1.0 / width) for width, _ in _STAGES)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Distance [B], float32, of images [B, 3, H, W] in [-1, 1]; sides of 16 px or more.

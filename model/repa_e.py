@@ -10,10 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from model.errors import UserError
 from model.interpolant import PathName
 from model.sit import SIT_PRESETS, SiTConfig
 from model.vae import VAEConfig
 from model.weights import Tensors, WeightsError, load_archive
+
+# What reading a network's shape off foreign tensors can end in: an absent key, tensors of other
+# ranks, a shape that no configuration has.
+_MISFITS = (KeyError, ValueError, IndexError, ZeroDivisionError, UserError)
 
 _HEADS = {size["hidden_size"]: size["num_heads"] for size in SIT_PRESETS.values()}
 
@@ -97,7 +102,7 @@ def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> S
             num_classes=table[0] - 1,
             qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         )
-    except (KeyError, ValueError) as error:
+    except _MISFITS as error:
         raise WeightsError(f"weights {path}: the SiT in it lacks or misshapes {error}") from error
 
 
@@ -120,8 +125,8 @@ def _vae_config(tensors: Tensors, path: Path) -> VAEConfig:
                 if f"encoder.down.{level}.attn.0.q.weight" in tensors
             ),
         )
-    except KeyError as error:
-        raise WeightsError(f"weights {path}: the VAE in it lacks {error}") from error
+    except _MISFITS as error:
+        raise WeightsError(f"weights {path}: the VAE in it lacks or misshapes {error}") from error
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -7,7 +7,7 @@ scale factor: the latent norm inside the SiT takes its place.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -17,11 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from model.errors import UserError
 from model.losses import kl_loss
@@ -131,7 +127,7 @@ class Posterior(NamedTuple):
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Reparametrised sample `mean + exp(logvar / 2) * noise`, for standard normal noise."""
+        """Sample `mean + exp(logvar / 2) * noise` for standard normal noise [B, C, h, w]."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> Tensor:
@@ -152,14 +148,12 @@ class VAEOutput(NamedTuple):
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """`SiLU(GroupNorm(x))`: one function, so that a compiler fuses it into one kernel."""
+    """`SiLU(GroupNorm(x))` of x [B, C, H, W]: one function, which torch.compile fuses.
+
+    PyTorch's own CUDA GroupNorm copies channels_last input to a contiguous one and back; the
+    fused kernel keeps the layout, and reads and writes the map once.
+    """
     return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
-
-
-def _keep_convolutions(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    if op is torch.ops.aten.convolution.default:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class ResBlock(nn.Module):
@@ -180,19 +174,29 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, channels_in, H, W] to [B, channels_out, H, W]."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._forward(x)
-        # Convolutions are kept: norm and SiLU cost bandwidth only, and make up half the memory.
-        contexts = partial(create_selective_checkpoint_contexts, _keep_convolutions)
-        output: Tensor = checkpoint(
-            self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
-        return output
+        shortcut = self.nin_shortcut(x) if self.has_shortcut else x
+        hidden = self._convolve(x, self.norm1, self.conv1)
+        return self._convolve(hidden, self.norm2, self.conv2) + shortcut
 
-    def _forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(group_norm_silu(x, self.norm1))
-        hidden = self.conv2(group_norm_silu(hidden, self.norm2))
-        return hidden + (self.nin_shortcut(x) if self.has_shortcut else x)
+    def _convolve(self, x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+        """`conv(SiLU(norm(x)))`; with `recompute` x alone is kept for the backward pass.
+
+        The norm and the SiLU are then computed again, which costs bandwidth only, the convolution
+        is not. Eager autograd would keep the convolution's input, so the convolution belongs to
+        the part computed again; it stands last there, and recomputing stops before it. A compiler
+        keeps what it needs, but would compute all of that part again.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return conv(group_norm_silu(x, norm))
+        if torch.compiler.is_compiling():
+            return conv(_checkpointed(partial(group_norm_silu, norm=norm), x))
+        return _checkpointed(lambda x: conv(group_norm_silu(x, norm)), x)
+
+
+def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute `function(x)`, and again in the backward pass instead of keeping its insides."""
+    output: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 class SpatialAttention(nn.Module):

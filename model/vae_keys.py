@@ -1,4 +1,8 @@
-"""The two key layouts of published SD-VAE weights, CompVis (native here) and diffusers."""
+"""The two key layouts of published SD-VAE weights, CompVis (native here) and diffusers.
+
+Sources: the public checkpoints of Latent Diffusion (Rombach et al., arXiv 2112.10752) and of
+diffusers' AutoencoderKL.
+"""
 
 import re
 from collections.abc import Mapping

@@ -6,8 +6,8 @@ with `weights_only=True`.
 
 import hashlib
 import os
-import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +88,15 @@ def seeded_init(seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def read_tensors(path: str | Path) -> Tensors:
+def read_tensors(
+    path: str | Path, *, containers: Sequence[str] = ("state_dict",), mapped: bool = False
+) -> Tensors:
     """Read the tensors of a .safetensors or PyTorch file onto the CPU, by name.
 
-    A PyTorch file may hold the tensors directly or under "state_dict". Raises
-    `WeightsError` if the file is missing, of another kind, damaged, or holds anything
-    but named tensors.
+    A PyTorch file may hold the tensors directly or under one of `containers`. With `mapped` they
+    are views of the file, as safetensors' always are: read as they are touched, so that large
+    weights need no memory of their own until they are copied. Raises `WeightsError` if the file is
+    missing, of another kind, damaged, or holds anything but named tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,24 +110,39 @@ def read_tensors(path: str | Path) -> Tensors:
         except (SafetensorError, OSError) as error:
             raise WeightsError(_damaged(path, error)) from error
     if path.suffix in _TORCH_SUFFIXES:
-        return _named_tensors(load_archive(path), path)
+        return _named_tensors(load_archive(path, mapped=mapped), path, containers)
     raise WeightsError(
         f"weights {path}: unknown file type {path.suffix!r}; expected .safetensors or one of "
         + ", ".join(_TORCH_SUFFIXES)
     )
 
 
-def load_archive(path: Path, *, safe_types: Sequence[type] = ()) -> Any:
+def load_archive(path: Path, *, safe_types: Sequence[type] = (), mapped: bool = False) -> Any:
     """Load a PyTorch archive onto the CPU without executing pickled code.
 
     `safe_types` are plain record classes the file may hold besides tensors and
-    containers. Raises `WeightsError` if the file is damaged or wants other classes.
+    containers. With `mapped` the tensors are views of the file where its format allows it (the
+    one before PyTorch 1.6 does not). Raises `WeightsError` if the file is damaged or wants other
+    classes.
     """
     try:
         with torch.serialization.safe_globals(list(safe_types)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+            mapped = mapped and zipfile.is_zipfile(path)
+            if mapped:
+                _check_records(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle also fails as an assertion, a type, an index, ...
         raise WeightsError(_damaged(path, error)) from error
+
+
+def _check_records(path: Path) -> None:
+    """Compare an archive's records with their checksums, which mapping them would not do."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"record {damaged} differs from its checksum")
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -135,9 +153,10 @@ def _damaged(path: Path, error: Exception) -> str:
     )
 
 
-def _named_tensors(content: Any, path: Path) -> Tensors:
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+def _named_tensors(content: Any, path: Path, containers: Sequence[str]) -> Tensors:
+    for name in containers:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping):
         raise WeightsError(f"weights {path}: holds {type(content).__name__}, not named tensors")
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
@@ -170,13 +189,21 @@ def build_from_tensors(
     """
     with torch.device("meta"):
         module = build()
+    assign_tensors(module, tensors, source=source)
+    return module
+
+
+def assign_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Make `tensors`, in float32, the parameters and buffers of a module on the meta device.
+
+    Raises `WeightsError` as `fit_tensors` does.
+    """
     _refuse_misfit(module, tensors, source)
     single = {
-        key: tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in tensors.items()
+        key: tensors[key].float() if own.is_floating_point() else tensors[key].to(own.dtype)
+        for key, own in module.state_dict().items()
     }
     module.load_state_dict(single, strict=True, assign=True)
-    return module
 
 
 def _refuse_misfit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -186,7 +213,11 @@ def _refuse_misfit(module: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Say in one line how `given` differs from `expected` in keys and shapes; "" if it fits."""
+    """Say in one line how `given` differs from `expected` in keys and shapes; "" if it fits.
+
+    Any real floating-point dtype fits another; whole numbers do not fit where those are expected:
+    they are quantised codes, whose scales this software knows nothing of.
+    """
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     misshapen = [
@@ -194,12 +225,18 @@ def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor])
         for key, tensor in expected.items()
         if key in given and given[key].shape != tensor.shape
     ]
+    unreal = [
+        f"{key} {str(given[key].dtype).removeprefix('torch.')} where floating point is expected"
+        for key, tensor in expected.items()
+        if key in given and tensor.is_floating_point() > given[key].is_floating_point()
+    ]
     parts = [
         f"{label} {_spell(keys)}"
         for label, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("other shape:", misshapen),
+            ("other dtype:", unreal),
         )
         if keys
     ]
@@ -267,17 +304,32 @@ def explain_hub_errors(hub_id: str, *, instead: str) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/{hub_id.partition('@')[0]}"
+    token = "put a token of that account in HF_TOKEN or run `hf auth login`"
     try:
         yield
-    except (GatedRepoError, RepositoryNotFoundError) as error:
+    except WeightsError:
+        raise
+    except GatedRepoError as error:
         raise WeightsError(
-            f"weights hub:{hub_id}: refused; accept the terms at {page} and set HF_TOKEN "
-            f"to a token of that account (or check the id), or give {instead}"
+            f"weights hub:{hub_id}: refused, they are gated; accept the terms at {page} (some are "
+            f"approved by hand), {token}, or give {instead}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"weights hub:{hub_id}: refused or not there; check the id, accept the terms at "
+            f"{page}, {token}, or give {instead}"
         ) from error
     except Exception as error:  # the client's transport, and so its errors, differ by version
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:80]
         raise WeightsError(
-            f"weights hub:{hub_id}: not loaded ({type(error).__name__}: {reason}); on a machine "
-            f"with a network accept the terms at {page}, set HF_TOKEN and download the weights, "
-            f"then give {instead}"
+            f"weights hub:{hub_id}: not loaded ({_hub_reason(error)}); on a machine with a "
+            f"network accept the terms at {page} where it has any, {token} and download the "
+            f"weights, then give {instead}"
         ) from error
+
+
+def _hub_reason(error: BaseException) -> str:
+    """The deepest reason the hub's client gives, in a few words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {text}"[:120]

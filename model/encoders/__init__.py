@@ -1,6 +1,13 @@
-"""Frozen pathology encoders: one table, one loader, one output."""
+"""Frozen encoders: one table, one loader, one output."""
 
-from model.encoders.encoder import Encoder, EncoderOutput, load_encoder
+from model.encoders.construct import MissingPackageError
+from model.encoders.encoder import (
+    Encoder,
+    EncoderOutput,
+    load_encoder,
+    load_spec,
+    published_sha256,
+)
 from model.encoders.resize import antialias_bicubic_matrix, resize_tokens
 from model.encoders.table import ENCODERS, EncoderSpec, encoder_spec
 
@@ -9,8 +16,11 @@ __all__ = [
     "Encoder",
     "EncoderOutput",
     "EncoderSpec",
+    "MissingPackageError",
     "antialias_bicubic_matrix",
     "encoder_spec",
     "load_encoder",
+    "load_spec",
+    "published_sha256",
     "resize_tokens",
 ]

@@ -1,19 +1,22 @@
 """A frozen encoder with its weights: uint8 tiles in, CLS and patch tokens out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.encoders.kernels import resize_tiles
+from model.encoders.layouts import without_prefix
+from model.encoders.published import HubFiles, local_copy
 from model.encoders.resize import resize_tokens
 from model.encoders.table import EncoderSpec, encoder_spec
 from model.errors import UserError
 from model.images import as_uint8_nchw
 from model.weights import (
     WeightsSource,
-    explain_hub_errors,
-    fit_tensors,
+    build_from_tensors,
     parse_weights,
     read_tensors,
     seeded_init,
@@ -56,17 +59,18 @@ class Encoder:
         self.is_random = parse_weights(weights).kind == "random"
         self.device = torch.device(device)
         self.dtype = dtype
-        self.network = network.eval().requires_grad_(False).to(device=self.device, dtype=dtype)
+        self.network = network.eval().requires_grad_(False)
+        _own(self.network, self.device, dtype)
         self._mean = torch.tensor(spec.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=self.device).view(1, 3, 1, 1)
 
     def encode(self, images: Tensor | np.ndarray, *, tokens: bool = True) -> EncoderOutput:
         """Encode RGB tiles, uint8 [B, px, px, 3] or [B, 3, px, px], in one forward pass.
 
-        The tiles must have the encoder's `input_px`; nothing is resized or cropped. Patch
-        tokens are resized from the native to the table's grid (antialiased bicubic) before
-        any normalisation. No gradients are recorded. Raises `UserError` for tiles of another
-        size and `ValueError` for another dtype or layout.
+        Tiles are resized only where the table names a kernel for it; the others must have the
+        encoder's `input_px`. Patch tokens are resized from the native to the table's grid
+        (antialiased bicubic) before any normalisation. No gradients are recorded. Raises
+        `UserError` for tiles of another size and `ValueError` for another dtype or layout.
         """
         with torch.no_grad():
             output = self.network(self._normalise(images))
@@ -80,13 +84,17 @@ class Encoder:
     def _normalise(self, images: Tensor | np.ndarray) -> Tensor:
         """Bring tiles to the device and the network's input range, [B, 3, px, px]."""
         batch = as_uint8_nchw(images).to(self.device, non_blocking=True)
-        px = self.spec.input_px
-        if batch.shape[2:] != (px, px):
+        spec = self.spec
+        if spec.resize is not None:
+            grey = resize_tiles(batch.float(), spec.input_px, spec.resize)
+        elif batch.shape[2:] == (spec.input_px, spec.input_px):
+            grey = batch.float()
+        else:
             raise UserError(
-                f"encoder {self.spec.name} takes {px} px tiles, "
-                f"got {batch.shape[3]}x{batch.shape[2]} px; cut or view the tiles at {px} px"
+                f"encoder {spec.name} takes {spec.input_px} px tiles, got "
+                f"{batch.shape[3]}x{batch.shape[2]} px; cut or view the tiles at {spec.input_px} px"
             )
-        return ((batch.float() / 255 - self._mean) / self._std).to(self.dtype)
+        return ((grey / 255 - self._mean) / self._std).to(self.dtype)
 
     def _check(self, cls: Tensor, patches: Tensor | None) -> None:
         spec = self.spec
@@ -109,38 +117,78 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder of the table with the weights that were asked for, and no others.
 
-    `weights` is "hub" (the table's repository), "hub:ID", a .safetensors or PyTorch file, or
-    "random:SEED". Random weights are the architecture's own initialisation, a function of the
-    seed alone, except that every LayerScale gain is 1: at its initial 1e-5 the blocks add
-    nothing, and the CLS token (which sees the tile only through them) is nearly the same for
-    every tile. Measured on 24 tiles of a real slide, its spread is 0.005 before and
-    0.67 after.
+    `weights` is "hub" (where the table says they are published), "hub:ID" (ID may name a revision,
+    owner/name@revision), a .safetensors or PyTorch file, or "random:SEED". Random weights are the
+    architecture's own initialisation, a function of the seed alone, except that every LayerScale
+    gain is 1: at its initial 1e-5 the blocks add nothing, and the CLS token (which sees the tile
+    only through them) is nearly the same for every tile. Measured on 24 tiles of a real slide,
+    its spread is 0.005 before and 0.67 after.
+
+    A file's tensors are read as they are needed and copied once, at `dtype` and on `device`.
 
     Raises `UserError` for an unknown name, a hub that refuses or cannot be reached, and a file
     that is missing, damaged or does not fit; weights are never replaced silently.
     """
-    spec = encoder_spec(name)
+    return load_spec(encoder_spec(name), weights, device=device, dtype=dtype)
+
+
+def load_spec(
+    spec: EncoderSpec,
+    weights: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """`load_encoder` for an entry that need not be in the table."""
     source = parse_weights(weights)
     if source.kind == "none":
-        raise UserError(f"encoder {name}: weights 'none' is not possible; give hub or a file")
-    network = _build(spec, source)
+        raise UserError(f"encoder {spec.name}: weights 'none' is not possible; give hub or a file")
+    if source.kind == "random":
+        with seeded_init(source.seed):
+            network = spec.construction.build()
+        _open_layer_scales(network)
+    else:
+        network = _from_file(spec, _weights_file(spec, source))
     return Encoder(spec, network, weights, device=device, dtype=dtype)
 
 
-def _build(spec: EncoderSpec, source: WeightsSource) -> nn.Module:
-    if source.kind == "hub":
-        hub_id = source.value or spec.hub_id
-        instead = "a local weights file, or random:0 for a dry run without meaning"
-        with explain_hub_errors(hub_id, instead=instead):
-            return spec.construction.from_hub(hub_id).float()
-    tensors = read_tensors(source.value) if source.kind == "file" else None
-    with seeded_init(source.seed if tensors is None else 0):
-        network = spec.construction.local()
-    if tensors is None:
-        _open_layer_scales(network)
-    else:
-        fit_tensors(network, tensors, source=source.value)
-    return network
+def _weights_file(spec: EncoderSpec, source: WeightsSource) -> Path:
+    if source.kind == "file":
+        return Path(source.value)
+    published = spec.published
+    if source.value and not isinstance(published, HubFiles):
+        raise UserError(
+            f"weights hub:{source.value}: {spec.name} is not published on the hub but at "
+            f"{published.id}; give hub, a local weights file or random:SEED"
+        )
+    if source.value and isinstance(published, HubFiles):
+        published = HubFiles(source.value, published.names)
+    return local_copy(published, name=spec.weights_name)
+
+
+def _from_file(spec: EncoderSpec, path: Path) -> nn.Module:
+    """The network around a published file's tensors, without a random initialisation first."""
+    tensors = read_tensors(path, containers=spec.containers, mapped=True)
+    tensors = spec.layout(without_prefix(tensors, spec.prefixes), source=str(path))
+    return build_from_tensors(spec.construction.build, tensors, source=str(path))
+
+
+def published_sha256(spec: EncoderSpec, path: Path) -> str:
+    """The sum that an encoder with this file's weights will bear; it is read and fitted for it.
+
+    Raises `UserError` as `load_encoder` does.
+    """
+    return tensors_sha256(_from_file(spec, path).state_dict())
+
+
+def _own(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Copy a network tensor by tensor, so that no second copy of it is ever whole in memory.
+
+    Even where nothing changes: a view of a file would change with the file.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device=device, dtype=kind, copy=True)
 
 
 def _open_layer_scales(network: nn.Module) -> None:

@@ -1,29 +1,39 @@
-"""The encoders, one entry each. Adding an encoder is adding an entry here."""
+"""The encoders, one entry each. Adding an encoder is adding an entry here.
+
+Constructions, outputs and normalisations are those of the models' cards; docs/encoders.md says
+what each is and where users of it disagree. A disagreement is a named variant with the same
+weights, never a silent choice.
+"""
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
-import timm
 import torch
-from timm.layers import SwiGLUPacked
-from torch import Tensor, nn
+import torchvision
+from torch import Tensor
 
+from model.encoders.construct import (
+    SWIGLU,
+    ConchConstruction,
+    Construction,
+    InceptionConstruction,
+    TimmConstruction,
+    frozen,
+)
+from model.encoders.inception import POOL3_DIM
+from model.encoders.kernels import KernelName
+from model.encoders.layouts import (
+    ConchLayout,
+    Dinov2Layout,
+    InceptionLayout,
+    Layout,
+    as_published,
+)
+from model.encoders.published import HubFiles, Published, ReleaseFile
 from model.errors import UserError
-
-
-class Construction(Protocol):
-    """How an encoder's network is made."""
-
-    def from_hub(self, hub_id: str) -> nn.Module:
-        """Build the network as the hub page prescribes, with its published weights."""
-        ...
-
-    def local(self) -> nn.Module:
-        """Build the same network without a network connection, freshly initialised."""
-        ...
 
 
 class Readout(Protocol):
@@ -34,37 +44,38 @@ class Readout(Protocol):
         ...
 
 
-def _frozen(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    return MappingProxyType(dict(options))
-
-
-@dataclass(frozen=True)
-class TimmConstruction:
-    """A timm network: the hub call of its model card, and an equal local construction."""
-
-    architecture: str
-    hub_options: Mapping[str, Any] = field(default_factory=lambda: _frozen({}))
-    local_options: Mapping[str, Any] = field(default_factory=lambda: _frozen({}))
-
-    def from_hub(self, hub_id: str) -> nn.Module:
-        """Build from `hf-hub:<hub_id>` with published weights."""
-        return timm.create_model(f"hf-hub:{hub_id}", pretrained=True, **self.hub_options)
-
-    def local(self) -> nn.Module:
-        """Build the local equivalent; no weights are fetched."""
-        options = {**self.hub_options, **self.local_options}
-        return timm.create_model(self.architecture, pretrained=False, **options)
-
-
 @dataclass(frozen=True)
 class TokenReadout:
-    """CLS is token 0; the patch tokens follow `prefix_tokens` CLS and register tokens."""
+    """CLS is token 0; the patch tokens follow `prefix_tokens` CLS and register tokens.
+
+    With `append_mean` the feature is CLS and the mean of the patch tokens, [B, 2 D].
+    """
 
     prefix_tokens: int
+    append_mean: bool = False
 
     def __call__(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split [B, prefix + T, D] into CLS [B, D] and patch tokens [B, T, D]."""
-        return output[:, 0], output[:, self.prefix_tokens :]
+        """Split [B, prefix + T, D] into the feature and patch tokens [B, T, D]."""
+        cls, patches = output[:, 0], output[:, self.prefix_tokens :]
+        if self.append_mean:
+            cls = torch.cat([cls.float(), patches.float().mean(dim=1)], dim=1)
+        return cls, patches
+
+
+def pooled_readout(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The network's output [B, dim] is the feature; there are no patch tokens."""
+    return output, None
+
+
+_RGB = tuple[float, float, float]
+_IMAGENET_MEAN: _RGB = (0.485, 0.456, 0.406)
+_IMAGENET_STD: _RGB = (0.229, 0.224, 0.225)
+_BIOPTIMUS_MEAN: _RGB = (0.707223, 0.578729, 0.703617)
+_BIOPTIMUS_STD: _RGB = (0.211883, 0.230117, 0.177517)
+_CLIP_MEAN: _RGB = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD: _RGB = (0.26862954, 0.26130258, 0.27577711)
+_HALF: _RGB = (0.5, 0.5, 0.5)  # [0, 1] to [-1, 1]
+_128: _RGB = (128 / 255, 128 / 255, 128 / 255)  # (grey - 128) / 128
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,23 @@ class EncoderSpec:
 
     `dim` is the width of the CLS feature, `token_dim` that of a patch token;
     `native_grid` is the side of the network's patch grid and `token_grid` the side it is
-    resized to (both 0 for an encoder without patch tokens). `mean` and `std` are for RGB in
-    [0, 1]. `parameters` counts the network that `construction.local()` builds.
+    resized to (all 0 for an encoder without patch tokens). `mean` and `std` are for RGB in
+    [0, 1]. `parameters` counts the network that `construction.build()` makes.
+
+    The network sees `input_px` pixels a side. Without `resize` tiles must have that size, and are
+    taken as they are; with it, tiles of any size are resized by that kernel of
+    `model.encoders.kernels`.
+
+    `published` is where the weights lie, `licence` and `gating` ("" if anyone may fetch them)
+    their terms. `layout` turns a published file's tensors into the network's; `containers` are
+    the keys a PyTorch file may hold them under, `prefixes` what training wrappers put before
+    every name.
     """
 
     name: str
-    hub_id: str
+    published: Published
+    licence: str
+    gating: str
     construction: Construction
     readout: Readout
     dim: int
@@ -86,35 +108,45 @@ class EncoderSpec:
     native_grid: int
     token_grid: int
     input_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: _RGB
+    std: _RGB
     parameters: int
-    licence: str
+    resize: KernelName | None = None
+    layout: Layout = as_published
+    containers: tuple[str, ...] = ("state_dict", "model", "teacher")
+    prefixes: tuple[str, ...] = ("module.", "backbone.")
+
+    @property
+    def hub_id(self) -> str:
+        """Where the published weights lie: a repository of the hub, or an address."""
+        return self.published.id
 
     @property
     def num_tokens(self) -> int:
         """Patch tokens after resizing, `token_grid` squared."""
         return self.token_grid**2
 
+    @property
+    def weights_name(self) -> str:
+        """What `weights fetch` calls the weights: the first entry's name that has the same."""
+        return next(s.name for s in ENCODERS.values() if s.published == self.published)
+
+
+_TERMS = "accept the terms; approved at once"
+_TERMS_BY_HAND = "accept the terms; approved by hand"
+_CC_BY_NC_ND = "CC BY-NC-ND 4.0"
 
 H0_MINI = EncoderSpec(
     name="h0-mini",
-    hub_id="bioptimus/H0-mini",
+    published=HubFiles("bioptimus/H0-mini"),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
     construction=TimmConstruction(
         "vit_base_patch14_reg4_dinov2",
-        hub_options=_frozen({"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}),
-        # The hub's own configuration carries these; the width (5.33334 · 768 = 4096 for gate
-        # and value together) is inferred from its published size of 86 M parameters.
-        local_options=_frozen(
-            {
-                "img_size": 224,
-                "init_values": 1e-5,
-                "num_classes": 0,
-                "global_pool": "",
-                "mlp_ratio": 5.33334,
-                "reg_tokens": 4,
-                "no_embed_class": True,
-            }
+        # 5.33334 · 768 = 4096 for gate and value together
+        frozen(
+            img_size=224, init_values=1e-5, mlp_ratio=5.33334, reg_tokens=4, no_embed_class=True,
+            **SWIGLU,
         ),
     ),
     readout=TokenReadout(prefix_tokens=5),
@@ -123,13 +155,244 @@ H0_MINI = EncoderSpec(
     native_grid=16,
     token_grid=14,
     input_px=224,
-    mean=(0.707223, 0.578729, 0.703617),
-    std=(0.211883, 0.230117, 0.177517),
+    mean=_BIOPTIMUS_MEAN,
+    std=_BIOPTIMUS_STD,
     parameters=85_739_520,
-    licence="CC BY-NC-ND 4.0, gated",
+)  # fmt: skip
+
+H_OPTIMUS_0 = EncoderSpec(
+    name="h-optimus-0",
+    published=HubFiles("bioptimus/H-optimus-0"),
+    licence="Apache-2.0",
+    gating=_TERMS,
+    construction=TimmConstruction(
+        "vit_giant_patch14_reg4_dinov2",
+        frozen(img_size=224, init_values=1e-5, dynamic_img_size=False),
+    ),
+    readout=TokenReadout(prefix_tokens=5),
+    dim=1536,
+    token_dim=1536,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_BIOPTIMUS_MEAN,
+    std=_BIOPTIMUS_STD,
+    parameters=1_134_774_272,
 )
 
-ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType({spec.name: spec for spec in (H0_MINI,)})
+UNI = EncoderSpec(
+    name="uni",
+    published=HubFiles("MahmoodLab/uni"),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
+    construction=TimmConstruction(
+        "vit_large_patch16_224", frozen(img_size=224, init_values=1e-5, dynamic_img_size=True)
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=1024,
+    token_dim=1024,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=303_350_784,
+)
+
+UNI2_H = EncoderSpec(
+    name="uni2-h",
+    published=HubFiles("MahmoodLab/UNI2-h"),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
+    construction=TimmConstruction(
+        "vit_giant_patch14_224",
+        frozen(
+            img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
+            mlp_ratio=2.66667 * 2, no_embed_class=True, reg_tokens=8, dynamic_img_size=True,
+            **SWIGLU,
+        ),
+    ),
+    readout=TokenReadout(prefix_tokens=9),
+    dim=1536,
+    token_dim=1536,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=681_394_176,
+)  # fmt: skip
+
+VIRCHOW2 = EncoderSpec(
+    name="virchow2",
+    published=HubFiles("paige-ai/Virchow2"),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
+    construction=TimmConstruction(
+        "vit_huge_patch14_224",
+        frozen(
+            img_size=224, init_values=1e-5, reg_tokens=4, mlp_ratio=5.3375, dynamic_img_size=True,
+            **SWIGLU,
+        ),
+    ),
+    readout=TokenReadout(prefix_tokens=5),
+    dim=1280,
+    token_dim=1280,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=631_239_424,
+)  # fmt: skip
+
+VIRCHOW2_CLS_MEAN = replace(
+    VIRCHOW2,
+    name="virchow2-cls-mean",
+    readout=TokenReadout(prefix_tokens=5, append_mean=True),
+    dim=2560,
+)
+
+PHIKON_V2 = EncoderSpec(
+    name="phikon-v2",
+    published=HubFiles("owkin/phikon-v2"),
+    licence="Owkin non-commercial licence",
+    gating="",
+    construction=TimmConstruction(
+        "vit_large_patch16_224", frozen(img_size=224, init_values=1.0)
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=1024,
+    token_dim=1024,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=303_350_784,
+    layout=Dinov2Layout(grid=14),
+    prefixes=("module.", "backbone.", "dinov2."),
+)  # fmt: skip
+
+CONCH_V1 = EncoderSpec(
+    name="conch-v1",
+    published=HubFiles("MahmoodLab/conch", ("pytorch_model.bin",)),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
+    construction=ConchConstruction(448),
+    readout=pooled_readout,
+    dim=512,
+    token_dim=0,
+    native_grid=0,
+    token_grid=0,
+    input_px=448,
+    mean=_CLIP_MEAN,
+    std=_CLIP_STD,
+    parameters=90_392_832,  # counted from its package's source
+    resize="pil_bicubic",
+    layout=ConchLayout(grid=28),
+)
+
+CONCH_V1_224 = replace(
+    CONCH_V1,
+    name="conch-v1-224",
+    construction=ConchConstruction(224),
+    input_px=224,
+    resize=None,
+    parameters=90_392_832 - (28**2 - 14**2) * 768,
+    layout=ConchLayout(grid=14),
+)
+
+INCEPTION_V3 = EncoderSpec(
+    name="inception-v3",
+    published=ReleaseFile(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth"
+    ),
+    licence="Apache-2.0",
+    gating="",
+    construction=InceptionConstruction("fid"),
+    readout=pooled_readout,
+    dim=POOL3_DIM,
+    token_dim=0,
+    native_grid=0,
+    token_grid=0,
+    input_px=299,
+    mean=_HALF,
+    std=_HALF,
+    parameters=21_785_568,
+    resize="torch_bilinear",
+    layout=InceptionLayout(classes=1008, other="inception-v3-torchvision"),
+)
+
+INCEPTION_V3_TF1 = replace(
+    INCEPTION_V3, name="inception-v3-tf1", resize="tf1_bilinear", mean=_128, std=_128
+)
+
+INCEPTION_V3_CLEAN = replace(
+    INCEPTION_V3, name="inception-v3-clean", resize="pil_bicubic_clean", mean=_128, std=_128
+)
+
+INCEPTION_V3_TORCHVISION = replace(
+    INCEPTION_V3,
+    name="inception-v3-torchvision",
+    published=ReleaseFile(torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url),
+    licence="BSD-3-Clause (torchvision)",
+    construction=InceptionConstruction("torchvision"),
+    layout=InceptionLayout(classes=1000, other="inception-v3"),
+)
+
+DINOV2_B = EncoderSpec(
+    name="dinov2-b",
+    published=HubFiles("timm/vit_base_patch14_dinov2.lvd142m"),
+    licence="Apache-2.0",
+    gating="",
+    construction=TimmConstruction("vit_base_patch14_dinov2", frozen(img_size=224)),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=768,
+    token_dim=768,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=85_724_928,
+    resize="pil_bicubic",
+    layout=Dinov2Layout(grid=16),
+)
+
+DINOV2_B_518 = replace(
+    DINOV2_B,
+    name="dinov2-b-518",
+    construction=TimmConstruction("vit_base_patch14_dinov2", frozen(img_size=518)),
+    native_grid=37,
+    input_px=518,
+    parameters=85_724_928 + (37**2 - 16**2) * 768,
+    layout=Dinov2Layout(grid=37),
+)
+
+ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            H0_MINI,
+            H_OPTIMUS_0,
+            UNI,
+            UNI2_H,
+            VIRCHOW2,
+            VIRCHOW2_CLS_MEAN,
+            PHIKON_V2,
+            CONCH_V1,
+            CONCH_V1_224,
+            INCEPTION_V3,
+            INCEPTION_V3_TF1,
+            INCEPTION_V3_CLEAN,
+            INCEPTION_V3_TORCHVISION,
+            DINOV2_B,
+            DINOV2_B_518,
+        )
+    }
+)
 
 
 def encoder_spec(name: str) -> EncoderSpec:

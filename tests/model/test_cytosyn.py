@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from model.cytosyn import CytoSyn, Records
 from model.errors import UserError
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
+from model.sampler import sample
 from model.sit import SiT, SiTConfig
 from model.vae import VAE, VAEConfig
 from model.weights import tensors_sha256, write_tensors
@@ -33,6 +35,7 @@ def random_values(module: nn.Module, seed: int) -> None:
 def model() -> CytoSyn:
     torch.manual_seed(0)
     sit, vae = SiT(SIT), VAE(VAEConfig.preset("tiny"))
+    vae.to(memory_format=torch.channels_last)  # as a trainer holds it and a loader gives it
     random_values(sit, 1)
     sit.bn.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     sit.bn.running_var.copy_(torch.tensor([1.5, 0.5, 2.0, 1.0]))
@@ -72,8 +75,28 @@ def test_an_image_depends_on_its_feature_and_seed_alone(
     assert np.abs(run([0], [8]) - together[0]).mean() > 1
     assert np.abs(run([1], [7]) - together[0]).mean() > 0.1
     derived = run([0, 1], 5)
-    np.testing.assert_allclose(run([0], 5), derived[:1], atol=1)
+    np.testing.assert_allclose(run([0], np.int64(5)), derived[:1], atol=1)
     assert np.abs(run([0], 6) - derived[:1]).mean() > 1
+
+
+def test_lower_precision_is_the_samplers_and_not_the_decoders(
+    model: CytoSyn, features: np.ndarray
+) -> None:
+    images = model.generate(
+        features, num_inference_steps=STEPS, seed=[1, 2, 3], dtype=torch.bfloat16
+    )
+    latents = sample(
+        model.sit,
+        torch.from_numpy(features),
+        seeds=[1, 2, 3],
+        steps=STEPS,
+        guidance_scale=2.5,
+        guidance_high=0.75,
+        interpolant=model.interpolant,
+        dtype=torch.bfloat16,
+    )
+    np.testing.assert_array_equal(images, model.decode(latents))
+    assert (images != model.decode(latents, dtype=torch.bfloat16)).any()
 
 
 def test_guidance_acts_only_with_a_condition(model: CytoSyn, features: np.ndarray) -> None:
@@ -146,6 +169,8 @@ def test_a_folder_round_trips(model: CytoSyn, features: np.ndarray, tmp_path: Pa
     assert (again.records, again.interpolant) == (model.records, model.interpolant)
     assert (again.sit.config, again.vae.config) == (model.sit.config, model.vae.config)
     assert not any(p.requires_grad for p in again.parameters())
+    kernels = again.vae.decoder.conv_in.weight
+    assert kernels.is_contiguous(memory_format=torch.channels_last)
     options = {"num_inference_steps": STEPS, "seed": [5, 6, 7]}
     np.testing.assert_array_equal(
         again.generate(features, **options), model.generate(features, **options)
@@ -170,6 +195,10 @@ def test_damaged_folders_are_one_clear_line(model: CytoSyn, tmp_path: Path) -> N
     edit_config(broken("newer"), format_version=2)
     edit_config(broken("wide"), sit={**SIT.to_dict(), "hidden_size": 256})
     edit_config(broken("typo"), sit={"hiden_size": 256})
+    edit_config(broken("kind"), vae={"channel_multipliers": 3})
+    edit_config(broken("list"), records=["h0-mini"])
+    foreign = {"conv.weight": torch.zeros(2), "conv.bias": torch.zeros(2)}
+    write_tensors(broken("foreign") / "sit.safetensors", foreign)
     mixed = broken("mixed")
     strangers = {k: v + 1 for k, v in model.vae.state_dict().items()}
     write_tensors(mixed / "vae.safetensors", strangers)
@@ -181,7 +210,14 @@ def test_damaged_folders_are_one_clear_line(model: CytoSyn, tmp_path: Path) -> N
         "other": ["config.json", "cytosyn"],
         "newer": ["format_version", "2"],
         "wide": ["sit.safetensors", "pos_embed [1, 4, 128] where [1, 4, 256] is expected"],
-        "typo": ["hiden_size", "hidden_size"],
+        "typo": ["config.json", "hiden_size", "hidden_size"],
+        "kind": ["config.json", "another kind"],
+        "list": ["config.json", "another kind"],
+        "foreign": [
+            "sit.safetensors",
+            "missing pos_embed, x_embedder.proj.weight, x_embedder.proj.bias and",
+            "unexpected conv.bias, conv.weight",
+        ],
         "mixed": ["vae.safetensors", "sum"],
         "nowhere/at/all": ["no such folder", "hub id"],
     }
@@ -199,6 +235,23 @@ def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
         CytoSyn.from_pretrained("nobody/absent-for-this-test")
 
 
+@pytest.mark.parametrize("source", ["lab/slides", "hub:lab/slides", "lab/slides@v1"])
+def test_a_hub_id_is_read_from_the_hubs_cache(
+    model: CytoSyn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """As on a node without a network, after another machine has filled the shared cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--lab--slides", "0123456789abcdef" * 2 + "01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / ("v1" if "@" in source else "main")).write_text(commit)
+    model.save_pretrained(repository / "snapshots" / commit)
+    again = CytoSyn.from_pretrained(source)
+    assert tensors_sha256(again.state_dict()) == tensors_sha256(model.state_dict())
+    with pytest.raises(UserError, match="hub:lab/slides@v2"):
+        CytoSyn.from_pretrained("lab/slides@v2")
+
+
 def test_wrong_requests_are_refused(model: CytoSyn, features: np.ndarray) -> None:
     for options, words in (
         ({"features": features[:, :5]}, r"\[3, 5\].*\[n, 12\]"),
@@ -207,6 +260,10 @@ def test_wrong_requests_are_refused(model: CytoSyn, features: np.ndarray) -> Non
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"batch_size": 0}, "batch_size"),
         ({"solver": "rk45"}, "solver"),
+        (
+            {"features": features * [[1], [np.nan], [1]]},
+            r"1 of 3 images are not finite \(first: 1\)",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             model.generate(**{"num_inference_steps": 1, **options})
@@ -231,8 +288,9 @@ REPA_E_VAE = VAEConfig(
 )
 
 
-def repa_e_checkpoint(path: Path, **changes: object) -> dict:
-    """A file in the layout of the public code: seven parts, arguments as a Namespace."""
+@cache
+def repa_e_content() -> dict:
+    """What a file of the public code holds: seven parts, arguments as a Namespace."""
     torch.manual_seed(3)
     model, ema, vae = SiT(REPA_E_SIT), SiT(REPA_E_SIT), VAE(REPA_E_VAE)
     random_values(model, 4)
@@ -241,7 +299,7 @@ def repa_e_checkpoint(path: Path, **changes: object) -> dict:
     arguments = argparse.Namespace(
         model="SiT-S/2", encoder_depth=1, path_type="cosine", enc_type="dinov2-vit-b"
     )
-    content = {
+    return {
         "model": model.state_dict(),
         "ema": ema.state_dict(),
         "vae": vae.state_dict(),
@@ -249,8 +307,12 @@ def repa_e_checkpoint(path: Path, **changes: object) -> dict:
         "opt": {"state": {}, "param_groups": []},
         "args": arguments,
         "steps": 400_000,
-        **changes,
     }
+
+
+def repa_e_checkpoint(path: Path, **changes: object) -> dict:
+    """Write that content, with parts changed, and return it."""
+    content = {**repa_e_content(), **changes}
     torch.save(content, path)
     return content
 
@@ -290,12 +352,20 @@ def test_foreign_repa_e_files_are_one_clear_line(tmp_path: Path) -> None:
     sit = dict(content["ema"])
     del sit["final_layer.linear.bias"]
     repa_e_checkpoint(tmp_path / "lacks.pt", ema=sit)
+    repa_e_checkpoint(tmp_path / "flat.pt", ema={**content["ema"], "pos_embed": torch.zeros(3)})
+    thin = {**content["ema"], "x_embedder.proj.weight": torch.zeros(3)}
+    repa_e_checkpoint(tmp_path / "thin.pt", ema=thin)
+    narrow = {**content["vae"], "encoder.conv_in.weight": torch.zeros(0)}
+    repa_e_checkpoint(tmp_path / "narrow.pt", vae=narrow)
     repa_e_checkpoint(tmp_path / "vae.pt", vae={"decoder.conv_in.bias": torch.zeros(2)})
     expected = {
         "foreign.pt": "'ema'",
         "code.pt": "damaged, incomplete or not a plain weights file",
         "cut.pt": "damaged",
         "lacks.pt": "missing final_layer.linear.bias",
+        "flat.pt": "the SiT in it lacks or misshapes",
+        "thin.pt": "the SiT in it lacks or misshapes",
+        "narrow.pt": "the VAE in it lacks or misshapes",
         "vae.pt": "encoder.conv_in.weight",
         "absent.pt": "no such file",
     }

@@ -22,11 +22,15 @@ def test_counts_keys_output_and_operations() -> None:
             logits = network(torch.zeros(2, 3, 224, 224))
     assert logits.shape == (2, 1, 26, 26)
     assert counter.get_total_flops() / 2e9 == pytest.approx(4.79, abs=0.005)
-    keys = network.state_dict().keys()
-    assert sorted({int(key.split(".")[1]) for key in keys}) == [0, 2, 3, 5, 6, 8, 9, 11]
-    assert {key for key in keys if key.endswith("bias")} == {
-        f"main.{i}.bias" for i in (0, 3, 6, 9, 11)
-    }
+    widths = (3, 64, 128, 256, 512, 1)
+    expected: dict[str, tuple[int, ...]] = {"main.0.bias": (64,), "main.11.bias": (1,)}
+    for index, before, here in zip((0, 2, 5, 8, 11), widths[:-1], widths[1:], strict=True):
+        expected[f"main.{index}.weight"] = (here, before, 4, 4)
+    for index, width in ((3, 128), (6, 256), (9, 512)):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"main.{index}.{name}"] = (width,)
+        expected[f"main.{index}.num_batches_tracked"] = ()
+    assert {key: tuple(v.shape) for key, v in network.state_dict().items()} == expected
 
 
 def test_a_logit_sees_seventy_pixels() -> None:

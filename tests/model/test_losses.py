@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.interpolant import Interpolant
 from model.losses import (
     alignment_loss,
     denoising_loss,
@@ -134,3 +135,24 @@ def test_a_perfect_prediction_costs_nothing() -> None:
     assert denoising_loss(x, x).item() == l1_reconstruction(x, x).item() == 0
     assert kl_loss(torch.zeros_like(x), torch.zeros_like(x)).item() == 0
     assert hinge_discriminator_loss(x.abs() + 1, -x.abs() - 1).item() == 0
+
+
+def test_all_losses_and_both_paths_compile_into_one_graph() -> None:
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(3, 4, 2, 2) for name in ("image", "latent", "eps", "logits")}
+    t = torch.rand(3)
+
+    def everything(image: Tensor, latent: Tensor, eps: Tensor, logits: Tensor, t: Tensor) -> Tensor:
+        total = l1_reconstruction(image, latent) + kl_loss(latent, eps)
+        total = total + hinge_discriminator_loss(logits, image) + generator_loss(logits)
+        for path in (Interpolant("linear"), Interpolant("cosine")):
+            x, target = path.x_t(latent, eps, t), path.velocity(latent, eps, t)
+            total = total + denoising_loss(x, target)
+        return total + alignment_loss(image.flatten(2), latent.flatten(2))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, backend="aot_eager", fullgraph=True)
+    graphs = torch._dynamo.explain(everything)(*tensors.values(), t)
+    assert graphs.graph_break_count == 0, graphs.break_reasons
+    tensors["image"].requires_grad_()
+    torch.testing.assert_close(compiled(*tensors.values(), t), everything(*tensors.values(), t))

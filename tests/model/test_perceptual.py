@@ -1,5 +1,6 @@
 """LPIPS: equal to the lpips package on the same weights, and honest about where they come from."""
 
+import hashlib
 from pathlib import Path
 
 import lpips
@@ -30,6 +31,11 @@ def vgg16(published: lpips.LPIPS) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
+def loss() -> PerceptualLoss:
+    return PerceptualLoss("random:0")
+
+
+@pytest.fixture(scope="module")
 def images() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1
@@ -56,6 +62,12 @@ def test_it_equals_the_lpips_package(
     assert not ours.is_random
 
 
+def test_the_packages_heads_are_those_that_the_reference_fetches() -> None:
+    """The file that REPA-E's loss downloads for itself, known by its md5."""
+    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    assert hashlib.md5(heads.read_bytes()).hexdigest() == "d507d7349b931f0638a25a48a722f98a"
+
+
 def test_heads_in_the_file_are_used(
     vgg16: dict[str, Tensor], images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
@@ -71,8 +83,9 @@ def test_heads_in_the_file_are_used(
     assert whole.weights_sha256 != package.weights_sha256
 
 
-def test_gradients_reach_the_image_alone_and_are_finite(images: tuple[Tensor, Tensor]) -> None:
-    loss = PerceptualLoss("random:0")
+def test_gradients_reach_the_image_alone_and_are_finite(
+    loss: PerceptualLoss, images: tuple[Tensor, Tensor]
+) -> None:
     for position in (0, 1):
         pair = [image.clone() for image in images]
         pair[position].requires_grad_(True)
@@ -93,13 +106,15 @@ def test_a_position_without_features_has_no_nan_gradient() -> None:
     assert images.grad.isfinite().all()
 
 
-def test_random_weights_depend_on_the_seed_alone(images: tuple[Tensor, Tensor]) -> None:
+def test_random_weights_depend_on_the_seed_alone(
+    loss: PerceptualLoss, images: tuple[Tensor, Tensor]
+) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first = PerceptualLoss("random:0")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first.is_random
-    assert PerceptualLoss("random:0").weights_sha256 == first.weights_sha256
+    assert loss.weights_sha256 == first.weights_sha256
     assert PerceptualLoss("random:1").weights_sha256 != first.weights_sha256
     assert (first(*images) > 0).all()
 
@@ -120,8 +135,9 @@ def test_operations_a_224_px_tile() -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(30.7, abs=0.05)  # two images
 
 
-def test_it_compiles_without_graph_breaks(images: tuple[Tensor, Tensor]) -> None:
-    loss = PerceptualLoss("random:0")
+def test_it_compiles_without_graph_breaks(
+    loss: PerceptualLoss, images: tuple[Tensor, Tensor]
+) -> None:
     torch._dynamo.reset()
     report = torch._dynamo.explain(loss)(images[0].clone().requires_grad_(True), images[1])
     assert report.graph_break_count == 0, report.break_reasons

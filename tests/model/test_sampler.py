@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from model.errors import UserError
 from model.interpolant import Interpolant
@@ -215,6 +216,25 @@ def test_time_nodes() -> None:
     assert time_nodes("dpm", 3) == [1.0, pytest.approx(0.75), pytest.approx(0.25), 0.0]
 
 
+@pytest.mark.parametrize("solver", ["sde", "ode", "heun", "dpm"])
+def test_the_state_is_float64_from_the_start_to_the_end(solver: Solver) -> None:
+    seen: set[torch.dtype] = set()
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen.add(x.dtype)
+        return 0.5 * x
+
+    end = integrate(
+        GuidedVelocity(velocity, velocity, Guidance(2.0)),
+        torch.ones(3),  # float32
+        steps=5,
+        solver=solver,
+        noise=lambda index: torch.ones(3, dtype=torch.float64),
+    )
+    assert seen == {torch.float64}
+    assert end.dtype == torch.float64
+
+
 def test_progress_is_told_of_every_step() -> None:
     told: list[tuple[int, int]] = []
     integrate(
@@ -308,6 +328,33 @@ def test_network_evaluations_and_their_rows(sit: SiT, features: Tensor) -> None:
     assert rows.count((3, 3)) == 6  # the conditional branch, never a doubled batch
     assert rows.count((3, 1)) == 6 - unguided  # the null branch, its condition a single row
     assert len(rows) == 12 - unguided
+
+
+@pytest.mark.parametrize(("scale", "null_rows"), [(2.5, 1), (1.0, 0)])
+def test_the_null_branchs_modulation_is_computed_for_one_row_a_step(
+    sit: SiT, features: Tensor, scale: float, null_rows: int
+) -> None:
+    rows: list[int] = []
+    linear = sit.blocks[0].adaLN_modulation[1]
+    hook = linear.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
+    sample(sit, features, seeds=[1, 2, 3], solver="ode", steps=4, guidance_scale=scale)
+    hook.remove()
+    assert rows == ([3] + [1] * null_rows) * 4
+
+
+def test_a_compiled_network_is_two_graphs_for_a_whole_run(features: Tensor) -> None:
+    """One for the conditional rows and one for the null row, whatever the time."""
+    torch.manual_seed(0)
+    shape = {"latent_size": 8, "condition_dim": 16, "depth": 1, "encoder_depth": 1}
+    sit = SiT(SiTConfig.preset("tiny", **shape)).eval()
+    for parameter in sit.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    network = torch.compile(sit.forward_from_condition, backend=counter, fullgraph=True)
+    compiled = sample(sit, features, seeds=[1, 2, 3], network=network, **SETTINGS)
+    assert counter.frame_count == 2
+    assert torch.allclose(compiled, sample(sit, features, seeds=[1, 2, 3], **SETTINGS), atol=1e-6)
 
 
 def test_without_features_the_null_condition_is_sampled(sit: SiT) -> None:

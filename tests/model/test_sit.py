@@ -200,6 +200,72 @@ def test_block_equals_its_equations() -> None:
     assert torch.allclose(block(x, c), torch.stack(rows), atol=1e-5)
 
 
+def sit_of_the_specification(
+    w: dict[str, Tensor], config: SiTConfig, x: Tensor, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Velocity and projected tokens of one sample x [C, H, W], from the state alone, in loops."""
+    p, g, heads = config.patch_size, config.grid_size, config.num_heads
+
+    def linear(name: str, z: Tensor) -> Tensor:
+        return z @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(z: Tensor) -> Tensor:
+        centred = z - z.mean(dim=1, keepdim=True)
+        return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+
+    rates = torch.tensor([math.exp(-math.log(10000) * k / 128) for k in range(128)])
+    time = torch.cat([(t * rates).cos(), (t * rates).sin()])
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", time)))
+    c = F.silu(c + linear("y_embedder.linear", y))
+    patches = [
+        x[:, row * p : row * p + p, column * p : column * p + p].flatten()
+        for row in range(g)
+        for column in range(g)
+    ]
+    kernel = w["x_embedder.proj.weight"].flatten(1)
+    z = torch.stack(patches) @ kernel.T + w["x_embedder.proj.bias"] + w["pos_embed"][0]
+    tokens = z
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(
+            f"{name}.adaLN_modulation.1", c
+        ).chunk(6)
+        q, k, v = linear(f"{name}.attn.qkv", norm(z) * (1 + scale1) + shift1).chunk(3, dim=1)
+        attended = [
+            torch.softmax(qh @ kh.T / kh.shape[1] ** 0.5, dim=1) @ vh
+            for qh, kh, vh in zip(
+                q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1), strict=True
+            )
+        ]
+        z = z + gate1 * linear(f"{name}.attn.proj", torch.cat(attended, dim=1))
+        hidden = linear(f"{name}.mlp.fc1", norm(z) * (1 + scale2) + shift2)
+        z = z + gate2 * linear(f"{name}.mlp.fc2", F.gelu(hidden, approximate="tanh"))
+        tokens = z if i + 1 == config.encoder_depth else tokens
+    for layer in (0, 2, 4):
+        tokens = linear(f"projectors.0.{layer}", F.silu(tokens) if layer else tokens)
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2)
+    values = linear("final_layer.linear", norm(z) * (1 + scale) + shift)
+    velocity = torch.empty_like(x)
+    for n in range(g * g):
+        row, column = divmod(n, g)
+        patch = values[n].reshape(p, p, -1)  # (row, column, channel)
+        velocity[:, row * p : row * p + p, column * p : column * p + p] = patch.permute(2, 0, 1)
+    return velocity, tokens
+
+
+def test_the_whole_network_equals_the_specification_on_its_state() -> None:
+    model = stirred()
+    x, t, y = inputs()
+    with torch.no_grad():
+        got = model(x, t, y, return_tokens=True)
+        rows = [
+            sit_of_the_specification(model.state_dict(), model.config, x[b], t[b], y[b])
+            for b in range(3)
+        ]
+    for ours, theirs in zip(got, zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-5, rtol=1e-4)
+
+
 def test_position_embedding_by_the_loop() -> None:
     grid, width = 3, 16
     table = position_embedding(grid, width)[0]
@@ -438,20 +504,24 @@ def test_recompute_changes_no_gradient() -> None:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_graph_break(recompute: bool) -> None:
-    model = stirred(depth=2, encoder_depth=1)
+@pytest.mark.parametrize(
+    ("conditioning", "recompute"),
+    [("feature", False), ("feature", True), ("label", False), ("none", False)],
+)
+def test_no_graph_break(conditioning: str, recompute: bool) -> None:
+    model = stirred(depth=2, encoder_depth=1, conditioning=conditioning)
     model.recompute = recompute
-    x, t, y = inputs()
+    x, t, feature = inputs()
     x.requires_grad_()
+    y = {"feature": feature, "label": torch.tensor([1, 2, 3]), "none": None}[conditioning]
     drop = torch.tensor([True, False, False])
     row = model.condition(t[:1], None).detach()
-    calls: list[tuple[Callable[..., object], tuple[Tensor, ...], dict[str, Any]]] = [
+    calls: list[tuple[Callable[..., object], tuple[Tensor | None, ...], dict[str, Any]]] = [
         (model, (x, t, y), {"drop": drop, "return_tokens": True}),
         (model.align_tokens, (x, t, y), {}),
         (model.forward_from_condition, (x.detach(), row), {}),
     ]
-    for call, arguments, options in calls:
+    for call, arguments, options in calls if conditioning == "feature" else calls[:1]:
         torch._dynamo.reset()
         explained = torch._dynamo.explain(call)(*arguments, **options)
         assert explained.graph_count == 1

@@ -1,12 +1,13 @@
 """SD-VAE: counts, keys and operations of the specification, oracles, layouts, recompute."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,27 +51,54 @@ def test_f8d4_operations_a_224_px_tile(f8d4: VAE) -> None:
     assert decoding.get_total_flops() / 1e9 == pytest.approx(476.0, abs=0.05)
 
 
+def state_of_the_specification() -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the CompVis SD-VAE f8d4."""
+    state: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, channels_in: int, channels_out: int, side: int = 3) -> None:
+        state[f"{name}.weight"] = (channels_out, channels_in, side, side)
+        state[f"{name}.bias"] = (channels_out,)
+
+    def norm(name: str, channels: int) -> None:
+        state[f"{name}.weight"] = state[f"{name}.bias"] = (channels,)
+
+    def block(name: str, channels_in: int, channels_out: int) -> None:
+        norm(f"{name}.norm1", channels_in)
+        conv(f"{name}.conv1", channels_in, channels_out)
+        norm(f"{name}.norm2", channels_out)
+        conv(f"{name}.conv2", channels_out, channels_out)
+        if channels_in != channels_out:
+            conv(f"{name}.nin_shortcut", channels_in, channels_out, 1)
+
+    for side, ends in (("encoder", (3, 128, 512, 8)), ("decoder", (4, 512, 128, 3))):
+        conv(f"{side}.conv_in", *ends[:2])
+        norm(f"{side}.norm_out", ends[2])
+        conv(f"{side}.conv_out", *ends[2:])
+        block(f"{side}.mid.block_1", 512, 512)
+        norm(f"{side}.mid.attn_1.norm", 512)
+        for layer in ("q", "k", "v", "proj_out"):
+            conv(f"{side}.mid.attn_1.{layer}", 512, 512, 1)
+        block(f"{side}.mid.block_2", 512, 512)
+    for level, (before, here) in enumerate(((128, 128), (128, 256), (256, 512), (512, 512))):
+        for index in range(2):
+            block(f"encoder.down.{level}.block.{index}", here if index else before, here)
+    for level in (0, 1, 2):
+        conv(f"encoder.down.{level}.downsample.conv", *[(128, 256, 512)[level]] * 2)
+    for level, (before, here) in enumerate(((256, 128), (512, 256), (512, 512), (512, 512))):
+        for index in range(3):
+            block(f"decoder.up.{level}.block.{index}", here if index else before, here)
+    for level in (1, 2, 3):
+        conv(f"decoder.up.{level}.upsample.conv", *[(256, 512, 512)[level - 1]] * 2)
+    conv("quant_conv", 8, 8, 1)
+    conv("post_quant_conv", 4, 4, 1)
+    return state
+
+
 def test_f8d4_has_compvis_keys_and_shapes(f8d4: VAE) -> None:
-    shapes = {key: tuple(value.shape) for key, value in f8d4.state_dict().items()}
-    assert shapes["encoder.conv_in.weight"] == (128, 3, 3, 3)
-    assert shapes["encoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1)
-    assert shapes["encoder.conv_out.weight"] == (8, 512, 3, 3)
-    assert shapes["decoder.conv_in.weight"] == (512, 4, 3, 3)
-    assert shapes["quant_conv.weight"] == (8, 8, 1, 1)
-    assert shapes["post_quant_conv.bias"] == (4,)
-    shortcuts = {k.rsplit(".", 2)[0]: v[:2] for k, v in shapes.items() if "shortcut.weight" in k}
-    assert shortcuts == {
-        "encoder.down.1.block.0": (256, 128),
-        "encoder.down.2.block.0": (512, 256),
-        "decoder.up.1.block.0": (256, 512),
-        "decoder.up.0.block.0": (128, 256),
-    }
-    assert {k.split(".conv.")[0] for k in shapes if ".downsample." in k} == {
-        f"encoder.down.{i}.downsample" for i in (0, 1, 2)
-    }
-    assert {k.split(".conv.")[0] for k in shapes if ".upsample." in k} == {
-        f"decoder.up.{i}.upsample" for i in (1, 2, 3)
-    }
+    expected = state_of_the_specification()
+    assert len(expected) == 248
+    assert {key: tuple(value.shape) for key, value in f8d4.state_dict().items()} == expected
+    assert sum(".nin_shortcut.weight" in key for key in expected) == 4
 
 
 def test_f16d32_attends_at_its_coarsest_level() -> None:
@@ -176,19 +204,49 @@ class OperatorCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_recompute_repeats_norms_in_the_backward_pass_but_no_convolution() -> None:
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_recompute_repeats_norms_in_the_backward_pass_but_no_convolution(
+    backend: str | None,
+) -> None:
+    """Compiled: with the decompositions and the partitioner of inductor."""
+    config = VAEConfig.preset("tiny")
     backward = {}
     for recompute in (False, True):
-        vae = tiny()
-        vae.recompute = recompute
-        loss = vae(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 4, 4)).reconstruction.mean()
+        blocks = nn.Sequential(
+            ResBlock(8, 16, config), ResBlock(16, 16, config), nn.Conv2d(16, 3, 1)
+        )
+        for block in blocks[:2]:
+            block.recompute = recompute
+        torch._dynamo.reset()
+        call = torch.compile(blocks, backend=backend) if backend else blocks
+        loss = call(torch.randn(1, 8, 16, 16)).mean()
         with OperatorCount() as count:
             loss.backward()
         backward[recompute] = count.calls
-    norms_in_blocks = 2 * sum(isinstance(m, ResBlock) for m in tiny().modules())
-    assert backward[False]["native_group_norm"] == 0
-    assert backward[True]["native_group_norm"] == norms_in_blocks
+    moments = "var_mean" if backend else "native_group_norm"
+    assert (backward[False][moments], backward[True][moments]) == (0, 4)
     assert backward[True]["convolution"] == backward[False]["convolution"] == 0
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_recompute_keeps_a_blocks_input_and_its_first_convolutions_output(width: int) -> None:
+    """Without it: also both norms' and both SiLUs' outputs, six maps of one size in all."""
+    block = ResBlock(width, width, VAEConfig(base_channels=width))
+    kept = {}
+    for recompute in (False, True):
+        block.recompute = recompute
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        x = torch.randn(1, width, 16, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = block(x)
+        kept[recompute] = sum(size == x.numel() for size in sizes.values())
+        output.sum().backward()
+    assert kept == {False: 6, True: 2}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -250,6 +308,57 @@ def test_diffusers_keys_are_the_specifications(f8d4: VAE) -> None:
     )
     assert list(renamed) == [by_hand[key] for key in native]
     assert renamed["decoder.mid_block.attentions.0.to_out.0.weight"].shape == (512, 512)
+
+
+@pytest.mark.full  # importing diffusers takes longer than all other tests of this file
+@pytest.mark.parametrize("preset", ["f8d4", "f16d32", "tiny"])
+def test_diffusers_own_autoencoder_has_these_keys_and_shapes(preset: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = VAE(VAEConfig.preset(preset)), diffusers_vae(VAEConfig.preset(preset))
+    renamed = from_native(ours.state_dict(), "diffusers")
+    assert {k: tuple(v.shape) for k, v in renamed.items()} == {
+        k: tuple(v.shape) for k, v in theirs.state_dict().items()
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("attention_levels", [(), (2, 3)])
+def test_diffusers_own_autoencoder_computes_the_same(
+    tmp_path: Path, attention_levels: tuple[int, ...]
+) -> None:
+    """Weights that we wrote give diffusers our latents and images; those it wrote load here."""
+    ours = tiny(attention_levels=attention_levels)
+    ours.save(tmp_path / "ours.safetensors", layout="diffusers")
+    theirs = diffusers_vae(ours.config)
+    theirs.load_state_dict(load_file(tmp_path / "ours.safetensors"), strict=True)
+    images, latents = torch.randn(2, 3, 32, 40), torch.randn(2, 4, 4, 5)
+    with torch.no_grad():
+        posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
+        close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+        close(posterior.mean, expected.mean)
+        close(posterior.logvar, expected.logvar)
+        close(posterior.kl(), expected.kl())
+        close(ours.decode(latents), theirs.decode(latents).sample)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = VAE.load(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors", ours.config)
+    assert tensors_sha256(again.state_dict()) == tensors_sha256(ours.state_dict())
+
+
+def diffusers_vae(config: VAEConfig) -> nn.Module:
+    """The AutoencoderKL of diffusers in our configuration's shape."""
+    from diffusers import AutoencoderKL
+
+    levels = range(len(config.channel_multipliers))
+    attends = [level in config.attention_levels for level in levels]
+    vae: nn.Module = AutoencoderKL(
+        down_block_types=[f"{'Attn' * a}DownEncoderBlock2D" for a in attends],
+        up_block_types=[f"{'Attn' * a}UpDecoderBlock2D" for a in reversed(attends)],
+        block_out_channels=config.level_channels,
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+    ).eval()
+    return vae
 
 
 @pytest.mark.parametrize("layout", ["compvis", "diffusers"])

@@ -1,0 +1,115 @@
+"""How the encoders' networks are made: timm where timm has them."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from model.encoders.inception import InceptionV3, Variant
+from model.errors import UserError
+
+
+class MissingPackageError(UserError):
+    """An encoder's own package is not installed here; its weights may still be fetched."""
+
+
+class Construction(Protocol):
+    """How an encoder's network is made."""
+
+    def build(self) -> nn.Module:
+        """Build the network, freshly initialised; no weights are fetched."""
+        ...
+
+
+def frozen(**options: Any) -> Mapping[str, Any]:
+    """Options that nobody changes later."""
+    return MappingProxyType(options)
+
+
+@dataclass(frozen=True)
+class TimmConstruction:
+    """A timm network: `timm.create_model(architecture, **options)`.
+
+    The options are those of the model's card and of the hub's configuration together, written
+    out, so that the network depends on neither a connection nor what a hub says today; the
+    strict fit of the published weights is what proves them.
+    """
+
+    architecture: str
+    options: Mapping[str, Any]
+
+    def build(self) -> nn.Module:
+        """Build it; [B, 3, px, px] to all tokens after the last normalisation, [B, N, D]."""
+        every_token = {"num_classes": 0, "global_pool": ""}
+        return timm.create_model(
+            self.architecture, pretrained=False, **{**every_token, **self.options}
+        )
+
+
+@dataclass(frozen=True)
+class InceptionConstruction:
+    """InceptionV3 up to pool3."""
+
+    variant: Variant
+
+    def build(self) -> nn.Module:
+        """Build it; [B, 3, px, px] to [B, 2048]."""
+        return InceptionV3(self.variant)
+
+
+@dataclass(frozen=True)
+class ConchConstruction:
+    """CONCH's image tower through its own package, which must be installed.
+
+    `image_px` is the input it is built for; 448 is its own. Raises
+    `MissingPackageError` without the package.
+    """
+
+    image_px: int
+
+    def build(self) -> nn.Module:
+        """Build it; [B, 3, px, px] to [B, 512], neither projected nor normalised."""
+        return _ConchImage(self.image_px)
+
+
+class _ConchImage(nn.Module):
+    """CONCH's `encode_image(x, proj_contrast=False, normalize=False)`."""
+
+    def __init__(self, image_px: int) -> None:
+        super().__init__()
+        self.visual = _conch_model(image_px).visual
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.visual.forward_no_head(x, normalize=False)
+        return features
+
+
+def _conch_model(image_px: int) -> Any:
+    if importlib.util.find_spec("conch") is None:
+        raise MissingPackageError(
+            "encoder conch-v1 needs its own package, which is not installed: "
+            "pip install git+https://github.com/mahmoodlab/CONCH.git"
+        )
+    try:
+        from conch.open_clip_custom import coca_model
+    except ImportError as error:
+        raise MissingPackageError(
+            f"encoder conch-v1: its package does not import here ({error}); install the versions "
+            "of timm and transformers that it asks for"
+        ) from error
+    folder = Path(coca_model.__file__).parent / "model_configs"
+    config = json.loads((folder / "conch_ViT-B-16.json").read_text())
+    config.pop("custom_text", None)
+    config["vision_cfg"]["image_size"] = image_px
+    return coca_model.CoCa(**config)
+
+
+SWIGLU = frozen(mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
+"""Gated feed-forward layers; `mlp_ratio` then counts gate and value together."""
