@@ -10,10 +10,12 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +80,86 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(list_checkpoints(run_dir)), None)
 
 
-def save_checkpoint(run_dir: Path, state: RunState, trainees: Trainees, *, keep: int) -> Path:
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: tensors are copied at once, files follow.
+
+    `save` copies to buffers of the host's memory, kept from one checkpoint to the next and pinned
+    where a GPU copies into them, and returns; a thread writes, syncs and renames. One checkpoint
+    is written at a time: `save` waits for the one before. What a write could not do is raised by
+    the next `save` or `wait`. Use as a context manager: leaving it waits.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:  # that error is the one to tell of
+            self._thread.join()
+
+    def save(self, state: RunState, trainees: Trainees) -> None:
+        """Begin the checkpoint of `state.step`: it holds the values of this moment."""
+        self.wait()
+        files = _files(trainees)
+        for name, tensors in files.items():
+            self._copy(name, tensors)
+        if any(value.is_cuda for tensors in files.values() for value in tensors.values()):
+            torch.cuda.synchronize()
+        self._thread = threading.Thread(target=self._write, args=(state, list(files)))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was begun stands on disk; raises `UserError` where it does not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        buffers = self._buffers.setdefault(name, {})
+        for key, value in tensors.items():
+            if key not in buffers:
+                buffers[key] = torch.empty_like(
+                    value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
+                )
+            buffers[key].copy_(value.detach(), non_blocking=True)
+
+    def _write(self, state: RunState, names: list[str]) -> None:
+        try:
+            files = {name: self._buffers[name] for name in names}
+            write_checkpoint(self.run_dir, state, files, keep=self.keep)
+        except BaseException as error:
+            self._error = error
+
+
+def write_checkpoint(
+    run_dir: Path, state: RunState, files: Mapping[str, Mapping[str, Tensor]], *, keep: int
+) -> Path:
     """Write the checkpoint of `state.step`, durably, then remove all but the newest `keep`.
 
-    Raises `UserError` where the folder cannot be written; what stood before then still stands.
+    `files` holds the tensors of each safetensors file by its stem. Raises `UserError` where the
+    folder cannot be written; what stood before then still stands.
     """
     folder = checkpoints_dir(run_dir)
     final = folder / f"step-{state.step:08d}"
     staged = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
     try:
         staged.mkdir(parents=True)
-        _write_parts(staged, state, trainees)
+        _write_files(staged, state, files)
         if final.exists():  # the same step of the same run, written again after a restart
             shutil.rmtree(final)
         staged.rename(final)
@@ -149,12 +220,20 @@ def load_network(checkpoint: Path, name: str, network: nn.Module) -> None:
     fit_tensors(network, read_tensors(path), source=str(path))
 
 
-def _write_parts(staged: Path, state: RunState, trainees: Trainees) -> None:
-    for name, network in trainees.networks.items():
-        write_tensors(staged / f"{name}.safetensors", network.state_dict())
+def _files(trainees: Trainees) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every file of a checkpoint, by the file's stem."""
+    files: dict[str, dict[str, Tensor]] = {
+        name: dict(network.state_dict()) for name, network in trainees.networks.items()
+    }
     for name, optimizer in trainees.optimizers.items():
         tensors = _optimizer_tensors(optimizer, list(trainees.parameters(name)))
-        write_tensors(staged / f"optimizer_{name}.safetensors", tensors)
+        files[f"optimizer_{name}"] = tensors
+    return files
+
+
+def _write_files(staged: Path, state: RunState, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, tensors in files.items():
+        write_tensors(staged / f"{name}.safetensors", tensors)
     text = json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
     (staged / _STATE_FILE).write_text(text)
     for path in staged.iterdir():

@@ -23,6 +23,7 @@ CONFIG_VERSION = 1
 
 Mode = Literal["repa-e", "repa", "ldm"]
 Weights = Literal["ema", "raw"]
+Compile = Literal["off", "inductor", "aot_eager", "eager"]
 
 
 def _check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -41,6 +42,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses and statistics are fp32
     recompute: bool = False  # compute activations again in the backward pass: slower, less memory
+    compile: Compile = "off"  # torch.compile of each part; the others than inductor are for tests
+    sync_discriminator: bool = False  # its batch norm over all processes; REPA-E: each its own
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
@@ -56,6 +59,7 @@ class DataConfig:
     tile_px: int = 224
     encoder: str = "h0-mini"
     view: str = ""  # preprocessing view of the features; empty is none
+    tokens: Literal["float16", "int8"] = "float16"  # how the cache holds patch tokens
     batch_size: int = 256  # of all processes together
     cursors: int = 4  # places of the epoch that a slot reads in turn: more mix slides better
     threads: int = 4  # reader threads of a process
@@ -66,6 +70,15 @@ class DataConfig:
         for name in ("tile_px", "batch_size", "cursors", "threads", "prefetch"):
             value = getattr(self, name)
             _check(value >= 1, f"data.{name}", value, "a whole number of 1 or more")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Where the patch tokens come from that the alignment aims at."""
+
+    source: Literal["cache", "online"] = "cache"  # online: data.encoder runs in every step
+    weights: str = "hub"  # of the online encoder: hub, hub:ID, a file or random:SEED
+    dtype: Literal["float32", "bfloat16"] = "float32"  # in which the online encoder computes
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm of each network
+    accumulate: int = 1  # parts in which a process takes its tiles of a step, to save memory
     max_bad_steps: int = 10  # so many non-finite steps in a row stop the run
 
     def __post_init__(self) -> None:
@@ -134,7 +148,8 @@ class OptimConfig:
             _check(value > 0, f"optim.{name}", value, "a number above 0")
         good = all(0 <= beta < 1 for beta in self.betas)
         _check(good, "optim.betas", list(self.betas), "two numbers in [0, 1)")
-        _check(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "1 or more")
+        for name in ("accumulate", "max_bad_steps"):
+            _check(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)
@@ -157,16 +172,26 @@ class LogConfig:
 
     every: int = 50  # steps between lines of metrics.jsonl
     tensorboard: bool = True
+    wandb: str = ""  # project of Weights & Biases to log to as well (package wandb); empty is none
+    matrix_tflop_per_s: float = 0.0  # of one process's device, what MFU is of; 0 measures it
     samples_every: int = 10_000  # steps between sample grids
     samples: int = 8  # tiles of the fixed set that guide the grid
     sample_steps: int = 50
     guidance_scale: float = 2.5
     fixed_tiles: int = 16  # tiles on which the reconstruction is measured before and after
     fixed_selection: str = ""  # where they come from; empty is data.selection
+    validation: tuple[str, ...] = ()  # selections whose loss on fixed noise is measured
+    validation_every: int = 2_500  # steps between measurements; one before the first step as well
+    validation_tiles: int = 64  # of each selection, spread evenly over it
+    validation_draws: int = 4  # times and noises a tile
 
     def __post_init__(self) -> None:
         for name in ("every", "samples", "sample_steps", "fixed_tiles"):
             _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
+        for name in ("validation_every", "validation_tiles", "validation_draws"):
+            _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
+        rate = self.matrix_tflop_per_s
+        _check(rate >= 0, "log.matrix_tflop_per_s", rate, "a number of 0 or more")
         _check(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 or more")
 
 
@@ -197,6 +222,7 @@ class Config:
     config_version: int = CONFIG_VERSION
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -237,8 +263,23 @@ class Config:
 
     @property
     def uses_alignment(self) -> bool:
-        """Whether the run reads the encoder's patch tokens."""
+        """Whether a loss needs the encoder's patch tokens."""
         return self.run.mode != "ldm" and (self.loss.sit_align > 0 or self.loss.vae_align > 0)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether those tokens come from the cache."""
+        return self.uses_alignment and self.alignment.source == "cache"
+
+    @property
+    def tokens_kind(self) -> str:
+        """The kind of features that holds them."""
+        return f"tokens-{self.data.tokens}"
+
+    @property
+    def trains_alignment(self) -> bool:
+        """Whether the SiT's projector learns the encoder's tokens."""
+        return self.uses_alignment and self.loss.sit_align > 0
 
     @property
     def uses_condition(self) -> bool:
@@ -270,7 +311,7 @@ class Config:
 
 
 _FREE_KEYS = {
-    "run": ("dir", "steps", "device", "recompute"),
+    "run": ("dir", "steps", "device", "recompute", "compile"),
     "data": ("dataset", "selection", "threads", "prefetch"),
     "optim": ("max_bad_steps",),
 }

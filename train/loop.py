@@ -1,5 +1,6 @@
 """The training loop: batches in, steps, what is logged, sampled and saved on the way."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,10 +12,11 @@ from model.errors import UserError
 from model.sit import SiT
 from model.vae import VAE
 from pipeline.console import EXIT_OK, Meter, format_seconds, meter, say
-from train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from train.config import Config
 from train.metrics import Averages, RunLog, read_metrics, write_json
 from train.networks import build_parts
+from train.online import open_encoder
 from train.preview import (
     FixedTiles,
     Reconstruction,
@@ -24,7 +26,7 @@ from train.preview import (
     save_picture,
 )
 from train.ranks import Ranks, joined_ranks
-from train.reader import BatchReader
+from train.reader import Batch, BatchReader
 from train.setup import (
     SUMMARY_FILE,
     Inputs,
@@ -36,8 +38,11 @@ from train.setup import (
     run_directory,
 )
 from train.signals import EXIT_REQUEUE, StopRequests
+from train.speed import matrix_rate, peak_memory_gb, step_flop
 from train.step import Metrics, TrainingStep
+from train.validation import measure_validation
 
+SKIPPED_FILE = "skipped_tiles.jsonl"
 _NOTED = ("vae/l1", "sit/denoise", "sit/align")  # what stands at the end of the progress bar
 
 
@@ -57,7 +62,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
             if ranks.is_main:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
             return EXIT_OK
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, ranks)
         ranks.slots(config.data.batch_size)
         start = open_run(config, inputs, ranks, resume)
         return Training(config, ranks, inputs, start, requests).run()
@@ -86,40 +91,59 @@ class Training:
     ) -> None:
         self.config, self.ranks, self.inputs, self.requests = config, ranks, inputs, requests
         self.run_dir = run_directory(config)
+        self.encode = open_encoder(config, inputs.source.encoder_record, ranks.device)
         self.parts = build_parts(config, ranks.device)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, self.parts.trainees)
         self.state = start.state
         self.first_step = start.state.step
         self.fixed = self._read_fixed()
+        self.validation = self._read_validation()
         if not self.state.untrained:
             self.state = replace(self.state, untrained=self._reconstruction().to_dict())
         self.averages = Averages(ranks, config.data.batch_size)
         self.window = Window()
+        self.checkpoints = CheckpointWriter(self.run_dir, keep=config.checkpoint.keep)
         self._start = start.state
         self._bad_steps = self._skipped_here = 0
         self._started = time.monotonic()
-        self._note = ""
+        self._note, self._told = "", set[str]()
+        self._flop, self._matrix_rate = 0, self._measured_rate()
+
+    def _measured_rate(self) -> float:
+        """TFLOP/s of a matrix product on this device, in the run's precision."""
+        if given := self.config.log.matrix_tflop_per_s:
+            return given
+        dtype = torch.float32 if self.config.run.precision == "fp32" else torch.bfloat16
+        return matrix_rate(self.ranks.device, dtype) / 1e12
 
     def run(self) -> int:
         """Train to the last step, or to a request to stop."""
         config, step = self.config, self._training_step()
         self._announce()
         stopping = False
-        with self._log() as log, self._reader() as reader, self._progress() as progress:
+        with (
+            self.checkpoints,
+            self._log() as log,
+            self._reader() as reader,
+            self._progress() as progress,
+        ):
+            if self.first_step == 0 and log is not None and self.validation:
+                log.write(0, self._validate())
             for batch in reader:
                 metrics, skipped, stopping = step(batch, stop=self.requests.asked)
-                self._count(batch.step + 1, metrics, batch.skipped, skipped=skipped)
-                if self.state.step % config.log.every == 0 or self._is_last:
-                    self._log_window(log, reader)
+                self._count(batch.step + 1, metrics, skipped=skipped)
+                self._note_damage(batch)
+                self._write_log(log, reader)
                 if self._is_due(config.log.samples_every):
-                    self._save_samples()
+                    self._save_samples(log)
                 if self._is_due(config.checkpoint.every) or self._is_last or stopping:
                     self._save_checkpoint()
                 if progress is not None:
                     progress.advance(1, self._note)
                 if stopping and not self._is_last:
                     break
+        self.ranks.wait()  # torchrun ends them all with the first: the last checkpoint must stand
         if stopping and not self._is_last:
             return self._stopped()
         self._finish()
@@ -141,6 +165,7 @@ class Training:
             parts.optimizers,
             sit_average=parts.sit_average,
             vae_average=parts.vae_average,
+            encode=self.encode,
         )
 
     def _reader(self) -> BatchReader:
@@ -163,8 +188,7 @@ class Training:
         if not self.ranks.is_main:
             yield None
             return
-        tensorboard = self.config.log.tensorboard
-        with RunLog(self.run_dir, step=self.first_step, tensorboard=tensorboard) as log:
+        with RunLog(self.run_dir, self.config, step=self.first_step) as log:
             yield log
 
     @contextmanager
@@ -185,12 +209,23 @@ class Training:
             say("perceptual loss (LPIPS): off by the configuration")
         say(
             f"training on {stream.table.num_rows} tiles, {stream.steps_per_epoch} steps of "
-            f"{config.data.batch_size} an epoch, on {self.ranks.size} x {self.ranks.device.type}"
+            f"{config.data.batch_size} an epoch, on {self.ranks.size} x {self.ranks.device.type}; "
+            f"{stream.table.read_amplification:.2f} tiles are read for each trained on"
         )
 
-    def _count(self, done: int, metrics: Metrics, skipped_tiles: int, *, skipped: bool) -> None:
+    def _note_damage(self, batch: Batch) -> None:
+        """Name the tiles that others stood in for: once to the person, each time in a file."""
+        self._skipped_here += len(batch.damaged)
+        for damage in batch.damaged:
+            if damage not in self._told:
+                say(f"skipped: {damage}")
+            self._told.add(damage)
+            line = json.dumps({"step": batch.step + 1, "skipped": damage}) + "\n"
+            with (self.run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+                file.write(line)
+
+    def _count(self, done: int, metrics: Metrics, *, skipped: bool) -> None:
         self.state = replace(self.state, step=done)
-        self._skipped_here += skipped_tiles
         self.window.images += self.config.data.batch_size
         if not skipped:
             self._bad_steps = 0
@@ -199,18 +234,33 @@ class Training:
         self.window.skipped_steps += 1
         self._bad_steps += 1
         if self._bad_steps >= self.config.optim.max_bad_steps:
+            self.checkpoints.wait()
             good = latest_checkpoint(self.run_dir) or "none yet"
             raise TrainingDivergedError(
                 f"{self._bad_steps} steps in a row up to step {done} had non-finite gradients; "
                 f"last good checkpoint: {good}; lower the learning rates and start another run"
             )
 
-    def _log_window(self, log: RunLog | None, reader: BatchReader) -> None:
+    def _write_log(self, log: RunLog | None, reader: BatchReader) -> None:
+        """A line of the log where one is due: of the window, of validation, of both, or of the
+        fixed tiles' reconstruction, which goes with the sample grids."""
+        line: dict[str, float] = {}
+        if self.state.step % self.config.log.every == 0 or self._is_last:
+            line = self._take_window(reader)
+        if self._is_due(self.config.log.validation_every) or self._is_last:
+            line |= self._validate()
+        if self._is_due(self.config.log.samples_every) and log is not None:
+            line["reconstruction/psnr"] = self._reconstruction().psnr
+        if line and log is not None:
+            log.write(self.state.step, line)
+            noted = [f"{name} {line[name]:.3f}" for name in _NOTED if name in line]
+            self._note = "  ".join(noted) or self._note
+
+    def _take_window(self, reader: BatchReader) -> dict[str, float]:
+        """What happened since the last line; the counters start again."""
         values, skipped_tiles = self.averages.take(), self._skipped_tiles()
         now = time.monotonic()
         window, self.window = self.window, Window(now, waited_before=reader.wait_s)
-        if log is None:
-            return
         line = {
             "epoch": self.state.step / self.inputs.stream.steps_per_epoch,
             "seconds": self._seconds(now),
@@ -218,13 +268,19 @@ class Training:
             "data_wait_s": reader.wait_s - window.waited_before,
             "skipped_steps": window.skipped_steps,
             "skipped_tiles": skipped_tiles,
+            "memory_gb": peak_memory_gb(self.ranks.device),
             **values,
         }
-        if self.ranks.device.type == "cuda":
-            line["memory_gb"] = torch.cuda.max_memory_allocated(self.ranks.device) / 1e9
-        log.write(self.state.step, line)
-        noted = [f"{name} {values[name]:.3f}" for name in _NOTED if name in values]
-        self._note = "  ".join(noted)
+        return line | self._utilisation(line["images_per_s"])
+
+    def _utilisation(self, images_per_s: float) -> dict[str, float]:
+        """TFLOP/s of all processes, and MFU: its share of their matrix rate."""
+        if not self.ranks.is_main:
+            return {}
+        if self._flop == 0:
+            self._flop = sum(step_flop(self.config, self.parts.networks.perceptual).values())
+        reached = images_per_s * self._flop / 1e12
+        return {"tflop_per_s": reached, "mfu": reached / (self.ranks.size * self._matrix_rate)}
 
     def _seconds(self, now: float) -> float:
         """Seconds of training up to now, over all restarts."""
@@ -239,13 +295,34 @@ class Training:
         skipped, seconds = self._skipped_tiles(), self._seconds(time.monotonic())
         self.state = replace(self.state, skipped_tiles=skipped, seconds=seconds)
         if self.ranks.is_main:
-            keep = self.config.checkpoint.keep
-            save_checkpoint(self.run_dir, self.state, self.parts.trainees, keep=keep)
-        self.ranks.wait()
+            self.checkpoints.save(self.state, self.parts.trainees)
 
     def _read_fixed(self) -> FixedTiles:
-        inputs, count = self.inputs, max(self.config.log.fixed_tiles, self.config.log.samples)
-        return read_fixed_tiles(inputs.source, inputs.fixed_selection, count)
+        return read_fixed_tiles(self.inputs.source, self.inputs.fixed_rows)
+
+    def _read_validation(self) -> dict[str, FixedTiles]:
+        """The tiles of each validation selection, on the process that measures on them."""
+        if not self.ranks.is_main:
+            return {}
+        found = {
+            name: read_fixed_tiles(self.inputs.source, rows)
+            for name, rows in self.inputs.validation.items()
+        }
+        if self.encode is None:
+            return found
+        return {
+            name: replace(fixed, tokens=self.encode(fixed.tiles)) for name, fixed in found.items()
+        }
+
+    def _validate(self) -> dict[str, float]:
+        """Losses on the validation selections; nothing on the other processes, which go on."""
+        return {
+            f"{selection}/{name}": value
+            for selection, fixed in self.validation.items()
+            for name, value in measure_validation(
+                self.config, *self._exported(), fixed, align=self.config.trains_alignment
+            ).items()
+        }
 
     def _exported(self) -> tuple[SiT, VAE]:
         """The networks that the configuration exports, raw or averaged."""
@@ -260,11 +337,12 @@ class Training:
         tiles = self.fixed.tiles[: self.config.log.fixed_tiles]
         return measure_reconstruction(self._exported()[1], tiles)
 
-    def _save_samples(self) -> None:
-        if self.ranks.is_main:
+    def _save_samples(self, log: RunLog | None) -> None:
+        """A grid, by the main process; the others wait for it at the next step."""
+        if log is not None:
             pixels = draw_samples(self.config, *self._exported(), self.fixed)
             save_picture(self.run_dir / "samples" / f"step-{self.state.step:08d}.png", pixels)
-        self.ranks.wait()
+            log.write_picture(self.state.step, "samples", pixels)
 
     def _stopped(self) -> int:
         if self.ranks.is_main:

@@ -2,14 +2,19 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.errors import UserError
+from train.config import Config
 from train.ranks import Ranks
 
 
@@ -44,17 +49,18 @@ class Averages:
 
 
 class RunLog:
-    """metrics.jsonl, and TensorBoard events beside it; lines after `step` are taken back.
+    """metrics.jsonl, and beside it TensorBoard events and Weights & Biases as asked for.
 
     A run that goes on from step n repeats no line: what was logged after its checkpoint is cut.
     """
 
-    def __init__(self, run_dir: Path, *, step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, config: Config, *, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         _cut_after(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events: Any = None
-        if tensorboard:
+        self._wandb = open_wandb(run_dir, config) if config.log.wandb else None
+        if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -71,6 +77,8 @@ class RunLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as events."""
@@ -79,6 +87,47 @@ class RunLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def write_picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
+        """An RGB picture uint8 [h, w, 3] where pictures are shown."""
+        if self._events is not None:
+            self._events.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+
+def open_wandb(run_dir: Path, config: Config) -> Any:
+    """The run of Weights & Biases that belongs to a run directory, begun or gone on with.
+
+    Raises `UserError` where the package is missing or refuses (no login: WANDB_MODE=offline).
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"log.wandb={config.log.wandb}: the package wandb is not installed: pip install "
+            "wandb, or set log.wandb= (metrics.jsonl and TensorBoard hold the same)"
+        ) from error
+    key = run_dir / "wandb_id.txt"
+    if not key.exists():
+        write_text(key, secrets.token_hex(8))
+    try:
+        return wandb.init(
+            project=config.log.wandb,
+            name=run_dir.name,
+            id=key.read_text().strip(),
+            resume="allow",
+            dir=str(run_dir),
+            config=config.to_dict(),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"log.wandb={config.log.wandb}: {error}; log in, or set WANDB_MODE=offline"
+        ) from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -107,6 +156,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    kept = [line for line in read_metrics(path.parent) if 0 < step >= line["step"]]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

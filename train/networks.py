@@ -1,7 +1,6 @@
 """The networks, optimizers and averages of a run, built from its configuration."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +10,13 @@ from model.discriminator import Discriminator
 from model.errors import UserError
 from model.sit import SiT
 from model.vae import VAE
-from model.weights import fit_tensors, read_tensors, seeded_init
+from model.weights import seeded_init
 from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
+from train.initial import initialise
 from train.step import Networks
+from train.sync_norm import synchronise_norms
 
 if TYPE_CHECKING:
     from model.perceptual import PerceptualLoss
@@ -70,14 +71,20 @@ def build_networks(config: Config, device: torch.device) -> Networks:
         discriminator = None
         if end_to_end and config.loss.generator > 0:
             discriminator = Discriminator(config.model.discriminator).to(device)
+            if config.run.sync_discriminator:
+                synchronise_norms(discriminator)
     perceptual = None
     if end_to_end and config.loss.perceptual > 0 and config.loss.perceptual_weights != "none":
         perceptual = _perceptual(config).to(device)
-    _initialise(sit, vae, config)
-    sit.projectors.requires_grad_(config.uses_alignment and config.loss.sit_align > 0)
+    initialise(sit, vae, config)
+    sit.projectors.requires_grad_(config.trains_alignment)
     vae.requires_grad_(end_to_end)
     sit.recompute = vae.recompute = config.run.recompute
     vae = vae.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cuda":  # where channels last is what the tensor cores read
+        for network in (discriminator, perceptual):
+            if network is not None:
+                network.to(memory_format=torch.channels_last)
     return Networks(sit.to(device), vae, discriminator, perceptual)
 
 
@@ -89,26 +96,6 @@ def _perceptual(config: Config) -> "PerceptualLoss":
         return PerceptualLoss(loss.perceptual_weights, legacy_lpips_range=loss.legacy_lpips_range)
     except UserError as error:
         raise UserError(f"loss.perceptual_weights: {error}") from error
-
-
-def _initialise(sit: SiT, vae: VAE, config: Config) -> None:
-    if config.init.vae:
-        loaded = VAE.load(_weights_file(config.init.vae), config.model.vae)
-        vae.load_state_dict(loaded.state_dict())
-    if config.init.sit:
-        path = _weights_file(config.init.sit)
-        fit_tensors(sit, read_tensors(path), source=str(path))
-
-
-def _weights_file(name: str) -> Path:
-    """The file, or the one safetensors file of the folder."""
-    path = Path(name)
-    if not path.is_dir():
-        return path
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise UserError(f"{path} holds {len(found)} .safetensors files: name the file itself")
-    return found[0]
 
 
 def _adamw(config: Config, network: nn.Module, rate: float) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """What a person looks at: reconstruction on fixed tiles, grids of samples beside their guides."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from model.images import from_uint8
 from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
-from pipeline.dataset import BLOCK_ROWS, Selection
+from pipeline.dataset import BLOCK_ROWS
 from train.config import Config
 from train.source import BlockSource
 
@@ -25,10 +25,12 @@ _AT_ONCE = 8  # tiles of a forward pass: previews must fit beside a training ste
 
 @dataclass(frozen=True)
 class FixedTiles:
-    """Tiles that stay the same over the run: uint8 [n, px, px, 3], and CLS [n, d] where used."""
+    """Tiles that stay the same over the run: uint8 [n, px, px, 3], and where the run uses them
+    CLS [n, d] and patch tokens [n, t, d]."""
 
     tiles: Tensor
     cls: Tensor | None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,25 @@ class Reconstruction:
         return asdict(self)
 
 
-def read_fixed_tiles(source: BlockSource, selection: Selection, count: int) -> FixedTiles:
-    """`count` rows spread evenly over a selection (all of them where it has fewer)."""
-    rows = np.unique(np.linspace(0, selection.rows - 1, min(count, selection.rows)).astype(int))
+def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> FixedTiles:
+    """The tiles and features of rows (slide_id, rank), in their order."""
     samples = []
-    for row in rows.tolist():
-        index = int(np.searchsorted(selection.offsets, row, side="right")) - 1
-        rank = int(selection.ranks[row])
-        block = source.open(selection.slide_ids[index], rank // BLOCK_ROWS)
+    for slide_id, rank in rows:
+        block = source.open(slide_id, rank // BLOCK_ROWS)
         samples.append(source.sample(block, rank, rank % BLOCK_ROWS))
     cls = [torch.tensor(s.cls) for s in samples if s.cls is not None]
+    tokens = [torch.tensor(s.tokens) for s in samples if s.tokens is not None]
     tiles = torch.from_numpy(np.stack([s.tile for s in samples]))
-    return FixedTiles(tiles, torch.stack(cls) if cls else None)
+    return FixedTiles(
+        tiles, torch.stack(cls) if cls else None, torch.stack(tokens) if tokens else None
+    )
 
 
 @torch.no_grad()
 def measure_reconstruction(vae: VAE, tiles: Tensor) -> Reconstruction:
     """L1 and PSNR of tiles uint8 [n, px, px, 3] through posterior mean and decoder."""
     errors, psnrs = [], []
-    with _evaluating(vae):
+    with evaluating(vae):
         for part in tiles.split(_AT_ONCE):
             images = from_uint8(part.to(next(vae.parameters()).device))
             decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
@@ -87,7 +89,7 @@ def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.N
     guides = fixed.tiles[: config.log.samples].numpy()
     features = None if fixed.cls is None else fixed.cls[: len(guides)]
     model = CytoSyn(sit, vae, interpolant=Interpolant(config.model.path))
-    with _evaluating(sit), _evaluating(vae):
+    with evaluating(sit), evaluating(vae):
         images = model.generate(
             features,
             num_images_per_prompt=1 if features is not None else len(guides),
@@ -109,7 +111,8 @@ def save_picture(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode inside the block, then as it was."""
     was_training = network.training
     network.eval()
     try:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import UserError
 from train.stream import slots_of_rank
+
+_PATIENCE = timedelta(hours=1)
+"""How long processes wait for each other: the main one validates, samples and writes alone."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), size, chosen)
     finally:
@@ -112,4 +117,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    # Shapes never change; float32 products and convolutions (LPIPS, discriminator) in TF32, as in
+    # REPA-E's public script. Losses and statistics hold neither and stay float32.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     return device

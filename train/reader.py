@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.errors import UserError
 from train.source import BlockSource, OpenBlock, Sample
-from train.stream import Row, Stream
+from train.stream import Row, Stream, Visit
 
 OnError = Literal["stop", "skip"]
 
@@ -26,8 +26,8 @@ class Batch:
     """A rank's part of batch `step`, by slot.
 
     `tiles` uint8 [n, px, px, 3] RGB, `cls` float32 [n, d], `tokens` float16 [n, t, d]; `cls` and
-    `tokens` are None where the run does not use them. `skipped` counts stand-ins for damaged
-    tiles.
+    `tokens` are None where the run does not use them. `damaged` says of each tile that another
+    stands in for what is the matter with it, and where.
     """
 
     step: int
@@ -35,7 +35,7 @@ class Batch:
     tiles: Tensor
     cls: Tensor | None
     tokens: Tensor | None
-    skipped: int = 0
+    damaged: list[str] = field(default_factory=list)
 
 
 class SlotReader:
@@ -44,23 +44,32 @@ class SlotReader:
     def __init__(self, stream: Stream, source: BlockSource, slot: int, on_error: OnError) -> None:
         self.stream, self.source, self.slot, self.on_error = stream, source, slot, on_error
         self._open: dict[int, OpenBlock] = {}
+        self._visits: dict[int, Visit] = {}
 
-    def read(self, step: int) -> tuple[Sample, bool]:
-        """The slot's sample at that step, and whether it stands in for a damaged one.
+    def read(self, step: int) -> tuple[Sample, str | None]:
+        """The slot's sample at that step, and where it stands in for a damaged one, its error.
 
         The stand-in is the nearest earlier row of the same cursor and epoch that can be read,
         or the nearest later one at the stretch's start: a function of the step and the files
         alone, so resume stays exact. Raises `UserError` where none can be read.
         """
         try:
-            return self._sample(self.stream.row(step, self.slot)), False
-        except UserError:
+            return self._sample(self._row(step)), None
+        except UserError as error:
             if self.on_error == "stop":
                 raise
             stand_in = self._stand_in(step)
             if stand_in is None:
                 raise
-            return stand_in, True
+            return stand_in, str(error)
+
+    def _row(self, step: int) -> Row:
+        """`stream.row`, looked up once a block."""
+        epoch, cursor, position = self.stream.place(step, self.slot)
+        visit = self._visits.get(cursor)
+        if visit is None or not visit.covers(epoch, position):
+            visit = self._visits[cursor] = self.stream.visit(epoch, position)
+        return visit.row(cursor, position)
 
     def _stand_in(self, step: int) -> Sample | None:
         for other in self.stream.cursor_neighbours(step):
@@ -73,7 +82,10 @@ class SlotReader:
     def _sample(self, row: Row) -> Sample:
         block = self._open.get(row.cursor)
         if block is None or (block.slide_id, block.block) != (row.slide_id, row.block):
-            block = self.source.open(row.slide_id, row.block)
+            try:
+                block = self.source.open(row.slide_id, row.block)
+            except UserError as error:  # of a whole block: say for which tile it was read
+                raise UserError(f"slide {row.slide_id}, rank {row.rank}: {error}") from error
             self._open[row.cursor] = block
         return self.source.sample(block, row.rank, row.row)
 
@@ -190,7 +202,7 @@ class BatchReader:
             return None if self._stopped else self._pending.setdefault(step, _Pending())
 
     def _place(self, pending: _Pending, step: int, place: int) -> None:
-        sample, skipped = self._readers[place].read(step)
+        sample, damage = self._readers[place].read(step)
         with self._changed:
             if pending.batch is None:
                 pending.batch = self._allocate(step, sample)
@@ -200,9 +212,13 @@ class BatchReader:
             if store is not None:
                 store.numpy()[place] = values
         with self._changed:
-            batch.skipped += skipped
+            if damage is not None:
+                batch.damaged.append(damage)
             pending.filled += 1
-            self._changed.notify_all()
+            if pending.filled == len(
+                self._readers
+            ):  # a wake-up a tile would cost as much as reading
+                self._changed.notify_all()
 
     def _allocate(self, step: int, sample: Sample) -> Batch:
         count = len(self.slots)

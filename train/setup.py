@@ -7,7 +7,6 @@ from typing import Any, Literal
 from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
-    Selection,
     open_dataset,
     read_identity,
     read_selection,
@@ -17,23 +16,30 @@ from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unf
 from train.config import Config, differing_keys, load_config
 from train.metrics import write_json, write_text
 from train.ranks import Ranks
-from train.source import TOKENS_KIND, BlockSource, check_coverage
-from train.stream import BlockTable, Stream, compile_blocks
+from train.source import BlockSource, check_coverage
+from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_blocks
 
 Resume = Literal["auto", "never"]
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
 RECORDS_FILE = "records.json"
+BLOCKS_DIR = "blocks"  # of a run on several processes
+
+
+Rows = list[tuple[str, int]]
+"""Tiles of a dataset as (slide_id, rank)."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data of a run: its stream, where it reads, and the selection of the fixed tiles."""
+    """The data of a run: its stream, where it reads, the fixed tiles, and those of validation by
+    selection."""
 
     dataset: Dataset
     stream: Stream
     source: BlockSource
-    fixed_selection: Selection
+    fixed_rows: Rows
+    validation: dict[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,16 @@ class Start:
     checkpoint: Path | None
 
 
-def open_inputs(config: Config) -> Inputs:
-    """The run's data; raises `UserError` with the command to run for whatever is missing."""
+def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
+    """The run's data; raises `UserError` with the command to run for whatever is missing.
+
+    Of several `ranks` the main one alone reads the selection, of which there may be 100 million
+    rows, and checks that all of it is there.
+    """
     if not config.data.dataset:
         raise UserError("data.dataset is not set: add data.dataset=DIR, a dataset directory")
-    dataset = open_dataset(Path(config.data.dataset))
-    table = compile_blocks(read_selection(dataset, config.data.selection))
-    data = config.data
+    dataset, data = open_dataset(Path(config.data.dataset)), config.data
+    table = _shared_table(config, dataset, ranks)
     stream = Stream(table, seed=config.run.seed, batch_size=data.batch_size, cursors=data.cursors)
     source = BlockSource(
         dataset,
@@ -58,18 +67,36 @@ def open_inputs(config: Config) -> Inputs:
         encoder=data.encoder,
         view=data.view,
         with_cls=config.uses_condition,
-        with_tokens=config.uses_alignment,
+        with_tokens=config.reads_tokens,
+        tokens_kind=config.tokens_kind,
     )
-    fixed = read_selection(dataset, config.fixed_selection)
-    for wanted in (table, compile_blocks(fixed)):
-        _check_tables(config, dataset, wanted)
     _check_features(config, source)
-    return Inputs(dataset, stream, source, fixed)
+    log = config.log
+    others = {log.fixed_selection, *log.validation} - {"", data.selection}
+    tables = {name: compile_blocks(read_selection(dataset, name)) for name in sorted(others)}
+    tables[data.selection] = table
+    if ranks is None or ranks.is_main:
+        for wanted in tables.values():
+            _check_tables(config, dataset, wanted)
+    fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
+    validation = {name: tables[name].spread_rows(log.validation_tiles) for name in log.validation}
+    return Inputs(dataset, stream, source, fixed, validation)
+
+
+def _shared_table(config: Config, dataset: Dataset, ranks: Ranks | None) -> BlockTable:
+    """The selection's blocks: compiled by the main process, mapped by the others."""
+    if ranks is None or ranks.size == 1:
+        return compile_blocks(read_selection(dataset, config.data.selection))
+    folder = run_directory(config) / BLOCKS_DIR
+    if ranks.is_main:
+        write_blocks(compile_blocks(read_selection(dataset, config.data.selection)), folder)
+    ranks.wait()
+    return map_blocks(folder)
 
 
 def _check_tables(config: Config, dataset: Dataset, table: BlockTable) -> None:
     data = config.data
-    kinds = ["cls"] * config.uses_condition + [TOKENS_KIND] * config.uses_alignment
+    kinds = ["cls"] * config.uses_condition + [config.tokens_kind] * config.reads_tokens
     check_coverage(
         dataset, table, tile_px=data.tile_px, encoder=data.encoder, view=data.view, kinds=kinds
     )
@@ -85,7 +112,7 @@ def _check_features(config: Config, source: BlockSource) -> None:
             f"have {dim} values, got {sit.condition_dim}"
         )
     shape = record.get("tokens_shape")
-    if config.uses_alignment and shape and list(shape) != [sit.num_tokens, sit.token_dim]:
+    if config.reads_tokens and shape and list(shape) != [sit.num_tokens, sit.token_dim]:
         raise UserError(
             f"patch tokens of {config.data.encoder} are {list(shape)}, but the SiT aligns "
             f"{[sit.num_tokens, sit.token_dim]}: set model.sit.token_dim, latent_size and "

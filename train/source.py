@@ -20,8 +20,6 @@ from pipeline.dataset import (
 from pipeline.features import FeatureStore, feature_scope
 from train.stream import BlockTable
 
-TOKENS_KIND = "tokens-float16"
-
 
 class Sample(NamedTuple):
     """A tile and what the encoder made of it; features that the run does not use are None."""
@@ -54,6 +52,7 @@ class BlockSource:
         view: str = "",
         with_cls: bool = True,
         with_tokens: bool = True,
+        tokens_kind: str = "tokens-float16",
     ) -> None:
         self.tile_px = tile_px
         self._tiles = TileStore(dataset, tile_px)
@@ -64,7 +63,7 @@ class BlockSource:
             )
         if with_tokens:
             self._tokens = FeatureStore(
-                dataset, tile_px=tile_px, encoder=encoder, kind=TOKENS_KIND, view=view
+                dataset, tile_px=tile_px, encoder=encoder, kind=tokens_kind, view=view
             )
 
     @property

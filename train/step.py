@@ -11,18 +11,20 @@ the VAE never the SiT nor the projector (they run with detached parameters); the
 never the discriminator (detached too).
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.discriminator import Discriminator
+from model.errors import UserError
 from model.images import from_uint8
 from model.interpolant import Interpolant
+from model.latent_norm import LatentStatistics, latent_statistics
 from model.losses import (
     alignment_loss,
     denoising_loss,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from model.perceptual import PerceptualLoss
 
 Metrics = dict[str, Tensor]
+Encode = Callable[[Tensor], Tensor]
 
 
 class Draws(NamedTuple):
@@ -55,6 +58,10 @@ class Draws(NamedTuple):
     posterior_noise: Tensor
     drop: Tensor
 
+    def part(self, places: slice) -> "Draws":
+        """Those of some tiles of the batch."""
+        return Draws(*(value[places] for value in self))
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -65,6 +72,15 @@ class Inputs:
     condition: Tensor | None
     tokens: Tensor | None
     draws: Draws
+
+    def part(self, places: slice) -> "Inputs":
+        """Some tiles of the batch."""
+        return Inputs(
+            self.images[places],
+            None if self.condition is None else self.condition[places],
+            None if self.tokens is None else self.tokens[places],
+            self.draws.part(places),
+        )
 
 
 @dataclass(frozen=True)
@@ -155,16 +171,27 @@ def discriminator_loss(discriminator: nn.Module, images: Tensor, fake: Tensor) -
 
 
 def sit_losses(
-    sit: SiT, forward: nn.Module, path: Interpolant, z: Tensor, inputs: Inputs, *, align: bool
+    sit: SiT,
+    forward: Callable[..., Any],
+    path: Interpolant,
+    z: Tensor,
+    inputs: Inputs,
+    *,
+    align: bool,
+    statistics: LatentStatistics | None = None,
 ) -> Metrics:
     """The denoising loss on detached latents, and with `align` the SiT's own alignment loss.
 
     Latents are normalised by the *batch's* statistics, over all processes, which also moves the
-    running ones; the condition is dropped where the draws say so. `forward` is the SiT or its
-    data-parallel wrapper.
+    running ones; where z is a part of the batch, `statistics` are the whole batch's and the
+    running ones have moved. The condition is dropped where the draws say so. `forward` is the
+    SiT, its data-parallel wrapper or what compiles either.
     """
     draws = inputs.draws
-    x0 = sit.bn.normalise(z.detach(), use_batch=True)
+    if statistics is None:
+        x0 = sit.bn.normalise(z.detach(), use_batch=True)
+    else:
+        x0 = sit.bn.normalise_with(z.detach(), statistics.mean, statistics.variance)
     x_t = path.x_t(x0, draws.noise, draws.t)
     drop = draws.drop if inputs.condition is not None else None
     result = forward(x_t, draws.t, inputs.condition, drop=drop, return_tokens=align)
@@ -177,7 +204,20 @@ def sit_losses(
 
 
 class TrainingStep:
-    """Runs steps: owns the order of passes, the updates and the averages."""
+    """Runs steps: owns the order of passes, the updates and the averages.
+
+    With `optim.accumulate` = m a process takes its tiles in m parts, one after the other. Every
+    loss is a mean over tiles, and the latent norm takes the statistics of all parts (and
+    processes) before the first SiT pass, so that gradients are those of the whole batch. The one
+    exception is the discriminator's batch norm: a part is normalised by itself, as a process's
+    tiles are without `run.sync_discriminator`, and its running statistics move once a part.
+
+    With `run.compile` each part of the step is a graph of its own, of fixed shapes: parts of one
+    size mean no compilation after the first step (and one where the discriminator begins).
+
+    `encode` computes the patch tokens of tiles uint8 [n, px, px, 3] where they are not read from
+    the cache.
+    """
 
     def __init__(
         self,
@@ -188,9 +228,10 @@ class TrainingStep:
         *,
         sit_average: Ema[SiT],
         vae_average: Ema[VAE] | None,
+        encode: Encode | None = None,
     ) -> None:
         self.config, self.ranks, self.networks = config, ranks, networks
-        self.optimizers = optimizers
+        self.optimizers, self._encode_tokens = optimizers, encode
         self.sit_average, self.vae_average = sit_average, vae_average
         self.path = Interpolant(config.model.path)
         self._weight = ranks.loss_weight(config.data.batch_size)
@@ -200,6 +241,19 @@ class TrainingStep:
         self._discriminator = (
             ranks.parallel(networks.discriminator) if networks.discriminator is not None else None
         )
+        self._parts = parts_of(len(ranks.slots(config.data.batch_size)), config.optim.accumulate)
+        if config.run.recompute and ranks.size > 1:
+            # PyTorch's cutting of compiled graphs at gradient buckets refuses recomputation.
+            torch._dynamo.config.optimize_ddp = False
+        self._call_vae = self._compiled(self._vae)
+        self._call_sit = self._compiled(self._sit)
+        self._vae_losses = self._compiled(vae_losses)
+        self._vae_alignment = self._compiled(vae_alignment)
+        self._discriminator_loss = self._compiled(discriminator_loss)
+
+    def _compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        backend = self.config.run.compile
+        return call if backend == "off" else torch.compile(call, backend=backend, dynamic=False)
 
     def inputs(self, batch: Batch) -> Inputs:
         """The batch on the device, with its randomness."""
@@ -208,12 +262,12 @@ class TrainingStep:
         def moved(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(device, non_blocking=True)
 
-        return Inputs(
-            from_uint8(batch.tiles.to(device, non_blocking=True)),
-            moved(batch.cls),
-            moved(batch.tokens),
-            draw(self.config, batch.step, batch.slots, device),
-        )
+        tiles = batch.tiles.to(device, non_blocking=True)
+        tokens = moved(batch.tokens)
+        if self._encode_tokens is not None:
+            tokens = torch.cat([self._encode_tokens(tiles[places]) for places in self._parts])
+        draws = draw(self.config, batch.step, batch.slots, device)
+        return Inputs(from_uint8(tiles), moved(batch.cls), tokens, draws)
 
     def __call__(self, batch: Batch, *, stop: bool = False) -> tuple[Metrics, bool, bool]:
         """Train on one batch: its local metrics, whether it was skipped as non-finite, and
@@ -236,7 +290,45 @@ class TrainingStep:
         return metrics | norms, skipped, stopping
 
     def _gradients(self, inputs: Inputs, step: int) -> Metrics:
-        """The three backward passes."""
+        """The three backward passes, each over the parts of the batch."""
+        total = len(inputs.images)
+        shares = [(p.stop - p.start) / total for p in self._parts]
+        terms: list[Metrics] = []
+        latents: list[Tensor] = []
+        for places, share in zip(self._parts, shares, strict=True):
+            with self._reducing(self._vae, self._discriminator, when=places.stop == total):
+                metrics, z = self._autoencoder_backward(inputs.part(places), step, share)
+            terms.append(metrics)
+            latents.append(z)
+        statistics = self._whole_statistics(latents)
+        for index, (places, share) in enumerate(zip(self._parts, shares, strict=True)):
+            with self._reducing(self._sit, when=places.stop == total):
+                part, z = inputs.part(places), latents[index]
+                terms[index] |= self._sit_backward(z, part, statistics, share)
+        z = torch.cat(latents).float()
+        return _weighted(terms, shares) | {"latent/mean": z.mean(), "latent/std": z.std()}
+
+    def _whole_statistics(self, latents: Sequence[Tensor]) -> LatentStatistics | None:
+        """The latent statistics of several parts, moving the running ones; None for a single."""
+        if len(latents) == 1:
+            return None
+        statistics = latent_statistics(torch.cat(list(latents)))
+        self.networks.sit.bn.update(statistics)
+        return statistics
+
+    @contextmanager
+    def _reducing(self, *networks: nn.Module | None, when: bool) -> Iterator[None]:
+        """Gradients are averaged over processes by the last part's backward pass alone."""
+        with ExitStack() as stack:
+            for network in networks:
+                if isinstance(network, nn.parallel.DistributedDataParallel) and not when:
+                    stack.enter_context(network.no_sync())
+            yield
+
+    def _autoencoder_backward(
+        self, inputs: Inputs, step: int, share: float
+    ) -> tuple[Metrics, Tensor]:
+        """The VAE's and the discriminator's passes: their metrics, and the latents detached."""
         adversarial = (
             self._trains_vae
             and self._discriminator is not None
@@ -245,48 +337,62 @@ class TrainingStep:
         output = self._encode(inputs)
         metrics: Metrics = {}
         if self._trains_vae:
-            metrics |= self._vae_backward(output, inputs, generate=adversarial)
-        if adversarial and self._discriminator is not None:
-            metrics |= self._discriminator_backward(output, inputs)
-        metrics |= self._sit_backward(output.latents, inputs)
-        latents = output.latents.detach().float()
-        return metrics | {"latent/mean": latents.mean(), "latent/std": latents.std()}
+            metrics |= self._vae_backward(output, inputs, share, generate=adversarial)
+        if adversarial:
+            metrics |= self._discriminator_backward(output, inputs, share)
+        return metrics, output.latents.detach()
 
     def _encode(self, inputs: Inputs) -> VAEOutput:
         if self._trains_vae:
             with self._precision():
-                output: VAEOutput = self._vae(inputs.images, inputs.draws.posterior_noise)
+                output: VAEOutput = self._call_vae(inputs.images, inputs.draws.posterior_noise)
             return output
         with torch.no_grad(), self._precision():
             posterior = self.networks.vae.encode(inputs.images)
             z = posterior.sample(inputs.draws.posterior_noise)
         return VAEOutput(inputs.images, z, posterior)
 
-    def _vae_backward(self, output: VAEOutput, inputs: Inputs, *, generate: bool) -> Metrics:
+    def _vae_backward(
+        self, output: VAEOutput, inputs: Inputs, share: float, *, generate: bool
+    ) -> Metrics:
         weights = self.config.loss
-        total, terms = vae_losses(inputs.images, output, self.networks, weights, generate=generate)
+        total, terms = self._vae_losses(
+            inputs.images, output, self.networks, weights, generate=generate
+        )
         if self.config.uses_alignment and weights.vae_align > 0:
             with self._precision():
-                terms["align"] = vae_alignment(self.networks.sit, self.path, output.latents, inputs)
+                terms["align"] = self._vae_alignment(
+                    self.networks.sit, self.path, output.latents, inputs
+                )
             total = total + weights.vae_align * terms["align"]
-        (total * self._weight).backward()
+        (total * (self._weight * share)).backward()
         return _named("vae", terms | {"total": total})
 
-    def _discriminator_backward(self, output: VAEOutput, inputs: Inputs) -> Metrics:
+    def _discriminator_backward(self, output: VAEOutput, inputs: Inputs, share: float) -> Metrics:
         assert self._discriminator is not None
-        fake = output.reconstruction.float()
-        loss = discriminator_loss(self._discriminator, inputs.images, fake)
-        (loss * self._weight).backward()
+        fake = output.reconstruction.detach().float()
+        loss = self._discriminator_loss(self._discriminator, inputs.images, fake)
+        (loss * (self._weight * share)).backward()
         return _named("discriminator", {"total": loss})
 
-    def _sit_backward(self, z: Tensor, inputs: Inputs) -> Metrics:
-        align = self.config.uses_alignment and self.config.loss.sit_align > 0
+    def _sit_backward(
+        self, z: Tensor, inputs: Inputs, statistics: LatentStatistics | None, share: float
+    ) -> Metrics:
+        align = self.config.trains_alignment
         with self._precision():
-            terms = sit_losses(self.networks.sit, self._sit, self.path, z, inputs, align=align)
+            terms = sit_losses(
+                self.networks.sit,
+                self._call_sit,
+                self.path,
+                z,
+                inputs,
+                align=align,
+                statistics=statistics,
+            )
         total = terms["denoise"]
         if align:
             total = total + self.config.loss.sit_align * terms["align"]
-        (total * self._weight).backward()
+        (total * (self._weight * share)).backward()
         return _named("sit", terms | {"total": total})
 
     def _clipped_norms(self) -> Metrics:
@@ -319,3 +425,28 @@ class TrainingStep:
 
 def _named(network: str, terms: Metrics) -> Metrics:
     return {f"{network}/{name}": value.detach() for name, value in terms.items()}
+
+
+def _weighted(terms: Sequence[Metrics], shares: Sequence[float]) -> Metrics:
+    """Means over the parts of a batch, by their shares of it."""
+    if len(terms) == 1:
+        return terms[0]
+    return {
+        name: torch.stack(
+            [share * part[name] for part, share in zip(terms, shares, strict=True)]
+        ).sum(dim=0)
+        for name in terms[0]
+    }
+
+
+def parts_of(count: int, parts: int) -> list[slice]:
+    """`count` tiles cut in so many parts, of sizes that differ by one at most.
+
+    Raises `UserError` where there are fewer tiles than parts.
+    """
+    if parts > count:
+        raise UserError(
+            f"optim.accumulate={parts}, but a process has {count} tiles of a step: lower it to "
+            f"{count}, or raise data.batch_size"
+        )
+    return [slice(k * count // parts, (k + 1) * count // parts) for k in range(parts)]

@@ -10,10 +10,13 @@ block is read once by a cursor, and a batch mixes B K distant places over K step
 """
 
 import hashlib
+import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,7 @@ BLOCK_DTYPE = np.dtype([("slide", "<u4"), ("block", "<u4"), ("mask", "<u2")])
 """A block of the selection in 10 bytes: slide index, block number, bit i set for row i."""
 
 _BITS = np.arange(BLOCK_ROWS, dtype=np.uint16)
+_SLIDES_FILE, _BLOCKS_FILE = "slides.json", "blocks.npy"
 _KEPT_EPOCHS = 2  # reader threads run ahead into the next epoch while others end this one
 
 
@@ -49,6 +53,24 @@ class BlockTable:
         """Selected rows in all, N."""
         return int(self.row_counts.sum())
 
+    @property
+    def read_amplification(self) -> float:
+        """Tiles read from disk for each one trained on: blocks are read whole, 16 ranks each."""
+        return len(self.blocks) * BLOCK_ROWS / max(self.num_rows, 1)
+
+    def spread_rows(self, count: int) -> list[tuple[str, int]]:
+        """`count` rows (slide_id, rank) spread evenly over the table, or all where it has fewer."""
+        ends = np.cumsum(self.row_counts)
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+        found = []
+        for place in places.tolist():
+            entry = int(np.searchsorted(ends, place, side="right"))
+            slide, block, mask = self.blocks[entry]
+            bit = _set_bits(int(mask))[place - int(ends[entry] - self.row_counts[entry])]
+            found.append((self.slide_ids[slide], int(block) * BLOCK_ROWS + bit))
+        return found
+
     @cached_property
     def content_hash(self) -> str:
         """sha256 of the slides and blocks: two tables of one hash give one stream."""
@@ -70,6 +92,23 @@ def compile_blocks(selection: Selection) -> BlockTable:
     blocks["slide"], blocks["block"] = slides[starts], numbers[starts]
     blocks["mask"] = np.bitwise_or.reduceat(bits, starts) if len(starts) else 0
     return BlockTable(selection.slide_ids, blocks)
+
+
+def write_blocks(table: BlockTable, folder: Path) -> None:
+    """Keep a table as `slides.json` and `blocks.npy`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".writing-{os.getpid()}"
+    staged.write_text(json.dumps(table.slide_ids))
+    staged.replace(folder / _SLIDES_FILE)
+    with staged.open("wb") as file:
+        np.save(file, table.blocks)
+    staged.replace(folder / _BLOCKS_FILE)
+
+
+def map_blocks(folder: Path) -> BlockTable:
+    """The table in a folder; its blocks are mapped, so that a node's processes share them."""
+    slides = tuple(json.loads((folder / _SLIDES_FILE).read_text()))
+    return BlockTable(slides, np.load(folder / _BLOCKS_FILE, mmap_mode="r"))
 
 
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -103,6 +142,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Visit:
+    """A block in an epoch: its selected rows `bits` stand at positions from `first` on."""
+
+    epoch: int
+    first: int
+    slide_id: str
+    block: int
+    bits: tuple[int, ...]
+
+    def covers(self, epoch: int, position: int) -> bool:
+        """Whether the position is in this block."""
+        return epoch == self.epoch and 0 <= position - self.first < len(self.bits)
+
+    def row(self, cursor: int, position: int) -> Row:
+        """The row at a position that the block covers, as a cursor reads it."""
+        return Row(cursor, self.slide_id, self.block, self.bits[position - self.first])
+
+
+@dataclass(frozen=True)
 class _Epoch:
     order: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]  # rows up to and with each block in that order
@@ -128,12 +186,16 @@ class Stream:
         """E = L K."""
         return self.stretch * self.cursors
 
-    def row(self, step: int, slot: int) -> Row:
-        """The row that the slot reads at that step."""
+    def place(self, step: int, slot: int) -> tuple[int, int, int]:
+        """Epoch, cursor and position in the epoch of what the slot reads at that step."""
         epoch, i = divmod(step, self.steps_per_epoch)
         cursor = i % self.cursors
-        position = (slot * self.cursors + cursor) * self.stretch + i // self.cursors
-        return self._row(self._epoch(epoch), cursor, position)
+        return epoch, cursor, (slot * self.cursors + cursor) * self.stretch + i // self.cursors
+
+    def row(self, step: int, slot: int) -> Row:
+        """The row that the slot reads at that step."""
+        epoch, cursor, position = self.place(step, slot)
+        return self.visit(epoch, position).row(cursor, position)
 
     def batch(self, step: int) -> list[Row]:
         """The rows of the whole global batch, by slot."""
@@ -146,13 +208,15 @@ class Stream:
         yield from range(step - self.cursors, first - 1, -self.cursors)
         yield from range(step + self.cursors, first + self.steps_per_epoch, self.cursors)
 
-    def _row(self, epoch: _Epoch, cursor: int, position: int) -> Row:
-        place = int(np.searchsorted(epoch.ends, position, side="right"))
-        entry = int(epoch.order[place])
-        slide, block, mask = self.table.blocks[entry]
-        before = position - (int(epoch.ends[place]) - int(self.table.row_counts[entry]))
-        row = [bit for bit in range(BLOCK_ROWS) if int(mask) >> bit & 1][before]
-        return Row(cursor, self.table.slide_ids[slide], int(block), row)
+    def visit(self, epoch: int, position: int) -> Visit:
+        """The block that holds a position of an epoch."""
+        shuffled = self._epoch(epoch)
+        place = int(np.searchsorted(shuffled.ends, position, side="right"))
+        entry = int(shuffled.order[place])
+        slide, block, mask = self.table.blocks[entry].item()
+        bits = tuple(_set_bits(mask))
+        first = int(shuffled.ends[place]) - len(bits)
+        return Visit(epoch, first, self.table.slide_ids[slide], block, bits)
 
     def _epoch(self, epoch: int) -> _Epoch:
         with self._lock:
@@ -162,6 +226,11 @@ class Stream:
                 for old in sorted(self._epochs)[:-_KEPT_EPOCHS]:
                     del self._epochs[old]
             return self._epochs[epoch]
+
+
+def _set_bits(mask: int) -> list[int]:
+    """Positions of the mask's ones, ascending."""
+    return [bit for bit in range(BLOCK_ROWS) if mask >> bit & 1]
 
 
 def _too_small(rows: int, batch_size: int, cursors: int) -> str:

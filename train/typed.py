@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from model.errors import UserError
+from pipeline.dataset.plain_yaml import load_yaml
 
 T = TypeVar("T")
 
@@ -25,13 +26,13 @@ class _Raw(str):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` where there is none."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = load_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"configuration {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"configuration {path}: not YAML: {_one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"configuration {path}: not YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -157,9 +158,9 @@ def _number(value: Any, key: str) -> float:
 
 def _parsed(text: str, key: str) -> Any:
     try:
-        return yaml.safe_load(str(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}={text}: not a YAML value: {_one_line(error)}") from error
+        return load_yaml(str(text))
+    except ValueError as error:
+        raise UserError(f"{key}={text}: not a YAML value: {error}") from error
 
 
 def _unknown(key: str, known: list[str]) -> str:
@@ -179,10 +180,6 @@ def _mismatch(key: str, expected: str, value: Any) -> UserError:
 
 def _kind(value: Any) -> str:
     return "list" if isinstance(value, list) else type(value).__name__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

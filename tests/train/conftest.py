@@ -25,6 +25,7 @@ from pipeline.dataset import (
     write_tar,
 )
 from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
+from pipeline.features.quantise import quantise
 from train.config import Config, load_config
 
 TILE_PX = 32
@@ -78,6 +79,7 @@ def add_shard(dataset: Dataset, slide: int, start: int, stop: int) -> None:
     tables = {
         "cls": cls_table(start, np.stack([cls for cls, _ in features])),
         "tokens-float16": token_table(np.stack([tokens for _, tokens in features])),
+        "tokens-int8": token_table(*quantise(np.stack([tokens for _, tokens in features]))),
     }
     record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": DIM}
     with Run(dataset, "cache", software_versions()) as run:

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, the last K, and refused where they do not fit."""
 
+import copy
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from model.errors import UserError
 from train import checkpoint
 from train.checkpoint import (
+    CheckpointWriter,
     RunState,
     Trainees,
     latest_checkpoint,
@@ -16,7 +19,6 @@ from train.checkpoint import (
     load_checkpoint,
     read_state,
     remove_unfinished,
-    save_checkpoint,
 )
 
 
@@ -36,6 +38,13 @@ def train_once(trainees: Trainees, seed: int) -> None:
     trainees.optimizers["net"].zero_grad()
 
 
+def save(run_dir: Path, state: RunState, trainees: Trainees, *, keep: int) -> Path:
+    """Write a checkpoint and wait for it."""
+    with CheckpointWriter(run_dir, keep=keep) as writer:
+        writer.save(state, trainees)
+    return run_dir / "checkpoints" / f"step-{state.step:08d}"
+
+
 def state(step: int) -> RunState:
     return RunState(step, "blocks", "config", 1.5, 2, {"psnr": 3.0})
 
@@ -43,7 +52,7 @@ def state(step: int) -> RunState:
 def test_a_run_goes_on_exactly(tmp_path: Path) -> None:
     ours, theirs = make_trainees(0), make_trainees(1)
     train_once(ours, 5)
-    path = save_checkpoint(tmp_path, state(1), ours, keep=2)
+    path = save(tmp_path, state(1), ours, keep=2)
     assert path == tmp_path / "checkpoints" / "step-00000001"
     assert read_state(path) == state(1)
     load_checkpoint(path, theirs)
@@ -54,17 +63,71 @@ def test_a_run_goes_on_exactly(tmp_path: Path) -> None:
     assert all(mine[key].equal(yours[key]) for key in mine)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the weights of the moment of `save`, however late the thread writes them."""
+    trainees = make_trainees()
+    train_once(trainees, 0)
+    net, optimizer = trainees.networks["net"], trainees.optimizers["net"]
+    expected = {key: value.clone() for key, value in net.state_dict().items()}
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    may_write, real = threading.Event(), checkpoint.write_tensors
+
+    def write_late(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert may_write.wait(60)
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write_late)
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(state(1), trainees)
+        train_once(trainees, 1)
+        assert not any(
+            value.equal(net.state_dict()[key])
+            for key, value in expected.items()
+            if key in ("0.weight", "1.weight", "1.running_mean")
+        )
+        assert list_checkpoints(tmp_path) == []
+        may_write.set()
+        writer.save(state(2), trainees)  # waits for the first, and takes its buffers
+    assert [p.name[-1] for p in list_checkpoints(tmp_path)] == ["1", "2"]
+    late = make_trainees(1)
+    load_checkpoint(tmp_path / "checkpoints" / "step-00000001", late)
+    loaded = late.networks["net"].state_dict()
+    assert all(loaded[key].equal(value) for key, value in expected.items())
+    found = late.optimizers["net"].state_dict()["state"]
+    for index, values in moments.items():
+        assert all(found[index][name].equal(value) for name, value in values.items())
+
+
+def test_a_failed_write_is_told_at_the_next_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainees, writer = make_trainees(), CheckpointWriter(tmp_path, keep=2)
+    monkeypatch.setattr(checkpoint, "write_tensors", refuse)
+    writer.save(state(1), trainees)
+    with pytest.raises(UserError, match="step-00000001: No space left"):
+        writer.save(state(2), trainees)
+    writer.wait()  # told once
+    writer.save(state(2), trainees)
+    with pytest.raises(KeyError), writer:  # the run's own error is the one that is told
+        raise KeyError
+
+
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     trainees = make_trainees()
     for step in (1, 2, 10, 20, 100000000):
-        save_checkpoint(tmp_path, state(step), trainees, keep=2)
+        save(tmp_path, state(step), trainees, keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-100000000"
 
 
 def test_nothing_half_written_is_ever_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainees = make_trainees()
-    good = save_checkpoint(tmp_path, state(1), trainees, keep=2)
+    good = save(tmp_path, state(1), trainees, keep=2)
     real = checkpoint.write_tensors
     calls = []
 
@@ -76,13 +139,13 @@ def test_nothing_half_written_is_ever_seen(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(checkpoint, "write_tensors", fail_later)
     with pytest.raises(UserError, match="step-00000002: No space left on device"):
-        save_checkpoint(tmp_path, state(2), trainees, keep=2)
+        save(tmp_path, state(2), trainees, keep=2)
     assert list_checkpoints(tmp_path) == [good]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    good = save_checkpoint(tmp_path, state(1), make_trainees(), keep=2)
+    good = save(tmp_path, state(1), make_trainees(), keep=2)
     (tmp_path / "checkpoints" / ".writing-step-00000002-ab12").mkdir()
     assert latest_checkpoint(tmp_path) == good
     remove_unfinished(tmp_path)
@@ -92,7 +155,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 def test_damaged_and_foreign_checkpoints_get_one_line(tmp_path: Path) -> None:
     trainees = make_trainees()
     train_once(trainees, 0)
-    path = save_checkpoint(tmp_path, state(1), trainees, keep=2)
+    path = save(tmp_path, state(1), trainees, keep=2)
     with pytest.raises(UserError, match=r"net\.safetensors.*other shape: 0\.weight"):
         load_checkpoint(path, make_trainees(width=6))
     weights = path / "net.safetensors"

@@ -11,11 +11,13 @@ from train.config import Config, differing_keys, load_config
 from train.typed import dotted_keys
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
+PAPER = CONFIGS / "cytosyn-40m.yaml"
+NEEDED = {name: ["init.vae=vae.safetensors"] for name in ("repa-posttrain", "ldm-baseline")}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_load_and_the_written_configuration_reads_back(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["run.dir=somewhere"])
+    config = load_config(path, ["run.dir=somewhere", *NEEDED.get(path.stem, ())])
     written = tmp_path / "config.yaml"
     written.write_text(config.to_yaml())
     assert load_config(written) == config
@@ -35,6 +37,24 @@ def test_the_papers_preset_holds_the_papers_values() -> None:
     assert config.loss.generator_start == 0
     assert (config.model.sit.hidden_size, config.model.sit.depth) == (1152, 28)
     assert config.export == type(config.export)(sit="ema", vae="raw")
+
+
+def test_the_second_version_differs_by_length_and_the_averaged_vae() -> None:
+    one, two = (load_config(CONFIGS / f"cytosyn-{name}.yaml") for name in ("40m", "v2"))
+    assert differing_keys(two, one) == []  # steps and export may change when a run goes on
+    assert (two.export.sit, two.export.vae) == ("ema", "ema")
+    assert two.run.steps * 40 == pytest.approx(one.run.steps * 108)  # the same epochs
+
+
+@pytest.mark.parametrize(("name", "mode"), [("repa-posttrain", "repa"), ("ldm-baseline", "ldm")])
+def test_frozen_presets_train_the_papers_sit(name: str, mode: str) -> None:
+    with pytest.raises(UserError, match=r"set init\.vae"):
+        load_config(CONFIGS / f"{name}.yaml")
+    config, paper = load_config(CONFIGS / f"{name}.yaml", NEEDED[name]), load_config(PAPER)
+    assert config.run.mode == mode
+    assert config.uses_alignment is config.trains_alignment is (mode == "repa")
+    assert (config.model, config.optim, config.ema) == (paper.model, paper.optim, paper.ema)
+    assert (config.data, config.checkpoint) == (paper.data, paper.checkpoint)
 
 
 def test_overrides_take_the_type_of_their_key() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_dataset, small_config, weights_of
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.cytosyn import CytoSyn
 from model.errors import UserError
@@ -25,6 +26,7 @@ from train.loop import TrainingDivergedError, train
 from train.metrics import read_metrics
 from train.setup import open_inputs
 from train.signals import EXIT_REQUEUE
+from train.speed import step_flop
 
 HOME = Path(__file__).parents[2]
 
@@ -88,21 +90,105 @@ def test_killed_and_resumed_equals_one_go(
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
 
 
+@pytest.mark.full  # a hundred steps twice
+def test_37_steps_a_kill_and_the_rest_equal_100_in_one_go(
+    train_dataset: Dataset, tmp_path: Path
+) -> None:
+    """Killed at some later step; what it wrote after step 37 is taken away."""
+    torch.set_num_threads(1)  # as the killed process has: sums depend on the number of threads
+    options = ("run.steps=100", "checkpoint.every=37", "log.samples_every=40")
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert train(small_config(train_dataset, whole, *options)) == 0
+    with subprocess.Popen(
+        command(train_dataset, run_dir, *options, "checkpoint.keep=9"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        wait_for(run_dir / "checkpoints" / "step-00000037", process)
+        process.send_signal(signal.SIGKILL)
+    for late in list_checkpoints(run_dir)[1:]:
+        late.rename(tmp_path / late.name)
+    assert train(small_config(train_dataset, run_dir, *options)) == 0
+    assert_same_weights(weights_of(run_dir, 100), weights_of(whole, 100))
+    for step in (40, 80):
+        name = f"samples/step-{step:08d}.png"
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_skips_damaged_tiles_and_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    path = next(dataset.tiles_dir(32).glob("S.0-x.0-48.tar"))
+    data = bytearray(path.read_bytes())
+    for rank in range(20, 26):
+        at = data.index(f"S.0-x/{rank:08d}.png".encode()) + 512
+        data[at + 40 : at + 200] = bytes(160)
+    path.write_bytes(bytes(data))
+    run_dir = tmp_path / "run"
+    options = ("run.steps=14", "log.fixed_tiles=2")
+    with pytest.raises(UserError, match=r"S\.0-x\.0-48\.tar: tile 2[0-5] of slide S\.0-x"):
+        train(small_config(dataset, tmp_path / "strict", *options))
+    assert train(small_config(dataset, run_dir, *options, "data.on_error=skip")) == 0
+    lines = (run_dir / "skipped_tiles.jsonl").read_text().splitlines()
+    assert all("S.0-x.0-48.tar: tile 2" in json.loads(line)["skipped"] for line in lines)
+    assert read_metrics(run_dir)[-1]["skipped_tiles"] == len(lines) > 0
+    assert json.loads((run_dir / "summary.json").read_text())["skipped_tiles"] == len(lines)
+    assert "skipped: " in capsys.readouterr().out
+
+
+def test_weights_and_biases_hold_the_same_numbers(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = tmp_path / "run"
+    options = ("run.steps=2", "log.wandb=histogen", "log.samples_every=2")
+    assert train(small_config(train_dataset, run_dir, *options)) == 0
+    assert (run_dir / "wandb_id.txt").read_text()
+    kept = next((run_dir / "wandb").glob("offline-run-*/*.wandb")).read_bytes()
+    assert b"vae/l1" in kept
+
+
+def test_a_missing_package_for_logging_is_said_before_training(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"log\.wandb=histogen: the package wandb is not installed"):
+        train(small_config(train_dataset, tmp_path / "run", "log.wandb=histogen"))
+
+
 def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
 
 
-def test_two_processes_equal_one(train_dataset: Dataset, tmp_path: Path) -> None:
-    """A batch of 5 as 2 + 3 over gloo. The discriminator's batch norm is local, so it is off."""
+@pytest.mark.parametrize(
+    ("shared", "of_two"),
+    [
+        (("run.sync_discriminator=true",), ()),
+        pytest.param(("loss.generator=0",), ("optim.accumulate=2",), marks=pytest.mark.full),
+    ],
+    ids=["whole", "in parts"],
+)
+def test_two_processes_equal_one(
+    train_dataset: Dataset, tmp_path: Path, shared: tuple[str, ...], of_two: tuple[str, ...]
+) -> None:
+    """A batch of 5 as 2 + 3 over gloo: whole, with the discriminator's batch norm over both
+    processes, and each process's tiles in two parts, whose latent statistics are the batch's."""
     one, two = tmp_path / "one", tmp_path / "two"
-    overrides = ("loss.generator=0", "run.steps=5", "checkpoint.every=5")
+    overrides = (
+        *shared,
+        "run.steps=20",
+        "checkpoint.every=20",
+        "optim.lr_vae=1e-4",
+        "optim.lr_sit=1e-4",
+    )
     assert train(small_config(train_dataset, one, *overrides)) == 0
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            command(train_dataset, two, *overrides),
+            command(train_dataset, two, *overrides, *of_two),
             env=environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
@@ -116,17 +202,22 @@ def test_two_processes_equal_one(train_dataset: Dataset, tmp_path: Path) -> None
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in ranks]
+    outputs = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
-    a, b = weights_of(one, 5), weights_of(two, 5)
+    a, b = weights_of(one, 20), weights_of(two, 20)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, atol=1e-4, rtol=1e-4, msg=name)
-    moved = weights_of(one, 5)["vae/decoder.conv_in.weight"]
+    moved = weights_of(one, 20)["vae/decoder.conv_in.weight"]
     start = small_config(train_dataset, tmp_path)
     assert not moved.equal(initial_vae(start)["decoder.conv_in.weight"])
     for mine, theirs in zip(read_metrics(one), read_metrics(two), strict=True):
-        for name in ("vae/l1", "vae/kl", "vae/align", "sit/denoise", "sit/align"):
+        for name in {"vae/total", "discriminator/total", "vae/align", "sit/denoise"} & mine.keys():
             assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-4)
+    for run_dir, more in ((one, ()), (two, of_two)):  # the second goes on in one process
+        longer = small_config(train_dataset, run_dir, *overrides, *more, "run.steps=23")
+        assert train(longer) == 0
+    for name, value in weights_of(one, 23).items():
+        torch.testing.assert_close(weights_of(two, 23)[name], value, atol=1e-4, rtol=1e-4)
 
 
 def initial_vae(config: Config) -> dict[str, torch.Tensor]:
@@ -164,13 +255,19 @@ def test_the_run_directory_holds_what_was_agreed(finished: tuple[Config, Path]) 
     assert load_config(run_dir / "config.yaml") == config
     assert "RANDOM encoder weights" in (run_dir / "config.yaml").read_text()
     lines = read_metrics(run_dir)
-    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert [line["step"] for line in lines if "vae/l1" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "reconstruction/psnr" in line] == [3, 6]
     expected = {"epoch", "seconds", "images_per_s", "data_wait_s", "latent/mean", "latent/std"}
+    expected |= {"mfu", "tflop_per_s", "memory_gb", "skipped_steps", "skipped_tiles"}
     expected |= {f"vae/{term}" for term in ("l1", "kl", "generator", "align", "total")}
     expected |= {"discriminator/total", "sit/denoise", "sit/align", "sit/total"}
     expected |= {f"grad_norm/{name}" for name in ("vae", "discriminator", "sit")}
     assert expected <= set(lines[-1])
     assert "vae/lpips" not in lines[-1]
+    assert 0 < lines[-1]["mfu"] < 1
+    flop = sum(step_flop(config).values())
+    assert lines[-1]["tflop_per_s"] == pytest.approx(lines[-1]["images_per_s"] * flop / 1e12)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["encoder_record"]["random_weights"] is True
@@ -180,7 +277,12 @@ def test_the_run_directory_holds_what_was_agreed(finished: tuple[Config, Path]) 
     for step in (3, 6):
         with Image.open(run_dir / "samples" / f"step-{step:08d}.png") as grid:
             assert grid.size == (2 * 32, 2 * 32)
-    assert list((run_dir / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("vae/l1")] == pytest.approx(
+        [line["vae/l1"] for line in lines if "vae/l1" in line]
+    )
+    assert [event.step for event in events.Images("samples")] == [3, 6]
     assert [p.name for p in list_checkpoints(run_dir)] == ["step-00000003", "step-00000006"]
 
 

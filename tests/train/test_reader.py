@@ -1,16 +1,31 @@
 """Reading: the stream's tiles with their own features, whatever the threads and processes."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TILE_PX, add_shard, make_dataset, train_features, train_tile
 
 from model.errors import UserError
-from pipeline.dataset import Dataset, read_selection
-from train.reader import Batch, BatchReader
-from train.source import TOKENS_KIND, BlockSource, OpenBlock, check_coverage
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    Run,
+    claim_identity,
+    make_selection,
+    new_run_id,
+    read_selection,
+    software_versions,
+    write_selection,
+)
+from pipeline.dataset import tiles as tiles_module
+from pipeline.dataset.zarr_shard import commit_zarr, encode_chunk
+from pipeline.features import store as store_module
+from train.reader import Batch, BatchReader, OnError
+from train.source import BlockSource, OpenBlock, check_coverage
 from train.stream import Stream, compile_blocks, slots_of_rank
 
 B, K = 6, 2
@@ -48,6 +63,22 @@ def test_tiles_come_with_their_own_features(train_dataset: Dataset) -> None:
             assert np.array_equal(batch.tokens[place].numpy(), tokens)
 
 
+def test_int8_tokens_read_as_float16(train_dataset: Dataset) -> None:
+    source = BlockSource(
+        train_dataset, tile_px=TILE_PX, encoder="h0-mini", tokens_kind="tokens-int8"
+    )
+    with BatchReader(
+        make_stream(train_dataset), source, range(B), first_step=0, stop_step=1
+    ) as reader:
+        batch = next(iter(reader))
+    assert batch.tokens is not None
+    assert batch.tokens.dtype == torch.float16
+    for place, row in enumerate(make_stream(train_dataset).batch(0)):
+        _, tokens = train_features(int(row.slide_id[2]), row.rank)
+        difference = np.abs(batch.tokens[place].numpy() - tokens)
+        assert 0 < difference.max() <= np.abs(tokens).max() / 127
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_ranks_and_threads_change_nothing(
@@ -61,6 +92,25 @@ def test_ranks_and_threads_change_nothing(
     for step, batch in enumerate(whole):
         joined = np.concatenate([part[step].tiles.numpy() for part in parts])
         assert np.array_equal(joined, batch.tiles.numpy())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (4, 2)])
+def test_resume_with_another_number_of_processes(
+    train_dataset: Dataset, before: int, after: int
+) -> None:
+    whole, stopped = read(train_dataset, stop=12), 7
+    parts = [
+        read(train_dataset, slots_of_rank(rank, ranks, B), first=first, stop=stop)
+        for ranks, first, stop in ((before, 0, stopped), (after, stopped, 12))
+        for rank in range(ranks)
+    ]
+    for step, batch in enumerate(whole):
+        mine = [
+            part[step - part[0].step] for part in parts if part[0].step <= step <= part[-1].step
+        ]
+        assert np.concatenate([part.tiles.numpy() for part in mine]).tobytes() == (
+            batch.tiles.numpy().tobytes()
+        )
 
 
 @pytest.mark.parametrize("step", [1, 7, 13, 14])
@@ -110,6 +160,52 @@ def test_each_block_is_read_once_a_cursor_visit(
     assert opened == visits
 
 
+def test_zarr_shards_give_the_same_stream(tmp_path: Path) -> None:
+    """Slide 1 as Zarr beside slide 0 as tar: one dataset may hold both."""
+    dataset = make_dataset(tmp_path / "dataset")
+    before = read(dataset, stop=8)
+    for tar in dataset.tiles_dir(TILE_PX).glob("S.1-x.*"):
+        tar.unlink()
+    tiles = [train_tile(1, rank) for rank in range(37)]
+    path = dataset.tiles_dir(TILE_PX) / "S.1-x.0-37.zarr"
+    with Run(dataset, "tile", software_versions()) as run:
+        files = commit_zarr(dataset, new_run_id(), path, TILE_PX, map(encode_chunk, tiles))
+        entry = Entry("S.1-x", "done", "f", scope=str(TILE_PX), start=0, stop=37, files=files)
+        run.append([entry])
+    for a, b in zip(before, read(dataset, stop=8), strict=True):
+        assert a.tiles.equal(b.tiles)
+        assert a.tokens is not None
+        assert b.tokens is not None
+        assert a.tokens.equal(b.tokens)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_open_files_do_not_grow_with_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles_module, "_OPEN_FILES", 3)
+    monkeypatch.setattr(store_module, "_OPEN_FILES", 3)
+    dataset = Dataset(tmp_path)
+    claim_identity(dataset, {"tile_px": TILE_PX, "mpp": 0.5}, stage="scan", versions={})
+    for slide in range(12):
+        add_shard(dataset, slide, 0, 16)
+    chosen = {f"S.{slide}-x": np.arange(16, dtype=np.int32) for slide in range(12)}
+    write_selection(dataset, "test", make_selection("train", chosen, {}))
+
+    def open_files() -> int:
+        found = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+        return sum(str(tmp_path) in name for name in found)
+
+    stream, most = make_stream(dataset), 0
+    with BatchReader(
+        stream, make_source(dataset), range(B), first_step=0, stop_step=2 * stream.steps_per_epoch
+    ) as reader:
+        for _ in reader:
+            most = max(most, open_files())
+    # Three stores' open files; blocks that cursors hold are views of two files each.
+    assert 0 < most <= 3 * 4 + 2 * B * K
+
+
 def damage(dataset: Dataset, rank: int) -> None:
     """Overwrite the middle of one PNG of slide 0."""
     path = next(dataset.tiles_dir(TILE_PX).glob("S.0-x.0-48.tar"))
@@ -153,7 +249,8 @@ def test_skipping_takes_the_cursors_previous_row_and_counts(tmp_path: Path) -> N
     damage(dataset, rank)
     step, slot = first_step_of(dataset, rank)
     batches = read(dataset, stop=step + 1, on_error="skip")
-    assert [batch.skipped for batch in batches] == [0] * step + [1]
+    assert [len(batch.damaged) for batch in batches] == [0] * step + [1]
+    assert f"tile {rank} of slide S.0-x" in batches[step].damaged[0]
     stand_in = stream.row(step - K, slot)
     expected = train_tile(int(stand_in.slide_id[2]), stand_in.rank)
     assert np.array_equal(batches[step].tiles[slot].numpy(), expected)
@@ -170,6 +267,36 @@ def test_skipping_at_a_stretchs_start_takes_a_later_row(tmp_path: Path) -> None:
     later = stream.row(K, slot)
     expected = train_tile(int(later.slide_id[2]), later.rank)
     assert np.array_equal(batch.tiles[slot].numpy(), expected)
+
+
+def test_damaged_tokens_stop_or_are_skipped_with_their_file(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    folder = dataset.features_dir(TILE_PX, "h0-mini") / "tokens-float16"
+    path = folder / "S.0-x.0-48.parquet"
+    data = bytearray(path.read_bytes())
+    at = data.index(train_features(0, 20)[1].tobytes())  # rank 20, in block 1
+    data[at] ^= 255
+    path.write_bytes(bytes(data))
+    table = compile_blocks(read_selection(dataset, "train"))
+    stream = Stream(table, seed=5, batch_size=2, cursors=1)  # stretches longer than a block
+
+    def batches(on_error: OnError) -> list[Batch]:
+        with BatchReader(
+            stream, make_source(dataset), range(2), first_step=0, stop_step=30, on_error=on_error
+        ) as reader:
+            return list(reader)
+
+    named = r"slide S\.0-x, rank (1[6-9]|2\d|3[01]): .*S\.0-x\.0-48\.parquet: block 1 is damaged"
+    with pytest.raises(UserError, match=named):
+        batches("stop")
+    skipped = 0
+    for batch in batches("skip"):
+        rows = stream.batch(batch.step)
+        hit = [row for row in rows if (row.slide_id, row.block) == ("S.0-x", 1)]
+        assert len(batch.damaged) == len(hit)
+        assert all("S.0-x.0-48.parquet" in text for text in batch.damaged)
+        skipped += len(hit)
+    assert skipped > 0
 
 
 def test_runs_without_features_open_no_features(train_dataset: Dataset) -> None:
@@ -189,7 +316,7 @@ def test_missing_tiles_and_features_name_the_command(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     table = compile_blocks(read_selection(dataset, "train"))
     known = {"encoder": "h0-mini", "view": ""}
-    check_coverage(dataset, table, tile_px=TILE_PX, kinds=["cls", TOKENS_KIND], **known)
+    check_coverage(dataset, table, tile_px=TILE_PX, kinds=["cls", "tokens-float16"], **known)
     with pytest.raises(UserError, match="python -m pipeline tile"):
         check_coverage(dataset, table, tile_px=99, kinds=[], **known)
     with pytest.raises(UserError, match=r"python -m pipeline cache .* --encoder uni2-h"):

@@ -1,5 +1,7 @@
 """The stream against a slow oracle, and its promises as properties."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,15 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from pipeline.dataset import Selection, make_selection
-from train.stream import BLOCK_DTYPE, Stream, compile_blocks, epoch_order, slots_of_rank
+from train.stream import (
+    BLOCK_DTYPE,
+    Stream,
+    compile_blocks,
+    epoch_order,
+    map_blocks,
+    slots_of_rank,
+    write_blocks,
+)
 
 
 @st.composite
@@ -117,6 +127,35 @@ def test_the_table_takes_ten_bytes_a_block_and_its_hash_depends_on_rows_alone() 
     other = compile_blocks(make_selection("x", {"a": np.array([3, 2, 17], np.int32)}, {}))
     assert one.content_hash == two.content_hash != other.content_hash
     assert one.blocks["mask"].tolist() == [0b1010, 0b10]
+
+
+def test_a_mapped_table_is_the_table_and_is_not_in_memory(tmp_path: Path) -> None:
+    ranks = {"a.b": np.arange(40, dtype=np.int32), "é": np.array([5, 700], np.int32)}
+    table = compile_blocks(make_selection("s", ranks, {}))
+    write_blocks(compile_blocks(make_selection("s", {"z": ranks["a.b"]}, {})), tmp_path)
+    write_blocks(table, tmp_path)  # over another one, as after a new selection
+    mapped = map_blocks(tmp_path)
+    assert mapped.content_hash == table.content_hash
+    assert isinstance(mapped.blocks, np.memmap)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks.npy", "slides.json"]
+    batches = [Stream(t, seed=1, batch_size=3, cursors=2).batch(5) for t in (table, mapped)]
+    assert batches[0] == batches[1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(selections(), st.integers(1, 40))
+def test_spread_rows_are_selected_rows_at_even_distances(selection: Selection, count: int) -> None:
+    table = compile_blocks(selection)
+    rows = [(slide, int(rank)) for slide, ranks in selection.items() for rank in ranks]
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+    assert table.spread_rows(count) == [rows[place] for place in places]
+
+
+def test_read_amplification_counts_whole_blocks() -> None:
+    whole = make_selection("s", {"a": np.arange(32, dtype=np.int32)}, {})
+    thinned = make_selection("s", {"a": np.arange(0, 32, 4, dtype=np.int32)}, {})
+    assert compile_blocks(whole).read_amplification == 1
+    assert compile_blocks(thinned).read_amplification == 4
 
 
 @pytest.mark.parametrize(

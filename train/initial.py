@@ -1,0 +1,92 @@
+"""Weights to begin with: `init.vae` and `init.sit`, from our own files or published ones."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from model.errors import UserError
+from model.sit import SiT
+from model.vae import VAE
+from model.weights import Tensors, fit_tensors, load_archive, read_tensors
+from train.config import Config
+
+_ARCHIVES = (".pt", ".pth")
+
+
+def initialise(sit: SiT, vae: VAE, config: Config) -> None:
+    """Put the weights of `init.vae` and `init.sit` in place, where the configuration names any.
+
+    Either is a safetensors or PyTorch file of that network, a folder of them (an exported model,
+    a checkpoint, a diffusers repository's `vae`), or a training checkpoint of the public REPA-E
+    code. A VAE is read in CompVis or diffusers keys; a SiT of REPA-E as `published_sit` says.
+    Raises `UserError` for a file that is missing, damaged or of another shape.
+    """
+    if config.init.vae:
+        _load_vae(vae, weights_file(config.init.vae, "vae"))
+    if config.init.sit:
+        _load_sit(sit, weights_file(config.init.sit, "sit"))
+
+
+def weights_file(name: str, network: str) -> Path:
+    """The file itself; of a folder its NETWORK.safetensors, or the one .safetensors in it."""
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    own = path / f"{network}.safetensors"
+    found = [own] if own.exists() else sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(
+            f"init.{network}={path}: holds no {own.name} and {len(found)} other .safetensors "
+            "files: name the file itself"
+        )
+    return found[0]
+
+
+def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
+    """Tensors of a class-conditional REPA-E SiT as this SiT takes them.
+
+    Its class table has no counterpart for features: the condition keeps its fresh weights. A
+    larger token grid (256 px has 16 x 16) is cut to the positions that this one has, which are
+    the same sines and cosines. All else, latent statistics among it, is taken as it is.
+    """
+    own = sit.state_dict()
+    tensors = {key: value for key, value in given.items() if not key.startswith("y_embedder.")}
+    tensors |= {key: value for key, value in own.items() if key.startswith("y_embedder.")}
+    if "pos_embed" in tensors:
+        tensors["pos_embed"] = _cut_positions(tensors["pos_embed"], sit.config.grid_size)
+    return tensors
+
+
+def _cut_positions(positions: Tensor, side: int) -> Tensor:
+    """The first `side` rows and columns of positions [1, g * g, D], or all of a smaller grid."""
+    grid = round(positions.shape[1] ** 0.5)
+    if grid <= side or grid * grid != positions.shape[1]:
+        return positions
+    return positions.unflatten(1, (grid, grid))[:, :side, :side].flatten(1, 2)
+
+
+def _load_vae(vae: VAE, path: Path) -> None:
+    published = _repa_e(path, "vae")
+    if published is not None:
+        fit_tensors(vae, published, source=str(path))
+    else:
+        vae.load_state_dict(VAE.load(path, vae.config).state_dict())
+
+
+def _load_sit(sit: SiT, path: Path) -> None:
+    published = _repa_e(path, "ema")
+    tensors = read_tensors(path) if published is None else published_sit(published, sit)
+    fit_tensors(sit, tensors, source=str(path))
+
+
+def _repa_e(path: Path, part: str) -> Tensors | None:
+    """A part of a training checkpoint of REPA-E's code (model, ema, vae); None of other files."""
+    if path.suffix not in _ARCHIVES or not path.is_file():
+        return None
+    content = load_archive(path, safe_types=[argparse.Namespace], mapped=True)
+    if not isinstance(content, Mapping) or not {"ema", "vae"} <= content.keys():
+        return None
+    tensors = content[part]
+    return dict(tensors) if isinstance(tensors, Mapping) else None

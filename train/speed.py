@@ -1,0 +1,153 @@
+"""What a run reaches of its machine: counted operations, the measured matrix rate, memory.
+
+Operations are those of the mathematics, a multiply-add counted as two: what recomputation, padding
+or a slower kernel adds is not counted, so that the share of the matrix rate (MFU) tells what a
+step costs more than it must.
+"""
+
+import copy
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.discriminator import Discriminator
+from model.interpolant import Interpolant
+from model.latent_norm import LatentStatistics
+from model.sit import SiT
+from model.vae import VAE
+from train.config import Config
+from train.step import (
+    Draws,
+    Inputs,
+    Networks,
+    discriminator_loss,
+    sit_losses,
+    vae_alignment,
+    vae_losses,
+)
+
+if TYPE_CHECKING:
+    from model.perceptual import PerceptualLoss
+
+_SIDES = {"cuda": 8192, "cpu": 768}  # of the matrix product
+_SECONDS = {"cuda": 0.2, "cpu": 0.03}  # so long it is repeated, three times
+
+
+def step_flop(config: Config, perceptual: "PerceptualLoss | None" = None) -> dict[str, int]:
+    """Operations of one tile in a training step, forward and backward: `vae`, `align` (of the
+    VAE), `discriminator` and `sit`, those that the configuration runs.
+
+    The step's own loss functions run on shapes alone. `perceptual` is the run's LPIPS network.
+    The paper's sizes give 2,843 GFLOP in all (model.md, section 7.1); an encoder that runs online
+    is not counted.
+    """
+    run, data = replace(config.run, dir="", seed=0), replace(config.data, dataset="")
+    return dict(_counted(replace(config, run=run, data=data), perceptual))
+
+
+@lru_cache(maxsize=4)  # counting takes most of a second
+def _counted(config: Config, perceptual: "PerceptualLoss | None") -> dict[str, int]:
+    with torch.device("meta"):
+        networks, inputs = _networks(config, perceptual), _inputs(config)
+        vae, sit, path = networks.vae, networks.sit, Interpolant(config.model.path)
+        z = torch.empty_like(inputs.draws.noise)
+        counted: dict[str, Callable[[], Tensor]] = {}
+        if config.run.mode == "repa-e":
+            counted["vae"] = lambda: _vae_total(config, networks, inputs)
+            if config.uses_alignment and config.loss.vae_align > 0:
+                latents = z.clone().requires_grad_()
+                counted["align"] = lambda: vae_alignment(sit, path, latents, inputs)
+            if (judge := networks.discriminator) is not None:
+                counted["discriminator"] = lambda: discriminator_loss(
+                    judge, inputs.images, inputs.images
+                )
+        else:
+            counted["vae"] = lambda: vae.encode(inputs.images).mean.sum()
+            vae.requires_grad_(False)
+        counted["sit"] = lambda: _sit_total(config, sit, path, z, inputs)
+        return {name: _operations(loss) for name, loss in counted.items()}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on the device, the best of three short rounds.
+
+    On a CPU it is by CPU time and for all of PyTorch's threads: what an idle machine would reach.
+    """
+    side, seconds = _SIDES[device.type], _SECONDS[device.type]
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    best = 0.0
+    for _ in range(3):
+        calls, started = 0, _clock(device)
+        while (spent := _clock(device) - started) < seconds:
+            a @ b
+            calls += 1
+        best = max(best, calls * 2 * side**3 / spent)
+    return best
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has had at a time: of the GPU, or of the machine on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _clock(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time() / torch.get_num_threads()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _networks(config: Config, perceptual: "PerceptualLoss | None") -> Networks:
+    """The networks without values."""
+    judges = config.run.mode == "repa-e" and config.loss.generator > 0
+    return Networks(
+        SiT(config.model.sit),
+        VAE(config.model.vae),
+        Discriminator(config.model.discriminator) if judges else None,
+        copy.deepcopy(perceptual).to("meta") if perceptual is not None else None,
+    )
+
+
+def _inputs(config: Config) -> Inputs:
+    """One tile without values."""
+    sit, px = config.model.sit, config.data.tile_px
+    latent = (1, sit.latent_channels, sit.latent_size, sit.latent_size)
+    tokens = torch.empty(1, sit.num_tokens, sit.token_dim) if config.uses_alignment else None
+    condition = torch.empty(1, sit.condition_dim) if config.uses_condition else None
+    drop = torch.empty(1, dtype=torch.bool)
+    draws = Draws(torch.empty(1), torch.empty(latent), torch.empty(latent), drop)
+    return Inputs(torch.empty(1, 3, px, px), condition, tokens, draws)
+
+
+def _vae_total(config: Config, networks: Networks, inputs: Inputs) -> Tensor:
+    output = networks.vae(inputs.images, inputs.draws.posterior_noise)
+    generate = networks.discriminator is not None
+    return vae_losses(inputs.images, output, networks, config.loss, generate=generate)[0]
+
+
+def _sit_total(config: Config, sit: SiT, path: Interpolant, z: Tensor, inputs: Inputs) -> Tensor:
+    # Given statistics: those of the batch would ask the other processes.
+    still = LatentStatistics(sit.bn.running_mean, sit.bn.running_var, torch.empty(()))
+    align = config.trains_alignment
+    terms = sit_losses(sit, sit, path, z, inputs, align=align, statistics=still)
+    return torch.stack(list(terms.values())).sum()
+
+
+def _operations(loss: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        value = loss()
+        if value.requires_grad:
+            value.backward()
+    return int(counter.get_total_flops())
