@@ -1,4 +1,4 @@
-"""The door of `evaluate`: `python -m evaluate generate | measure | report`.
+"""The door of `evaluate`: `python -m evaluate generate | figure | measure | protocol | report`.
 
 `torchrun --nproc-per-node N -m evaluate generate ...` splits the images over N processes.
 """
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluate.figures.options import add_figure_options
+from evaluate.generate.options import add_generate_options
+from evaluate.protocols.command import add_protocol_options
 from model.errors import UserError
 from pipeline.console import EXIT_OK, format_bytes, format_seconds, run_door, say
 
@@ -15,11 +18,13 @@ _WIDE = argparse.ArgumentDefaultsHelpFormatter
 
 
 def parser() -> argparse.ArgumentParser:
-    """All options of the three commands."""
+    """All options of the commands."""
     top = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_figure(commands)
     _add_measure(commands)
+    _add_protocol(commands)
     _add_report(commands)
     return top
 
@@ -33,33 +38,17 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         formatter_class=_WIDE,
     )
     it.set_defaults(run=_generate)
-    it.add_argument("--model", required=True, help="exported model: a directory or a hub id")
-    it.add_argument("--out", type=Path, required=True, help="synthetic dataset, new or begun")
-    what = it.add_argument_group("guidance")
-    what.add_argument("--guidance", type=Path, metavar="DATASET", help="real dataset that guides")
-    what.add_argument("--selection", metavar="NAME", help="its selection that guides")
-    what.add_argument("--encoder", default="h0-mini", help="whose cached CLS features guide")
-    what.add_argument("--unconditional", action="store_true", help="guide by nothing, with --count")
-    what.add_argument("--count", type=int, metavar="N", help="images, with --unconditional")
-    what.add_argument("--limit", type=int, metavar="N", help="use only N tiles of the selection")
-    what.add_argument("--variations", type=int, default=1, metavar="K", help="images per tile")
-    what.add_argument("--force", action="store_true", help="let another encoder's features guide")
-    how = it.add_argument_group("sampler")
-    how.add_argument("--steps", type=int, default=250, help="solver steps")
-    how.add_argument("--solver", choices=("sde", "ode", "heun", "dpm"), default="sde", help=" ")
-    how.add_argument("--scale", type=float, default=2.5, help="guidance scale; 1 is none")
-    how.add_argument("--low", type=float, default=0.0, help="guide from this time on")
-    how.add_argument("--high", type=float, default=0.75, help="guide up to this time; 1 is noise")
-    how.add_argument("--seed", type=int, default=0, help="of all images; each has its own from it")
-    how.add_argument("--batch", type=int, default=16, help="images a call; part of the identity")
-    where = it.add_argument_group("machine")
-    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=" ")
-    where.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the network; auto is bfloat16 on a GPU and float32 on a CPU",
+    add_generate_options(it)
+
+
+def _add_figure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    it = commands.add_parser(
+        "figure",
+        help="draw a figure of generated tiles",
+        description="Draw a figure of generated tiles, as PNG and PDF.",
     )
+    it.set_defaults(run=_figure)
+    add_figure_options(it)
 
 
 def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -79,7 +68,26 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--guidance", type=Path, metavar="DATASET", help="holds the source tiles, if not --real"
     )
     it.add_argument("--encoder", default="h0-mini", help="whose features are compared")
+    it.add_argument("--view", default="", help="view of the features that are compared")
+    it.add_argument("--tile-px", type=int, metavar="PX", help="of tiles of this size")
+    it.add_argument(
+        "--train-selection", metavar="NAME", help="of the guidance's dataset: also measures FLD"
+    )
+    it.add_argument("--draws", type=int, default=50, help="resamples for the widths; 0 is none")
+    it.add_argument("--seed", type=int, default=0, help="of all random draws")
     it.add_argument("--out", type=Path, default=Path("results.json"), help="results file")
+
+
+def _add_protocol(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    it = commands.add_parser(
+        "protocol",
+        help="run one of the paper's protocols",
+        description="Run one of the paper's protocols: make the images and features that are "
+        "missing, measure, and write results.json, a page and tables. The same command goes on "
+        "where an interrupted one stopped.",
+    )
+    it.set_defaults(run=_protocol)
+    add_protocol_options(it)
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -90,10 +98,12 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=_WIDE,
     )
     it.set_defaults(run=_report)
-    it.add_argument("--results", type=Path, required=True, help="results.json of measure")
+    it.add_argument(
+        "--results", type=Path, required=True, help="results.json of measure or of a protocol"
+    )
     it.add_argument("--run", type=Path, dest="run_dir", metavar="RUN", help="training run")
-    it.add_argument("--dataset", type=Path, required=True, metavar="DATASET", help="real dataset")
-    it.add_argument("--generated", type=Path, required=True, metavar="SYN", help="synthetic one")
+    it.add_argument("--dataset", type=Path, metavar="DATASET", help="real dataset (of measure)")
+    it.add_argument("--generated", type=Path, metavar="SYN", help="synthetic one (of measure)")
     it.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
     it.add_argument("--picture", type=Path, metavar="FILE.png", help="also a small picture of it")
 
@@ -104,17 +114,30 @@ def _generate(options: argparse.Namespace) -> int:
     return generate_command(options)
 
 
+def _figure(options: argparse.Namespace) -> int:
+    from evaluate.figures.command import figure_command
+
+    return figure_command(options)
+
+
 def _measure(options: argparse.Namespace) -> int:
+    from evaluate.battery import Settings
     from evaluate.measure import Side, measure
     from evaluate.results import write_results
     from pipeline.dataset import open_dataset
 
-    real = Side.open(options.real, options.real_selection, options.encoder, like=None)
+    chosen = {"view": options.view, "tile_px": options.tile_px}
+    real = Side.open(options.real, options.real_selection, options.encoder, like=None, **chosen)
     generated = Side.open(
-        options.generated, options.generated_selection, options.encoder, like=real
+        options.generated, options.generated_selection, options.encoder, like=real, **chosen
     )
     guidance = open_dataset(options.guidance) if options.guidance else None
-    results = measure(real, generated, guidance)
+    train = None
+    if options.train_selection:
+        root = options.guidance or options.real
+        train = Side.open(root, options.train_selection, options.encoder, like=real, **chosen)
+    settings = Settings(draws=options.draws, seed=options.seed)
+    results = measure(real, generated, guidance, train=train, settings=settings)
     write_results(options.out, results)
     for one in results["warnings"]:
         say(f"warning: {one['message']}")
@@ -135,9 +158,25 @@ def _measure(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _protocol(options: argparse.Namespace) -> int:
+    from evaluate.protocols.command import protocol_command
+
+    return protocol_command(options, options.arguments)
+
+
 def _report(options: argparse.Namespace) -> int:
+    from evaluate.protocols.results import read_protocol_results
     from evaluate.report.command import write_report
 
+    protocol = read_protocol_results(options.results)
+    if protocol is not None:
+        from evaluate.report.protocol_files import write_protocol_files
+
+        for path in write_protocol_files(protocol, options.out.parent, options.out):
+            say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
+        return EXIT_OK
+    if options.dataset is None or options.generated is None:
+        raise UserError("results of `measure` need --dataset DATASET and --generated SYN")
     written = write_report(
         results_file=options.results,
         run_dir=options.run_dir,
@@ -151,10 +190,23 @@ def _report(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; a protocol's key=value texts may stand before and after them."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if options.command == "protocol" and all("=" in one and one[0] != "-" for one in rest):
+        options.overrides += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = parser().parse_args(arguments)
-    for name in ("steps", "batch", "variations", "limit", "count"):
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(given)
+    options.arguments = given
+    for name in ("steps", "batch", "variations", "limit", "count", "rows", "columns"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")

@@ -80,6 +80,16 @@ class Processes:
             dist.destroy_process_group()
 
 
+def same_sums_for_any_threads() -> None:
+    """Let a CPU's matrix products be the same bits for any number of threads.
+
+    torchrun gives each of several processes one thread, a lone process has all cores: without
+    this a SiT-S/2 in float32 differed between 1 and 2 threads. It is Intel MKL's own switch, read
+    at its first product, so it is called before any; a setting that stands is kept.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The processes of this run; the group is left whatever happens."""

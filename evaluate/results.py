@@ -1,18 +1,25 @@
 """results.json: what was measured, on what, with what, and what to beware of.
 
-Schema 1, one JSON object:
+Schema 2, one JSON object:
 
-    schema_version   1
-    real, generated  dataset, selection, selection_sha256, rows, slides; `generated` also has
+    schema_version   2
+    real, generated  dataset, selection, selection_sha256, rows, slides, and `tiles`: codec,
+                     rounding to eight bits, files_sha256, pixels_sha256, blockiness (mean,
+                     standard_error, tiles), null where the tiles are gone; `generated` also has
                      `identity`, the identity section of its dataset.json
+    train            the same of the tiles that FLD took for training tiles, or null
     model_sha256     sum of the model's weights and configuration, null if unknown
     sampler          solver, steps, guidance_scale, guidance_low, guidance_high, compute_dtype,
                      micro_batch, seed, variations, guidance; null where unknown
-    encoder          encoder.json of the features that were compared
-    metrics          frechet_distance, precision_recall, cosine_similarity: the fields of the
-                     result classes of evaluate.metrics; cosine_similarity is null without pairs
-    references       real_vs_real: the same metrics between two disjoint random halves of the
-                     real tiles, means over `splits` such; null where the tiles are too few
+    encoder          encoder.json of the features that were compared: weights_sha256, view, dtype
+    settings         how the metrics were taken: draws, seeds, k, dtypes, caps
+    metrics          frechet_distance (with `widths`: subsample, slide, patient; and `infinity`),
+                     precision_recall, kernel_distance, sliced_distance, feature_likelihood,
+                     cosine_similarity: the fields of the result classes of evaluate.metrics,
+                     with their seeds; the last two are null where they cannot be taken
+    references       real_vs_real: Fréchet distance, precision and recall between two disjoint
+                     random halves of the real tiles, means over `splits` such; null where the
+                     tiles are too few
     warnings         a list of {code, message}; codes are stable, messages are for people
     seconds, versions, hardware
 """
@@ -28,7 +35,7 @@ import torch
 
 from model.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _REQUIRED = (
     "schema_version",
     "real",

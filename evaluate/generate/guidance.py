@@ -9,6 +9,7 @@ import numpy.typing as npt
 from evaluate.generate.plan import source_order
 from model.errors import UserError
 from pipeline.dataset import (
+    BLOCK_ROWS,
     Dataset,
     Selection,
     identity_value,
@@ -18,6 +19,7 @@ from pipeline.dataset import (
 from pipeline.features import FeatureStore
 
 _MPP_SLACK = 0.02
+_ENCODER_KEYS = ("encoder", "weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Guidance(Protocol):
         """Features [n, d] of the conditions at these positions; None: unconditional."""
         ...
 
+    def attachments(self) -> dict[str, bytes]:
+        """Files, by name, that the synthetic dataset keeps in `guidance/`."""
+        ...
+
 
 class Unconditional:
     """No guidance: the model's null condition, `count` times and as often as is asked."""
@@ -99,12 +105,16 @@ class Unconditional:
     def features(self, positions: npt.NDArray[np.int64]) -> None:
         """Nothing guides."""
 
+    def attachments(self) -> dict[str, bytes]:
+        """Nothing to keep."""
+        return {}
+
 
 class SelectionGuidance:
     """The cached CLS features of a selection, in a fixed shuffled order (`source_order`)."""
 
     def __init__(self, dataset: Dataset, selection: Selection, store: FeatureStore) -> None:
-        self.dataset, self.selection, self._store = dataset, selection, store
+        self.dataset, self.selection, self.store = dataset, selection, store
         self.name, self.count, self.end = selection.name, selection.rows, selection.rows
         order = source_order(selection.rows, selection.content_hash)
         slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
@@ -118,7 +128,21 @@ class SelectionGuidance:
         if selection.rows == 0:
             raise UserError(f"selection '{selection_name}' of {dataset.root} has no rows")
         tile_px = int(identity_value(dataset, "tile_px"))
-        return cls(dataset, selection, FeatureStore(dataset, tile_px=tile_px, encoder=encoder))
+        store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder, selection=selection_name)
+        return cls(dataset, selection, store)
+
+    def require_features(self, conditions: int | None) -> None:
+        """Refuse, before anything is sampled, a tile of the first `conditions` without features.
+
+        All of them for None. Raises `UserError` with the `cache` command.
+        """
+        # A limit may be rounded up to a whole block of images.
+        end = None if conditions is None else conditions + BLOCK_ROWS
+        slides, ranks = self._slides[:end], self._ranks[:end]
+        order = np.argsort(slides, kind="stable")
+        starts = np.flatnonzero(np.diff(slides[order], prepend=-1))
+        for rows in np.split(order, starts[1:]):
+            self.store.require(self.selection.slide_ids[slides[rows[0]]], ranks[rows])
 
     @property
     def tile_px(self) -> int:
@@ -133,11 +157,11 @@ class SelectionGuidance:
     @property
     def encoder_record(self) -> dict[str, Any]:
         """encoder.json of the features."""
-        return dict(self._store.record)
+        return dict(self.store.record)
 
     def identity(self) -> dict[str, Any]:
         """Which tiles guide, and by which encoder's features; no paths."""
-        record = self._store.record
+        record = self.store.record
         return {
             "guidance": "selection",
             "guidance_selection_sha256": self.selection.content_hash,
@@ -158,10 +182,14 @@ class SelectionGuidance:
         rows: list[npt.NDArray[np.float32] | None] = [None] * len(positions)
         for slide in np.unique(slides):
             where = np.flatnonzero(slides == slide)
-            found = self._store.read(self.selection.slide_ids[slide], ranks[where])
+            found = self.store.read(self.selection.slide_ids[slide], ranks[where])
             for place, row in zip(where, found, strict=True):
                 rows[place] = np.asarray(row, np.float32)
         return np.stack([row for row in rows if row is not None])
+
+    def attachments(self) -> dict[str, bytes]:
+        """Nothing to keep: the candidates name the tiles."""
+        return {}
 
 
 def check_condition_dim(record: dict[str, Any] | None, condition_dim: int | None) -> None:
@@ -180,13 +208,18 @@ def check_condition_dim(record: dict[str, Any] | None, condition_dim: int | None
         )
 
 
-def check_tile_px(guidance_px: int | None, model_px: int) -> None:
-    """Refuse guidance by tiles of another size than the model draws, with both sizes."""
-    if guidance_px is not None and guidance_px != model_px:
-        raise UserError(
-            f"the guidance's tiles are {guidance_px} px, the model draws {model_px} px; guide with "
-            "a dataset of the model's tile size"
-        )
+def check_tile_px(guidance_px: int | None, model_px: int, *, force: bool = False) -> str:
+    """Compare the size of the guiding tiles with that of the tiles that the model draws.
+
+    Returns a warning, empty where they agree. Raises `UserError` where they differ and `force` is
+    not set.
+    """
+    if guidance_px is None or guidance_px == model_px:
+        return ""
+    message = f"the guidance's tiles are {guidance_px} px, the model draws {model_px} px"
+    if not force:
+        raise UserError(f"{message}; guide with a dataset of the model's tile size, or --force")
+    return message
 
 
 def check_resolution(guidance_mpp: float | None, model_mpp: float | None, *, force: bool) -> str:
@@ -211,13 +244,15 @@ def check_encoder(
 ) -> str:
     """Compare the guidance's encoder record with the one that the model was trained on.
 
-    Returns a warning, empty where they agree or the model does not know. Raises `UserError` where
-    the encoder or the sum of its weights differ and `force` is not set: features of another
-    encoder steer the model at random.
+    Returns a warning, empty where they agree in what the model knows of its own. Raises
+    `UserError` where the encoder or the sum of its weights differ, or random weights stand against
+    trained ones, and `force` is not set: features of another encoder steer the model at random.
     """
     if guidance is None or model is None:
         return ""
-    if all(guidance.get(key) == model.get(key) for key in ("encoder", "weights_sha256")):
+    known = [key for key in _ENCODER_KEYS if guidance.get(key) is not None and model.get(key)]
+    alike = all(guidance.get(key) == model.get(key) for key in known)
+    if alike and bool(guidance.get("random_weights")) == bool(model.get("random_weights")):
         return ""
     message = (
         f"the guidance's features are of {_described(guidance)}, "
@@ -230,4 +265,5 @@ def check_encoder(
 
 def _described(record: dict[str, Any]) -> str:
     random = " (random)" if record.get("random_weights") else ""
-    return f"{record.get('encoder')} {str(record.get('weights_sha256'))[:12]}{random}"
+    weights = str(record.get("weights_sha256") or record.get("weights"))[:12]
+    return f"{record.get('encoder')} {weights}{random}"

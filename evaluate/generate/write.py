@@ -19,9 +19,12 @@ from pipeline.dataset import (
     commit_file,
     committed_shards,
     files_present,
+    fingerprint,
     make_selection,
-    new_run_id,
+    read_journal,
     read_selection,
+    software_versions,
+    standing,
     write_candidates,
     write_selection,
     write_slides,
@@ -29,6 +32,10 @@ from pipeline.dataset import (
 )
 
 SELECTION_NAME = "generated"
+STAGE = "generate"
+"""The journal that names the tables; shards are in that of stage `tile`, for every reader."""
+TABLE_SCOPE, SELECTION_SCOPE, GUIDANCE_SCOPE = "table", "selection", "guidance"
+GUIDANCE_DIR = "guidance"
 _GRID_SIDE = 32
 """A pseudo-slide is laid out as 32 x 32 tiles, for readers that ask where a tile lies."""
 
@@ -53,22 +60,60 @@ def write_tables(
 ) -> None:
     """Write candidates and slides.parquet for so many images, of which the first are `selected`.
 
-    The selection `generated` comes last: where it stands with this many rows, the rest stands
-    too. Tables only grow: fewer images than were asked for before change nothing.
+    The selection `generated` and its journal line come last: where they stand with this many
+    rows, the rest stands too. Tables only grow: fewer images than were asked for before change
+    nothing.
     """
-    if planned_images(dataset) >= selected:
+    if planned_images(dataset) >= selected and _tables_stand(dataset):
         return
-    run_id = new_run_id()
-    for number, (start, stop) in enumerate(slide_spans(images)):
-        table = candidates_table(guidance, start, stop, variations, tile_px)
-        write_candidates(dataset, run_id, pseudo_slide_id(number), table)
-    write_slides(dataset, run_id, pseudo_slides(images, tile_px, mpp))
-    ranks = {
-        pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
-        for number, (start, stop) in enumerate(slide_spans(selected))
-    }
-    write_selection(dataset, run_id, make_selection(SELECTION_NAME, ranks, plan))
-    dataset.staging_dir(run_id).rmdir()
+    mark = fingerprint(stage=STAGE, plan=plan)
+    entries = []
+    with Run(dataset, STAGE, software_versions("numpy", "pyarrow")) as run:
+        for number, (start, stop) in enumerate(slide_spans(images)):
+            slide_id = pseudo_slide_id(number)
+            table = candidates_table(guidance, start, stop, variations, tile_px)
+            record = write_candidates(dataset, run.run_id, slide_id, table)
+            entries.append(Entry(slide_id, "done", mark, scope=TABLE_SCOPE, files=(record,)))
+        entries += _attachments(dataset, run.run_id, guidance, mark)
+        record = write_slides(dataset, run.run_id, pseudo_slides(images, tile_px, mpp))
+        name = dataset.slides_file.name
+        run.append([*entries, Entry(name, "done", mark, scope=TABLE_SCOPE, files=(record,))])
+        ranks = {
+            pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
+            for number, (start, stop) in enumerate(slide_spans(selected))
+        }
+        selection = make_selection(SELECTION_NAME, ranks, plan)
+        record = write_selection(dataset, run.run_id, selection)
+        scope = SELECTION_SCOPE
+        run.append([Entry(SELECTION_NAME, "done", mark, scope=scope, files=(record,))])
+
+
+def _attachments(dataset: Dataset, run_id: str, guidance: Guidance, mark: str) -> list[Entry]:
+    """Write what the guidance wants kept; one entry holds all of it."""
+    folder = dataset.root / GUIDANCE_DIR
+    files = tuple(
+        commit_bytes(dataset, run_id, folder / name, data)
+        for name, data in guidance.attachments().items()
+    )
+    if not files:
+        return []
+    return [Entry(GUIDANCE_DIR, "done", mark, scope=GUIDANCE_SCOPE, files=files)]
+
+
+def _tables_stand(dataset: Dataset) -> bool:
+    """Whether all journalled tables are on disk; tables older than their journal are trusted."""
+    journal = read_journal(dataset, STAGE)
+    if not journal:
+        return True
+    tables = standing(journal, TABLE_SCOPE).values()
+    selections = standing(journal, SELECTION_SCOPE).values()
+    kept = standing(journal, GUIDANCE_SCOPE).values()
+    return bool(selections) and all(
+        files_present(dataset, entry)
+        for entries in (*tables, *selections, *kept)
+        for entry in entries
+        if entry.outcome == "done"
+    )
 
 
 def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:

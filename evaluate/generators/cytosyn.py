@@ -1,18 +1,21 @@
 """This project's own models as generators."""
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
-from model import CytoSyn
-from model.sampler import Guidance, Solver, time_nodes
+from model import CytoSyn, SiT
+from model.sampler import Guidance, Solver, sample, time_nodes
 from model.weights import tensors_sha256
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,22 +42,24 @@ class SamplerSettings:
 class CytoSynGenerator:
     """A `model.CytoSyn` that draws with fixed settings on one device.
 
-    `dtype` is "float32", "bfloat16" or "auto": bfloat16 on a GPU, float32 on a CPU.
+    `dtype` is "float32", "bfloat16" or "auto": bfloat16 on a GPU, float32 on a CPU. `compiles`
+    draws with a compiled SiT: faster after the first call, which compiles for a minute or so.
     """
 
     def __init__(
-        self, model: CytoSyn, settings: SamplerSettings, *, device: torch.device, dtype: str
+        self,
+        model: CytoSyn,
+        settings: SamplerSettings,
+        *,
+        device: torch.device,
+        dtype: str,
+        compiles: bool = False,
     ) -> None:
         self._model, self._settings = model.to(device), settings
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         self._dtype = automatic if dtype == "auto" else dtype
-
-    @classmethod
-    def open(
-        cls, source: str, settings: SamplerSettings, *, device: torch.device, dtype: str
-    ) -> "CytoSynGenerator":
-        """Load an exported model from a folder or a hub id."""
-        return cls(CytoSyn.from_pretrained(source), settings, device=device, dtype=dtype)
+        self._compiles = compiles
+        self._network = _network(model, self._dtype, compiles)
 
     @property
     def tile_px(self) -> int:
@@ -85,25 +90,20 @@ class CytoSynGenerator:
             "random_weights": records.encoder_is_random,
         }
 
-    @cached_property
-    def _model_sha256(self) -> str:
-        """Sum of the weights and of what else decides what the networks compute."""
-        model = self._model
-        shape = {
-            "path": model.interpolant.path,
-            "sit": model.sit.config.to_dict(),
-            "vae": model.vae.config.to_dict(),
-            "weights": tensors_sha256(model.state_dict()),
-        }
-        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
-
     def identity(self) -> dict[str, Any]:
         """The model's sum, the sampler's settings and the arithmetic."""
         return {
-            "model_sha256": self._model_sha256,
+            "model_sha256": _model_sha256(self._model),
+            **self._encoder_weights(),
             **asdict(self._settings),
             "compute_dtype": self._dtype,
+            **({"compiled": True} if self._compiles else {}),
         }
+
+    def _encoder_weights(self) -> dict[str, Any]:
+        """Whether the model's own encoder was random: its images then mean nothing."""
+        random = self._model.records.encoder_is_random
+        return {} if random is None else {"model_encoder_random": random}
 
     def sample(
         self,
@@ -112,17 +112,84 @@ class CytoSynGenerator:
         progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.uint8]:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
-        settings = self._settings
-        return self._model.generate(
-            features,
-            num_images_per_prompt=len(seeds) if features is None else 1,
-            num_inference_steps=settings.steps,
+        settings, model = self._settings, self._model
+        dtype = None if self._dtype == "float32" else _DTYPES[self._dtype]
+        latents = sample(
+            model.sit,
+            None if features is None else torch.from_numpy(features),
+            seeds=torch.from_numpy(seeds),
+            steps=settings.steps,
+            solver=settings.solver,
             guidance_scale=settings.guidance_scale,
             guidance_low=settings.guidance_low,
             guidance_high=settings.guidance_high,
-            solver=settings.solver,
-            seed=torch.from_numpy(seeds),
-            batch_size=len(seeds),
-            dtype=None if self._dtype == "float32" else _DTYPES[self._dtype],
+            interpolant=model.interpolant,
+            dtype=dtype,
+            network=self._network,
             progress=progress,
         )
+        with _one_thread_on(model.device):
+            return model.decode(latents)
+
+
+@contextmanager
+def _one_thread_on(device: torch.device) -> Iterator[None]:
+    """On a CPU, compute in one thread: the VAE's decoder sums in as many parts as there are.
+
+    Its images differed between 1, 2 and 3 threads, and torchrun gives processes other numbers
+    than a lone one has. Beside the sampling of an XL/2 the decoder is nothing.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_Network = Callable[[Tensor, Tensor], Tensor]
+_NETWORKS: WeakKeyDictionary[CytoSyn, dict[tuple[str, bool], _Network]] = WeakKeyDictionary()
+"""The networks of models that are in use: a sweep makes many generators of one model."""
+
+
+def _network(model: CytoSyn, dtype: str, compiles: bool) -> _Network | None:
+    """What the sampler evaluates: None is the SiT as it is."""
+    if dtype == "float32" and not compiles:
+        return None
+    known = _NETWORKS.setdefault(model, {})
+    if (dtype, compiles) not in known:
+        sit = model.sit if dtype == "float32" else with_cast_weights(model.sit, _DTYPES[dtype])
+        call: _Network = sit.forward_from_condition
+        known[dtype, compiles] = torch.compile(call, fullgraph=True) if compiles else call
+    return known[dtype, compiles]
+
+
+def with_cast_weights(sit: SiT, dtype: torch.dtype) -> SiT:
+    """A copy of a SiT whose products have their weights in `dtype`, for use under autocast.
+
+    Autocast would cast the float32 weights at every evaluation, to the same bits: 4 GB of traffic
+    for an XL/2. What autocast leaves in float32, the residual stream among it, stays so.
+    """
+    copied = copy.deepcopy(sit)
+    for module in copied.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return copied
+
+
+_SUMS: WeakKeyDictionary[CytoSyn, str] = WeakKeyDictionary()
+"""Sums of models that are in use: a sweep makes many generators of one model."""
+
+
+def _model_sha256(model: CytoSyn) -> str:
+    """Sum of the weights and of what else decides what the networks compute."""
+    if model not in _SUMS:
+        shape = {
+            "path": model.interpolant.path,
+            "sit": model.sit.config.to_dict(),
+            "vae": model.vae.config.to_dict(),
+            "weights": tensors_sha256(model.state_dict()),
+        }
+        _SUMS[model] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    return _SUMS[model]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evaluate.metrics.features import checked_pair, chunks, random_subset
+from evaluate.metrics.features import CHUNK_ROWS, checked_pair, chunks, random_subset
 from model.errors import UserError
 
 _NEAR_TIE = 1e-5  # float32 dot products of unit vectors are nearer to the truth than this
@@ -63,7 +63,7 @@ def cosine_similarity(
         UserError: fewer than two pairs, NaN or infinity, differing dimensions or lengths, or a
             row of zeros, whose direction is undefined.
     """
-    sources, images = checked_pair(real, generated)
+    sources, images = checked_pair(real, generated, any_scale=True)
     _check_pairs(sources, images, retrieval_pool)
     values = _paired(sources, images)
     centre = np.concatenate([b.sum(axis=0)[None] for b in chunks(sources)]).sum(0) / len(sources)
@@ -72,7 +72,7 @@ def cosine_similarity(
         mean=float(values.mean()),
         std=float(values.std(ddof=1)),
         values=values,
-        null_mean=float(_paired(sources[_derangement(len(sources), seed)], images).mean()),
+        null_mean=float(_paired(sources, images, order=_derangement(len(sources), seed)).mean()),
         centred_mean=float(_paired(sources, images, centre).mean()),
         retrieval_at_1=_retrieval_at_1(_unit(sources[pool]), _unit(images[pool])),
         retrieval_pool=len(pool),
@@ -104,14 +104,17 @@ def _paired(
     first: NDArray[np.floating],
     second: NDArray[np.floating],
     centre: NDArray[np.float64] | float = 0.0,
+    *,
+    order: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """The cosine of each row pair ``[n]``, after `centre` was taken from both."""
-    return np.concatenate(
-        [
-            np.clip((_unit(a - centre) * _unit(b - centre)).sum(axis=1), -1.0, 1.0)
-            for a, b in zip(chunks(first), chunks(second), strict=True)
-        ]
-    )
+    """The cosine of each row pair ``[n]``, the first rows in `order`, `centre` taken from both."""
+    result = np.empty(len(first))
+    for start in range(0, len(first), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        a = first[part] if order is None else first[order[part]]
+        product = _unit(a - centre) * _unit(second[part] - centre)
+        result[part] = np.clip(product.sum(axis=1), -1.0, 1.0)
+    return result
 
 
 def _unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:

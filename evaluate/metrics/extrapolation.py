@@ -10,6 +10,8 @@ from evaluate.metrics.frechet import FrechetReference
 from evaluate.metrics.moments import Moments
 from model.errors import UserError
 
+_MIN_ROWS = 4  # of 2, 3 and 4 rows
+
 
 @dataclass(frozen=True)
 class FrechetInfinity:
@@ -86,6 +88,11 @@ def frechet_infinity(
 
 
 def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
+    if n < _MIN_ROWS:
+        raise UserError(
+            f"generated features: {n} rows, but a line through distances of 3 sizes needs at "
+            f"least {_MIN_ROWS}; measure more images"
+        )
     first = max(2, min(5000, n // 10)) if smallest is None else smallest
     if not 2 <= first < n:
         raise UserError(

@@ -8,9 +8,12 @@ from numpy.typing import ArrayLike, NDArray
 from model.errors import UserError
 
 CHUNK_ROWS = 4096  # 50 MB of float64 at d = 1536
+_SMALLEST, _LARGEST = 1e-15, 1e15  # no encoder's features; their squares stay within float32
 
 
-def checked_features(features: ArrayLike, name: str, *, min_rows: int = 2) -> NDArray[np.floating]:
+def checked_features(
+    features: ArrayLike, name: str, *, min_rows: int = 2, any_scale: bool = False
+) -> NDArray[np.floating]:
     """The features as a float32 or float64 array ``[n, d]`` of finite values.
 
     Half precision is widened to float32, integers to float64; nothing else is changed or copied.
@@ -19,9 +22,12 @@ def checked_features(features: ArrayLike, name: str, *, min_rows: int = 2) -> ND
         features: one row an image.
         name: how messages call the set, as in "generated".
         min_rows: the fewest rows the metric is defined for.
+        any_scale: whether the metric scales rows itself, so that no magnitude is too large.
 
     Raises:
-        UserError: not two-dimensional, not real numbers, too few rows, NaN or infinity.
+        UserError: not two-dimensional, not real numbers, too few rows, NaN or infinity, or, but
+            for `any_scale`, a largest magnitude beyond 1e15 or below 1e-15, whose squares and
+            products would leave float32's range.
     """
     array = np.asarray(features)
     if array.ndim != 2 or array.shape[1] == 0:
@@ -37,7 +43,14 @@ def checked_features(features: ArrayLike, name: str, *, min_rows: int = 2) -> ND
         )
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
-    _refuse_non_finite(array, name)
+    largest = _largest_magnitude(array)
+    if not np.isfinite(largest):
+        _refuse_non_finite(array, name)
+    if not any_scale and largest and not _SMALLEST <= largest <= _LARGEST:
+        raise UserError(
+            f"{name} features: the largest magnitude is {largest:.3g}, expected {_SMALLEST:g} to "
+            f"{_LARGEST:g}; look at what the encoder was given, or scale both sets alike"
+        )
     return array
 
 
@@ -47,14 +60,15 @@ def checked_pair(
     *,
     min_rows: int = 2,
     names: tuple[str, str] = ("real", "generated"),
+    any_scale: bool = False,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Two feature sets of one dimension, each as `checked_features` leaves it.
 
     Raises:
         UserError: as `checked_features`, or the two sets differ in dimension.
     """
-    first = checked_features(real, names[0], min_rows=min_rows)
-    second = checked_features(generated, names[1], min_rows=min_rows)
+    first = checked_features(real, names[0], min_rows=min_rows, any_scale=any_scale)
+    second = checked_features(generated, names[1], min_rows=min_rows, any_scale=any_scale)
     if first.shape[1] != second.shape[1]:
         raise UserError(
             f"{names[0]} features have {first.shape[1]} dimensions, {names[1]} features "
@@ -88,6 +102,15 @@ def random_subset(n: int, size: int, seed: int) -> NDArray[np.int64]:
     """
     draw = np.random.RandomState(seed).choice(n, size, replace=False)
     return np.sort(draw).astype(np.int64)
+
+
+def _largest_magnitude(array: NDArray[np.floating]) -> float:
+    """NaN where there is one; 0 of no rows."""
+    extremes = [0.0]
+    for start in range(0, len(array), CHUNK_ROWS):
+        block = array[start : start + CHUNK_ROWS]
+        extremes += [float(block.max()), -float(block.min())]
+    return float(np.max(extremes))
 
 
 def _refuse_non_finite(array: NDArray[np.floating], name: str) -> None:

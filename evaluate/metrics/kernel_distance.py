@@ -15,6 +15,7 @@ from model.errors import UserError
 
 Rows = NDArray[np.float64]
 Kernel = Callable[[Rows, Rows], Rows]
+Prepare = Callable[[NDArray[np.floating]], Rows]
 
 _BLOCK_ROWS = 1024
 _MEDIAN_ROWS = 2000
@@ -141,17 +142,18 @@ def mmd(
         UserError: fewer than two rows, NaN or infinity, differing dimensions, rows of zeros to
             be normalised, sigma not positive, a median distance of zero.
     """
-    sides = checked_pair(real, generated)
-    first, second = (
-        _scaled(x, name, unit_norm) for x, name in zip(sides, ("real", "generated"), strict=True)
-    )
-    width = _median_distance(first, seed) if sigma is None else float(sigma)
+    first, second = checked_pair(real, generated, any_scale=unit_norm)
+    if unit_norm:
+        _refuse_zeros(first, "real")
+        _refuse_zeros(second, "generated")
+    prepare = _unit if unit_norm else _widened
+    width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):
         raise UserError(
             f"the kernel width is {width}: give a positive sigma (the median distance is zero "
             f"where most real rows are copies)"
         )
-    sums = _kernel_sums(first, second, lambda a, b: _gaussian(a, b, width))
+    sums = _kernel_sums(first, second, lambda a, b: _gaussian(a, b, width), prepare)
     return MaximumMeanDiscrepancy(
         value=sums.unbiased(len(first), len(second)),
         biased=max(0.0, sums.biased(len(first), len(second))),
@@ -160,6 +162,17 @@ def mmd(
         n_generated=len(second),
         dim=first.shape[1],
     )
+
+
+def _widened(rows: NDArray[np.floating]) -> Rows:
+    return rows.astype(np.float64)
+
+
+def _unit(rows: NDArray[np.floating]) -> Rows:
+    """Rows in float64, scaled to length 1."""
+    wide = rows.astype(np.float64)
+    wide /= np.abs(wide).max(axis=1, keepdims=True)  # so that no square over- or underflows
+    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -181,29 +194,38 @@ class _KernelSums:
         return real / n**2 + generated / m**2 - 2 * self.across / (n * m)
 
 
-def _kernel_sums(first: Rows, second: Rows, kernel: Kernel) -> _KernelSums:
+def _kernel_sums(
+    first: NDArray[np.floating],
+    second: NDArray[np.floating],
+    kernel: Kernel,
+    prepare: Prepare = _widened,
+) -> _KernelSums:
+    """All pairs in blocks; `prepare` makes float64 of each, so that no set is copied whole."""
     (real, real_diagonal), (generated, generated_diagonal) = (
-        _within(rows, kernel) for rows in (first, second)
+        _within(rows, kernel, prepare) for rows in (first, second)
     )
-    across = sum(float(kernel(a, b).sum()) for a in _blocks(first) for b in _blocks(second))
+    across = sum(
+        float(kernel(a, b).sum()) for a in _blocks(first, prepare) for b in _blocks(second, prepare)
+    )
     return _KernelSums(real, generated, across, real_diagonal, generated_diagonal)
 
 
-def _within(rows: Rows, kernel: Kernel) -> tuple[float, float]:
+def _within(rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare) -> tuple[float, float]:
     """The sum off the diagonal, whose symmetric half is not computed, and on it."""
-    blocks = list(_blocks(rows))
     off, on = 0.0, 0.0
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(_blocks(rows, prepare), start=1):
         square = kernel(block, block)
         diagonal = float(np.trace(square))
         on += diagonal
         off += float(square.sum()) - diagonal
-        off += 2 * sum(float(kernel(block, later).sum()) for later in blocks[number + 1 :])
+        later = _blocks(rows[number * _BLOCK_ROWS :], prepare)
+        off += 2 * sum(float(kernel(block, other).sum()) for other in later)
     return off, on
 
 
-def _blocks(rows: Rows) -> Iterator[Rows]:
-    return (rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS))
+def _blocks(rows: NDArray[np.floating], prepare: Prepare) -> Iterator[Rows]:
+    starts = range(0, len(rows), _BLOCK_ROWS)
+    return (prepare(rows[start : start + _BLOCK_ROWS]) for start in starts)
 
 
 def _cubic(a: Rows, b: Rows) -> Rows:
@@ -220,24 +242,21 @@ def _squared_distances(a: Rows, b: Rows) -> Rows:
     return np.maximum(squared, 0.0)
 
 
-def _median_distance(rows: Rows, seed: int) -> float:
+def _median_distance(rows: NDArray[np.floating], seed: int, prepare: Prepare) -> float:
     if len(rows) > _MEDIAN_ROWS:
         rows = rows[np.random.RandomState(seed).choice(len(rows), _MEDIAN_ROWS, replace=False)]
     upper = np.triu_indices(len(rows), k=1)
-    return float(np.median(np.sqrt(_squared_distances(rows, rows)[upper])))
+    ready = prepare(rows)
+    return float(np.median(np.sqrt(_squared_distances(ready, ready)[upper])))
 
 
-def _scaled(rows: NDArray[np.floating], name: str, unit_norm: bool) -> Rows:
-    wide = rows.astype(np.float64)
-    if not unit_norm:
-        return wide
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    if not lengths.all():
+def _refuse_zeros(rows: NDArray[np.floating], name: str) -> None:
+    zero = int((~rows.any(axis=1)).sum())
+    if zero:
         raise UserError(
-            f"{name} features: {int((lengths == 0).sum())} rows hold only zeros and cannot be "
-            f"scaled to length 1; leave them out or set unit_norm to false"
+            f"{name} features: {zero} rows hold only zeros and cannot be scaled to length 1; "
+            f"leave them out or set unit_norm to false"
         )
-    return np.asarray(wide / lengths)
 
 
 def _subset_warnings(size: int, wanted: int) -> tuple[str, ...]:

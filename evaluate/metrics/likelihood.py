@@ -110,13 +110,15 @@ def feature_likelihood_divergence(
 
     Raises:
         UserError: fewer than 4 train or 2 other rows, NaN or infinity, differing dimensions, no
-            or repeated seeds, only constant features, a baseline of other data.
+            or repeated seeds, only constant train or test features, a baseline of other data.
     """
     _check_arguments(mode, dtype, seeds, max_generated)
     train_rows, test_rows = checked_pair(train, test, names=("train", "test"))
     train_rows, generated_rows = checked_pair(train_rows, generated, names=("train", "generated"))
     if len(train_rows) < 4:
         raise UserError(f"train features: {len(train_rows)} rows, this metric needs at least 4")
+    if constant_features(train_rows).all():
+        raise UserError("train features are all constant: no likelihood can be fitted to copies")
     normalise = _Normaliser(test_rows, dtype, device)
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
     if mode != "gap":

@@ -14,14 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.neighbours import (
-    TINY,
-    Block32,
-    NearestCandidates,
+    MANY,
+    Nearest,
     Neighbours,
+    Pairs,
+    Side,
     exact_pairs,
-    full_float32,
+    in_sets,
+    open_pairs,
     own_neighbours,
-    squared_distances,
 )
 from model.errors import UserError
 
@@ -47,8 +48,7 @@ class PrecisionRecall:
         dim: feature dimension.
         authentic: ``[n_generated]`` bool, the rows that `authenticity` counts.
         realism: ``[n_generated]`` float64, ``max_j r_j / |g - x_j|`` over the real balls no
-            larger than the median one (arXiv 1904.06991, equation 3); infinite for a copy. The
-            ball is picked in float32: among near copies it may not be the very best.
+            larger than the median one (arXiv 1904.06991, equation 3); infinite for a copy.
         real_radii: ``[n_real]`` float64.
         generated_radii: ``[n_generated]`` float64.
         nearest_real: for each generated row its k nearest real rows.
@@ -85,8 +85,9 @@ def precision_recall(
 
     The rules of the known implementations differ only on a ball's surface, which duplicated
     images reach: "fld" (Jiralerspong et al., the paper's) and "prdc" (Naeem et al.) count it as
-    outside, "kynkaanniemi" as inside. Constant features change nothing. Memory is that of the
-    rows in float32 and a few blocks of 2048 x 2048.
+    outside, "kynkaanniemi" as inside. Constant features change nothing. On a CPU
+    memory is that of two tiles of 2048 rows, a few blocks of 2048 x 2048 and k neighbours a row;
+    another device holds the rows in float32 too.
 
     Args:
         real: ``[n, d]``.
@@ -102,11 +103,9 @@ def precision_recall(
     first, second = checked_pair(real, generated)
     _check_arguments(k, semantics, len(first), len(second))
     centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
-    with full_float32():
-        real_side, generated_side = Block32(first, centre, device), Block32(second, centre, device)
-        own_real = own_neighbours(real_side, k)
-        own_generated = own_neighbours(generated_side, k)
-        cross = _CrossPass(real_side, generated_side, own_real, own_generated).run()
+    real_side, generated_side = Side(first, centre, device), Side(second, centre, device)
+    own_real, own_generated = own_neighbours(real_side, k), own_neighbours(generated_side, k)
+    cross = _CrossPass(real_side, generated_side, own_real, own_generated).run()
     return _summary(cross, own_real, own_generated, semantics)
 
 
@@ -126,39 +125,48 @@ def _check_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> N
 class _Balls:
     """The balls around one side's rows, and which points of the other side lie in them."""
 
-    def __init__(self, side: Block32, own: Neighbours, points: Block32) -> None:
+    def __init__(self, side: Side, own: Neighbours, points: Side) -> None:
         self._side, self._points = side, points
         self.radii = own.distances[:, -1]
         # Recomputed rather than squared, so that a point at the same distance ties exactly.
-        self._squared = exact_pairs(
-            side.exact, np.arange(len(side)), side.exact, own.indices[:, -1]
-        )
-        margin = side.margin(self._squared)
-        device = side.rows.device
-        # Widened by one float32 step: rounding the limits themselves must not decide either.
-        self._surely = torch.from_numpy(_float32(self._squared - margin, -np.inf)).to(device)
-        self._maybe = torch.from_numpy(
-            _float32(np.maximum(self._squared + margin, TINY), np.inf)
-        ).to(device)
-        self._holding = torch.zeros(len(points), dtype=torch.int64, device=device)
+        self._exact = exact_pairs(side.exact, np.arange(len(side)), side.exact, own.indices[:, -1])
+        self._squared = torch.from_numpy(self._exact).to(side.device)
+        self._holding = torch.zeros(len(points), dtype=torch.int64, device=side.device)
         self._on_surface = np.zeros(len(points), dtype=bool)
 
-    def update(self, i: slice, j: slice, squared: torch.Tensor) -> None:
-        """Take in the block of squared distances of the balls i to the points j."""
-        # Few pairs are this near, so one comparison of the whole block is all it takes.
-        balls, points = (squared <= self._maybe[i, None]).nonzero(as_tuple=True)
-        surely = squared[balls, points] < self._surely[i][balls]
-        self._holding[j] += torch.bincount(points[surely], minlength=j.stop - j.start)
-        balls, points = balls[~surely], points[~surely]
-        if len(balls):
-            self._decide(balls.cpu().numpy() + i.start, points.cpu().numpy() + j.start)
+    def limits(self, span: slice, error: float) -> torch.Tensor:
+        """What a block distance to these balls' centres may be and still be within, float32."""
+        squared = self._squared[span].float()
+        return squared + error * (3 * self._side.squares[span] + 2 * squared)
+
+    def update(
+        self,
+        found: Pairs,
+        squared: torch.Tensor,
+        block: tuple[slice, slice],
+        error: float,
+        *,
+        by_columns: bool = False,
+    ) -> None:
+        """Take in entries of a block, whose rows, or with `by_columns` columns, are balls."""
+        ball, point = in_sets(found, block, by_columns)
+        slack = error * (self._side.squares[ball] + self._points.squares[point])
+        beyond = squared[found].double() - self._squared[ball]
+        surely = beyond < -slack
+        self._holding += torch.bincount(point[surely], minlength=len(self._points))
+        doubtful = ~surely & (beyond <= slack)
+        if bool(doubtful.any()):
+            self._decide(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
 
     def _decide(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
+        # A ball of radius 0 holds nothing and touches copies only; one such touch is enough.
+        useful = (self._exact[balls] > 0) | ~self._on_surface[points]
+        balls, points = balls[useful], points[useful]
         squared = exact_pairs(self._side.exact, balls, self._points.exact, points)
-        within = points[squared < self._squared[balls]]
+        within = points[squared < self._exact[balls]]
         counts = np.bincount(within, minlength=len(self._points))
         self._holding += torch.from_numpy(counts).to(self._holding.device)
-        self._on_surface[points[squared == self._squared[balls]]] = True
+        self._on_surface[points[squared == self._exact[balls]]] = True
 
     def holding(self) -> NDArray[np.int64]:
         """How many open balls hold each point."""
@@ -170,71 +178,118 @@ class _Balls:
         return inside | self._on_surface if semantics == "kynkaanniemi" else inside
 
 
-def _float32(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
-    return np.nextafter(values.astype(np.float32), np.float32(towards))
-
-
 class _Realism:
-    """The running ``max_j r_j / |g - x_j|`` over balls no larger than the median one."""
+    """``max_j r_j / |g - x_j|`` over balls no larger than the median one.
 
-    def __init__(self, real: Block32, radii: NDArray[np.float64], generated: Block32) -> None:
+    Sought as the least ``|g - x_j|^2 / r_j^2``: pairs whose bounds leave that open are pooled
+    and decided at the end.
+    """
+
+    def __init__(self, real: Side, radii: NDArray[np.float64], generated: Side) -> None:
         self._real, self._generated, self._radii = real, generated, radii
-        usable = np.where(radii <= np.median(radii), radii**2, 0.0).astype(np.float32)
-        device = real.rows.device
-        self._usable = torch.from_numpy(usable).to(device)
-        self._best = torch.full((len(generated),), -1.0, device=device)
-        self._ball = torch.zeros(len(generated), dtype=torch.int64, device=device)
+        self._small = radii <= np.median(radii)
+        self._usable = torch.from_numpy(self._small & (radii > 0)).to(real.device)
+        squared = torch.from_numpy(radii**2).to(real.device)
+        self._weights = (1 / squared.clamp_(min=np.finfo(np.float64).tiny)).float()
+        # An upper bound of the least ratio of each generated row.
+        self._best = torch.full((len(generated),), torch.inf, device=real.device)
+        self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def update(self, i: slice, j: slice, squared: torch.Tensor) -> None:
-        ratio = self._usable[i, None] / squared
-        top = ratio.amax(dim=0)
-        better = (top > self._best[j]).nonzero().squeeze(1)
-        self._best[j.start + better] = top[better]
-        self._ball[j.start + better] = ratio[:, better].argmax(dim=0) + i.start
+    def update(self, i: slice, j: slice, squared: torch.Tensor, error: float) -> None:
+        """Take in a block of the real rows i and the generated rows j.
+
+        A block distance is at most ``D + error (|x|^2 + |g|^2)`` with ``|x|^2`` at most
+        ``2 (|g|^2 + D)``, so what is less than ``3 error |g|^2`` above D matters.
+        """
+        rows = self._usable[i].nonzero().squeeze(1)
+        if not len(rows):
+            return
+        ratio = squared[rows].sub_(3 * error * self._generated.squares[j])
+        ratio.mul_(self._weights[i][rows, None])
+        unseen = self._best[j].isinf()
+        if bool(unseen.any()):
+            column = torch.arange(len(unseen), device=unseen.device)
+            self._bound(rows[ratio.argmin(dim=0)] + i.start, column, j, squared, i, error)
+        row, column = open_pairs(ratio, self._best[j] * (1 + 2 * error))
+        self._pool.append(self._bound(rows[row] + i.start, column, j, squared, i, error))
+
+    def _bound(
+        self,
+        ball: torch.Tensor,
+        column: torch.Tensor,
+        j: slice,
+        squared: torch.Tensor,
+        i: slice,
+        error: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tighten the bounds of the points by these pairs; balls, points and lower bounds."""
+        point, found = column + j.start, squared[ball - i.start, column]
+        slack = error * (self._real.squares[ball] + self._generated.squares[point])
+        weight = self._weights[ball]
+        self._best.scatter_reduce_(0, point, (found + slack) * weight, "amin")
+        return ball, point, (found - slack) * weight
 
     def finish(self, nearest: Neighbours) -> NDArray[np.float64]:
-        """Exact ratios of the balls found, and of the nearest ones, which float32 may not order."""
-        n = len(self._ball)
-        balls = np.concatenate([self._ball.cpu().numpy()[:, None], nearest.indices], axis=1)
-        points = np.repeat(np.arange(n), balls.shape[1])
-        squared = exact_pairs(self._generated.exact, points, self._real.exact, balls.ravel())
-        distances = np.sqrt(squared).reshape(balls.shape)
-        radii = self._radii[balls]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where(distances > 0, radii / distances, np.inf)
-        ratios[radii > np.median(self._radii)] = 0.0
-        return np.asarray(ratios.max(axis=1))
+        """The ratios ``[n_generated]``, infinite for a copy of a row whose ball is small."""
+        copied = ((nearest.distances == 0) & self._small[nearest.indices]).any(axis=1)
+        realism = np.where(copied, np.inf, 0.0)
+        if self._pool:
+            ball, point, lower = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
+            near = (lower <= self._best[point]) & ~torch.from_numpy(copied).to(point.device)[point]
+            balls, points = ball[near].cpu().numpy(), point[near].cpu().numpy()
+            squared = exact_pairs(self._real.exact, balls, self._generated.exact, points)
+            np.maximum.at(realism, points, self._radii[balls] / np.sqrt(squared))
+        return realism
 
 
 class _CrossPass:
     """All real-to-generated blocks, each computed once and shown to everyone who asks."""
 
     def __init__(
-        self, real: Block32, generated: Block32, own_real: Neighbours, own_generated: Neighbours
+        self, real: Side, generated: Side, own_real: Neighbours, own_generated: Neighbours
     ) -> None:
         k = own_real.indices.shape[1]
-        self.dim = real.exact.shape[1]
+        self.dim = real.dim
         self._real, self._generated = real, generated
         self.real_balls = _Balls(real, own_real, generated)
         self.generated_balls = _Balls(generated, own_generated, real)
         self._realism = _Realism(real, self.real_balls.radii, generated)
-        self._to_real = NearestCandidates(generated, real, k, own_set=False)
-        self._to_generated = NearestCandidates(real, generated, k, own_set=False)
+        self._to_real = Nearest(generated, real, k)
+        self._to_generated = Nearest(real, generated, k)
 
     def run(self) -> "_CrossPass":
         for i in self._real.spans():
+            left = self._real.left(i)
             for j in self._generated.spans():
-                squared = squared_distances(self._real, i, self._generated, j)
-                turned = squared.T.contiguous()
-                self.real_balls.update(i, j, squared)
-                self._realism.update(i, j, squared)
-                self._to_generated.update(i, j, squared)
-                self.generated_balls.update(j, i, turned)
-                self._to_real.update(j, i, turned)
+                self._block(left, i, j)
         self.nearest_real = self._to_real.finish()
         self.nearest_generated = self._to_generated.finish()
         self.realism = self._realism.finish(self.nearest_real)
         return self
+
+    def _block(self, left: torch.Tensor, i: slice, j: slice) -> None:
+        right, many = self._generated.right(j), MANY * (i.stop - i.start + j.stop - j.start)
+        for screen in self._real.screens:
+            squared, error = screen.product(left, right), screen.error
+            seeded_i = not j.start and self._to_generated.seed(i, squared, j, error)
+            seeded_j = not i.start and self._to_real.seed(j, squared.T.contiguous(), i, error)
+            row_limits = torch.maximum(
+                self.real_balls.limits(i, error), self._to_generated.limits(i, error)
+            )
+            column_limits = torch.maximum(
+                self.generated_balls.limits(j, error), self._to_real.limits(j, error)
+            )
+            by_row = open_pairs(squared, row_limits[:, None])
+            by_column = open_pairs(squared, column_limits)
+            if len(by_row[0]) + len(by_column[0]) <= many:
+                break
+        self.real_balls.update(by_row, squared, (i, j), error)
+        self._to_generated.update(by_row, squared, (i, j), error, tighten=not seeded_i)
+        self.generated_balls.update(by_column, squared, (i, j), error, by_columns=True)
+        self._to_real.update(
+            by_column, squared, (i, j), error, by_columns=True, tighten=not seeded_j
+        )
+        self._realism.update(i, j, squared, error)
 
 
 def _summary(

@@ -1,15 +1,15 @@
 """Exact nearest neighbours and ball counts in blocks of bounded memory.
 
-A block of squared distances is one matrix product in float32, ``|x|^2 + |y|^2 - 2 x.y`` on
-centred rows. Its error is bounded, so whatever it leaves in doubt (the order of near
-neighbours, a point at a ball's surface) is decided again in float64 as ``|x - y|^2``: results
-equal those of an all-float64 computation, at float32 speed.
+A block of squared distances is one matrix product, ``|x|^2 + |y|^2 - 2 x.y`` on centred rows, in
+fast arithmetic: bfloat16 or TF32 inputs with float32 sums where the processor has units for
+them, else float32. Its error is bounded, so a block only *screens*: the few pairs that its bounds
+leave open are decided in float64 as ``|x - y|^2``. Results equal those of an all-float64
+computation, at the speed of the screen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,22 +17,53 @@ import torch
 from numpy.typing import NDArray
 
 Rows = NDArray[np.floating]
+Pairs = tuple[torch.Tensor, torch.Tensor]
 
 _TILE = 2048  # rows and columns of a block: 16 MB of float32
-_EXACT_ROWS = 64  # pairs compared at a time in float64: what stays in a core's cache
-TINY = float(np.finfo(np.float32).tiny)  # stands for a block distance of zero: divisible
-_SPARE = 2  # candidates kept beyond the k asked for, so that rounding seldom loses a true one
+_EXACT_ROWS = 32  # pairs compared at a time in float64: what stays in a core's cache
+_EXACT_TASK = 64 * _EXACT_ROWS  # and by one thread in a row
+_POOL_PAIRS = 1 << 22  # candidates in hand before those overtaken are dropped
+MANY = 32  # open pairs a row in one block; beyond, a finer screen is cheaper than deciding them
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products in plain float32 inside: TF32's errors are beyond the margins here."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+@dataclass(frozen=True)
+class Screen:
+    """The arithmetic of a block.
+
+    Attributes:
+        precision: torch's name of it, as `torch.set_float32_matmul_precision` takes it.
+        error: bound on a squared distance's error, relative to ``|x|^2 + |y|^2``.
+    """
+
+    precision: str
+    error: float
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``left right^T``; the user's own setting stands again afterwards."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            return left @ right.T
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def screens(dim: int, device: torch.device) -> list[Screen]:
+    """The screens worth using for rows of this dimension, coarsest first.
+
+    Float32 sums err like sqrt(d) eps; four times that is beyond what any order of summation
+    shows. Rounding both factors to u adds at most ``2 u |x||y|`` to a product (Cauchy-Schwarz),
+    and twice that, ``2 u (|x|^2 + |y|^2)``, to a squared distance; u is 2^-8 for bfloat16, 2^-11
+    for TF32.
+    """
+    full = 4 * float(np.finfo(np.float32).eps) * float(np.sqrt(dim))
+    exact = Screen("highest", full)
+    if device.type == "cuda":
+        return [Screen("high", full + 1.01 * 2**-10), exact]
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if amx() and torch.backends.mkldnn.is_available():
+        return [Screen("medium", full + 1.01 * 2**-7), exact]
+    return [exact]
 
 
 @dataclass(frozen=True)
@@ -48,108 +79,272 @@ class Neighbours:
     distances: NDArray[np.float64]
 
 
-class Block32:
-    """Rows in float32, centred, with their squared lengths: one side of the block products.
+class Side:
+    """One feature set as a side of the block products: tiles of centred rows in float32.
 
-    Both sides of a product must be centred on the same point; near the data it keeps the
-    lengths, and so the rounding, small.
+    Both sides of a product must be centred on the same point; near the data it keeps the lengths,
+    and so the errors, small. On a CPU tiles are made when asked for, which costs a twentieth of
+    a product and saves a copy of the set; other devices hold the copy.
+
+    Attributes:
+        exact: the rows as they came.
+        squares: ``[n]`` float32, squared lengths of the centred rows.
+        screens: the arithmetics that blocks are tried in, coarsest first.
     """
 
     def __init__(self, rows: Rows, centre: NDArray[np.float64], device: str = "cpu") -> None:
         self.exact = rows
-        centred = np.empty(rows.shape, dtype=np.float32)
-        for start in range(0, len(rows), _TILE):
-            centred[start : start + _TILE] = rows[start : start + _TILE] - centre
-        self.rows = torch.from_numpy(centred).to(device)
-        self.squares = self.rows.square().sum(dim=1)
+        self.device = torch.device(device)
+        self.screens = screens(rows.shape[1], self.device)
+        self._centre = centre.astype(np.float32)
+        self._resident: torch.Tensor | None = None
+        if self.device.type != "cpu":
+            self._resident = torch.cat([self._centred(span) for span in self.spans()])
+        squares = [self._centred(span).square_().sum(dim=1) for span in self.spans()]
+        self.squares = torch.cat(squares)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.exact)
+
+    @property
+    def dim(self) -> int:
+        """The features' dimension."""
+        return self.exact.shape[1]
 
     def spans(self) -> list[slice]:
-        """The blocks' row ranges."""
+        """The tiles' row ranges."""
         return [slice(a, min(a + _TILE, len(self))) for a in range(0, len(self), _TILE)]
 
-    def margin(self, squared: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How far a block distance near `squared`, a row each, may be from the exact one.
+    def left(self, span: slice) -> torch.Tensor:
+        """``[-2 x, |x|^2, 1]``, so that the product with `right` is the squared distance."""
+        tile = self._widened(span)
+        tile[:, : self.dim].mul_(-2)
+        tile[:, self.dim : -3] = _in_three(self.squares[span])
+        return tile
 
-        A product's error is relative to ``|x|^2 + |y|^2``, where ``|y|^2`` is at most
-        ``2 (|x|^2 + |x - y|^2)``, and grows like sqrt(d); four times that is beyond what any
-        order of summation shows.
+    def right(self, span: slice) -> torch.Tensor:
+        """``[y, 1, |y|^2]``."""
+        tile = self._widened(span)
+        tile[:, -3:] = _in_three(self.squares[span])
+        return tile
+
+    def _widened(self, span: slice) -> torch.Tensor:
+        tile = torch.empty((span.stop - span.start, self.dim + 6), device=self.device)
+        tile[:, self.dim :] = 1
+        self._centred(span, out=tile[:, : self.dim])
+        return tile
+
+    def _centred(self, span: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            out = torch.empty((span.stop - span.start, self.dim), device=self.device)
+        if self._resident is not None:
+            return out.copy_(self._resident[span])
+        host = out if out.device.type == "cpu" else torch.empty(out.shape)
+        # The centre as it was rounded is the common point; one rounded subtraction follows.
+        np.subtract(self.exact[span], self._centre, out=host.numpy(), casting="same_kind")
+        return out if host is out else out.copy_(host)
+
+
+def _in_three(values: torch.Tensor) -> torch.Tensor:
+    """Float32 values as sums of three bfloat16 numbers ``[n, 3]``: no screen rounds them."""
+    high = values.bfloat16().float()
+    middle = (values - high).bfloat16().float()
+    return torch.stack([high, middle, values - high - middle], dim=1)
+
+
+def open_pairs(squared: torch.Tensor, limits: torch.Tensor) -> Pairs:
+    """Row and column of the block's entries at or below `limits`, which broadcast over it."""
+    if squared.device.type != "cpu":
+        row, column = (squared <= limits).nonzero(as_tuple=True)
+        return row, column
+    # They are few among many, and numpy's search passes over runs of False five times as fast.
+    found = np.flatnonzero(squared.numpy() <= limits.numpy())
+    rows, columns = np.divmod(found, squared.shape[1])
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
+def in_sets(found: Pairs, block: tuple[slice, slice], by_columns: bool) -> Pairs:
+    """A block's entries as row numbers of the two sets; `by_columns` the columns' set first."""
+    row, column = (index + span.start for index, span in zip(found, block, strict=True))
+    return (column, row) if by_columns else (row, column)
+
+
+class Nearest:
+    """The k nearest base rows of each query, from all pairs that their bounds leave open."""
+
+    def __init__(self, queries: Side, base: Side, k: int) -> None:
+        self._queries, self._base, self._k = queries, base, k
+        # The k smallest upper bounds seen: no true neighbour is beyond the last of them.
+        self._upper = torch.full((len(queries), k), torch.inf, device=queries.device)
+        # Queries with k exact copies: nothing is nearer, and all else like them may be skipped.
+        self._settled = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+        self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._pooled = 0
+
+    def limits(self, span: slice, error: float) -> torch.Tensor:
+        """What a block distance of these queries may be and still be of a neighbour.
+
+        The other row's ``|y|^2`` is at most ``2 (|x|^2 + |x - y|^2)``.
         """
-        relative = 4 * np.finfo(np.float32).eps * np.sqrt(self.rows.shape[1])
-        return np.asarray(relative * (3 * self.squares.cpu().numpy() + 2 * squared))
+        upper = self._upper[span, -1]
+        limits = upper + error * (3 * self._queries.squares[span] + 2 * upper)
+        limits[self._settled[span]] = -torch.inf
+        return limits.clamp_(max=torch.finfo(limits.dtype).max)
 
+    def seed(self, span: slice, squared: torch.Tensor, base: slice, error: float) -> bool:
+        """First bounds for these queries from a block ``[queries, base rows]``, if k are in it."""
+        if squared.shape[1] < self._k:
+            return False
+        near = squared.topk(self._k, dim=1, largest=False, sorted=False)
+        far = self._base.squares[base][near.indices] + self._queries.squares[span, None]
+        self._upper[span] = (near.values + error * far).sort(dim=1).values
+        return True
 
-def squared_distances(a: Block32, i: slice, b: Block32, j: slice) -> torch.Tensor:
-    """The block ``[rows of i, rows of j]`` of squared distances, float32, at least `TINY`."""
-    squared = a.squares[i][:, None] + b.squares[j][None, :]
-    return squared.addmm_(a.rows[i], b.rows[j].T, alpha=-2).clamp_(min=TINY)
+    def update(
+        self,
+        found: Pairs,
+        squared: torch.Tensor,
+        block: tuple[slice, slice],
+        error: float,
+        *,
+        by_columns: bool = False,
+        tighten: bool = True,
+    ) -> None:
+        """Take in entries of a block, whose rows, or with `by_columns` columns, are queries.
 
+        Not to `tighten` is for a block that `seed` has seen: a bound must not count twice.
+        """
+        query, base = in_sets(found, block, by_columns)
+        slack = error * (self._queries.squares[query] + self._base.squares[base])
+        lower = squared[found] - slack
+        near = lower <= self._upper[query, -1]
+        query, base, lower = query[near], base[near], lower[near]
+        self._pool.append((query, base, lower))
+        self._pooled += len(query)
+        if tighten:
+            self._tighten(query, lower + 2 * slack[near])
+        if self._pooled > _POOL_PAIRS:
+            self._shrink()
 
-class NearestCandidates:
-    """Running top-c of the distances seen, a row each; `finish` orders them in float64."""
+    def _tighten(self, query: torch.Tensor, upper: torch.Tensor) -> None:
+        lower_than = upper < self._upper[query, -1]
+        query, upper = query[lower_than], upper[lower_than]
+        order = upper.argsort()
+        order = order[query[order].argsort(stable=True)]
+        rows, which, counts = query[order].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[which]
+        best = rank < self._k
+        table = torch.full((len(rows), self._k), torch.inf, device=order.device)
+        table[which[best], rank[best]] = upper[order[best]]
+        merged = torch.cat([self._upper[rows], table], dim=1)
+        self._upper[rows] = merged.sort(dim=1).values[:, : self._k]
 
-    def __init__(self, queries: Block32, base: Block32, k: int, *, own_set: bool) -> None:
-        self._queries, self._base, self._k, self._own_set = queries, base, k, own_set
-        width = min(k + _SPARE, len(base) - own_set)
-        device = queries.rows.device
-        self._squared = torch.full((len(queries), width), torch.inf, device=device)
-        self._indices = torch.full((len(queries), width), -1, dtype=torch.int64, device=device)
+    def _shrink(self) -> None:
+        """Drop what was overtaken; if that is little, decide, and keep each query's k nearest."""
+        query, base = self._near_pairs()
+        if len(query) > _POOL_PAIRS // 2:
+            rows, indices, squared = self._decided(query, base)
+            device = self._upper.device
+            self._upper[rows] = torch.from_numpy(_float32(squared, np.inf)).to(device)
+            self._settled[rows[squared[:, -1] == 0]] = True
+            row, rank = np.nonzero(indices >= 0)
+            lower = _float32(squared[row, rank], -np.inf)
+            kept = (rows[row], indices[row, rank], lower)
+            query_kept, base_kept, lower_kept = (torch.from_numpy(x).to(device) for x in kept)
+            self._pool = [(query_kept, base_kept, lower_kept)]
+        self._pooled = len(self._pool[0][0])
 
-    def update(self, i: slice, j: slice, squared: torch.Tensor) -> None:
-        """Take in the block of squared distances of the queries i to the base rows j."""
-        best, where = self._squared[i], self._indices[i]
-        # Most later blocks hold nothing nearer for most rows: a minimum is cheap, a top-k not.
-        open_rows = (squared.amin(dim=1) < best[:, -1]).nonzero().squeeze(1)
-        if not len(open_rows):
-            return
-        width = best.shape[1]
-        near = squared[open_rows].topk(min(width, squared.shape[1]), dim=1, largest=False)
-        merged = torch.cat([best[open_rows], near.values], dim=1)
-        origin = torch.cat([where[open_rows], near.indices + j.start], dim=1)
-        kept = merged.topk(width, dim=1, largest=False)
-        best[open_rows] = kept.values
-        where[open_rows] = origin.gather(1, kept.indices)
+    def _near_pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        query, base, lower = (torch.cat(parts) for parts in zip(*self._pool, strict=True))
+        near = lower <= self._upper[query, -1]
+        self._pool = [(query[near], base[near], lower[near])]
+        return self._pool[0][0].cpu().numpy(), self._pool[0][1].cpu().numpy()
+
+    def _decided(
+        self, query: NDArray[np.int64], base: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """The queries met, and the k nearest of each's pairs by exact distance, nearest first.
+
+        Where a query has fewer pairs its last indices are -1, at infinite distance.
+        """
+        squared = exact_pairs(self._queries.exact, query, self._base.exact, base)
+        order = np.lexsort((base, squared, query))
+        rows, first, counts = np.unique(query[order], return_index=True, return_counts=True)
+        rank = np.arange(len(order)) - np.repeat(first, counts)
+        kept, row = rank < self._k, np.repeat(np.arange(len(rows)), counts)
+        indices = np.full((len(rows), self._k), -1)
+        distances = np.full((len(rows), self._k), np.inf)
+        indices[row[kept], rank[kept]] = base[order][kept]
+        distances[row[kept], rank[kept]] = squared[order][kept]
+        return rows, indices, distances
 
     def finish(self) -> Neighbours:
-        """The k nearest by exact distance; rows whose candidates might miss one are redone."""
-        indices = self._indices.cpu().numpy()
-        squared = _exact_candidates(self._queries.exact, self._base.exact, indices)
-        order = np.lexsort((indices, squared), axis=1)[:, : self._k]
-        indices = np.take_along_axis(indices, order, axis=1)
-        squared = np.take_along_axis(squared, order, axis=1)
-        for row in np.flatnonzero(self._doubtful(squared[:, -1])):
-            indices[row], squared[row] = self._search(int(row))
+        """The k nearest by exact distance, equal ones in the order of their row numbers."""
+        _, indices, squared = self._decided(*self._near_pairs())
+        self._pool = []
         return Neighbours(indices=indices, distances=np.sqrt(squared))
 
-    def _doubtful(self, kth: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Rows where a base row left out may be nearer than the k-th one kept."""
-        if self._squared.shape[1] == len(self._base) - self._own_set:
-            return np.zeros(len(kth), dtype=bool)
-        margin = self._queries.margin(kth)
-        return np.asarray((self._squared[:, -1].cpu().numpy() - margin <= kth) & (kth > 0))
 
-    def _search(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        squared = _exact_from(self._queries.exact[row], self._base.exact)
-        if self._own_set:
-            squared[row] = np.inf
-        order = np.lexsort((np.arange(len(squared)), squared))[: self._k]
-        return order, squared[order]
+def _float32(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
+    """Float32 values no nearer to the other end than these: rounding decides nothing."""
+    return np.nextafter(values.astype(np.float32), np.float32(towards))
 
 
-def own_neighbours(rows: Block32, k: int) -> Neighbours:
+def own_neighbours(side: Side, k: int) -> Neighbours:
     """The k nearest other rows of each row; the symmetric half of the blocks is not computed."""
-    nearest = NearestCandidates(rows, rows, k, own_set=True)
-    for number, i in enumerate(rows.spans()):
-        for j in rows.spans()[number:]:
-            squared = squared_distances(rows, i, rows, j)
-            if i == j:
-                squared.fill_diagonal_(torch.inf)
-            else:
-                nearest.update(j, i, squared.T.contiguous())
-            nearest.update(i, j, squared)
+    nearest = Nearest(side, side, k)
+    spans = side.spans()
+    for i in spans:  # the diagonal first, as it bounds all rows
+        _own_block(nearest, side, side.left(i), i, i)
+    for number, i in enumerate(spans):
+        left = side.left(i)
+        for j in spans[number + 1 :]:
+            _own_block(nearest, side, left, i, j)
     return nearest.finish()
+
+
+def _own_block(nearest: Nearest, side: Side, left: torch.Tensor, i: slice, j: slice) -> None:
+    right = side.right(j)
+    for screen in side.screens:
+        squared, seeded = screen.product(left, right), False
+        if i == j:
+            squared.fill_diagonal_(torch.inf)
+            seeded = nearest.seed(i, squared, j, screen.error)
+        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
+        turned = open_pairs(squared, nearest.limits(j, screen.error))
+        if len(found[0]) + len(turned[0]) <= MANY * sum(squared.shape):
+            break
+    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
+    if i != j:
+        nearest.update(turned, squared, (i, j), screen.error, by_columns=True)
+
+
+def other_neighbours(queries: Side, base: Side, k: int) -> Neighbours:
+    """The k nearest rows of another set to each query; both sides are centred on one point.
+
+    `base` has at least k rows.
+    """
+    nearest = Nearest(queries, base, k)
+    for i in queries.spans():
+        left = queries.left(i)
+        for j in base.spans():
+            _other_block(nearest, queries, base, left, i, j)
+    return nearest.finish()
+
+
+def _other_block(
+    nearest: Nearest, queries: Side, base: Side, left: torch.Tensor, i: slice, j: slice
+) -> None:
+    right = base.right(j)
+    for screen in queries.screens:
+        squared = screen.product(left, right)
+        seeded = not j.start and nearest.seed(i, squared, j, screen.error)
+        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
+        if len(found[0]) <= MANY * sum(squared.shape):
+            break
+    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
 
 
 def exact_pairs(
@@ -157,18 +352,18 @@ def exact_pairs(
 ) -> NDArray[np.float64]:
     """``|a[i] - b[j]|^2`` of index pairs, in float64, in bounded memory."""
     result = np.empty(len(i))
-    for start in range(0, len(i), _EXACT_ROWS):
-        part = slice(start, start + _EXACT_ROWS)
-        difference = a[i[part]].astype(np.float64) - b[j[part]]
-        result[part] = np.einsum("nd,nd->n", difference, difference)
+
+    def fill(start: int) -> None:
+        for at in range(start, min(start + _EXACT_TASK, len(i)), _EXACT_ROWS):
+            part = slice(at, min(at + _EXACT_ROWS, start + _EXACT_TASK))
+            difference = a[i[part]].astype(np.float64)
+            difference -= b[j[part]]
+            np.einsum("nd,nd->n", difference, difference, out=result[part])
+
+    starts = range(0, len(i), _EXACT_TASK)
+    if len(starts) < 2:
+        fill(0)
+        return result
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(fill, starts))
     return result
-
-
-def _exact_candidates(a: Rows, b: Rows, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    first = np.repeat(np.arange(len(a)), indices.shape[1])
-    return exact_pairs(a, first, b, indices.ravel()).reshape(indices.shape)
-
-
-def _exact_from(row: Rows, base: Rows) -> NDArray[np.float64]:
-    everything = np.arange(len(base))
-    return exact_pairs(row[None], np.zeros(len(base), dtype=np.int64), base, everything)

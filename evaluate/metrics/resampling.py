@@ -20,6 +20,7 @@ from model.errors import UserError
 
 _DRAW_BYTES = 2 << 30  # covariances of the draws in hand
 _TILE_BYTES = 1 << 30  # columns of all clusters' second moments
+_TILE_COLUMNS = 128  # of which no more at a time: wider tiles use less of the symmetry
 _QUANTILES = (0.025, 0.975)
 
 
@@ -215,21 +216,26 @@ class _ClusteredRows:
 
     def _weighted_squares(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """``[draws, d, d]``: the weighted sums of the clusters' second moments."""
-        d = self._rows.shape[1]
-        result = np.empty((len(weights), d, d))
-        width = max(1, _TILE_BYTES // (8 * d * self.n_clusters))
+        d, c, draws = self._rows.shape[1], self.n_clusters, len(weights)
+        result = np.empty((draws, d, d))
+        width = max(1, min(_TILE_COLUMNS, _TILE_BYTES // (8 * d * c)))
+        squares, sums = np.empty(c * d * width), np.empty(draws * d * width)
         for start in range(0, d, width):
-            columns = slice(start, min(start + width, d))
             # The part above the tile is known by symmetry.
-            tile = np.empty((self.n_clusters, d - start, columns.stop - start))
-            for cluster, block in enumerate(self._blocks()):
-                np.matmul(block[:, start:].T, block[:, columns], out=tile[cluster])
-            summed = (weights @ tile.reshape(self.n_clusters, -1)).reshape(-1, *tile.shape[1:])
-            result[:, start:, columns] = summed
-            result[:, columns, start:] = summed.transpose(0, 2, 1)
+            height, columns = d - start, min(width, d - start)
+            tile = squares[: c * height * columns].reshape(c, height, columns)
+            for cluster, block in enumerate(self._blocks(start)):
+                np.matmul(block.T, block[:, :columns], out=tile[cluster])
+            summed = sums[: draws * height * columns].reshape(draws, height * columns)
+            np.matmul(weights, tile.reshape(c, -1), out=summed)
+            whole = summed.reshape(draws, height, columns)
+            result[:, start:, start : start + columns] = whole
+            below = whole[:, columns:].transpose(0, 2, 1)
+            result[:, start : start + columns, start + columns :] = below
         return result
 
-    def _blocks(self) -> Iterator[NDArray[np.float64]]:
-        """Each cluster's rows, less the common mean."""
+    def _blocks(self, first_column: int = 0) -> Iterator[NDArray[np.float64]]:
+        """Each cluster's rows, less the common mean, from a column on."""
         for stop, count in zip(self._stops, self._counts, strict=True):
-            yield self._rows[stop - count : stop] - self._centre
+            rows = self._rows[stop - count : stop, first_column:]
+            yield rows - self._centre[first_column:]

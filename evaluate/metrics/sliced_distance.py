@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evaluate.metrics.features import checked_pair, random_subset
+from evaluate.metrics.features import checked_pair, chunks, random_subset
 from model.errors import UserError
 
 _BLOCK_BYTES = 256 << 20
@@ -77,6 +77,13 @@ def _squared_along(
     first: NDArray[np.floating], second: NDArray[np.floating], axes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The squared 2-Wasserstein distance along each axis ``[axes]``."""
-    a, b = (np.sort(axes @ x.T.astype(np.float64), axis=1) for x in (first, second))
+    a, b = (_projected(rows, axes) for rows in (first, second))
+    a.sort(axis=1)
+    b.sort(axis=1)
     a -= b
     return np.asarray(np.einsum("ad,ad->a", a, a) / a.shape[1])
+
+
+def _projected(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows along each axis ``[axes, n]``, in float64, without a float64 copy of the rows."""
+    return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)

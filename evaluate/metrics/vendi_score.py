@@ -36,7 +36,7 @@ def vendi(features: ArrayLike) -> VendiScore:
     Raises:
         UserError: no rows, NaN or infinity, a row of zeros.
     """
-    rows = checked_features(features, "given", min_rows=1)
+    rows = checked_features(features, "given", min_rows=1, any_scale=True)
     n, d = rows.shape
     zero = int((~rows.any(axis=1)).sum())
     if zero:

@@ -38,7 +38,9 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     metrics = results["metrics"]
     halves = (results["references"] or {}).get("real_vs_real")
     found = _frechet(metrics["frechet_distance"], halves)
+    found += _uncertainty(metrics["frechet_distance"])
     found += _manifold(metrics["precision_recall"], halves)
+    found += _others(metrics)
     if metrics.get("cosine_similarity"):
         found += _cosine(metrics["cosine_similarity"])
     return found
@@ -84,6 +86,84 @@ def _frechet(frechet: Mapping[str, Any], halves: Mapping[str, Any] | None) -> li
             "large second one is missing or surplus variety.",
         ),
     ]
+
+
+def _uncertainty(frechet: Mapping[str, Any]) -> list[Row]:
+    """The interval of the cluster bootstrap by slide, and the distance without finite-set bias."""
+    found = []
+    width = (frechet.get("widths") or {}).get("slide")
+    if width:
+        found.append(
+            Row(
+                "… 95 % interval",
+                "",
+                f"{show(width['low'])} to {show(width['high'])}",
+                show(width["draws"]),
+                "draws of whole slides",
+                "How far the distance would move with other slides of the same kind, tiles of a "
+                "slide being alike. Two models whose intervals overlap are not told apart.",
+            )
+        )
+    line = frechet.get("infinity")
+    if line:
+        found.append(
+            Row(
+                "… at infinitely many images",
+                "lower",
+                show(line["value"]),
+                show(frechet["value"]),
+                f"with {show(frechet['n_generated'])}",
+                "The distance extrapolated along 1/N, so that numbers taken with different counts "
+                "can be compared. Noise can take it below zero where the sets are alike.",
+            )
+        )
+    return found
+
+
+def _others(metrics: Mapping[str, Any]) -> list[Row]:
+    """FLD, KID and MIND, where they were measured."""
+    found = []
+    fld = metrics.get("feature_likelihood")
+    if fld:
+        spread = f" ± {show(fld['std'], 2)}" if fld["std"] is not None else ""
+        found.append(
+            Row(
+                "Feature likelihood divergence",
+                "lower",
+                show(fld["value"]) + spread,
+                fixed(0.0),
+                "real training tiles",
+                "How well the generated tiles explain unseen real ones, against real training "
+                "tiles. Copies of training tiles make it huge. ± is over seeds.",
+            )
+        )
+    kernel = metrics.get("kernel_distance")
+    if kernel:
+        found.append(
+            Row(
+                "Kernel distance (KID)",
+                "lower",
+                show(kernel["value"]),
+                fixed(0.0),
+                "equal distributions",
+                "Like the Fréchet distance, without taking the clouds for Gaussians and without "
+                "its bias; slightly negative values are legitimate.",
+            )
+        )
+    sliced = metrics.get("sliced_distance")
+    if sliced:
+        found.append(
+            Row(
+                "Sliced distance (MIND)",
+                "lower",
+                show(sliced["value"]),
+                fixed(0.0),
+                "equal sets",
+                "The mean distance along random directions, on the scale of a Fréchet distance; "
+                "it needs fewer tiles to settle.",
+            )
+        )
+    return found
 
 
 _MANIFOLD = (

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from evaluate.report import numbers
 from evaluate.report.images import (
@@ -21,10 +17,10 @@ from evaluate.report.images import (
 )
 from evaluate.report.plots import cosine_histogram, loss_panels
 from evaluate.report.runlog import RunLog
+from evaluate.report.template import style, template
 from model.errors import UserError
 from pipeline.dataset import Dataset, read_selection
 
-_HERE = Path(__file__).parent
 _PAIRS, _OVERLAYS, _REAL_TILES = 12, 4, 12
 _DANGERS = {
     "random_encoder_weights": "These numbers mean nothing",
@@ -110,16 +106,9 @@ def all_warnings(results: Mapping[str, Any], run: RunLog | None) -> list[dict[st
 
 def render(content: Content) -> str:
     """The page as one HTML string: styles and images inside, no address outside."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cosine = content.results["metrics"].get("cosine_similarity")
-    return environment.get_template("page.html.j2").render(
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+    return template("page.html.j2").render(
+        style=style(),
         content=content,
         metric_rows=numbers.rows(content.results),
         card=numbers.card(content.results),

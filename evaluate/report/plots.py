@@ -1,8 +1,9 @@
 """Plots as SVG, without a display and the same in bytes for the same numbers."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -60,9 +61,7 @@ def loss_panels(series: Mapping[str, Series]) -> list[tuple[str, bytes]]:
     for panel in PANELS:
         shown = {label: series[key] for label, key in panel.series.items() if key in series}
         if shown:
-            drawn.append(
-                (panel.title, _svg(lambda axes, s=shown, t=panel.title: curves(axes, s, t)))
-            )
+            drawn.append((panel.title, draw_svg(partial(curves, shown=shown, title=panel.title))))
     return drawn
 
 
@@ -115,12 +114,13 @@ def cosine_histogram(cosine: Mapping[str, Any]) -> bytes:
         # On white: the lines run up behind it.
         axes.legend(loc="upper left", ncols=2, frameon=True, framealpha=1, edgecolor="white")
 
-    return _svg(draw)
+    return draw_svg(draw)
 
 
-def _svg(draw: Any) -> bytes:
+def draw_svg(draw: Callable[[Axes], None], *, wide: bool = False, height: float = 2.9) -> bytes:
+    """What `draw` draws on a figure's axes, as SVG; `height` in inches."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(7.2 if wide else 4.6, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.BytesIO()
         # No date and no creator: the same numbers give the same bytes.

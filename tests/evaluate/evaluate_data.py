@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from evaluate.generate.guidance import Guidance
 from evaluate.generate.run import Request, generate
 from evaluate.processes import Processes
+from model import CytoSyn, SiT, SiTConfig
+from model.cytosyn import Records
+from model.vae import VAE, VAEConfig
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
@@ -53,6 +57,27 @@ RECORD: dict[str, Any] = {
     "tile_px": PX,
 }
 
+DOOR_PX = 32
+DOOR_RECORD = {**RECORD, "tile_px": DOOR_PX}
+
+
+def export_model(folder: Path, px: int, dim: int, record: dict[str, Any]) -> Path:
+    """A tiny exported model; its weights are noise, so that features steer it."""
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig.preset("tiny", latent_size=px // 8, condition_dim=dim, depth=2))
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.normal_(0, 0.1)
+    records = Records(
+        encoder=record["encoder"],
+        encoder_weights=record["weights"],
+        encoder_weights_sha256=record["weights_sha256"],
+        encoder_is_random=record["random_weights"],
+        mpp=0.5,
+    )
+    CytoSyn(sit, VAE(VAEConfig.preset("tiny")), records=records).save_pretrained(folder)
+    return folder
+
 
 def slide_colour(slide_id: str) -> npt.NDArray[np.uint8]:
     """A colour of the slide's own, so that its tiles are recognised."""
@@ -89,21 +114,23 @@ def write_features(
     dataset: Dataset,
     features: dict[str, npt.NDArray[np.float32]],
     record: dict[str, Any] | None = None,
+    view: str = "",
 ) -> None:
     """Cache CLS features [n, d] of ranks 0..n-1 of each slide, as the `cache` stage does."""
     record = record or RECORD
     encoder, px = record["encoder"], record["tile_px"]
+    folder = dataset.features_dir(px, encoder, view) / "cls"
     with Run(dataset, "cache", {}) as run:
         for slide_id, rows in features.items():
-            final = dataset.features_dir(px, encoder) / "cls" / f"{slide_id}.0-{len(rows)}.parquet"
+            final = folder / f"{slide_id}.0-{len(rows)}.parquet"
             table = cls_table(0, rows)
             file = commit_file(dataset, run.run_id, final, lambda f, t=table: _write_table(f, t))
-            scope = feature_scope(px, encoder, "", "cls")
+            scope = feature_scope(px, encoder, view, "cls")
             entry = Entry(
                 slide_id, "done", "f", scope=scope, start=0, stop=len(rows), files=(file,)
             )
             run.append([entry])
-        commit_json(dataset, run.run_id, encoder_file(dataset, px, encoder, "", "cls"), record)
+        commit_json(dataset, run.run_id, encoder_file(dataset, px, encoder, view, "cls"), record)
 
 
 def random_features(slide_id: str, count: int, dim: int = DIM) -> npt.NDArray[np.float32]:

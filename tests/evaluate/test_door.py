@@ -5,20 +5,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from evaluate_data import RECORD, make_real, random_features, tile_hashes, write_features
+from evaluate_data import (
+    DOOR_PX,
+    DOOR_RECORD,
+    RECORD,
+    make_real,
+    random_features,
+    tile_hashes,
+    write_features,
+)
 
 from evaluate.__main__ import main
 from evaluate.results import read_results
-from model import CytoSyn, SiT, SiTConfig
-from model.cytosyn import Records
+from model import CytoSyn
 from model.errors import UserError
-from model.vae import VAE, VAEConfig
 from pipeline.dataset import (
     Dataset,
     TileStore,
@@ -29,60 +35,23 @@ from pipeline.dataset import (
 )
 from pipeline.features import FeatureStore
 
-_PX = 32
-_RECORD = {**RECORD, "tile_px": _PX}
+_PX, _RECORD = DOOR_PX, DOOR_RECORD
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of 32 px tiles; its weights are noise, so that features steer it."""
-    torch.manual_seed(0)
-    sit = SiT(SiTConfig.preset("tiny", latent_size=4, condition_dim=RECORD["dim"], depth=2))
-    vae = VAE(VAEConfig.preset("tiny"))
-    with torch.no_grad():
-        for parameter in sit.parameters():
-            parameter.normal_(0, 0.1)
-    records = Records(
-        encoder="h0-mini",
-        encoder_weights="random:0",
-        encoder_weights_sha256=RECORD["weights_sha256"],
-        encoder_is_random=True,
-        mpp=0.5,
-    )
-    folder = tmp_path_factory.mktemp("export")
-    CytoSyn(sit, vae, records=records).save_pretrained(folder)
-    return folder
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_real(tmp_path_factory.mktemp("real") / "real", record=_RECORD)
-
-
-@pytest.fixture
-def command(model: Path, real: Dataset, tmp_path: Path) -> Callable[..., list[str]]:
-    """The arguments of `generate` into a dataset under tmp_path."""
-
-    def make(out: str, *more: str) -> list[str]:
-        fixed = ["--guidance", str(real.root), "--selection", "train", "--steps", "2"]
-        where = ["--model", str(model), "--out", str(tmp_path / out), "--device", "cpu"]
-        return ["generate", *fixed, *where, *more]
-
-    return make
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-
-
-def call(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+def call(
+    arguments: list[str], processes: int = 1, threads: int = 1
+) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     python = [sys.executable, *(launcher if processes > 1 else [])]
     return subprocess.run(
         [*python, "-m", "evaluate", *arguments],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(threads),
         check=False,
     )
 
@@ -96,20 +65,21 @@ def files(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_dataset_does_not_depend_on_the_number_of_processes(
+def test_the_dataset_does_not_depend_on_the_number_of_processes_or_threads(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     more = ["--variations", "3"]  # 186 images: units of 128 and 58
-    assert main(command("alone", *more)) == 0
+    alone = call(command("alone", *more), threads=2)
+    assert alone.returncode == 0, alone.stderr
     done = call(command("shared", *more), processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("generate: made 186 images") == 1
     assert files(tmp_path / "alone") == files(tmp_path / "shared")
-    assert len(list((tmp_path / "shared/status/tile").iterdir())) == 2
+    assert len(list((tmp_path / "shared/status/tile").glob("*.jsonl"))) == 2
 
 
 def test_kill_9_loses_no_committed_unit_and_makes_none_twice(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     arguments = command("killed", "--variations", "4", "--steps", "4")  # 248 images
     python = [sys.executable, "-m", "evaluate", *arguments]
@@ -124,11 +94,12 @@ def test_kill_9_loses_no_committed_unit_and_makes_none_twice(
         running.wait()
     stood = sum(entry.counts["tiles"] for entry in read_journal(dataset, "tile"))
     assert stood == 128
-    assert main(arguments) == 0
-    assert "128 of 248 images stand already; making the other 120" in capsys.readouterr().out
+    again = call(arguments, threads=2)
+    assert again.returncode == 0, again.stderr
+    assert "128 of 248 images stand already; making the other 120" in again.stdout
     spans = [(entry.start, entry.stop) for entry in read_journal(dataset, "tile")]
     assert spans == [(0, 128), (128, 248)]
-    assert main(command("whole", "--variations", "4", "--steps", "4")) == 0
+    assert call(command("whole", "--variations", "4", "--steps", "4")).returncode == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
@@ -142,6 +113,15 @@ def test_one_failing_process_speaks_for_all(
     assert done.stderr.count("seed is 0 in this dataset, 1 was asked for") == 1
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_images_are_those_of_the_model_itself(
     command: Callable[..., list[str]], model: Path, real: Dataset, tmp_path: Path
 ) -> None:

@@ -221,5 +221,5 @@ def test_features_of_another_width_are_refused() -> None:
 def test_guidance_without_features_names_the_cache_command(
     evaluate_real: Callable[..., Dataset],
 ) -> None:
-    with pytest.raises(UserError, match=r"python -m pipeline cache --dataset"):
+    with pytest.raises(UserError, match=r"pipeline cache .* --encoder uni2-h --selection train`"):
         SelectionGuidance.open(evaluate_real(), "train", "uni2-h")

@@ -1,17 +1,30 @@
+import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from evaluate_data import PX, RECORD, make_synthetic, random_features, write_features
+from PIL import Image
 
+from evaluate.battery import Settings
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
-from evaluate.measure import Side, measure, real_halves
+from evaluate.measure import Side, blockiness_warnings, measure, real_halves
 from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
+from evaluate.metrics.blockiness import blockiness
 from evaluate.results import read_results, write_results
 from model.errors import UserError
-from pipeline.dataset import Dataset, Selection, make_selection, new_run_id, write_selection
+from pipeline.dataset import (
+    Dataset,
+    Selection,
+    TileStore,
+    make_selection,
+    new_run_id,
+    write_selection,
+)
 
 
 @pytest.fixture
@@ -94,7 +107,7 @@ def test_features_made_differently_are_refused(
     real: Dataset, synthetic: Dataset, key: str, value: object
 ) -> None:
     write_features(synthetic, {}, {**RECORD, key: value})
-    with pytest.raises(UserError, match=f"{key} is .* and .*{value!r}"):
+    with pytest.raises(UserError, match=f"{key} .*{value!r}"):
         sides(real, synthetic)
 
 
@@ -146,3 +159,70 @@ def test_results_survive_the_file_and_foreign_files_are_refused(
         read_results(path)
     with pytest.raises(UserError, match="measure"):
         read_results(tmp_path / "absent.json")
+
+
+def test_the_battery_carries_n_seeds_and_widths(real: Dataset, synthetic: Dataset) -> None:
+    first, second = sides(real, synthetic)
+    results = measure(first, second, train=first, settings=Settings(draws=4, fld_seeds=(0, 1)))
+    metrics = results["metrics"]
+    frechet = metrics["frechet_distance"]
+    widths = frechet["widths"]
+    assert set(widths) == {"subsample", "slide", "patient"}
+    assert widths["subsample"]["size"] == 31
+    assert widths["subsample"]["corrected_std"] == pytest.approx(
+        widths["subsample"]["std"] * np.sqrt(2)
+    )
+    assert (widths["slide"]["n_clusters"], widths["slide"]["draws"]) == (2, 4)
+    assert widths["slide"]["low"] <= frechet["value"] <= widths["slide"]["high"]
+    assert metrics["feature_likelihood"]["seeds"] == [0, 1]
+    assert metrics["kernel_distance"]["subset_size"] == 62
+    for name in ("frechet_distance", "precision_recall", "kernel_distance"):
+        assert metrics[name]["n_real"] == metrics[name]["n_generated"] == 62
+    assert measure(first, second)["metrics"]["feature_likelihood"] is None
+
+
+def test_sums_are_of_the_tiles_themselves(real: Dataset, synthetic: Dataset) -> None:
+    first, second = sides(real, synthetic)
+    tiles = first.described()["tiles"]
+    store = TileStore(real, PX)
+    digest = hashlib.sha256()
+    for slide_id, ranks in first.selection.items():
+        for tile in store.read(slide_id, ranks):
+            digest.update(tile.tobytes())
+    assert tiles["pixels_sha256"] == digest.hexdigest()
+    assert tiles["files_sha256"] != second.described()["tiles"]["files_sha256"]
+    next(real.tiles_dir(PX).glob("C-2*.tar")).unlink()
+    gone = first.described()["tiles"]
+    assert gone["pixels_sha256"] is None
+    assert "C-2" in gone["missing"]
+
+
+def test_a_jpeg_grid_on_one_side_is_warned_of() -> None:
+    def described(real: float, generated: float, error: float = 0.002) -> dict[str, Any]:
+        return {
+            side: {"tiles": {"blockiness": {"mean": mean, "standard_error": error, "tiles": 100}}}
+            for side, mean in (("real", real), ("generated", generated))
+        }
+
+    assert blockiness_warnings(described(1.0, 1.01)) == []
+    assert blockiness_warnings(described(1.0, 1.11, error=0.1)) == []
+    (one,) = blockiness_warnings(described(1.0, 1.11))
+    assert one["code"] == "blockiness_mismatch"
+    assert "1.110 of the generated" in one["message"]
+
+
+def test_blockiness_sees_jpeg_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(60, 200, (16, 16, 3), np.uint8)
+    large = np.array(Image.fromarray(smooth).resize((224, 224), Image.Resampling.BICUBIC))
+    noise = rng.integers(0, 12, large.shape)
+    tile = np.clip(large + noise, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(tile).save(buffer, "JPEG", quality=70)
+    compressed = np.array(Image.open(buffer))
+    assert abs(blockiness(tile) - 1) < 0.03
+    assert blockiness(compressed) > 1.15
+    assert abs(blockiness(compressed[3:-5, 3:-5]) - 1) < 0.1  # another slide's grid
+    assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
+    with pytest.raises(ValueError, match="32 px or more"):
+        blockiness(np.zeros((16, 16, 3), np.uint8))

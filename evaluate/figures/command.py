@@ -1,0 +1,26 @@
+"""The `figure` command."""
+
+import argparse
+
+from evaluate.figures.draw import draw, write_figure
+from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
+from evaluate.figures.tiles import Synthetic
+from pipeline.console import EXIT_OK, format_bytes, say
+from pipeline.dataset import open_dataset
+
+
+def figure_command(options: argparse.Namespace) -> int:
+    """Run `python -m evaluate figure KIND` with parsed options; returns the exit status."""
+    guidance = open_dataset(options.guidance) if options.guidance else None
+    made = Synthetic(open_dataset(options.generated), guidance)
+    if options.figure == "grid":
+        sheet = grid_sheet(made, options.rows, options.columns)
+    elif options.figure == "variations":
+        sheet = variations_sheet(made, options.rows, options.variations)
+    else:
+        sheet = interpolation_sheet(made, options.rows)
+    for warning in made.warnings():
+        say(f"warning: {warning}")
+    for path in write_figure(options.out, draw(sheet, made.warnings())):
+        say(f"figure: wrote {path}, {format_bytes(path.stat().st_size)}")
+    return EXIT_OK

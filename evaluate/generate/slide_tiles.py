@@ -1,0 +1,69 @@
+"""Tiles of a slide at given places, read as the pipeline reads them.
+
+The pipeline's readers are imported where a slide is asked for: nothing else here needs them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UserError
+
+Place = tuple[float, float]
+"""Upper left corner of a tile, in level-0 pixels."""
+
+
+def parse_place(text: str) -> Place:
+    """Read "x,y". Raises `UserError` with what was expected."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"'{text}' is no place on a slide; expected x,y, the tile's upper left corner in "
+            "level-0 pixels, such as 1200,800"
+        ) from None
+    return x, y
+
+
+def read_slide_tiles(
+    path: Path, places: Sequence[Place], *, tile_px: int, mpp: float, slide_mpp: float | None
+) -> list[npt.NDArray[np.uint8]]:
+    """RGB tiles uint8 [tile_px, tile_px, 3] of a slide at `mpp`, at these places.
+
+    `slide_mpp` is taken where the slide does not say its own resolution. Raises `UserError`,
+    naming the slide, where it cannot be read or a tile does not lie on it.
+    """
+    try:
+        from pipeline.slides.open import open_slide
+        from pipeline.slides.region import read_region
+        from pipeline.slides.resolution import plan_read, resolve_mpp
+    except ImportError as error:
+        raise UserError(
+            f"--slide needs the slide libraries, and {error.name} is not installed here; install "
+            "this project whole, or give tiles as --images"
+        ) from error
+    if not path.exists():
+        raise UserError(f"slide {path}: no such file")
+    try:
+        with open_slide(path) as reader:
+            own = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
+            level = reader.levels[0]
+            span = plan_read(reader.levels, own, mpp, _TOLERANCE, tile_px).stride_level0
+            for x, y in places:
+                if not (0 <= x <= level.width - span and 0 <= y <= level.height - span):
+                    raise UserError(
+                        f"a tile of {span:g} level-0 pixels at {x:g},{y:g} does not lie on it; "
+                        f"it is {level.width} x {level.height} pixels"
+                    )
+            return [
+                read_region(reader, own, x, y, tile_px, mpp, tolerance=_TOLERANCE)
+                for x, y in places
+            ]
+    except UserError as error:
+        message = str(error).replace("--assume-mpp", "--slide-mpp")
+        raise UserError(f"slide {path.name}: {message}") from error
+
+
+_TOLERANCE = 0.02

@@ -1,0 +1,109 @@
+"""What every table is read against: the floors between real tiles and the neighbour's cosine.
+
+Pure functions of feature arrays and labels.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluate.battery import histogram
+from evaluate.measure import mean_of_results, set_metrics
+from evaluate.metrics import cosine_similarity, frechet_distance
+
+Features = npt.NDArray[np.floating]
+Labels = npt.NDArray[np.str_]
+
+_SPLITS, _SPLIT_ROWS = 8, 4096
+_MIN_ROWS = 8
+
+
+def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
+    """Rows of the first of two halves with whole labels (patients) on one side.
+
+    In a random order of labels each goes to the half that has fewer rows so far.
+    """
+    names, member, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    side = np.zeros(len(names), bool)
+    rows = [0, 0]
+    for name in np.random.RandomState(seed).permutation(len(names)):
+        smaller = int(rows[1] < rows[0])
+        side[name] = bool(smaller)
+        rows[smaller] += int(counts[name])
+    return np.asarray(~side[member])
+
+
+def halves_by_label(features: Features, labels: Labels, *, seed: int = 0) -> dict[str, Any] | None:
+    """Fréchet distance and precision, recall between halves that share no label.
+
+    Means over 8 splits where there are at most 4,096 rows. None with fewer than two labels or
+    with fewer than 8 rows on a side. The halves are about equal in size, so counts are the first
+    split's.
+    """
+    splits = []
+    for number in range(_SPLITS if len(features) <= _SPLIT_ROWS else 1):
+        first = split_in_halves(labels, seed + number)
+        if min(first.sum(), (~first).sum()) < _MIN_ROWS:
+            return None
+        splits.append(set_metrics(features[first], features[~first]))
+    merged = {metric: mean_of_results([one[metric] for one in splits]) for metric in splits[0]}
+    return {"splits": len(splits), "labels": len(np.unique(labels)), **merged}
+
+
+def neighbour_cosines(
+    features: Features, slides: Labels, *, seed: int = 0
+) -> dict[str, Any] | None:
+    """Cosines of each row to another random row of its slide: what tissue alone has in common.
+
+    Rows of slides with a single row are left out; None where all are.
+    """
+    random = np.random.RandomState(seed)
+    first, second = [], []
+    for name in np.unique(slides):
+        rows = np.flatnonzero(slides == name)
+        if len(rows) > 1:
+            cycle = random.permutation(rows)
+            first.append(cycle)
+            second.append(np.roll(cycle, 1))
+    if not first:
+        return None
+    found = cosine_similarity(
+        features[np.concatenate(first)], features[np.concatenate(second)], seed=seed
+    )
+    return {
+        "mean": found.mean,
+        "std": found.std,
+        "centred_mean": found.centred_mean,
+        "n": found.n,
+        "seed": seed,
+        "histogram": histogram(found.values),
+    }
+
+
+def grouped_distances(
+    real: Features, generated: Features, labels: tuple[Labels, Labels], *, least: int
+) -> list[dict[str, Any]]:
+    """Fréchet distances within each group of slides (a project, a site), largest groups first.
+
+    `labels` are those of the real and of the generated rows. Groups with fewer than `least` rows
+    on either side are left out, as is the group without a name.
+    """
+    found = []
+    for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
+        sides = [x[own == name] for x, own in zip((real, generated), labels, strict=True)]
+        if min(len(side) for side in sides) < max(least, 2):
+            continue
+        one = frechet_distance(*sides, max_generated=None)
+        found.append(
+            {
+                "group": str(name),
+                "value": one.value,
+                "mean_term": one.mean_term,
+                "covariance_term": one.covariance_term,
+                "noise_floor": one.noise_floor,
+                "n_real": one.n_real,
+                "n_generated": one.n_generated,
+            }
+        )
+    return sorted(found, key=lambda one: -one["n_real"])

@@ -1,0 +1,96 @@
+"""Nearest training tiles, however many there are: exact, in blocks of bounded memory.
+
+Pure functions of feature arrays.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from evaluate.metrics.neighbours import Neighbours, Side, other_neighbours
+from model.errors import UserError
+
+Features = npt.NDArray[np.floating]
+Distances = npt.NDArray[np.float64]
+
+
+def nearest_in_blocks(
+    queries: Features, blocks: Iterable[Features], *, k: int = 2, device: str = "cpu"
+) -> Neighbours:
+    """The k nearest of all blocks' rows to each query; indices count over the blocks in turn.
+
+    Each block's own k nearest are exact (`evaluate.metrics.neighbours`), so the merged ones are.
+    Memory is that of the queries and one block. Raises `UserError` with fewer than k rows in all.
+    """
+    best = np.full((len(queries), 0), np.inf)
+    where = np.zeros((len(queries), 0), np.int64)
+    start, centre = 0, None
+    for block in blocks:
+        if not len(block):
+            continue
+        centre = block.mean(axis=0, dtype=np.float64) if centre is None else centre
+        one, other = Side(queries, centre, device), Side(block, centre, device)
+        found = other_neighbours(one, other, min(k, len(block)))
+        best = np.concatenate([best, found.distances], axis=1)
+        where = np.concatenate([where, found.indices + start], axis=1)
+        order = np.lexsort((where, best), axis=1)[:, :k]
+        best, where = (np.take_along_axis(x, order, axis=1) for x in (best, where))
+        start += len(block)
+    if start < k:
+        raise UserError(f"{start} training tiles, at least {k} are needed to find the {k} nearest")
+    return Neighbours(indices=where, distances=best)
+
+
+def distance_ratios(found: Neighbours) -> Distances:
+    """Distance to the nearest over that to the second nearest, [n] in [0, 1]; 0 for a copy.
+
+    Two copies of one tile in the training set make 0 / 0, which counts as 0.
+    """
+    first, second = found.distances[:, 0], found.distances[:, 1]
+    return np.divide(first, second, out=np.zeros_like(first), where=second > 0)
+
+
+def copying_test(
+    train: Features,
+    generated: tuple[Features, Distances],
+    held_out: tuple[Features, Distances],
+    *,
+    cells: int = 3,
+    components: int = 64,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """C_T of Meehan et al. (arXiv 2004.05675): are generated tiles nearer to the training tiles?
+
+    Both sets come as (features, distance to the nearest training tile). The feature space is cut
+    in cells by k-means on principal components of training features; in each the distances are
+    compared by Mann-Whitney's z, and C_T is their mean weighted by the cells' training tiles.
+    Below -3 says copying, above 3 underfitting. Distances are of the whole feature space, not of
+    the components. None where a cell has fewer than 4 tiles of either set.
+    """
+    components = min(components, *train.shape)
+    project = PCA(components, svd_solver="full", random_state=seed).fit(train)
+    model = KMeans(cells, n_init=4, random_state=seed).fit(project.transform(train))
+    labels = [model.predict(project.transform(x)) for x, _ in (generated, held_out)]
+    scores, weights = [], []
+    for cell in range(cells):
+        near = [d[own == cell] for (_, d), own in zip((generated, held_out), labels, strict=True)]
+        if min(len(one) for one in near) < 4:
+            return None
+        scores.append(mann_whitney_z(*near))
+        weights.append(float((model.labels_ == cell).mean()))
+    value = float(np.dot(scores, weights) / sum(weights))
+    return {"value": value, "cells": scores, "weights": weights, "components": components,
+            "n_train": len(train)}  # fmt: skip
+
+
+def mann_whitney_z(first: Distances, second: Distances) -> float:
+    """z of the rank-sum test: negative where the first values tend to be smaller."""
+    m, n = len(first), len(second)
+    ranks = rankdata(np.concatenate([first, second]))
+    u = ranks[:m].sum() - m * (m + 1) / 2
+    return float((u - m * n / 2) / np.sqrt(m * n * (m + n + 1) / 12))

@@ -1,0 +1,140 @@
+"""Figures of generated tiles: every tile stands where it belongs, pixel by pixel."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluate_data import ALONE, PX, RECORD, Stripes, real_tile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from evaluate.__main__ import main
+from evaluate.figures.draw import draw
+from evaluate.figures.layout import Sheet, column_lefts, compose
+from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
+from evaluate.figures.tiles import Synthetic
+from evaluate.generate.conditions import ConditionGuidance, Reference, between
+from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.generate.run import Request, generate
+from model.errors import UserError
+from pipeline.dataset import Dataset, read_candidates
+
+
+def tiles(rows: int, columns: int, px: int = 8) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        [rng.integers(0, 255, (px, px, 3), dtype=np.uint8) for _ in range(columns)]
+        for _ in range(rows)
+    ]
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.sets(st.integers(0, 5)))
+def test_tiles_stand_unchanged_on_white(rows: int, columns: int, real: set[int]) -> None:
+    grid = tiles(rows, columns)
+    canvas = compose(Sheet(grid, [""] * columns, frozenset(real)))
+    gap = 1
+    rest = canvas.pixels.copy()
+    for r, row in enumerate(grid):
+        for left, tile in zip(canvas.lefts, row, strict=True):
+            place = slice(r * (8 + gap), r * (8 + gap) + 8), slice(left, left + 8)
+            assert (canvas.pixels[place] == tile).all()
+            rest[place] = 255
+    assert (rest == 255).all()
+
+
+def test_real_tiles_are_set_apart_by_a_wider_gap() -> None:
+    assert column_lefts(4, 100, 5, frozenset([0, 3])) == (0, 115, 220, 335)
+
+
+def test_a_pixel_of_a_tile_is_a_pixel_of_the_png_and_bytes_are_the_same_every_time() -> None:
+    sheet = Sheet(tiles(2, 3, px=320), ["real", "1", "2"], frozenset([0]))
+    files = draw(sheet, ("RANDOM ENCODER WEIGHTS",))
+    assert files == draw(sheet, ("RANDOM ENCODER WEIGHTS",))
+    assert files[".pdf"].startswith(b"%PDF-")
+    picture = np.array(Image.open(io.BytesIO(files[".png"])).convert("RGB"))
+    expected = compose(sheet).pixels
+    left, bottom = 24, 24
+    shown = picture[-bottom - len(expected) : -bottom, left : left + expected.shape[1]]
+    assert (shown == expected).all()
+    assert (picture[:40] != 255).any()  # the banner
+
+
+@pytest.fixture
+def guided(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> tuple[Dataset, Dataset]:
+    real = evaluate_real()
+    guidance = SelectionGuidance.open(real, "train", "h0-mini")
+    request = Request(out=tmp_path / "syn", conditions=4, variations=5)
+    generate(Stripes(), guidance, request, ALONE)
+    return real, Dataset(tmp_path / "syn")
+
+
+def test_figure_2_has_the_real_tile_and_its_own_variations(
+    guided: tuple[Dataset, Dataset],
+) -> None:
+    real, syn = guided
+    made = Synthetic(syn, real)
+    sheet = variations_sheet(made, 8, 5)
+    rows = read_candidates(syn, "gen-00000").to_pylist()
+    assert len(sheet.rows) == made.images // 5
+    for number, row in enumerate(sheet.rows):
+        source = rows[5 * number]
+        expected = real_tile(source["source_slide_id"], source["source_rank"])
+        assert (row[0] == expected).all()
+        for k in range(5):
+            assert (row[k + 1] == made.tile(5 * number + k)).all()
+    with pytest.raises(UserError, match="give --guidance DATASET"):
+        variations_sheet(Synthetic(syn), 8, 5)
+    with pytest.raises(UserError, match="5 images a tile, not 6; generate with more --variations"):
+        variations_sheet(made, 8, 6)
+    with pytest.raises(UserError, match=r"holds no interpolation.*--interpolate A B"):
+        interpolation_sheet(made, 8)
+
+
+def test_figure_3_has_each_pairs_real_tiles_at_both_ends(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ends = [
+        Reference(name, real_tile(name, 1), rng.normal(size=12).astype(np.float32))
+        for name in ("a", "b", "c")
+    ]
+    conditions = between(ends, [(0, 1), (2, 0)], (0.2, 0.4, 0.6, 0.8), "slerp")
+    guidance = ConditionGuidance(
+        "interpolation", conditions, ends, record=RECORD, tile_px=PX, mpp=0.5, what={}
+    )
+    generate(Stripes(), guidance, Request(out=tmp_path / "syn", variations=2), ALONE)
+    made = Synthetic(Dataset(tmp_path / "syn"))
+    sheet = interpolation_sheet(made, 8)
+    assert sheet.titles == ["real", "0.2", "0.4", "0.6", "0.8", "real"]
+    for number, row in enumerate(sheet.rows):
+        pair, variation = divmod(number, 2)
+        first, second = [(0, 1), (2, 0)][pair]
+        assert (row[0] == ends[first].tile).all()
+        assert (row[-1] == ends[second].tile).all()
+        for place in range(4):
+            assert (row[place + 1] == made.tile((4 * pair + place) * 2 + variation)).all()
+
+
+def test_figure_1_is_one_command_and_says_what_it_must_not_hide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class FromRandom(Stripes):
+        def identity(self) -> dict[str, object]:
+            return {**super().identity(), "model_encoder_random": True}
+
+    generate(FromRandom(), Unconditional(20), Request(out=tmp_path / "syn"), ALONE)
+    sheet = grid_sheet(Synthetic(Dataset(tmp_path / "syn")), 8, 4)
+    assert (len(sheet.rows), len(sheet.rows[0])) == (5, 4)
+    figure = ["figure", "grid", "--generated", str(tmp_path / "syn"), "--columns", "4"]
+    assert main([*figure, "--out", str(tmp_path / "a/figure1.png")]) == 0
+    out = capsys.readouterr().out
+    assert "RANDOM ENCODER WEIGHTS" in out
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["figure1.pdf", "figure1.png"]
+    with pytest.raises(UserError, match="has 20 images, a row needs 30; give --columns"):
+        main([*figure[:-1], "30"])
+
+
+def test_a_real_dataset_is_no_synthetic_one(evaluate_real: Callable[..., Dataset]) -> None:
+    with pytest.raises(UserError, match="holds no generated images"):
+        Synthetic(evaluate_real())

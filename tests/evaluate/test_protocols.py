@@ -1,0 +1,509 @@
+"""Protocols from their YAML to the page, on a toy world with the real generator and metrics."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluate_data import random_features
+from protocol_data import (
+    COUNT,
+    make_all,
+    make_model,
+    make_pixel_model,
+    make_world,
+    record_of,
+    toy,
+)
+from test_report import Page
+
+from evaluate.__main__ import main, parse
+from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.protocols.comparable import basis, check_sides, check_table
+from evaluate.protocols.config import load, names
+from evaluate.protocols.controls import (
+    grouped_distances,
+    halves_by_label,
+    neighbour_cosines,
+    split_in_halves,
+)
+from evaluate.protocols.plan import all_images, plan_cells
+from evaluate.protocols.run import missing, run_protocol
+from evaluate.protocols.store import ResultStore
+from evaluate.protocols.work import Workshop, first_tiles
+from evaluate.report.protocol_files import render, write_protocol_files
+from evaluate.report.protocol_text import latex, markdown
+from model.errors import UserError
+from pipeline.dataset import make_selection
+
+ENCODERS = ("h-optimus-0", "uni2-h")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    make_world(root, ENCODERS)
+    make_model(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def table2(world: Path) -> dict[str, Any]:
+    protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
+    make_all(protocol)
+    return json.loads(json.dumps(run_protocol(protocol)))
+
+
+def cells(results: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
+    return [c for c in results["cells"] if all(c[key] == value for key, value in wanted.items())]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_protocol_is_the_papers_and_has_no_deviation(name: str) -> None:
+    protocol = load(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
+    assert protocol.deviations == {}
+    assert protocol.rows
+    assert set(protocol.encoders) <= {"h-optimus-0", "virchow2", "uni2-h", "inception-v3"}
+    assert load(name, None, ["count=99"]).deviations["count"][1] == 99
+
+
+def test_table_2_is_as_the_paper_has_it() -> None:
+    protocol = load("table2")
+    assert protocol.count == 100_000
+    assert protocol.settings.max_generated == 50_000
+    made = {one.generation: one.spec for one in all_images(protocol)}
+    assert set(made) == {"from-guidance", "from-val-in", "from-val-out"}
+    for spec in made.values():
+        assert (spec.solver, spec.steps, spec.scale) == (("sde",), (250,), 2.5)
+        assert (spec.low, spec.high) == (0.0, 0.75)
+    cosine = [c for c in plan_cells(protocol) if c.metrics == ("cosine_similarity",)]
+    assert {(c.column, c.generated.source) for c in cosine} == {
+        ("val-in", "from-val-in"), ("val-out", "from-val-out")
+    }  # fmt: skip
+
+
+def test_figure_4_is_a_grid_of_unconditional_images() -> None:
+    images = all_images(load("figure4"))
+    assert len(images) == 16
+    assert {one.point["solver"] for one in images} == {"ode", "sde"}
+    assert (min(i.point["steps"] for i in images), max(i.point["steps"] for i in images)) == (
+        20, 250
+    )  # fmt: skip
+    assert all(one.spec.guidance == "" for one in images)
+
+
+def test_table_4_holds_each_arm_and_the_control() -> None:
+    protocol = load("table4")
+    rows = {row.label: row for row in protocol.rows}
+    control = rows["CytoSyn 224; JPEG validation (negative control)"]
+    assert (control.real_view, control.generated) == ("jpeg70", "cytosyn-png")
+    assert protocol.generations["pixcell-jpeg"].guidance_view == "jpeg70+resize224"
+    assert sum("jpeg75" in row.generated_view for row in rows.values()) == 4
+    left = plan_cells(replace(protocol, leave_out=("pixcell",)))
+    assert not [cell for cell in left if "PixCell" in cell.label]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["counts=3"], "unknown configuration key 'counts'"),
+        (["sets.val-in.selektion=a"], "sets.val-in: unknown configuration key 'selektion'"),
+        (["columns=[elsewhere]"], "no set 'elsewhere'"),
+        (["leave_out=[dalle]"], "no model 'dalle'"),
+        (["count=3"], "expected 8 tiles or more"),
+        (["generations.from-guidance.model=other"], "no model 'other'"),
+    ],
+)
+def test_a_wrong_key_is_one_line_that_names_it(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load("table2", None, overrides)
+
+
+def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("dataset: /data\nsets: {val-in: {dataset: /other}}\n")
+    protocol = load("table2", file, ["generations.*.steps=20"])
+    assert protocol.sets["val-in"].dataset == "/other"
+    assert protocol.sets["val-in"].selection == "val-in"
+    assert {one.spec.steps for one in all_images(protocol)} == {(20,)}
+    with pytest.raises(UserError, match="no protocol 'table9'"):
+        load("table9")
+
+
+def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -> None:
+    (cell,) = cells(table2, label="Guidance tiles", encoder="uni2-h", column="val-out")
+    protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
+    workshop = Workshop(protocol)
+    used = {name: workshop.tiles(name).used for name in ("guidance", "val-out")}
+    assert used["guidance"].rows == COUNT
+    assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
+    from pipeline.features import FeatureStore
+
+    store = FeatureStore(workshop.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
+    real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))
+    expected = frechet_distance(real, made)
+    assert cell["results"]["frechet_distance"]["value"] == expected.value
+
+
+def test_every_number_has_its_floor_ceiling_and_null(table2: dict[str, Any]) -> None:
+    tables = {table["name"]: table for table in table2["tables"]}
+    labels = {name: [row["label"] for row in table["rows"]] for name, table in tables.items()}
+    assert labels["fd"][:2] == ["Model", "Guidance tiles"]
+    assert "Real against real, split by tile" in labels["fd"]
+    assert "Real against real, split by patient" in labels["recall"]
+    assert "Reconstructed by the VAE of model" in labels["fd"]
+    assert {"Sources shuffled", "Another real tile of the same slide"} <= set(labels["cosine"])
+    values = {
+        row["label"]: [entry["value"] for entry in row["cells"].values()]
+        for row in tables["cosine"]["rows"]
+    }
+    for low, mid, high in zip(
+        values["Sources shuffled"], values["Model"],
+        values["Reconstructed by the VAE of model"], strict=True,
+    ):  # fmt: skip
+        assert low < mid < high
+    for row in tables["fd"]["rows"]:
+        for entry in row["cells"].values():
+            assert entry["value"] >= 0
+            assert entry["n"]
+    fld = {row["label"]: row for row in tables["fld"]["rows"]}
+    assert list(fld) == ["Model"]
+    assert fld["Model"]["cells"]["uni2-h/val-in"]["spread"] is not None
+
+
+def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
+    assert table2["schema_version"] == 1
+    one = table2["sources"]["from-guidance"]
+    assert one["kind"] == "generated"
+    assert one["guidance"] == "guidance"
+    assert len(one["identity"]["model_sha256"]) == 64
+    assert (one["identity"]["steps"], one["identity"]["rounding"]) == (2, "nearest")
+    for source in table2["sources"].values():
+        assert len(source["tiles"]["pixels_sha256"]) == len(source["selection_sha256"]) == 64
+    assert table2["encoders"]["uni2-h"][0]["weights_sha256"] == "u" * 64
+    assert {"torch", "numpy", "scipy"} <= set(table2["versions"])
+    codes = {one["code"] for one in table2["warnings"]}
+    assert {"random_encoder_weights", "few_tiles", "not_the_protocol"} <= codes
+    (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
+    groups = cell["results"]["groups"]
+    assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
+
+
+def test_run_again_computes_nothing_and_gives_the_same(
+    world: Path, table2: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
+    again = json.loads(json.dumps(run_protocol(protocol)))
+    assert "0 results computed" in capsys.readouterr().out
+    shutil.rmtree(world / "out" / "cells")
+    fresh = json.loads(json.dumps(run_protocol(protocol)))
+    for results in (again, fresh):
+        assert {**results, "seconds": 0} == {**table2, "seconds": 0}
+
+
+def test_a_set_too_small_is_refused_before_anything_is_made(world: Path, tmp_path: Path) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h]", "count=65", f"out={tmp_path}")
+    with pytest.raises(UserError, match=r"'val-in' has 64 tiles, the protocol asks for 65"):
+        run_protocol(protocol)
+    assert not (tmp_path / "generated").exists()
+
+
+def test_differing_counts_are_refused_in_one_table(world: Path, table2: dict[str, Any]) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h]", "sets.guidance.count=40")
+    make_all(protocol)
+    with pytest.raises(UserError, match=r"n_generated is 64 in 'Model.* and 40 in 'Guidance"):
+        run_protocol(protocol)
+
+
+def test_other_weights_are_refused_not_mixed(world: Path, table2: dict[str, Any]) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h]", "weights=hub")
+    with pytest.raises(UserError, match="made with weights 'random:0', the protocol asks for"):
+        run_protocol(protocol)
+
+
+def test_a_table_holds_only_what_belongs_together() -> None:
+    n = {"n_real": 5, "n_generated": 5, "k": 3}
+    first = basis(record_of("uni2-h"), record_of("uni2-h"), n)
+    other = basis(record_of("inception-v3"), record_of("inception-v3"), n)
+    check_table("t", [("a", first), ("b", first), ("c", other)], [])
+    for key, value in (
+        ("weights_sha256", "x"), ("resize", "tf1"), ("compute_dtype", "bfloat16"),
+        ("generated_view", "jpeg75"), ("n_real", 6), ("k", 5),
+    ):  # fmt: skip
+        changed = {**first, key: value}
+        with pytest.raises(UserError, match=f"{key} is .* in 'a' and {value!r} in 'b'"):
+            check_table("t", [("a", first), ("b", changed)], [])
+        check_table("t", [("a", first), ("b", changed)], [key])
+    with pytest.raises(UserError, match="compute_dtype is 'float32' on the real side"):
+        check_sides(record_of("a"), {**record_of("a"), "compute_dtype": "bfloat16"}, "here")
+
+
+def test_table_3_gives_the_floor_that_the_paper_omits(world: Path, table2: Any) -> None:
+    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out"]
+    protocol = toy(world, "table3", "encoders=[uni2-h]", *where)
+    make_all(protocol)
+    results = run_protocol(protocol)
+    rows = {row["label"]: row["cells"]["uni2-h/reference"] for row in results["tables"][0]["rows"]}
+    assert rows["Conditioning tiles"]["value"] > 0
+    (relative,) = [table for table in results["tables"] if table["name"] == "fd_relative"]
+    assert list(relative["rows"][0]["cells"]) == ["uni2-h/reference"]
+
+
+def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -> None:
+    protocol = toy(world, "figure4", "encoders=[uni2-h]", "generations.*.steps=[2,3,4,6]",
+                   "columns=[val-in]", "settings.draws=0")  # fmt: skip
+    make_all(protocol)
+    results = json.loads(json.dumps(run_protocol(protocol)))
+    points = [c["point"] for c in cells(results, label="Model")]
+    assert len(points) == 8
+    assert {"solver": "ode", "steps": 6} in points
+    labels = [row["label"] for row in results["tables"][0]["rows"]]
+    assert "Model, 6 steps, SDE" in labels or "Model, SDE, 6 steps" in labels
+    page = Page(render(results))
+    assert any("Fréchet distance against steps" in alt for alt in page.attributes("alt"))
+
+
+def test_table_4_sees_tiles_through_views_and_in_two_sizes(world: Path) -> None:
+    # PixCell's part is played by the toy model, whose guiding tiles have its own size.
+    small = [f"generations.pixcell-{codec}.guidance_px=32" for codec in ("png", "jpeg")]
+    protocol = toy(world, "table4", "encoders=[uni2-h]", *small)
+    make_all(protocol)
+    results = json.loads(json.dumps(run_protocol(protocol)))
+    (fd, *_) = results["tables"]
+    assert sum(row["kind"] == "model" for row in fd["rows"]) == 14
+    saved = cells(results, label="CytoSyn 224; PNG, saved as JPEG q75")[0]["basis"]
+    assert (saved["generated_view"], saved["real_view"]) == ("jpeg75", "")
+    both = cells(results, label="PixCell 256 resized; JPEG both")[0]["basis"]
+    assert (both["real_view"], both["real_px"]) == ("jpeg70+resize224", 256)
+    assert both["generated_view"] == "resize224"
+    made = {name: one["identity"] for name, one in results["sources"].items()}
+    assert made["cytosyn-jpeg"]["guidance_view"] == "jpeg70"
+    assert made["pixcell-png"]["guidance_view"] == "resize224"
+    with pytest.raises(UserError, match="real_view is '' in"):
+        run_protocol(replace(protocol, varies=()))
+    without = run_protocol(replace(protocol, leave_out=("pixcell",)))
+    assert sum(row["kind"] == "model" for row in without["tables"][0]["rows"]) == 6
+    assert {one["code"] for one in without["warnings"]} >= {"left_out"}
+
+
+def test_table_5_has_each_kind_of_width(world: Path) -> None:
+    protocol = toy(world, "table5", "encoders=[uni2-h]")
+    make_all(protocol)
+    (table, *_) = run_protocol(protocol)["tables"]
+    rows = {row["label"]: row["cells"]["uni2-h/val-in"] for row in table["rows"]}
+    drawn, corrected, *_ = rows.values()
+    assert corrected["spread"] == pytest.approx(np.sqrt(2) * drawn["spread"])
+    assert {"cluster bootstrap by slide", "cluster bootstrap by patient"} <= set(rows)
+    assert rows["seeds of the sampler"]["n"] == {"seeds": 3}
+
+
+def test_published_values_stand_beside_ours_only_where_nothing_deviates(
+    world: Path, table2: dict[str, Any]
+) -> None:
+    values = {"fd": {"Model": {"uni2-h/val-in": 12.5}}}
+    from evaluate.protocols.tables import build_tables
+
+    protocol = toy(world, "table2", "encoders=[uni2-h]")
+    protocol = replace(protocol, published={"source": "somewhere", "values": values})
+    measured = cells(table2, encoder="uni2-h")
+    kinds = [row["kind"] for row in build_tables(protocol, measured)[0]["rows"]]
+    assert "published" not in kinds
+    (fd, *_) = build_tables(replace(protocol, deviations={}), measured)
+    (row,) = [row for row in fd["rows"] if row["kind"] == "published"]
+    assert row["cells"]["uni2-h/val-in"]["value"] == 12.5
+    assert row["cells"]["uni2-h/val-out"] is None
+
+
+def test_the_page_needs_nothing_and_holds_the_tables(
+    table2: dict[str, Any], tmp_path: Path
+) -> None:
+    hostile = json.loads(json.dumps(table2))
+    hostile["config"]["plots"] = ["concordance"]  # the others are drawn in a browser's test
+    hostile["cells"][0]["label"] = hostile["tables"][0]["rows"][0]["label"] = "<script>&_%"
+    written = write_protocol_files(hostile, tmp_path)
+    html = written[0].read_text()
+    page = Page(html)
+    assert "<script>" not in html
+    for name in ("src", "href"):
+        assert all(value.startswith("data:") for value in page.attributes(name))
+    text = " ".join(page.text)
+    for word in ("These numbers mean nothing", "Run card", "Do the encoders agree?", "val-out"):
+        assert word in text or word in " ".join(page.attributes("alt"))
+    assert render(hostile) == html
+    assert [path.name for path in written] == ["report.html", "tables.md", "tables.tex"]
+    assert r"<script>\&\_\%" in latex(hostile)
+    line = next(one for one in markdown(table2).splitlines() if one.startswith("| Model"))
+    assert line.count("|") == 2 + 1 + 2 * len(ENCODERS)
+
+
+def test_the_plan_says_what_is_missing_as_commands(world: Path, tmp_path: Path) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h,phikon-v2]", f"out={tmp_path}")
+    lines = missing(Workshop(protocol), plan_cells(protocol))
+    assert any(line.startswith("from-guidance: 64 images into") for line in lines)
+    (command,) = [line for line in lines if "pipeline cache" in line and "val-out" in line]
+    assert "--encoder phikon-v2 --weights random:0 --dtype float32 --tokens none" in command
+
+
+@pytest.mark.full
+def test_a_command_that_fails_is_named(world: Path, tmp_path: Path) -> None:
+    protocol = toy(world, "table2", "encoders=[no-such-encoder]", f"out={tmp_path}", "controls=[]")
+    with pytest.raises(UserError, match=r"--encoder no-such-encoder.* ended with status 2"):
+        run_protocol(protocol)
+
+
+def test_the_door_reports_and_lists(
+    world: Path, table2: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["protocol", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names())
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(table2))
+    assert main(["report", "--results", str(results), "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").exists()
+    results.write_text(json.dumps({**table2, "schema_version": 0}))
+    with pytest.raises(UserError, match="schema_version 0"):
+        main(["report", "--results", str(results)])
+
+
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse(["protocol", "table2", "count=9", "--dry-run", "dataset=/x", "out=/y"])
+    assert options.overrides == ["count=9", "dataset=/x", "out=/y"]
+    assert options.dry_run
+    for wrong in (["protocol", "table2", "--fast=1"], ["generate", "--out", "x", "count=9"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_halves_share_no_patient_and_are_about_equal() -> None:
+    labels = np.repeat([f"p{i}" for i in range(11)], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+    for seed in range(5):
+        first = split_in_halves(labels, seed)
+        assert not set(labels[first]) & set(labels[~first])
+        assert abs(int(first.sum()) - int((~first).sum())) <= 11
+    features = random_features("x", len(labels))
+    found = halves_by_label(features, labels)
+    assert found is not None
+    assert found["frechet_distance"]["value"] > 0
+    assert halves_by_label(features, np.repeat(["one"], len(labels))) is None
+
+
+def test_a_slide_effect_shows_in_the_split_by_patient_and_in_the_neighbours() -> None:
+    labels = np.repeat([f"p{i}" for i in range(8)], 20)
+    centres = np.repeat(3 * random_features("c", 8), 20, axis=0)
+    alike = random_features("x", 160) + centres
+    apart = halves_by_label(alike, labels)
+    mixed = halves_by_label(alike, np.array([str(i) for i in range(160)]))
+    assert apart is not None
+    assert mixed is not None
+    assert apart["frechet_distance"]["value"] > 2 * mixed["frechet_distance"]["value"]
+    near = neighbour_cosines(alike, labels)
+    assert near is not None
+    assert near["mean"] > cosine_similarity(alike, np.roll(alike, 40, axis=0)).mean
+    assert neighbour_cosines(alike, np.array([str(i) for i in range(160)])) is None
+
+
+def test_groups_are_measured_apart() -> None:
+    real, made = random_features("r", 60), random_features("g", 60)
+    labels = np.repeat(["A", "B", ""], 20)
+    made[20:40] += 2
+    found = {one["group"]: one for one in grouped_distances(real, made, (labels, labels), least=8)}
+    assert set(found) == {"A", "B"}
+    assert found["B"]["mean_term"] > found["A"]["mean_term"] + 3
+    assert grouped_distances(real, made, (labels, labels), least=21) == []
+
+
+def test_a_result_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    assert store.get({"a": 1}, lambda: [1.5]) == [1.5]
+    assert store.get({"a": 1}, lambda: pytest.fail("computed again")) == [1.5]
+    assert store.get({"a": 2}, lambda: {"x": None}) == {"x": None}
+    next(tmp_path.glob("*.json")).write_text('{"inputs": {"a"')  # a full disk
+    store.get({"a": 1}, lambda: [1.5])
+    store.get({"a": 2}, lambda: {"x": None})
+    assert (store.computed, store.reused) == (3, 2)
+
+
+def test_the_first_tiles_are_a_fixed_sample() -> None:
+    ranks = {f"s{i}": np.arange(30, dtype=np.int32) for i in range(9)}
+    whole = make_selection("w", ranks, {})
+    small, large = first_tiles(whole, 20, "w"), first_tiles(whole, 50, "w")
+    held = {(s, int(r)) for s, rows in large.items() for r in rows}
+    assert {(s, int(r)) for s, rows in small.items() for r in rows} < held
+    assert len(held) == 50
+    assert len(small.slide_ids) > 5
+
+
+@pytest.mark.full
+def test_kill_9_while_measuring_loses_no_result(world: Path, tmp_path: Path) -> None:
+    """The process is killed after its third result; the next one reuses all three."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from protocol_data import make_all, toy
+from evaluate.protocols import run, store
+protocol = toy(Path({str(world)!r}), "table3", "encoders=[uni2-h]",
+    "sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+    "out={tmp_path}")
+make_all(protocol)
+real = store.write_results
+def write(path, results):
+    real(path, results)
+    if len(list(path.parent.glob("*.json"))) == 3 and sys.argv[1] == "kill":
+        os.kill(os.getpid(), 9)
+store.write_results = write
+run.run_protocol(protocol)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    killed = subprocess.run([*command, "kill"], env=environment, check=False, capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 3
+    done = subprocess.run(
+        [*command, "go"], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 reused" in done.stdout
+
+
+@pytest.mark.full
+def test_from_a_slide_to_a_page_with_nothing_written_by_hand(tmp_path: Path) -> None:
+    """The whole chain on the committed slide: tiles, `cache` in its own process, torchrun, page."""
+    slides = Path(__file__).parents[1] / "data" / "slides"
+    dataset = tmp_path / "dataset"
+    pipeline = [sys.executable, "-m", "pipeline"]
+    where = ["--dataset", str(dataset)]
+    for stage, *more in (
+        ["scan", str(slides)], ["tissue"], ["select", "--name", "guidance"],
+        ["select", "--name", "split", "--from", "guidance", "--split", "a,b", "--tiles", "16"],
+        ["tile"],
+    ):  # fmt: skip
+        subprocess.run([*pipeline, stage, *more, *where], check=True)
+    make_pixel_model(tmp_path / "model")
+    arguments = [
+        "protocol", "ood", f"dataset={dataset}", f"out={tmp_path / 'out'}", "count=16",
+        "encoders=[inception-v3]", "weights=random:0", "device=cpu",
+        f"models.model.model={tmp_path / 'model'}", "models.model.encoder=inception-v3",
+        "sets.conditioning.selection=split-a", "sets.reference.selection=split-b",
+        "generations.*.steps=2", "settings.draws=2", "settings.fld_seeds=[0]",
+        f"launcher={sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2",
+    ]  # fmt: skip
+    run = [sys.executable, "-m", "evaluate", *arguments]
+    first = subprocess.run(run, check=False, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count("pipeline cache") >= 3
+    results = json.loads((tmp_path / "out/ood/results.json").read_text())
+    assert results["cells"][0]["results"]["frechet_distance"]["n_generated"] == 16
+    assert results["cells"][0]["results"]["cosine_similarity"]["n"] == 16
+    again = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert " 0 results computed" in again.stdout
+    assert "$ " not in again.stdout
