@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tile cache train sample evaluate report test test-full lint bench clean
+.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-slurm lint bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,8 @@ SLIDES ?=
 DATASET ?= dataset
 SELECTION ?= train
 TILES ?=
+COHORT ?=
+OUT ?= plan
 ENCODER ?= h0-mini
 WEIGHTS ?= hub
 CONFIG ?= single-gpu
@@ -25,12 +27,16 @@ NPROC ?= 1
 MODEL ?= $(RUN)/model
 SYNTHETIC ?= $(RUN)/synthetic
 RESULTS ?= $(RUN)/results.json
+# FILE.yaml of docs/cluster.md: stages run as batch jobs, training and generation are sent as one.
+CLUSTER ?=
+JOBS := $(if $(CLUSTER),--cluster $(CLUSTER))
+NODES ?= 1
 ARGS ?=
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables: SLIDES= DATASET= SELECTION= TILES= ENCODER= WEIGHTS= CONFIG= RUN= NPROC= MODEL= SYNTHETIC= RESULTS= ARGS="
+	@echo "  variables: SLIDES= DATASET= SELECTION= TILES= COHORT= OUT= ENCODER= WEIGHTS= CONFIG= RUN= NPROC= MODEL= SYNTHETIC= RESULTS= CLUSTER= NODES= ARGS="
 
 setup: $(VENV)/.installed ## create .venv and install what is needed (skipped when up to date)
 
@@ -45,34 +51,65 @@ demo: setup ## one real slide to a report, on a CPU, in a few minutes; DEMO=fold
 
 tile: setup ## SLIDES= to tile shards: scan, tissue, select, tile; DATASET= SELECTION= TILES=
 	@[ -n '$(SLIDES)' ] || { echo 'error: say which slides: make tile SLIDES=/path/to/slides DATASET=$(DATASET)' >&2; exit 2; }
-	$(PY) -m pipeline scan $(SLIDES) --dataset $(DATASET) $(ARGS)
-	$(PY) -m pipeline tissue --dataset $(DATASET)
+	$(PY) -m pipeline scan $(SLIDES) --dataset $(DATASET) $(JOBS) $(ARGS)
+	$(PY) -m pipeline tissue --dataset $(DATASET) $(JOBS)
 	$(PY) -m pipeline select --dataset $(DATASET) --name $(SELECTION) $(if $(TILES),--tiles $(TILES))
-	$(PY) -m pipeline tile --dataset $(DATASET) --selection $(SELECTION)
+	$(PY) -m pipeline tile --dataset $(DATASET) --selection $(SELECTION) $(JOBS)
+
+plan-cohort: setup ## plan the selections of a slide list COHORT=FILE.csv into OUT=DIR, before any slide
+	@[ -n '$(COHORT)' ] || { echo 'error: say which list of slides: make plan-cohort COHORT=FILE.csv OUT=DIR' >&2; exit 2; }
+	$(PY) -m pipeline plan-cohort '$(COHORT)' --out '$(OUT)' $(ARGS)
 
 cache: setup ## features of DATASET= SELECTION= by ENCODER= with WEIGHTS=
-	$(PY) -m pipeline cache --dataset $(DATASET) --selection $(SELECTION) --encoder $(ENCODER) --weights $(WEIGHTS) $(ARGS)
+	$(PY) -m pipeline cache --dataset $(DATASET) --selection $(SELECTION) --encoder $(ENCODER) --weights $(WEIGHTS) $(JOBS) $(ARGS)
 
+run: setup ## all steps of CONFIG=FILE.yaml (docs/operations.md); CLUSTER=; ARGS=--dry-run plans
+	$(PY) -m pipeline run $(CONFIG) $(JOBS) $(ARGS)
+
+doctor: setup ## is this machine fit; with DATASET= its file system too
+	$(PY) -m pipeline doctor --dataset $(DATASET) $(ARGS)
+
+ifdef CLUSTER
 train: setup ## train CONFIG= on DATASET= into RUN=, on NPROC= GPUs or processes; exports to MODEL=
+	$(PY) -m pipeline batch train --cluster $(CLUSTER) > train.sbatch
+	CONFIG='$(CONFIG)' DATASET='$(DATASET)' RUN='$(RUN)' PYTHON='$(PY)' ARGS='data.selection=$(SELECTION) $(ARGS)' \
+		sbatch --nodes=$(NODES) train.sbatch
+
+sample: setup ## generate with MODEL=, guided by SELECTION= of DATASET=, into SYNTHETIC=
+	$(PY) -m pipeline batch generate --cluster $(CLUSTER) > generate.sbatch
+	MODEL='$(MODEL)' GUIDANCE='$(DATASET)' SELECTION='$(SELECTION)' OUT='$(SYNTHETIC)' PYTHON='$(PY)' ARGS='$(ARGS)' \
+		sbatch generate.sbatch
+
+evaluate: setup ## features of SYNTHETIC= and its distance to SELECTION= of DATASET=, into RESULTS=
+	$(PY) -m pipeline batch evaluate --cluster $(CLUSTER) > evaluate.sbatch
+	REAL='$(DATASET)' REAL_SELECTION='$(SELECTION)' GENERATED='$(SYNTHETIC)' RESULTS='$(RESULTS)' ENCODER='$(ENCODER)' \
+		WEIGHTS='$(WEIGHTS)' PYTHON='$(PY)' ARGS='$(ARGS)' sbatch evaluate.sbatch
+else
+train: setup
 	$(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m train,$(PY) -m train) \
 		--config $(CONFIG) data.dataset=$(DATASET) data.selection=$(SELECTION) run.dir=$(RUN) $(ARGS)
 	$(PY) -m train export $(RUN) $(MODEL)
 
-sample: setup ## generate with MODEL=, guided by SELECTION= of DATASET=, into SYNTHETIC=
+sample: setup
 	$(PY) -m evaluate generate --model $(MODEL) --guidance $(DATASET) --selection $(SELECTION) --out $(SYNTHETIC) $(ARGS)
 
-evaluate: setup ## features of SYNTHETIC= and its distance to SELECTION= of DATASET=, into RESULTS=
+evaluate: setup
 	$(PY) -m pipeline cache --dataset $(SYNTHETIC) --encoder $(ENCODER) --weights $(WEIGHTS) --tokens none
 	$(PY) -m evaluate measure --real $(DATASET) --real-selection $(SELECTION) --generated $(SYNTHETIC) --encoder $(ENCODER) --out $(RESULTS) $(ARGS)
+endif
 
 report: setup ## RESULTS= and RUN= as one HTML page, RUN/report.html
 	$(PY) -m evaluate report --results $(RESULTS) --run $(RUN) --dataset $(DATASET) --generated $(SYNTHETIC) --out $(RUN)/report.html
 
 test: setup ## the tests that run in under ten minutes on two cores
-	$(PY) -m pytest -m 'not full and not gpu'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not full and not gpu and not slurm'
 
 test-full: setup ## the longer tests as well
-	$(PY) -m pytest -m 'full and not gpu'
+	$(PY) -m pytest -m 'full and not gpu and not slurm'
+
+test-slurm: setup ## stages and training as jobs of a real SLURM, started for the tests
+	@bash tests/slurm/install.sh
+	$(PY) -m pytest -m slurm -rs tests/slurm
 
 lint: setup ## ruff (lint and format) and mypy, all clean
 	$(VENV)/bin/ruff check .
@@ -80,8 +117,13 @@ lint: setup ## ruff (lint and format) and mypy, all clean
 	$(VENV)/bin/mypy
 
 bench: setup ## speed as ratios to a floor or a peer in the same run
-	@for script in $(filter-out bench/bench_%.py,$(wildcard bench/*.py)); do echo "== $$script"; $(PY) $$script; done
+	@missed=; for script in $(filter-out bench/bench_%.py,$(wildcard bench/*.py)); do \
+		echo "== $$script"; $(PY) $$script || missed="$$missed $$script"; done; \
+	[ -z "$$missed" ] || { echo "goals missed or not measured:$$missed" >&2; exit 1; }
+
+docs: setup ## the documentation as a site, in site/
+	$(VENV)/bin/mkdocs build --strict
 
 clean: ## remove what the demo, tests and linters made; keeps .venv
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out site
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

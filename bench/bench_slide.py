@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import openslide
@@ -26,10 +27,7 @@ def make_slide(path: Path, source: Path, side_px: int = SIDE_PX) -> Path:
     if path.exists():
         return path
     image = _mosaic(_tissue(source), side_px)
-    description = (
-        f"Aperio Image Library v1.0\r\n{side_px}x{side_px} ({TILE_PX}x{TILE_PX}) JPEG/RGB "
-        f"Q={_JPEG_QUALITY}|AppMag = 40|MPP = {MPP}"
-    )
+    description = _description(side_px, side_px)
     staged = path.with_suffix(".part")
     with tifffile.TiffWriter(staged, bigtiff=True) as tiff:
         for level, factor in enumerate((1, 4, 16)):
@@ -47,6 +45,43 @@ def make_slide(path: Path, source: Path, side_px: int = SIDE_PX) -> Path:
             )
     staged.rename(path)
     return path
+
+
+def make_wide_slide(path: Path, source: Path, width_px: int, height_px: int) -> Path:
+    """Write a JPEG Aperio-like TIFF of one level at 0.25 mpp, as wide as the widest scanners'.
+
+    A few encoded native tiles of tissue stand again and again: what it takes in memory to read a
+    slide depends on how many there are, not on what they show. A slide that stands is kept.
+    """
+    if path.exists():
+        return path
+    columns, rows = -(-width_px // TILE_PX), -(-height_px // TILE_PX)
+    tissue = _mosaic(_tissue(source), 8 * TILE_PX)
+    encoded = [
+        imagecodecs.jpeg8_encode(
+            tissue[y : y + TILE_PX, x : x + TILE_PX], level=_JPEG_QUALITY, outcolorspace="RGB"
+        )
+        for y in range(0, 8 * TILE_PX, TILE_PX)
+        for x in range(0, 8 * TILE_PX, TILE_PX)
+    ]
+    staged = path.with_suffix(".part")
+    with tifffile.TiffWriter(staged, bigtiff=True) as tiff:
+        tiff.write(
+            (encoded[(row * 13 + column) % len(encoded)] for row in range(rows)
+             for column in range(columns)),
+            shape=(height_px, width_px, 3), dtype=np.uint8, tile=(TILE_PX, TILE_PX),
+            photometric="rgb", compression="jpeg", metadata=None,
+            description=_description(width_px, height_px),
+        )  # fmt: skip
+    staged.rename(path)
+    return path
+
+
+def _description(width_px: int, height_px: int) -> str:
+    return (
+        f"Aperio Image Library v1.0\r\n{width_px}x{height_px} ({TILE_PX}x{TILE_PX}) JPEG/RGB "
+        f"Q={_JPEG_QUALITY}|AppMag = 40|MPP = {MPP}"
+    )
 
 
 def _tissue(source: Path) -> npt.NDArray[np.uint8]:

@@ -18,6 +18,8 @@ step -m pipeline tissue --dataset "$DEMO/dataset"
 step -m pipeline select --dataset "$DEMO/dataset" --name train
 step -m pipeline tile --dataset "$DEMO/dataset" --selection train
 step -m pipeline cache --dataset "$DEMO/dataset" --encoder h0-mini --weights "$WEIGHTS"
+step -m pipeline verify --dataset "$DEMO/dataset"
+step -m pipeline report --dataset "$DEMO/dataset"
 step -m train --config tiny data.dataset="$DEMO/dataset" run.dir="$DEMO/run"
 step -m train export "$DEMO/run" "$DEMO/model"
 step -m evaluate generate --model "$DEMO/model" --guidance "$DEMO/dataset" --selection train \
@@ -28,5 +30,5 @@ step -m evaluate measure --real "$DEMO/dataset" --real-selection train --generat
 step -m evaluate report --results "$DEMO/results.json" --run "$DEMO/run" --dataset "$DEMO/dataset" \
     --generated "$DEMO/synthetic" --out "$DEMO/report.html" --picture "$DEMO/picture.png"
 
-printf '\nThe demo took %d min %02d s. Open %s/report.html in a browser.\n' \
-    $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$DEMO"
+printf '\nThe demo took %d min %02d s. Open %s/report.html (the model) and\n%s/dataset/report/index.html (the slides) in a browser.\n' \
+    $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$DEMO" "$DEMO"

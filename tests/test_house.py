@@ -14,7 +14,14 @@ ALLOWED = {
     "model": (),
     "pipeline": ("model",),
     "train": ("model", "pipeline.dataset", "pipeline.features", "pipeline.console"),
-    "evaluate": ("model", "train", "pipeline.dataset", "pipeline.features", "pipeline.console"),
+    "evaluate": (
+        "model",
+        "train",
+        "pipeline.dataset",
+        "pipeline.features",
+        "pipeline.console",
+        "pipeline.slides",  # within one function, for `generate --slide`
+    ),
 }
 HEAVY = ("dask", "distributed", "openslide", "tiffslide", "zarr", "tifffile", "imagecodecs")
 

@@ -1,0 +1,378 @@
+"""Measures the feature cache: the stage over the bare encoder, reading and writing tokens, int8.
+
+    python bench/features.py [--rounds 2] [--device cpu|cuda] [--slides N --tiles N --batch N]
+
+Everything is a ratio within one run, judged by each contender's best round; wall time, since the
+encoder uses all cores, and CPU time beside it. The stage reads PNG shards of the committed slide's
+tiles and writes CLS and float16 tokens with their checksums; the bare encoder has its batches in
+memory and drops what it computes. H0-mini has random weights (the real ones are gated): its speed
+is that of the real network, the int8 figures are not. On a GPU the forward pass is in bf16, over
+slides of several thousand tiles, and the decode-bound and write-bound rates stand beside. Table and
+numbers go to bench/out/features.md and .json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+
+from model import alignment_loss  # noqa: E402
+from model.encoders import Encoder, load_encoder  # noqa: E402
+from pipeline.__main__ import main as pipeline  # noqa: E402
+from pipeline.dataset import (  # noqa: E402
+    CANDIDATES_SCHEMA,
+    Dataset,
+    Entry,
+    Run,
+    TileStore,
+    commit_bytes,
+    commit_file,
+    write_candidates,
+    write_tar,
+)
+from pipeline.features import FeatureShard, bundle, open_writer, token_table, write_blocks  # noqa: E402
+from pipeline.features.compute import (  # noqa: E402
+    Decoder,
+    Features,
+    Span,
+    SpanWriter,
+    batches,
+    decode_threads,
+    lanes_for,
+)
+from pipeline.features.config import CacheConfig  # noqa: E402
+from pipeline.features.quantise import dequantise, quantise  # noqa: E402
+from pipeline.features.views import view_function  # noqa: E402
+
+OUT = HERE / "out"
+SLIDES = HERE.parent / "tests" / "data" / "slides"
+SLIDE = "CMU-1-Small-Region"
+GOALS = {
+    "cache over bare forward": {"cpu": 0.9, "cuda": 0.85},
+    "reading tokens over reading the bytes": {"cpu": 0.8, "cuda": 0.8},
+}
+WRITE_GOAL_MB_S = 400
+TOKEN_ROWS = 1024
+
+
+def seconds(function: Callable[[], object]) -> tuple[float, float]:
+    """Wall seconds and seconds of CPU time of a call."""
+    began, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def tiled(folder: Path) -> Dataset:
+    """The committed slide's tiles."""
+    root = folder / "dataset"
+    for stage in (
+        ["scan", str(SLIDES), "--workers", "1"],
+        ["tissue", "--workers", "1"],
+        ["select", "--name", "train"],
+        ["tile", "--workers", "1"],
+    ):
+        if pipeline([stage[0], "--dataset", str(root), *stage[1:]]):
+            raise SystemExit(f"bench: {stage[0]} failed")
+    return Dataset(root)
+
+
+def enlarged(dataset: Dataset, slides: int, rows: int) -> list[str]:
+    """So many slides of so many tiles, in shards of the committed slide's PNGs over and over."""
+    store = TileStore(dataset, 224)
+    pngs = list(chain(*(store.read_block_bytes(SLIDE, block).values() for block in range(3))))
+    names = [f"slide-{number:02d}" for number in range(slides)]
+    columns = [np.arange(rows).astype(field.type.to_pandas_dtype()) for field in CANDIDATES_SCHEMA]
+    candidates = pa.table([pa.array(column) for column in columns], schema=CANDIDATES_SCHEMA)
+    with Run(dataset, "tile", {}) as run:
+        for name in names:
+            path, index = dataset.tiles_dir(224) / f"{name}.0-{rows}.tar", bytearray()
+
+            def write(file: Any, name: str = name, index: bytearray = index) -> None:
+                index += write_tar(file, name, 0, (pngs[i % len(pngs)] for i in range(rows)))
+
+            files = (
+                commit_file(dataset, run.run_id, path, write),
+                commit_bytes(dataset, run.run_id, path.with_suffix(".idx"), bytes(index)),
+            )
+            write_candidates(dataset, run.run_id, name, candidates)
+            run.append([Entry(name, "done", "f", scope="224", start=0, stop=rows, files=files)])
+    return names
+
+
+@contextmanager
+def in_this_process(encoder: Encoder) -> Iterator[None]:
+    """The stage's worker without Dask: the encoder is given, nobody hears of progress."""
+    names = ("loaded", "worker_device", "report_progress", "report_note")
+    stood = {name: getattr(bundle, name) for name in names}
+    instead: dict[str, Callable[..., object]] = dict.fromkeys(names, lambda *_: None)
+    instead["loaded"] = lambda *_: encoder
+    instead["worker_device"] = lambda _: str(encoder.device)
+    try:
+        for name in names:
+            setattr(bundle, name, instead[name])
+        yield
+    finally:
+        for name in names:
+            setattr(bundle, name, stood[name])
+
+
+def measure_cache(
+    dataset: Dataset, encoder: Encoder, slides: list[str], tiles: int, batch: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Tiles a second of the stage's worker, the bare forward pass, decoding and writing alone.
+
+    By wall time, and by this process's CPU time, which other users of the machine do not change.
+    """
+    threads = len(os.sched_getaffinity(0))
+    store, blocks = TileStore(dataset, 224), range(-(-tiles // 16))
+    few = min(tiles, max(48, batch))
+    images = np.stack([store.read(slides[0], [i])[0] for i in range(few)])
+    kinds = ["cls", "tokens-float16"]
+    spans = [Span(i, name, blocks, tuple(kinds)) for i, name in enumerate(slides)]
+    config = CacheConfig("h0-mini", "random:0", tokens="float16", batch=batch)
+    count = len(slides) * tiles
+
+    def bare() -> None:
+        for done in range(0, count, batch):
+            first = done % len(images) if done % len(images) + batch <= len(images) else 0
+            encoder.encode(images[first : first + min(batch, count - done)], tokens=True)
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def stage() -> None:
+        work = {(blocks.start, blocks.stop): kinds}
+        root, weights = str(dataset.root), encoder.weights_sha256
+        jobs = [(root, "bench", name, config, 224, work, "f", weights) for name in slides]
+        with in_this_process(encoder):
+            for entries in bundle.cache_bundle(jobs):
+                assert all(entry.outcome == "done" for entry in entries), entries
+
+    def decode() -> None:
+        decoder = Decoder(store, view_function(""), decode_threads(threads))
+        for part in decoder.run(batches(spans, batch)):
+            part.tiles.result()
+        decoder.close()
+
+    sample = encoder.encode(images[:batch], tokens=True)
+    assert sample.tokens is not None
+    features = Features(sample.cls.cpu().numpy(), sample.tokens.half().cpu().numpy())
+
+    def write() -> None:
+        lanes = lanes_for(encoder.device.type, threads)
+        with ThreadPoolExecutor(lanes + 1) as pool:
+            writers: dict[str, SpanWriter] = {}
+            for span, part, last in batches(spans, batch, lanes):
+                if span.slide_id not in writers:
+                    fill = partial(_write_span, dataset, f"{span.slide_id}.0-{tiles}.parquet")
+                    writers[span.slide_id] = SpanWriter(pool, fill)
+                rows = min(len(part) * 16, len(features.cls))
+                assert features.tokens is not None
+                some = Features(features.cls[:rows], features.tokens[:rows])
+                writers[span.slide_id].put(partial(_same, some))
+                if last:
+                    writers[span.slide_id].put(None)
+            for one in writers.values():
+                one.result.result()
+
+    encoder.encode(images[:batch], tokens=True)
+    contenders = {
+        "bare forward": bare,
+        "stage": stage,
+        "decode alone": decode,
+        "write alone": write,
+    }
+    best = dict.fromkeys(contenders, (float("inf"), float("inf")))
+    for _ in range(rounds):
+        for name, function in contenders.items():
+            wall, cpu = seconds(function)
+            best[name] = min(best[name][0], wall), min(best[name][1], cpu)
+    wall_rates = {name: count / wall for name, (wall, _) in best.items()}
+    return wall_rates, {name: count / cpu for name, (_, cpu) in best.items()}
+
+
+def _same(features: Features) -> Features:
+    return features
+
+
+def _write_span(dataset: Dataset, name: str, parts: Iterator[Features]) -> None:
+    def fill(file: Any) -> None:
+        first = next(parts)
+        assert first.tokens is not None
+        with open_writer(file, token_table(first.tokens[:1]).schema) as writer:
+            for part in chain([first], parts):
+                assert part.tokens is not None
+                write_blocks(writer, token_table(part.tokens))
+
+    commit_file(dataset, "bench", dataset.features_dir(224, "alone") / name, fill)
+
+
+def measure_files(folder: Path, rounds: int) -> dict[str, float]:
+    """MB/s of CPU time: writing tokens with their checksums, reading them, reading the bytes."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((128, 196, 768)).astype(np.float16)
+    dataset = Dataset(folder / "files")
+    path = dataset.features_dir(224, "x") / f"s.0-{TOKEN_ROWS}.parquet"
+
+    def write() -> None:
+        def fill(file: Any) -> None:
+            with open_writer(file, token_table(tokens[:1]).schema) as writer:
+                for _ in range(0, TOKEN_ROWS, len(tokens)):
+                    write_blocks(writer, token_table(tokens))
+
+        commit_file(dataset, "bench", path, fill)
+
+    def read() -> None:
+        shard = FeatureShard(path)
+        for block in range(TOKEN_ROWS // 16):
+            shard.read_block(block)
+
+    buffer = bytearray(16 * tokens[0].nbytes)
+
+    def read_bytes() -> None:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    best = {"write": 1e9, "read": 1e9, "read bytes": 1e9}
+    for _ in range(rounds):
+        for name, function in (("write", write), ("read", read), ("read bytes", read_bytes)):
+            began = time.process_time()
+            function()
+            best[name] = min(best[name], time.process_time() - began)
+    size = path.stat().st_size / 1e6
+    return {name: size / value for name, value in best.items()}
+
+
+def measure_int8(encoder: Encoder, images: np.ndarray) -> dict[str, dict[str, float]]:
+    """How near int8 tokens are to float16 ones: as they are, and with an outlier channel."""
+    parts = [
+        encoder.encode(images[i : i + 16], tokens=True).tokens for i in range(0, len(images), 16)
+    ]
+    tokens = torch.cat([part.float().cpu() for part in parts if part is not None]).numpy()
+    gaussian = np.random.default_rng(0).standard_normal(tokens[:16].shape).astype(np.float32)
+    cases = {"random-weight H0-mini": tokens, "Gaussian": gaussian}
+    for name, values in list(cases.items()):
+        outlier = values.copy()
+        outlier[..., 7] = 40 * values.std() * np.sign(values[..., 7])
+        cases[f"{name}, one channel at 40 σ"] = outlier
+    return {name: _compared(values) for name, values in cases.items()}
+
+
+def _compared(tokens: np.ndarray) -> dict[str, float]:
+    """Cosine of a token to its float16 self, and the alignment loss of one guess with both."""
+    eight = dequantise(*quantise(tokens)).astype(np.float32)
+    half = tokens.astype(np.float16).astype(np.float32)
+    lengths = np.linalg.norm(half, axis=-1) * np.linalg.norm(eight, axis=-1)
+    cosine = (half * eight).sum(-1) / lengths
+    target, other = torch.from_numpy(half), torch.from_numpy(eight)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    guess = target + target.std() * noise
+    losses = [float(alignment_loss(guess, one)) for one in (target, other)]
+    return {
+        "tiles": len(tokens),
+        "cosine mean": float(cosine.mean()),
+        "cosine worst": float(cosine.min()),
+        "alignment loss float16": losses[0],
+        "alignment loss int8": losses[1],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["| ratio | measured | goal |", "|---|---|---|"]
+    for name, value in result["ratios"].items():
+        lines.append(f"| {name} | {value:.2f} | {GOALS[name][result['device']]} |")
+    lines.append(
+        f"| writing tokens, MB/s of one core | {result['files']['write']:.0f} | {WRITE_GOAL_MB_S} |"
+    )
+    cpu = result["rates_cpu"]
+    if result["device"] == "cpu":
+        ratio = cpu["stage"] / cpu["bare forward"]
+        lines.append(f"| cache over bare forward, CPU time | {ratio:.2f} | |")
+    lines += ["", "| loop | tiles/s | tiles/s of CPU time |", "|---|---|---|"]
+    lines += [f"| {n} | {value:.3g} | {cpu[n]:.3g} |" for n, value in result["rates"].items()]
+    lines += ["", "| file work | MB/s of CPU time |", "|---|---|"]
+    lines += [f"| {name} | {value:.0f} |" for name, value in result["files"].items()]
+    lines += ["", "| int8 against float16 | tiles | cosine mean | worst | loss float16 | change |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, one in result["int8"].items():
+        loss, change = one["alignment loss float16"], one["alignment loss int8"]
+        change -= loss
+        lines.append(
+            f"| {name} | {one['tiles']:.0f} | {one['cosine mean']:.6f} | {one['cosine worst']:.6f} "
+            f"| {loss:.5f} | {change:+.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, print, write; exit status 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--slides", type=int, help="slides of a round (cpu 1, cuda 8)")
+    parser.add_argument("--tiles", type=int, help="tiles of a slide (cpu 48, cuda 4096)")
+    parser.add_argument("--batch", type=int, help="tiles a forward pass (cpu 16, cuda 128)")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    slides, tiles = (
+        options.slides or (8 if on_gpu else 1),
+        options.tiles or (4096 if on_gpu else 48),
+    )
+    batch = options.batch or (128 if on_gpu else 16)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    encoder = load_encoder("h0-mini", "random:0", device=options.device, dtype=dtype)
+    shm = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="bench-features-", dir=shm if shm.is_dir() else None))
+    try:
+        dataset = tiled(folder)
+        names = enlarged(dataset, slides, tiles)
+        rates, cpu_rates = measure_cache(dataset, encoder, names, tiles, batch, options.rounds)
+        files = measure_files(folder, 3)
+        int8 = measure_int8(encoder, np.stack(TileStore(dataset, 224).read(SLIDE, range(48))))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    result = {
+        "machine": {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        "device": options.device,
+        "ratios": {
+            "cache over bare forward": rates["stage"] / rates["bare forward"],
+            "reading tokens over reading the bytes": files["read"] / files["read bytes"],
+        },
+        "rates": rates,
+        "rates_cpu": cpu_rates,
+        "files": files,
+        "int8": int8,
+    }
+    OUT.mkdir(exist_ok=True)
+    text = table(result)
+    (OUT / "features.json").write_text(json.dumps(result, indent=2) + "\n")
+    (OUT / "features.md").write_text(text)
+    print(text)
+    missed = [k for k, v in result["ratios"].items() if v < GOALS[k][options.device]]
+    missed += ["writing tokens"] if files["write"] < WRITE_GOAL_MB_S else []
+    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
