@@ -102,10 +102,10 @@ report: setup ## RESULTS= and RUN= as one HTML page, RUN/report.html
 	$(PY) -m evaluate report --results $(RESULTS) --run $(RUN) --dataset $(DATASET) --generated $(SYNTHETIC) --out $(RUN)/report.html
 
 test: setup ## the tests that run in under ten minutes on two cores
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not full and not gpu and not slurm'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not full and not gpu and not slurm' $(ARGS)
 
 test-full: setup ## the longer tests as well
-	$(PY) -m pytest -m 'full and not gpu and not slurm'
+	$(PY) -m pytest -m 'full and not gpu and not slurm' $(ARGS)
 
 test-slurm: setup ## stages and training as jobs of a real SLURM, started for the tests
 	@bash tests/slurm/install.sh
