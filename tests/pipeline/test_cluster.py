@@ -1,6 +1,7 @@
 """Cluster files, job arrays and the printed batch scripts, without a batch system."""
 
 import filecmp
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.cluster import ClusterConfig, Watch, cluster_options, load_cluster
 from pipeline.commands.batch import SCRIPTS
 from pipeline.engine import EngineConfig
 
+BATCH = Path(cluster.__file__).parent / "batch"
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 
 
@@ -203,6 +205,36 @@ def test_batch_scripts_take_a_cluster_files_keys(
     assert lines.index("module load cuda") > lines.index(said[-1])
     assert lines.index("module load cuda") < lines.index("set -euo pipefail")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("asked", ["--gpus-per-node=4", "--gpus=8", "-G 8"])
+def test_gpus_asked_for_in_another_way_replace_the_scripts_own(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM obeys both, which no node can."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"stages:\n  train: {{directives: ['{asked}']}}\n")
+    assert main(["batch", "train", "--cluster", str(path)]) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH {asked}" in script
+    assert "--gres" not in script
+
+
+@pytest.mark.parametrize("name", ["tile", "cache"])
+def test_a_part_of_an_array_can_be_sent_again_by_itself(name: str, tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/bash\necho "$@"\n')
+    program.chmod(0o755)
+    # What SLURM says to the only element of --array=37.
+    variables = {
+        "STAGE": "tissue", "PYTHON": str(program), "PATH": os.environ["PATH"], "PARTS": "64",
+        "SLURM_ARRAY_TASK_ID": "37", "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_CPUS_PER_TASK": "2",
+    }  # fmt: skip
+    script = (BATCH / f"{name}.sbatch").read_text()
+    done = subprocess.run(
+        ["bash", "-s"], input=script, env=variables, capture_output=True, text=True, check=True
+    )
+    assert "--array 37/64" in done.stdout
 
 
 def test_jobs_are_stillborn_in_a_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
