@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from pipeline.console import say
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -76,12 +77,15 @@ def cache(
     record = _encoder_record(dataset, tile_px, config)
     summary = Summary(STAGE)
     weights = record["weights_sha256"]
-    with Run(dataset, STAGE, stage_versions("torch", "torchvision", "timm")) as run:
+    versions = stage_versions("torch", "torchvision", "timm")
+    with Run(dataset, STAGE, versions, device=config.device) as run:
         missing = _missing(dataset, config, tile_px, needs, shards, weights)
         summary.skipped = len(needs) - len(missing)
         _claim_encoder(dataset, run, tile_px, config, record)
         mine = [one for one in missing if engine.takes(one.slide_id)]
         tasks = [_task(dataset, run, config, tile_px, one, weights) for one in mine]
+        if tasks:
+            say(f"cache: device: {config.device}, workers: {engine.workers}")
         bundles = bundled(dearest_first(tasks), _bundle_tiles(tasks, config, engine))
         run_bundled_stage(run, cache_bundle, bundles, engine, summary, "tiles")
     if record["random_weights"]:

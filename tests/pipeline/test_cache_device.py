@@ -13,6 +13,7 @@ from pipeline.__main__ import main
 from pipeline.cluster import ClusterConfig
 from pipeline.console import Meter
 from pipeline.dataset import Dataset, Entry
+from pipeline.dataset.events import read_events
 from pipeline.engine import (
     EngineConfig,
     SlideTask,
@@ -199,7 +200,7 @@ def test_a_worker_that_is_unfit_ends_the_stage_and_fails_no_slide() -> None:
 
 
 def test_a_scheduler_whose_workers_have_no_gpu_is_told_in_one_line(
-    own_tiled: Dataset, monkeypatch: pytest.MonkeyPatch
+    own_tiled: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way: the coordinator asks nothing of this machine, the worker refuses."""
     from distributed import LocalCluster
@@ -217,3 +218,7 @@ def test_a_scheduler_whose_workers_have_no_gpu_is_told_in_one_line(
                    "--weights", "random:0", "--scheduler", workers.scheduler_address]  # fmt: skip
         with pytest.raises(UserError, match=f"no CUDA device .* on {socket.gethostname()}"):
             main([*command, "--device", "cuda"])
+    assert "cache: device: cuda, workers: 1" in capsys.readouterr().out
+    (log,) = own_tiled.status_dir("cache").glob("*.log")
+    begin = read_events(log)[0]
+    assert (begin.event, begin.fields["device"]) == ("begin", "cuda")
