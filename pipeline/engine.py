@@ -43,6 +43,14 @@ BundleFunction: TypeAlias = Callable[[list[tuple[Any, ...]]], Iterable[list[Entr
 """From the arguments of several slides to the entries of each, in their order."""
 
 
+class UnfitWorkerError(Exception):
+    """Raised in a task: this worker can do no slide at all, and no slide is to blame.
+
+    It ends the stage with its message: a worker that failed slide after slide at once would take
+    the queue from those that can.
+    """
+
+
 class Observer(Protocol):
     """Who is told what happens beside results: a run's log."""
 
@@ -197,6 +205,15 @@ def _local_cluster(config: EngineConfig, tasks: int) -> Any:
         f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
         "Try fewer with --workers"
     )
+
+
+def count_workers(config: EngineConfig) -> int:
+    """Workers that a running scheduler has now, at least one that is to come.
+
+    Raises `UserError` where no scheduler answers.
+    """
+    with dask_client(config, 0) as client:
+        return max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
 
 def report_progress(slide_id: str, units: int) -> None:
@@ -534,6 +551,8 @@ class _Drain:
             for entries in flight.future.result()[flight.taken :]:
                 self._take_next(flight, entries)
             return
+        if isinstance(error, UnfitWorkerError):
+            raise UserError(str(error))
         if _is_death(error):
             self._observer.event("worker died", worker=flight.worker, slide=flight.slide_id)
         if self._external and _is_death(error):

@@ -102,8 +102,11 @@ def _file_record(one: dict[str, Any]) -> FileRecord:
 class Run:
     """One run of one stage: its id, its staging folder, its journal, its log of events."""
 
-    def __init__(self, dataset: Dataset, stage: str, versions: dict[str, str]) -> None:
+    def __init__(
+        self, dataset: Dataset, stage: str, versions: dict[str, str], *, device: str = ""
+    ) -> None:
         self.dataset, self.stage, self.versions = dataset, stage, versions
+        self._device = {"device": device} if device else {}
         self.run_id = new_run_id()
         self._handle: int | None = None
         folder = dataset.status_dir(stage)
@@ -120,7 +123,7 @@ class Run:
     def event(self, name: str, **fields: Any) -> None:
         """Add a line to the run's log; the first one is preceded by where and with what it runs."""
         if not self._log.used:
-            self._log.write("begin", **whereabouts(), versions=self.versions)
+            self._log.write("begin", **whereabouts(), **self._device, versions=self.versions)
         self._log.write(name, **fields)
 
     def begun(self, slide_id: str, worker: str) -> None:

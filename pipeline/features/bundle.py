@@ -40,6 +40,7 @@ from pipeline.features.compute import (
     worker_threads,
 )
 from pipeline.features.config import CacheConfig
+from pipeline.features.device import worker_device
 from pipeline.features.parquet import cls_table, open_writer, token_table, write_blocks
 from pipeline.features.views import view_function
 
@@ -243,21 +244,3 @@ def loaded(name: str, weights: str, device: str, dtype: str) -> "Encoder":
     from model.encoders import load_encoder
 
     return load_encoder(name, weights, device=device, dtype=getattr(torch, dtype))
-
-
-def worker_kind(device: str) -> str:
-    """`cuda` or `cpu`: what `--device` means on this machine."""
-    import torch
-
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def worker_device(device: str) -> str:
-    """The device of this Dask worker: workers of one machine share its GPUs out by name."""
-    import torch
-    from distributed import get_worker
-
-    if worker_kind(device) == "cpu":
-        return "cpu"
-    name = str(get_worker().name)
-    return f"cuda:{int(name) % torch.cuda.device_count() if name.isdigit() else 0}"
