@@ -130,17 +130,16 @@ def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
         workers = count_workers(engine)
     else:
         workers = engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    return replace(engine, workers=workers, threads=threads)
+    if engine.cluster:
+        threads = engine.cluster.cores // engine.cluster.workers
+    else:
+        threads = len(os.sched_getaffinity(0)) // workers
+    return replace(engine, workers=workers, threads=max(1, threads))
 
 
 def _worker_threads(engine: EngineConfig) -> int | None:
     """A worker's share of its host's cores; None where others started the workers."""
-    if engine.scheduler:
-        return None
-    if engine.cluster:
-        return engine.cluster.cores // engine.cluster.workers
-    return engine.threads
+    return None if engine.scheduler else engine.threads
 
 
 def _bundle_tiles(tasks: list[SlideTask], config: CacheConfig, engine: EngineConfig) -> int:
