@@ -24,6 +24,7 @@ from pipeline.cluster import ClusterConfig, make_scaler, open_cluster
 from pipeline.console import Meter, say
 from pipeline.dataset import Entry
 from pipeline.dataset.journal import decode_line, encode_line
+from pipeline.redact import redact
 
 MAX_WORKER_DEATHS = 3
 MAX_JOB_LOSSES = 10
@@ -543,7 +544,7 @@ class _Drain:
         elif _is_death(error):
             self._charge(flight)
         else:
-            text = " ".join(str(error).split())[:200]
+            text = redact(" ".join(str(error).split()))[:200]
             self._fail(flight, f"internal error: {type(error).__name__}: {text}")
 
     def _try_apart(self, flight: _Flight) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from pipeline.activity import Running, running
 from pipeline.console import format_bytes, format_seconds, say, stdout
 from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection, standing
+from pipeline.redact import redact
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 _REASONS_SHOWN = 8
@@ -124,7 +125,7 @@ def _folder_bytes(folder: Path) -> int:
 
 def _failures(stage: str, scope: str, held: Mapping[str, list[Entry]]) -> list[Failure]:
     return [
-        Failure(stage, scope, entry.slide_id, entry.reason)
+        Failure(stage, scope, entry.slide_id, redact(entry.reason))
         for entries in held.values()
         for entry in entries
         if entry.outcome == "failed"
