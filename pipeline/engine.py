@@ -68,8 +68,8 @@ class _Nobody:
 class SlideTask:
     """One slide's work: arguments for the stage's function, a cost to order by, its size.
 
-    `units` is what the progress bar counts (slides or tiles); `values` are those of the line that
-    is journalled where the task itself could not write one.
+    `units` is what the progress bar counts (slides or tiles); `values` and `scopes` are those of
+    the lines that are journalled where the task itself could not write any.
     """
 
     slide_id: str
@@ -78,6 +78,7 @@ class SlideTask:
     cost: float = 0.0
     units: int = 1
     values: Mapping[str, Any] = field(default_factory=dict)
+    scopes: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -580,8 +581,12 @@ class _Drain:
 
     def _fail(self, flight: _Flight, reason: str) -> None:
         task = flight.tasks[flight.taken]
-        entry = Entry(task.slide_id, "failed", task.fingerprint, reason, values=dict(task.values))
-        self._take_next(flight, [entry])
+        mark, values = task.fingerprint, dict(task.values)
+        entries = [
+            Entry(task.slide_id, "failed", mark, reason, scope=scope, values=values)
+            for scope in task.scopes
+        ]
+        self._take_next(flight, entries)
 
 
 def _is_death(error: BaseException) -> bool:

@@ -48,7 +48,9 @@ class Summary:
         if entry.outcome == "rejected":
             self.rejected.append((entry.slide_id, entry.reason))
         elif entry.outcome == "failed":
-            self.failed.append((entry.slide_id, entry.reason))
+            row = (entry.slide_id, entry.reason)
+            if self.failed[-1:] != [row]:  # a slide's lines, one a scope, come together
+                self.failed.append(row)
         else:
             self.done_slides.add(entry.slide_id)
         self.files += len(entry.files)

@@ -22,7 +22,7 @@ from pipeline.dataset import (
     standing,
 )
 from pipeline.engine import EngineConfig, SlideTask, bundled, dearest_first
-from pipeline.features.bundle import Work, cache_bundle, loaded, worker_kind
+from pipeline.features.bundle import Work, cache_bundle, lacking_scopes, loaded, worker_kind
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.plan import print_plan
 from pipeline.features.store import refuse_other_features
@@ -251,7 +251,10 @@ def _task(
         str(dataset.root), run.run_id, missing.slide_id, config, tile_px, missing.work,
         missing.mark, weights,
     )  # fmt: skip
-    return SlideTask(missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles)
+    return SlideTask(
+        missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles,
+        scopes=lacking_scopes(config, tile_px, missing.work.values()),
+    )  # fmt: skip
 
 
 def _device_count(device: str) -> int:
