@@ -79,6 +79,16 @@ def entry(slide="s", mark="f", outcome="done", **more):
     return Entry(slide, outcome, mark, **more)
 
 
+def test_runs_sort_by_time_where_a_second_ends(monkeypatch):
+    last_of_a_second = 1_700_000_000 * 10**9 - 1
+    clock = iter([last_of_a_second, last_of_a_second + 1, last_of_a_second + 2])
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    ids = [new_run_id() for _ in range(3)]
+    assert ids == sorted(ids)
+    assert ids[0].startswith("20231114T221319-999999999-")
+    assert ids[1].startswith("20231114T221320-000000000-")
+
+
 def test_journal_lines_come_back(tmp_path):
     dataset = Dataset(tmp_path)
     wanted = entry(
