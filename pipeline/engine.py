@@ -24,6 +24,7 @@ from pipeline.cluster import ClusterConfig, make_scaler, open_cluster
 from pipeline.console import Meter, say
 from pipeline.dataset import Entry
 from pipeline.dataset.journal import decode_line, encode_line
+from pipeline.redact import redact
 
 MAX_WORKER_DEATHS = 3
 MAX_JOB_LOSSES = 10
@@ -75,8 +76,8 @@ class _Nobody:
 class SlideTask:
     """One slide's work: arguments for the stage's function, a cost to order by, its size.
 
-    `units` is what the progress bar counts (slides or tiles); `values` are those of the line that
-    is journalled where the task itself could not write one.
+    `units` is what the progress bar counts (slides or tiles); `values` and `scopes` are those of
+    the lines that are journalled where the task itself could not write any.
     """
 
     slide_id: str
@@ -85,6 +86,7 @@ class SlideTask:
     cost: float = 0.0
     units: int = 1
     values: Mapping[str, Any] = field(default_factory=dict)
+    scopes: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -562,7 +564,7 @@ class _Drain:
         elif _is_death(error):
             self._charge(flight)
         else:
-            text = " ".join(str(error).split())[:200]
+            text = redact(" ".join(str(error).split()))[:200]
             self._fail(flight, f"internal error: {type(error).__name__}: {text}")
 
     def _try_apart(self, flight: _Flight) -> None:
@@ -598,8 +600,12 @@ class _Drain:
 
     def _fail(self, flight: _Flight, reason: str) -> None:
         task = flight.tasks[flight.taken]
-        entry = Entry(task.slide_id, "failed", task.fingerprint, reason, values=dict(task.values))
-        self._take_next(flight, [entry])
+        mark, values = task.fingerprint, dict(task.values)
+        entries = [
+            Entry(task.slide_id, "failed", mark, reason, scope=scope, values=values)
+            for scope in task.scopes
+        ]
+        self._take_next(flight, entries)
 
 
 def _is_death(error: BaseException) -> bool:

@@ -121,7 +121,8 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             rows = candidate_count(dataset, slide_id)
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             cost = units * tile_cost(slide, identity["mpp"], tile_px)
-            tasks.append(SlideTask(slide_id, mark, arguments, cost, units))
+            scopes = (str(tile_px),)
+            tasks.append(SlideTask(slide_id, mark, arguments, cost, units, scopes=scopes))
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 

@@ -23,7 +23,7 @@ from pipeline.dataset import (
     standing,
 )
 from pipeline.engine import EngineConfig, SlideTask, bundled, count_workers, dearest_first
-from pipeline.features.bundle import Work, cache_bundle, loaded
+from pipeline.features.bundle import Work, cache_bundle, lacking_scopes, loaded
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.device import gpu_count, stage_device
 from pipeline.features.plan import print_plan
@@ -260,4 +260,7 @@ def _task(
         str(dataset.root), run.run_id, missing.slide_id, config, tile_px, missing.work,
         missing.mark, weights,
     )  # fmt: skip
-    return SlideTask(missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles)
+    return SlideTask(
+        missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles,
+        scopes=lacking_scopes(config, tile_px, missing.work.values()),
+    )  # fmt: skip

@@ -61,6 +61,15 @@ def test_a_slide_that_kills_its_worker_fails_alone():
     assert meter.done == 20
 
 
+def test_a_failure_that_the_stage_could_not_write_is_of_its_scopes():
+    entries: list[Entry] = []
+    task = SlideTask("s", "f", ("s", "raise"), scopes=("224/cls", "224/tokens"))
+    run_tasks(work, [task], EngineConfig(1), entries.extend, Meter("test", 1, "slides"))
+    assert [(e.outcome, e.scope) for e in entries] == [
+        ("failed", "224/cls"), ("failed", "224/tokens"),
+    ]  # fmt: skip
+
+
 def environment(slide_id: str) -> list[Entry]:
     names = ("MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS")
     values = {name: os.environ.get(name) for name in names}
