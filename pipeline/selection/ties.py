@@ -62,9 +62,10 @@ def check_hold_out_may_be(
 ) -> None:
     """Refuse a hold-out that others contradict.
 
-    `name` is to hold out `patients` ('' for a selection that holds out none), whose slides are
-    `slides`. Selections that honour another choice under that name, and selections that hold
-    tiles of these slides, are listed.
+    `name` is to hold out `patients` (() for a selection that holds out none), all of whose slides
+    in the dataset are `slides`, whatever this selection takes of them: a patient in training
+    through another slide is no less in training. Selections that honour another choice under that
+    name, and selections that hold tiles of these slides, are listed.
     """
     known = read_ties(dataset)
     before = known.get(name)
