@@ -67,6 +67,7 @@ from pipeline.selection.ties import (
     STAGE,
     check_hold_out_may_be,
     check_may_change,
+    check_not_imported,
     excluded_file,
     held_out,
     read_ties,
@@ -106,6 +107,8 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
             rows = read_selection(dataset, name).rows
             say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
+    if not config.parent:
+        check_not_imported(dataset, f"--name {config.name} without --from")
     drawing = gather(dataset, config, tissue)
     for name in config.names:
         held = slides_of_patients(tissue.cohort, drawing.ties.patients)
