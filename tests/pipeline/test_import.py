@@ -487,6 +487,35 @@ def test_a_table_of_pictures(tile_folders, tmp_path):
         find_tile_folders(table)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["path,slide", "a.png,s", "b.png,s", "a.png,s"], "line 4: a.png of slide 's' is .*line 2"),
+        (["path,slide", "d/a.png,s", "d/./a.png,s"], "line 3: d/./a.png of slide 's' is .*line 2"),
+        (["path,slide,x,y", "a.png,s,0,0", "a.png,s,224,0"], "line 3: a.png .*line 2 already"),
+        (
+            ["path,slide,patient", "a.png,a b,p1", "b.png,c,p2", "b.png,a_b,p3"],
+            "line 4: slide 'a_b' and 'a b' of line 2 would both be called a_b; rename",
+        ),
+    ],
+)
+def test_a_table_of_pictures_merges_no_slides_and_counts_no_picture_twice(tmp_path, lines, words):
+    table = tmp_path / "tiles.csv"
+    table.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=words) as caught:
+        find_tile_folders(table)
+    assert str(caught.value).startswith(f"{table}, line")
+    assert "\n" not in str(caught.value)
+
+
+def test_slides_of_a_table_may_share_a_picture_s_path_and_have_unsafe_names(tmp_path):
+    (tmp_path / "tiles.csv").write_text("path,slide\na.png,a b\nb.png, a b \na.png,c\n")
+    found = find_tile_folders(tmp_path / "tiles.csv")
+    assert [(one.slide_id, one.files) for one in found] == [
+        ("a_b", ("a.png", "b.png")), ("c", ("a.png",)),
+    ]  # fmt: skip
+
+
 def test_mistakes_in_folders(tile_folders, tmp_path):
     with pytest.raises(UserError, match="no such folder or CSV"):
         find_tile_folders(tmp_path / "nothing")
