@@ -5,7 +5,9 @@ import sys
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import dask
 import pytest
 
 from model.errors import UserError
@@ -27,6 +29,11 @@ from pipeline.features.config import CacheConfig
 from pipeline.features.device import stage_device, worker_device
 
 GPU_JOBS = ClusterConfig(workers=4, cores=4, directives=("--gres=gpu:4",), max_jobs=3)
+
+
+def started_right() -> Any:
+    """For a scheduler that somebody else started, as docs/cluster.md asks for."""
+    return dask.config.set({"distributed.scheduler.allowed-failures": 0})
 
 
 def fake_torch(gpus: list[str]) -> SimpleNamespace:
@@ -71,7 +78,7 @@ def test_workers_of_a_job_take_a_gpu_each_and_a_new_one_that_of_the_dead() -> No
     names = ["SLURMCluster-0-0", "SLURMCluster-0-1", "SLURMCluster-3"]
     workers = {name: {"cls": Nanny, "options": {"nthreads": 1}} for name in names}
     scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": ":0"}}
-    with SpecCluster(workers, scheduler) as cluster, Client(cluster) as client:
+    with started_right(), SpecCluster(workers, scheduler) as cluster, Client(cluster) as client:
         client.wait_for_workers(3, timeout=60)
         assert count_workers(EngineConfig(scheduler=cluster.scheduler_address)) == 3
         # Each process of a job may see the job's GPUs in an order of its own.
@@ -210,7 +217,7 @@ def test_a_scheduler_whose_workers_have_no_gpu_is_told_in_one_line(
     spec = encoder_spec("dinov2-b")
     loaded = SimpleNamespace(spec=spec, weights_sha256="w", is_random=True)
     monkeypatch.setattr(stage, "loaded", lambda *_: loaded)
-    with LocalCluster(
+    with started_right(), LocalCluster(
         n_workers=1, threads_per_worker=1, dashboard_address=None,
         env={"CUDA_VISIBLE_DEVICES": ""},
     ) as workers:  # fmt: skip
