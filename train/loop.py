@@ -234,7 +234,7 @@ class Training:
         self.window.skipped_steps += 1
         self._bad_steps += 1
         if self._bad_steps >= self.config.optim.max_bad_steps:
-            self.checkpoints.wait()
+            self.checkpoints.settle()  # had its write failed, this is still what ends the run
             good = latest_checkpoint(self.run_dir) or "none yet"
             raise TrainingDivergedError(
                 f"{self._bad_steps} steps in a row up to step {done} had non-finite gradients; "
