@@ -192,6 +192,8 @@ class LogConfig:
             _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
         rate = self.matrix_tflop_per_s
         _check(rate >= 0, "log.matrix_tflop_per_s", rate, "a number of 0 or more")
+        scale = self.guidance_scale
+        _check(scale >= 0, "log.guidance_scale", scale, "a number of 0 or more")
         _check(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 or more")
 
 
