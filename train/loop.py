@@ -57,7 +57,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
     the state is saved and the same command goes on. Raises `UserError` for what a person can
     mend.
     """
-    with joined_ranks(config.run.device) as ranks, StopRequests() as requests:
+    with StopRequests() as requests, joined_ranks(config.run.device) as ranks:
         if is_finished(config):
             if ranks.is_main:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")

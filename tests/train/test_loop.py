@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset, small_config, weights_of
+from conftest import HOME, command, environment, make_dataset, small_config, weights_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,20 +27,6 @@ from train.metrics import read_metrics
 from train.setup import open_inputs
 from train.signals import EXIT_REQUEUE
 from train.speed import step_flop
-
-HOME = Path(__file__).parents[2]
-
-
-def command(dataset: Dataset, run_dir: Path, *overrides: str) -> list[str]:
-    """The same small run as a command line of another process."""
-    config = run_dir.parent / f"{run_dir.name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(small_config(dataset, run_dir).to_yaml())
-    return [sys.executable, "-m", "train", "--config", str(config), *overrides]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME), **more}
 
 
 @pytest.fixture(scope="module")
