@@ -56,7 +56,7 @@ def _train(arguments: Sequence[str]) -> int:
     try:
         config = load_config(_config_file(options.config), overrides)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             raise
         time.sleep(_AFTER_YOU_S)
         return EXIT_USAGE

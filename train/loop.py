@@ -14,6 +14,7 @@ from model.vae import VAE
 from pipeline.console import EXIT_OK, Meter, format_seconds, meter, say
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from train.config import Config
+from train.lock import RunLock
 from train.metrics import Averages, RunLog, read_metrics, write_json
 from train.networks import build_parts
 from train.online import open_encoder
@@ -62,10 +63,12 @@ def train(config: Config, resume: Resume = "auto") -> int:
             if ranks.is_main:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
             return EXIT_OK
-        inputs = open_inputs(config, ranks)
-        ranks.slots(config.data.batch_size)
-        start = open_run(config, inputs, ranks, resume)
-        return Training(config, ranks, inputs, start, requests).run()
+        with RunLock(run_directory(config)) as lock:
+            ranks.main_does(lock.take)
+            inputs = open_inputs(config, ranks)
+            ranks.slots(config.data.batch_size)
+            start = open_run(config, inputs, ranks, resume)
+            return Training(config, ranks, inputs, start, requests).run()
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import UserError
 from pipeline.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from train.slurm import slurm_ranks
 from train.stream import slots_of_rank
 
 _PATIENCE = timedelta(hours=1)
@@ -116,11 +117,15 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the run's processes as torchrun's environment says; alone without it.
+    """Join the run's processes as torchrun's environment says, or srun's; alone without either.
 
     `device` is auto, cpu or cuda. Raises `UserError` for cuda without a usable GPU. One of several
     processes does not come back from an error inside the block: see `_leave`.
     """
+    tasks = slurm_ranks(os.environ)
+    if tasks and torch.cuda.device_count() == 1:
+        tasks["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone
+    os.environ.update(tasks)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)

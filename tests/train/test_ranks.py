@@ -5,9 +5,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import HOME, command, environment
+from conftest import HOME, command, environment, small_config, weights_of
 
+from model.errors import UserError
 from pipeline.dataset import Dataset
+from train import lock
+from train.loop import train
+from train.slurm import first_host, slurm_ranks
 
 
 def free_port() -> int:
@@ -90,3 +94,61 @@ def test_the_end_of_one_process_is_not_buried_by_the_others(
     told = outputs[who]
     assert told.count("a tile of mine" if status == 2 else "ValueError: a bug") == 1
     assert told.count("Traceback") == (status == 1)
+
+
+def test_srun_starts_one_training_of_its_tasks(train_dataset: Dataset, tmp_path: Path) -> None:
+    step = {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
+    }  # fmt: skip
+    tasks = [step | {"SLURM_PROCID": f"{k}", "SLURM_LOCALID": f"{k}"} for k in range(2)]
+    statuses, outputs = run_two(command(train_dataset, tmp_path / "run"), tasks)
+    assert statuses == [0, 0], outputs
+    assert "on 2 x cpu" in outputs[0]
+    assert "training on" not in outputs[1]
+    assert weights_of(tmp_path / "run", 6)
+
+
+def test_only_a_step_of_several_tasks_is_several_processes() -> None:
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert slurm_ranks({}) == {}
+    assert slurm_ranks(batch) == {}, "one process of a batch script"
+    step = batch | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    assert slurm_ranks(step) == {}
+    step |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    step |= {"SLURM_STEP_NODELIST": "gpu[07-08]"}
+    assert slurm_ranks(step | {"WORLD_SIZE": "8"}) == {}, "torchrun knows better"
+    assert slurm_ranks(step) == {
+        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "20104",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[03-05,09],cpu1", "gpu03"),
+        ("gpu[4,7]", "gpu4"),
+        ("rack[1-2]n[3-4].site.edu", "rack1n3.site.edu"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_second_training_in_a_run_directory_is_refused(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_HERE_S", 0.3)
+    config = small_config(train_dataset, tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / ".writing-step-00000003-ab12"
+    with lock.RunLock(tmp_path / "run") as held:
+        held.take()
+        unfinished.mkdir(parents=True)
+        with pytest.raises(UserError, match=r"run is being trained by process \d+ on \S+: wait"):
+            train(config)
+        assert unfinished.exists(), "what the first one is writing"
+    assert train(config) == 0
+    assert not unfinished.exists()
