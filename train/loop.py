@@ -68,7 +68,19 @@ def train(config: Config, resume: Resume = "auto") -> int:
             inputs = open_inputs(config, ranks)
             ranks.slots(config.data.batch_size)
             start = open_run(config, inputs, ranks, resume)
-            return Training(config, ranks, inputs, start, requests).run()
+            try:
+                return Training(config, ranks, inputs, start, requests).run()
+            except torch.OutOfMemoryError as error:
+                raise UserError(_out_of_memory(config, error)) from error
+
+
+def _out_of_memory(config: Config, error: torch.OutOfMemoryError) -> str:
+    data, optim = config.data, config.optim
+    goes_on = "" if config.run.recompute else "set run.recompute=true to go on with this run, or "
+    return (
+        f"{str(error).partition('. ')[0]}: {goes_on}begin another with optim.accumulate above "
+        f"{optim.accumulate} or data.batch_size below {data.batch_size}, or use more GPUs"
+    )
 
 
 @dataclass

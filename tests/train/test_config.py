@@ -95,6 +95,7 @@ def test_a_whole_section_and_then_its_key() -> None:
         ("run.mode=repa", "set init.vae"),
         ("config_version=9", "'config_version': expected 1"),
         ("run.dir.x=1", "expected text"),
+        ("optim.weight_decay=-0.1", "'optim.weight_decay': expected a number of 0 or more"),
         ("log.guidance_scale=-1", "'log.guidance_scale': expected a number of 0 or more"),
     ],
 )

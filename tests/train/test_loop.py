@@ -138,6 +138,20 @@ def test_a_preview_that_fails_is_a_warning(
     assert [path.name for path in list_checkpoints(run_dir)][:1] == ["step-00000003"]
 
 
+def test_too_little_memory_is_one_line_that_says_what_to_set(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Long advice")
+
+    monkeypatch.setattr("train.step.TrainingStep.__call__", fail)
+    with pytest.raises(UserError) as caught:
+        train(small_config(train_dataset, tmp_path / "run"))
+    for named in ("CUDA out of memory: ", "run.recompute=true", "optim.accumulate above 1",
+                  "data.batch_size below 5"):  # fmt: skip
+        assert named in str(caught.value)
+
+
 def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
     train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
