@@ -1,7 +1,9 @@
 """Several processes that meet a mistake: one line, told once, and nobody waits for ever."""
 
+import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,20 @@ def test_a_second_training_in_a_run_directory_is_refused(
         assert unfinished.exists(), "what the first one is writing"
     assert train(config) == 0
     assert not unfinished.exists()
+
+
+def test_torchrun_waits_for_the_last_checkpoint_as_long_as_the_batch_script_says() -> None:
+    """The variable that the script exports is one that the installed torchrun reads."""
+    text = (HOME / "pipeline" / "batch" / "train.sbatch").read_text()
+    found = re.search(r"^export (\w+)=\$\{\1:-(\d+)\}$", text, re.MULTILINE)
+    assert found is not None
+    name, seconds = found.groups()
+    script = (
+        "from torch.distributed.launcher.api import LaunchConfig\n"
+        "print(LaunchConfig(1, 1, 1).shutdown_timeout)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(**{name: seconds}), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == seconds == "280"
