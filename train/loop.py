@@ -107,12 +107,12 @@ class Training:
         self.config, self.ranks, self.inputs, self.requests = config, ranks, inputs, requests
         self.run_dir = run_directory(config)
         self.encode = open_encoder(config, inputs.source.encoder_record, ranks.device)
-        self.parts = build_parts(config, ranks.device)
+        self.fixed = self._read_fixed()
+        self.parts = build_parts(config, ranks.device, self.fixed.tiles)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, self.parts.trainees)
         self.state = start.state
         self.first_step = start.state.step
-        self.fixed = self._read_fixed()
         self.validation = self._read_validation()
         if not self.state.untrained:
             self.state = replace(self.state, untrained=self._reconstruction().to_dict())
