@@ -97,7 +97,9 @@ def draw(config: Config, step: int, slots: range, device: torch.device | str = "
     """The randomness of the slots of a step; no other state than the step and the seed."""
     sit = config.model.sit
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
-    at = partial(_address, config.run.seed, step, list(slots), device)
+    # Counted on the device: a list copied there would make the host wait, for each of the four.
+    numbers = torch.arange(slots.start, slots.stop, device=device)
+    at = partial(_address, config.run.seed, step, numbers, device)
     if config.loss.time == "lognormal":
         t = Interpolant(config.model.path).time_from_normal(at(normal, (), Stream.TIME))
     else:
@@ -113,7 +115,7 @@ def draw(config: Config, step: int, slots: range, device: torch.device | str = "
 def _address(
     seed: int,
     step: int,
-    slots: list[int],
+    slots: Tensor,
     device: torch.device | str,
     distribution: Callable[..., Tensor],
     shape: tuple[int, ...],
