@@ -34,7 +34,7 @@ from model.losses import (
 )
 from model.noise import Stream, normal, uniform
 from model.sit import SiT
-from model.vae import VAE, VAEOutput
+from model.vae import VAE, Posterior, VAEOutput
 from train.config import Config, LossConfig
 from train.ema import Ema
 from train.ranks import Ranks
@@ -154,6 +154,12 @@ def vae_losses(
     return total, terms
 
 
+def frozen_latents(vae: VAE, images: Tensor, noise: Tensor) -> tuple[Posterior, Tensor]:
+    """Posterior and sampled latents [n, C, h, w] of a VAE that does not train: no decoder runs."""
+    posterior = vae.encode(images)
+    return posterior, posterior.sample(noise)
+
+
 def vae_alignment(sit: SiT, path: Interpolant, z: Tensor, inputs: Inputs) -> Tensor:
     """The alignment loss that trains the VAE: z through the first blocks of a frozen SiT.
 
@@ -248,6 +254,7 @@ class TrainingStep:
             # PyTorch's cutting of compiled graphs at gradient buckets refuses recomputation.
             torch._dynamo.config.optimize_ddp = False
         self._call_vae = self._compiled(self._vae)
+        self._frozen_latents = self._compiled(frozen_latents)
         self._call_sit = self._compiled(self._sit)
         self._vae_losses = self._compiled(vae_losses)
         self._vae_alignment = self._compiled(vae_alignment)
@@ -350,8 +357,8 @@ class TrainingStep:
                 output: VAEOutput = self._call_vae(inputs.images, inputs.draws.posterior_noise)
             return output
         with torch.no_grad(), self._precision():
-            posterior = self.networks.vae.encode(inputs.images)
-            z = posterior.sample(inputs.draws.posterior_noise)
+            noise = inputs.draws.posterior_noise
+            posterior, z = self._frozen_latents(self.networks.vae, inputs.images, noise)
         return VAEOutput(inputs.images, z, posterior)
 
     def _vae_backward(
