@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import HOME, command, environment, small_config, weights_of
 
 from model.errors import UserError
 from pipeline.dataset import Dataset
 from train import lock
 from train.loop import train
+from train.networks import build_networks
 from train.slurm import first_host, slurm_ranks
 
 
@@ -171,3 +173,38 @@ def test_torchrun_waits_for_the_last_checkpoint_as_long_as_the_batch_script_says
         capture_output=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == seconds == "280"
+
+
+_SMALL_BUCKETS = """
+import sys
+from functools import partial
+import torch.distributed as dist
+from train import ranks
+from train.__main__ import main
+
+dist._DEFAULT_FIRST_BUCKET_BYTES = 4096
+ranks.DistributedDataParallel = partial(ranks.DistributedDataParallel, bucket_cap_mb=0.01)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.full  # two processes trace all parts of the step
+@pytest.mark.parametrize("more", [(), ("optim.accumulate=2",)], ids=["whole", "in parts"])
+def test_compiled_parts_on_two_processes_train_as_plain_ones(
+    train_dataset: Dataset, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Graphs are cut at many gradient buckets, as those of a large network are."""
+    options = ("run.steps=4", "checkpoint.every=4", "optim.lr_vae=1e-4", "optim.lr_sit=1e-4", *more)
+    for name in ("off", "aot_eager"):
+        arguments = command(train_dataset, tmp_path / name, *options, f"run.compile='{name}'")
+        arguments[1:3] = ["-c", _SMALL_BUCKETS]
+        statuses, outputs = run_two(arguments)
+        assert statuses == [0, 0], outputs
+    plain, compiled = (weights_of(tmp_path / name, 4) for name in ("off", "aot_eager"))
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=1e-4, msg=name)
+    start = small_config(train_dataset, tmp_path)
+    first = build_networks(start, torch.device("cpu")).sit.state_dict()
+    moved = plain["sit/blocks.0.attn.qkv.weight"] - first["blocks.0.attn.qkv.weight"]
+    assert float(moved.abs().max()) > 2e-4, "a step that did nothing would pass"
