@@ -106,6 +106,12 @@ def test_mistakes_get_one_line_that_names_the_key(override: str, says: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_off_is_a_word_and_not_false(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {compile: off}\n")
+    assert load_config(tmp_path / "c.yaml").run.compile == "off"
+    assert load_config(None, ["run.compile=off"]).run.compile == "off"
+
+
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_config(tmp_path / "absent.yaml")

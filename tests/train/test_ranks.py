@@ -196,7 +196,7 @@ def test_compiled_parts_on_two_processes_train_as_plain_ones(
     """Graphs are cut at many gradient buckets, as those of a large network are."""
     options = ("run.steps=4", "checkpoint.every=4", "optim.lr_vae=1e-4", "optim.lr_sit=1e-4", *more)
     for name in ("off", "aot_eager"):
-        arguments = command(train_dataset, tmp_path / name, *options, f"run.compile='{name}'")
+        arguments = command(train_dataset, tmp_path / name, *options, f"run.compile={name}")
         arguments[1:3] = ["-c", _SMALL_BUCKETS]
         statuses, outputs = run_two(arguments)
         assert statuses == [0, 0], outputs
