@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.battery import Pair, Settings, plain, run_battery
-from evaluate.metrics import frechet_distance, precision_recall
+from evaluate.battery import Pair, Settings, manifold, plain, run_battery
+from evaluate.metrics import frechet_distance
 from evaluate.results import SCHEMA_VERSION, hardware, warning
 from evaluate.sides import (
     ENCODER_KEYS,
@@ -85,7 +85,7 @@ def measure(
         "encoder": real.store.record,
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
         "metrics": metrics | run_battery(pair, names, settings),
-        "references": {"real_vs_real": real_halves(real)},
+        "references": {"real_vs_real": real_halves(real, settings)},
         "warnings": set_warnings(real, generated, identity)
         + blockiness_warnings(described)
         + ([warning("no_cosine", reason)] if reason else []),
@@ -130,21 +130,22 @@ def _paired_sources(
     return source_features(generated, store)
 
 
-def real_halves(real: Side) -> dict[str, Any] | None:
-    """The same metrics between two disjoint random halves of the real tiles.
+def real_halves(real: Side, settings: Settings | None = None) -> dict[str, Any] | None:
+    """The same metrics, by the same settings, between two disjoint random halves of the real tiles.
 
     This is what a perfect generator would reach with half as many tiles a side. One split of few
     tiles says little, so the numbers are means over 8 splits where there are at most 4,096 tiles.
-    None with fewer than 16 tiles.
+    None with fewer than 16 tiles, or where a half has no k neighbours.
     """
+    settings = settings or Settings()
     count = len(real.features)
     half = count // 2
-    if half < _MIN_ROWS:
+    if half < least_rows(settings):
         return None
     random = np.random.default_rng(int(real.selection.content_hash[:16], 16))
     orders = [random.permutation(count) for _ in range(_SPLITS if count <= _SPLIT_ROWS else 1)]
     splits = [
-        set_metrics(real.features[order[:half]], real.features[order[half : 2 * half]])
+        set_metrics(real.features[order[:half]], real.features[order[half : 2 * half]], settings)
         for order in orders
     ]
     return {
@@ -153,11 +154,22 @@ def real_halves(real: Side) -> dict[str, Any] | None:
     }
 
 
-def set_metrics(real: Features, generated: Features) -> dict[str, Any]:
-    """Fréchet distance and precision, recall of two sets of features [n, d] and [m, d]."""
+def least_rows(settings: Settings) -> int:
+    """Rows that each half of a floor needs: `manifold` would take a smaller k of fewer."""
+    return max(_MIN_ROWS, settings.k + 1)
+
+
+def set_metrics(real: Features, generated: Features, settings: Settings) -> dict[str, Any]:
+    """Fréchet distance and precision, recall of two sets of features [n, d] and [m, d].
+
+    By the settings of the rows that they are read against: precision and recall depend on k.
+    """
+    distance = frechet_distance(
+        real, generated, max_generated=settings.max_generated, seed=settings.seed
+    )
     return {
-        "frechet_distance": plain(frechet_distance(real, generated)),
-        "precision_recall": plain(precision_recall(real, generated)),
+        "frechet_distance": plain(distance),
+        "precision_recall": manifold(Pair(real, generated), settings),
     }
 
 

@@ -173,19 +173,21 @@ class Measurer:
 
     def _control(self, cell: Cell) -> dict[str, Any]:
         opened = self.side(cell.real, cell.encoder)
-        side, seed = opened.side, self._protocol.settings.seed
+        side, settings = opened.side, self._protocol.settings
         slides = side.own_slides
 
         def compute() -> Any:
             if cell.control == "floor-tile":
-                return real_halves(side)
+                return real_halves(side, settings)
             if cell.control == "neighbour":
-                return neighbour_cosines(side.features, slides, seed=seed)
+                return neighbour_cosines(side.features, slides, seed=settings.seed)
             patients = slide_attribute(side.dataset, slides, "patient")
-            return halves_by_label(side.features, patients, seed=seed)
+            return halves_by_label(side.features, patients, settings)
 
-        inputs = {"metric": cell.control, "sides": {"real": opened.sum}, "seed": seed,
-                  "clusters": digest(slides)}  # fmt: skip
+        inputs = {"metric": cell.control, "sides": {"real": opened.sum},
+                  "seed": settings.seed, "clusters": digest(slides)}  # fmt: skip
+        if cell.control != "neighbour":
+            inputs |= {"k": settings.k, "max_generated": settings.max_generated}
         found = self._store.get(inputs, compute) or {}
         return {"cosine_similarity": found} if cell.control == "neighbour" and found else found
 

@@ -134,6 +134,16 @@ def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
     assert halves["precision_recall"]["precision"] < 1.0  # equal halves would give 1
 
 
+def test_the_floor_is_taken_by_the_settings_of_the_numbers_above_it(
+    real: Dataset, synthetic: Dataset
+) -> None:
+    results = measure(*sides(real, synthetic), settings=Settings(draws=0, k=5))
+    assert results["metrics"]["precision_recall"]["k"] == 5
+    assert results["references"]["real_vs_real"]["precision_recall"]["k"] == 5
+    side = Side.open(real.root, "train", "h0-mini", like=None)
+    assert real_halves(side, Settings(k=31)) is None  # a smaller k would be another number
+
+
 def test_a_selection_too_small_to_measure_is_refused(real: Dataset, synthetic: Dataset) -> None:
     few: Selection = make_selection("few", {"C-2": np.arange(3, dtype=np.int32)}, {})
     write_selection(real, new_run_id(), few)

@@ -26,6 +26,7 @@ from test_report import Page
 
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
 from evaluate.protocols.config import load, names
 from evaluate.protocols.controls import (
@@ -409,6 +410,16 @@ def test_a_slide_effect_shows_in_the_split_by_patient_and_in_the_neighbours() ->
     assert near is not None
     assert near["mean"] > cosine_similarity(alike, np.roll(alike, 40, axis=0)).mean
     assert neighbour_cosines(alike, np.array([str(i) for i in range(160)])) is None
+
+
+def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_path: Path) -> None:
+    for k in (3, 5):
+        more = (f"out={tmp_path}", f"settings.k={k}")
+        protocol = toy(world, "table2", "encoders=[uni2-h]", *more)
+        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path / "cells"))
+        floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
+        found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
+        assert found == [k] * 4
 
 
 def test_groups_are_measured_apart() -> None:
