@@ -210,8 +210,22 @@ def set_warnings(real: Side, generated: Side, identity: dict[str, Any]) -> list[
                 "singular, the Fréchet distance is mostly the bias of a small sample",
             )
         )
+    return found + model_warnings(identity)
+
+
+def model_warnings(identity: dict[str, Any]) -> list[dict[str, str]]:
+    """What the synthetic dataset's identity says against the model that made it."""
+    found = []
+    if identity.get("model_encoder_random"):
+        message = (
+            "the images were made by a model that learned from an encoder with random weights: "
+            "what it learned has no biological meaning"
+        )
+        found.append(warning("random_training_encoder", message))
     if identity.get("forced_guidance"):
         found.append(warning("forced_guidance", str(identity["forced_guidance"])))
+    if identity.get("generator_note"):
+        found.append(warning("untested", str(identity["generator_note"])))
     return found
 
 

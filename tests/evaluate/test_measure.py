@@ -15,12 +15,14 @@ from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, blockiness_warnings, measure, real_halves
 from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
 from evaluate.metrics.blockiness import blockiness
+from evaluate.report.page import all_warnings
 from evaluate.results import read_results, write_results
 from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Selection,
     TileStore,
+    claim_identity,
     make_selection,
     new_run_id,
     write_selection,
@@ -114,6 +116,20 @@ def test_features_made_differently_are_refused(
 def test_warnings_name_random_weights_and_small_samples(real: Dataset, synthetic: Dataset) -> None:
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
     assert codes == {"random_encoder_weights", "few_real_tiles", "few_generated_tiles"}
+
+
+def test_warnings_name_a_model_that_means_nothing(real: Dataset, synthetic: Dataset) -> None:
+    note = "untested on the gated weights"
+    says = {"model_encoder_random": True, "generator_note": note}
+    claim_identity(synthetic, says, stage="generate", versions={})
+    results = measure(*sides(real, synthetic), settings=Settings(draws=0))
+    found = {one["code"]: one["message"] for one in results["warnings"]}
+    assert "encoder with random weights" in found["random_training_encoder"]
+    assert found["untested"] == note
+    (shown,) = (
+        one for one in all_warnings(results, None) if one["code"] == "random_training_encoder"
+    )
+    assert shown["title"] == "This model means nothing"
 
 
 def test_fewer_tiles_than_dimensions_is_a_warning(
