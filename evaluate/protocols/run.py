@@ -14,6 +14,7 @@ from evaluate.protocols.describe import describe
 from evaluate.protocols.memorisation import measure_memorisation
 from evaluate.protocols.memorisation_tables import memorisation_tables
 from evaluate.protocols.plan import Cell, all_features, plan_cells, sources, used_sets
+from evaluate.protocols.standing import check_images
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
 from evaluate.protocols.work import Workshop
@@ -64,6 +65,7 @@ def prepare(workshop: Workshop, cells: list[Cell]) -> None:
         workshop.make_features(seen, encoder, whole=True)
     for source in sources(workshop.protocol, cells):
         workshop.make_images(source)
+    check_images(workshop)
     for seen, encoder in all_features(workshop.protocol, cells):
         workshop.make_features(seen, encoder)
 

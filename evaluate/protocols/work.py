@@ -132,6 +132,8 @@ class Workshop:
         guide = self.tiles(spec.guidance) if spec.guidance else None
         fixed = {
             "model": self._model_mark(spec.model),
+            # As asked: `auto` is another dtype on another machine, and stays one folder.
+            "dtype": self.protocol.models[spec.model].dtype,
             "encoder": self.protocol.models[spec.model].encoder if guide else "",
             "guidance": guide.whole.content_hash if guide else "",
             "weights": self.protocol.weights_of(self.protocol.models[spec.model].encoder),
@@ -151,7 +153,7 @@ class Workshop:
         config = Path(spec.model) / "config.json"
         if config.exists():
             return hashlib.sha256(config.read_bytes()).hexdigest()
-        return f"{spec.generator} {spec.model} {spec.dtype}"
+        return f"{spec.generator} {spec.model}"
 
     def _model(self, name: str) -> ModelSpec:
         spec = self.protocol.models[name]
@@ -226,7 +228,7 @@ class Workshop:
 
     def _model_images(self, images: Images, device: Any) -> tuple[Generator, Guidance, int, int]:
         spec, model = images.spec, self._model(images.spec.model)
-        settings = _sampler(model.generator, spec)
+        settings = sampler_settings(model.generator, spec)
         if images.spec.model not in self._opened:
             self._opened[images.spec.model] = open_generator(
                 Source(
@@ -314,7 +316,7 @@ class Workshop:
             _run([sys.executable, "-m", *self.cache_command(seen, encoder)])
 
 
-def _sampler(kind: str, spec: GenerationSpec) -> SamplerSettings:
+def sampler_settings(kind: str, spec: GenerationSpec) -> SamplerSettings:
     """A generation's settings; what equals the published ones is not asked of a published call."""
     published = asdict(settings_for(kind, {}))
     asked = {

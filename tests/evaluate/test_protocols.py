@@ -229,6 +229,21 @@ def test_other_weights_are_refused_not_mixed(world: Path, table2: dict[str, Any]
         run_protocol(protocol)
 
 
+def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_path: Path) -> None:
+    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+             f"out={tmp_path}", "controls=[]", "encoders=[uni2-h]"]  # fmt: skip
+    half, full = (
+        toy(world, "table3", *where, f"models.model.dtype={dtype}")
+        for dtype in ("bfloat16", "float32")
+    )
+    make_all(half)
+    workshop = Workshop(full)
+    assert workshop.missing_images("from-conditioning") == COUNT
+    shutil.move(Workshop(half).folder("from-conditioning"), workshop.folder("from-conditioning"))
+    with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
+        run_protocol(full)
+
+
 def test_a_table_holds_only_what_belongs_together() -> None:
     n = {"n_real": 5, "n_generated": 5, "k": 3}
     first = basis(record_of("uni2-h"), record_of("uni2-h"), n)
