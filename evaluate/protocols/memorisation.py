@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from evaluate.generate.guidance import guiding_mark
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
 from evaluate.metrics.neighbours import Neighbours
@@ -100,7 +101,8 @@ class _Search:
         """What names the training features without reading them all: selection and encoder."""
         record = self._store.record
         root = str(self._store.dataset.root.resolve())
-        return [root, self._selection.content_hash, record["weights_sha256"], record["view"],
+        mark = guiding_mark(self._store.dataset)
+        return [root, mark, self._selection.content_hash, record["weights_sha256"], record["view"],
                 record["compute_dtype"], record["tile_px"], self._encoder]  # fmt: skip
 
     def _blocks(self) -> Iterator[Features]:

@@ -24,6 +24,7 @@ from evaluate.generate.guidance import (
     check_encoder,
     check_resolution,
     check_tile_px,
+    guiding_mark,
 )
 from evaluate.generate.plan import source_order
 from evaluate.generate.run import Request, final_line, generate
@@ -124,7 +125,8 @@ class Workshop:
         if vae:
             set_tiles = self.tiles(vae[1])
             fixed: dict[str, Any] = {"vae": self._model_mark(vae[0]), "px": set_tiles.px,
-                                     "set": set_tiles.whole.content_hash}  # fmt: skip
+                                     "set": set_tiles.whole.content_hash,
+                                     "dataset": guiding_mark(set_tiles.dataset)}  # fmt: skip
             return self._folder(f"vae-{vae[0]}-{vae[1]}", fixed)
         spec = self.images[source].spec
         if spec.dataset:
@@ -136,6 +138,7 @@ class Workshop:
             "dtype": self.protocol.models[spec.model].dtype,
             "encoder": self.protocol.models[spec.model].encoder if guide else "",
             "guidance": guide.whole.content_hash if guide else "",
+            "dataset": guiding_mark(guide.dataset) if guide else "",
             "weights": self.protocol.weights_of(self.protocol.models[spec.model].encoder),
             "view": [spec.guidance_view, spec.guidance_px],
             "sampler": [spec.solver, spec.steps, spec.seed, spec.scale, spec.low, spec.high],

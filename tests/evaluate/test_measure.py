@@ -15,6 +15,7 @@ from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, blockiness_warnings, measure, real_halves
 from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
 from evaluate.metrics.blockiness import blockiness
+from evaluate.report.images import tile_pairs
 from evaluate.report.page import all_warnings
 from evaluate.results import read_results, write_results
 from model.errors import UserError
@@ -82,6 +83,21 @@ def test_source_tiles_may_lie_in_another_dataset(
     assert alone["metrics"]["cosine_similarity"] is None
     assert "no_cosine" in {one["code"] for one in alone["warnings"]}
     assert measure(first, second, real)["metrics"]["cosine_similarity"]["mean"] > 0.98
+
+
+def test_tiles_of_another_dataset_are_not_taken_for_the_sources(
+    evaluate_real: Callable[..., Dataset], real: Dataset, synthetic: Dataset
+) -> None:
+    other = evaluate_real(name="other")  # the same slides and ranks
+    assert measure(*sides(other, synthetic))["metrics"]["cosine_similarity"] is not None
+    claim_identity(other, {"seed": 1}, stage="scan", versions={})
+    results = measure(*sides(other, synthetic))
+    assert results["metrics"]["cosine_similarity"] is None
+    (reason,) = (one["message"] for one in results["warnings"] if one["code"] == "no_cosine")
+    assert "guided by tiles of another dataset" in reason
+    pairs = tile_pairs(synthetic, sides(real, synthetic)[1].selection, other, 3)
+    assert [pair.real for pair in pairs] == [None] * 3
+    assert "of another dataset" in pairs[0].real_name
 
 
 def test_unconditional_images_have_no_cosine(real: Dataset, tmp_path: Path) -> None:

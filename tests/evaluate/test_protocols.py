@@ -35,14 +35,15 @@ from evaluate.protocols.controls import (
     neighbour_cosines,
     split_in_halves,
 )
-from evaluate.protocols.plan import all_images, plan_cells
+from evaluate.protocols.memorisation import _Search
+from evaluate.protocols.plan import all_images, plan_cells, vae_key
 from evaluate.protocols.run import missing, run_protocol
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
 from model.errors import UserError
-from pipeline.dataset import make_selection
+from pipeline.dataset import Dataset, claim_identity, make_selection
 
 ENCODERS = ("h-optimus-0", "uni2-h")
 
@@ -242,6 +243,25 @@ def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_
     shutil.move(Workshop(half).folder("from-conditioning"), workshop.folder("from-conditioning"))
     with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
         run_protocol(full)
+
+
+def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
+    world: Path, tmp_path: Path
+) -> None:
+    real = shutil.copytree(world / "real", tmp_path / "real")
+    protocol = toy(world, "memorisation", "encoders=[uni2-h]", f"dataset={real}")
+
+    def marks() -> list[Any]:
+        workshop = Workshop(protocol)
+        measurer = Measurer(protocol, workshop, ResultStore(tmp_path / "cells"))
+        search = _Search(protocol, measurer, "uni2-h", "from-guidance")
+        sources = ("from-guidance", vae_key("model", "val-in"))
+        return [*(str(workshop.folder(one)) for one in sources), str(search._train_mark())]
+
+    before = marks()
+    assert marks() == before
+    claim_identity(Dataset(real), {"seed": 1}, stage="scan", versions={})
+    assert not set(marks()) & set(before)
 
 
 def test_a_table_holds_only_what_belongs_together() -> None:
