@@ -63,7 +63,8 @@ class GenerationSpec:
 
     `steps`, `solver` and `seed` are lists; more than one value makes a dataset for each point of
     their grid. `guidance_view` and `guidance_px` say how the guiding tiles were seen. `dataset`
-    names a synthetic dataset that exists already instead.
+    names a synthetic dataset that exists already instead; how it was made is compared with
+    the rest, and each difference is a deviation.
     """
 
     model: str = "model"
@@ -244,6 +245,12 @@ def _check(protocol: Protocol) -> None:
         _known(one.model, protocol.models, f"generations.{name}.model", "model")
         if one.guidance:
             _known(one.guidance, protocol.sets, f"generations.{name}.guidance", "set")
+        swept = [key for key in ("steps", "solver", "seed") if len(getattr(one, key)) > 1]
+        if one.dataset and swept:
+            raise UserError(
+                f"generations.{name}.dataset is one set of images, {swept[0]} has "
+                f"{len(getattr(one, swept[0]))} values; name the one that they were made with"
+            )
     either = {**protocol.sets, **protocol.generations}
     for row in protocol.rows:
         for column in protocol.columns:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from evaluate.generate.guidance import foreign_guidance
 from evaluate.protocols.plan import Images
 from evaluate.protocols.work import Workshop, sampler_settings
 from model.errors import UserError
 from pipeline.dataset import open_dataset, read_identity
 
 _OF_A_MODEL = ("model_sha256", "compute_dtype")
+_LISTS = ("solver", "steps", "seed")
 
 
 def check_images(workshop: Workshop) -> None:
@@ -26,6 +28,32 @@ def check_images(workshop: Workshop) -> None:
                 f"asks for {asked!r}; set it to the former, or use another out"
             )
     _check_models(workshop)
+
+
+def given_deviations(workshop: Workshop) -> dict[str, tuple[Any, Any]]:
+    """The protocol's deviations with those of images that a person made (`generations.*.dataset`).
+
+    Key to (as shipped, as recorded). Raises `UserError` where another dataset guided them than
+    the protocol's, since their sources would be other tiles.
+    """
+    found = dict(workshop.protocol.deviations)
+    for images in workshop.images.values():
+        if not images.spec.dataset:
+            continue
+        _check_guide(workshop, images)
+        for key, (asked, made) in differences(workshop, images).items():
+            name = f"generations.{images.generation}.{key}"
+            pair = ([asked], [made]) if key in _LISTS else (asked, made)
+            found[name] = (found.get(name, pair)[0], pair[1])
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def _check_guide(workshop: Workshop, images: Images) -> None:
+    if images.spec.guidance:
+        made = open_dataset(workshop.folder(images.key))
+        foreign = foreign_guidance(made, workshop.tiles(images.spec.guidance).dataset)
+        if foreign:
+            raise UserError(f"generations.{images.generation}.dataset: {foreign}")
 
 
 def _check_models(workshop: Workshop) -> None:

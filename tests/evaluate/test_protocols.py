@@ -38,6 +38,7 @@ from evaluate.protocols.controls import (
 from evaluate.protocols.memorisation import _Search
 from evaluate.protocols.plan import all_images, plan_cells, vae_key
 from evaluate.protocols.run import missing, run_protocol
+from evaluate.protocols.standing import given_deviations
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
@@ -262,6 +263,34 @@ def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
     assert marks() == before
     claim_identity(Dataset(real), {"seed": 1}, stage="scan", versions={})
     assert not set(marks()) & set(before)
+
+
+def test_how_given_images_were_made_is_held_against_the_protocol(
+    world: Path, tmp_path: Path
+) -> None:
+    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+             f"out={tmp_path}", "controls=[]", "encoders=[uni2-h]"]  # fmt: skip
+    key = "generations.from-conditioning"
+    made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
+    make_all(made)
+    syn = Workshop(made).folder("from-conditioning")
+    given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
+    assert not [name for name in given.deviations if name.startswith(key)]
+    results = run_protocol(given)
+    found = {k: v for k, v in results["deviations"].items() if k.startswith(key)}
+    assert found == {f"{key}.steps": [[250], [3]], f"{key}.seed": [[0], [7]],
+                     f"{key}.scale": [2.5, 1.5]}  # fmt: skip
+    (told,) = (one for one in results["warnings"] if one["code"] == "not_the_protocol")
+    assert f"{key}.seed [0] → [7]" in told["message"]
+    same = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=3")
+    assert given_deviations(Workshop(same))[f"{key}.steps"] == ([250], [3])
+    with pytest.raises(UserError, match="seed has 3 values"):
+        load("table5", None, ["generations.from-guidance.dataset=syn"])
+    other = shutil.copytree(world / "real", tmp_path / "real")
+    claim_identity(Dataset(other), {"seed": 1}, stage="scan", versions={})
+    foreign = replace(same, dataset=str(other))
+    with pytest.raises(UserError, match=f"{key}.dataset: .* tiles of another dataset"):
+        run_protocol(foreign)
 
 
 def test_a_table_holds_only_what_belongs_together() -> None:
