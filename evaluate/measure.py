@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from evaluate.battery import Pair, Settings, manifold, plain, run_battery
+from evaluate.metric_warnings import metric_warnings
 from evaluate.metrics import frechet_distance
 from evaluate.results import SCHEMA_VERSION, hardware, warning
 from evaluate.sides import (
@@ -73,8 +74,13 @@ def measure(
     pair = make_pair(real, generated, guidance or real.dataset, sources, train)
     names = [*_SET_METRICS, *(["feature_likelihood"] if train is not None else [])]
     names += ["cosine_similarity"] if sources is not None else []
-    metrics = {"cosine_similarity": None, "feature_likelihood": None}
+    metrics: dict[str, Any] = {"cosine_similarity": None, "feature_likelihood": None}
+    metrics |= run_battery(pair, names, settings)
+    halves = real_halves(real, settings)
     described = {"real": real.described(), "generated": generated.described()}
+    warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
+    warnings += [warning("no_cosine", reason)] if reason else []
+    doubts = [("", metrics), ("real halves", halves or {})]
     return {
         "schema_version": SCHEMA_VERSION,
         "real": described["real"],
@@ -84,11 +90,9 @@ def measure(
         "sampler": {key: identity.get(key) for key in _SAMPLER_KEYS},
         "encoder": real.store.record,
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
-        "metrics": metrics | run_battery(pair, names, settings),
-        "references": {"real_vs_real": real_halves(real, settings)},
-        "warnings": set_warnings(real, generated, identity)
-        + blockiness_warnings(described)
-        + ([warning("no_cosine", reason)] if reason else []),
+        "metrics": metrics,
+        "references": {"real_vs_real": halves},
+        "warnings": warnings + metric_warnings(doubts, warnings),
         "seconds": round(time.monotonic() - started, 3),
         "versions": software_versions("torch", "numpy", "scipy"),
         "hardware": hardware(),

@@ -225,6 +225,7 @@ def _summary(nearest: Neighbours, likelihood: dict[str, Any]) -> dict[str, Any]:
         "score": _quantiles(np.array(likelihood["score"])),
         "gap": likelihood["gap"],
         "gap_std": likelihood["gap_std"],
+        "warnings": likelihood["warnings"],
         "ratio_histogram": _histogram(ratios, 0.0, 1.0),
     }
 

@@ -13,6 +13,7 @@ from PIL import Image
 from evaluate.battery import Settings
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, blockiness_warnings, measure, real_halves
+from evaluate.metric_warnings import metric_warnings
 from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
 from evaluate.metrics.blockiness import blockiness
 from evaluate.report.images import tile_pairs
@@ -131,7 +132,29 @@ def test_features_made_differently_are_refused(
 
 def test_warnings_name_random_weights_and_small_samples(real: Dataset, synthetic: Dataset) -> None:
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
-    assert codes == {"random_encoder_weights", "few_real_tiles", "few_generated_tiles"}
+    assert codes == {
+        "random_encoder_weights", "few_real_tiles", "few_generated_tiles", "metric_kernel_distance"
+    }  # fmt: skip
+
+
+def test_what_a_metric_says_against_itself_reaches_the_warnings(
+    evaluate_real: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    real = evaluate_real()
+    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    first, second = sides(real, synthetic)
+    first.features[:, 4] = 0.5
+    settings = Settings(draws=0, fld_seeds=(0,))
+    results = measure(first, second, train=first, settings=settings)
+    found = {(one["code"], one["message"]) for one in results["warnings"]}
+    for code, text in (
+        ("frechet_distance", "Fréchet distance: 1 of 12 real feature dimensions are constant"),
+        ("kernel_distance", "Kernel distance (KID): subsets of 62 rows in place of 1000, as no "
+         "more are there"),
+        ("feature_likelihood", "Feature likelihood divergence: 1 feature dimensions are constant "
+         "in the test set and were dropped"),
+    ):  # fmt: skip
+        assert any(one == f"metric_{code}" and said.startswith(text) for one, said in found)
 
 
 def test_warnings_name_a_model_that_means_nothing(real: Dataset, synthetic: Dataset) -> None:
@@ -268,3 +291,14 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
     assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
     with pytest.raises(ValueError, match="32 px or more"):
         blockiness(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_a_metrics_sentence_is_said_once_with_its_places() -> None:
+    line = {"infinity": {"warnings": ["not linear"]}}
+    few = "3 real images for 9 feature dimensions: the covariance is singular and so on"
+    found = [(f"row {i}", {"frechet_distance": {"warnings": [few], **line}}) for i in range(5)]
+    said = metric_warnings(found, [])
+    assert [one["code"] for one in said] == ["metric_frechet_distance", "metric_frechet_infinity"]
+    assert said[1]["message"].endswith("images: not linear (row 0; row 1; row 2 and 2 more)")
+    known = [{"code": "fewer_tiles_than_dimensions", "message": ""}]
+    assert [one["code"] for one in metric_warnings(found, known)] == ["metric_frechet_infinity"]

@@ -194,6 +194,12 @@ def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
     assert {"torch", "numpy", "scipy"} <= set(table2["versions"])
     codes = {one["code"] for one in table2["warnings"]}
     assert {"random_encoder_weights", "few_tiles", "not_the_protocol"} <= codes
+    said = [one["message"] for one in table2["warnings"] if one["code"].startswith("metric_")]
+    (line,) = (one for one in said if "not linear in 1/N" in one)
+    assert line.startswith("Fréchet distance at infinitely many images: the smallest subset has 6")
+    assert "Reconstructed" not in line  # whose line no table shows
+    assert line in " ".join(Page(render(table2)).text)
+    assert line in markdown(table2)
     (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
     groups = cell["results"]["groups"]
     assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
