@@ -40,6 +40,7 @@ from evaluate.protocols.plan import all_images, plan_cells, vae_key
 from evaluate.protocols.run import missing, run_protocol
 from evaluate.protocols.standing import given_deviations
 from evaluate.protocols.store import ResultStore
+from evaluate.protocols.tables import quantity_table, variability
 from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
@@ -373,6 +374,51 @@ def test_table_5_has_each_kind_of_width(world: Path) -> None:
     assert corrected["spread"] == pytest.approx(np.sqrt(2) * drawn["spread"])
     assert {"cluster bootstrap by slide", "cluster bootstrap by patient"} <= set(rows)
     assert rows["seeds of the sampler"]["n"] == {"seeds": 3}
+
+
+def distance_cell(label: str, value: float, **more: Any) -> dict[str, Any]:
+    """A model's cell that holds a Fréchet distance alone."""
+    frechet = {"value": value, "noise_floor": more.pop("floor", 0.5), "n_real": 9, "widths": {},
+               "n_generated": 9}  # fmt: skip
+    cell = {"label": label, "kind": "model", "encoder": "uni2-h", "column": "val-in", "note": "",
+            "point": {}, "basis": {"n_generated": 9}}  # fmt: skip
+    return {**cell, "results": {"frechet_distance": frechet}, **more}
+
+
+def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
+    protocol = load("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    grid = [(label, steps, seed) for label in ("A", "B") for steps in (20, 50) for seed in (0, 1)]
+    found = variability(
+        protocol,
+        [
+            distance_cell(label, 100 * (label == "B") + steps + seed, point={"steps": steps,
+                          "seed": seed})
+            for label, steps, seed in grid
+        ],
+    )  # fmt: skip
+    entries = {row["label"]: row["cells"]["uni2-h/val-in"] for row in found["rows"]}
+    assert list(entries) == [
+        f"{label}, {steps} steps: seeds of the sampler" for label in "AB" for steps in (20, 50)
+    ]
+    assert [entry["spread"] for entry in entries.values()] == pytest.approx([np.sqrt(0.5)] * 4)
+    assert {entry["n"]["seeds"] for entry in entries.values()} == {2}
+
+
+def test_a_floor_of_each_row_stands_by_itself() -> None:
+    protocol = load("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+
+    def controls(*floors: float) -> dict[str, float]:
+        cells = [distance_cell(f"row {i}", 2.0, floor=floor) for i, floor in enumerate(floors)]
+        rows = quantity_table(protocol, "fd", cells)["rows"]
+        return {
+            row["label"]: row["cells"]["uni2-h/val-in"]["value"]
+            for row in rows
+            if row["kind"] == "control"
+        }
+
+    name = "Noise floor of these sizes (closed form)"
+    assert controls(0.5, 0.7) == {f"{name}: row 0": 0.5, f"{name}: row 1": 0.7}
+    assert controls(0.5, 0.5) == {name: 0.5}
 
 
 def test_published_values_stand_beside_ours_only_where_nothing_deviates(
