@@ -174,18 +174,19 @@ class Measurer:
     def _control(self, cell: Cell) -> dict[str, Any]:
         opened = self.side(cell.real, cell.encoder)
         side, settings = opened.side, self._protocol.settings
-        slides = side.own_slides
+        slides = labels = side.own_slides
+        if cell.control == "floor-patient":
+            labels = slide_attribute(side.dataset, slides, "patient")
 
         def compute() -> Any:
             if cell.control == "floor-tile":
                 return real_halves(side, settings)
             if cell.control == "neighbour":
                 return neighbour_cosines(side.features, slides, seed=settings.seed)
-            patients = slide_attribute(side.dataset, slides, "patient")
-            return halves_by_label(side.features, patients, settings)
+            return halves_by_label(side.features, labels, settings)
 
         inputs = {"metric": cell.control, "sides": {"real": opened.sum},
-                  "seed": settings.seed, "clusters": digest(slides)}  # fmt: skip
+                  "seed": settings.seed, "clusters": digest(labels)}  # fmt: skip
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
         found = self._store.get(inputs, compute) or {}

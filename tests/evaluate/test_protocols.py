@@ -45,7 +45,14 @@ from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
 from model.errors import UserError
-from pipeline.dataset import Dataset, claim_identity, make_selection
+from pipeline.dataset import (
+    Dataset,
+    claim_identity,
+    make_selection,
+    new_run_id,
+    read_slides,
+    write_slides,
+)
 
 ENCODERS = ("h-optimus-0", "uni2-h")
 
@@ -536,6 +543,22 @@ def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_pa
         floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
         found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
         assert found == [k] * 4
+
+
+def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: Path) -> None:
+    real = Dataset(shutil.copytree(world / "real", tmp_path / "real"))
+    protocol = toy(world, "table2", "encoders=[uni2-h]", f"dataset={real.root}")
+    (cell,) = (one for one in plan_cells(protocol) if one.control == "floor-patient"
+               and one.column == "val-out")  # fmt: skip
+
+    def measured() -> dict[str, Any]:
+        store = ResultStore(tmp_path / "cells")
+        return Measurer(protocol, Workshop(protocol), store).measure(cell)
+
+    assert measured()["labels"] == 4
+    slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
+    write_slides(real, new_run_id(), slides)
+    assert measured()["labels"] == 8
 
 
 def test_groups_are_measured_apart() -> None:
