@@ -45,6 +45,14 @@ class Settings:
     kid_subsets: int = 100
     kid_subset_size: int = 1000
 
+    def __post_init__(self) -> None:
+        """Refuse, before anything is read, what no metric takes."""
+        for seed in (self.seed, *self.fld_seeds):
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed is {seed}; expected a whole number from 0 to 4294967295")
+        if self.draws < 0 or self.k < 1:
+            raise UserError(f"draws is {self.draws} and k is {self.k}; expected at least 0 and 1")
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -45,7 +45,7 @@ def halves_by_label(
     settings = settings or Settings()
     splits = []
     for number in range(_SPLITS if len(features) <= _SPLIT_ROWS else 1):
-        first = split_in_halves(labels, settings.seed + number)
+        first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
         splits.append(set_metrics(features[first], features[~first], settings))

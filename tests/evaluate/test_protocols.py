@@ -130,11 +130,22 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
         (["leave_out=[dalle]"], "no model 'dalle'"),
         (["count=3"], "expected 8 tiles or more"),
         (["generations.from-guidance.model=other"], "no model 'other'"),
+        (["generations.from-guidance.steps=[20"], "steps=[20: not a YAML value"),
+        (["settings.fld_seeds=[0"], "settings: fld_seeds=[0: not a YAML value"),
+        (["settings.seed=-1"], "seed is -1; expected a whole number from 0"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load("table2", None, overrides)
+
+
+@pytest.mark.parametrize("generated", ["from-{col}", "from-{0}", "from-{", "{column.x}"])
+def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f'rows: [{{label: Ours, generated: "{generated}"}}]')
+    with pytest.raises(UserError, match=r"row 'Ours': generated is .* only \{column\} may stand"):
+        load("table2", file)
 
 
 def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
