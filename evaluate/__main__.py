@@ -76,6 +76,9 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     it.add_argument("--draws", type=int, default=50, help="resamples for the widths; 0 is none")
     it.add_argument("--seed", type=int, default=0, help="of all random draws")
+    it.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="computes distances"
+    )
     it.add_argument("--out", type=Path, default=Path("results.json"), help="results file")
 
 
@@ -124,10 +127,12 @@ def _figure(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> int:
     from evaluate.battery import Settings
     from evaluate.measure import Side, measure
+    from evaluate.processes import choose_device
     from evaluate.results import write_results
     from pipeline.dataset import open_dataset
 
     settings = Settings(draws=options.draws, seed=options.seed)
+    device = choose_device(options.device).type
     chosen = {"view": options.view, "tile_px": options.tile_px}
     real = Side.open(options.real, options.real_selection, options.encoder, like=None, **chosen)
     generated = Side.open(
@@ -138,7 +143,7 @@ def _measure(options: argparse.Namespace) -> int:
     if options.train_selection:
         root = options.guidance or options.real
         train = Side.open(root, options.train_selection, options.encoder, like=real, **chosen)
-    results = measure(real, generated, guidance, train=train, settings=settings)
+    results = measure(real, generated, guidance, train=train, settings=settings, device=device)
     write_results(options.out, results)
     for one in results["warnings"]:
         say(f"warning: {one['message']}")

@@ -52,6 +52,7 @@ def measure(
     *,
     train: Side | None = None,
     settings: Settings | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Compare a generated selection with a real one; returns results.json as a dictionary.
 
@@ -59,7 +60,8 @@ def measure(
     kernel and the sliced distance over the two sets; the cosine of each generated tile to its
     own source tile, which is read from `guidance` (None: the real dataset); and with `train`,
     the tiles that the model was trained on, the feature likelihood divergence, `real` being
-    what it is tested on. Raises `UserError` with fewer than 8 tiles a side.
+    what it is tested on. `device` computes the distances of precision, recall and that divergence.
+    Raises `UserError` with fewer than 8 tiles a side.
     """
     started = time.monotonic()
     settings = settings or Settings()
@@ -71,12 +73,12 @@ def measure(
             )
     identity = read_identity(generated.dataset)
     sources, reason = _paired_sources(generated, real, guidance or real.dataset)
-    pair = make_pair(real, generated, guidance or real.dataset, sources, train)
+    pair = make_pair(real, generated, guidance or real.dataset, sources, train, device)
     names = [*_SET_METRICS, *(["feature_likelihood"] if train is not None else [])]
     names += ["cosine_similarity"] if sources is not None else []
     metrics: dict[str, Any] = {"cosine_similarity": None, "feature_likelihood": None}
     metrics |= run_battery(pair, names, settings)
-    halves = real_halves(real, settings)
+    halves = real_halves(real, settings, device)
     described = {"real": real.described(), "generated": generated.described()}
     warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
     warnings += [warning("no_cosine", reason)] if reason else []
@@ -103,7 +105,12 @@ _SET_METRICS = ("frechet_distance", "precision_recall", "kernel_distance", "slic
 
 
 def make_pair(
-    real: Side, generated: Side, guidance: Dataset, sources: Features | None, train: Side | None
+    real: Side,
+    generated: Side,
+    guidance: Dataset,
+    sources: Features | None,
+    train: Side | None,
+    device: str = "cpu",
 ) -> Pair:
     """Two sides as features with the slides and patients of their rows."""
     slides = generated.slides()
@@ -115,6 +122,7 @@ def make_pair(
         real_clusters=clusters(real.dataset, real.own_slides),
         train=None if train is None else train.features,
         sources=sources,
+        device=device,
     )
 
 
@@ -134,7 +142,9 @@ def _paired_sources(
     return source_features(generated, store)
 
 
-def real_halves(real: Side, settings: Settings | None = None) -> dict[str, Any] | None:
+def real_halves(
+    real: Side, settings: Settings | None = None, device: str = "cpu"
+) -> dict[str, Any] | None:
     """The same metrics, by the same settings, between two disjoint random halves of the real tiles.
 
     This is what a perfect generator would reach with half as many tiles a side. One split of few
@@ -149,7 +159,10 @@ def real_halves(real: Side, settings: Settings | None = None) -> dict[str, Any] 
     random = np.random.default_rng(int(real.selection.content_hash[:16], 16))
     orders = [random.permutation(count) for _ in range(_SPLITS if count <= _SPLIT_ROWS else 1)]
     splits = [
-        set_metrics(real.features[order[:half]], real.features[order[half : 2 * half]], settings)
+        set_metrics(
+            Pair(real.features[order[:half]], real.features[order[half : 2 * half]], device=device),
+            settings,
+        )
         for order in orders
     ]
     return {
@@ -163,17 +176,17 @@ def least_rows(settings: Settings) -> int:
     return max(_MIN_ROWS, settings.k + 1)
 
 
-def set_metrics(real: Features, generated: Features, settings: Settings) -> dict[str, Any]:
+def set_metrics(pair: Pair, settings: Settings) -> dict[str, Any]:
     """Fréchet distance and precision, recall of two sets of features [n, d] and [m, d].
 
     By the settings of the rows that they are read against: precision and recall depend on k.
     """
     distance = frechet_distance(
-        real, generated, max_generated=settings.max_generated, seed=settings.seed
+        pair.real, pair.generated, max_generated=settings.max_generated, seed=settings.seed
     )
     return {
         "frechet_distance": plain(distance),
-        "precision_recall": manifold(Pair(real, generated), settings),
+        "precision_recall": manifold(pair, settings),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.battery import Settings, histogram
+from evaluate.battery import Pair, Settings, histogram
 from evaluate.measure import least_rows, mean_of_results, set_metrics
 from evaluate.metrics import cosine_similarity, frechet_distance
 
@@ -34,7 +34,7 @@ def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def halves_by_label(
-    features: Features, labels: Labels, settings: Settings | None = None
+    features: Features, labels: Labels, settings: Settings | None = None, device: str = "cpu"
 ) -> dict[str, Any] | None:
     """Fréchet distance and precision, recall between halves that share no label.
 
@@ -48,7 +48,7 @@ def halves_by_label(
         first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
-        splits.append(set_metrics(features[first], features[~first], settings))
+        splits.append(set_metrics(Pair(features[first], features[~first], device=device), settings))
     merged = {metric: mean_of_results([one[metric] for one in splits]) for metric in splits[0]}
     return {"splits": len(splits), "labels": len(np.unique(labels)), **merged}
 

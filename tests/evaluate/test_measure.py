@@ -10,11 +10,17 @@ import pytest
 from evaluate_data import PX, RECORD, make_synthetic, random_features, write_features
 from PIL import Image
 
+from evaluate import battery
 from evaluate.battery import Settings
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, blockiness_warnings, measure, real_halves
 from evaluate.metric_warnings import metric_warnings
-from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
+from evaluate.metrics import (
+    cosine_similarity,
+    feature_likelihood_divergence,
+    frechet_distance,
+    precision_recall,
+)
 from evaluate.metrics.blockiness import blockiness
 from evaluate.report.images import tile_pairs
 from evaluate.report.page import all_warnings
@@ -291,6 +297,28 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
     assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
     with pytest.raises(ValueError, match="32 px or more"):
         blockiness(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_distances_are_computed_on_the_device_that_was_asked_for(
+    real: Dataset, synthetic: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def on_a_cpu(metric: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*rows: Any, device: str, **more: Any) -> Any:
+            asked.append((metric.__name__, device))
+            return metric(*rows, **more)
+
+        return call
+
+    for metric in (precision_recall, feature_likelihood_divergence):
+        monkeypatch.setattr(battery, metric.__name__, on_a_cpu(metric))
+    first, second = sides(real, synthetic)
+    settings = Settings(draws=0, fld_seeds=(0,))
+    measure(first, second, train=first, settings=settings, device="cuda")
+    assert {device for _, device in asked} == {"cuda"}
+    assert [name for name, _ in asked].count("feature_likelihood_divergence") == 1
+    assert len(asked) == 1 + 1 + 8  # and both halves of eight floors
 
 
 def test_a_metrics_sentence_is_said_once_with_its_places() -> None:

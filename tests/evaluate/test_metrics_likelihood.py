@@ -108,6 +108,17 @@ def test_a_full_temporary_disk_is_one_line_and_no_signal(monkeypatch, dtype):
     assert ("settings.fld_dtype=float32" in str(error.value)) == (dtype == "float64")
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_value_but_for_rounding():
+    sets = clouds(400, 300, 200, 16)
+    cpu, gpu = (
+        feature_likelihood_divergence(*sets, seeds=(0,), device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.value == pytest.approx(cpu.value, abs=1e-3)
+    assert gpu.memorisation == pytest.approx(cpu.memorisation, abs=1e-3)
+
+
 def test_distances_from_the_mean_are_the_same_in_blocks(monkeypatch):
     rows = torch.from_numpy(np.random.default_rng(0).normal(2, 1, (101, 9)))
     monkeypatch.setattr(mixture, "_CHUNK_BYTES", 7 * 9 * 8)

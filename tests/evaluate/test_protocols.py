@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluate_data import random_features
 from protocol_data import (
     COUNT,
@@ -26,6 +27,7 @@ from test_report import Page
 
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
 from evaluate.protocols.config import load, names
@@ -570,6 +572,36 @@ def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: 
     slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
     write_slides(real, new_run_id(), slides)
     assert measured()["labels"] == 8
+
+
+def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h]")
+    (cell,) = (one for one in plan_cells(protocol) if one.label == "Guidance tiles"
+               and one.column == "val-out")  # fmt: skip
+    names = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(cells_module, "choose_device", lambda _, d=device: torch.device(d))
+        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path))
+        opened = measurer._open(cell)
+        pair = measurer._pair(cell, opened)
+        assert pair.device == device
+        names[device] = [
+            measurer._inputs(metric, pair, opened, protocol.settings)
+            for metric in ("precision_recall", "feature_likelihood")
+        ]
+    assert names["cpu"][0] == names["cuda"][0]
+    assert names["cpu"][1] | {"device": "cuda"} == names["cuda"][1]
+
+
+def test_a_protocols_images_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", "")
+    monkeypatch.delenv("MKL_CBWR")
+    assert main(["protocol", "list"]) == 0
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
 
 
 def test_groups_are_measured_apart() -> None:
