@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from evaluate.figures.options import add_figure_options
 from evaluate.generate.options import add_generate_options
 from evaluate.protocols.command import add_protocol_options
 from model.errors import UserError
-from pipeline.console import EXIT_OK, format_bytes, format_seconds, run_door, say
+from pipeline.console import EXIT_OK, EXIT_USAGE, format_bytes, format_seconds, run_door, say
 
 _WIDE = argparse.ArgumentDefaultsHelpFormatter
 
@@ -75,6 +76,9 @@ def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     it.add_argument("--draws", type=int, default=50, help="resamples for the widths; 0 is none")
     it.add_argument("--seed", type=int, default=0, help="of all random draws")
+    it.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="computes distances"
+    )
     it.add_argument("--out", type=Path, default=Path("results.json"), help="results file")
 
 
@@ -123,9 +127,12 @@ def _figure(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> int:
     from evaluate.battery import Settings
     from evaluate.measure import Side, measure
+    from evaluate.processes import choose_device
     from evaluate.results import write_results
     from pipeline.dataset import open_dataset
 
+    settings = Settings(draws=options.draws, seed=options.seed)
+    device = choose_device(options.device).type
     chosen = {"view": options.view, "tile_px": options.tile_px}
     real = Side.open(options.real, options.real_selection, options.encoder, like=None, **chosen)
     generated = Side.open(
@@ -136,8 +143,7 @@ def _measure(options: argparse.Namespace) -> int:
     if options.train_selection:
         root = options.guidance or options.real
         train = Side.open(root, options.train_selection, options.encoder, like=real, **chosen)
-    settings = Settings(draws=options.draws, seed=options.seed)
-    results = measure(real, generated, guidance, train=train, settings=settings)
+    results = measure(real, generated, guidance, train=train, settings=settings, device=device)
     write_results(options.out, results)
     for one in results["warnings"]:
         say(f"warning: {one['message']}")
@@ -201,11 +207,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _refuse_many_processes(command: str) -> None:
+    """Every process of a `torchrun` would do all the work and write the same files.
+
+    The first one says so, for all: the others leave silently.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise SystemExit(EXIT_USAGE)
+    more = ": only its --generate is shared among processes" if command == "protocol" else ""
+    raise UserError(f"`evaluate {command}` runs in one process, not in {size}{more}; call it "
+                    "without torchrun")  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(given)
     options.arguments = given
+    if options.command != "generate" and not getattr(options, "generate", None):
+        _refuse_many_processes(options.command)
     for name in ("steps", "batch", "variations", "limit", "count", "rows", "columns"):
         value = getattr(options, name, None)
         if value is not None and value < 1:

@@ -45,13 +45,23 @@ class Settings:
     kid_subsets: int = 100
     kid_subset_size: int = 1000
 
+    def __post_init__(self) -> None:
+        """Refuse, before anything is read, what no metric takes."""
+        for seed in (self.seed, *self.fld_seeds):
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed is {seed}; expected a whole number from 0 to 4294967295")
+        if self.draws < 0 or self.k < 1:
+            raise UserError(f"draws is {self.draws} and k is {self.k}; expected at least 0 and 1")
+
 
 @dataclass(frozen=True)
 class Pair:
     """Two feature sets with what some metrics also need.
 
     `clusters` and `real_clusters` name labels of the rows by kind ("slide", "patient");
-    `train` is what a model was trained on, `sources` the source of each generated row.
+    `train` is what a model was trained on, `sources` the source of each generated row. `device`
+    is where distances are computed: precision and recall do not depend on it, FLD by rounding
+    alone. It is no setting, so that results are not named by the machine that made them.
     """
 
     real: Features
@@ -60,6 +70,7 @@ class Pair:
     real_clusters: dict[str, Labels] | None = None
     train: Features | None = None
     sources: Features | None = None
+    device: str = "cpu"
 
 
 def frechet(pair: Pair, settings: Settings) -> dict[str, Any]:
@@ -112,7 +123,8 @@ def _infinity(pair: Pair, settings: Settings) -> dict[str, Any] | None:
 def manifold(pair: Pair, settings: Settings) -> dict[str, Any]:
     """Precision, recall, density, coverage, authenticity."""
     most = min(len(pair.real), len(pair.generated)) - 1
-    return plain(precision_recall(pair.real, pair.generated, k=min(settings.k, most)))
+    found = precision_recall(pair.real, pair.generated, k=min(settings.k, most), device=pair.device)
+    return plain(found)
 
 
 def likelihood(
@@ -127,6 +139,7 @@ def likelihood(
         dtype="float32" if settings.fld_dtype == "float32" else "float64",
         max_generated=settings.fld_max_generated,
         baseline=baseline,
+        device=pair.device,
     )  # fmt: skip
     return plain(found) | {"baseline": _plain_baseline(found.baseline)}
 

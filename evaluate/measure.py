@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.battery import Pair, Settings, plain, run_battery
-from evaluate.metrics import frechet_distance, precision_recall
+from evaluate.battery import Pair, Settings, manifold, plain, run_battery
+from evaluate.metric_warnings import metric_warnings
+from evaluate.metrics import frechet_distance
 from evaluate.results import SCHEMA_VERSION, hardware, warning
 from evaluate.sides import (
     ENCODER_KEYS,
@@ -51,6 +52,7 @@ def measure(
     *,
     train: Side | None = None,
     settings: Settings | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Compare a generated selection with a real one; returns results.json as a dictionary.
 
@@ -58,7 +60,8 @@ def measure(
     kernel and the sliced distance over the two sets; the cosine of each generated tile to its
     own source tile, which is read from `guidance` (None: the real dataset); and with `train`,
     the tiles that the model was trained on, the feature likelihood divergence, `real` being
-    what it is tested on. Raises `UserError` with fewer than 8 tiles a side.
+    what it is tested on. `device` computes the distances of precision, recall and that divergence.
+    Raises `UserError` with fewer than 8 tiles a side.
     """
     started = time.monotonic()
     settings = settings or Settings()
@@ -70,11 +73,16 @@ def measure(
             )
     identity = read_identity(generated.dataset)
     sources, reason = _paired_sources(generated, real, guidance or real.dataset)
-    pair = make_pair(real, generated, guidance or real.dataset, sources, train)
+    pair = make_pair(real, generated, guidance or real.dataset, sources, train, device)
     names = [*_SET_METRICS, *(["feature_likelihood"] if train is not None else [])]
     names += ["cosine_similarity"] if sources is not None else []
-    metrics = {"cosine_similarity": None, "feature_likelihood": None}
+    metrics: dict[str, Any] = {"cosine_similarity": None, "feature_likelihood": None}
+    metrics |= run_battery(pair, names, settings)
+    halves = real_halves(real, settings, device)
     described = {"real": real.described(), "generated": generated.described()}
+    warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
+    warnings += [warning("no_cosine", reason)] if reason else []
+    doubts = [("", metrics), ("real halves", halves or {})]
     return {
         "schema_version": SCHEMA_VERSION,
         "real": described["real"],
@@ -84,11 +92,9 @@ def measure(
         "sampler": {key: identity.get(key) for key in _SAMPLER_KEYS},
         "encoder": real.store.record,
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
-        "metrics": metrics | run_battery(pair, names, settings),
-        "references": {"real_vs_real": real_halves(real)},
-        "warnings": set_warnings(real, generated, identity)
-        + blockiness_warnings(described)
-        + ([warning("no_cosine", reason)] if reason else []),
+        "metrics": metrics,
+        "references": {"real_vs_real": halves},
+        "warnings": warnings + metric_warnings(doubts, warnings),
         "seconds": round(time.monotonic() - started, 3),
         "versions": software_versions("torch", "numpy", "scipy"),
         "hardware": hardware(),
@@ -99,7 +105,12 @@ _SET_METRICS = ("frechet_distance", "precision_recall", "kernel_distance", "slic
 
 
 def make_pair(
-    real: Side, generated: Side, guidance: Dataset, sources: Features | None, train: Side | None
+    real: Side,
+    generated: Side,
+    guidance: Dataset,
+    sources: Features | None,
+    train: Side | None,
+    device: str = "cpu",
 ) -> Pair:
     """Two sides as features with the slides and patients of their rows."""
     slides = generated.slides()
@@ -111,6 +122,7 @@ def make_pair(
         real_clusters=clusters(real.dataset, real.own_slides),
         train=None if train is None else train.features,
         sources=sources,
+        device=device,
     )
 
 
@@ -130,21 +142,27 @@ def _paired_sources(
     return source_features(generated, store)
 
 
-def real_halves(real: Side) -> dict[str, Any] | None:
-    """The same metrics between two disjoint random halves of the real tiles.
+def real_halves(
+    real: Side, settings: Settings | None = None, device: str = "cpu"
+) -> dict[str, Any] | None:
+    """The same metrics, by the same settings, between two disjoint random halves of the real tiles.
 
     This is what a perfect generator would reach with half as many tiles a side. One split of few
     tiles says little, so the numbers are means over 8 splits where there are at most 4,096 tiles.
-    None with fewer than 16 tiles.
+    None with fewer than 16 tiles, or where a half has no k neighbours.
     """
+    settings = settings or Settings()
     count = len(real.features)
     half = count // 2
-    if half < _MIN_ROWS:
+    if half < least_rows(settings):
         return None
     random = np.random.default_rng(int(real.selection.content_hash[:16], 16))
     orders = [random.permutation(count) for _ in range(_SPLITS if count <= _SPLIT_ROWS else 1)]
     splits = [
-        set_metrics(real.features[order[:half]], real.features[order[half : 2 * half]])
+        set_metrics(
+            Pair(real.features[order[:half]], real.features[order[half : 2 * half]], device=device),
+            settings,
+        )
         for order in orders
     ]
     return {
@@ -153,11 +171,22 @@ def real_halves(real: Side) -> dict[str, Any] | None:
     }
 
 
-def set_metrics(real: Features, generated: Features) -> dict[str, Any]:
-    """Fréchet distance and precision, recall of two sets of features [n, d] and [m, d]."""
+def least_rows(settings: Settings) -> int:
+    """Rows that each half of a floor needs: `manifold` would take a smaller k of fewer."""
+    return max(_MIN_ROWS, settings.k + 1)
+
+
+def set_metrics(pair: Pair, settings: Settings) -> dict[str, Any]:
+    """Fréchet distance and precision, recall of two sets of features [n, d] and [m, d].
+
+    By the settings of the rows that they are read against: precision and recall depend on k.
+    """
+    distance = frechet_distance(
+        pair.real, pair.generated, max_generated=settings.max_generated, seed=settings.seed
+    )
     return {
-        "frechet_distance": plain(frechet_distance(real, generated)),
-        "precision_recall": plain(precision_recall(real, generated)),
+        "frechet_distance": plain(distance),
+        "precision_recall": manifold(pair, settings),
     }
 
 
@@ -198,8 +227,22 @@ def set_warnings(real: Side, generated: Side, identity: dict[str, Any]) -> list[
                 "singular, the Fréchet distance is mostly the bias of a small sample",
             )
         )
+    return found + model_warnings(identity)
+
+
+def model_warnings(identity: dict[str, Any]) -> list[dict[str, str]]:
+    """What the synthetic dataset's identity says against the model that made it."""
+    found = []
+    if identity.get("model_encoder_random"):
+        message = (
+            "the images were made by a model that learned from an encoder with random weights: "
+            "what it learned has no biological meaning"
+        )
+        found.append(warning("random_training_encoder", message))
     if identity.get("forced_guidance"):
         found.append(warning("forced_guidance", str(identity["forced_guidance"])))
+    if identity.get("generator_note"):
+        found.append(warning("untested", str(identity["generator_note"])))
     return found
 
 

@@ -20,7 +20,8 @@ Schema 2, one JSON object:
     references       real_vs_real: Fréchet distance, precision and recall between two disjoint
                      random halves of the real tiles, means over `splits` such; null where the
                      tiles are too few
-    warnings         a list of {code, message}; codes are stable, messages are for people
+    warnings         a list of {code, message}; codes are stable, messages are for people; what a
+                     metric says against its own value has the code metric_<its name>
     seconds, versions, hardware
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from evaluate.generate.guidance import foreign_guidance
 from evaluate.provenance import dataset_tile_px, tile_provenance
 from model.errors import UserError
 from pipeline.dataset import (
@@ -185,6 +186,9 @@ def source_features(generated: Side, store: FeatureStore) -> tuple[Features | No
     sources = generated.sources
     if sources is None:
         return None, "the tiles were generated without guidance: no cosine to a source tile"
+    foreign = foreign_guidance(generated.dataset, store.dataset)
+    if foreign:
+        return None, f"no cosine to source tiles: {foreign}"
     rows = np.empty((len(sources.slides), generated.features.shape[1]), np.float32)
     try:
         for name in np.unique(sources.slides):

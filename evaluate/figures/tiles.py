@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluate.generate.conditions import CONDITIONS_FILE
+from evaluate.generate.guidance import foreign_guidance
 from evaluate.generate.plan import IMAGES_A_SLIDE, pseudo_slide_id
 from evaluate.generate.write import GUIDANCE_DIR, SELECTION_NAME
 from model.errors import UserError
@@ -78,6 +79,9 @@ class Synthetic:
             raise UserError(f"{self.dataset.root}: its images are guided by no tile")
         if self.guidance is None:
             raise UserError("the real tiles are in another dataset: give --guidance DATASET")
+        foreign = foreign_guidance(self.dataset, self.guidance)
+        if foreign:
+            raise UserError(foreign)
         store = TileStore(self.guidance, int(identity_value(self.guidance, "tile_px")))
         return store.read(row["source_slide_id"], [row["source_rank"]])[0]
 

@@ -12,6 +12,7 @@ from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
     Selection,
+    fingerprint,
     identity_value,
     read_identity,
     read_selection,
@@ -20,6 +21,29 @@ from pipeline.features import FeatureStore
 
 _MPP_SLACK = 0.02
 _ENCODER_KEYS = ("encoder", "weights_sha256")
+GUIDING_MARK = "guidance_dataset_fingerprint"
+"""Where a synthetic dataset's identity says whose tiles guided; older ones have no such key."""
+
+
+def guiding_mark(dataset: Dataset) -> str:
+    """What names a dataset whose tiles guide: the fingerprint of its identity section.
+
+    A selection's sum is of slides and ranks, and which tile a rank is depends on the dataset's
+    seed, grid, detector and resolution.
+    """
+    return fingerprint(**read_identity(dataset))
+
+
+def foreign_guidance(synthetic: Dataset, guidance: Dataset) -> str:
+    """Why a dataset's tiles are not those that guided the images; "" where they may be."""
+    mark = read_identity(synthetic).get(GUIDING_MARK)
+    if mark is None or mark == guiding_mark(guidance):
+        return ""
+    return (
+        f"the images in {synthetic.root} were guided by tiles of another dataset than "
+        f"{guidance.root}: its grid, seed, detector or resolution is another, so the same rank is "
+        "another tile; give the dataset that guided"
+    )
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,7 @@ class SelectionGuidance:
         return {
             "guidance": "selection",
             "guidance_selection_sha256": self.selection.content_hash,
+            GUIDING_MARK: guiding_mark(self.dataset),
             "guidance_encoder": record["encoder"],
             "guidance_encoder_sha256": record["weights_sha256"],
             "guidance_compute_dtype": record.get("compute_dtype"),

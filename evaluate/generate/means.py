@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluate.generate.conditions import Condition, ConditionGuidance
-from evaluate.generate.guidance import SelectionGuidance
+from evaluate.generate.guidance import GUIDING_MARK, SelectionGuidance, guiding_mark
 
 MeanOver = Literal["all", "slide"]
 
@@ -37,6 +37,7 @@ def mean_guidance(selection: SelectionGuidance, over: MeanOver) -> ConditionGuid
         what={
             "guidance": f"mean of {over}",
             "guidance_selection_sha256": selection.selection.content_hash,
+            GUIDING_MARK: guiding_mark(selection.dataset),
         },
     )
 

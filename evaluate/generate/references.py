@@ -32,18 +32,26 @@ def read_image(path: Path, wanted: Wanted) -> Tile:
     """An image file as RGB uint8 [px, px, 3]; refused where it is not the model's tile size."""
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            _check_size(path, image.size, wanted)  # before a slide-sized one is decoded
+            return np.array(image.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"image {path} is far larger than a tile of {wanted.tile_px} px ({error}); give tiles "
+            "of a slide by --slide FILE --at x,y"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"image {path}: not a readable image ({error})") from error
-    height, width = pixels.shape[:2]
+
+
+def _check_size(path: Path, size: tuple[int, int], wanted: Wanted) -> None:
+    width, height = size
     if (width, height) != (wanted.tile_px, wanted.tile_px):
         raise UserError(
             f"image {path} is {width} x {height} px, the model's tiles are {wanted.tile_px} x "
             f"{wanted.tile_px}; cut it at that size, at the model's resolution, without resizing"
         )
-    return pixels
 
 
 def check_image_mpp(given: float | None, wanted: Wanted, *, force: bool) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.generate.guidance import Guidance
+from evaluate.generate.guidance import GUIDING_MARK, Guidance
 from evaluate.generate.plan import (
     Unit,
     micro_batches,
@@ -36,6 +36,7 @@ from pipeline.dataset import (
     claim_identity,
     encode_png,
     fingerprint,
+    read_identity,
     software_versions,
 )
 
@@ -82,7 +83,7 @@ def generate(
     `UserError` where the dataset at `request.out` was made with other values.
     """
     dataset = Dataset(request.out)
-    claims = identity_claims(generator, guidance, request)
+    claims = _as_begun(dataset, identity_claims(generator, guidance, request))
     mark = fingerprint(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
@@ -114,6 +115,16 @@ def identity_claims(generator: Generator, guidance: Guidance, request: Request) 
         **generator.identity(),
         **forced,
     }
+
+
+def _as_begun(dataset: Dataset, claims: dict[str, Any]) -> dict[str, Any]:
+    """Without the guiding dataset's mark where the images were begun before it was recorded.
+
+    They go on as they are: nothing says which dataset guided them.
+    """
+    if not dataset.identity_file.exists() or GUIDING_MARK in read_identity(dataset):
+        return claims
+    return {key: value for key, value in claims.items() if key != GUIDING_MARK}
 
 
 def _prepare(

@@ -8,6 +8,7 @@ two matrix-vector products on exponentials that the loss needs anyway.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate.metrics.neighbours import exact_pairs
+from model.errors import UserError
 
 _LEARNING_RATE, _BETA1, _BETA2, _EPSILON = 0.5, 0.9, 0.999, 1e-8
 _EPOCHS, _BATCH_ROWS = 50, 10_000
@@ -45,7 +47,7 @@ class Mixture:
         self.nearest_squared = _column_minima(squared).to(centres.device)
         self.log_variances = _fit(
             squared,
-            _ORIGIN_SHRINK**2 * (fitted_to - fitted_to.mean(dim=0)).square().sum(dim=1),
+            _ORIGIN_SHRINK**2 * _squared_from_mean(fitted_to),
             ((self.nearest_squared + 1e-3) / centres.shape[1]).log(),
             centres.shape[1],
         )
@@ -132,10 +134,36 @@ def _all_squared_distances(rows: torch.Tensor, centres: torch.Tensor) -> torch.T
         squared = torch.empty(shape, dtype=rows.dtype, device=rows.device)
     else:
         number_type = np.float64 if rows.dtype == torch.float64 else np.float32
-        with tempfile.TemporaryFile() as file:
-            squared = torch.from_numpy(np.memmap(file, dtype=number_type, shape=shape))
+        squared = torch.from_numpy(_mapped(shape, np.dtype(number_type)))
     for block in _row_blocks(len(rows), len(centres), size):
         squared[block] = _squared_block(rows[block], centres)
+    return squared
+
+
+def _mapped(shape: tuple[int, int], number_type: np.dtype[np.floating]) -> NDArray[np.floating]:
+    """An array in an unnamed temporary file that holds all its bytes already.
+
+    A sparse file on a disk that fills up ends the process with SIGBUS, without a word.
+    Raises `UserError` where the disk has too little room.
+    """
+    size = shape[0] * shape[1] * number_type.itemsize
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype=number_type, shape=shape)
+    except OSError as error:
+        half = ", or halve it with settings.fld_dtype=float32" if number_type.itemsize > 4 else ""
+        raise UserError(
+            f"FLD needs {size / 2**30:.1f} GiB of temporary disk in {tempfile.gettempdir()} "
+            f"({error.strerror}); set TMPDIR to a folder with that much room{half}"
+        ) from error
+
+
+def _squared_from_mean(rows: torch.Tensor) -> torch.Tensor:
+    """``|x - mean|^2`` of each row ``[n]``; in blocks, so that no second ``[n, d]`` is made."""
+    mean, squared = rows.mean(dim=0), rows.new_empty(len(rows))
+    for block in _row_blocks(len(rows), rows.shape[1], rows.element_size()):
+        squared[block] = (rows[block] - mean).square_().sum(dim=1)
     return squared
 
 

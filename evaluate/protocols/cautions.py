@@ -1,12 +1,16 @@
 """What makes a protocol's numbers doubtful: warnings with stable codes, worst first."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from evaluate.measure import blockiness_warnings
+from evaluate.metric_warnings import metric_warnings
 from evaluate.protocols.config import Protocol
+from evaluate.protocols.tables import row_label
 from evaluate.results import warning
 
 _FEW_TILES = 1000
+_NO_LINE = {"infinity": None}
 
 
 def cautions(protocol: Protocol, results: dict[str, Any]) -> list[dict[str, str]]:
@@ -24,7 +28,22 @@ def cautions(protocol: Protocol, results: dict[str, Any]) -> list[dict[str, str]
         found.append(warning("no_ceiling", f"{message}: {', '.join(others)}"))
     for name in protocol.leave_out:
         found.append(warning("left_out", f"the rows of {name} were left out, as was asked"))
+    found += metric_warnings(_measured(results), found)
     return list({one["message"]: one for one in found}.values())
+
+
+def _measured(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, results by metric) of all that is shown."""
+    for cell in results.get("cells", []):
+        metrics = cell["results"]
+        if cell["kind"] == "control" and "frechet_distance" in metrics:
+            # The line through a control's distances is not shown.
+            metrics = metrics | {"frechet_distance": metrics["frechet_distance"] | _NO_LINE}
+        yield f"{row_label(cell)}, {cell['encoder']}, {cell['column']}", metrics
+    for search in results.get("memorisation", []):
+        for key in ("generated", "val_in"):
+            sentences = {"fld_gap": {"warnings": search["sets"][key]["warnings"]}}
+            yield f"{search['names'][key]}, {search['encoder']}", sentences
 
 
 def _random_warnings(results: dict[str, Any]) -> list[dict[str, str]]:

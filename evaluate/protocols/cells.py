@@ -11,6 +11,7 @@ import numpy as np
 from evaluate.battery import METRICS, Pair, Settings, likelihood
 from evaluate.measure import make_pair, real_halves
 from evaluate.metrics import LikelihoodBaseline
+from evaluate.processes import choose_device
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
@@ -39,6 +40,7 @@ class Measurer:
 
     def __init__(self, protocol: Protocol, workshop: Workshop, store: ResultStore) -> None:
         self._protocol, self._workshop, self._store = protocol, workshop, store
+        self._device = choose_device(protocol.device).type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
 
     def feature_store(self, seen: Seen, encoder: str) -> FeatureStore:
@@ -124,7 +126,7 @@ class Measurer:
             if sources is None:
                 raise UserError(f"{cell.label}, {cell.column}: {reason}")
         train = opened["train"].side if "train" in opened else None
-        return make_pair(real, generated, holder, sources, train)
+        return make_pair(real, generated, holder, sources, train, self._device)
 
     def _inputs(
         self, metric: str, pair: Pair, opened: dict[str, OpenSide], settings: Settings
@@ -133,7 +135,7 @@ class Measurer:
         labels = {**(pair.clusters or {})}
         real = {f"real {key}": value for key, value in (pair.real_clusters or {}).items()}
         clustered = metric == "frechet_distance" and settings.draws
-        return {
+        return self._rounding(metric) | {
             "metric": metric,
             "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
             "sides": {name: one.sum for name, one in opened.items()},
@@ -143,13 +145,18 @@ class Measurer:
             else {},
         }
 
+    def _rounding(self, metric: str) -> dict[str, Any]:
+        """The device, of FLD alone: the other metrics are the same numbers on all."""
+        likelihood = metric.startswith("feature_likelihood")
+        return {"device": self._device} if likelihood and self._device != "cpu" else {}
+
     def _likelihood(
         self, opened: dict[str, OpenSide]
     ) -> Callable[[Pair, Settings], dict[str, Any]]:
         """FLD with its baseline looked for first: it depends on the real sets alone."""
 
         def take(pair: Pair, settings: Settings) -> dict[str, Any]:
-            inputs = {
+            inputs = self._rounding("feature_likelihood") | {
                 "metric": "feature_likelihood baseline",
                 "sides": {name: opened[name].sum for name in ("real", "train")},
                 "n_generated": len(pair.generated),
@@ -173,19 +180,22 @@ class Measurer:
 
     def _control(self, cell: Cell) -> dict[str, Any]:
         opened = self.side(cell.real, cell.encoder)
-        side, seed = opened.side, self._protocol.settings.seed
-        slides = side.own_slides
+        side, settings = opened.side, self._protocol.settings
+        slides = labels = side.own_slides
+        if cell.control == "floor-patient":
+            labels = slide_attribute(side.dataset, slides, "patient")
 
         def compute() -> Any:
             if cell.control == "floor-tile":
-                return real_halves(side)
+                return real_halves(side, settings, self._device)
             if cell.control == "neighbour":
-                return neighbour_cosines(side.features, slides, seed=seed)
-            patients = slide_attribute(side.dataset, slides, "patient")
-            return halves_by_label(side.features, patients, seed=seed)
+                return neighbour_cosines(side.features, slides, seed=settings.seed)
+            return halves_by_label(side.features, labels, settings, self._device)
 
-        inputs = {"metric": cell.control, "sides": {"real": opened.sum}, "seed": seed,
-                  "clusters": digest(slides)}  # fmt: skip
+        inputs = {"metric": cell.control, "sides": {"real": opened.sum},
+                  "seed": settings.seed, "clusters": digest(labels)}  # fmt: skip
+        if cell.control != "neighbour":
+            inputs |= {"k": settings.k, "max_generated": settings.max_generated}
         found = self._store.get(inputs, compute) or {}
         return {"cosine_similarity": found} if cell.control == "neighbour" and found else found
 

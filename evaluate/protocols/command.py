@@ -22,8 +22,10 @@ def add_protocol_options(it: argparse.ArgumentParser) -> None:
 
 def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run `python -m evaluate protocol` with parsed options; returns the exit status."""
+    from evaluate.processes import same_sums_for_any_threads
     from evaluate.protocols.config import load, names
 
+    same_sums_for_any_threads()  # images that it makes are those of `generate`
     if options.name == "list":
         for name in names():
             say(f"{name:14} {load(name).title}")

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from evaluate.battery import METRICS, Settings
 from model.errors import UserError
+from pipeline.dataset.plain_yaml import load_yaml
 from train.typed import build, plain, read_yaml, with_overrides
 
 HERE = Path(__file__).parent
@@ -63,7 +62,8 @@ class GenerationSpec:
 
     `steps`, `solver` and `seed` are lists; more than one value makes a dataset for each point of
     their grid. `guidance_view` and `guidance_px` say how the guiding tiles were seen. `dataset`
-    names a synthetic dataset that exists already instead.
+    names a synthetic dataset that exists already instead; how it was made is compared with
+    the rest, and each difference is a deviation.
     """
 
     model: str = "model"
@@ -232,7 +232,10 @@ def _listed(cls: type, key: str, value: Any) -> Any:
     kind = {one.name: str(one.type) for one in fields(cls)}.get(key, "")
     if not kind.startswith("tuple["):
         return value
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        parsed = load_yaml(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{key}={value}: not a YAML value: {error}") from None
     return parsed if isinstance(parsed, list) else [parsed]
 
 
@@ -244,10 +247,16 @@ def _check(protocol: Protocol) -> None:
         _known(one.model, protocol.models, f"generations.{name}.model", "model")
         if one.guidance:
             _known(one.guidance, protocol.sets, f"generations.{name}.guidance", "set")
+        swept = [key for key in ("steps", "solver", "seed") if len(getattr(one, key)) > 1]
+        if one.dataset and swept:
+            raise UserError(
+                f"generations.{name}.dataset is one set of images, {swept[0]} has "
+                f"{len(getattr(one, swept[0]))} values; name the one that they were made with"
+            )
     either = {**protocol.sets, **protocol.generations}
     for row in protocol.rows:
         for column in protocol.columns:
-            name = row.generated.format(column=column)
+            name = _filled(row, column)
             _known(name, either, f"row '{row.label}'", "set or generation")
         for metric in row.metrics:
             _known(metric, METRICS, f"row '{row.label}'", "metric")
@@ -255,6 +264,17 @@ def _check(protocol: Protocol) -> None:
         _known(model, protocol.models, "leave_out", "model")
     if protocol.count < 8:
         raise UserError(f"count is {protocol.count}; expected 8 tiles or more")
+
+
+def _filled(row: Row, column: str) -> str:
+    """The row's images of a column. Raises `UserError` for braces that hold something else."""
+    try:
+        return row.generated.format(column=column)
+    except (LookupError, ValueError, AttributeError):
+        raise UserError(
+            f"row '{row.label}': generated is '{row.generated}'; in braces only {{column}} may "
+            "stand, for the column's set"
+        ) from None
 
 
 def _known(name: str, there: Mapping[str, Any], where: str, kind: str) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.battery import histogram
-from evaluate.measure import mean_of_results, set_metrics
+from evaluate.battery import Pair, Settings, histogram
+from evaluate.measure import least_rows, mean_of_results, set_metrics
 from evaluate.metrics import cosine_similarity, frechet_distance
 
 Features = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.str_]
 
 _SPLITS, _SPLIT_ROWS = 8, 4096
-_MIN_ROWS = 8
 
 
 def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
@@ -34,19 +33,22 @@ def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
     return np.asarray(~side[member])
 
 
-def halves_by_label(features: Features, labels: Labels, *, seed: int = 0) -> dict[str, Any] | None:
+def halves_by_label(
+    features: Features, labels: Labels, settings: Settings | None = None, device: str = "cpu"
+) -> dict[str, Any] | None:
     """Fréchet distance and precision, recall between halves that share no label.
 
     Means over 8 splits where there are at most 4,096 rows. None with fewer than two labels or
-    with fewer than 8 rows on a side. The halves are about equal in size, so counts are the first
-    split's.
+    with fewer than 8 rows (or k + 1) on a side. The halves are about equal in size, so counts are
+    the first split's.
     """
+    settings = settings or Settings()
     splits = []
     for number in range(_SPLITS if len(features) <= _SPLIT_ROWS else 1):
-        first = split_in_halves(labels, seed + number)
-        if min(first.sum(), (~first).sum()) < _MIN_ROWS:
+        first = split_in_halves(labels, (settings.seed + number) % 2**32)
+        if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
-        splits.append(set_metrics(features[first], features[~first]))
+        splits.append(set_metrics(Pair(features[first], features[~first], device=device), settings))
     merged = {metric: mean_of_results([one[metric] for one in splits]) for metric in splits[0]}
     return {"splits": len(splits), "labels": len(np.unique(labels)), **merged}
 

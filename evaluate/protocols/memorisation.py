@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from evaluate.generate.guidance import guiding_mark
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
 from evaluate.metrics.neighbours import Neighbours
@@ -73,7 +74,7 @@ class _Search:
             "train": {"set": self._protocol.train, "rows": self._selection.rows,
                       "sample": len(sample)},
             "names": names,
-            "sets": {key: _summary(nearest[key], likelihood[key]) for key in sides},
+            "sets": {key: _summary(key, nearest[key], likelihood[key]) for key in sides},
             "authenticity": float((distances["generated"] > own).mean()),
             "copying_test": {
                 key: copying_test(sample, made, (sides[key].side.features, distances[key]))
@@ -100,7 +101,8 @@ class _Search:
         """What names the training features without reading them all: selection and encoder."""
         record = self._store.record
         root = str(self._store.dataset.root.resolve())
-        return [root, self._selection.content_hash, record["weights_sha256"], record["view"],
+        mark = guiding_mark(self._store.dataset)
+        return [root, mark, self._selection.content_hash, record["weights_sha256"], record["view"],
                 record["compute_dtype"], record["tile_px"], self._encoder]  # fmt: skip
 
     def _blocks(self) -> Iterator[Features]:
@@ -145,7 +147,11 @@ class _Search:
         return np.array(self._measurer.kept(inputs, compute))[member]
 
     def _likelihood(self, sample: Features, sides: dict[str, OpenSide], key: str) -> dict[str, Any]:
-        """FLD's gap and memorisation score of one of the three sets; val-out is the test set."""
+        """FLD's gap and memorisation score of one of the three sets; val-out is the test set.
+
+        So a gap of val-out itself, Gaussians on the very rows that they are tested on, says
+        nothing; `_summary` leaves it out.
+        """
         settings = self._protocol.settings
         inputs = {"metric": "memorisation score", "sides": {k: sides[k].sum for k in
                   (key, "val_out")}, "train": digest(sample),
@@ -213,7 +219,7 @@ class _Search:
         return [self._selection.slide_ids[slide], int(ranks[best]), float(distances[best])]
 
 
-def _summary(nearest: Neighbours, likelihood: dict[str, Any]) -> dict[str, Any]:
+def _summary(key: str, nearest: Neighbours, likelihood: dict[str, Any]) -> dict[str, Any]:
     """Quantiles and histograms of one set's distances, ratios and scores."""
     ratios, distances = distance_ratios(nearest), nearest.distances[:, 0]
     return {
@@ -221,8 +227,9 @@ def _summary(nearest: Neighbours, likelihood: dict[str, Any]) -> dict[str, Any]:
         "distance": _quantiles(distances),
         "ratio": _quantiles(ratios),
         "score": _quantiles(np.array(likelihood["score"])),
-        "gap": likelihood["gap"],
-        "gap_std": likelihood["gap_std"],
+        "gap": None if key == "val_out" else likelihood["gap"],
+        "gap_std": None if key == "val_out" else likelihood["gap_std"],
+        "warnings": likelihood["warnings"],
         "ratio_histogram": _histogram(ratios, 0.0, 1.0),
     }
 

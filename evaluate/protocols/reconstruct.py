@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.generate.guidance import SelectionGuidance, Sources
+from evaluate.generate.guidance import GUIDING_MARK, SelectionGuidance, Sources, guiding_mark
 from evaluate.generate.plan import source_order
 from model import CytoSyn
 from model.weights import tensors_sha256
@@ -44,6 +44,7 @@ class TileGuidance:
         self.name, self.count, self.end = selection.name, selection.rows, selection.rows
         self.tile_px, self.mpp = tile_px, read_identity(dataset).get("mpp")
         self._selection, self._store = selection, TileStore(dataset, tile_px)
+        self._mark = guiding_mark(dataset)
         order = source_order(selection.rows, selection.content_hash)
         slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
         self._slides, self._ranks = slides[order], selection.ranks[order]
@@ -53,6 +54,7 @@ class TileGuidance:
         return {
             "guidance": "the tiles themselves",
             "guidance_selection_sha256": self._selection.content_hash,
+            GUIDING_MARK: self._mark,
         }
 
     def sources(self, positions: npt.NDArray[np.int64]) -> Sources:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from evaluate.protocols.describe import describe
 from evaluate.protocols.memorisation import measure_memorisation
 from evaluate.protocols.memorisation_tables import memorisation_tables
 from evaluate.protocols.plan import Cell, all_features, plan_cells, sources, used_sets
+from evaluate.protocols.standing import check_images, given_deviations
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
 from evaluate.protocols.work import Workshop
@@ -31,6 +32,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     workshop = Workshop(protocol, command)
     cells = plan_cells(protocol)
     _check_sets(workshop)
+    protocol = replace(protocol, deviations=given_deviations(workshop))
     say(f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders")
     prepare(workshop, cells)
     store = ResultStore(Path(protocol.out) / "cells")
@@ -64,6 +66,7 @@ def prepare(workshop: Workshop, cells: list[Cell]) -> None:
         workshop.make_features(seen, encoder, whole=True)
     for source in sources(workshop.protocol, cells):
         workshop.make_images(source)
+    check_images(workshop)
     for seen, encoder in all_features(workshop.protocol, cells):
         workshop.make_features(seen, encoder)
 

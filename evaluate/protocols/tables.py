@@ -95,6 +95,7 @@ def quantity_table(
     quantity = QUANTITIES[name]
     columns = _columns(protocol)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    several = _several(name, quantity, cells)
     for cell in cells:
         result = cell["results"].get(quantity.metric)
         if not result:
@@ -104,7 +105,8 @@ def quantity_table(
             continue  # near zero the line through a reconstruction's distances says nothing
         _row(rows, cell["kind"], row_label(cell), columns, cell)[_column(cell)] = entry
         for label, extra in _beside(name, result, cell):
-            _row(rows, "control", label, columns, cell)[_column(cell)] = extra
+            full = f"{label}: {row_label(cell)}" if label in several else label
+            _row(rows, "control", full, columns, cell)[_column(cell)] = extra
     order = {"model": 0, "reference": 1, "control": 2}
     listed = sorted(rows.values(), key=lambda row: order[row["kind"]])
     table = {"name": name, "title": quantity.title, "better": quantity.better,
@@ -162,7 +164,7 @@ def _beside(
     name: str, result: Results, cell: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
     """Control rows that a result brings with itself: the null of cosines, the floor of FD."""
-    if cell["kind"] != "model" or cell["point"]:
+    if cell["kind"] != "model" or cell["point"] or not result:
         return []
     n = {"n": result.get("n", result.get("n_generated"))}
     if name == "cosine":
@@ -176,6 +178,17 @@ def _beside(
         sizes = {key: result[key] for key in ("n_real", "n_generated")}
         return [(_FLOOR, {"value": result["noise_floor"], "spread": None, "n": sizes})]
     return []
+
+
+def _several(name: str, quantity: Quantity, cells: Sequence[dict[str, Any]]) -> set[str]:
+    """Control rows of `_beside` that are another number for each row: one would hide the others."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    found = set()
+    for cell in cells:
+        for label, extra in _beside(name, cell["results"].get(quantity.metric) or {}, cell):
+            if first.setdefault((label, _column(cell)), extra) != extra:
+                found.add(label)
+    return found
 
 
 def relative(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,29 +226,64 @@ _WIDTHS = (
 
 
 def variability(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means and standard deviations of the Fréchet distance by each way of drawing again."""
+    """Means and standard deviations of the Fréchet distance by each way of drawing again.
+
+    Only seeds are drawn again: every row, and every point of its grid but for the seed, has its
+    own spread, and its own label where there are several.
+    """
     columns = _columns(protocol)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    models = [c for c in cells if c["kind"] == "model" and "frechet_distance" in c["results"]]
-    first = [cell for cell in models if cell["point"] == models[0]["point"]]
-    for cell in first:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["kind"] == "model" and "frechet_distance" in cell["results"]:
+            groups.setdefault(row_label(_without_seed(cell)), []).append(cell)
+    for name, models in groups.items():
+        start = f"{name}: " if len(groups) > 1 else ""
+        _add_widths(rows, columns, start, models)
+        _add_seeds(rows, columns, start, models)
+    return {"name": "variability", "title": "Fréchet distance, mean ± standard deviation",
+            "better": "", "share": False, "columns": columns,
+            "rows": list(rows.values())}  # fmt: skip
+
+
+def _without_seed(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return {**cell, "point": {k: v for k, v in cell["point"].items() if k != "seed"}}
+
+
+def _add_widths(
+    rows: dict[tuple[str, str], dict[str, Any]],
+    columns: list[dict[str, str]],
+    start: str,
+    models: Sequence[dict[str, Any]],
+) -> None:
+    """The widths of a group's first seed."""
+    for cell in (one for one in models if one["point"] == models[0]["point"]):
         widths = cell["results"]["frechet_distance"].get("widths") or {}
         for kind, key, text in _WIDTHS:
             found = widths.get(kind)
             if found:
                 entry = {"value": found["value"], "spread": found[key],
                          "n": {"draws": found["draws"]}}  # fmt: skip
-                label = text.format(**found)
+                label = start + text.format(**found)
                 _row(rows, "model", label, columns, cell)[_column(cell)] = entry
+
+
+def _add_seeds(
+    rows: dict[tuple[str, str], dict[str, Any]],
+    columns: list[dict[str, str]],
+    start: str,
+    models: Sequence[dict[str, Any]],
+) -> None:
+    """Mean and standard deviation over a group's seeds, where there are several."""
     for column, same in _by_column(models).items():
-        values = [one["results"]["frechet_distance"]["value"] for one in same]
+        by_seed = {
+            one["point"].get("seed"): one["results"]["frechet_distance"]["value"] for one in same
+        }
+        values = list(by_seed.values())
         if len(values) > 1:
             entry = {"value": float(np.mean(values)), "spread": float(np.std(values, ddof=1)),
                      "n": {"seeds": len(values)}}  # fmt: skip
-            _row(rows, "model", "seeds of the sampler", columns, same[0])[column] = entry
-    return {"name": "variability", "title": "Fréchet distance, mean ± standard deviation",
-            "better": "", "share": False, "columns": columns,
-            "rows": list(rows.values())}  # fmt: skip
+            _row(rows, "model", f"{start}seeds of the sampler", columns, same[0])[column] = entry
 
 
 def _by_column(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

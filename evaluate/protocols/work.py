@@ -24,6 +24,7 @@ from evaluate.generate.guidance import (
     check_encoder,
     check_resolution,
     check_tile_px,
+    guiding_mark,
 )
 from evaluate.generate.plan import source_order
 from evaluate.generate.run import Request, final_line, generate
@@ -124,7 +125,8 @@ class Workshop:
         if vae:
             set_tiles = self.tiles(vae[1])
             fixed: dict[str, Any] = {"vae": self._model_mark(vae[0]), "px": set_tiles.px,
-                                     "set": set_tiles.whole.content_hash}  # fmt: skip
+                                     "set": set_tiles.whole.content_hash,
+                                     "dataset": guiding_mark(set_tiles.dataset)}  # fmt: skip
             return self._folder(f"vae-{vae[0]}-{vae[1]}", fixed)
         spec = self.images[source].spec
         if spec.dataset:
@@ -132,8 +134,11 @@ class Workshop:
         guide = self.tiles(spec.guidance) if spec.guidance else None
         fixed = {
             "model": self._model_mark(spec.model),
+            # As asked: `auto` is another dtype on another machine, and stays one folder.
+            "dtype": self.protocol.models[spec.model].dtype,
             "encoder": self.protocol.models[spec.model].encoder if guide else "",
             "guidance": guide.whole.content_hash if guide else "",
+            "dataset": guiding_mark(guide.dataset) if guide else "",
             "weights": self.protocol.weights_of(self.protocol.models[spec.model].encoder),
             "view": [spec.guidance_view, spec.guidance_px],
             "sampler": [spec.solver, spec.steps, spec.seed, spec.scale, spec.low, spec.high],
@@ -151,7 +156,7 @@ class Workshop:
         config = Path(spec.model) / "config.json"
         if config.exists():
             return hashlib.sha256(config.read_bytes()).hexdigest()
-        return f"{spec.generator} {spec.model} {spec.dtype}"
+        return f"{spec.generator} {spec.model}"
 
     def _model(self, name: str) -> ModelSpec:
         spec = self.protocol.models[name]
@@ -226,7 +231,7 @@ class Workshop:
 
     def _model_images(self, images: Images, device: Any) -> tuple[Generator, Guidance, int, int]:
         spec, model = images.spec, self._model(images.spec.model)
-        settings = _sampler(model.generator, spec)
+        settings = sampler_settings(model.generator, spec)
         if images.spec.model not in self._opened:
             self._opened[images.spec.model] = open_generator(
                 Source(
@@ -314,7 +319,7 @@ class Workshop:
             _run([sys.executable, "-m", *self.cache_command(seen, encoder)])
 
 
-def _sampler(kind: str, spec: GenerationSpec) -> SamplerSettings:
+def sampler_settings(kind: str, spec: GenerationSpec) -> SamplerSettings:
     """A generation's settings; what equals the published ones is not asked of a published call."""
     published = asdict(settings_for(kind, {}))
     asked = {

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from evaluate.generate.guidance import foreign_guidance
 from evaluate.generate.plan import source_order
 from model.errors import UserError
 from pipeline.dataset import (
@@ -52,9 +53,11 @@ def tile_pairs(
 ) -> list[Pair]:
     """The first generated images, up to `count`, one a condition, beside their source tiles.
 
-    Tiles that are not on disk (a selection that was never tiled) leave the place empty.
+    Tiles that are not on disk (a selection that was never tiled) leave the place empty, as do
+    those of another dataset than the one that guided.
     """
-    real_store = TileStore(guidance, int(identity_value(guidance, "tile_px")))
+    foreign = foreign_guidance(generated, guidance)
+    real_store = None if foreign else TileStore(guidance, int(identity_value(guidance, "tile_px")))
     store = TileStore(generated, int(identity_value(generated, "tile_px")))
     pairs: list[Pair] = []
     seen: set[tuple[str, int]] = set()
@@ -72,10 +75,12 @@ def tile_pairs(
     return pairs
 
 
-def _source_tile(store: TileStore, slide_id: str, rank: int) -> tuple[Tile | None, str]:
+def _source_tile(store: TileStore | None, slide_id: str, rank: int) -> tuple[Tile | None, str]:
     if not slide_id:
         return None, "no source tile"
     name = f"{slide_id}, {rank}"
+    if store is None:
+        return None, f"{name} (of another dataset)"
     try:
         return store.read(slide_id, [rank])[0], name
     except UserError:

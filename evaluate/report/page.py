@@ -87,7 +87,8 @@ def all_warnings(results: Mapping[str, Any], run: RunLog | None) -> list[dict[st
     """The warnings of the measurement and of the training, each with a level, worst first."""
     found = list(results["warnings"])
     record = (run.summary.get("encoder_record") or {}) if run else {}
-    if record.get("random_weights"):
+    known = {one["code"] for one in found}
+    if record.get("random_weights") and "random_training_encoder" not in known:
         message = (
             f"the model was trained on features of {record.get('encoder')} with random weights "
             f"({record.get('weights')}): what it learned from them has no biological meaning"

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from evaluate_data import (
 )
 
 from evaluate.__main__ import main
+from evaluate.generate.references import Wanted, read_image
 from evaluate.results import read_results
 from model import CytoSyn
 from model.errors import UserError
@@ -237,6 +240,39 @@ def test_mistakes_are_named(
     with pytest.raises(UserError, match=message):
         main(command("syn", *more))
     assert not (tmp_path / "syn").exists()
+
+
+def test_a_seed_out_of_range_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    absent = ["--real", "/absent", "--real-selection", "a", "--generated", "/absent"]
+    for seed in ("-1", str(2**32)):
+        with pytest.raises(UserError, match=f"seed is {seed}; expected a whole number from 0 to"):
+            main(["measure", *absent, "--seed", seed])
+
+
+@pytest.mark.parametrize("arguments", [
+    ["protocol", "table2", "dataset=/absent"],
+    ["measure", "--real", "/absent", "--real-selection", "a", "--generated", "/absent"],
+])  # fmt: skip
+def test_many_processes_do_not_all_measure(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process, not in 2"):
+        main(arguments)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+
+
+def test_an_image_as_large_as_a_slide_is_one_line(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 40_000, 30_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(b"")):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "slide.png").write_bytes(png)
+    with pytest.raises(UserError, match=r"slide.png is far larger than a tile of 32 px"):
+        read_image(tmp_path / "slide.png", Wanted(32, 0.5))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -20,7 +20,7 @@ from evaluate.generate.conditions import ConditionGuidance, Reference, between
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.generate.run import Request, generate
 from model.errors import UserError
-from pipeline.dataset import Dataset, read_candidates
+from pipeline.dataset import Dataset, claim_identity, read_candidates
 
 
 def tiles(rows: int, columns: int, px: int = 8) -> list[list[np.ndarray]]:
@@ -87,6 +87,9 @@ def test_figure_2_has_the_real_tile_and_its_own_variations(
             assert (row[k + 1] == made.tile(5 * number + k)).all()
     with pytest.raises(UserError, match="give --guidance DATASET"):
         variations_sheet(Synthetic(syn), 8, 5)
+    claim_identity(real, {"seed": 1}, stage="scan", versions={})
+    with pytest.raises(UserError, match="guided by tiles of another dataset"):
+        variations_sheet(Synthetic(syn, real), 8, 5)
     with pytest.raises(UserError, match="5 images a tile, not 6; generate with more --variations"):
         variations_sheet(made, 8, 6)
     with pytest.raises(UserError, match=r"holds no interpolation.*--interpolate A B"):

@@ -10,6 +10,7 @@ import pytest
 from evaluate_data import ALONE, DIM, PX, RECORD, Stripes, tile_hashes
 
 from evaluate.generate.guidance import (
+    GUIDING_MARK,
     SelectionGuidance,
     Unconditional,
     check_condition_dim,
@@ -22,6 +23,7 @@ from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
     TileStore,
+    claim_identity,
     committed_shards,
     read_candidates,
     read_identity,
@@ -77,6 +79,32 @@ def test_no_path_of_this_machine_is_in_the_datasets_identity(
 ) -> None:
     run(conditions=4)
     assert str(tmp_path) not in (tmp_path / "syn" / "dataset.json").read_text()
+
+
+def test_the_same_ranks_of_another_dataset_are_other_tiles(
+    evaluate_real: Callable[..., Dataset], run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    other = evaluate_real(name="other")
+    claim_identity(other, {"seed": 1}, stage="scan", versions={})
+    guidance = SelectionGuidance.open(other, "train", "h0-mini")
+    run()
+    with pytest.raises(UserError, match=GUIDING_MARK):
+        generate(Stripes(), guidance, Request(out=tmp_path / "syn"), ALONE)
+
+
+def test_images_that_did_not_record_the_guiding_dataset_go_on(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = SelectionGuidance.identity
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SelectionGuidance,
+            "identity",
+            lambda self: {k: v for k, v in recorded(self).items() if k != GUIDING_MARK},
+        )
+        run(conditions=16)
+    assert run(conditions=32).made == 16
+    assert GUIDING_MARK not in read_identity(Dataset(tmp_path / "syn"))
 
 
 def test_images_do_not_depend_on_the_batch_and_batches_have_one_shape(

@@ -10,17 +10,27 @@ import pytest
 from evaluate_data import PX, RECORD, make_synthetic, random_features, write_features
 from PIL import Image
 
+from evaluate import battery
 from evaluate.battery import Settings
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.measure import Side, blockiness_warnings, measure, real_halves
-from evaluate.metrics import cosine_similarity, frechet_distance, precision_recall
+from evaluate.metric_warnings import metric_warnings
+from evaluate.metrics import (
+    cosine_similarity,
+    feature_likelihood_divergence,
+    frechet_distance,
+    precision_recall,
+)
 from evaluate.metrics.blockiness import blockiness
+from evaluate.report.images import tile_pairs
+from evaluate.report.page import all_warnings
 from evaluate.results import read_results, write_results
 from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Selection,
     TileStore,
+    claim_identity,
     make_selection,
     new_run_id,
     write_selection,
@@ -82,6 +92,21 @@ def test_source_tiles_may_lie_in_another_dataset(
     assert measure(first, second, real)["metrics"]["cosine_similarity"]["mean"] > 0.98
 
 
+def test_tiles_of_another_dataset_are_not_taken_for_the_sources(
+    evaluate_real: Callable[..., Dataset], real: Dataset, synthetic: Dataset
+) -> None:
+    other = evaluate_real(name="other")  # the same slides and ranks
+    assert measure(*sides(other, synthetic))["metrics"]["cosine_similarity"] is not None
+    claim_identity(other, {"seed": 1}, stage="scan", versions={})
+    results = measure(*sides(other, synthetic))
+    assert results["metrics"]["cosine_similarity"] is None
+    (reason,) = (one["message"] for one in results["warnings"] if one["code"] == "no_cosine")
+    assert "guided by tiles of another dataset" in reason
+    pairs = tile_pairs(synthetic, sides(real, synthetic)[1].selection, other, 3)
+    assert [pair.real for pair in pairs] == [None] * 3
+    assert "of another dataset" in pairs[0].real_name
+
+
 def test_unconditional_images_have_no_cosine(real: Dataset, tmp_path: Path) -> None:
     synthetic = make_synthetic(tmp_path / "syn", Unconditional(32))
     results = measure(*sides(real, synthetic))
@@ -113,7 +138,43 @@ def test_features_made_differently_are_refused(
 
 def test_warnings_name_random_weights_and_small_samples(real: Dataset, synthetic: Dataset) -> None:
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
-    assert codes == {"random_encoder_weights", "few_real_tiles", "few_generated_tiles"}
+    assert codes == {
+        "random_encoder_weights", "few_real_tiles", "few_generated_tiles", "metric_kernel_distance"
+    }  # fmt: skip
+
+
+def test_what_a_metric_says_against_itself_reaches_the_warnings(
+    evaluate_real: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    real = evaluate_real()
+    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    first, second = sides(real, synthetic)
+    first.features[:, 4] = 0.5
+    settings = Settings(draws=0, fld_seeds=(0,))
+    results = measure(first, second, train=first, settings=settings)
+    found = {(one["code"], one["message"]) for one in results["warnings"]}
+    for code, text in (
+        ("frechet_distance", "Fréchet distance: 1 of 12 real feature dimensions are constant"),
+        ("kernel_distance", "Kernel distance (KID): subsets of 62 rows in place of 1000, as no "
+         "more are there"),
+        ("feature_likelihood", "Feature likelihood divergence: 1 feature dimensions are constant "
+         "in the test set and were dropped"),
+    ):  # fmt: skip
+        assert any(one == f"metric_{code}" and said.startswith(text) for one, said in found)
+
+
+def test_warnings_name_a_model_that_means_nothing(real: Dataset, synthetic: Dataset) -> None:
+    note = "untested on the gated weights"
+    says = {"model_encoder_random": True, "generator_note": note}
+    claim_identity(synthetic, says, stage="generate", versions={})
+    results = measure(*sides(real, synthetic), settings=Settings(draws=0))
+    found = {one["code"]: one["message"] for one in results["warnings"]}
+    assert "encoder with random weights" in found["random_training_encoder"]
+    assert found["untested"] == note
+    (shown,) = (
+        one for one in all_warnings(results, None) if one["code"] == "random_training_encoder"
+    )
+    assert shown["title"] == "This model means nothing"
 
 
 def test_fewer_tiles_than_dimensions_is_a_warning(
@@ -132,6 +193,16 @@ def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
     assert halves["frechet_distance"]["n_real"] == halves["frechet_distance"]["n_generated"] == 31
     assert 0 < halves["frechet_distance"]["value"] < 3 * halves["frechet_distance"]["noise_floor"]
     assert halves["precision_recall"]["precision"] < 1.0  # equal halves would give 1
+
+
+def test_the_floor_is_taken_by_the_settings_of_the_numbers_above_it(
+    real: Dataset, synthetic: Dataset
+) -> None:
+    results = measure(*sides(real, synthetic), settings=Settings(draws=0, k=5))
+    assert results["metrics"]["precision_recall"]["k"] == 5
+    assert results["references"]["real_vs_real"]["precision_recall"]["k"] == 5
+    side = Side.open(real.root, "train", "h0-mini", like=None)
+    assert real_halves(side, Settings(k=31)) is None  # a smaller k would be another number
 
 
 def test_a_selection_too_small_to_measure_is_refused(real: Dataset, synthetic: Dataset) -> None:
@@ -226,3 +297,36 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
     assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
     with pytest.raises(ValueError, match="32 px or more"):
         blockiness(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_distances_are_computed_on_the_device_that_was_asked_for(
+    real: Dataset, synthetic: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def on_a_cpu(metric: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*rows: Any, device: str, **more: Any) -> Any:
+            asked.append((metric.__name__, device))
+            return metric(*rows, **more)
+
+        return call
+
+    for metric in (precision_recall, feature_likelihood_divergence):
+        monkeypatch.setattr(battery, metric.__name__, on_a_cpu(metric))
+    first, second = sides(real, synthetic)
+    settings = Settings(draws=0, fld_seeds=(0,))
+    measure(first, second, train=first, settings=settings, device="cuda")
+    assert {device for _, device in asked} == {"cuda"}
+    assert [name for name, _ in asked].count("feature_likelihood_divergence") == 1
+    assert len(asked) == 1 + 1 + 8  # and both halves of eight floors
+
+
+def test_a_metrics_sentence_is_said_once_with_its_places() -> None:
+    line = {"infinity": {"warnings": ["not linear"]}}
+    few = "3 real images for 9 feature dimensions: the covariance is singular and so on"
+    found = [(f"row {i}", {"frechet_distance": {"warnings": [few], **line}}) for i in range(5)]
+    said = metric_warnings(found, [])
+    assert [one["code"] for one in said] == ["metric_frechet_distance", "metric_frechet_infinity"]
+    assert said[1]["message"].endswith("images: not linear (row 0; row 1; row 2 and 2 more)")
+    known = [{"code": "fewer_tiles_than_dimensions", "message": ""}]
+    assert [one["code"] for one in metric_warnings(found, known)] == ["metric_frechet_infinity"]

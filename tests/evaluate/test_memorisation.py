@@ -105,6 +105,15 @@ def test_images_near_their_training_tiles_stand_out(results: dict[str, Any]) -> 
         assert one["same_slide"][1] != one["nearest"][1]
 
 
+def test_the_set_that_gaps_are_tested_on_has_no_gap_of_its_own(results: dict[str, Any]) -> None:
+    (found,) = results["memorisation"]
+    assert found["sets"]["val_out"]["gap"] is None
+    assert found["sets"]["generated"]["gap"] < found["sets"]["val_in"]["gap"]
+    line = next(one for one in render(results).splitlines() if 'scope="row">val-out</th>' in one
+                and "</td></tr>" in one)  # fmt: skip
+    assert line.endswith('<td class="number">–</td></tr>')
+
+
 def test_the_panel_shows_the_tiles_side_by_side(results: dict[str, Any]) -> None:
     page = Page(render(results))
     alts = page.attributes("alt")

@@ -1,5 +1,6 @@
 """The feature likelihood divergence against its definition written with autograd."""
 
+import errno
 import math
 
 import numpy as np
@@ -93,6 +94,36 @@ def test_distances_on_disk_change_nothing(monkeypatch):
     in_memory = feature_likelihood_divergence(*sets, seeds=(0,))
     monkeypatch.setattr(mixture, "_CACHE_BYTES", 1000)
     assert feature_likelihood_divergence(*sets, seeds=(0,)).values == in_memory.values
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_full_temporary_disk_is_one_line_and_no_signal(monkeypatch, dtype):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mixture, "_CACHE_BYTES", 1000)
+    monkeypatch.setattr(mixture.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"No space left on device.*set TMPDIR") as error:
+        feature_likelihood_divergence(*clouds(), seeds=(0,), dtype=dtype)
+    assert ("settings.fld_dtype=float32" in str(error.value)) == (dtype == "float64")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_value_but_for_rounding():
+    sets = clouds(400, 300, 200, 16)
+    cpu, gpu = (
+        feature_likelihood_divergence(*sets, seeds=(0,), device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.value == pytest.approx(cpu.value, abs=1e-3)
+    assert gpu.memorisation == pytest.approx(cpu.memorisation, abs=1e-3)
+
+
+def test_distances_from_the_mean_are_the_same_in_blocks(monkeypatch):
+    rows = torch.from_numpy(np.random.default_rng(0).normal(2, 1, (101, 9)))
+    monkeypatch.setattr(mixture, "_CHUNK_BYTES", 7 * 9 * 8)
+    found = mixture._squared_from_mean(rows)
+    assert (found == (rows - rows.mean(dim=0)).square().sum(dim=1)).all()
 
 
 def test_gradient_equals_a_finite_difference():

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluate_data import random_features
 from protocol_data import (
     COUNT,
@@ -26,6 +27,8 @@ from test_report import Page
 
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.protocols import cells as cells_module
+from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
 from evaluate.protocols.config import load, names
 from evaluate.protocols.controls import (
@@ -34,14 +37,24 @@ from evaluate.protocols.controls import (
     neighbour_cosines,
     split_in_halves,
 )
-from evaluate.protocols.plan import all_images, plan_cells
+from evaluate.protocols.memorisation import _Search
+from evaluate.protocols.plan import all_images, plan_cells, vae_key
 from evaluate.protocols.run import missing, run_protocol
+from evaluate.protocols.standing import given_deviations
 from evaluate.protocols.store import ResultStore
+from evaluate.protocols.tables import quantity_table, variability
 from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
 from model.errors import UserError
-from pipeline.dataset import make_selection
+from pipeline.dataset import (
+    Dataset,
+    claim_identity,
+    make_selection,
+    new_run_id,
+    read_slides,
+    write_slides,
+)
 
 ENCODERS = ("h-optimus-0", "uni2-h")
 
@@ -119,11 +132,22 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
         (["leave_out=[dalle]"], "no model 'dalle'"),
         (["count=3"], "expected 8 tiles or more"),
         (["generations.from-guidance.model=other"], "no model 'other'"),
+        (["generations.from-guidance.steps=[20"], "steps=[20: not a YAML value"),
+        (["settings.fld_seeds=[0"], "settings: fld_seeds=[0: not a YAML value"),
+        (["settings.seed=-1"], "seed is -1; expected a whole number from 0"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load("table2", None, overrides)
+
+
+@pytest.mark.parametrize("generated", ["from-{col}", "from-{0}", "from-{", "{column.x}"])
+def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f'rows: [{{label: Ours, generated: "{generated}"}}]')
+    with pytest.raises(UserError, match=r"row 'Ours': generated is .* only \{column\} may stand"):
+        load("table2", file)
 
 
 def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
@@ -191,6 +215,12 @@ def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
     assert {"torch", "numpy", "scipy"} <= set(table2["versions"])
     codes = {one["code"] for one in table2["warnings"]}
     assert {"random_encoder_weights", "few_tiles", "not_the_protocol"} <= codes
+    said = [one["message"] for one in table2["warnings"] if one["code"].startswith("metric_")]
+    (line,) = (one for one in said if "not linear in 1/N" in one)
+    assert line.startswith("Fréchet distance at infinitely many images: the smallest subset has 6")
+    assert "Reconstructed" not in line  # whose line no table shows
+    assert line in " ".join(Page(render(table2)).text)
+    assert line in markdown(table2)
     (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
     groups = cell["results"]["groups"]
     assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
@@ -226,6 +256,68 @@ def test_other_weights_are_refused_not_mixed(world: Path, table2: dict[str, Any]
     protocol = toy(world, "table2", "encoders=[uni2-h]", "weights=hub")
     with pytest.raises(UserError, match="made with weights 'random:0', the protocol asks for"):
         run_protocol(protocol)
+
+
+def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_path: Path) -> None:
+    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+             f"out={tmp_path}", "controls=[]", "encoders=[uni2-h]"]  # fmt: skip
+    half, full = (
+        toy(world, "table3", *where, f"models.model.dtype={dtype}")
+        for dtype in ("bfloat16", "float32")
+    )
+    make_all(half)
+    workshop = Workshop(full)
+    assert workshop.missing_images("from-conditioning") == COUNT
+    shutil.move(Workshop(half).folder("from-conditioning"), workshop.folder("from-conditioning"))
+    with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
+        run_protocol(full)
+
+
+def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
+    world: Path, tmp_path: Path
+) -> None:
+    real = shutil.copytree(world / "real", tmp_path / "real")
+    protocol = toy(world, "memorisation", "encoders=[uni2-h]", f"dataset={real}")
+
+    def marks() -> list[Any]:
+        workshop = Workshop(protocol)
+        measurer = Measurer(protocol, workshop, ResultStore(tmp_path / "cells"))
+        search = _Search(protocol, measurer, "uni2-h", "from-guidance")
+        sources = ("from-guidance", vae_key("model", "val-in"))
+        return [*(str(workshop.folder(one)) for one in sources), str(search._train_mark())]
+
+    before = marks()
+    assert marks() == before
+    claim_identity(Dataset(real), {"seed": 1}, stage="scan", versions={})
+    assert not set(marks()) & set(before)
+
+
+def test_how_given_images_were_made_is_held_against_the_protocol(
+    world: Path, tmp_path: Path
+) -> None:
+    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+             f"out={tmp_path}", "controls=[]", "encoders=[uni2-h]"]  # fmt: skip
+    key = "generations.from-conditioning"
+    made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
+    make_all(made)
+    syn = Workshop(made).folder("from-conditioning")
+    given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
+    assert not [name for name in given.deviations if name.startswith(key)]
+    results = run_protocol(given)
+    found = {k: v for k, v in results["deviations"].items() if k.startswith(key)}
+    assert found == {f"{key}.steps": [[250], [3]], f"{key}.seed": [[0], [7]],
+                     f"{key}.scale": [2.5, 1.5]}  # fmt: skip
+    (told,) = (one for one in results["warnings"] if one["code"] == "not_the_protocol")
+    assert f"{key}.seed [0] → [7]" in told["message"]
+    same = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=3")
+    assert given_deviations(Workshop(same))[f"{key}.steps"] == ([250], [3])
+    with pytest.raises(UserError, match="seed has 3 values"):
+        load("table5", None, ["generations.from-guidance.dataset=syn"])
+    other = shutil.copytree(world / "real", tmp_path / "real")
+    claim_identity(Dataset(other), {"seed": 1}, stage="scan", versions={})
+    foreign = replace(same, dataset=str(other))
+    with pytest.raises(UserError, match=f"{key}.dataset: .* tiles of another dataset"):
+        run_protocol(foreign)
 
 
 def test_a_table_holds_only_what_belongs_together() -> None:
@@ -302,6 +394,51 @@ def test_table_5_has_each_kind_of_width(world: Path) -> None:
     assert corrected["spread"] == pytest.approx(np.sqrt(2) * drawn["spread"])
     assert {"cluster bootstrap by slide", "cluster bootstrap by patient"} <= set(rows)
     assert rows["seeds of the sampler"]["n"] == {"seeds": 3}
+
+
+def distance_cell(label: str, value: float, **more: Any) -> dict[str, Any]:
+    """A model's cell that holds a Fréchet distance alone."""
+    frechet = {"value": value, "noise_floor": more.pop("floor", 0.5), "n_real": 9, "widths": {},
+               "n_generated": 9}  # fmt: skip
+    cell = {"label": label, "kind": "model", "encoder": "uni2-h", "column": "val-in", "note": "",
+            "point": {}, "basis": {"n_generated": 9}}  # fmt: skip
+    return {**cell, "results": {"frechet_distance": frechet}, **more}
+
+
+def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
+    protocol = load("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    grid = [(label, steps, seed) for label in ("A", "B") for steps in (20, 50) for seed in (0, 1)]
+    found = variability(
+        protocol,
+        [
+            distance_cell(label, 100 * (label == "B") + steps + seed, point={"steps": steps,
+                          "seed": seed})
+            for label, steps, seed in grid
+        ],
+    )  # fmt: skip
+    entries = {row["label"]: row["cells"]["uni2-h/val-in"] for row in found["rows"]}
+    assert list(entries) == [
+        f"{label}, {steps} steps: seeds of the sampler" for label in "AB" for steps in (20, 50)
+    ]
+    assert [entry["spread"] for entry in entries.values()] == pytest.approx([np.sqrt(0.5)] * 4)
+    assert {entry["n"]["seeds"] for entry in entries.values()} == {2}
+
+
+def test_a_floor_of_each_row_stands_by_itself() -> None:
+    protocol = load("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+
+    def controls(*floors: float) -> dict[str, float]:
+        cells = [distance_cell(f"row {i}", 2.0, floor=floor) for i, floor in enumerate(floors)]
+        rows = quantity_table(protocol, "fd", cells)["rows"]
+        return {
+            row["label"]: row["cells"]["uni2-h/val-in"]["value"]
+            for row in rows
+            if row["kind"] == "control"
+        }
+
+    name = "Noise floor of these sizes (closed form)"
+    assert controls(0.5, 0.7) == {f"{name}: row 0": 0.5, f"{name}: row 1": 0.7}
+    assert controls(0.5, 0.5) == {name: 0.5}
 
 
 def test_published_values_stand_beside_ours_only_where_nothing_deviates(
@@ -409,6 +546,62 @@ def test_a_slide_effect_shows_in_the_split_by_patient_and_in_the_neighbours() ->
     assert near is not None
     assert near["mean"] > cosine_similarity(alike, np.roll(alike, 40, axis=0)).mean
     assert neighbour_cosines(alike, np.array([str(i) for i in range(160)])) is None
+
+
+def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_path: Path) -> None:
+    for k in (3, 5):
+        more = (f"out={tmp_path}", f"settings.k={k}")
+        protocol = toy(world, "table2", "encoders=[uni2-h]", *more)
+        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path / "cells"))
+        floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
+        found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
+        assert found == [k] * 4
+
+
+def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: Path) -> None:
+    real = Dataset(shutil.copytree(world / "real", tmp_path / "real"))
+    protocol = toy(world, "table2", "encoders=[uni2-h]", f"dataset={real.root}")
+    (cell,) = (one for one in plan_cells(protocol) if one.control == "floor-patient"
+               and one.column == "val-out")  # fmt: skip
+
+    def measured() -> dict[str, Any]:
+        store = ResultStore(tmp_path / "cells")
+        return Measurer(protocol, Workshop(protocol), store).measure(cell)
+
+    assert measured()["labels"] == 4
+    slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
+    write_slides(real, new_run_id(), slides)
+    assert measured()["labels"] == 8
+
+
+def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = toy(world, "table2", "encoders=[uni2-h]")
+    (cell,) = (one for one in plan_cells(protocol) if one.label == "Guidance tiles"
+               and one.column == "val-out")  # fmt: skip
+    names = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(cells_module, "choose_device", lambda _, d=device: torch.device(d))
+        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path))
+        opened = measurer._open(cell)
+        pair = measurer._pair(cell, opened)
+        assert pair.device == device
+        names[device] = [
+            measurer._inputs(metric, pair, opened, protocol.settings)
+            for metric in ("precision_recall", "feature_likelihood")
+        ]
+    assert names["cpu"][0] == names["cuda"][0]
+    assert names["cpu"][1] | {"device": "cuda"} == names["cuda"][1]
+
+
+def test_a_protocols_images_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", "")
+    monkeypatch.delenv("MKL_CBWR")
+    assert main(["protocol", "list"]) == 0
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
 
 
 def test_groups_are_measured_apart() -> None:
