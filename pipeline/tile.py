@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
 from pipeline.spool import Spool
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions
+from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
@@ -99,21 +99,26 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     if read_identity(dataset).get("grid") == IMPORTED_TILES:
         return _nothing_to_cut(dataset, config)
     versions = stage_versions("imagecodecs", "isal")
-    needs = needed_blocks(dataset, config.selections)
+    needs = _needs(dataset, config.selections)
     tile_px = _output_px(dataset, config)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
     known = standing(read_journal(dataset, STAGE), str(tile_px))
     parents = standing(read_journal(dataset, "tissue"))
     summary = Summary(STAGE)
-    tasks = []
+    tasks, refused = [], []
     with Run(dataset, STAGE, versions) as run:
-        for slide_id, blocks in needs.items():
+        for slide_id, need in needs.items():
             slide = slides[slide_id]
-            source = imported_source(parents.get(slide_id, []))
+            entries = parents.get(slide_id, [])
+            source = imported_source(entries)
             mark = tile_fingerprint(slide, identity, tile_px, source)
+            parent = stands(dataset, entries, tissue_fingerprint(slide, identity, source))
+            if reason := _unfit(dataset, slide, parent, need):
+                refused.append(Entry(slide_id, "failed", mark, reason, scope=str(tile_px)))
+                continue
             stood = standing_blocks(dataset, known.get(slide_id, []), mark)
-            runs = missing_runs(blocks, stood)
+            runs = missing_runs(need.blocks, stood)
             if not runs:
                 summary.skipped += 1
                 continue
@@ -122,6 +127,7 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             cost = units * tile_cost(slide, identity["mpp"], tile_px)
             tasks.append(SlideTask(slide_id, mark, arguments, cost, units))
+        _refuse(run, [one for one in refused if engine.takes(one.slide_id)], summary)
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 
@@ -147,16 +153,65 @@ def _output_px(dataset: Dataset, config: TileConfig) -> int:
     return tile_px
 
 
-def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks that hold a selected rank."""
+@dataclass
+class _Need:
+    """What selections need of a slide; `selection` is the one that names its last rank."""
+
+    blocks: set[int] = field(default_factory=set)
+    last: int = -1
+    selection: str = ""
+
+
+def _needs(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
     names = selections or tuple(dataset.selection_names())
     if not names:
         raise UserError(f"{dataset.root} has no selection; run `python -m pipeline select` first")
-    needs: dict[str, set[int]] = {}
+    needs: dict[str, _Need] = {}
     for name in names:
         for slide_id, ranks in read_selection(dataset, name).items():
-            needs.setdefault(slide_id, set()).update(np.unique(ranks // BLOCK_ROWS).tolist())
+            need = needs.setdefault(slide_id, _Need())
+            need.blocks.update(np.unique(ranks // BLOCK_ROWS).tolist())
+            if ranks[-1] > need.last:
+                need.last, need.selection = int(ranks[-1]), name
     return {slide_id: needs[slide_id] for slide_id in sorted(needs)}
+
+
+def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
+    """Per slide, the blocks that hold a selected rank."""
+    return {slide_id: need.blocks for slide_id, need in _needs(dataset, selections).items()}
+
+
+def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
+    """Why a slide's candidates must not be cut from, "" where they may.
+
+    `parent` is the standing line of `tissue` for the slide as it is now. Without one the
+    candidates on disk are of a former slide or resolution, and the fingerprint would hide that.
+    """
+    if slide.status != "ok":
+        return f"{slide.status} by scan ({slide.reason}): mend that and scan, or `select` again"
+    if parent is None:
+        return (
+            f"{dataset.candidates_file(slide.slide_id)} is not of the slide as it is now: "
+            "run `tissue` (or the `import` that made it), then `select` again"
+        )
+    if parent.outcome != "done":
+        return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
+    # The line that stands says it: the footers of 100,000 files take minutes.
+    rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
+    if need.last >= rows:
+        return (
+            f"selection '{need.selection}' names rank {need.last} of {rows} candidates: it was "
+            "made from former ones, `select` again"
+        )
+    return ""
+
+
+def _refuse(run: Run, refused: list[Entry], summary: Summary) -> None:
+    """Journal the slides that may not be cut; the others go on."""
+    if refused:
+        run.append(refused)
+    for entry in refused:
+        summary.add(entry)
 
 
 def standing_blocks(dataset: Dataset, entries: list[Entry], mark: str) -> set[int]:
