@@ -105,11 +105,13 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
     known = standing(read_journal(dataset, STAGE), str(tile_px))
     parents = standing(read_journal(dataset, "tissue"))
+    # Workers are told the size, the scope of their lines even where they can read no identity.
+    told = replace(config, tile_px=tile_px)
     summary = Summary(STAGE)
     tasks, refused = [], []
     with Run(dataset, STAGE, versions) as run:
         for slide_id, need in needs.items():
-            slide = slides[slide_id]
+            slide = _slide(dataset, slides, slide_id)
             entries = parents.get(slide_id, [])
             source = imported_source(entries)
             mark = tile_fingerprint(slide, identity, tile_px, source)
@@ -122,7 +124,7 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             if not runs:
                 summary.skipped += 1
                 continue
-            arguments = (str(dataset.root), run.run_id, slide, runs, mark, config)
+            arguments = (str(dataset.root), run.run_id, slide, runs, mark, told)
             rows = candidate_count(dataset, slide_id)
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             cost = units * tile_cost(slide, identity["mpp"], tile_px)
@@ -179,6 +181,15 @@ def _needs(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
     """Per slide, the blocks that hold a selected rank."""
     return {slide_id: need.blocks for slide_id, need in _needs(dataset, selections).items()}
+
+
+def _slide(dataset: Dataset, slides: dict[str, Slide], slide_id: str) -> Slide:
+    if slide_id not in slides:
+        raise UserError(
+            f"slide {slide_id} of a selection is not in {dataset.slides_file}: run `scan` with it, "
+            "or `select` again"
+        )
+    return slides[slide_id]
 
 
 def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
@@ -255,10 +266,12 @@ def tile_slide(
     """Write one slide's missing shards; a read error fails the slide with its coordinates."""
     cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
+    scope = str(config.tile_px or "")
     entries: list[Entry] = []
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     try:
+        job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
+        scope = str(job.tile_px)
         with Spool(folder) as spool:
             began = time.monotonic()
             spans = job.fill(spool, runs)
@@ -268,7 +281,7 @@ def tile_slide(
                 entries += [job.write_shard(spool, span)]
             entries[0] = replace(entries[0], seconds=entries[0].seconds + read_seconds)
     except UserError as error:
-        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=str(job.tile_px)))
+        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=scope))
     return entries
 
 

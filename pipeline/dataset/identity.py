@@ -28,7 +28,7 @@ def software_versions(*packages: str) -> dict[str, str]:
 def open_dataset(root: Path) -> Dataset:
     """The dataset at `root`; refuses a folder that holds none, or one of another major format."""
     dataset = Dataset(root)
-    if not dataset.identity_file.exists():
+    if not _is_there(dataset):
         raise UserError(
             f"no dataset at {root} (no dataset.json): run `python -m pipeline scan` first"
         )
@@ -82,7 +82,7 @@ def claim_identity(
     software versions and platform are recorded beside; records hold no time and no host name,
     so that two datasets made alike are alike in bytes.
     """
-    document = _read(dataset) if dataset.identity_file.exists() else _empty()
+    document = _read(dataset) if _is_there(dataset) else _empty()
     identity = document["identity"]
     for key, value in json.loads(json.dumps(claims)).items():
         if key in identity and identity[key] != value:
@@ -92,7 +92,7 @@ def claim_identity(
             )
         identity[key] = value
     document["records"][stage] = {"versions": versions, "platform": platform.platform()}
-    before = dataset.identity_file.read_text() if dataset.identity_file.exists() else ""
+    before = dataset.identity_file.read_text() if _is_there(dataset) else ""
     document["crc"] = _crc(document)
     if json.loads(before or "null") != document:
         run_id = new_run_id()
@@ -112,12 +112,29 @@ def _empty() -> dict[str, Any]:
     return {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
 
 
+def _is_there(dataset: Dataset) -> bool:
+    """Whether there is a dataset.json; a folder that may not be searched is not taken for empty."""
+    try:
+        return dataset.identity_file.exists()
+    except OSError as error:
+        raise UserError(_unreadable(dataset, error)) from error
+
+
+def _unreadable(dataset: Dataset, error: OSError) -> str:
+    return (
+        f"{dataset.identity_file} cannot be read: {error.strerror}; mend its permissions or its "
+        "disk, or restore it from a copy"
+    )
+
+
 def _read(dataset: Dataset) -> dict[str, Any]:
     try:
         document = json.loads(dataset.identity_file.read_text())
         version = document["identity"]["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error
+    except OSError as error:
+        raise UserError(_unreadable(dataset, error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
     if version != FORMAT_VERSION:

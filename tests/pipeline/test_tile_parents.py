@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -21,6 +22,7 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
+from pipeline.tile import TileConfig, tile_slide
 from pipeline.tissue.stage import tissue_fingerprint
 from tests.pipeline.faults import ROOT
 
@@ -110,3 +112,19 @@ def test_ranks_that_the_candidates_do_not_have_are_told(two: Dataset) -> None:
         write_selection(two, new_run_id(), make_selection("all", everything, {}))
         assert run(two, "tile") == 0
     assert latest(two, "a").outcome == "done"
+
+
+def test_a_selected_slide_that_scan_does_not_know_is_one_line(two: Dataset) -> None:
+    ranks = {"gone": np.arange(16, 24)}
+    write_selection(two, new_run_id(), make_selection("old", ranks, {}))
+    with pytest.raises(UserError, match=r"slide gone of a selection is not in .*slides\.parquet"):
+        run(two, "tile")
+
+
+def test_a_worker_that_can_read_no_identity_fails_its_slide(two: Dataset) -> None:
+    slide = read_slides(two)[0]
+    two.identity_file.write_text("{")
+    config = TileConfig(tile_px=224)
+    (entry,) = tile_slide(str(two.root), "run", slide, [range(1)], "mark", config)
+    assert (entry.outcome, entry.scope) == ("failed", "224")
+    assert "dataset.json is not a dataset's identity" in entry.reason
