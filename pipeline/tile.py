@@ -25,6 +25,7 @@ from pipeline.dataset import (
     commit_bytes,
     commit_file,
     covered_blocks,
+    covering_blocks,
     encode_png,
     files_present,
     fingerprint,
@@ -108,7 +109,8 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     # Workers are told the size, the scope of their lines even where they can read no identity.
     told = replace(config, tile_px=tile_px)
     summary = Summary(STAGE)
-    tasks, refused = [], []
+    tasks: list[SlideTask] = []
+    lines: list[Entry] = []
     with Run(dataset, STAGE, versions) as run:
         for slide_id, need in needs.items():
             slide = _slide(dataset, slides, slide_id)
@@ -117,10 +119,11 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             mark = tile_fingerprint(slide, identity, tile_px, source)
             parent = stands(dataset, entries, tissue_fingerprint(slide, identity, source))
             if reason := _unfit(dataset, slide, parent, need):
-                refused.append(Entry(slide_id, "failed", mark, reason, scope=str(tile_px)))
+                lines.append(Entry(slide_id, "failed", mark, reason, scope=str(tile_px)))
                 continue
-            stood = standing_blocks(dataset, known.get(slide_id, []), mark)
+            stood, lost = on_disk(dataset, known.get(slide_id, []), mark)
             runs = missing_runs(need.blocks, stood)
+            lines += withdrawn(lost, stood | need.blocks, runs)
             if not runs:
                 summary.skipped += 1
                 continue
@@ -129,7 +132,7 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             cost = units * tile_cost(slide, identity["mpp"], tile_px)
             tasks.append(SlideTask(slide_id, mark, arguments, cost, units))
-        _refuse(run, [one for one in refused if engine.takes(one.slide_id)], summary)
+        _journal(run, [one for one in lines if engine.takes(one.slide_id)], summary)
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 
@@ -217,22 +220,41 @@ def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) ->
     return ""
 
 
-def _refuse(run: Run, refused: list[Entry], summary: Summary) -> None:
-    """Journal the slides that may not be cut; the others go on."""
-    if refused:
-        run.append(refused)
-    for entry in refused:
-        summary.add(entry)
+def _journal(run: Run, lines: list[Entry], summary: Summary) -> None:
+    """Journal, before any tile is cut, the slides that may not be and the shards taken back."""
+    if lines:
+        run.append(lines)
+    for entry in lines:
+        if entry.outcome == "failed":
+            summary.add(entry)
 
 
-def standing_blocks(dataset: Dataset, entries: list[Entry], mark: str) -> set[int]:
-    """Blocks of one slide and scope that are on disk with the right fingerprint."""
-    done = [
-        entry
-        for entry in entries
-        if entry.outcome == "done" and entry.fingerprint == mark and files_present(dataset, entry)
-    ]
-    return covered_blocks(done)
+def on_disk(dataset: Dataset, entries: list[Entry], mark: str) -> tuple[set[int], list[Entry]]:
+    """Blocks of a slide and scope on disk with that fingerprint, and the lines of lost shards."""
+    there: list[Entry] = []
+    lost: list[Entry] = []
+    for entry in entries:
+        if entry.outcome == "done" and entry.fingerprint == mark:
+            (there if files_present(dataset, entry) else lost).append(entry)
+    return covered_blocks(there), lost
+
+
+def withdrawn(lost: list[Entry], held: set[int], runs: list[range]) -> list[Entry]:
+    """The `pruned` lines of lost shards whose blocks others hold, or will once `runs` are written.
+
+    Readers take the last shard by first rank: a lost one's line would hide the shard that holds
+    its blocks now. None is due where a run writes the very same shard, nor where nothing else
+    holds a block: that loss stays for `verify` to tell.
+    """
+    lines = []
+    for entry in lost:
+        own = covering_blocks(entry.start, entry.stop)
+        if own not in runs and not held.isdisjoint(own):
+            lines.append(
+                Entry(entry.slide_id, "pruned", entry.fingerprint, "its files are lost",
+                      scope=entry.scope, start=entry.start, stop=entry.stop)
+            )  # fmt: skip
+    return lines
 
 
 def missing_runs(needed: set[int], stood: set[int]) -> list[range]:

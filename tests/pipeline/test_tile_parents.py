@@ -22,7 +22,7 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
-from pipeline.tile import TileConfig, tile_slide
+from pipeline.tile import TileConfig, tile_slide, withdrawn
 from pipeline.tissue.stage import tissue_fingerprint
 from tests.pipeline.faults import ROOT
 
@@ -128,3 +128,43 @@ def test_a_worker_that_can_read_no_identity_fails_its_slide(two: Dataset) -> Non
     (entry,) = tile_slide(str(two.root), "run", slide, [range(1)], "mark", config)
     assert (entry.outcome, entry.scope) == ("failed", "224")
     assert "dataset.json is not a dataset's identity" in entry.reason
+
+
+def test_a_lost_shard_hides_none_that_holds_its_blocks_since(own_tiled: Dataset) -> None:
+    """Its range was written otherwise, for the need had grown; its line must not be read last."""
+    name, rows = SLIDE.stem, candidate_count(own_tiled, SLIDE.stem)
+    shutil.rmtree(own_tiled.root / "tiles")
+    shutil.rmtree(own_tiled.status_dir("tile"))
+
+    def tile_ranks(start: int, stop: int) -> None:
+        own_tiled.selection_file("train").unlink()
+        chosen = make_selection("train", {name: np.arange(start, stop)}, {})
+        write_selection(own_tiled, new_run_id(), chosen)
+        assert run(own_tiled, "tile") == 0
+
+    tile_ranks(16, 32)
+    (lost,) = read_journal(own_tiled, "tile")
+    shutil.rmtree(own_tiled.root / "tiles")
+    tile_ranks(0, rows)
+    whole = TileStore(own_tiled, 224)
+    assert len(whole.read(name, range(rows))) == rows
+    # A dataset that was left so by a release before this rule is mended too.
+    with Run(own_tiled, "tile", {}) as one:
+        one.append([lost])
+    with pytest.raises(UserError):
+        TileStore(own_tiled, 224).read(name, [20])
+    for _ in range(2):
+        assert run(own_tiled, "tile") == 0
+        assert len(TileStore(own_tiled, 224).read(name, range(rows))) == rows
+    assert [e.outcome for e in read_journal(own_tiled, "tile")] == [
+        "done", "pruned", "done", "done", "pruned",
+    ]  # fmt: skip
+
+
+def test_only_a_hiding_line_is_taken_back() -> None:
+    lost = Entry("s", "done", "f", scope="224", start=16, stop=60)
+    blocks = set(range(1, 4))
+    (line,) = withdrawn([lost], {0, 1}, [])
+    assert (line.outcome, line.start, line.stop, line.scope) == ("pruned", 16, 60, "224")
+    assert withdrawn([lost], blocks, [range(1, 4)]) == [], "the same shard is written again"
+    assert withdrawn([lost], {0, 4}, [range(5)]) == [], "nothing else holds it: verify tells"
