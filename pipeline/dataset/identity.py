@@ -1,5 +1,6 @@
 """dataset.json: the identity that every stage must agree with, and records that never refuse."""
 
+import copy
 import json
 import platform
 import zlib
@@ -10,6 +11,7 @@ from typing import Any
 from model.errors import UserError
 from pipeline.dataset.commit import commit_json, json_bytes, new_run_id
 from pipeline.dataset.layout import Dataset
+from pipeline.dataset.lock import exclusive
 
 FORMAT_VERSION = 1
 
@@ -82,23 +84,37 @@ def claim_identity(
     software versions and platform are recorded beside; records hold no time and no host name,
     so that two datasets made alike are alike in bytes.
     """
-    document = _read(dataset) if _is_there(dataset) else _empty()
-    identity = document["identity"]
-    for key, value in json.loads(json.dumps(claims)).items():
+    claims = json.loads(json.dumps(claims))
+    record = {"versions": versions, "platform": platform.platform()}
+    before, after = _claimed(dataset, claims, stage, record)
+    if before != after:
+        with exclusive(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
+            # What another run claimed in between counts, and is kept.
+            before, after = _claimed(dataset, claims, stage, record)
+            if before != after:
+                run_id = new_run_id()
+                commit_json(dataset, run_id, dataset.identity_file, after)
+                dataset.staging_dir(run_id).rmdir()
+    return dict(after["identity"])
+
+
+def _claimed(
+    dataset: Dataset, claims: dict[str, Any], stage: str, record: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """dataset.json as it stands (None: there is none), and with a stage's claims and record."""
+    before = _read(dataset) if _is_there(dataset) else None
+    after = copy.deepcopy(before) if before else _empty()
+    identity = after["identity"]
+    for key, value in claims.items():
         if key in identity and identity[key] != value:
             raise UserError(
                 f"{dataset.identity_file}: {key} is {identity[key]!r} in this dataset, "
                 f"{value!r} was asked for; use the dataset's value or another --dataset"
             )
         identity[key] = value
-    document["records"][stage] = {"versions": versions, "platform": platform.platform()}
-    before = dataset.identity_file.read_text() if _is_there(dataset) else ""
-    document["crc"] = _crc(document)
-    if json.loads(before or "null") != document:
-        run_id = new_run_id()
-        commit_json(dataset, run_id, dataset.identity_file, document)
-        dataset.staging_dir(run_id).rmdir()
-    return dict(identity)
+    after["records"][stage] = record
+    after["crc"] = _crc(after)
+    return before, after
 
 
 def _crc(document: dict[str, Any]) -> str:
