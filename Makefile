@@ -51,10 +51,15 @@ demo: setup ## one real slide to a report, on a CPU, in a few minutes; DEMO=fold
 
 tile: setup ## SLIDES= to tile shards: scan, tissue, select, tile; DATASET= SELECTION= TILES=
 	@[ -n '$(SLIDES)' ] || { echo 'error: say which slides: make tile SLIDES=/path/to/slides DATASET=$(DATASET)' >&2; exit 2; }
-	$(PY) -m pipeline scan $(SLIDES) --dataset $(DATASET) $(JOBS) $(ARGS)
-	$(PY) -m pipeline tissue --dataset $(DATASET) $(JOBS)
-	$(PY) -m pipeline select --dataset $(DATASET) --name $(SELECTION) $(if $(TILES),--tiles $(TILES))
-	$(PY) -m pipeline tile --dataset $(DATASET) --selection $(SELECTION) $(JOBS)
+	@worst=0; stage() { \
+		local status=0; $(PY) -m pipeline "$$@" || status=$$?; \
+		[ $$status -le 1 ] || exit $$status; [ $$status -eq 0 ] || worst=1; \
+	}; \
+	stage scan $(SLIDES) --dataset $(DATASET) $(JOBS) $(ARGS); \
+	stage tissue --dataset $(DATASET) $(JOBS); \
+	stage select --dataset $(DATASET) --name $(SELECTION) $(if $(TILES),--tiles $(TILES)); \
+	stage tile --dataset $(DATASET) --selection $(SELECTION) $(JOBS); \
+	exit $$worst # 1: slides that could not be used; the others are done
 
 plan-cohort: setup ## plan the selections of a slide list COHORT=FILE.csv into OUT=DIR, before any slide
 	@[ -n '$(COHORT)' ] || { echo 'error: say which list of slides: make plan-cohort COHORT=FILE.csv OUT=DIR' >&2; exit 2; }
@@ -72,7 +77,7 @@ doctor: setup ## is this machine fit; with DATASET= its file system too
 ifdef CLUSTER
 train: setup ## train CONFIG= on DATASET= into RUN=, on NPROC= GPUs or processes; exports to MODEL=
 	$(PY) -m pipeline batch train --cluster $(CLUSTER) > train.sbatch
-	CONFIG='$(CONFIG)' DATASET='$(DATASET)' RUN='$(RUN)' PYTHON='$(PY)' ARGS='data.selection=$(SELECTION) $(ARGS)' \
+	CONFIG='$(CONFIG)' DATASET='$(DATASET)' RUN='$(RUN)' MODEL='$(MODEL)' PYTHON='$(PY)' ARGS='data.selection=$(SELECTION) $(ARGS)' \
 		sbatch --nodes=$(NODES) train.sbatch
 
 sample: setup ## generate with MODEL=, guided by SELECTION= of DATASET=, into SYNTHETIC=
@@ -109,7 +114,7 @@ test-full: setup ## the longer tests as well
 
 test-slurm: setup ## stages and training as jobs of a real SLURM, started for the tests
 	@bash tests/slurm/install.sh
-	$(PY) -m pytest -m slurm -rs tests/slurm
+	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 lint: setup ## ruff (lint and format) and mypy, all clean
 	$(VENV)/bin/ruff check .

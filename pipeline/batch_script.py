@@ -39,6 +39,8 @@ def with_directives(script: str, values: dict[str, Any]) -> str:
     replaced = {_name(text) for text in wanted}
     if "--mem" in replaced:
         replaced |= {"--mem-per-cpu"}
+    if any(name == "-G" or name.startswith("--gpus") for name in replaced):
+        replaced |= {"--gres"}  # two ways to ask for GPUs would be both obeyed
     lines = [
         line
         for line in script.splitlines()

@@ -6,6 +6,7 @@ lost otherwise (preempted, its node gone) is replaced; jobs that are not needed 
 
 import asyncio
 import difflib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ _CLASSES = {
     "slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster",
     "oar": "OARCluster", "htcondor": "HTCondorCluster", "moab": "MoabCluster",
 }  # fmt: skip
+_GPU_DIRECTIVE = re.compile(
+    r"--(gres|tres-per-\w+)[= ]\S*gpu|--gpus(-per-\w+)?[= ]|^-G"  # SLURM
+    r"|\bn?gpus?(_\w+)?\s*="  # of -l: select=1:ngpus=1, nodes=1:gpus=1, gpu=1
+    r"|^-gpu\b|\brequest_gpus\b"  # LSF, HTCondor
+)
 _MARGIN_S, _MARGIN_SHARE = 300.0, 0.1
 """A worker leaves this long before its job's walltime (or this share of a short one)."""
 _ADAPT_EVERY_S = 2.0
@@ -67,6 +73,11 @@ class ClusterConfig:
         )  # fmt: skip
         _check(0 <= self.min_jobs <= self.max_jobs, "min_jobs", self.min_jobs, "0 to max_jobs")
         walltime_seconds(self.walltime)
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        """Whether a directive does; that a queue has GPUs by itself is not to be seen here."""
+        return any(_GPU_DIRECTIVE.search(line) for line in self.directives)
 
     @property
     def lifetime_s(self) -> int:

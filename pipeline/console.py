@@ -54,16 +54,21 @@ def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
     try:
         _check_rooms(rooms)
         status = command()
-    except UserError as error:
-        stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
-        status = EXIT_USAGE
-    except KeyboardInterrupt:
-        stderr.print("interrupted: what was committed stays; run the same command to go on")
-        status = EXIT_INTERRUPTED
+    except (UserError, KeyboardInterrupt) as error:
+        status = tell(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILURES
     sys.exit(status)
+
+
+def tell(error: UserError | KeyboardInterrupt) -> int:
+    """Say in one line on stderr what ended a command; the exit status that goes with it."""
+    if isinstance(error, UserError):
+        stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
+        return EXIT_USAGE
+    stderr.print("interrupted: what was committed stays; run the same command to go on")
+    return EXIT_INTERRUPTED
 
 
 def _check_rooms(rooms: tuple[str, ...]) -> None:

@@ -2,7 +2,8 @@
 
 At most one task a worker is in flight, so that a slide that kills its worker takes no innocent
 with it; after three such deaths alone the slide is failed and the rest goes on. A worker whose
-whole job ended (walltime, preemption, a lost node) is no slide's fault.
+whole job ended (walltime, preemption, a lost node) is no slide's fault, but nothing is tried for
+ever: jobs lost without a warning are counted, and the time that walltimes cost a slide is summed.
 """
 
 import hashlib
@@ -21,13 +22,17 @@ from typing import Any, Protocol, TypeAlias
 
 from model.errors import UserError
 from pipeline.cluster import ClusterConfig, make_scaler, open_cluster
-from pipeline.console import Meter, say
+from pipeline.console import Meter, format_seconds, say
 from pipeline.dataset import Entry
 from pipeline.dataset.journal import decode_line, encode_line
+from pipeline.redact import redact
 
 MAX_WORKER_DEATHS = 3
 MAX_JOB_LOSSES = 10
 """How often a slide is begun again after its worker's whole job was lost without a warning."""
+MAX_LIVES = 5.0
+"""So many whole lives of workers a slide may lose to workers that leave in good order."""
+_WHOLE_LIFE = 0.9
 _STARTS = 3
 _LOOK_AROUND_S = 0.5
 """How often new and lost workers are looked for while no task ends."""
@@ -41,6 +46,14 @@ _TOPIC = "histogen"
 
 BundleFunction: TypeAlias = Callable[[list[tuple[Any, ...]]], Iterable[list[Entry]]]
 """From the arguments of several slides to the entries of each, in their order."""
+
+
+class UnfitWorkerError(Exception):
+    """Raised in a task: this worker can do no slide at all, and no slide is to blame.
+
+    It ends the stage with its message: a worker that failed slide after slide at once would take
+    the queue from those that can.
+    """
 
 
 class Observer(Protocol):
@@ -67,8 +80,8 @@ class _Nobody:
 class SlideTask:
     """One slide's work: arguments for the stage's function, a cost to order by, its size.
 
-    `units` is what the progress bar counts (slides or tiles); `values` are those of the line that
-    is journalled where the task itself could not write one.
+    `units` is what the progress bar counts (slides or tiles); `values` and `scopes` are those of
+    the lines that are journalled where the task itself could not write any.
     """
 
     slide_id: str
@@ -77,6 +90,7 @@ class SlideTask:
     cost: float = 0.0
     units: int = 1
     values: Mapping[str, Any] = field(default_factory=dict)
+    scopes: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -170,10 +184,34 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
                     f"--scheduler {config.scheduler}: no Dask scheduler answers there"
                 ) from error
             with client:
+                _check_scheduler(client, config.scheduler)
                 yield client
             return
         with _local_cluster(config, tasks) as cluster, Client(cluster) as client:
             yield client
+
+
+def _check_scheduler(client: Any, address: str) -> None:
+    """Refuse a scheduler that would itself wait for a task's dead worker.
+
+    A task is bound to its worker's address, which never comes back: only where no failure is
+    allowed does the engine hear of the death, and can count it.
+    """
+    start = "start it with DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0 in its environment"
+    try:
+        # By value: the scheduler need not have this package.
+        allowed = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.allowed_failures)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--scheduler {address}: does not say its allowed-failures ({reason}); {start}, and "
+            "let it run functions"
+        ) from error
+    if allowed != 0:
+        raise UserError(
+            f"--scheduler {address}: its allowed-failures is {allowed}, expected 0, or a slide "
+            f"that kills its worker is begun again for ever; {start}"
+        )
 
 
 def _local_cluster(config: EngineConfig, tasks: int) -> Any:
@@ -197,6 +235,15 @@ def _local_cluster(config: EngineConfig, tasks: int) -> Any:
         f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
         "Try fewer with --workers"
     )
+
+
+def count_workers(config: EngineConfig) -> int:
+    """Workers that a running scheduler has now, at least one that is to come.
+
+    Raises `UserError` where no scheduler answers.
+    """
+    with dask_client(config, 0) as client:
+        return max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
 
 
 def report_progress(slide_id: str, units: int) -> None:
@@ -256,8 +303,9 @@ def run_bundles(
         external = bool(config.scheduler or config.cluster)
         progress = _Progress(meter, sum(len(bundle) for bundle in bundles))
         drain = _Drain(
-            client, function, on_entries, progress, observer or _Nobody(), external=external
-        )
+            client, function, on_entries, progress, observer or _Nobody(), external=external,
+            lifetime_s=config.cluster.lifetime_s if config.cluster else 0.0,
+        )  # fmt: skip
         check = None
         if config.cluster:
             say(
@@ -369,19 +417,42 @@ class _Progress:
 
 @dataclass
 class _Flight:
-    """A bundle on a worker; `taken` counts the slides whose entries were received."""
+    """A bundle on a worker; `taken` counts the slides whose entries were received.
+
+    `seen` is when its worker was first seen, `began` when the slide now in progress was begun.
+    """
 
     future: Any
     tasks: list[SlideTask]
     number: int
     nanny: str = ""
     worker: str = ""
+    seen: float = 0.0
+    began: float = 0.0
     taken: int = 0
 
     @property
     def slide_id(self) -> str:
         """The first slide whose entries were not received yet."""
         return self.tasks[self.taken].slide_id if self.taken < len(self.tasks) else ""
+
+
+@dataclass
+class _Lost:
+    """What workers that left in good order cost a slide.
+
+    `lives` sums the parts of their lives that it had in vain, `longest` is the longest in seconds.
+    """
+
+    times: int = 0
+    lives: float = 0.0
+    longest: float = 0.0
+
+    def add(self, seconds: float, life: float) -> None:
+        """It ran for that long on a worker that lives, or lived, so long."""
+        self.times += 1
+        self.lives += min(1.0, seconds / max(life, 1e-3))
+        self.longest = max(self.longest, seconds)
 
 
 class _Drain:
@@ -400,7 +471,9 @@ class _Drain:
         observer: Observer,
         *,
         external: bool = False,
+        lifetime_s: float = 0.0,
     ) -> None:
+        """`lifetime_s`: after how long workers leave, 0 where nobody knows."""
         self._client, self._function, self._external = client, function, external
         self._on_entries, self._progress, self._observer = on_entries, progress, observer
         self._heartbeat = time.monotonic()
@@ -409,6 +482,9 @@ class _Drain:
         self._dead: list[tuple[float, _Flight]] = []
         self._deaths: dict[str, int] = {}
         self._losses: dict[str, int] = {}
+        self._lifetime_s, self._lost = lifetime_s, dict[str, _Lost]()
+        self._warned = False
+        self._seen_since: dict[str, float] = {}
         self._gone_since: dict[str, float] = {}
         self._names_seen: set[str] = set()
         self._numbers = itertools.count()
@@ -474,18 +550,20 @@ class _Drain:
         self._on_entries(entries)
         self._progress.end(flight.tasks[flight.taken])
         flight.taken += 1
+        flight.began = time.monotonic()
 
     def _fill(self) -> None:
         """Give every free worker a bundle; take back those of workers that left."""
         there = self._client.scheduler_info(n_workers=-1)["workers"]
         self._names_seen |= {str(worker["name"]) for worker in there.values()}
+        now = time.monotonic()
+        self._seen_since = {one: self._seen_since.get(one, now) for one in there}
         for address in self._left_in_good_order(set(there)):
-            flight = self._flights.pop(address)
-            flight.future.cancel()
-            self._observer.event("worker left", worker=flight.worker, slide=flight.slide_id)
-            self._waiting.appendleft(flight.tasks[flight.taken :])
+            self._take_back(self._flights.pop(address), self._gone_since[address])
         self._judge_deaths({str(worker.get("nanny")) for worker in there.values()})
-        for address in sorted(set(there) - set(self._flights)):
+        # The youngest first: it has the most time left for what waits longest.
+        free = set(there) - set(self._flights)
+        for address in sorted(free, key=lambda one: (-self._seen_since[one], one)):
             if self._waiting:
                 self._submit(address, there[address], self._waiting.popleft())
 
@@ -498,6 +576,39 @@ class _Drain:
         gone = {one for one in set(self._flights) - there if not self._flights[one].future.done()}
         self._gone_since = {one: self._gone_since.get(one, now) for one in gone}
         return [one for one, since in self._gone_since.items() if now - since > _HEARD_WITHIN_S]
+
+    def _take_back(self, flight: _Flight, gone: float) -> None:
+        """What a worker left unfinished goes back; a slide that no walltime is enough for fails.
+
+        Time is summed, not walltimes: as the workers of one hour end one by one, a short slide
+        may go from one to the next. What a walltime costs is small beside a whole life then.
+        """
+        flight.future.cancel()
+        task = flight.tasks[flight.taken]
+        self._observer.event("worker left", worker=flight.worker, slide=task.slide_id)
+        lost = self._lost.setdefault(task.slide_id, _Lost())
+        lost.add(gone - flight.began, self._lifetime_s or gone - flight.seen)
+        self._warn_of(task.slide_id, lost)
+        if lost.lives < MAX_LIVES:
+            self._waiting.appendleft(flight.tasks[flight.taken :])
+            return
+        if rest := flight.tasks[flight.taken + 1 :]:
+            self._waiting.appendleft(rest)
+        longest = format_seconds(lost.longest)
+        self._fail(
+            flight,
+            f"its workers' time was up {lost.times} times before it ended, up to {longest} after "
+            "it began: give them a longer walltime (lifetime) and run the stage again",
+        )
+
+    def _warn_of(self, slide_id: str, lost: _Lost) -> None:
+        """Once a run: what one slide loses, others may lose too."""
+        if not self._warned and lost.lives >= _WHOLE_LIFE:
+            self._warned = True
+            say(
+                f"{slide_id}: workers ended before it did, up to {format_seconds(lost.longest)} "
+                "after it began: is the walltime long enough?"
+            )
 
     def _judge_deaths(self, nannies: set[str]) -> None:
         """A worker that died and came back was killed by its slide; a job that ended was not."""
@@ -521,7 +632,10 @@ class _Drain:
             _run_bundle, self._function, [task.arguments for task in tasks], number, pure=False,
             retries=0, workers=[address], allow_other_workers=False,
         )  # fmt: skip
-        self._flights[address] = _Flight(future, tasks, number, str(worker.get("nanny")), name)
+        self._flights[address] = _Flight(
+            future, tasks, number, str(worker.get("nanny")), name,
+            self._seen_since[address], time.monotonic(),
+        )  # fmt: skip
         future.add_done_callback(lambda _: self._heard.put(partial(self._land, address, number)))
 
     def _land(self, address: str, number: int) -> None:
@@ -534,6 +648,8 @@ class _Drain:
             for entries in flight.future.result()[flight.taken :]:
                 self._take_next(flight, entries)
             return
+        if isinstance(error, UnfitWorkerError):
+            raise UserError(str(error))
         if _is_death(error):
             self._observer.event("worker died", worker=flight.worker, slide=flight.slide_id)
         if self._external and _is_death(error):
@@ -543,7 +659,7 @@ class _Drain:
         elif _is_death(error):
             self._charge(flight)
         else:
-            text = " ".join(str(error).split())[:200]
+            text = redact(" ".join(str(error).split()))[:200]
             self._fail(flight, f"internal error: {type(error).__name__}: {text}")
 
     def _try_apart(self, flight: _Flight) -> None:
@@ -579,8 +695,12 @@ class _Drain:
 
     def _fail(self, flight: _Flight, reason: str) -> None:
         task = flight.tasks[flight.taken]
-        entry = Entry(task.slide_id, "failed", task.fingerprint, reason, values=dict(task.values))
-        self._take_next(flight, [entry])
+        mark, values = task.fingerprint, dict(task.values)
+        entries = [
+            Entry(task.slide_id, "failed", mark, reason, scope=scope, values=values)
+            for scope in task.scopes
+        ]
+        self._take_next(flight, entries)
 
 
 def _is_death(error: BaseException) -> bool:

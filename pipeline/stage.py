@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.console import (
     EXIT_FAILURES,
@@ -17,6 +18,7 @@ from pipeline.console import (
 )
 from pipeline.dataset import Dataset, Entry, Run, files_present, software_versions
 from pipeline.engine import BundleFunction, EngineConfig, SlideTask, run_bundles, run_tasks
+from pipeline.redact import redact
 
 _ROWS_SHOWN = 40
 _PACKAGES = ("numpy", "opencv-python-headless", "openslide-python", "openslide-bin", "tiffslide")
@@ -46,7 +48,9 @@ class Summary:
         if entry.outcome == "rejected":
             self.rejected.append((entry.slide_id, entry.reason))
         elif entry.outcome == "failed":
-            self.failed.append((entry.slide_id, entry.reason))
+            row = (entry.slide_id, entry.reason)
+            if self.failed[-1:] != [row]:  # a slide's lines, one a scope, come together
+                self.failed.append(row)
         else:
             self.done_slides.add(entry.slide_id)
         self.files += len(entry.files)
@@ -150,7 +154,8 @@ def _print_reasons(summary: Summary) -> None:
         return
     table = Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
     for outcome, slide_id, reason in rows[:_ROWS_SHOWN]:
-        table.add_row(slide_id, outcome, reason)
+        # As plain text: a reason quotes what others wrote, and may hold rich's brackets.
+        table.add_row(Text(slide_id), outcome, Text(redact(reason)))
     stdout.print(table)
     if len(rows) > _ROWS_SHOWN:
         say(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")

@@ -17,6 +17,7 @@ from rich.table import Table
 from pipeline.activity import Running, running
 from pipeline.console import format_bytes, format_seconds, say, stdout
 from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection, standing
+from pipeline.redact import redact
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 _REASONS_SHOWN = 8
@@ -81,7 +82,7 @@ def read_status(dataset: Dataset) -> Status:
         for scope in sorted({entry.scope for entry in entries}):
             held = standing(entries, scope)
             _count_bytes(held, kinds)
-            if is_bookkeeping(scope):
+            if not held or is_bookkeeping(scope):
                 continue
             failures += _failures(stage, scope, held)
             stages.append(_stage_status(stage, scope, held))
@@ -124,7 +125,7 @@ def _folder_bytes(folder: Path) -> int:
 
 def _failures(stage: str, scope: str, held: Mapping[str, list[Entry]]) -> list[Failure]:
     return [
-        Failure(stage, scope, entry.slide_id, entry.reason)
+        Failure(stage, scope, entry.slide_id, redact(entry.reason))
         for entries in held.values()
         for entry in entries
         if entry.outcome == "failed"
@@ -223,7 +224,9 @@ def _say_running(runs: list[Running]) -> None:
 
 def _say_failures(failures: list[Failure]) -> None:
     """The commonest reasons with a slide of each; all of them are in --json and the report."""
-    reasons = Counter((one.stage, one.reason) for one in failures)
+    # One slide has a line for each kind of features.
+    failed = {(one.stage, one.reason, one.slide) for one in failures}
+    reasons = Counter((stage, reason) for stage, reason, _ in sorted(failed))
     example = {(one.stage, one.reason): one.slide for one in reversed(failures)}
     for (stage, reason), count in reasons.most_common(_REASONS_SHOWN):
         more = f" and {count - 1:,} more" if count > 1 else ""

@@ -3,13 +3,18 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import UserError
-from pipeline.console import run_door
+from pipeline.console import EXIT_USAGE, run_door
 
 CONFIGS = Path(__file__).parent / "configs"
+
+_AFTER_YOU_S = 3.0
+"""A mistake of the command line is told once a machine: torchrun ends all with the first that
+leaves, so the others stay until that has told it."""
 
 _TRAIN_HELP = """\
 Train a REPA-E model (SD-VAE and SiT together) on the tiles and features of a dataset.
@@ -48,7 +53,14 @@ def _train(arguments: Sequence[str]) -> int:
     overrides = list(options.overrides)
     if options.device:
         overrides.append(f"run.device={options.device}")
-    return train(load_config(_config_file(options.config), overrides), options.resume)
+    try:
+        config = load_config(_config_file(options.config), overrides)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            raise
+        time.sleep(_AFTER_YOU_S)
+        return EXIT_USAGE
+    return train(config, options.resume)
 
 
 def _export(arguments: Sequence[str]) -> int:

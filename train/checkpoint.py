@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from model.errors import UserError
 from model.weights import fit_tensors, read_tensors, write_tensors
+from pipeline.console import say
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
@@ -85,8 +86,9 @@ class CheckpointWriter:
 
     `save` copies to buffers of the host's memory, kept from one checkpoint to the next and pinned
     where a GPU copies into them, and returns; a thread writes, syncs and renames. One checkpoint
-    is written at a time: `save` waits for the one before. What a write could not do is raised by
-    the next `save` or `wait`. Use as a context manager: leaving it waits.
+    is written at a time: `save` waits for the one before. Where that one failed, `save` says so,
+    writes the present state all the same and returns when it stands. Use as a context manager:
+    leaving it waits.
     """
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
@@ -106,12 +108,17 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.wait()
-        elif self._thread is not None:  # that error is the one to tell of
-            self._thread.join()
+        elif (failed := self.settle()) is not None:  # the other error is the one that ends the run
+            say(f"warning: {failed}")
 
     def save(self, state: RunState, trainees: Trainees) -> None:
-        """Begin the checkpoint of `state.step`: it holds the values of this moment."""
-        self.wait()
+        """Begin the checkpoint of `state.step`: it holds the values of this moment.
+
+        Raises `UserError` where the write before failed and this one does too.
+        """
+        failed = self.settle()
+        if failed is not None:
+            say(f"warning: {failed}; now trying step {state.step}")
         files = _files(trainees)
         for name, tensors in files.items():
             self._copy(name, tensors)
@@ -119,15 +126,21 @@ class CheckpointWriter:
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._write, args=(state, list(files)))
         self._thread.start()
+        if failed is not None:  # two in a row: an interval more would be lost for nothing
+            self.wait()
 
     def wait(self) -> None:
         """Wait until what was begun stands on disk; raises `UserError` where it does not."""
+        if (error := self.settle()) is not None:
+            raise error
+
+    def settle(self) -> BaseException | None:
+        """Wait for what was begun; what kept it from standing, told once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def _copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         buffers = self._buffers.setdefault(name, {})

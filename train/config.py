@@ -146,6 +146,8 @@ class OptimConfig:
         for name in ("lr_vae", "lr_discriminator", "lr_sit", "eps", "clip"):
             value = getattr(self, name)
             _check(value > 0, f"optim.{name}", value, "a number above 0")
+        decay = self.weight_decay
+        _check(decay >= 0, "optim.weight_decay", decay, "a number of 0 or more")
         good = all(0 <= beta < 1 for beta in self.betas)
         _check(good, "optim.betas", list(self.betas), "two numbers in [0, 1)")
         for name in ("accumulate", "max_bad_steps"):
@@ -192,6 +194,8 @@ class LogConfig:
             _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
         rate = self.matrix_tflop_per_s
         _check(rate >= 0, "log.matrix_tflop_per_s", rate, "a number of 0 or more")
+        scale = self.guidance_scale
+        _check(scale >= 0, "log.guidance_scale", scale, "a number of 0 or more")
         _check(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 or more")
 
 

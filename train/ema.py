@@ -21,12 +21,16 @@ class Ema(Generic[Network]):
     """A network's moving average: parameters and floating-point buffers.
 
     `module` is a copy in evaluation mode that begins at the network's weights. Integer buffers
-    (counters) are copied. Source: REPA-E's training loop (model.md 2.4, step 6).
+    (counters) are copied, and with `copy_buffers` all: statistics of what does not move need no
+    average over tens of thousands of steps. Source: REPA-E's training loop (model.md 2.4, step 6).
     """
 
-    def __init__(self, network: Network, decay: float, *, warmup: bool = False) -> None:
+    def __init__(
+        self, network: Network, decay: float, *, warmup: bool = False, copy_buffers: bool = False
+    ) -> None:
         self.module: Network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
+        self._copied = {name for name, _ in network.named_buffers()} if copy_buffers else set()
 
     @torch.no_grad()
     def update(self, network: Network, step: int) -> None:
@@ -35,7 +39,7 @@ class Ema(Generic[Network]):
         averages = dict(self.module.state_dict(keep_vars=True))
         floats, sources = [], []
         for name, value in network.state_dict(keep_vars=True).items():
-            if value.is_floating_point():
+            if value.is_floating_point() and name not in self._copied:
                 floats.append(averages[name].detach())
                 sources.append(value.detach())
             else:

@@ -4,14 +4,18 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from model.errors import UserError
+from model.images import from_uint8
+from model.latent_norm import LatentNorm
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import Tensors, fit_tensors, load_archive, read_tensors
 from train.config import Config
 
+_AT_ONCE = 8  # tiles of a forward pass
 _ARCHIVES = (".pt", ".pth")
 
 
@@ -27,6 +31,25 @@ def initialise(sit: SiT, vae: VAE, config: Config) -> None:
         _load_vae(vae, weights_file(config.init.vae, "vae"))
     if config.init.sit:
         _load_sit(sit, weights_file(config.init.sit, "sit"))
+
+
+@torch.no_grad()
+def set_latent_statistics(norm: LatentNorm, vae: VAE, tiles: Tensor) -> None:
+    """Begin the running statistics at those of a VAE's latents of tiles uint8 [n, px, px, 3].
+
+    Where they began at 0 and 1, the alignment loss of a pretrained VAE would see latents of a
+    wrong scale for the first steps, and the average, which scales the samples, for tens of
+    thousands. Source: REPA-E's training script, which reads them from a file (model.md 1.4).
+    The variance is that of posterior samples: of the means, and the mean of the variances.
+    """
+    means, variances = [], []
+    for part in tiles.split(_AT_ONCE):
+        posterior = vae.encode(from_uint8(part.to(next(vae.parameters()).device)))
+        means.append(posterior.mean.float())
+        variances.append(posterior.logvar.float().exp())
+    variance, mean = torch.var_mean(torch.cat(means), dim=(0, 2, 3))
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance + torch.cat(variances).mean(dim=(0, 2, 3)))
 
 
 def weights_file(name: str, network: str) -> Path:

@@ -14,6 +14,7 @@ from model.vae import VAE
 from pipeline.console import EXIT_OK, Meter, format_seconds, meter, say
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from train.config import Config
+from train.lock import RunLock
 from train.metrics import Averages, RunLog, read_metrics, write_json
 from train.networks import build_parts
 from train.online import open_encoder
@@ -57,15 +58,29 @@ def train(config: Config, resume: Resume = "auto") -> int:
     the state is saved and the same command goes on. Raises `UserError` for what a person can
     mend.
     """
-    with joined_ranks(config.run.device) as ranks, StopRequests() as requests:
+    with StopRequests() as requests, joined_ranks(config.run.device) as ranks:
         if is_finished(config):
             if ranks.is_main:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
             return EXIT_OK
-        inputs = open_inputs(config, ranks)
-        ranks.slots(config.data.batch_size)
-        start = open_run(config, inputs, ranks, resume)
-        return Training(config, ranks, inputs, start, requests).run()
+        with RunLock(run_directory(config)) as lock:
+            ranks.main_does(lock.take)
+            inputs = open_inputs(config, ranks)
+            ranks.slots(config.data.batch_size)
+            start = open_run(config, inputs, ranks, resume)
+            try:
+                return Training(config, ranks, inputs, start, requests).run()
+            except torch.OutOfMemoryError as error:
+                raise UserError(_out_of_memory(config, error)) from error
+
+
+def _out_of_memory(config: Config, error: torch.OutOfMemoryError) -> str:
+    data, optim = config.data, config.optim
+    goes_on = "" if config.run.recompute else "set run.recompute=true to go on with this run, or "
+    return (
+        f"{str(error).partition('. ')[0]}: {goes_on}begin another with optim.accumulate above "
+        f"{optim.accumulate} or data.batch_size below {data.batch_size}, or use more GPUs"
+    )
 
 
 @dataclass
@@ -92,12 +107,12 @@ class Training:
         self.config, self.ranks, self.inputs, self.requests = config, ranks, inputs, requests
         self.run_dir = run_directory(config)
         self.encode = open_encoder(config, inputs.source.encoder_record, ranks.device)
-        self.parts = build_parts(config, ranks.device)
+        self.fixed = self._read_fixed()
+        self.parts = build_parts(config, ranks.device, self.fixed.tiles)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, self.parts.trainees)
         self.state = start.state
         self.first_step = start.state.step
-        self.fixed = self._read_fixed()
         self.validation = self._read_validation()
         if not self.state.untrained:
             self.state = replace(self.state, untrained=self._reconstruction().to_dict())
@@ -128,17 +143,17 @@ class Training:
             self._reader() as reader,
             self._progress() as progress,
         ):
-            if self.first_step == 0 and log is not None and self.validation:
-                log.write(0, self._validate())
+            if log is not None:
+                self._catch_up(log)
             for batch in reader:
                 metrics, skipped, stopping = step(batch, stop=self.requests.asked)
                 self._count(batch.step + 1, metrics, skipped=skipped)
                 self._note_damage(batch)
                 self._write_log(log, reader)
-                if self._is_due(config.log.samples_every):
-                    self._save_samples(log)
                 if self._is_due(config.checkpoint.every) or self._is_last or stopping:
-                    self._save_checkpoint()
+                    self._save_checkpoint(log)
+                if log is not None and (self._is_last or not stopping):
+                    self._preview(log)
                 if progress is not None:
                     progress.advance(1, self._note)
                 if stopping and not self._is_last:
@@ -234,7 +249,7 @@ class Training:
         self.window.skipped_steps += 1
         self._bad_steps += 1
         if self._bad_steps >= self.config.optim.max_bad_steps:
-            self.checkpoints.wait()
+            self.checkpoints.settle()  # had its write failed, this is still what ends the run
             good = latest_checkpoint(self.run_dir) or "none yet"
             raise TrainingDivergedError(
                 f"{self._bad_steps} steps in a row up to step {done} had non-finite gradients; "
@@ -242,19 +257,69 @@ class Training:
             )
 
     def _write_log(self, log: RunLog | None, reader: BatchReader) -> None:
-        """A line of the log where one is due: of the window, of validation, of both, or of the
-        fixed tiles' reconstruction, which goes with the sample grids."""
+        """A line of the window where one is due: before the checkpoint, since a run that goes on
+        from that can never write it again."""
+        if self.state.step % self.config.log.every and not self._is_last:
+            return
+        line = self._take_window(reader)
+        if log is not None:
+            with self._tolerated("the log's line"):
+                log.write(self.state.step, line)
+            self._take_note(line)
+
+    def _take_note(self, line: dict[str, float]) -> None:
+        noted = [f"{name} {line[name]:.3f}" for name in _NOTED if name in line]
+        self._note = "  ".join(noted) or self._note
+
+    def _catch_up(self, log: RunLog) -> None:
+        """What is measured before the first step, or what a stop right after the checkpoint kept
+        from being measured: it is a function of the networks, so nothing is lost."""
+        if self.first_step == 0:
+            if self.validation:
+                with self._tolerated("validation"):
+                    log.write(0, self._validate())
+            return
+        lines = {line["step"]: line for line in read_metrics(self.run_dir)}
+        known = lines.get(self.first_step, {})
+        wanted = [f"{name}/denoise" for name in self.validation if self._is_validated]
+        wanted += ["reconstruction/psnr"] * self._is_due(self.config.log.samples_every)
+        if any(name not in known for name in wanted):
+            self._preview(log)
+
+    @property
+    def _is_validated(self) -> bool:
+        return self._is_due(self.config.log.validation_every) or self._is_last
+
+    def _preview(self, log: RunLog) -> None:
+        """What the main process alone measures and draws on the networks, while the others wait
+        for it at the next step: after the checkpoint, and no failure of it stops the run.
+
+        The line comes last: where it stands, the grid does too.
+        """
         line: dict[str, float] = {}
-        if self.state.step % self.config.log.every == 0 or self._is_last:
-            line = self._take_window(reader)
-        if self._is_due(self.config.log.validation_every) or self._is_last:
-            line |= self._validate()
-        if self._is_due(self.config.log.samples_every) and log is not None:
-            line["reconstruction/psnr"] = self._reconstruction().psnr
-        if line and log is not None:
-            log.write(self.state.step, line)
-            noted = [f"{name} {line[name]:.3f}" for name in _NOTED if name in line]
-            self._note = "  ".join(noted) or self._note
+        if self._is_validated:
+            with self._tolerated("validation"):
+                line |= self._validate()
+        if self._is_due(self.config.log.samples_every):
+            with self._tolerated("the grid of samples"):
+                self._save_samples(log)
+                line["reconstruction/psnr"] = self._reconstruction().psnr
+        if line:
+            with self._tolerated("the log's line"):
+                log.write(self.state.step, line)
+
+    @contextmanager
+    def _tolerated(self, what: str) -> Iterator[None]:
+        """A failure inside the block is one line: nobody loses a night's training to a picture."""
+        try:
+            yield
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            reason = str(UserError(error))
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = reason.partition(". ")[0]  # behind it stands a paragraph on allocation
+            say(f"warning: {what} of step {self.state.step} failed, training goes on: {reason}")
+            if self.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _take_window(self, reader: BatchReader) -> dict[str, float]:
         """What happened since the last line; the counters start again."""
@@ -291,7 +356,10 @@ class Training:
         here = torch.tensor(float(self._skipped_here), device=self.ranks.device)
         return self._start.skipped_tiles + int(self.ranks.total(here).item())
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, log: RunLog | None) -> None:
+        if log is not None:
+            with self._tolerated("the log"):
+                log.sync()
         skipped, seconds = self._skipped_tiles(), self._seconds(time.monotonic())
         self.state = replace(self.state, skipped_tiles=skipped, seconds=seconds)
         if self.ranks.is_main:
@@ -315,7 +383,7 @@ class Training:
         }
 
     def _validate(self) -> dict[str, float]:
-        """Losses on the validation selections; nothing on the other processes, which go on."""
+        """Losses on the validation selections."""
         return {
             f"{selection}/{name}": value
             for selection, fixed in self.validation.items()
@@ -337,12 +405,10 @@ class Training:
         tiles = self.fixed.tiles[: self.config.log.fixed_tiles]
         return measure_reconstruction(self._exported()[1], tiles)
 
-    def _save_samples(self, log: RunLog | None) -> None:
-        """A grid, by the main process; the others wait for it at the next step."""
-        if log is not None:
-            pixels = draw_samples(self.config, *self._exported(), self.fixed)
-            save_picture(self.run_dir / "samples" / f"step-{self.state.step:08d}.png", pixels)
-            log.write_picture(self.state.step, "samples", pixels)
+    def _save_samples(self, log: RunLog) -> None:
+        pixels = draw_samples(self.config, *self._exported(), self.fixed)
+        save_picture(self.run_dir / "samples" / f"step-{self.state.step:08d}.png", pixels)
+        log.write_picture(self.state.step, "samples", pixels)
 
     def _stopped(self) -> int:
         if self.ranks.is_main:

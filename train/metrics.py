@@ -51,7 +51,9 @@ class Averages:
 class RunLog:
     """metrics.jsonl, and beside it TensorBoard events and Weights & Biases as asked for.
 
-    A run that goes on from step n repeats no line: what was logged after its checkpoint is cut.
+    A step has one line of training, written before its checkpoint, and one of what was measured
+    on the networks after it. A run that goes on from step n repeats none: what was logged after
+    its checkpoint is cut.
     """
 
     def __init__(self, run_dir: Path, config: Config, *, step: int) -> None:
@@ -89,6 +91,11 @@ class RunLog:
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def sync(self) -> None:
+        """Let what was written outlive the machine, as the checkpoint that follows it will."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def write_picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """An RGB picture uint8 [h, w, 3] where pictures are shown."""
@@ -131,8 +138,15 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a torn last line (the run was killed) is left out."""
-    path = run_dir / "metrics.jsonl"
+    """What metrics.jsonl says of each step, by step; a torn line (the run was killed) is left
+    out."""
+    steps: dict[float, dict[str, float]] = {}
+    for line in _lines(run_dir / "metrics.jsonl"):
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -156,6 +170,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if 0 < step >= line["step"]]
+    kept = [line for line in _lines(path) if 0 < step >= line["step"]]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

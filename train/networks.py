@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.discriminator import Discriminator
 from model.errors import UserError
@@ -14,7 +14,7 @@ from model.weights import seeded_init
 from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
-from train.initial import initialise
+from train.initial import initialise, set_latent_statistics
 from train.step import Networks
 from train.sync_norm import synchronise_norms
 
@@ -43,9 +43,10 @@ class Parts:
         return Trainees(kept, self.optimizers)
 
 
-def build_parts(config: Config, device: torch.device) -> Parts:
+def build_parts(config: Config, device: torch.device, tiles: Tensor | None = None) -> Parts:
     """Networks at their first weights: from the seed, or from `init.vae` and `init.sit`.
 
+    With `init.vae` alone the latent statistics begin at those of `tiles` uint8 [n, px, px, 3].
     Raises `UserError` for weights that are missing or do not fit.
     """
     networks = build_networks(config, device)
@@ -57,9 +58,12 @@ def build_parts(config: Config, device: torch.device) -> Parts:
         if (network := getattr(networks, name)) is not None
         and any(parameter.requires_grad for parameter in network.parameters())
     }
+    if config.init.vae and not config.init.sit and tiles is not None:
+        set_latent_statistics(networks.sit.bn, networks.vae, tiles)
     warmup = config.ema.warmup
-    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup)
-    vae_average = Ema(networks.vae, config.ema.vae, warmup=warmup) if "vae" in optimizers else None
+    frozen = "vae" not in optimizers  # then the latents' statistics do not move
+    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup, copy_buffers=frozen)
+    vae_average = None if frozen else Ema(networks.vae, config.ema.vae, warmup=warmup)
     return Parts(networks, optimizers, sit_average, vae_average)
 
 

@@ -1,10 +1,14 @@
 """The processes of a run: one a GPU under torchrun, or a single one."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -12,10 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import UserError
+from pipeline.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from train.slurm import slurm_ranks
 from train.stream import slots_of_rank
 
 _PATIENCE = timedelta(hours=1)
 """How long processes wait for each other: the main one validates, samples and writes alone."""
+
+
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
+"""What gloo's errors say, which are plain RuntimeErrors, where another process has gone."""
+
+
+class ToldElsewhereError(Exception):
+    """Ends this process of several: the main one tells of the mistake."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +97,35 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def main_does(self, work: Callable[[], object]) -> None:
+        """Have the main process do something while the others wait for it.
+
+        Its `UserError` ends all of them; the others raise `ToldElsewhereError`.
+        """
+        mistake: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                mistake = error
+        failed = self.from_main(int(mistake is not None))
+        if mistake is not None:
+            raise mistake
+        if failed:
+            raise ToldElsewhereError
+
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the run's processes as torchrun's environment says; alone without it.
+    """Join the run's processes as torchrun's environment says, or srun's; alone without either.
 
-    `device` is auto, cpu or cuda. Raises `UserError` for cuda without a usable GPU.
+    `device` is auto, cpu or cuda. Raises `UserError` for cuda without a usable GPU. One of several
+    processes does not come back from an error inside the block: see `_leave`.
     """
+    tasks = slurm_ranks(os.environ)
+    if tasks and torch.cuda.device_count() == 1:
+        tasks["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone
+    os.environ.update(tasks)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
@@ -97,11 +133,52 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), size, chosen)
-    finally:
-        dist.destroy_process_group()
+        yield Ranks(rank, size, chosen)
+    except BaseException as error:
+        _leave(error, store, rank)
+    dist.destroy_process_group()
+
+
+def _leave(error: BaseException, store: dist.Store, rank: int) -> NoReturn:
+    """Tell of an error and end at once, so that torchrun ends the other processes.
+
+    To leave the group in order would wait for processes that are themselves waiting for this one.
+    What several meet alike is told by the first, and what merely follows from another's end not
+    at all, or it would bury the line that matters.
+    """
+    status = EXIT_FAILURES
+    if isinstance(error, ToldElsewhereError):
+        status = EXIT_USAGE
+    elif _lost_another(error):
+        if _is_first(store, "told"):
+            reason = str(error).splitlines()[0][-200:]
+            stderr.print(f"error: process {rank} lost another process: {reason}", markup=False)
+    else:
+        first = _is_first(store, hashlib.sha256(repr(error).encode()).hexdigest())
+        _is_first(store, "told")
+        if isinstance(error, UserError | KeyboardInterrupt):
+            status = tell(error) if first else EXIT_USAGE
+        elif first:
+            traceback.print_exception(error)
+    for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+def _lost_another(error: BaseException) -> bool:
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+    return said or isinstance(error, dist.DistError)
+
+
+def _is_first(store: dist.Store, key: str) -> bool:
+    """Whether no process has said so of the key before; true where nobody can be asked."""
+    try:
+        return bool(store.add(f"histogen/{key}", 1) == 1)
+    except RuntimeError:  # the process that kept the store has gone
+        return True
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -75,9 +75,12 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
     others = {log.fixed_selection, *log.validation} - {"", data.selection}
     tables = {name: compile_blocks(read_selection(dataset, name)) for name in sorted(others)}
     tables[data.selection] = table
-    if ranks is None or ranks.is_main:
+
+    def check() -> None:
         for wanted in tables.values():
             _check_tables(config, dataset, wanted)
+
+    ranks.main_does(check) if ranks is not None else check()
     fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
     validation = {name: tables[name].spread_rows(log.validation_tiles) for name in log.validation}
     return Inputs(dataset, stream, source, fixed, validation)
@@ -88,9 +91,11 @@ def _shared_table(config: Config, dataset: Dataset, ranks: Ranks | None) -> Bloc
     if ranks is None or ranks.size == 1:
         return compile_blocks(read_selection(dataset, config.data.selection))
     folder = run_directory(config) / BLOCKS_DIR
-    if ranks.is_main:
+
+    def compile_() -> None:
         write_blocks(compile_blocks(read_selection(dataset, config.data.selection)), folder)
-    ranks.wait()
+
+    ranks.main_does(compile_)
     return map_blocks(folder)
 
 
@@ -141,10 +146,12 @@ def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> St
                 f"{config.data.dataset} now holds: restore that selection, or use another run.dir"
             )
     ranks.wait()  # all have read before the main process writes
-    if ranks.is_main:
+
+    def claim() -> None:
         remove_unfinished(run_dir)
         _write_claim(config, inputs, run_dir)
-    ranks.wait()
+
+    ranks.main_does(claim)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
 
 

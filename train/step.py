@@ -34,7 +34,7 @@ from model.losses import (
 )
 from model.noise import Stream, normal, uniform
 from model.sit import SiT
-from model.vae import VAE, VAEOutput
+from model.vae import VAE, Posterior, VAEOutput
 from train.config import Config, LossConfig
 from train.ema import Ema
 from train.ranks import Ranks
@@ -97,7 +97,9 @@ def draw(config: Config, step: int, slots: range, device: torch.device | str = "
     """The randomness of the slots of a step; no other state than the step and the seed."""
     sit = config.model.sit
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
-    at = partial(_address, config.run.seed, step, list(slots), device)
+    # Counted on the device: a list copied there would make the host wait, for each of the four.
+    numbers = torch.arange(slots.start, slots.stop, device=device)
+    at = partial(_address, config.run.seed, step, numbers, device)
     if config.loss.time == "lognormal":
         t = Interpolant(config.model.path).time_from_normal(at(normal, (), Stream.TIME))
     else:
@@ -113,7 +115,7 @@ def draw(config: Config, step: int, slots: range, device: torch.device | str = "
 def _address(
     seed: int,
     step: int,
-    slots: list[int],
+    slots: Tensor,
     device: torch.device | str,
     distribution: Callable[..., Tensor],
     shape: tuple[int, ...],
@@ -150,6 +152,12 @@ def vae_losses(
         terms["generator"] = generator_loss(logits)
         total = total + weights.generator * terms["generator"]
     return total, terms
+
+
+def frozen_latents(vae: VAE, images: Tensor, noise: Tensor) -> tuple[Posterior, Tensor]:
+    """Posterior and sampled latents [n, C, h, w] of a VAE that does not train: no decoder runs."""
+    posterior = vae.encode(images)
+    return posterior, posterior.sample(noise)
 
 
 def vae_alignment(sit: SiT, path: Interpolant, z: Tensor, inputs: Inputs) -> Tensor:
@@ -246,6 +254,7 @@ class TrainingStep:
             # PyTorch's cutting of compiled graphs at gradient buckets refuses recomputation.
             torch._dynamo.config.optimize_ddp = False
         self._call_vae = self._compiled(self._vae)
+        self._frozen_latents = self._compiled(frozen_latents)
         self._call_sit = self._compiled(self._sit)
         self._vae_losses = self._compiled(vae_losses)
         self._vae_alignment = self._compiled(vae_alignment)
@@ -348,8 +357,8 @@ class TrainingStep:
                 output: VAEOutput = self._call_vae(inputs.images, inputs.draws.posterior_noise)
             return output
         with torch.no_grad(), self._precision():
-            posterior = self.networks.vae.encode(inputs.images)
-            z = posterior.sample(inputs.draws.posterior_noise)
+            noise = inputs.draws.posterior_noise
+            posterior, z = self._frozen_latents(self.networks.vae, inputs.images, noise)
         return VAEOutput(inputs.images, z, posterior)
 
     def _vae_backward(

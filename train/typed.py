@@ -118,6 +118,8 @@ def _value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
 def _scalar(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
+        if value is False and "off" in args:
+            value = "off"  # which YAML takes for false
         if value not in args or isinstance(value, bool) not in {isinstance(a, bool) for a in args}:
             raise _mismatch(key, "one of " + ", ".join(map(str, args)), value)
         return value

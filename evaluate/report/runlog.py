@@ -44,8 +44,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    """Finite numbers by name; of two rows for a step (a resumed run) the later one holds."""
-    by_step = {int(row["step"]): row for row in rows}
+    """Finite numbers by name; of two rows for a step (what training says of it and what was
+    measured after it; a resumed run) the later one holds where both name a thing."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step.setdefault(int(row["step"]), {}).update(row)
     found: dict[str, list[tuple[int, float]]] = {}
     for step, row in sorted(by_step.items()):
         for name, value in row.items():

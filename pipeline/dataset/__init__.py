@@ -19,7 +19,7 @@ from pipeline.dataset.identity import (
     read_identity,
     software_versions,
 )
-from pipeline.dataset.journal import Entry, Run, files_present, read_journal, standing
+from pipeline.dataset.journal import Entry, Run, files_present, mends, read_journal, standing
 from pipeline.dataset.layout import (
     BLOCK_ROWS,
     Dataset,
@@ -76,6 +76,7 @@ __all__ = [
     "fingerprint",
     "identity_value",
     "make_selection",
+    "mends",
     "new_run_id",
     "open_dataset",
     "parse_shard_name",

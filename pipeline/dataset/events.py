@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.redact import redact
+from pipeline.redact import redact_all
 
 SUFFIX = ".log"
 
@@ -35,7 +35,7 @@ class EventLog:
         if self._broken:
             return
         record = {"time": now(), "run": self._run, "stage": self._stage, "event": event, **fields}
-        line = redact(json.dumps(record, ensure_ascii=False, default=str)) + "\n"
+        line = json.dumps(redact_all(record), ensure_ascii=False) + "\n"
         try:
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

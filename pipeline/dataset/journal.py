@@ -20,6 +20,7 @@ from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
 from pipeline.dataset.layout import Dataset, is_inside
 from pipeline.redact import redact
 
+_NO_RANGE = (-1, -1)
 Outcome = Literal["done", "rejected", "failed", "pruned"]
 """`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
 
@@ -102,8 +103,11 @@ def _file_record(one: dict[str, Any]) -> FileRecord:
 class Run:
     """One run of one stage: its id, its staging folder, its journal, its log of events."""
 
-    def __init__(self, dataset: Dataset, stage: str, versions: dict[str, str]) -> None:
+    def __init__(
+        self, dataset: Dataset, stage: str, versions: dict[str, str], *, device: str = ""
+    ) -> None:
         self.dataset, self.stage, self.versions = dataset, stage, versions
+        self._device = {"device": device} if device else {}
         self.run_id = new_run_id()
         self._handle: int | None = None
         folder = dataset.status_dir(stage)
@@ -120,7 +124,7 @@ class Run:
     def event(self, name: str, **fields: Any) -> None:
         """Add a line to the run's log; the first one is preceded by where and with what it runs."""
         if not self._log.used:
-            self._log.write("begin", **whereabouts(), versions=self.versions)
+            self._log.write("begin", **whereabouts(), **self._device, versions=self.versions)
         self._log.write(name, **fields)
 
     def begun(self, slide_id: str, worker: str) -> None:
@@ -207,18 +211,36 @@ def standing(entries: Iterable[Entry], scope: str = "") -> dict[str, list[Entry]
     """Per slide, the entries that hold: those with the fingerprint of the slide's latest line.
 
     Lines of an older fingerprint (the slide or a parameter changed since) are superseded; of two
-    lines for the same rank range the later one holds.
+    lines for the same rank range the later one holds. A failure has no range: any later `done` of
+    the slide supersedes it (`mends`). Slides of which no line is left are left out.
     """
     latest: dict[str, dict[tuple[int, int], Entry]] = {}
     current: dict[str, str] = {}
     for entry in entries:
+        rows = latest.get(entry.slide_id, {})
+        if _NO_RANGE in rows and mends(entry, rows[_NO_RANGE]):
+            del rows[_NO_RANGE]
         if entry.scope != scope:
             continue
         if current.get(entry.slide_id) != entry.fingerprint:
             current[entry.slide_id] = entry.fingerprint
             latest[entry.slide_id] = {}
         latest[entry.slide_id][entry.start, entry.stop] = entry
-    return {slide: sorted(rows.values(), key=lambda e: e.start) for slide, rows in latest.items()}
+    return {
+        slide: sorted(rows.values(), key=lambda e: e.start)
+        for slide, rows in latest.items()
+        if rows
+    }
+
+
+def mends(later: Entry, failure: Entry) -> bool:
+    """Whether a later line of the same slide and stage says that what failed has succeeded.
+
+    Older releases wrote some failures without their scope: a `done` of any scope mends those.
+    """
+    if later.outcome != "done" or failure.outcome != "failed":
+        return False
+    return failure.scope in ("", later.scope)
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:

@@ -124,7 +124,18 @@ class ShardHandle:
     """A file descriptor that closes when the last reader lets go of it."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.fd = os.open(path, os.O_RDONLY)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
+        try:
+            data = os.pread(self.fd, end - begin, begin)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        if len(data) != end - begin:
+            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+        return data
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -169,9 +180,7 @@ class TarShard:
         if not 0 <= index < len(self.block_starts) - 1:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
-        data = os.pread(handle.fd, end - begin, begin)
-        if len(data) != end - begin:
-            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+        data = handle.read(begin, end)
         members = dict(_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):

@@ -204,9 +204,7 @@ class ZarrShard:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         rows = self.index[first - self.start : first - self.start + BLOCK_ROWS].astype(np.int64)
         begin, end = int(rows[0, 0]), int(rows[-1].sum())
-        data = os.pread(handle.fd, end - begin, begin)
-        if len(data) != end - begin:
-            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+        data = handle.read(begin, end)
         return {
             first + i: data[offset - begin : offset - begin + size]
             for i, (offset, size) in enumerate(rows.tolist())

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -40,6 +40,7 @@ from pipeline.features.compute import (
     worker_threads,
 )
 from pipeline.features.config import CacheConfig
+from pipeline.features.device import worker_device
 from pipeline.features.parquet import cls_table, open_writer, token_table, write_blocks
 from pipeline.features.views import view_function
 
@@ -60,12 +61,24 @@ def cache_bundle(bundle: list[Arguments]) -> Iterator[list[Entry]]:
         if encoder.weights_sha256 != weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
-        for arguments in bundle:
-            yield [Entry(arguments[2], "failed", arguments[6], str(error))]
+        for _, _, slide_id, _, _, work, mark, _ in bundle:
+            scopes = lacking_scopes(config, tile_px, work.values())
+            yield [Entry(slide_id, "failed", mark, str(error), scope=scope) for scope in scopes]
         return
     store = TileStore(Dataset(Path(root)), tile_px)
-    with _Bundle(bundle, encoder, store) as work:
-        yield from work.run()
+    with _Bundle(bundle, encoder, store) as slides:
+        yield from slides.run()
+
+
+def lacking_scopes(
+    config: CacheConfig, tile_px: int, spans: Iterable[Iterable[str]]
+) -> tuple[str, ...]:
+    """Scopes of a failure's lines: of the kinds that some span lacks, and a later run writes.
+
+    No other scope will have a line that says that the slide is done.
+    """
+    lacking = set(chain.from_iterable(spans))
+    return tuple(config.scope(tile_px, kind) for kind in config.kinds if kind in lacking)
 
 
 class _Bundle:
@@ -83,6 +96,9 @@ class _Bundle:
             for index, arguments in enumerate(bundle)
             for blocks, kinds in sorted(arguments[5].items())
         ]
+        self._kinds: list[dict[range, tuple[str, ...]]] = [{} for _ in bundle]
+        for span in self._spans:
+            self._kinds[span.slide][span.blocks] = span.kinds
         self._unended = Counter(span.slide for span in self._spans)
         self._failed: dict[int, UserError] = {}
         self._writers: list[dict[range, SpanWriter]] = [{} for _ in bundle]
@@ -149,13 +165,16 @@ class _Bundle:
         """A slide's entries; waits for its files."""
         job, entries = self._jobs[index], []
         failure = self._failed.get(index)
-        for _, writer in sorted(self._writers[index].items(), key=lambda one: one[0].start):
+        written: set[range] = set()
+        for blocks, writer in sorted(self._writers[index].items(), key=lambda one: one[0].start):
             try:
                 entries += writer.result.result()
+                written.add(blocks)
             except UserError as error:
                 failure = error if failure is None or not str(failure) else failure
         if failure is not None:
-            entries.append(Entry(job.slide_id, "failed", job.mark, str(failure)))
+            left = [kinds for blocks, kinds in self._kinds[index].items() if blocks not in written]
+            entries += job.failed(str(failure), left)
         return entries
 
 
@@ -170,6 +189,13 @@ class _Job:
     tile_px: int
     encoder: "Encoder"
     mark: str
+
+    def failed(self, reason: str, left: Iterable[Iterable[str]]) -> list[Entry]:
+        """The lines of a failure: after those of what was written, which do not take it back."""
+        return [
+            Entry(self.slide_id, "failed", self.mark, reason, scope=scope)
+            for scope in lacking_scopes(self.config, self.tile_px, left)
+        ]
 
     def write(self, span: Span, lanes: int, parts: Iterator[Features]) -> list[Entry]:
         """Write the files of a span from its features; tokens stream, CLS waits in memory.
@@ -243,21 +269,3 @@ def loaded(name: str, weights: str, device: str, dtype: str) -> "Encoder":
     from model.encoders import load_encoder
 
     return load_encoder(name, weights, device=device, dtype=getattr(torch, dtype))
-
-
-def worker_kind(device: str) -> str:
-    """`cuda` or `cpu`: what `--device` means on this machine."""
-    import torch
-
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def worker_device(device: str) -> str:
-    """The device of this Dask worker: workers of one machine share its GPUs out by name."""
-    import torch
-    from distributed import get_worker
-
-    if worker_kind(device) == "cpu":
-        return "cpu"
-    name = str(get_worker().name)
-    return f"cuda:{int(name) % torch.cuda.device_count() if name.isdigit() else 0}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from pipeline.console import say
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -21,9 +22,10 @@ from pipeline.dataset import (
     read_journal,
     standing,
 )
-from pipeline.engine import EngineConfig, SlideTask, bundled, dearest_first
-from pipeline.features.bundle import Work, cache_bundle, loaded, worker_kind
+from pipeline.engine import EngineConfig, SlideTask, bundled, count_workers, dearest_first
+from pipeline.features.bundle import Work, cache_bundle, lacking_scopes, loaded
 from pipeline.features.config import STAGE, VERSION, CacheConfig
+from pipeline.features.device import gpu_count, stage_device
 from pipeline.features.plan import print_plan
 from pipeline.features.store import refuse_other_features
 from pipeline.features.views import check_view, view_software
@@ -69,6 +71,7 @@ def cache(
     check_view(config.view)
     tile_px = config.tile_px or int(identity_value(dataset, "tile_px"))
     needs = needed_blocks(dataset, config.selections)
+    config = replace(config, device=stage_device(config.device, engine))
     engine = _on_devices(engine, config.device)
     config = replace(config, threads=_worker_threads(engine))
     shards = committed_shards(dataset, tile_px)
@@ -78,13 +81,16 @@ def cache(
     record = _encoder_record(dataset, tile_px, config)
     summary = Summary(STAGE)
     weights = record["weights_sha256"]
-    with Run(dataset, STAGE, stage_versions("torch", "torchvision", "timm")) as run:
+    versions = stage_versions("torch", "torchvision", "timm")
+    with Run(dataset, STAGE, versions, device=config.device) as run:
         missing = _missing(dataset, config, tile_px, needs, shards, weights)
         missing = _withdraw(run, missing, engine)
         summary.skipped = len(needs) - len(missing)
         _claim_encoder(dataset, run, tile_px, config, record)
         mine = [one for one in missing if engine.takes(one.slide_id)]
         tasks = [_task(dataset, run, config, tile_px, one, weights) for one in mine]
+        if tasks:
+            say(f"cache: device: {config.device}, workers: {engine.workers}")
         bundles = bundled(dearest_first(tasks), _bundle_tiles(tasks, config, engine))
         run_bundled_stage(run, cache_bundle, bundles, engine, summary, "tiles")
     if record["random_weights"]:
@@ -122,25 +128,28 @@ def _tiles_of(missing: Missing, kind: str, dataset: Dataset) -> int:
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
-    """One worker a GPU, or a single one that uses all CPU cores, where nothing else is said."""
-    workers = engine.workers or _device_count(device)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    return replace(engine, workers=workers, threads=threads)
+    """With its number of workers; here one a GPU, or one on all cores, where nothing is said."""
+    if engine.cluster:
+        workers = engine.cluster.max_jobs * engine.cluster.workers
+    elif engine.scheduler:
+        workers = count_workers(engine)
+    else:
+        workers = engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
+    if engine.cluster:
+        threads = engine.cluster.cores // engine.cluster.workers
+    else:
+        threads = len(os.sched_getaffinity(0)) // workers
+    return replace(engine, workers=workers, threads=max(1, threads))
 
 
 def _worker_threads(engine: EngineConfig) -> int | None:
     """A worker's share of its host's cores; None where others started the workers."""
-    if engine.scheduler:
-        return None
-    if engine.cluster:
-        return engine.cluster.cores // engine.cluster.workers
-    return engine.threads
+    return None if engine.scheduler else engine.threads
 
 
 def _bundle_tiles(tasks: list[SlideTask], config: CacheConfig, engine: EngineConfig) -> int:
     """Tiles a bundle: some minutes' work, but several bundles for every worker."""
-    on_gpu = worker_kind(config.device) == "cuda"
-    most = _TILES_A_BUNDLE["cuda" if on_gpu else "cpu"]
+    most = _TILES_A_BUNDLE["cuda" if config.device == "cuda" else "cpu"]
     share = sum(task.units for task in tasks) // (_BUNDLES_A_WORKER * (engine.workers or 1))
     return max(1, min(most, share))
 
@@ -268,13 +277,7 @@ def _task(
         str(dataset.root), run.run_id, missing.slide_id, config, tile_px, missing.work,
         missing.mark, weights,
     )  # fmt: skip
-    return SlideTask(missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles)
-
-
-def _device_count(device: str) -> int:
-    """Workers to start: one a GPU, or a single one that uses all CPU cores."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu, or a GPU node")
-    return max(1, torch.cuda.device_count()) if device != "cpu" else 1
+    return SlideTask(
+        missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles,
+        scopes=lacking_scopes(config, tile_px, missing.work.values()),
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """Imported positions become candidates in place of detection, and selections of exactly them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,22 +16,32 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     Run,
+    Selection,
     Slide,
     check_name,
     claim_identity,
     fingerprint,
     make_selection,
     read_journal,
+    read_selection,
+    read_slides,
     standing,
     write_candidates,
     write_selection,
 )
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
+from pipeline.selection.cohort import Cohort
+from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
+from pipeline.selection.select import family_patients
+from pipeline.selection.slides import cohort_of_slides
+from pipeline.selection.ties import check_honoured, check_may_change, read_ties
 from pipeline.stage import Summary, report_summary, stage_versions, stands
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 
 SELECT = "select"
+_VERSION = 2
+"""Of the selections' plans: 2 states ties."""
 _WRITERS = 8
 _BATCH_SLIDES = 64
 _NO_ROWS = "no tile of this slide was imported"
@@ -164,6 +174,15 @@ def candidates_table(x: Floats | pa.Array, y: Floats | pa.Array) -> pa.Table:
     return pa.table(columns, schema=CANDIDATES_SCHEMA)
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A selection that is to be written, with what ties it to others and its fingerprint."""
+
+    selection: Selection
+    ties: Ties
+    mark: str
+
+
 def _write_selections(
     dataset: Dataset,
     parts: Sequence[Part],
@@ -173,25 +192,79 @@ def _write_selections(
     summary: Summary,
 ) -> None:
     known = standing(read_journal(dataset, SELECT))
-    failed = {slide_id for slide_id, _ in summary.failed}
+    drafts = list(_drafts(dataset, parts, ranks, marks, identity, summary, known))
+    _check_dependents(dataset, drafts, known)
     with Run(dataset, SELECT, stage_versions()) as run:
-        for part, own in zip(parts, ranks, strict=True):
-            mine = {slide: rows for slide, rows in own.items() if len(rows) and slide not in failed}
-            parents = sorted((slide_id, marks[slide_id]) for slide_id in mine)
-            mark = fingerprint(
-                stage="import", name=part.name, detector=identity["detector"], parents=parents
-            )
-            rows = sum(map(len, mine.values()))
-            where = f"selection '{part.name}': {rows:,} tiles of {len(mine):,} slides"
-            if stands(dataset, known.get(part.name, []), mark) is not None:
-                say(f"import: {where} already there, nothing to redo")
-                continue
-            plan = {"rule": "imported", "seed": identity["seed"], **part.origin}
-            record = write_selection(dataset, run.run_id, make_selection(part.name, mine, plan))
-            run.append([Entry(part.name, "done", mark, files=(record,), counts={"tiles": rows})])
+        for draft in drafts:
+            one = draft.selection
+            record = write_selection(dataset, run.run_id, one)
+            counts, values = {"tiles": one.rows}, {"ties": ties_to_json(draft.ties)}
+            done = Entry(one.name, "done", draft.mark, files=(record,), counts=counts,
+                         values=values)  # fmt: skip
+            run.append([done])
             summary.files += 1
             summary.bytes += record.bytes
-            say(f"import: {where}, wrote {dataset.selection_file(part.name)}")
+            where = f"selection '{one.name}': {one.rows:,} tiles of {len(one.slide_ids):,} slides"
+            say(f"import: {where}, wrote {dataset.selection_file(one.name)}")
+
+
+def _drafts(
+    dataset: Dataset,
+    parts: Sequence[Part],
+    ranks: Sequence[dict[str, Ints]],
+    marks: dict[str, str],
+    identity: dict[str, Any],
+    summary: Summary,
+    known: dict[str, list[Entry]],
+) -> Iterator[_Draft]:
+    """The parts that do not stand, as selections; says of the others that they do."""
+    failed = {slide_id for slide_id, _ in summary.failed}
+    all_slides = read_slides(dataset)
+    cohort = cohort_of_slides(all_slides, np.zeros(len(all_slides), np.int64))
+    for part, own in zip(parts, ranks, strict=True):
+        mine = {slide: rows for slide, rows in own.items() if len(rows) and slide not in failed}
+        parents = sorted((slide_id, marks[slide_id]) for slide_id in mine)
+        role = role_of_name(part.name)
+        # Where the name says nothing it is taken for training, the one that must share nothing.
+        ties = Ties(role or TRAIN, held_patients(cohort, mine) if role == VAL_OUT else ())
+        mark = fingerprint(
+            stage="import", version=_VERSION, name=part.name, detector=identity["detector"],
+            parents=parents, patients=ties.patients_mark,
+        )  # fmt: skip
+        if stands(dataset, known.get(part.name, []), mark) is not None:
+            rows = sum(map(len, mine.values()))
+            where = f"selection '{part.name}': {rows:,} tiles of {len(mine):,} slides"
+            say(f"import: {where} already there, nothing to redo")
+            continue
+        plan = {"rule": IMPORTED, "seed": identity["seed"], **part.origin}
+        plan |= {"ties": ties_to_json(ties)} | ({"role": role} if role else {})
+        yield _Draft(make_selection(part.name, mine, plan), ties, mark)
+
+
+def held_patients(cohort: Cohort, slides: Iterable[str]) -> tuple[str, ...]:
+    """The patients of the slides, and those who share a file with them."""
+    return family_patients(cohort, cohort.take(np.isin(cohort.slide_id, sorted(slides))))
+
+
+def _check_dependents(
+    dataset: Dataset, drafts: Sequence[_Draft], known: dict[str, list[Entry]]
+) -> None:
+    """Refuse, before any is written, what would change a selection that others rely on."""
+    there = read_ties(dataset, whole=False) if drafts else {}
+    for draft in drafts:
+        name = draft.selection.name
+        check_honoured(there, name, draft.ties.patients)
+        # One whose file was lost is written again as it was.
+        same = any(entry.fingerprint == draft.mark for entry in known.get(name, []))
+        if name in there and not same and not _has_rows(dataset, draft.selection):
+            check_may_change(there, name, "import")
+
+
+def _has_rows(dataset: Dataset, selection: Selection) -> bool:
+    """Whether the file of that name holds these very rows: only its plan would change."""
+    if selection.name not in dataset.selection_names():
+        return False
+    return read_selection(dataset, selection.name).content_hash == selection.content_hash
 
 
 def _say_what_was_dropped(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from model.errors import UserError
 from pipeline.console import say
-from pipeline.dataset import Dataset, Slide, identity_value
+from pipeline.dataset import Dataset, Slide, identity_value, read_slides
 from pipeline.imports.candidates import Part, record_candidates
 from pipeline.imports.positions import (
     Ints,
@@ -72,10 +72,12 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
         raise UserError(f"selection '{twice[0]}' is given twice; each NAME=FILE needs its own name")
     slides = usable_slides(dataset)
     frames = dataset_frames(dataset, slides)
-    parts = [
-        _part(name, read_positions(path, config.columns, config.units), slides, frames, config)
-        for name, path in config.files
-    ]
+    known = [slide.slide_id for slide in read_slides(dataset)]
+    parts = []
+    for name, path in config.files:
+        table = read_positions(path, config.columns, config.units)
+        parts.append(_part(name, table, match_slides(table.slides, slides, known), slides, frames,
+                           config))  # fmt: skip
     if not any(len(part.x) for part in parts):
         raise UserError(
             f"no row of {', '.join(str(path) for _, path in config.files)} names a usable slide of "
@@ -105,11 +107,12 @@ def file_sha256(path: Path) -> str:
 def _part(
     name: str,
     table: PositionTable,
+    index: Ints,
     slides: Sequence[Slide],
     frames: SlideFrames,
     config: CoordinatesConfig,
 ) -> Part:
-    index = match_slides(table.slides, slides)
+    """The table's tiles; `index` is the slide of each of its names, -1 where none."""
     codes = index[table.codes] if len(index) else table.codes
     _list_unknown(table, index)
     rows = np.flatnonzero(codes >= 0)

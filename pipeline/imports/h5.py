@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from model.errors import UserError
 from pipeline.console import say
-from pipeline.dataset import Dataset, Slide, fingerprint
+from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
 from pipeline.imports.candidates import Part, record_candidates
 from pipeline.imports.coordinates import dataset_frames, file_sha256
 from pipeline.imports.positions import Floats, SlideFrames, inside, match_slides, place
@@ -55,7 +55,7 @@ def import_h5(dataset: Dataset, config: H5Config) -> int:
     _require_h5py()
     slides = usable_slides(dataset)
     frames = dataset_frames(dataset, slides)
-    files = find_files(config.folder, slides)
+    files = find_files(config.folder, slides, [one.slide_id for one in read_slides(dataset)])
     patches = {index: read_patches(path, slides[index]) for index, path in sorted(files.items())}
     part = _part(config, slides, frames, patches)
     _say_sizes(slides, frames, patches)
@@ -79,15 +79,18 @@ def _require_h5py() -> None:
         ) from error
 
 
-def find_files(folder: Path, slides: Sequence[Slide]) -> dict[int, Path]:
-    """The h5 file of each slide that has one, by the slide's index; strangers are listed."""
+def find_files(folder: Path, slides: Sequence[Slide], known: Sequence[str]) -> dict[int, Path]:
+    """The h5 file of each slide that has one, by the slide's index; strangers are listed.
+
+    `known` are the ids of all slides of the dataset, as in `match_slides`.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of h5 files, as CLAM's `patches`")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     names = [path.stem.removesuffix(_TRIDENT_SUFFIX) for path in paths]
     found: dict[int, Path] = {}
     unknown = []
-    for path, index in zip(paths, match_slides(names, slides).tolist(), strict=True):
+    for path, index in zip(paths, match_slides(names, slides, known).tolist(), strict=True):
         if index < 0:
             unknown.append(path.name)
         elif index in found:

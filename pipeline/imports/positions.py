@@ -1,5 +1,6 @@
 """From positions as others state them to tiles of this dataset: pure functions of arrays."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -56,22 +57,31 @@ def slide_frames(
     )
 
 
-def match_slides(names: Iterable[str], slides: Sequence[Slide]) -> Ints:
+def match_slides(names: Iterable[str], slides: Sequence[Slide], known: Iterable[str]) -> Ints:
     """Index of the slide that each name means, -1 where none or several do; int32 [n].
 
-    A name is a slide id, a file name or a path of any system; last, what stands before the first
-    dot of the id (a TCGA barcode without its UUID).
+    A name is a slide id, a file name or a path of any system; last, where it has no dot itself,
+    what stands before the first dot of the id (a TCGA barcode without its UUID). `known` are the
+    ids of all slides of the dataset, also of those not in `slides`: a short form that one of them
+    shares means several.
     """
     exact = {slide.slide_id: index for index, slide in enumerate(slides)}
-    short: dict[str, int] = {}
-    for index, slide in enumerate(slides):
-        head = slide.slide_id.partition(".")[0]
-        short[head] = index if head not in short else -1
+    bearers = Counter(_short(slide_id) for slide_id in known)
+    short = {
+        head: index
+        for index, slide in enumerate(slides)
+        if bearers[head := _short(slide.slide_id)] == 1
+    }
     found = []
     for name in names:
         stem = _stem(name)
-        found.append(exact.get(name, exact.get(stem, short.get(stem.partition(".")[0], -1))))
+        # A stem without a dot is its own short form: `case.B` never means the slide `case.A`.
+        found.append(exact.get(name, exact.get(stem, short.get(stem, -1))))
     return np.array(found, np.int32)
+
+
+def _short(slide_id: str) -> str:
+    return slide_id.partition(".")[0]
 
 
 def _stem(name: str) -> str:

@@ -125,10 +125,17 @@ def _with_barcode(folder: TileFolder) -> TileFolder:
 
 @dataclass
 class _Rows:
-    """Rows of a CSV for one slide, as they are read."""
+    """Rows of a CSV for one slide, as they are read.
+
+    `name` is the slide's name as its first row, in line `line`, has it; `lines` are those of the
+    pictures, by their path without detours.
+    """
 
     first: dict[str, str]
+    name: str
+    line: int
     files: list[str] = field(default_factory=list)
+    lines: dict[str, int] = field(default_factory=dict)
     positions: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -152,15 +159,32 @@ def _read_csv(table: Path) -> list[TileFolder]:
             name = (row[slide_column] or "").strip()
             if not name or not row[path_column]:
                 raise UserError(f"{table}, line {number}: needs {path_column} and {slide_column}")
-            check_below(table, number, row[path_column].strip())
-            rows = slides.setdefault(safe_slide_id(name), _Rows(row))
-            rows.files.append(row[path_column].strip())
+            path = row[path_column].strip()
+            check_below(table, number, path)
+            rows = slides.setdefault(safe_slide_id(name), _Rows(row, name, number))
+            _check_row(table, number, name, path, rows)
+            rows.files.append(path)
             if pair:
                 rows.positions.append(_position(table, number, row, pair))
     if not slides:
         raise UserError(f"{table} has no rows; expected one a tile, with path and slide")
     cells = pair == ("col", "row")
     return [_csv_folder(table, name, slides[name], cells) for name in sorted(slides)]
+
+
+def _check_row(table: Path, number: int, name: str, path: str, rows: _Rows) -> None:
+    """Refuse a row that would merge two slides, or count a picture twice."""
+    if name != rows.name:
+        raise UserError(
+            f"{table}, line {number}: slide '{name}' and '{rows.name}' of line {rows.line} would "
+            f"both be called {safe_slide_id(name)}; rename one of them"
+        )
+    line = rows.lines.setdefault(os.path.normpath(path), number)
+    if line != number:
+        raise UserError(
+            f"{table}, line {number}: {path} of slide '{name}' is there in line {line} already; "
+            "leave one of the two lines"
+        )
 
 
 def _column(table: Path, columns: Sequence[str], names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ from pipeline.imports.tile_folder import (
     tile_positions,
 )
 from pipeline.slides.scan import STAGE as SCAN
-from pipeline.slides.scan import ScanConfig, record_slides
+from pipeline.slides.scan import ScanConfig, record_slides, slide_values
 from pipeline.stage import Summary, report_summary, stage_versions, stands
 from pipeline.tile import IMPORTED_TILES, tile_fingerprint
 from pipeline.tile import STAGE as TILE
@@ -202,7 +202,7 @@ class _Journals:
 
     def fail(self, slide: Slide, mark: str) -> None:
         """Journal a folder that could not be taken as a slide that `scan` would refuse."""
-        entry = Entry(slide.slide_id, "failed", mark, slide.reason, values=asdict(slide))
+        entry = Entry(slide.slide_id, "failed", mark, slide.reason, values=slide_values(slide))
         self.runs[SCAN].append([entry])
         self.summary.add(entry)
 
@@ -221,7 +221,7 @@ def import_folder(
     except UserError as error:
         return [Entry(slide.slide_id, "failed", marks.row, str(error))]
     count = len(order)
-    row = asdict(replace(slide, codec=codec))
+    row = slide_values(replace(slide, codec=codec))
     return [
         Entry(
             slide.slide_id, "done", marks.tiles, scope=str(config.tile_px), start=0, stop=count,

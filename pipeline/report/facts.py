@@ -12,6 +12,7 @@ from pipeline.dataset import (
     Slide,
     check_slide_id,
     files_present,
+    mends,
     read_identity,
     read_journal,
     read_slides,
@@ -111,11 +112,17 @@ def stages_begun(dataset: Dataset) -> list[str]:
 
 
 def last_entries(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
-    """The latest line of every scope and slide; entries come oldest first."""
+    """The latest line of every scope and slide; entries come oldest first.
+
+    A failure without a scope (see `mends`) is left out where the slide was done since.
+    """
     last: dict[str, dict[str, Entry]] = {}
     for entry in entries:
+        before = last.get("", {}).get(entry.slide_id)
+        if before is not None and mends(entry, before):
+            del last[""][entry.slide_id]
         last.setdefault(entry.scope, {})[entry.slide_id] = entry
-    return last
+    return {scope: slides for scope, slides in last.items() if slides}
 
 
 def done_counts(entries: Iterable[Entry]) -> dict[str, int]:

@@ -20,7 +20,8 @@ class Cohort:
 
     `patient` is the slide_id where none is known, so that such a slide stands alone. `family` is
     the lowest patient of those connected by a shared file: they must stay on one side of any
-    split. `content` is the file's md5 (or sha256), '' where unknown; `candidates` is int64.
+    split. `content` stands for the file, equal on slides with an equal md5 or an equal sha256,
+    '' where both are unknown; `candidates` is int64.
     """
 
     slide_id: Text
@@ -77,10 +78,11 @@ def make_cohort(
     project: Sequence[str],
     sample_type: Sequence[str],
     preparation: Sequence[str],
-    content: Sequence[str],
+    md5: Sequence[str],
+    sha256: Sequence[str],
     candidates: Sequence[int] | npt.NDArray[np.int64],
 ) -> Cohort:
-    """A cohort from columns in any order.
+    """A cohort from columns in any order; sums are '' where unknown.
 
     Raises `UserError` where a slide_id comes twice.
     """
@@ -96,13 +98,35 @@ def make_cohort(
 
     stated = column(patient)
     patients = np.where(stated == "", names, stated)
-    contents = column(content)
+    contents = _contents(column(md5), column(sha256))
     return Cohort(
         slide_id=names, patient=patients, family=_families(patients, contents),
         site=column(site), project=column(project), sample_type=column(sample_type),
         preparation=column(preparation), content=contents,
         candidates=np.asarray(candidates, np.int64)[order],
     )  # fmt: skip
+
+
+def _contents(md5: Text, sha256: Text) -> Text:
+    """One name a file: the md5 (else sha256) of the first slide that is known to have it.
+
+    A manifest gives one slide's md5 and a scan another's sha256: a third that has both connects
+    them, and one with a sum in common is enough.
+    """
+    first = np.arange(len(md5))
+    groups = []
+    for sums in (md5, sha256):
+        stated = np.flatnonzero(sums != "")
+        groups.append((stated, np.unique(sums[stated], return_inverse=True)[1]))
+    while True:
+        before = first.copy()
+        for stated, group in groups:
+            lowest = np.full(len(stated), len(md5))
+            np.minimum.at(lowest, group, first[stated])
+            first[stated] = lowest[group]
+        first = first[first]
+        if np.array_equal(first, before):
+            return np.where(md5 != "", md5, sha256)[first]
 
 
 def _families(patients: Text, contents: Text) -> Text:

@@ -179,7 +179,8 @@ def _score(work: _Work, engine: EngineConfig) -> Summary:
             arguments = (
                 str(dataset.root), run.run_id, name, slide_id, shards, work.trained.model, mark,
             )  # fmt: skip
-            tasks.append(SlideTask(slide_id, mark, arguments, units, units))
+            scopes = (scores_scope(name),)
+            tasks.append(SlideTask(slide_id, mark, arguments, units, units, scopes=scopes))
         run_stage(run, score_slide, tasks, engine, summary, "tiles")
     return summary
 

@@ -16,6 +16,8 @@ from pipeline.selection.draw import Division
 COLUMNS = ("project", "site")
 TRAIN, VAL_IN, VAL_OUT, ALL = "train", "val-in", "val-out", "all"
 """What a selection is for; a part of another has the role of the whole."""
+IMPORTED = "imported"
+"""The `rule` in the plan of a selection that others made."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,15 @@ class Ties:
 def patients_mark(patients: Iterable[str]) -> str:
     """Hash of a set of patients."""
     return hashlib.sha256("\0".join(sorted(patients)).encode()).hexdigest()[:32]
+
+
+def role_of_name(name: str) -> str:
+    """The role that a name states, as `verify --leakage` reads names; '' where it states none."""
+    if name.startswith(VAL_OUT):
+        return VAL_OUT
+    if name.startswith(("train", "guidance")):
+        return TRAIN
+    return VAL_IN if name.startswith("val-") else ""
 
 
 def make_plan(

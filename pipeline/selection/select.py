@@ -67,6 +67,7 @@ from pipeline.selection.ties import (
     STAGE,
     check_hold_out_may_be,
     check_may_change,
+    check_not_imported,
     excluded_file,
     held_out,
     read_ties,
@@ -106,9 +107,14 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
             rows = read_selection(dataset, name).rows
             say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
+    if not config.parent:
+        check_not_imported(dataset, f"--name {config.name} without --from")
     drawing = gather(dataset, config, tissue)
     for name in config.names:
-        _check_dependents(dataset, name, drawing, known, _stood_mark(journal, name), marks[name])
+        held = slides_of_patients(tissue.cohort, drawing.ties.patients)
+        check_hold_out_may_be(dataset, name, drawing.ties.patients, held)
+        if name in known and _stood_mark(journal, name) != marks[name]:
+            check_may_change(known, name, "--name")
     division, selections = make_selections(
         config, drawing, int(read_identity(dataset).get("seed", 0)), slides_sha256(dataset)
     )
@@ -230,6 +236,13 @@ def family_patients(whole: Cohort, chosen: Cohort) -> tuple[str, ...]:
     return tuple(np.unique(whole.patient[members]).tolist())
 
 
+def slides_of_patients(whole: Cohort, patients: tuple[str, ...]) -> list[str]:
+    """All slides of the patients, also those that the rules bar or that give no tile."""
+    members = np.isin(whole.patient, np.array(patients, np.str_))
+    held: list[str] = whole.slide_id[members].tolist()
+    return held
+
+
 def by_index(cohort: Cohort, denied: dict[str, npt.NDArray[np.int32]]) -> Any:
     """Denied ranks by the slide's position in the cohort."""
     place = {slide_id: index for index, slide_id in enumerate(cohort.slide_id.tolist())}
@@ -308,15 +321,6 @@ def make_selections(
 def _stood_mark(journal: dict[str, list[Entry]], name: str) -> str:
     entries = journal.get(name, [])
     return entries[-1].fingerprint if entries and entries[-1].outcome == "done" else ""
-
-
-def _check_dependents(
-    dataset: Dataset, name: str, drawing: Drawing, known: dict[str, Ties], before: str, mark: str
-) -> None:
-    chosen = drawing.cohort.slide_id[drawing.chosen].tolist()
-    check_hold_out_may_be(dataset, name, drawing.ties.patients, chosen)
-    if name in known and before != mark:
-        check_may_change(known, name, "--name")
 
 
 def _write(

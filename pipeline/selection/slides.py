@@ -72,7 +72,8 @@ def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64])
         project=[s.project for s in slides],
         sample_type=[s.sample_type for s in slides],
         preparation=[s.preparation for s in slides],
-        content=[(s.md5 or s.sha256).lower() for s in slides],
+        md5=[s.md5.lower() for s in slides],
+        sha256=[s.sha256.lower() for s in slides],
         candidates=candidates,
     )
 

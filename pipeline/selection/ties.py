@@ -9,7 +9,7 @@ from model.errors import UserError
 from pipeline.console import say
 from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
 from pipeline.dataset.tables import read_plan
-from pipeline.selection.plan import VAL_OUT, Ties, ties_from_json
+from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
 from pipeline.stage import stage_versions
 
 STAGE = "select"
@@ -62,20 +62,13 @@ def check_hold_out_may_be(
 ) -> None:
     """Refuse a hold-out that others contradict.
 
-    `name` is to hold out `patients` ('' for a selection that holds out none), whose slides are
-    `slides`. Selections that honour another choice under that name, and selections that hold
-    tiles of these slides, are listed.
+    `name` is to hold out `patients` (() for a selection that holds out none), all of whose slides
+    in the dataset are `slides`, whatever this selection takes of them: a patient in training
+    through another slide is no less in training. Selections that honour another choice under that
+    name, and selections that hold tiles of these slides, are listed.
     """
     known = read_ties(dataset)
-    before = known.get(name)
-    if before is not None and before.patients and set(before.patients) != set(patients):
-        bound = sorted(n for n, ties in known.items() if name in ties.honours)
-        if bound:
-            raise UserError(
-                f"'{name}' holds out {len(before.patients):,} patients that {_listed(bound)} "
-                f"leave{'s' if len(bound) == 1 else ''} alone; another choice would put them into "
-                f"training: {_remove_first(bound)}, or give this hold-out another name"
-            )
+    check_honoured(known, name, patients)
     if not patients:
         return
     wanted = np.array(sorted(slides))
@@ -90,6 +83,35 @@ def check_hold_out_may_be(
         raise UserError(
             f"'{name}' would hold out patients of {_listed(inside)}: a hold-out comes before the "
             f"selections that are to leave it alone; {_remove_first(inside)} and make them again"
+        )
+
+
+def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ...]) -> None:
+    """Refuse `name` with other patients than those that selections leave alone on its account."""
+    before = known.get(name)
+    if before is not None and before.patients and set(before.patients) != set(patients):
+        bound = sorted(n for n, ties in known.items() if name in ties.honours)
+        if bound:
+            raise UserError(
+                f"'{name}' holds out {len(before.patients):,} patients that {_listed(bound)} "
+                f"leave{'s' if len(bound) == 1 else ''} alone; another choice would put them into "
+                f"training: {_remove_first(bound)}, or give this hold-out another name"
+            )
+
+
+def check_not_imported(dataset: Dataset, doing: str) -> None:
+    """Refuse to draw from all slides beside imported selections, which are the split themselves.
+
+    Their rows keep no reserve, and only their names may say that nobody is to train on them: what
+    is drawn anew could hold tiles of any of them.
+    """
+    names = dataset.selection_names()
+    imported = [n for n in names if read_plan(dataset, n).get("rule") == IMPORTED]
+    if imported:
+        raise UserError(
+            f"{doing} would take tiles of the imported selections {_listed(imported)}, which are "
+            "the split: draw from one of them (--from NAME), or remove them first, one by one "
+            "(`select --remove NAME`)"
         )
 
 

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from model.errors import UserError
@@ -124,14 +124,20 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
     A folder is searched recursively for known suffixes; a folder of .dcm files is one slide.
     Of two files with one slide_id the first by path keeps it; the other is marked `taken_by`.
+    What a table says of a slide holds wherever else its path is given. Raises `UserError` where
+    two rows say different things of one path.
     """
-    by_path: dict[Path, Source] = {}
+    by_path: dict[Path, _Mention] = {}
     for one in inputs:
-        for source in _expand(one):
-            by_path.setdefault(source.path, source)
+        for mention in _expand(one):
+            before = by_path.setdefault(mention.source.path, mention)
+            if before.row and mention.row:
+                _check_same(before, mention)
+            elif mention.row:
+                by_path[mention.source.path] = mention
     found: dict[str, Source] = {}
     for path in sorted(by_path):
-        source = by_path[path]
+        source = by_path[path].source
         other = found.get(source.slide_id)
         if other is not None:
             mark = hashlib.sha256(str(path).encode()).hexdigest()[:8]
@@ -140,15 +146,38 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     return [found[key] for key in sorted(found)]
 
 
-def _expand(text: str) -> Iterator[Source]:
+@dataclass(frozen=True)
+class _Mention:
+    """A slide as one input names it; `row` is the line of the table, '' for a bare path."""
+
+    source: Source
+    row: str = ""
+
+
+def _check_same(one: _Mention, other: _Mention) -> None:
+    for key, value in asdict(one.source).items():
+        second = getattr(other.source, key)
+        if value != second:
+            raise UserError(
+                f"{other.row}: {key} '{_shown(second)}' of {other.source.location}, but "
+                f"'{_shown(value)}' in {one.row}; leave one of the two lines"
+            )
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _expand(text: str) -> Iterator[_Mention]:
     path = Path(text)
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
-        yield from _from_table(path)
+        for number, source in enumerate(_from_table(path), 2):
+            yield _Mention(source, f"{path}, line {number}")
     elif path.is_dir():
         for slide in sorted(set(_slides_under(path))):
-            yield Source(_absolute(slide), slide_id_of(slide))
+            yield _Mention(Source(_absolute(slide), slide_id_of(slide)))
     elif path.is_file():
-        yield Source(_absolute(path), slide_id_of(path))
+        yield _Mention(Source(_absolute(path), slide_id_of(path)))
     else:
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:

@@ -22,6 +22,7 @@ from pipeline.dataset import (
 from pipeline.dataset.journal import Outcome
 from pipeline.engine import EngineConfig, SlideTask
 from pipeline.grid import RESERVE_PER_CANDIDATES
+from pipeline.redact import redact
 from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.open import Source, best_reader, find_sources, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
@@ -97,7 +98,7 @@ def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
                 mark,
                 (source, config, mark, folder),
                 _state(source)[0],
-                values=asdict(_named(source)),
+                values=slide_values(_named(source)),
             )
             for source, mark in todo
         ]
@@ -129,9 +130,20 @@ def _row(entry: Entry) -> Slide:
     """The slide of a journal line; one whose worker died has only what was known before."""
     values = dict(entry.values)
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
+    values["reason"] = "" if entry.outcome == "done" else redact(entry.reason)
     if entry.outcome == "failed":
-        values |= {"status": "failed", "reason": entry.reason}
+        values["status"] = "failed"
     return Slide(**({"slide_id": entry.slide_id, "path": ""} | values))
+
+
+def slide_values(slide: Slide) -> dict[str, Any]:
+    """What a journal line of `scan` says of a slide; its reason is the line's own.
+
+    Words for people are said once, where secrets are taken out of them; the rest is data.
+    """
+    values = asdict(slide)
+    del values["reason"]
+    return values
 
 
 def _state(source: Source) -> tuple[int, int]:
@@ -182,7 +194,7 @@ def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> l
     except (SlideOpenError, SlideReadError, StageInError, OSError) as error:
         slide = replace(slide, status="failed", reason=str(error))
     outcome: Outcome = "done" if slide.status == "ok" else slide.status  # type: ignore[assignment]
-    return [Entry(slide.slide_id, outcome, mark, slide.reason or note, values=asdict(slide))]
+    return [Entry(slide.slide_id, outcome, mark, slide.reason or note, values=slide_values(slide))]
 
 
 def _named(source: Source) -> Slide:

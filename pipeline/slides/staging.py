@@ -17,12 +17,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
 
 from model.errors import UserError
 from pipeline.dataset import Slide
+from pipeline.redact import HIDDEN, redact, secrets_in
 
 PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
 JOB_SCRATCH = "$SLURM_TMPDIR"
@@ -30,6 +31,7 @@ JOB_SCRATCH = "$SLURM_TMPDIR"
 _PREFIX = "histogen-stage-in"
 _FIRST_PAUSE_S = 2.0
 _HASH_CHUNK = 1 << 22
+_SAID_CHARACTERS = 200
 
 
 class StageInError(UserError):
@@ -47,7 +49,7 @@ class StageIn:
     are tried after the first, with doubling pauses.
     """
 
-    command: str = ""
+    command: str = field(default="", repr=False)  # Dask logs the arguments of what raises
     scratch: str = ""
     retries: int = 3
     timeout_s: float = 3600.0
@@ -170,10 +172,21 @@ def _fetch(slide: Slide, stage_in: StageIn, own: Path) -> Path:
             problem = _wrong(found, slide) if found else f"it ended well but wrote no {name}"
             if found and not problem:
                 return found
+    argv = stage_in.argv(slide.path, dest)
     raise StageInError(
-        f"slide {slide.slide_id}: `{' '.join(stage_in.argv(slide.path, dest))}` failed "
-        f"{stage_in.retries + 1} times, last: {problem}"
+        f"slide {slide.slide_id}: `{_without_secrets(argv, shlex.join(argv))}` failed "
+        f"{stage_in.retries + 1} times, last: {_without_secrets(argv, problem)}"
     )
+
+
+def _without_secrets(argv: list[str], text: str) -> str:
+    """The command, or what it said, without the secrets of its arguments.
+
+    Hidden here, where it is known where an argument ends.
+    """
+    for secret in secrets_in(shlex.join(argv)):
+        text = text.replace(secret, HIDDEN)
+    return redact(text)
 
 
 def _empty(folder: Path) -> None:
@@ -195,7 +208,9 @@ def _run(argv: list[str], timeout_s: float) -> str:
     if done.returncode == 0:
         return ""
     said = (done.stderr or done.stdout).strip().splitlines()
-    return f"exit status {done.returncode}" + (f": {said[-1].strip()[:200]}" if said else "")
+    # Hidden before it is cut: a half of a secret would not be recognised.
+    last = _without_secrets(argv, said[-1].strip())[:_SAID_CHARACTERS] if said else ""
+    return f"exit status {done.returncode}" + (f": {last}" if last else "")
 
 
 _PR_SET_PDEATHSIG = 1

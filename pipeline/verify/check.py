@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ from pipeline.console import (
     say,
     stdout,
 )
-from pipeline.dataset import Dataset, commit_bytes, new_run_id, read_identity
+from pipeline.dataset import Dataset, read_identity
 from pipeline.dataset.identity import identity_damage
 from pipeline.verify.inventory import Inventory, Named, Stray, tile_writer
-from pipeline.verify.journal_lines import Damage, canonical, journal_lines
-from pipeline.verify.runs import may_be_alive, staging_folders
-from pipeline.verify.sums import damaged_files
+from pipeline.verify.journal_lines import Damage, journal_lines
+from pipeline.verify.repair import refuse_live_runs, repair_damage
+from pipeline.verify.runs import staging_folders
+from pipeline.verify.sums import Problem, damaged_files
 
 _ROWS_SHOWN = 100
 _EXAMPLES = 3
@@ -68,11 +68,14 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     """Re-read the dataset, print what is wrong and how to mend it; returns the exit status.
 
     With `repair`, damaged files that their stage makes again from what it has are removed (never
-    selections or dataset.json), and bad journal lines are dropped.
+    selections or dataset.json, nor what could not be read), and bad journal lines are dropped.
+    Raises `UserError` for that while a run may be at work.
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
         raise UserError(f"no dataset at {dataset.root}: expected a folder with dataset.json")
-    inventory = Inventory.take(dataset)
+    if repair:
+        refuse_live_runs(dataset)
+    inventory = _take_inventory(dataset)
     checked = Checked([], [])
     _check_identity(dataset, checked)
     _check_journals(dataset, checked)
@@ -80,8 +83,18 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     _note_strays(inventory, checked.notes)
     _note_staging(dataset, checked.notes)
     if repair:
-        _repair(inventory, damaged, checked.notes)
+        checked.notes += repair_damage(dataset, damaged)
     return _report(checked)
+
+
+def _take_inventory(dataset: Dataset) -> Inventory:
+    try:
+        return Inventory.take(dataset)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}), and without its lines nobody "
+            "knows what was written: make it readable, then verify again"
+        ) from error
 
 
 def _check_identity(dataset: Dataset, checked: Checked) -> None:
@@ -130,7 +143,7 @@ def _has_sound_line(journal: Path) -> bool:
     return any(line.damage is None for line in journal_lines(journal))
 
 
-def _check_named(inventory: Inventory, workers: int, checked: Checked) -> dict[str, str]:
+def _check_named(inventory: Inventory, workers: int, checked: Checked) -> dict[str, Problem]:
     """Hash all named files; returns path and problem of those that are not as written."""
     expected = {path: [one.record for one in lines] for path, lines in inventory.named.items()}
     outside = [path for path in expected if _leaves_dataset(path)]
@@ -140,13 +153,15 @@ def _check_named(inventory: Inventory, workers: int, checked: Checked) -> dict[s
         inside = {path: rows for path, rows in expected.items() if path not in set(outside)}
         damaged = damaged_files(inventory.dataset.root, inside, workers, advance)
         checked.seconds = progress.seconds
-    checked.files += len(inside) - sum(problem == "missing" for problem in damaged.values())
+    checked.files += len(inside) - sum(one.kind == "missing" for one in damaged.values())
     checked.bytes += advance.total
-    damaged |= dict.fromkeys(outside, "the journal names a file outside the dataset")
+    beyond = Problem("outside", "the journal names a file outside the dataset")
+    damaged |= dict.fromkeys(outside, beyond)
     tiles_by = _tile_writer(inventory.dataset)
     for path in sorted(damaged):
         named = inventory.named[path][-1]
-        checked.findings.append(Finding(path, damaged[path], _mend(named, damaged[path], tiles_by)))
+        mend = _mend(named, damaged[path], tiles_by)
+        checked.findings.append(Finding(path, damaged[path].words, mend))
     return damaged
 
 
@@ -180,9 +195,11 @@ def _tile_writer(dataset: Dataset) -> str:
         return tile_writer({})
 
 
-def _mend(named: Named, problem: str, tiles_by: str) -> str:
+def _mend(named: Named, problem: Problem, tiles_by: str) -> str:
     """How to have the file again; `tiles_by` is the command that writes the dataset's tiles."""
-    missing = problem == "missing"
+    if problem.kind == "unreadable":
+        return "it may be sound: make it readable (its rights? the file system?), verify again"
+    missing = problem.kind == "missing"
     name = named.entry.slide_id
     if named.stage == "select":
         again = f"run `pipeline select --name {name}` with the same options"
@@ -226,37 +243,6 @@ def _note_staging(dataset: Dataset, notes: list[str]) -> None:
             f".tmp/{folder.path.name}: the run {state}; "
             f"{folder.files:,} files, {format_bytes(folder.bytes)}"
         )
-
-
-def _repair(inventory: Inventory, damaged: dict[str, str], notes: list[str]) -> None:
-    """Remove what its stage makes again, and write journals without their bad lines."""
-    dataset, removed = inventory.dataset, 0
-    for path in damaged:
-        named = inventory.named[path][-1]
-        if named.stage == "select" or damaged[path] == "missing" or _leaves_dataset(path):
-            continue
-        (dataset.root / path).unlink(missing_ok=True)
-        removed += 1
-    for journal in sorted((dataset.root / "status").glob("*/*.jsonl")):
-        removed += _repair_journal(dataset, journal)
-    notes.append(f"repair: removed {removed:,} damaged files and journal lines; run what is named")
-
-
-def _repair_journal(dataset: Dataset, journal: Path) -> int:
-    """Write a journal without its bad lines; returns how many. Not while its run may live."""
-    lines = list(journal_lines(journal))
-    bad = [line for line in lines if line.damage]
-    if not bad or _is_written(journal):
-        return 0
-    kept = b"".join(canonical(line.data) for line in lines if line.damage in (None, "respelt"))
-    run_id = new_run_id()
-    commit_bytes(dataset, run_id, journal, kept)
-    dataset.staging_dir(run_id).rmdir()
-    return len(bad)
-
-
-def _is_written(journal: Path) -> bool:
-    return may_be_alive(journal.stem, journal.stat().st_mtime, time.time())
 
 
 def _print_findings(findings: list[Finding]) -> None:

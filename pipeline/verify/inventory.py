@@ -66,7 +66,7 @@ class Inventory:
         """The entries of a stage that stand, in all its scopes."""
         entries = self.journals.get(stage, [])
         for scope in sorted({entry.scope for entry in entries}):
-            by_slide = standing((e for e in entries if e.scope == scope), scope)
+            by_slide = standing(entries, scope)
             for slide_id in sorted(by_slide):
                 yield from by_slide[slide_id]
 

@@ -8,6 +8,7 @@ from calendar import timegm
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.activity import running
 from pipeline.dataset import Dataset
 
 _RUN_ID = re.compile(r"^(?P<stamp>\d{8}T\d{6})-\d{9}-(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{6}$")
@@ -31,6 +32,25 @@ def staging_folders(dataset: Dataset, now: float | None = None) -> list[StagingF
     top = dataset.staging_dir("")
     now = time.time() if now is None else now
     return [_staging_folder(path, now) for path in sorted(top.iterdir())] if top.is_dir() else []
+
+
+def live_run(dataset: Dataset) -> str:
+    """A run that may be writing into the dataset, in words that say what ends this; '' if none.
+
+    By the logs, which tell of a run before it writes its first file, and by `.tmp`.
+    """
+    for one in running(dataset):
+        # `pipeline run` writes nothing itself: its steps do, and have logs of their own.
+        if one.alive and one.stage != "run":
+            return (
+                f"{one.stage} on {one.host}, process {one.pid}, is at work: wait for its end (if "
+                f"it is dead, remove status/{one.stage}/{one.run}.log)"
+            )
+    for folder in staging_folders(dataset):
+        if folder.alive:
+            name = folder.path.name
+            return f"the run {name} may be at work: wait for its end (if dead, remove .tmp/{name})"
+    return ""
 
 
 def _staging_folder(path: Path, now: float) -> StagingFolder:

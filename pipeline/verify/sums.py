@@ -4,11 +4,25 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.dataset import FileRecord
 
 _CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file that a journal line names.
+
+    `altered` is a file that was read to its end; of one that is `unreadable` nobody knows whether
+    it is sound.
+    """
+
+    kind: Literal["missing", "unreadable", "altered", "outside"]
+    words: str
 
 
 def damaged_files(
@@ -16,7 +30,7 @@ def damaged_files(
     expected: Mapping[str, Sequence[FileRecord]],
     workers: int,
     advance: Callable[[int], None],
-) -> dict[str, str]:
+) -> dict[str, Problem]:
     """Path and what is wrong, for each file that is not as one of its records says.
 
     `advance` is called, from several threads, with bytes read. A thread holds one buffer of
@@ -25,7 +39,7 @@ def damaged_files(
     stop = threading.Event()
     paths = _Shared(iter(sorted(expected)))
 
-    def lane() -> dict[str, str]:
+    def lane() -> dict[str, Problem]:
         buffer = bytearray(_CHUNK_BYTES)
         found = {}
         for path in paths:
@@ -67,18 +81,21 @@ def _problem(
     buffer: bytearray,
     advance: Callable[[int], None],
     stop: threading.Event,
-) -> str:
+) -> Problem | None:
     try:
         size, sha256 = sha256_of(path, buffer, advance, stop)
+        there = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
-        return "missing"
+        return Problem("missing", "missing")
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        return Problem("unreadable", f"cannot be read: {error.strerror or error}")
     if any((record.bytes, record.sha256) == (size, sha256) for record in records):
-        return ""
+        return None
+    if there != size:
+        return Problem("unreadable", "cannot be read: it changed meanwhile")
     if all(record.bytes != size for record in records):
-        return f"{size:,} bytes, expected {records[-1].bytes:,}"
-    return "altered: its sha256 is another than when it was written"
+        return Problem("altered", f"{size:,} bytes, expected {records[-1].bytes:,}")
+    return Problem("altered", "altered: its sha256 is another than when it was written")
 
 
 class _Shared(Iterator[str]):

@@ -96,18 +96,25 @@ def test_nearly_equal_distances_far_from_the_origin_are_decided_in_float64(small
 
 def rounded_product(screen, left, right):
     """A product of factors in bfloat16 with float32 sums, on any machine."""
-    if screen.precision == "medium":
+    if screen.precision != "highest":
         left, right = left.bfloat16().float(), right.bfloat16().float()
-    return left @ right.T
+    found = left @ right.T
+    return found.bfloat16().float() if screen.precision == "bfloat16" else found
 
 
+COARSE = [("medium", 1.01 * 2**-7), ("bfloat16", 2.02 * 2**-7)]
+
+
+@pytest.mark.parametrize(("precision", "error"), COARSE)
 @pytest.mark.parametrize("many", [0, 10**9])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
-def test_a_screen_of_coarse_arithmetic_changes_nothing(small_tiles, monkeypatch, many, spread):
+def test_a_screen_of_coarse_arithmetic_changes_nothing(
+    small_tiles, monkeypatch, many, spread, precision, error
+):
     """Near copies leave thousands of pairs open, which `many` sends to float32 or to decision."""
     dim = 24
     full = neighbours.screens(dim, torch.device("cpu"))[-1]
-    coarse = neighbours.Screen("medium", full.error + 1.01 * 2**-7)
+    coarse = neighbours.Screen(precision, full.error + error)
     monkeypatch.setattr(neighbours, "screens", lambda *_: [coarse, full])
     monkeypatch.setattr(neighbours.Screen, "product", rounded_product)
     for module in (neighbours, manifold):
@@ -130,9 +137,12 @@ def test_a_screens_error_stays_within_its_bound(d, seed, offset):
     exact = squared(rows.astype(np.float32), rows.astype(np.float32))
     scale = (side.squares[:, None] + side.squares).double().numpy()
     full = neighbours.screens(d, torch.device("cpu"))[-1]
-    coarse = neighbours.Screen("medium", full.error + 1.01 * 2**-7)
-    for screen in (full, coarse):
-        found = rounded_product(screen, side.left(span), side.right(span)).double().numpy()
+    left, right = side.left(span), side.right(span)
+    for screen in (full, *(neighbours.Screen(name, full.error + error) for name, error in COARSE)):
+        found = rounded_product(screen, left, right).double().numpy()
+        assert (np.abs(found - exact) <= screen.error * scale).all()
+    for screen in neighbours.screens(d, torch.device("cpu")):  # those of this machine
+        found = screen.product(left, right).double().numpy()
         assert (np.abs(found - exact) <= screen.error * scale).all()
 
 

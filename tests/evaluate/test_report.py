@@ -235,9 +235,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_and_a_repeated_step_of_the_log_are_mended(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 1, "a": 2}\n{"st')
-    steps, values = read_run(tmp_path).series["a"]
-    assert (steps.tolist(), values.tolist()) == ([1.0], [2.0])
+    text = '{"step": 1, "a": 1, "b": 7}\n{"step": 1, "a": 2}\n{"st'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    series = read_run(tmp_path).series
+    for name, expected in (("a", 2.0), ("b", 7.0)):
+        steps, values = series[name]
+        assert (steps.tolist(), values.tolist()) == ([1.0], [expected])
 
 
 def test_running_median_follows_a_line_and_drops_a_spike() -> None:

@@ -25,6 +25,7 @@ from pipeline.dataset import (
     commit_json,
     committed_shards,
     encode_png,
+    standing,
     write_candidates,
     write_tar,
 )
@@ -210,6 +211,43 @@ def test_a_full_disk_fails_its_slide_alone(
     rows = compute(dataset, small, CacheConfig("h0-mini", tokens="float16", batch=16))
     assert [entries[-1].outcome for entries in rows] == ["done", "failed", "done"]
     assert "No space left" in rows[1][-1].reason
+
+
+def scopes_of(entries: list[Entry], outcome: str) -> list[str]:
+    return [e.scope.rpartition("/")[2] for e in entries if e.outcome == outcome]
+
+
+def test_a_failure_names_the_kinds_that_were_not_written(
+    dataset: Dataset, small: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a kind that lacks nothing no later line would say that the slide is done."""
+
+    def full(dataset, run_id, final, write):
+        if "tokens" in str(final):
+            raise UserError(f"cannot write {final}: No space left on device")
+        return commit_file(dataset, run_id, final, write)
+
+    config = CacheConfig("h0-mini", tokens="float16")
+    work = {(0, 1): ["cls"], (2, 3): ["tokens-float16"]}
+    given = [arguments(dataset, "c", small, config, work)]
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "commit_file", full)
+        (first,) = cache_bundle(given)
+    assert [e.outcome for e in first] == ["done", "failed"]
+    assert scopes_of(first, "failed") == ["tokens-float16"]
+    (second,) = cache_bundle([arguments(dataset, "c", small, config, {(2, 3): work[2, 3]})])
+    for kind in config.kinds:
+        stood = standing([*first, *second], config.scope(PX, kind))["c"]
+        assert [e.outcome for e in stood] == ["done"]
+
+
+def test_weights_that_changed_fail_every_scope_that_lacks_something(
+    dataset: Dataset, small: Encoder
+) -> None:
+    config = CacheConfig("h0-mini", tokens="float16")
+    given = (*arguments(dataset, "a", small, config)[:-1], "another sum")
+    (entries,) = cache_bundle([given])
+    assert scopes_of(entries, "failed") == ["cls", "tokens-float16"]
 
 
 def test_tokens_can_be_added_later(dataset: Dataset, small: Encoder) -> None:

@@ -1,6 +1,8 @@
 """Cluster files, job arrays and the printed batch scripts, without a batch system."""
 
 import filecmp
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +16,7 @@ from pipeline.cluster import ClusterConfig, Watch, cluster_options, load_cluster
 from pipeline.commands.batch import SCRIPTS
 from pipeline.engine import EngineConfig
 
+BATCH = Path(cluster.__file__).parent / "batch"
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 
 
@@ -203,6 +206,76 @@ def test_batch_scripts_take_a_cluster_files_keys(
     assert lines.index("module load cuda") > lines.index(said[-1])
     assert lines.index("module load cuda") < lines.index("set -euo pipefail")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("asked", ["--gpus-per-node=4", "--gpus=8", "-G 8"])
+def test_gpus_asked_for_in_another_way_replace_the_scripts_own(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM obeys both, which no node can."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"stages:\n  train: {{directives: ['{asked}']}}\n")
+    assert main(["batch", "train", "--cluster", str(path)]) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH {asked}" in script
+    assert "--gres" not in script
+
+
+def calls_of(tmp_path: Path, script: str, **variables: str) -> list[str]:
+    """What a batch script calls, a line each: run by bash, around a program that only notes it."""
+    calls = tmp_path / "calls"
+    calls.unlink(missing_ok=True)
+    tools = {"python": f'#!/bin/sh\necho "$*" >> {calls}\n', "srun": '#!/bin/sh\nexec "$@"\n'}
+    for tool, text in tools.items():
+        (tmp_path / tool).write_text(text)
+        (tmp_path / tool).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "HEAD_ADDRESS": "here",
+        "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here",
+        "CONFIG": "tiny", "REAL": "r", "GENERATED": "g", "MODEL": "m", "GUIDANCE": "r", "OUT": "o",
+    }  # fmt: skip
+    subprocess.run(
+        ["bash", "-s"], input=script, text=True, check=True, env=environment | variables,
+        cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    return calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "say", "computing"),
+    [
+        ("cache", {"ARGS": "--device cpu"}, "-m pipeline cache"),
+        ("evaluate", {"DEVICE": "cpu"}, "-m pipeline cache"),
+        ("generate", {"ARGS": "--device cpu"}, "-m evaluate generate"),
+        ("train", {"ARGS": "run.device=cpu"}, "-m train --config"),
+    ],
+)
+def test_jobs_that_ask_for_a_gpu_compute_on_it_unless_told_otherwise(
+    name: str, say: dict[str, str], computing: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["batch", name]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --gres=gpu:" in script
+
+    def devices(**variables: str) -> list[str]:
+        calls = [c for c in calls_of(tmp_path, script, **variables) if computing in c]
+        # The last one counts, for argparse as for overrides.
+        return [re.findall(r"(?:--device |run\.device=)(\w+)", call)[-1] for call in calls]
+
+    often = 2 if name == "evaluate" else 1
+    assert devices() == ["cuda"] * often
+    assert devices(**say) == ["cpu"] * often
+
+
+@pytest.mark.parametrize("name", ["tile", "cache"])
+def test_a_part_of_an_array_can_be_sent_again_by_itself(name: str, tmp_path: Path) -> None:
+    """What SLURM says to the only element of --array=37."""
+    script = (BATCH / f"{name}.sbatch").read_text()
+    alone = {"SLURM_ARRAY_TASK_ID": "37", "SLURM_ARRAY_TASK_COUNT": "1", "PARTS": "64"}
+    (call,) = calls_of(tmp_path, script, STAGE="tissue", **alone)
+    assert "--array 37/64" in call
 
 
 def test_jobs_are_stillborn_in_a_row_only(monkeypatch: pytest.MonkeyPatch) -> None:

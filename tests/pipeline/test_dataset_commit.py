@@ -79,6 +79,16 @@ def entry(slide="s", mark="f", outcome="done", **more):
     return Entry(slide, outcome, mark, **more)
 
 
+def test_runs_sort_by_time_where_a_second_ends(monkeypatch):
+    last_of_a_second = 1_700_000_000 * 10**9 - 1
+    clock = iter([last_of_a_second, last_of_a_second + 1, last_of_a_second + 2])
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    ids = [new_run_id() for _ in range(3)]
+    assert ids == sorted(ids)
+    assert ids[0].startswith("20231114T221319-999999999-")
+    assert ids[1].startswith("20231114T221320-000000000-")
+
+
 def test_journal_lines_come_back(tmp_path):
     dataset = Dataset(tmp_path)
     wanted = entry(
@@ -153,6 +163,43 @@ def test_what_stands_is_what_the_latest_fingerprint_says():
     assert [(e.fingerprint, e.start) for e in stood["s"]] == [("g", 0)]
     assert len(stood["t"]) == 1
     assert standing(rows, "other scope") == {}
+
+
+def _line(outcome, scope="224", start=-1, stop=-1, mark="f", slide="s"):
+    return Entry(slide, outcome, mark, scope=scope, start=start, stop=stop)
+
+
+def test_a_failure_stands_until_its_slide_is_done_in_its_scope():
+    failed, done = _line("failed"), _line("done", start=0, stop=16)
+    others = [_line("done", "448", 0, 16), _line("done", start=0, stop=16, slide="t")]
+    assert standing([failed, done], "224") == {"s": [done]}
+    assert standing([done, failed], "224")["s"] == [failed, done], "what is done may fail later"
+    assert standing([failed, done, failed], "224")["s"] == [failed, done]
+    assert standing([failed, *others], "224")["s"] == [failed]
+    assert standing([failed, _line("pruned", start=0, stop=16)], "224")["s"][0] == failed
+    kept = [_line("done", start=16, stop=32), failed, done]
+    assert standing(kept, "224")["s"] == [done, kept[0]], "other ranges are as they were"
+
+
+def test_a_failure_without_a_scope_stands_until_its_slide_is_done_in_any():
+    """As older releases wrote those of `cache`, and of slides that killed their workers."""
+    failed, done = _line("failed", ""), _line("done", "224/h0-mini/cls", 0, 16, "g")
+    assert standing([failed]) == {"s": [failed]}
+    assert standing([failed, done]) == {}
+    assert standing([failed, done], done.scope) == {"s": [done]}
+    assert standing([done, failed]) == {"s": [failed]}
+    assert standing([failed, _line("done", "224", 0, 16, slide="t")]) == {"s": [failed]}
+    whole = _line("done", "")
+    assert standing([whole, done]) == {"s": [whole]}
+
+
+def test_a_failure_of_newer_parameters_leaves_older_ranges_superseded():
+    lines = [
+        _line("done", start=0, stop=16, mark="old"),
+        _line("failed", mark="new"),
+        _line("done", start=16, stop=32, mark="old"),
+    ]
+    assert standing(lines, "224") == {"s": [lines[2]]}
 
 
 def test_a_file_of_another_size_is_not_present(tmp_path):

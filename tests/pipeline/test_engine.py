@@ -4,6 +4,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import dask
 import pytest
@@ -29,6 +32,8 @@ def work(slide_id: str, what: str) -> list[Entry]:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "raise":
         raise RuntimeError("two\nlines")
+    if what == "stay":
+        time.sleep(120.0)
     for _ in range(3):
         report_progress(slide_id, 1)
     time.sleep(0.05)
@@ -59,6 +64,15 @@ def test_a_slide_that_kills_its_worker_fails_alone():
     assert entries["s1"].values == {"path": "/s1"}
     assert entries["s3"].reason == "internal error: RuntimeError: two lines"
     assert meter.done == 20
+
+
+def test_a_failure_that_the_stage_could_not_write_is_of_its_scopes():
+    entries: list[Entry] = []
+    task = SlideTask("s", "f", ("s", "raise"), scopes=("224/cls", "224/tokens"))
+    run_tasks(work, [task], EngineConfig(1), entries.extend, Meter("test", 1, "slides"))
+    assert [(e.outcome, e.scope) for e in entries] == [
+        ("failed", "224/cls"), ("failed", "224/tokens"),
+    ]  # fmt: skip
 
 
 def environment(slide_id: str) -> list[Entry]:
@@ -131,3 +145,200 @@ def test_a_scheduler_that_is_not_there_is_one_line(monkeypatch):
             lambda rows: None,
             Meter("test", 1, "slides"),
         )
+
+
+@contextmanager
+def cluster_of(allowed_failures: int, **more: Any) -> Iterator[Any]:
+    """A Dask cluster that somebody else started."""
+    from distributed import LocalCluster
+
+    options = {
+        "distributed.scheduler.allowed-failures": allowed_failures,
+        "distributed.worker.daemon": False,
+    }
+    with (
+        dask.config.set(options),
+        LocalCluster(
+            threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50, **more
+        ) as cluster,
+    ):
+        yield cluster
+
+
+def run_there(cluster: Any, *tasks: SlideTask, observer: Any = None) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    run_tasks(
+        work,
+        tasks,
+        EngineConfig(scheduler=cluster.scheduler_address),
+        lambda rows: entries.update({row.slide_id: row for row in rows}),
+        Meter("test", len(tasks), "slides"),
+        observer,
+    )
+    return entries
+
+
+def test_a_scheduler_that_waits_for_dead_workers_is_refused() -> None:
+    with (
+        cluster_of(1, n_workers=1) as cluster,
+        pytest.raises(UserError, match="allowed-failures is 1, expected 0") as caught,
+    ):
+        run_there(cluster, SlideTask("s", "f", ("s", "ok")))
+    assert "ALLOWED_FAILURES=0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_does_not_say_is_refused() -> None:
+    blocked = {"distributed.scheduler.blocked-handlers": ["run_function"]}
+    with (
+        dask.config.set(blocked),
+        cluster_of(0, n_workers=0) as cluster,
+        pytest.raises(UserError, match="does not say its allowed-failures") as caught,
+    ):
+        run_there(cluster, SlideTask("s", "f", ("s", "ok")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.full
+def test_on_a_scheduler_that_allows_none_a_slide_that_kills_fails_alone() -> None:
+    with cluster_of(0, n_workers=1) as cluster:
+        entries = run_there(
+            cluster, SlideTask("bad", "f", ("bad", "die"), 2.0), SlideTask("ok", "f", ("ok", "ok"))
+        )
+    assert "killed its worker 3 times" in entries["bad"].reason
+    assert entries["ok"].outcome == "done"
+
+
+class Fleet:
+    """Workers that come and go at a clock of the test's, and never end a slide."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lifetime_s: float) -> None:
+        self.now, self.there, self.given = 1000.0, set[str](), list[str]()
+        self.entries: dict[str, Entry] = {}
+        monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.drain = engine._Drain(
+            self, work, lambda rows: self.entries.update({row.slide_id: row for row in rows}),
+            engine._Progress(Meter("test", 1, "slides"), 1), engine._Nobody(), external=True,
+            lifetime_s=lifetime_s,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def subscribe_topic(self, *_: object) -> None:
+        pass
+
+    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+        return {"workers": {one: {"name": one, "nanny": one} for one in self.there}}
+
+    def submit(self, *_: object, workers: list[str], **__: object) -> Any:
+        self.given += workers
+        return SimpleNamespace(
+            done=lambda: False, cancel=lambda: None, add_done_callback=lambda act: None
+        )
+
+    def send(self, *slides: str) -> None:
+        self.drain._waiting.append([SlideTask(one, "f", (one, "ok")) for one in slides])
+
+    def look(self, after: float = 0.0) -> None:
+        self.now += after
+        self.drain._fill()
+
+    def live(self, name: str, idle: float, busy: float) -> None:
+        """A worker that is there, has the waiting slide after a while, and leaves."""
+        waiting, self.drain._waiting = self.drain._waiting.copy(), type(self.drain._waiting)()
+        self.there = {name}
+        self.look()
+        self.drain._waiting = waiting
+        self.look(idle)
+        self.there = set()
+        self.look(busy)
+        self.look(3.0)
+
+
+@pytest.mark.parametrize("lifetime_s", [3600.0, 0.0])
+def test_a_slide_that_no_walltime_is_enough_for_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lifetime_s: float
+) -> None:
+    fleet = Fleet(monkeypatch, lifetime_s)
+    fleet.send("long")
+    for number in range(5):
+        assert not fleet.entries, f"failed after {number} lives"
+        fleet.live(f"w{number}", 0.0, 3600.0)
+    entry = fleet.entries["long"]
+    assert entry.outcome == "failed"
+    assert "5 times before it ended, up to 1 h 00 min" in entry.reason
+    assert "longer walltime" in entry.reason
+    assert fleet.drain.demand() == 0
+    assert capsys.readouterr().out.count("is the walltime long enough?") == 1
+
+
+@pytest.mark.parametrize("lifetime_s", [3600.0, 0.0])
+def test_walltimes_never_count_against_a_slide_that_fits(
+    monkeypatch: pytest.MonkeyPatch, lifetime_s: float
+) -> None:
+    """It goes from one ending worker to the next, a hundred times."""
+    fleet = Fleet(monkeypatch, lifetime_s)
+    fleet.send("unlucky")
+    for number in range(100):
+        fleet.live(f"w{number}", 3500.0, 100.0)
+    assert not fleet.entries
+    assert fleet.given == [f"w{number}" for number in range(100)]
+
+
+def test_preemptions_of_young_jobs_hardly_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, 3600.0)
+    fleet.send("slide")
+    for number in range(50):
+        fleet.live(f"w{number}", 0.0, 60.0)
+    assert not fleet.entries
+
+
+def test_of_a_bundle_only_the_slide_in_progress_is_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = Fleet(monkeypatch, 3600.0)
+    fleet.send("short", "long", "next")
+    for number in range(6):
+        fleet.there = {f"w{number}"}
+        fleet.look()
+        if number == 0:
+            (flight,) = fleet.drain._flights.values()
+            fleet.now += 1800.0
+            fleet.drain._take_next(flight, [Entry("short", "done", "f")])
+        fleet.there = set()
+        fleet.look(1800.0 if number == 0 else 3600.0)
+        fleet.look(3.0)
+        assert ("long" in fleet.entries) == (number == 5), "half a life, then whole ones"
+    assert fleet.entries["long"].outcome == "failed"
+    assert [[task.slide_id for task in tasks] for tasks in fleet.drain._waiting] == [["next"]]
+
+
+def test_what_waits_goes_to_the_youngest_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, 3600.0)
+    fleet.there = {"a", "c"}
+    fleet.look()
+    fleet.there = {"a", "b", "c"}
+    fleet.look(60.0)
+    for slide in ("s0", "s1", "s2"):
+        fleet.send(slide)
+    fleet.look()
+    assert fleet.given == ["b", "a", "c"]
+
+
+@pytest.mark.full
+def test_workers_of_too_short_a_life_do_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real workers that leave in good order while the slide is in progress."""
+    monkeypatch.setattr(engine, "MAX_LIVES", 2.0)
+    with cluster_of(0, n_workers=1, lifetime="3s") as cluster:
+        left: list[str] = []
+
+        def event(name: str, **fields: Any) -> None:
+            if name == "worker left":
+                left.append(str(fields["slide"]))
+                cluster.scale(len(left) + 1)
+
+        observer = SimpleNamespace(begun=lambda *_: None, event=event)
+        tasks = [SlideTask("long", "f", ("long", "stay"), 2.0), SlideTask("ok", "f", ("ok", "ok"))]
+        entries = run_there(cluster, *tasks, observer=observer)
+    assert entries["long"].outcome == "failed"
+    assert "longer walltime" in entries["long"].reason
+    assert entries["ok"].outcome == "done"
+    assert left.count("long") >= 2

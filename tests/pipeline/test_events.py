@@ -56,12 +56,46 @@ SECRETS = {
         ("https://h/a?b=1&sig=abc'", "https://h/a?b=1&sig=***'"),
         ("gdc-client -t FILE --token abcdef -d x", "gdc-client -t FILE --token *** -d x"),
         ("Authorization: Bearer abcdefghijk", "Authorization: Bearer ***"),
+        ("https://me:p@ss@host/a@b.svs", "https://***@host/a@b.svs"),
+        ("-H X-Auth-Token: GDC/1= --fail", "-H X-Auth-Token: *** --fail"),
+        ("-H 'X-Auth-Token: GDC 1' --fail", "-H 'X-Auth-Token: ***' --fail"),
+        ('-H "x-auth-token:GDC" --fail', '-H "x-auth-token:***" --fail'),
+        ('-H X-Auth-Token: "GDC 1" --fail', "-H X-Auth-Token: *** --fail"),
+        ('-H \\"X-Api-Key: GDC 1\\" --fail', '-H \\"X-Api-Key: ***\\" --fail'),
+        ("'--header=X-Client-Secret: GDC 1' x", "'--header=X-Client-Secret: ***' x"),
+        ("-HX-Auth-Token:GDC x", "-HX-Auth-Token:*** x"),
+        ('{"X-Auth-Token": "GDC 1", "b": 1}', '{"X-Auth-Token": "***", "b": 1}'),
+        ("Cookie: a=GDC; b=GDC x", "Cookie: *** x"),
+        ("Set-Cookie: a=GDC", "Set-Cookie: ***"),
+        ("Authorization: GDC x", "Authorization: *** x"),
+        ("Proxy-Authorization: Basic GDC x", "Proxy-Authorization: Basic *** x"),
+        ('Authorization: Digest username="G", response="DC" x', "Authorization: Digest *** x"),
+        ("get '--token=GDC' x", "get '--token=***' x"),
+        ("['--token', 'GDC']", "['--token', ***]"),
+        ("get --token 'GDC 1' x", "get --token *** x"),
+        ("curl -u me:GDC --user me:GDC x", "curl -u me:*** --user me:*** x"),
+        ("env API_KEY=GDC get x", "env API_KEY=*** get x"),
         ("hf_ABCDEFGHIJKLMNOPQRST failed", "*** failed"),
+        ("configuration: unknown key: lr", "configuration: unknown key: lr"),
+        ("/run/secrets/token: Permission denied", "/run/secrets/token: Permission denied"),
+        ("fetch -u https://host/x --tokens int8", "fetch -u https://host/x --tokens int8"),
         ("/usr/bin-and-more/tool: 196 tokens a tile", "/usr/bin-and-more/tool: 196 tokens a tile"),
     ],
 )
 def test_secrets_are_hidden(text: str, hidden: str) -> None:
     assert redact(text, SECRETS) == hidden
+    assert redact(hidden, SECRETS) == hidden
+
+
+def test_a_secret_that_json_escapes_is_hidden_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", 'to"k\\en-1234')
+    with Run(Dataset(tmp_path), "scan", {}) as run:
+        run.event("note", text='with to"k\\en-1234', places=[Path('/to"k\\en-1234')], ranks=(0, 1))
+    (path,) = (tmp_path / "status" / "scan").iterdir()
+    (note,) = (one for one in read_events(path) if one.event == "note")
+    assert note.fields == {"text": f"with {HIDDEN}", "places": [f"/{HIDDEN}"], "ranks": [0, 1]}
 
 
 @given(st.text(max_size=60), st.text(min_size=8, max_size=30), st.text(max_size=60))

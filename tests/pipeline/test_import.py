@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -26,6 +27,7 @@ from pipeline.dataset import (
     read_identity,
     read_selection,
     read_slides,
+    write_slides,
 )
 from pipeline.grid import rank_keys
 from pipeline.imports.h5 import read_patches
@@ -172,7 +174,42 @@ def test_slides_are_known_by_id_file_path_and_barcode():
         "/data/TCGA-AA-0001-01Z-00-DX1.UUID.svs", "TCGA-AA-0001-01Z-00-DX1", "02",
         "C:\\slides\\NA.ome.tiff", "twin", "2", "TCGA-AA-0001",
     ]  # fmt: skip
-    assert match_slides(names, slides).tolist() == [0, 0, 0, 0, 1, 2, -1, -1, -1]
+    known = [slide.slide_id for slide in slides]
+    assert match_slides(names, slides, known).tolist() == [0, 0, 0, 0, 1, 2, -1, -1, -1]
+
+
+def test_a_name_never_means_a_slide_of_another_suffix():
+    """case1.B was rejected: its rows are nobody's, and `case1` may mean either."""
+    slides = [Slide("case1.A", ""), Slide("case2.A", "")]
+    known = ["case1.A", "case1.B", "case2.A"]
+    names = ["case1.B.svs", "case1.B", "case1.A.svs", "case1", "case2", "case2.C", "d/case2.svs"]
+    assert match_slides(names, slides, known).tolist() == [-1, -1, 0, -1, 1, -1, 1]
+    assert match_slides(["case"], [Slide("case.A", "")], ["case", "case.A"]).tolist() == [-1]
+
+
+def two_suffixes(root: Path, scanned: Path) -> Dataset:
+    """The committed slide as case1.A, and a case1.B that scan rejected."""
+    (slide,) = read_slides(Dataset(scanned))
+    dataset = Dataset(root)
+    shutil.copytree(scanned, root)
+    rejected = replace(slide, slide_id="case1.B", status="rejected", reason="no trustworthy mpp")
+    write_slides(dataset, "run", [replace(slide, slide_id="case1.A"), rejected])
+    return dataset
+
+
+def test_rows_and_h5_files_of_a_rejected_slide_are_given_to_no_other(scanned, tmp_path, capsys):
+    rows = [("case1.A.svs", 0, 0), ("case1.B.svs", 500, 500), ("case1", 700, 700)]
+    file = write_csv(tmp_path / "t.csv", "slide,x,y", rows)
+    dataset = two_suffixes(tmp_path / "coordinates", scanned)
+    assert run("coordinates", f"t={file}", dataset=dataset) == 0
+    assert "2 rows are of 2 slides that are not among the usable ones" in capsys.readouterr().out
+    assert read_candidates(dataset, "case1.A")["x_level0"].to_pylist() == [0]
+    clam(tmp_path / "patches" / "case1.A.h5", [(0, 0)])
+    clam(tmp_path / "patches" / "case1.B.h5", [(500, 500)])
+    dataset = two_suffixes(tmp_path / "h5", scanned)
+    assert run("h5", str(tmp_path / "patches"), "--name", "clam", dataset=dataset) == 0
+    assert "of no usable slide of this dataset: case1.B.h5" in capsys.readouterr().out
+    assert read_candidates(dataset, "case1.A")["x_level0"].to_pylist() == [0]
 
 
 # import coordinates
@@ -448,6 +485,35 @@ def test_a_table_of_pictures(tile_folders, tmp_path):
     table.write_text("file\na.png\n")
     with pytest.raises(UserError, match="expected a column slide_id or slide"):
         find_tile_folders(table)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["path,slide", "a.png,s", "b.png,s", "a.png,s"], "line 4: a.png of slide 's' is .*line 2"),
+        (["path,slide", "d/a.png,s", "d/./a.png,s"], "line 3: d/./a.png of slide 's' is .*line 2"),
+        (["path,slide,x,y", "a.png,s,0,0", "a.png,s,224,0"], "line 3: a.png .*line 2 already"),
+        (
+            ["path,slide,patient", "a.png,a b,p1", "b.png,c,p2", "b.png,a_b,p3"],
+            "line 4: slide 'a_b' and 'a b' of line 2 would both be called a_b; rename",
+        ),
+    ],
+)
+def test_a_table_of_pictures_merges_no_slides_and_counts_no_picture_twice(tmp_path, lines, words):
+    table = tmp_path / "tiles.csv"
+    table.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=words) as caught:
+        find_tile_folders(table)
+    assert str(caught.value).startswith(f"{table}, line")
+    assert "\n" not in str(caught.value)
+
+
+def test_slides_of_a_table_may_share_a_picture_s_path_and_have_unsafe_names(tmp_path):
+    (tmp_path / "tiles.csv").write_text("path,slide\na.png,a b\nb.png, a b \na.png,c\n")
+    found = find_tile_folders(tmp_path / "tiles.csv")
+    assert [(one.slide_id, one.files) for one in found] == [
+        ("a_b", ("a.png", "b.png")), ("c", ("a.png",)),
+    ]  # fmt: skip
 
 
 def test_mistakes_in_folders(tile_folders, tmp_path):

@@ -313,6 +313,20 @@ def test_a_failure_stands_until_the_stage_succeeds(own_tiled: Dataset) -> None:
     assert page_of(own_tiled).of(SLIDE, "status") == "ok"
 
 
+def test_a_failure_without_a_scope_stands_until_any_scope_succeeds(own_tiled: Dataset) -> None:
+    with Run(own_tiled, "cache", {}) as run:
+        run.append([Entry(SLIDE, "failed", "m", "the disk burnt down")])
+    assert page_of(own_tiled).of(SLIDE, "status") == "failed"
+    with Run(own_tiled, "cache", {}) as run:
+        run.append([Entry(SLIDE, "done", "m", scope="224/h0-mini/cls", start=0, stop=16)])
+    page = page_of(own_tiled)
+    assert page.of(SLIDE, "status") == "ok"
+    assert "the disk burnt down" not in page.text
+    with Run(own_tiled, "cache", {}) as run:
+        run.append([Entry(SLIDE, "failed", "m", "it burnt again", scope="224/h0-mini/cls")])
+    assert page_of(own_tiled).of(SLIDE, "status") == "failed"
+
+
 @pytest.fixture
 def hostile(tmp_path: Path) -> Dataset:
     """Slides whose every word is an attack."""

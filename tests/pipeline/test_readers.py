@@ -2,6 +2,7 @@ import numpy as np
 import openslide
 import pytest
 
+from model.errors import UserError
 from pipeline.slides.open import find_sources, open_slide, slide_id_of
 from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
 from pipeline.slides.region import read_overview, read_region, read_tile
@@ -147,6 +148,35 @@ def test_a_table_gives_path_id_mpp_and_site(tmp_path):
     first, second = find_sources([str(table)])
     assert (first.slide_id, first.mpp, first.site) == ("S1", 0.25, "NA")
     assert (second.mpp, second.site, second.path) == (None, "02", tmp_path / "y.svs")
+
+
+@pytest.mark.parametrize("inputs", [("slides", "t.csv"), ("t.csv", "slides"), ("t.csv", "*/*")])
+def test_a_table_s_row_holds_wherever_else_the_path_is_given(tmp_path, inputs):
+    (tmp_path / "slides").mkdir()
+    for name in ("x.svs", "y.svs"):
+        (tmp_path / "slides" / name).touch()
+    (tmp_path / "t.csv").write_text("path,slide_id,patient,mpp,md5\nslides/x.svs,S,P1,0.25,AB\n")
+    one, other = find_sources([str(tmp_path / text) for text in inputs])
+    assert (one.slide_id, one.patient, one.mpp, one.md5) == ("S", "P1", 0.25, "ab")
+    assert (other.slide_id, other.patient, other.mpp, other.md5) == ("y", "", None, "")
+
+
+def test_two_rows_of_one_path_say_the_same_or_are_refused(tmp_path):
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    one.write_text("path,patient,mpp\na.svs,P0,\nx.svs,P1,0.25\n")
+    two.write_text("path,patient,mpp\n./x.svs,P1,0.250\n")
+    assert len(find_sources([str(one), str(two), str(one)])) == 2
+    for row, words in (
+        ("P2,0.25", r"two.csv, line 2: patient 'P2' of .*x.svs, but 'P1' in .*one.csv, line 3"),
+        ("P1,", r"two.csv, line 2: mpp '' of .*x.svs, but '0.25' in"),
+    ):
+        two.write_text(f"path,patient,mpp\nx.svs,{row}\n")
+        with pytest.raises(UserError, match=words) as caught:
+            find_sources([str(one), str(tmp_path), str(two)])
+        assert "\n" not in str(caught.value)
+    one.write_text("path,patient\nx.svs,P1\nx.svs,P2\n")
+    with pytest.raises(UserError, match="line 3: patient 'P2'"):
+        find_sources([str(one)])
 
 
 def test_a_region_is_asked_for_in_mpp(cmu_slide):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
+from pipeline.dataset import Slide
 from pipeline.grid import reserve_size
 from pipeline.selection.allocate import sainte_lague
 from pipeline.selection.cohort import Rules, eligible, make_cohort, without_patients
@@ -31,7 +32,7 @@ def cohort_of(rows):
     return make_cohort(
         slide_id=[f"s{i:04d}" for i in range(len(rows))],
         patient=[row[0] for row in rows], site=[row[1] for row in rows],
-        project=[row[2] for row in rows], content=[row[3] for row in rows],
+        project=[row[2] for row in rows], md5=[row[3] for row in rows], sha256=[""] * len(rows),
         sample_type=["01"] * len(rows), preparation=["ffpe"] * len(rows),
         candidates=[row[4] for row in rows],
     )  # fmt: skip
@@ -74,6 +75,65 @@ def test_of_equal_files_the_lowest_slide_id_stays_and_unknown_sums_are_never_equ
     assert kept.family.tolist() == ["a", "c", "d"], "b and a share a file: one family"
 
 
+def cohort_of_sums(sums):
+    """A slide and a patient for each (md5, sha256)."""
+    columns = dict.fromkeys(("site", "project", "sample_type", "preparation"), [""] * len(sums))
+    names = [f"s{i:04d}" for i in range(len(sums))]
+    return make_cohort(
+        slide_id=names, patient=[f"p{name}" for name in names], md5=[md5 for md5, _ in sums],
+        sha256=[sha for _, sha in sums], candidates=[9] * len(sums), **columns,
+    )  # fmt: skip
+
+
+def test_files_are_equal_by_either_sum():
+    """A has a manifest's md5 and scan's sha256, B only the one, C only the other."""
+    cohort = cohort_of_sums([("", "sha"), ("md5", "sha"), ("md5", ""), ("other", ""), ("", "md5")])
+    kept, excluded = eligible(cohort, Rules())
+    assert kept.slide_id.tolist() == ["s0000", "s0003", "s0004"]
+    assert [one.slide_id for one in excluded] == ["s0001", "s0002"]
+    assert cohort.family.tolist() == ["ps0000"] * 3 + ["ps0003", "ps0004"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", *"abcdef"]), st.sampled_from(["", *"uvwxyz"])),
+                max_size=24))  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_equal_files_are_the_components_of_equal_sums(sums):
+    content = cohort_of_sums(sums).content.tolist()
+    same = [{i} for i in range(len(sums))]
+    for i, (md5, sha) in enumerate(sums):
+        for j, (other_md5, other_sha) in enumerate(sums[:i]):
+            if (md5 and md5 == other_md5) or (sha and sha == other_sha):
+                joined = same[i] | same[j]
+                for k in joined:
+                    same[k] = joined
+    for i, (md5, sha) in enumerate(sums):
+        assert bool(content[i]) == bool(md5 or sha)
+        for j in range(i):
+            assert (content[i] == content[j] != "") == (j in same[i])
+
+
+def test_a_manifest_s_slide_and_a_scanned_one_are_one_file():
+    slides = [
+        Slide("a", "a.svs", patient="p", md5="00ff", sha256="Ab"),
+        Slide("b", "b.svs", patient="q", sha256="aB"),
+    ]
+    kept, (out,) = eligible(cohort_of_slides(slides, np.array([9, 9])), Rules())
+    assert (out.slide_id, out.detail) == ("b", "the file of a of another patient, p")
+    assert kept.family.tolist() == ["p"]
+
+
+def test_a_long_chain_of_equal_sums_takes_few_rounds():
+    count = 20_000
+    chain = [(f"m{i // 2}", f"s{(i + 1) // 2}") for i in range(count)]
+    assert set(cohort_of_sums(chain).content.tolist()) == {"m0"}
+
+
+def test_one_kind_of_sum_names_the_file_itself():
+    """So that a selection of a cohort of one kind keeps its fingerprint."""
+    assert cohort_of_sums([("b", ""), ("a", ""), ("b", "")]).content.tolist() == ["b", "a", "b"]
+    assert cohort_of_sums([("", "x"), ("", ""), ("m", "y")]).content.tolist() == ["x", "", "m"]
+
+
 def test_patients_with_a_file_in_common_are_held_out_together():
     cohort = cohort_of([("a", "x", "p", "m", 9), ("b", "y", "p", "m", 9), ("b", "y", "p", "", 9),
                         ("c", "y", "p", "", 9)])  # fmt: skip
@@ -90,7 +150,7 @@ def test_a_slide_without_a_patient_stands_alone():
 def test_a_slide_that_comes_twice_is_refused():
     with pytest.raises(UserError, match="a comes twice"):
         make_cohort(slide_id=["a", "a"], patient=["", ""], site=["", ""], project=["", ""],
-                    sample_type=["", ""], preparation=["", ""], content=["", ""],
+                    sample_type=["", ""], preparation=["", ""], md5=["", ""], sha256=["", ""],
                     candidates=[1, 1])  # fmt: skip
 
 
@@ -136,10 +196,11 @@ def test_a_hold_out_is_whole_families_and_the_nearest_number(rows, share, seed):
 @settings(max_examples=80, deadline=None)
 def test_a_hold_out_does_not_depend_on_row_order(rows, share, random):
     slides = drawn_slides(rows)
-    columns = dict(zip(("patient", "site", "project", "content", "candidates"),
+    columns = dict(zip(("patient", "site", "project", "md5", "candidates"),
                        map(list, zip(*slides, strict=True)), strict=True))  # fmt: skip
     columns["slide_id"] = [f"s{i:04d}" for i in range(len(slides))]
     columns |= {"sample_type": ["01"] * len(slides), "preparation": ["ffpe"] * len(slides)}
+    columns["sha256"] = [""] * len(slides)
     order = list(range(len(slides)))
     random.shuffle(order)
     first = eligible(make_cohort(**columns), Rules())[0]
@@ -286,7 +347,7 @@ def test_a_division_does_not_depend_on_row_order(rows, part, share, random):
         cohort = make_cohort(
             slide_id=[names[i] for i in places], site=[rows[i][0] for i in places],
             candidates=[rows[i][1] for i in places],
-            **dict.fromkeys(("patient", "project", "sample_type", "preparation", "content"),
+            **dict.fromkeys(("patient", "project", "sample_type", "preparation", "md5", "sha256"),
                             [""] * len(places)),
         )  # fmt: skip
         first, stop = pool_bounds(cohort.candidates, "train")

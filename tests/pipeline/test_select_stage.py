@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -157,6 +158,44 @@ def test_a_hold_out_comes_before_what_it_must_be_kept_from(dataset):
         select(dataset, "--name", "val-out", "--hold-out", "20")
     select(dataset, "--remove", "train")
     assert select(dataset, "--name", "val-out", "--hold-out", "20") == 0
+
+
+def two_slides_a_patient(root, **second):
+    """Six patients with a slide of 40 candidates each, and one of 4 that `second` describes."""
+    slides = []
+    for number in range(6):
+        first = {"mpp": 0.5, "bytes": 1, "mtime_ns": 1, "patient": f"p{number}", "site": "02"}
+        first |= {"sample_type": "01", "project": "X" if number else "Y"}
+        slides.append(Slide(f"p{number}-a", "a.svs", **first))
+        slides.append(Slide(f"p{number}-b", "b.svs", **(first | second)))
+    slides[0], slides[2] = (replace(slides[i], md5="f" * 32) for i in (0, 2))
+    return tissue_dataset(root, slides, [40, 4] * 6)
+
+
+@pytest.mark.parametrize(
+    ("second", "rules"),
+    [
+        ({"sample_type": "11"}, ["--sample-types", "01"]),
+        ({"preparation": "frozen"}, []),
+        ({}, ["--min-candidates", "5"]),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_hold_out_is_refused_over_a_patient_s_other_slide(tmp_path, second, rules, number):
+    """The cover takes p0; p1 shares a file with it. Both train by slides that the rules leave."""
+    dataset = two_slides_a_patient(tmp_path / "d", **second)
+    rows = make_selection("train", {f"p{number}-b": np.arange(1, 4, dtype=np.int32)}, {})
+    write_selection(dataset, "run", rows)
+    with pytest.raises(UserError, match=r"patients of 'train': a hold-out comes before"):
+        select(dataset, "--name", "val-out", "--hold-out", "2", "--cover", "project", *rules)
+    assert dataset.selection_names() == ["train"]
+
+
+def test_a_hold_out_is_refused_over_what_other_rules_drew(tmp_path):
+    dataset = two_slides_a_patient(tmp_path / "d", sample_type="11")
+    assert select(dataset, "--name", "train-normal", "--sample-types", "11") == 0
+    with pytest.raises(UserError, match=r"patients of 'train-normal': a hold-out comes before"):
+        select(dataset, "--name", "val-out", "--hold-out", "2", "--sample-types", "01")
 
 
 def test_two_hold_outs_do_not_meet(dataset):

@@ -11,10 +11,12 @@ import pytest
 
 from model.errors import UserError
 from pipeline.__main__ import main
-from pipeline.dataset import Dataset, Slide, read_slides
+from pipeline.dataset import Dataset, Entry, Slide, read_slides
 from pipeline.slides import staging
 from pipeline.slides.open import find_sources
+from pipeline.slides.scan import _row
 from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.stage import Summary, report_summary
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 MD5 = hashlib.md5(SLIDE.read_bytes(), usedforsecurity=False).hexdigest()
@@ -164,3 +166,65 @@ def test_the_stages_fetch_and_give_the_same_tiles(
     (made,) = Dataset(root).tiles_dir(224).glob("*.tar")
     (expected,) = tiled.tiles_dir(224).glob("*.tar")
     assert made.read_bytes() == expected.read_bytes()
+
+
+SECRETS = {
+    "header": "GDC7Qx.Zk_31", "option": "ABC0123456xyz", "bearer": "BEAR.s3cr-et/9",
+    "cookie": "C00KIEvalue", "password": "pa55word-long", "phrase": "of two Words!!",
+}  # fmt: skip
+
+REFUSES = """
+import sys
+said = sys.argv[sys.argv.index("--token") + 1]
+sys.exit(f"{sys.argv[2]}: refused, and {'x' * 190}{said}" if "late" in sys.argv[-2] else said)
+"""
+
+
+def refusing(script: Path) -> str:
+    """A command with a secret of every kind, which fails and repeats one without its name."""
+    return (
+        f'{sys.executable} {script} -H "X-Auth-Token: {SECRETS["header"]}" '
+        f'--token {SECRETS["option"]} -H "Authorization: Bearer {SECRETS["bearer"]}" '
+        f"-H 'Cookie: a=1; b={SECRETS['cookie']}' --user me:{SECRETS['password']} "
+        f"-H 'X-Api-Key: {SECRETS['phrase']}' {{uri}} {{dest}}"
+    )
+
+
+def test_no_secret_of_a_command_is_printed_or_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the whole dataset and all output, whatever way a command's words might take."""
+    (tmp_path / "refuses.py").write_text(REFUSES)
+    (tmp_path / "cohort.csv").write_text("path,slide_id\nfar://b/one.svs,a\nfar://b/late.svs,b\n")
+    root = tmp_path / "dataset"
+    fetch = ["--stage-in", refusing(tmp_path / "refuses.py"), "--stage-in-retries", "0"]
+    for _ in range(2):
+        line = ["scan", str(tmp_path / "cohort.csv"), "--dataset", str(root), "--workers", "1"]
+        assert main([*line, *fetch]) == 1
+    assert main(["status", "--dataset", str(root), "--json"]) == 0
+    assert main(["report", "--dataset", str(root)]) == 0
+    said = "".join(capfd.readouterr())
+    slides = read_slides(Dataset(root))
+    assert [slide.status for slide in slides] == ["failed", "failed"]
+    assert all("-H 'X-Auth-Token: ***' --token ***" in slide.reason for slide in slides)
+    assert "-H 'X-Auth-Token: ***' --token ***" in said
+    written = [path for path in root.rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} >= {".jsonl", ".log", ".parquet", ".html"}
+    for name, secret in SECRETS.items():
+        assert secret not in said + repr(slides), f"{name} is printed, or in slides.parquet"
+        holders = [path.name for path in written if secret.encode() in path.read_bytes()]
+        assert not holders, f"{name} is in {holders}"
+
+
+def test_arguments_that_dask_logs_show_no_command(tmp_path: Path) -> None:
+    assert SECRETS["header"] not in repr(StageIn(refusing(tmp_path)))
+
+
+def test_reasons_of_older_journals_are_shown_without_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = Summary("scan", rejected=[("s", "curl -H 'X-Auth-Token: GDC' [/x] [red] failed")])
+    report_summary(summary, tmp_path)
+    assert "curl -H 'X-Auth-Token: ***' [/x] [red] failed" in capsys.readouterr().out
+    slide = {"slide_id": "s", "path": "p", "status": "rejected", "reason": "--token GDC"}
+    assert _row(Entry("s", "rejected", "f", "--token GDC", values=slide)).reason == "--token ***"

@@ -1,5 +1,6 @@
 """A flipped byte anywhere in a dataset is found, and what verify names mends it."""
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import socket
 import numpy as np
 import pytest
 
+from model.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -23,6 +25,7 @@ from pipeline.dataset.journal import encode_line
 from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
 from pipeline.features.cache import _claim_encoder
 from pipeline.features.config import CacheConfig
+from pipeline.verify import repair, sums
 from pipeline.verify.journal_lines import damage_of
 from pipeline.verify.runs import may_be_alive
 
@@ -178,6 +181,140 @@ def test_repair_and_the_named_stages_make_the_same_bytes_again(whole, capsys):
         assert main([stage, "--workers", "1", "--dataset", str(whole.root)]) == 0
     assert verify(whole, capsys)[0] == 0
     assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_repair_keeps_what_could_not_be_read(whole, capsys, monkeypatch, code):
+    before = {p: p.read_bytes() for p in files_of(whole)}
+    real = sums.sha256_of
+
+    def fails(path, *more):
+        if path.parts[-3] == "h0-mini" or path.suffix == ".tar":
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *more)
+
+    monkeypatch.setattr(sums, "sha256_of", fails)
+    status, out = verify(whole, capsys, "--repair")
+    words = " ".join(out.split())
+    assert status == 1
+    assert "5 findings" in words
+    assert f"cannot be read: {os.strerror(code)}" in words
+    assert "repair: removed 0 damaged files" in words
+    assert {p: p.read_bytes() for p in files_of(whole)} == before
+    monkeypatch.undo()
+    assert verify(whole, capsys)[0] == 0
+
+
+def test_a_file_that_does_not_let_itself_be_read_again_is_kept(whole, capsys, monkeypatch):
+    """Read once with a wrong sum, then not at all: what it holds now nobody knows."""
+    (tar,) = whole.tiles_dir(224).glob("*.tar")
+    flip(tar, random.Random(3))
+
+    def fails(path, *more):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(repair, "sha256_of", fails)
+    status, out = verify(whole, capsys, "--repair")
+    assert status == 1
+    assert f"kept {whole.relative(tar)}: cannot be read" in out
+    assert tar.exists()
+
+
+def test_a_file_that_grew_while_it_was_read_is_no_damaged_one(whole, capsys, monkeypatch):
+    (tar,) = whole.tiles_dir(224).glob("*.tar")
+    sound = tar.read_bytes()
+    tar.write_bytes(sound[:1000])
+    real = sums.sha256_of
+
+    def meanwhile(path, *more):
+        found = real(path, *more)
+        if path == tar:
+            tar.write_bytes(sound)
+        return found
+
+    monkeypatch.setattr(sums, "sha256_of", meanwhile)
+    assert "it changed meanwhile" in verify(whole, capsys, "--repair")[1]
+    assert tar.read_bytes() == sound
+
+
+def test_repair_looks_once_more_before_a_file_goes(whole, capsys, monkeypatch):
+    """While verify read, a scan began, replaced slides.parquet, journalled that and ended."""
+    sound = whole.slides_file.read_bytes()
+    flip(whole.slides_file, random.Random(5))
+    real = repair.sha256_of
+
+    def meanwhile(path, *more):
+        if path == whole.slides_file:
+            with Run(whole, "scan", {}) as run:
+                record = commit_file(whole, run.run_id, path, lambda file: file.write(sound + b"x"))
+                run.append([Entry("slides.parquet", "done", "f", scope="table", files=(record,))])
+        return real(path, *more)
+
+    (line,) = [e for e in read_journal(whole, "scan") if any("slides" in f.path for f in e.files)]
+    assert (line.slide_id, line.scope) == ("slides.parquet", "table")
+    monkeypatch.setattr(repair, "sha256_of", meanwhile)
+    _, out = verify(whole, capsys, "--repair")
+    assert "kept slides.parquet: it is as written by now" in out
+    assert whole.slides_file.read_bytes() == sound + b"x"
+
+
+def test_a_run_that_begins_meanwhile_keeps_what_it_wrote(whole, capsys, monkeypatch):
+    """Its file is there, its line is not yet: the file only looks altered."""
+    sound = whole.slides_file.read_bytes()
+    flip(whole.slides_file, random.Random(5))
+    real = sums.sha256_of
+    run = Run(whole, "scan", {})
+
+    def meanwhile(path, *more):
+        if path == whole.slides_file:
+            commit_file(whole, run.run_id, path, lambda file: file.write(sound + b"x"))
+        return real(path, *more)
+
+    monkeypatch.setattr(sums, "sha256_of", meanwhile)
+    _, out = verify(whole, capsys, "--repair")
+    assert f"kept slides.parquet: the run {run.run_id} may be at work" in out
+    assert whole.slides_file.read_bytes() == sound + b"x"
+    run.close()
+
+
+@pytest.mark.parametrize("seen_by", ["log", "staging"])
+def test_repair_is_refused_while_a_run_is_at_work(whole, capsys, seen_by):
+    (tar,) = whole.tiles_dir(224).glob("*.tar")
+    flip(tar, random.Random(3))
+    with Run(whole, "scan", {}) as run:
+        if seen_by == "log":
+            run.event("tasks", slides=1, total=1, unit="slides", engine="local")
+        else:
+            commit_file(whole, run.run_id, whole.root / "new", lambda file: file.write(b"x"))
+        with pytest.raises(UserError, match="--repair removes nothing while") as caught:
+            verify(whole, capsys, "--repair")
+        assert run.run_id in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert tar.exists()
+        assert verify(whole, capsys)[0] == 1, "without --repair nothing is refused"
+    assert "removed 1 damaged" in verify(whole, capsys, "--repair")[1]
+
+
+def test_repair_as_a_step_of_a_recipe_is_not_refused_for_the_recipe(whole, capsys):
+    with Run(whole, "run", {}) as log:
+        log.event("step begun", number=1, command="verify --repair")
+        assert verify(whole, capsys, "--repair")[0] == 0
+
+
+def test_a_journal_that_cannot_be_read_is_one_line(whole, capsys):
+    (journal,) = whole.status_dir("tile").glob("*.jsonl")
+    journal.unlink()
+    journal.mkdir()
+    with pytest.raises(UserError, match=f"{journal.name} cannot be read"):
+        verify(whole, capsys, "--repair")
+
+
+def test_a_log_that_cannot_be_read_is_one_line(whole, capsys):
+    log = whole.status_dir("tile") / "20200101T000000-000000000-elsewhere-1-abcdef.log"
+    log.mkdir()
+    with pytest.raises(UserError, match=f"{log.name} cannot be read"):
+        verify(whole, capsys, "--repair")
+    assert verify(whole, capsys)[0] == 0
 
 
 def test_an_altered_line_is_dropped_by_repair_and_its_work_done_again(whole, capsys):

@@ -228,6 +228,7 @@ def test_training_is_put_back_after_a_warning_and_a_preemption(slurm: Path, tmp_
     wait_for(lambda: job_field(job, "JobState") == "COMPLETED", "the end of training", 900)
 
     assert same_bytes(whole, run), log.read_text()[-2000:]
+    assert (run / "model" / "config.json").exists(), "the finished run is exported"
     done = [row["step"] for row in rows(run) if "sit/denoise" in row]
     assert sorted(done) == sorted(set(done)), "no step was done twice: each warning saved the state"
 

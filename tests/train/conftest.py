@@ -1,5 +1,7 @@
 """A small real dataset for the train room: two slides of tiles, CLS and patch tokens."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from pipeline.dataset import (
 from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
 from pipeline.features.quantise import quantise
 from train.config import Config, load_config
+
+HOME = Path(__file__).parents[2]
 
 TILE_PX = 32
 TOKENS = (4, 12)
@@ -146,6 +150,18 @@ def small_config(dataset: Dataset, run_dir: Path, *overrides: str) -> Config:
     """The small run on that dataset."""
     places = [f"data.dataset={dataset.root}", f"run.dir={run_dir}"]
     return load_config(None, [*SMALL, *places, *overrides])
+
+
+def command(dataset: Dataset, run_dir: Path, *overrides: str) -> list[str]:
+    """The same small run as a command line of another process."""
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(small_config(dataset, run_dir).to_yaml())
+    return [sys.executable, "-m", "train", "--config", str(config), *overrides]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME), **more}
 
 
 def weights_of(run_dir: Path, step: int) -> dict[str, Tensor]:

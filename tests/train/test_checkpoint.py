@@ -100,19 +100,48 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         assert all(found[index][name].equal(value) for name, value in values.items())
 
 
-def test_a_failed_write_is_told_at_the_next_chance(
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Writes fail while the list's one value is true."""
+    full, real = [True], checkpoint.write_tensors
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+    return full
+
+
+def test_after_a_failed_write_the_next_state_is_still_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, trainees = full_disk(monkeypatch), make_trainees()
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(state(1), trainees)
+        assert writer._thread is not None
+        writer._thread.join()
+        full[0] = False
+        writer.save(state(2), trainees)
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "step-00000001: No space left" in lines[0]
+    assert "now trying step 2" in lines[0]
+
+
+def test_two_failed_writes_in_a_row_are_an_error_and_so_is_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        raise OSError(28, "No space left on device")
-
+    full_disk(monkeypatch)
     trainees, writer = make_trainees(), CheckpointWriter(tmp_path, keep=2)
-    monkeypatch.setattr(checkpoint, "write_tensors", refuse)
     writer.save(state(1), trainees)
-    with pytest.raises(UserError, match="step-00000001: No space left"):
+    with pytest.raises(UserError, match="step-00000002: No space left"):
         writer.save(state(2), trainees)
     writer.wait()  # told once
-    writer.save(state(2), trainees)
+    with pytest.raises(UserError, match="step-00000003: No space left"), writer:
+        writer.save(state(3), trainees)
+    writer.save(state(4), trainees)
     with pytest.raises(KeyError), writer:  # the run's own error is the one that is told
         raise KeyError
 

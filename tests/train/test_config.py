@@ -95,6 +95,8 @@ def test_a_whole_section_and_then_its_key() -> None:
         ("run.mode=repa", "set init.vae"),
         ("config_version=9", "'config_version': expected 1"),
         ("run.dir.x=1", "expected text"),
+        ("optim.weight_decay=-0.1", "'optim.weight_decay': expected a number of 0 or more"),
+        ("log.guidance_scale=-1", "'log.guidance_scale': expected a number of 0 or more"),
     ],
 )
 def test_mistakes_get_one_line_that_names_the_key(override: str, says: str) -> None:
@@ -102,6 +104,12 @@ def test_mistakes_get_one_line_that_names_the_key(override: str, says: str) -> N
         load_config(None, [override])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_off_is_a_word_and_not_false(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {compile: off}\n")
+    assert load_config(tmp_path / "c.yaml").run.compile == "off"
+    assert load_config(None, ["run.compile=off"]).run.compile == "off"
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

@@ -33,6 +33,18 @@ def test_average_of_parameters_and_float_buffers_follows_the_formula() -> None:
     assert ema.module.norm.num_batches_tracked == net.norm.num_batches_tracked == 7
 
 
+def test_buffers_are_copied_where_that_was_asked_for() -> None:
+    net = Net()
+    ema = Ema(net, 0.9, copy_buffers=True)
+    with torch.no_grad():
+        net.norm.running_mean.add_(5)
+        net.linear.weight.add_(1)
+    before = ema.module.linear.weight.clone()
+    ema.update(net, 0)
+    assert ema.module.norm.running_mean.equal(net.norm.running_mean)
+    torch.testing.assert_close(ema.module.linear.weight, before + 0.1)
+
+
 def test_the_average_is_a_frozen_copy() -> None:
     net = Net()
     ema = Ema(net, 0.9)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset, small_config, weights_of
+from conftest import HOME, command, environment, make_dataset, small_config, weights_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,25 +22,11 @@ from pipeline.dataset import Dataset, make_selection, read_selection, write_sele
 from train.__main__ import main
 from train.checkpoint import list_checkpoints
 from train.config import Config, load_config
-from train.loop import TrainingDivergedError, train
+from train.loop import Training, TrainingDivergedError, train
 from train.metrics import read_metrics
 from train.setup import open_inputs
 from train.signals import EXIT_REQUEUE
 from train.speed import step_flop
-
-HOME = Path(__file__).parents[2]
-
-
-def command(dataset: Dataset, run_dir: Path, *overrides: str) -> list[str]:
-    """The same small run as a command line of another process."""
-    config = run_dir.parent / f"{run_dir.name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(small_config(dataset, run_dir).to_yaml())
-    return [sys.executable, "-m", "train", "--config", str(config), *overrides]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME), **more}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +105,95 @@ def test_37_steps_a_kill_and_the_rest_equal_100_in_one_go(
     for step in (40, 80):
         name = f"samples/step-{step:08d}.png"
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_preview_that_fails_is_a_warning(
+    train_dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And it is made up for when the run goes on from that step's checkpoint."""
+    run_dir = tmp_path / "run"
+    options = ("log.samples_every=3", "log.validation=[train]", "log.validation_every=3")
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Long advice")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("train.loop.draw_samples", fail)
+        broken.setattr("train.loop.measure_validation", fail)
+        assert train(small_config(train_dataset, run_dir, *options)) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 5
+    assert warnings[-1] == (
+        "warning: the grid of samples of step 6 failed, training goes on: CUDA out of memory"
+    )
+    assert "reconstruction/psnr" not in read_metrics(run_dir)[-1]
+
+    assert train(small_config(train_dataset, run_dir, *options, "run.steps=7")) == 0
+    lines = {line["step"]: line for line in read_metrics(run_dir)}
+    assert {"reconstruction/psnr", "train/denoise", "vae/l1"} <= lines[6].keys()
+    assert (run_dir / "samples" / "step-00000006.png").exists()
+    assert [path.name for path in list_checkpoints(run_dir)][:1] == ["step-00000003"]
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_set(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Long advice")
+
+    monkeypatch.setattr("train.step.TrainingStep.__call__", fail)
+    with pytest.raises(UserError) as caught:
+        train(small_config(train_dataset, tmp_path / "run"))
+    for named in ("CUDA out of memory: ", "run.recompute=true", "optim.accumulate above 1",
+                  "data.batch_size below 5"):  # fmt: skip
+        assert named in str(caught.value)
+
+
+def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A death before the checkpoint of step 3, right after it, and in its preview."""
+    options = ("log.samples_every=3", "log.every=1", "log.validation=[train]")
+    options += ("log.validation_every=3",)
+    whole = tmp_path / "whole"
+    assert train(small_config(train_dataset, whole, *options)) == 0
+
+    for place in ("_save_checkpoint", "_preview", "_save_samples", "_validate"):
+        run_dir = tmp_path / place
+        config = small_config(train_dataset, run_dir, *options)
+        with monkeypatch.context() as broken:
+            die_at_step_3(broken, place)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+        expected = [] if place == "_save_checkpoint" else ["step-00000003"]
+        assert [path.name for path in list_checkpoints(run_dir)] == expected
+        assert train(config) == 0
+        assert names_of_lines(run_dir) == names_of_lines(whole)
+        assert first_difference(run_dir, whole) is None
+        assert_same_weights(weights_of(run_dir, 6), weights_of(whole, 6))
+        for step in (3, 6):
+            name = f"samples/step-{step:08d}.png"
+            assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def die_at_step_3(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    real = getattr(Training, place)
+
+    def run(self: Training, *arguments: object) -> object:
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Training, place, run)
+
+
+def names_of_lines(run_dir: Path) -> list[tuple[int, list[str]]]:
+    """Step and names of each line of metrics.jsonl, as they stand there."""
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], sorted(line)) for line in lines if line["step"]]
 
 
 def first_difference(run_dir: Path, other: Path) -> tuple[int, str, float, float] | None:

@@ -1,5 +1,6 @@
 """Reading: the stream's tiles with their own features, whatever the threads and processes."""
 
+import errno
 import os
 from collections import Counter
 from pathlib import Path
@@ -122,6 +123,28 @@ def test_resume_from_any_step(train_dataset: Dataset, step: int) -> None:
         assert late.tokens is not None
         assert batch.tokens is not None
         assert late.tokens.equal(batch.tokens)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_what_the_disk_refuses_is_skipped_like_a_damaged_tile(
+    train_dataset: Dataset, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, calls = os.pread, []
+
+    def pread(fd: int, count: int, at: int) -> bytes:
+        calls.append(at)
+        if len(calls) == 9:
+            raise OSError(number, os.strerror(number))
+        return real(fd, count, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    says = rf"\.tar cannot be read: {os.strerror(number)}"
+    with pytest.raises(UserError, match=says):
+        read(train_dataset)
+    calls.clear()
+    batches = read(train_dataset, on_error="skip")
+    assert len(batches) == 20
+    assert [os.strerror(number) in line for batch in batches for line in batch.damaged] == [True]
 
 
 def test_more_shards_change_nothing(tmp_path: Path) -> None:

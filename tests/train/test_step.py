@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.interpolant import Interpolant
 from model.losses import alignment_loss
+from model.noise import Stream, normal
 from pipeline.dataset import Dataset
 from train.config import Config
 from train.networks import Parts, build_parts
@@ -301,6 +302,23 @@ def test_randomness_belongs_to_step_and_slot(
         assert value.equal(torch.cat([part[field] for part in parts]))
     assert not draw(config, 8, range(6)).t.equal(whole.t)
     assert bool(((whole.t > 0) & (whole.t < 1)).all())
+
+
+def test_randomness_is_drawn_without_a_copy_to_the_device(
+    train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU such a copy waits for all that is queued, four times a step."""
+    config = small_config(train_dataset, tmp_path)
+    expected = normal(
+        config.run.seed, (4, 4, 4), stream=Stream.NOISE, step=7, slot=list(range(2, 6))
+    )
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError("numbers of the host were copied")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
+    assert draw(config, 7, range(2, 6)).noise.equal(expected)
 
 
 def test_the_condition_is_dropped_as_often_as_asked(train_dataset: Dataset, tmp_path: Path) -> None:

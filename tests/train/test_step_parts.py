@@ -1,5 +1,6 @@
 """A step in parts, compiled or with tokens computed on the spot, equals the plain step."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from train.loop import train
 from train.metrics import read_metrics
 from train.networks import Parts, build_parts
 from train.online import open_encoder
-from train.step import TrainingStep, parts_of
+from train.step import TrainingStep, frozen_latents, parts_of
 from train.sync_norm import SyncedBatchNorm2d, synchronise_norms
 
 
@@ -163,6 +164,35 @@ def test_compiled_parts_are_not_compiled_again(train_dataset: Dataset, tmp_path:
     for ours, theirs in zip(steps[0][0], steps[1][0], strict=True):
         for name, value in ours.items():
             torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_frozen_vae_is_compiled_too(train_dataset: Dataset, tmp_path: Path) -> None:
+    """One graph holds its whole encoder; latents and losses are those of the plain step."""
+    vae = tmp_path / "vae.safetensors"
+    build_parts(small_config(train_dataset, tmp_path), CPU).networks.vae.save(vae)
+    options = ("run.mode=ldm", f"init.vae={vae}")
+    convolutions: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        called = [str(node.target) for node in graph.graph.nodes]
+        convolutions.append(sum("conv2d" in target for target in called))
+        return graph.forward
+
+    def compile_encoder(call: Callable[..., object], **named: object) -> Callable[..., object]:
+        return real(call, backend=count, dynamic=False) if call is frozen_latents else call
+
+    real, metrics = torch.compile, []
+    torch._dynamo.reset()
+    for more in ((), ("run.compile=eager",)):
+        config = small_config(train_dataset, tmp_path, *options, *more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", compile_encoder)
+            step = make_step(config, build_parts(config, CPU))
+        metrics.append(step(make_batch(config))[0])
+    assert len(convolutions) == 1
+    assert convolutions[0] > 10
+    for name, value in metrics[0].items():
+        torch.testing.assert_close(metrics[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.fixture
