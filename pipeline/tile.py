@@ -125,6 +125,7 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
             runs = missing_runs(need.blocks, stood)
             lines += withdrawn(lost, stood | need.blocks, runs)
             if not runs:
+                lines += _settled(known.get(slide_id, []))
                 summary.skipped += 1
                 continue
             arguments = (str(dataset.root), run.run_id, slide, runs, mark, told)
@@ -221,8 +222,17 @@ def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) ->
     return ""
 
 
+def _settled(entries: list[Entry]) -> list[Entry]:
+    """The lines that take back a slide's failures, where nothing is missing any more.
+
+    It may have been refused for its selection or tissue alone; no tile will be cut that mends it.
+    """
+    failed = (entry for entry in entries if entry.outcome == "failed")
+    return [replace(one, outcome="pruned", reason="nothing is missing") for one in failed]
+
+
 def _journal(run: Run, lines: list[Entry], summary: Summary) -> None:
-    """Journal, before any tile is cut, the slides that may not be and the shards taken back."""
+    """Journal, before any tile is cut, the slides that may not be and what is taken back."""
     if lines:
         run.append(lines)
     for entry in lines:

@@ -22,6 +22,7 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
+from pipeline.status import read_status
 from pipeline.tile import TileConfig, tile_slide, withdrawn
 from pipeline.tissue.stage import tissue_fingerprint
 from tests.pipeline.faults import ROOT
@@ -111,6 +112,7 @@ def test_ranks_that_the_candidates_do_not_have_are_told(two: Dataset) -> None:
         everything = {"b": np.arange(rows)}
         write_selection(two, new_run_id(), make_selection("all", everything, {}))
         assert run(two, "tile") == 0
+        assert read_status(two).failures == [], "also where no tile was missing"
     assert latest(two, "a").outcome == "done"
 
 
