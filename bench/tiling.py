@@ -39,12 +39,15 @@ from bench_slide import make_slide  # noqa: E402
 from pipeline.dataset import (  # noqa: E402
     CANDIDATES_SCHEMA,
     Dataset,
+    Entry,
+    Run,
     Slide,
     claim_identity,
     encode_png,
     make_selection,
     new_run_id,
     read_candidates,
+    read_identity,
     write_candidates,
     write_selection,
     write_slides,
@@ -54,6 +57,7 @@ from pipeline.grid import grid_positions, rank_order  # noqa: E402
 from pipeline.slides.native_reader import NativeReader  # noqa: E402
 from pipeline.slides.open import best_reader  # noqa: E402
 from pipeline.tile import TileConfig, tile, tile_slide  # noqa: E402
+from pipeline.tissue.stage import tissue_fingerprint  # noqa: E402
 
 OUT = HERE / "out"
 SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
@@ -127,9 +131,13 @@ class Bench:
         claim_identity(dataset, GRID | {"seed": 0}, stage="bench", versions={})
         names = [f"bench-{number}" for number in range(slides)]
         run_id, candidates = new_run_id(), read_candidates(self.dataset, "bench")
-        for name in names:
-            write_candidates(dataset, run_id, name, candidates)
-        write_slides(dataset, run_id, [replace(self.slide, slide_id=name) for name in names])
+        slides = [replace(self.slide, slide_id=name) for name in names]
+        write_slides(dataset, run_id, slides)
+        with Run(dataset, "tissue", {}) as run:
+            for slide in slides:
+                record = write_candidates(dataset, run_id, slide.slide_id, candidates)
+                mark = tissue_fingerprint(slide, read_identity(dataset))
+                run.append([Entry(slide.slide_id, "done", mark, files=(record,))])
         ranks = np.arange(candidates.num_rows, dtype=np.int32)
         selection = make_selection("all", dict.fromkeys(names, ranks), {})
         write_selection(dataset, run_id, selection)

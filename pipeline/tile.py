@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.dataset import (
     commit_bytes,
     commit_file,
     covered_blocks,
+    covering_blocks,
     encode_png,
     files_present,
     fingerprint,
@@ -49,7 +50,7 @@ from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
 from pipeline.spool import Spool
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions
+from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
@@ -99,30 +100,41 @@ def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     if read_identity(dataset).get("grid") == IMPORTED_TILES:
         return _nothing_to_cut(dataset, config)
     versions = stage_versions("imagecodecs", "isal")
-    needs = needed_blocks(dataset, config.selections)
+    needs = _needs(dataset, config.selections)
     tile_px = _output_px(dataset, config)
     identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
     known = standing(read_journal(dataset, STAGE), str(tile_px))
     parents = standing(read_journal(dataset, "tissue"))
+    # Workers are told the size, the scope of their lines even where they can read no identity.
+    told = replace(config, tile_px=tile_px)
     summary = Summary(STAGE)
-    tasks = []
+    tasks: list[SlideTask] = []
+    lines: list[Entry] = []
     with Run(dataset, STAGE, versions) as run:
-        for slide_id, blocks in needs.items():
-            slide = slides[slide_id]
-            source = imported_source(parents.get(slide_id, []))
+        for slide_id, need in needs.items():
+            slide = _slide(dataset, slides, slide_id)
+            entries = parents.get(slide_id, [])
+            source = imported_source(entries)
             mark = tile_fingerprint(slide, identity, tile_px, source)
-            stood = standing_blocks(dataset, known.get(slide_id, []), mark)
-            runs = missing_runs(blocks, stood)
+            parent = stands(dataset, entries, tissue_fingerprint(slide, identity, source))
+            if reason := _unfit(dataset, slide, parent, need):
+                lines.append(Entry(slide_id, "failed", mark, reason, scope=str(tile_px)))
+                continue
+            stood, lost = on_disk(dataset, known.get(slide_id, []), mark)
+            runs = missing_runs(need.blocks, stood)
+            lines += withdrawn(lost, stood | need.blocks, runs)
             if not runs:
+                lines += _settled(known.get(slide_id, []))
                 summary.skipped += 1
                 continue
-            arguments = (str(dataset.root), run.run_id, slide, runs, mark, config)
+            arguments = (str(dataset.root), run.run_id, slide, runs, mark, told)
             rows = candidate_count(dataset, slide_id)
             units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
             cost = units * tile_cost(slide, identity["mpp"], tile_px)
             scopes = (str(tile_px),)
             tasks.append(SlideTask(slide_id, mark, arguments, cost, units, scopes=scopes))
+        _journal(run, [one for one in lines if engine.takes(one.slide_id)], summary)
         run_stage(run, tile_slide, tasks, engine, summary, "tiles")
     return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 
@@ -148,26 +160,112 @@ def _output_px(dataset: Dataset, config: TileConfig) -> int:
     return tile_px
 
 
-def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks that hold a selected rank."""
+@dataclass
+class _Need:
+    """What selections need of a slide; `selection` is the one that names its last rank."""
+
+    blocks: set[int] = field(default_factory=set)
+    last: int = -1
+    selection: str = ""
+
+
+def _needs(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
     names = selections or tuple(dataset.selection_names())
     if not names:
         raise UserError(f"{dataset.root} has no selection; run `python -m pipeline select` first")
-    needs: dict[str, set[int]] = {}
+    needs: dict[str, _Need] = {}
     for name in names:
         for slide_id, ranks in read_selection(dataset, name).items():
-            needs.setdefault(slide_id, set()).update(np.unique(ranks // BLOCK_ROWS).tolist())
+            need = needs.setdefault(slide_id, _Need())
+            need.blocks.update(np.unique(ranks // BLOCK_ROWS).tolist())
+            if ranks[-1] > need.last:
+                need.last, need.selection = int(ranks[-1]), name
     return {slide_id: needs[slide_id] for slide_id in sorted(needs)}
 
 
-def standing_blocks(dataset: Dataset, entries: list[Entry], mark: str) -> set[int]:
-    """Blocks of one slide and scope that are on disk with the right fingerprint."""
-    done = [
-        entry
-        for entry in entries
-        if entry.outcome == "done" and entry.fingerprint == mark and files_present(dataset, entry)
-    ]
-    return covered_blocks(done)
+def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
+    """Per slide, the blocks that hold a selected rank."""
+    return {slide_id: need.blocks for slide_id, need in _needs(dataset, selections).items()}
+
+
+def _slide(dataset: Dataset, slides: dict[str, Slide], slide_id: str) -> Slide:
+    if slide_id not in slides:
+        raise UserError(
+            f"slide {slide_id} of a selection is not in {dataset.slides_file}: run `scan` with it, "
+            "or `select` again"
+        )
+    return slides[slide_id]
+
+
+def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
+    """Why a slide's candidates must not be cut from, "" where they may.
+
+    `parent` is the standing line of `tissue` for the slide as it is now. Without one the
+    candidates on disk are of a former slide or resolution, and the fingerprint would hide that.
+    """
+    if slide.status != "ok":
+        return f"{slide.status} by scan ({slide.reason}): mend that and scan, or `select` again"
+    if parent is None:
+        return (
+            f"{dataset.candidates_file(slide.slide_id)} is not of the slide as it is now: "
+            "run `tissue` (or the `import` that made it), then `select` again"
+        )
+    if parent.outcome != "done":
+        return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
+    # The line that stands says it: the footers of 100,000 files take minutes.
+    rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
+    if need.last >= rows:
+        return (
+            f"selection '{need.selection}' names rank {need.last} of {rows} candidates: it was "
+            "made from former ones, `select` again"
+        )
+    return ""
+
+
+def _settled(entries: list[Entry]) -> list[Entry]:
+    """The lines that take back a slide's failures, where nothing is missing any more.
+
+    It may have been refused for its selection or tissue alone; no tile will be cut that mends it.
+    """
+    failed = (entry for entry in entries if entry.outcome == "failed")
+    return [replace(one, outcome="pruned", reason="nothing is missing") for one in failed]
+
+
+def _journal(run: Run, lines: list[Entry], summary: Summary) -> None:
+    """Journal, before any tile is cut, the slides that may not be and what is taken back."""
+    if lines:
+        run.append(lines)
+    for entry in lines:
+        if entry.outcome == "failed":
+            summary.add(entry)
+
+
+def on_disk(dataset: Dataset, entries: list[Entry], mark: str) -> tuple[set[int], list[Entry]]:
+    """Blocks of a slide and scope on disk with that fingerprint, and the lines of lost shards."""
+    there: list[Entry] = []
+    lost: list[Entry] = []
+    for entry in entries:
+        if entry.outcome == "done" and entry.fingerprint == mark:
+            (there if files_present(dataset, entry) else lost).append(entry)
+    return covered_blocks(there), lost
+
+
+def withdrawn(lost: list[Entry], held: set[int], runs: list[range]) -> list[Entry]:
+    """The `pruned` lines of lost shards whose blocks others hold, or will once `runs` are written.
+
+    Readers take the last shard by first rank: a lost one's line would hide the shard that holds
+    its blocks now. None is due where a run writes the very same shard, nor where nothing else
+    holds a block: that loss stays for `verify` to tell.
+    """
+    lines = []
+    for entry in lost:
+        own = covering_blocks(entry.start, entry.stop)
+        if own not in runs and not held.isdisjoint(own):
+            lines.append(
+                Entry(entry.slide_id, "pruned", entry.fingerprint, "its files are lost",
+                      scope=entry.scope, start=entry.start, stop=entry.stop)
+            )  # fmt: skip
+    return lines
 
 
 def missing_runs(needed: set[int], stood: set[int]) -> list[range]:
@@ -201,10 +299,12 @@ def tile_slide(
     """Write one slide's missing shards; a read error fails the slide with its coordinates."""
     cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
+    scope = str(config.tile_px or "")
     entries: list[Entry] = []
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     try:
+        job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
+        scope = str(job.tile_px)
         with Spool(folder) as spool:
             began = time.monotonic()
             spans = job.fill(spool, runs)
@@ -214,7 +314,7 @@ def tile_slide(
                 entries += [job.write_shard(spool, span)]
             entries[0] = replace(entries[0], seconds=entries[0].seconds + read_seconds)
     except UserError as error:
-        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=str(job.tile_px)))
+        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=scope))
     return entries
 
 

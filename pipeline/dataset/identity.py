@@ -1,5 +1,6 @@
 """dataset.json: the identity that every stage must agree with, and records that never refuse."""
 
+import copy
 import json
 import platform
 import zlib
@@ -10,6 +11,7 @@ from typing import Any
 from model.errors import UserError
 from pipeline.dataset.commit import commit_json, json_bytes, new_run_id
 from pipeline.dataset.layout import Dataset
+from pipeline.dataset.lock import exclusive
 
 FORMAT_VERSION = 1
 
@@ -28,7 +30,7 @@ def software_versions(*packages: str) -> dict[str, str]:
 def open_dataset(root: Path) -> Dataset:
     """The dataset at `root`; refuses a folder that holds none, or one of another major format."""
     dataset = Dataset(root)
-    if not dataset.identity_file.exists():
+    if not _is_there(dataset):
         raise UserError(
             f"no dataset at {root} (no dataset.json): run `python -m pipeline scan` first"
         )
@@ -82,23 +84,37 @@ def claim_identity(
     software versions and platform are recorded beside; records hold no time and no host name,
     so that two datasets made alike are alike in bytes.
     """
-    document = _read(dataset) if dataset.identity_file.exists() else _empty()
-    identity = document["identity"]
-    for key, value in json.loads(json.dumps(claims)).items():
+    claims = json.loads(json.dumps(claims))
+    record = {"versions": versions, "platform": platform.platform()}
+    before, after = _claimed(dataset, claims, stage, record)
+    if before != after:
+        with exclusive(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
+            # What another run claimed in between counts, and is kept.
+            before, after = _claimed(dataset, claims, stage, record)
+            if before != after:
+                run_id = new_run_id()
+                commit_json(dataset, run_id, dataset.identity_file, after)
+                dataset.staging_dir(run_id).rmdir()
+    return dict(after["identity"])
+
+
+def _claimed(
+    dataset: Dataset, claims: dict[str, Any], stage: str, record: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """dataset.json as it stands (None: there is none), and with a stage's claims and record."""
+    before = _read(dataset) if _is_there(dataset) else None
+    after = copy.deepcopy(before) if before else _empty()
+    identity = after["identity"]
+    for key, value in claims.items():
         if key in identity and identity[key] != value:
             raise UserError(
                 f"{dataset.identity_file}: {key} is {identity[key]!r} in this dataset, "
                 f"{value!r} was asked for; use the dataset's value or another --dataset"
             )
         identity[key] = value
-    document["records"][stage] = {"versions": versions, "platform": platform.platform()}
-    before = dataset.identity_file.read_text() if dataset.identity_file.exists() else ""
-    document["crc"] = _crc(document)
-    if json.loads(before or "null") != document:
-        run_id = new_run_id()
-        commit_json(dataset, run_id, dataset.identity_file, document)
-        dataset.staging_dir(run_id).rmdir()
-    return dict(identity)
+    after["records"][stage] = record
+    after["crc"] = _crc(after)
+    return before, after
 
 
 def _crc(document: dict[str, Any]) -> str:
@@ -112,12 +128,29 @@ def _empty() -> dict[str, Any]:
     return {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
 
 
+def _is_there(dataset: Dataset) -> bool:
+    """Whether there is a dataset.json; a folder that may not be searched is not taken for empty."""
+    try:
+        return dataset.identity_file.exists()
+    except OSError as error:
+        raise UserError(_unreadable(dataset, error)) from error
+
+
+def _unreadable(dataset: Dataset, error: OSError) -> str:
+    return (
+        f"{dataset.identity_file} cannot be read: {error.strerror}; mend its permissions or its "
+        "disk, or restore it from a copy"
+    )
+
+
 def _read(dataset: Dataset) -> dict[str, Any]:
     try:
         document = json.loads(dataset.identity_file.read_text())
         version = document["identity"]["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error
+    except OSError as error:
+        raise UserError(_unreadable(dataset, error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
     if version != FORMAT_VERSION:

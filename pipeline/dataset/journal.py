@@ -190,9 +190,18 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     dataset is left out, but for `verify`, which reports it (`outside`).
     """
     entries: list[Entry] = []
-    for path in sorted(dataset.status_dir(stage).glob("*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            entries.extend(entry for line in lines if (entry := decode_line(line)) is not None)
+    folder = dataset.status_dir(stage)
+    try:
+        # Not a glob, which takes a folder that may not be read for an empty one.
+        for name in sorted(os.listdir(folder) if folder.exists() else ()):
+            if name.endswith(".jsonl"):
+                with (folder / name).open(encoding="utf-8", errors="replace") as lines:
+                    entries += [one for line in lines if (one := decode_line(line)) is not None]
+    except OSError as error:
+        raise UserError(
+            f"journal {error.filename or folder} cannot be read: {error.strerror}; mend its "
+            "permissions or its disk: without it, finished work would be done again"
+        ) from error
     if outside:
         return entries
     return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]

@@ -30,7 +30,7 @@ from pipeline.features.plan import print_plan
 from pipeline.features.store import refuse_other_features
 from pipeline.features.views import check_view, view_software
 from pipeline.stage import Summary, report_summary, run_bundled_stage, stage_versions, stands
-from pipeline.tile import missing_runs, needed_blocks, standing_blocks
+from pipeline.tile import missing_runs, needed_blocks, on_disk, withdrawn
 
 if TYPE_CHECKING:
     from model.encoders import Encoder
@@ -48,12 +48,16 @@ _FIXED = frozenset(
 
 @dataclass(frozen=True)
 class Missing:
-    """A slide's missing features: its fingerprint, the runs of blocks, how many tiles."""
+    """A slide's missing features: its fingerprint, the runs of blocks, how many tiles.
+
+    `lost` are the lines that take back files which are gone and whose blocks others hold.
+    """
 
     slide_id: str
     mark: str
     work: Work
     tiles: int
+    lost: tuple[Entry, ...] = ()
 
 
 def cache(
@@ -80,6 +84,7 @@ def cache(
     versions = stage_versions("torch", "torchvision", "timm")
     with Run(dataset, STAGE, versions, device=config.device) as run:
         missing = _missing(dataset, config, tile_px, needs, shards, weights)
+        missing = _withdraw(run, missing, engine)
         summary.skipped = len(needs) - len(missing)
         _claim_encoder(dataset, run, tile_px, config, record)
         mine = [one for one in missing if engine.takes(one.slide_id)]
@@ -223,6 +228,14 @@ def _claim_encoder(
             refuse_other_features(path, stood, {k: v for k, v in record.items() if k in _FIXED})
 
 
+def _withdraw(run: Run, missing: list[Missing], engine: EngineConfig) -> list[Missing]:
+    """Journal the lines that take back lost files; returns the slides that lack something."""
+    lines = [line for one in missing if engine.takes(one.slide_id) for line in one.lost]
+    if lines:
+        run.append(lines)
+    return [one for one in missing if one.work]
+
+
 def _missing(
     dataset: Dataset,
     config: CacheConfig,
@@ -231,7 +244,7 @@ def _missing(
     shards: dict[str, list[Entry]],
     weights_sha256: str,
 ) -> list[Missing]:
-    """What each slide lacks; slides that lack nothing are left out."""
+    """What each slide lacks; slides that lack nothing and lost nothing are left out."""
     journal = read_journal(dataset, STAGE)
     scopes = {kind: standing(journal, config.scope(tile_px, kind)) for kind in config.kinds}
     found = []
@@ -242,14 +255,18 @@ def _missing(
             compute_dtype=config.dtype, view=config.view,
         )  # fmt: skip
         work: Work = {}
+        gone: list[Entry] = []
         for kind in config.kinds:
-            stood = standing_blocks(dataset, scopes[kind].get(slide_id, []), mark)
-            for span in missing_runs(blocks, stood):
+            stood, lost = on_disk(dataset, scopes[kind].get(slide_id, []), mark)
+            runs = missing_runs(blocks, stood)
+            gone += withdrawn(lost, stood | blocks, runs)
+            for span in runs:
                 work.setdefault((span.start, span.stop), []).append(kind)
-        if work:
+        if work or gone:
             rows = candidate_count(dataset, slide_id)
             spans = [(start * BLOCK_ROWS, min(stop * BLOCK_ROWS, rows)) for start, stop in work]
-            found.append(Missing(slide_id, mark, work, sum(b - a for a, b in spans)))
+            tiles = sum(b - a for a, b in spans)
+            found.append(Missing(slide_id, mark, work, tiles, tuple(gone)))
     return found
 
 

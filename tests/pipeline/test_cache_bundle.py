@@ -1,6 +1,8 @@
 """The cache worker on small tiles and a small network: overlap, faults, memory, batch sizes."""
 
 import dataclasses
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,22 @@ from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
     Entry,
+    FileRecord,
     Run,
     TileStore,
     commit_bytes,
     commit_file,
+    commit_json,
+    committed_shards,
     encode_png,
     standing,
     write_candidates,
     write_tar,
 )
-from pipeline.features import FeatureStore, bundle
-from pipeline.features.bundle import cache_bundle
+from pipeline.engine import EngineConfig
+from pipeline.features import FeatureStore, bundle, cls_table
+from pipeline.features.bundle import _write_table, cache_bundle
+from pipeline.features.cache import Missing, _missing, _withdraw
 from pipeline.features.compute import Forward, Span, batches, lanes_for
 from pipeline.features.config import CacheConfig
 from pipeline.features.plan import bytes_per_tile, journal_rate, stored_bytes
@@ -327,3 +334,31 @@ def test_the_rate_is_that_of_the_journal() -> None:
     assert rate is not None
     assert rate.tiles_per_s == 12
     assert journal_rate([], "s") is None
+
+
+def test_lost_features_hide_none_that_hold_their_blocks_since(dataset: Dataset) -> None:
+    """A lost file [16, 40) must not be read in place of [0, 40), which was written for it."""
+    config, scope = CacheConfig("h0-mini", tokens="none"), f"{PX}/h0-mini/cls"
+    shards, needs = committed_shards(dataset, PX), {"a": {0, 1, 2}}
+
+    def missing() -> list[Missing]:
+        return _missing(dataset, config, PX, needs, shards, "weights")
+
+    mark = missing()[0].mark
+    gone = (FileRecord("features/28/h0-mini/cls/a.16-40.parquet", 1, "0"),)
+    lost = Entry("a", "done", mark, scope=scope, start=16, stop=40, files=gone)
+    with Run(dataset, "cache", {}) as run:
+        run.append([lost])
+        (one,) = missing()
+        assert one.work == {(0, 3): ["cls"]}
+        assert [(line.outcome, line.start) for line in one.lost] == [("pruned", 16)]
+        folder, cls = dataset.features_dir(PX, "h0-mini") / "cls", np.ones((ROWS, 24), np.float32)
+        commit_json(dataset, run.run_id, folder / "encoder.json", {"encoder": "h0-mini"})
+        write = partial(_write_table, cls_table(0, cls))
+        record = commit_file(dataset, run.run_id, folder / "a.0-40.parquet", write)
+        run.append([replace(lost, start=0, files=(record,))])
+        with pytest.raises(UserError):
+            FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", [20])
+        assert _withdraw(run, missing(), EngineConfig()) == []
+    assert FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", [20]).shape == (1, 24)
+    assert missing() == []

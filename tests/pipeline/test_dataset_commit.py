@@ -111,6 +111,32 @@ def test_torn_or_altered_lines_are_left_out(tmp_path):
     assert [e.slide_id for e in read_journal(dataset, "tile")] == ["a"]
 
 
+def test_a_journal_that_cannot_be_read_is_one_line_and_not_an_empty_one(tmp_path):
+    dataset = Dataset(tmp_path)
+    (dataset.status_dir("tile") / "run.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run\.jsonl cannot be read: Is a directory; mend"):
+        read_journal(dataset, "tile")
+    dataset.status_dir("cache").touch()
+    with pytest.raises(UserError, match=r"status/cache cannot be read: Not a directory; mend"):
+        read_journal(dataset, "cache")
+    assert read_journal(dataset, "tissue") == []
+
+
+def test_an_identity_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "dataset.json").mkdir()
+    claim = {"stage": "scan", "versions": {}}
+    for read in (open_dataset, lambda root: claim_identity(Dataset(root), {}, **claim)):
+        with pytest.raises(UserError, match=r"dataset\.json cannot be read: Is a directory; mend"):
+            read(tmp_path)
+
+    def refuse(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.exists", refuse)
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read: Permission denied"):
+        open_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("line", ["", "{", "[]", "null", "1", '{"crc": "0"}', '"text"'])
 def test_no_line_breaks_the_reader(line):
     assert decode_line(line) is None

@@ -1,0 +1,93 @@
+"""A lock file that works on network file systems; a killed holder blocks it for a minute."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from model.errors import UserError
+
+STALE_S = 60.0
+"""A holder writes one small file: who has not let go after so long was killed."""
+PATIENCE_S = 600.0
+_LOOK_S = 0.05
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold `path`, which must not be there, as a lock; made with O_EXCL.
+
+    A lock that a waiter sees unchanged for `STALE_S` by its own clock is broken: neither the
+    clocks of other machines nor process ids, which containers have of their own, are trusted.
+    Raises `UserError` where it cannot be made, or stays held by others for `PATIENCE_S`.
+    """
+    _acquire(path)
+    mine = _mark(path)
+    try:
+        yield
+    finally:
+        if _mark(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path) -> None:
+    began = since = time.monotonic()
+    seen = ""
+    while not _created(path):
+        now, mark = time.monotonic(), _mark(path)
+        if mark != seen:
+            seen, since = mark, now
+        elif mark and now - since > STALE_S:
+            _break(path, mark)
+        if now - began > PATIENCE_S:
+            raise UserError(
+                f"{path} is held by others for {PATIENCE_S:.0f} s: if no stage runs on the "
+                "dataset, remove it"
+            )
+        time.sleep(_LOOK_S)
+
+
+def _created(path: Path) -> bool:
+    try:
+        with suppress(FileExistsError):  # by a file, which opening tells from a lock that is held
+            path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or mend the folder's permissions"
+        ) from error
+    return True
+
+
+def _mark(path: Path) -> str:
+    """What tells one holder's lock from the next one's; "" where there is none."""
+    try:
+        # Opened, for a network file system may answer a mere stat from memory.
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        stat = os.fstat(handle)
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
+    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}"
+
+
+def _break(path: Path, mark: str) -> None:
+    """Remove a dead holder's lock, and never its successor's.
+
+    Of several waiters only the one that makes the file named after that very lock may remove it,
+    and only after it has looked again.
+    """
+    right = path.with_name(f"{path.name}.{mark}")
+    if _created(right):
+        if _mark(path) == mark:
+            # Where another user's may not be removed, the waiter's patience ends with a message.
+            with suppress(OSError):
+                path.unlink()
+        right.unlink(missing_ok=True)

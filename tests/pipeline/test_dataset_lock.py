@@ -1,0 +1,142 @@
+"""Claims of several runs at once: dataset.json holds all, and of two that differ one is refused."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.errors import UserError
+from pipeline.dataset import Dataset, claim_identity, identity, lock, read_identity
+from pipeline.dataset.commit import commit_json
+from pipeline.dataset.lock import exclusive
+
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.dataset.lock import exclusive
+with exclusive(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def claim(dataset: Dataset, **claims: Any) -> dict[str, Any]:
+    return claim_identity(dataset, claims, stage="tile", versions={})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    made = Dataset(tmp_path)
+    claim(made, mpp=0.5)
+    return made
+
+
+def lock_file(dataset: Dataset) -> Path:
+    return dataset.staging_dir("dataset.json.lock")
+
+
+class Pause:
+    """The first commit goes on when told to, or after half a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        monkeypatch.setattr(identity, "commit_json", self.commit)
+
+    def commit(self, *arguments: Any) -> Any:
+        if not self.reached.is_set():
+            self.reached.set()
+            self.go.wait(0.5)
+        return commit_json(*arguments)
+
+
+def test_of_two_first_claims_at_once_one_is_refused(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = Pause(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(claim, dataset, codec="png")
+        assert pause.reached.wait(10)
+        with pytest.raises(UserError, match=r"codec is 'png' in this dataset, 'png-fast' was"):
+            claim(dataset, codec="png-fast")
+        pause.go.set()
+    assert first.result()["codec"] == "png"
+    assert read_identity(dataset)["codec"] == "png"
+    assert list(dataset.staging_dir("").iterdir()) == []
+
+
+def test_two_stages_that_claim_at_once_are_both_kept(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = Pause(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(claim, dataset, codec="png")
+        assert pause.reached.wait(10)
+        claim(dataset, detector="d")
+        pause.go.set()
+    first.result()
+    assert read_identity(dataset).items() >= {"mpp": 0.5, "codec": "png", "detector": "d"}.items()
+
+
+def test_what_stands_already_needs_no_lock(dataset: Dataset) -> None:
+    """A dataset that may not be written to is still used, and nobody waits for a dead holder."""
+    lock_file(dataset).touch()
+    assert claim(dataset, mpp=0.5)["mpp"] == 0.5
+
+
+def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".tmp" / "lock"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert path.exists()
+    monkeypatch.setattr(lock, "STALE_S", 0.3)
+    inside: list[int] = []
+
+    def hold(number: int) -> int:
+        with exclusive(path):
+            inside.append(number)
+            here = list(inside)
+            inside.remove(number)
+            return len(here)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(hold, range(8))) == {1}
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_successors_lock_is_never_broken(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with exclusive(path):
+        dead = lock._mark(path)
+    with exclusive(path):
+        os.utime(path, ns=(1, 1))
+        lock._break(path, dead)
+        assert path.exists()
+        (tmp_path / f"lock.{lock._mark(path)}").touch()
+        lock._break(path, lock._mark(path))
+        assert path.exists(), "another waiter has the right to break it"
+
+
+def test_a_lock_that_is_never_let_go_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
+    with exclusive(tmp_path / "lock"):
+        with (
+            pytest.raises(UserError, match=r"lock is held by others .* remove it"),
+            exclusive(tmp_path / "lock"),
+        ):
+            pass
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"), exclusive(tmp_path / "file" / "lock"):
+        pass
