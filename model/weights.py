@@ -24,6 +24,7 @@ from model.errors import UserError
 Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
+_ALIGNMENT_BYTES = 64
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _NAMED_KEYS = 3  # how many offending keys an error spells out
 
@@ -203,7 +204,17 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
         key: tensors[key].float() if own.is_floating_point() else tensors[key].to(own.dtype)
         for key, own in module.state_dict().items()
     }
-    module.load_state_dict(single, strict=True, assign=True)
+    aligned = {key: _aligned(tensor) for key, tensor in single.items()}
+    module.load_state_dict(aligned, strict=True, assign=True)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address such as torch's own allocator gives.
+
+    Views of a file lie where its header ends, and products on a CPU round otherwise there: the
+    same weights would give other bits, loaded or just trained.
+    """
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT_BYTES else tensor
 
 
 def _refuse_misfit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
