@@ -29,8 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_drawing(parser)
     add_rules(parser)
     parser.add_argument(
-        "--remove", metavar="NAME", help="remove that selection, if no other depends on it"
-    )
+        "--remove", metavar="NAME", action="append", default=[],
+        help="remove that selection, if no other depends on it; may be given several times",
+    )  # fmt: skip
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -79,14 +80,17 @@ def names(text: str) -> tuple[str, ...]:
 def run(options: argparse.Namespace) -> int:
     """Run the stage."""
     from model.errors import UserError
+    from pipeline.console import EXIT_OK
     from pipeline.dataset import open_dataset
     from pipeline.selection.plan import SelectConfig
     from pipeline.selection.select import select
     from pipeline.selection.ties import remove_selection
 
     dataset = open_dataset(options.dataset)
+    for name in options.remove:
+        remove_selection(dataset, name)
     if options.remove:
-        return remove_selection(dataset, options.remove)
+        return EXIT_OK
     if not options.name:
         raise UserError("select needs --name (or --remove); see `python -m pipeline select --help`")
     config = SelectConfig(

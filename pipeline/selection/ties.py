@@ -125,7 +125,7 @@ def check_may_change(known: Mapping[str, Ties], name: str, doing: str) -> None:
         )
 
 
-def remove_selection(dataset: Dataset, name: str) -> int:
+def remove_selection(dataset: Dataset, name: str) -> None:
     """Remove a selection that nothing depends on; its journal line is superseded."""
     known = read_ties(dataset, whole=False)
     if name not in known:
@@ -143,7 +143,6 @@ def remove_selection(dataset: Dataset, name: str) -> int:
         path.unlink(missing_ok=True)
         excluded_file(dataset, name).unlink(missing_ok=True)
     say(f"select: removed selection '{name}'; tiles and features stay")
-    return 0
 
 
 def excluded_file(dataset: Dataset, name: str) -> Path:
