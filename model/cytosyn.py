@@ -26,6 +26,7 @@ from model.sit import SiT, SiTConfig
 from model.vae import VAE, VAEConfig
 from model.weights import (
     Module,
+    align_weights,
     build_from_tensors,
     explain_hub_errors,
     read_tensors,
@@ -386,7 +387,8 @@ def _read_records(values: dict[str, Any]) -> Records:
 
 
 def _ready(model: Model) -> Model:
-    """Frozen, and the VAE in the memory layout that its convolutions are fastest in."""
+    """Frozen, aligned, and the VAE in the layout that its convolutions are fastest in."""
+    align_weights(model)
     model.vae.to(memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
 

@@ -204,17 +204,18 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
         key: tensors[key].float() if own.is_floating_point() else tensors[key].to(own.dtype)
         for key, own in module.state_dict().items()
     }
-    aligned = {key: _aligned(tensor) for key, tensor in single.items()}
-    module.load_state_dict(aligned, strict=True, assign=True)
+    module.load_state_dict(single, strict=True, assign=True)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor at an address such as torch's own allocator gives.
+def align_weights(module: nn.Module) -> None:
+    """Move parameters and buffers, one by one, to addresses such as torch's allocator gives.
 
     Views of a file lie where its header ends, and products on a CPU round otherwise there: the
     same weights would give other bits, loaded or just trained.
     """
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT_BYTES else tensor
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def _refuse_misfit(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
