@@ -130,14 +130,13 @@ def _tiles_of(missing: Missing, kind: str, dataset: Dataset) -> int:
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
     """With its number of workers; here one a GPU, or one on all cores, where nothing is said."""
     if engine.cluster:
-        workers = engine.cluster.max_jobs * engine.cluster.workers
-    elif engine.scheduler:
-        workers = count_workers(engine)
+        jobs = engine.cluster
+        workers, threads = jobs.max_jobs * jobs.workers, jobs.cores // jobs.workers
     else:
-        workers = engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
-    if engine.cluster:
-        threads = engine.cluster.cores // engine.cluster.workers
-    else:
+        if engine.scheduler:
+            workers = count_workers(engine)
+        else:
+            workers = engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
         threads = len(os.sched_getaffinity(0)) // workers
     return replace(engine, workers=workers, threads=max(1, threads))
 
