@@ -17,6 +17,7 @@ RUN apt-get update \
 
 WORKDIR /opt/histogen
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY common common
 COPY pipeline pipeline
 COPY model model
 COPY train train

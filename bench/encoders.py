@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+from common.text import format_bytes  # noqa: E402
 from model.encoders import ENCODERS, Encoder, EncoderSpec, MissingPackageError, load_encoder  # noqa: E402
-from pipeline.console import format_bytes  # noqa: E402
 from pipeline.features.plan import stored_bytes  # noqa: E402
 
 OUT = HERE / "out"

@@ -48,7 +48,8 @@ from pipeline.dataset import (  # noqa: E402
     write_candidates,
     write_tar,
 )
-from pipeline.features import FeatureShard, bundle, open_writer, token_table, write_blocks  # noqa: E402
+from pipeline.dataset.features import FeatureShard, bundle, open_writer, token_table, write_blocks  # noqa: E402
+from pipeline.dataset.features.quantise import dequantise, quantise  # noqa: E402
 from pipeline.features.compute import (  # noqa: E402
     Decoder,
     Features,
@@ -59,7 +60,6 @@ from pipeline.features.compute import (  # noqa: E402
     lanes_for,
 )
 from pipeline.features.config import CacheConfig  # noqa: E402
-from pipeline.features.quantise import dequantise, quantise  # noqa: E402
 from pipeline.features.views import view_function  # noqa: E402
 
 OUT = HERE / "out"

@@ -29,7 +29,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from pipeline.dataset.png_tar import _average_filtered, decode_png, encode_png  # noqa: E402
+from pipeline.dataset.tiles.png_tar import _average_filtered, decode_png, encode_png  # noqa: E402
 from pipeline.slides.open import open_slide  # noqa: E402
 
 OUT = HERE / "out"

@@ -29,7 +29,8 @@ sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE)), str(H
 
 from bench_slide import make_slide  # noqa: E402
 
-from pipeline.console import Meter, format_bytes, format_seconds  # noqa: E402
+from common.console import Meter  # noqa: E402
+from common.text import format_bytes, format_seconds  # noqa: E402
 from pipeline.dataset import (  # noqa: E402
     CANDIDATES_SCHEMA,
     Dataset,
@@ -42,8 +43,9 @@ from pipeline.dataset import (  # noqa: E402
     write_candidates,
 )
 from pipeline.dataset.journal import encode_line  # noqa: E402
-from pipeline.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
-from pipeline.planning import Cohort, Rates, cohort_costs, total  # noqa: E402
+from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
+from pipeline.run.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
+from pipeline.run.stage import stage_versions  # noqa: E402
 from pipeline.slides.open import find_sources  # noqa: E402
 from pipeline.slides.scan import (  # noqa: E402
     ScanConfig,
@@ -51,8 +53,7 @@ from pipeline.slides.scan import (  # noqa: E402
     _source_fingerprint,
     scan_slide,
 )
-from pipeline.stage import stage_versions  # noqa: E402
-from pipeline.tile import tile_fingerprint  # noqa: E402
+from pipeline.tiles.stage import tile_fingerprint  # noqa: E402
 from pipeline.tissue.stage import TissueConfig, tissue_fingerprint, tissue_slide  # noqa: E402
 
 OUT = HERE / "out"

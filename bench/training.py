@@ -56,7 +56,13 @@ from pipeline.dataset import (  # noqa: E402
     write_selection,
     write_tar,
 )
-from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks  # noqa: E402
+from pipeline.dataset.features import (  # noqa: E402
+    cls_table,
+    feature_scope,
+    open_writer,
+    token_table,
+    write_blocks,
+)
 from train.config import Config, load_config  # noqa: E402
 from train.networks import build_parts  # noqa: E402
 from train.ranks import Ranks, choose_device  # noqa: E402

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.console import EXIT_OK, EXIT_USAGE, run_door, say
+from common.errors import UserError
+from common.text import format_bytes, format_seconds
 from evaluate.figures.options import add_figure_options
 from evaluate.generate.options import add_generate_options
 from evaluate.protocols.command import add_protocol_options
-from model.errors import UserError
-from pipeline.console import EXIT_OK, EXIT_USAGE, format_bytes, format_seconds, run_door, say
 
 _WIDE = argparse.ArgumentDefaultsHelpFormatter
 
@@ -125,10 +126,10 @@ def _figure(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from evaluate.battery import Settings
-    from evaluate.measure import Side, measure
+    from evaluate.compare.battery import Settings
+    from evaluate.compare.measure import Side, measure
+    from evaluate.compare.results import write_results
     from evaluate.processes import choose_device
-    from evaluate.results import write_results
     from pipeline.dataset import open_dataset
 
     settings = Settings(draws=options.draws, seed=options.seed)
@@ -237,4 +238,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(lambda: main(sys.argv[1:]), ("evaluate", "model", "pipeline"))
+    run_door(lambda: main(sys.argv[1:]), ("common", "evaluate", "model", "pipeline"))

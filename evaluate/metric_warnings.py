@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from evaluate.results import warning
+from evaluate.compare.results import warning
 
 _TITLES = {
     "frechet_distance": "Fréchet distance",

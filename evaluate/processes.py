@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
+from common.errors import UserError
 
 _TIMEOUT = timedelta(days=7)
 """Ranks wait for the slowest one at the end: generation of a large set takes days."""

@@ -1,6 +1,6 @@
 """Encoders, SD-VAE, SiT, interpolants, losses and samplers in pure PyTorch.
 
-Public names are imported on first use, so that `from model.errors import UserError`
+Public names are imported on first use, so that `from common.errors import UserError`
 costs no import of torch in the rooms that only need the error.
 """
 
@@ -32,7 +32,7 @@ _PUBLIC: dict[str, str] = {
     "SiT": "model.sit",
     "SIT_PRESETS": "model.sit",
     "SiTConfig": "model.sit",
-    "UserError": "model.errors",
+    "UserError": "common.errors",
     "VAE": "model.vae",
     "VAE_PRESETS": "model.vae",
     "VAEConfig": "model.vae",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.errors import UserError
+from common.errors import UserError
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.noise import derive_seeds, seed_tensor

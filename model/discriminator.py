@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from model.errors import UserError
+from common.errors import UserError
 
 DISCRIMINATOR_PRESETS: dict[str, dict[str, int]] = {
     "patchgan": {},

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 
 PathName = Literal["linear", "cosine"]
 

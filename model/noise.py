@@ -24,7 +24,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from model.interpolant import PathName
 from model.sit import SIT_PRESETS, SiTConfig
 from model.vae import VAEConfig

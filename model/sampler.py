@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from model.interpolant import Interpolant
 from model.noise import Stream, normal, seed_tensor
 from model.sit import SiT

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from model.errors import UserError
+from common.errors import UserError
 from model.latent_norm import LatentNorm
 
 Conditioning = Literal["feature", "label", "none"]

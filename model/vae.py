@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.errors import UserError
+from common.errors import UserError
 from model.losses import kl_loss
 from model.vae_keys import VAELayout, from_native, to_native
 from model.weights import build_from_tensors, read_tensors, write_tensors

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 
 VAELayout = Literal["compvis", "diffusers"]
 

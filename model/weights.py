@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.errors import UserError
+from common.errors import UserError
 
 Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)

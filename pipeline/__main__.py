@@ -4,8 +4,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from common.console import OneLineParser, run_door
 from pipeline.commands import COMMANDS
-from pipeline.console import OneLineParser, run_door
 
 _DESCRIPTION = (
     "Whole-slide images in, an immutable dataset of tiles and features out. Stages run in the "
@@ -34,4 +34,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(lambda: main(sys.argv[1:]), ("pipeline", "model"))
+    run_door(lambda: main(sys.argv[1:]), ("common", "model", "pipeline"))

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import UserError
-from pipeline.console import EXIT_USAGE, run_door
+from common.console import EXIT_USAGE, run_door
+from common.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -122,4 +122,4 @@ def _config_file(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    run_door(lambda: main(sys.argv[1:]), ("train", "model", "pipeline"))
+    run_door(lambda: main(sys.argv[1:]), ("common", "train", "model", "pipeline"))

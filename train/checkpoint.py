@@ -20,9 +20,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from model.errors import UserError
+from common.console import say
+from common.errors import UserError
 from model.weights import fit_tensors, read_tensors, write_tensors
-from pipeline.console import say
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"^step-(\d{8,})$")

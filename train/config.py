@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.config import build, plain, read_yaml, with_overrides, write_yaml
+from common.errors import UserError
 from model.discriminator import DiscriminatorConfig
-from model.errors import UserError
 from model.interpolant import PathName
 from model.sit import SiTConfig
 from model.vae import VAEConfig
-from train.typed import build, plain, read_yaml, with_overrides, write_yaml
 
 CONFIG_VERSION = 1
 

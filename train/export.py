@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from common.console import say
+from common.errors import UserError
 from model.cytosyn import CytoSyn, Records
-from model.errors import UserError
 from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
-from pipeline.console import say
 from train.checkpoint import checkpoints_dir, latest_checkpoint, load_network, read_state
 from train.config import Config, Weights, load_config
 from train.setup import CONFIG_FILE, read_records

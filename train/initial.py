@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from model.images import from_uint8
 from model.latent_norm import LatentNorm
 from model.sit import SiT

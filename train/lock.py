@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
 
 LOCK_FILE = ".lock"
 _HERE_S = 10.0

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from model.errors import UserError
+from common.console import EXIT_OK, Meter, meter, say
+from common.errors import UserError
+from common.text import format_seconds
 from model.sit import SiT
 from model.vae import VAE
-from pipeline.console import EXIT_OK, Meter, format_seconds, meter, say
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from train.config import Config
 from train.lock import RunLock

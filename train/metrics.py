@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from train.config import Config
 from train.ranks import Ranks
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.discriminator import Discriminator
-from model.errors import UserError
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import seeded_init

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from train.config import Config
 from train.step import Encode
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.errors import UserError
-from pipeline.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from common.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from common.errors import UserError
 from train.slurm import slurm_ranks
 from train.stream import slots_of_rank
 

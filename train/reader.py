@@ -14,7 +14,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from train.source import BlockSource, OpenBlock, Sample
 from train.stream import Row, Stream, Visit
 

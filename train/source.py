@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -17,7 +17,7 @@ from pipeline.dataset import (
     read_journal,
     standing,
 )
-from pipeline.features import FeatureStore, feature_scope
+from pipeline.dataset.features import FeatureStore, feature_scope
 from train.stream import BlockTable
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.discriminator import Discriminator
-from model.errors import UserError
 from model.images import from_uint8
 from model.interpolant import Interpolant
 from model.latent_norm import LatentStatistics, latent_statistics

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import BLOCK_ROWS, Selection
 
 BLOCK_DTYPE = np.dtype([("slide", "<u4"), ("block", "<u4"), ("mask", "<u2")])

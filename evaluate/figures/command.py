@@ -2,10 +2,11 @@
 
 import argparse
 
+from common.console import EXIT_OK, say
+from common.text import format_bytes
 from evaluate.figures.draw import draw, write_figure
 from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
 from evaluate.figures.tiles import Synthetic
-from pipeline.console import EXIT_OK, format_bytes, say
 from pipeline.dataset import open_dataset
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from common.errors import UserError
 from evaluate.figures.layout import Canvas, Sheet, compose
 from evaluate.report.plots import INK, STYLE
-from model.errors import UserError
 
 _DPI = 200
 _WARNING = "#b3261e"

@@ -1,8 +1,8 @@
 """The three figures: which tiles stand in which row and column."""
 
+from common.errors import UserError
 from evaluate.figures.layout import Sheet
 from evaluate.figures.tiles import Synthetic, Tile
-from model.errors import UserError
 
 
 def grid_sheet(made: Synthetic, rows: int, columns: int) -> Sheet:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from evaluate.generate.conditions import CONDITIONS_FILE
 from evaluate.generate.guidance import foreign_guidance
 from evaluate.generate.plan import IMAGES_A_SLIDE, pseudo_slide_id
 from evaluate.generate.write import GUIDANCE_DIR, SELECTION_NAME
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     TileStore,

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from common.console import EXIT_OK, say
+from common.errors import UserError
 from evaluate.generate.guidance import (
     Guidance,
     check_condition_dim,
@@ -27,8 +29,6 @@ from evaluate.processes import (
     joined_processes,
     same_sums_for_any_threads,
 )
-from model.errors import UserError
-from pipeline.console import EXIT_OK, say
 
 
 def generate_command(options: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from evaluate.generate.guidance import Sources
-from model.errors import UserError
 from pipeline.dataset import encode_png
 
 Kind = Literal["slerp", "lerp"]

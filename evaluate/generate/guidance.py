@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from evaluate.generate.plan import source_order
-from model.errors import UserError
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -17,7 +17,7 @@ from pipeline.dataset import (
     read_identity,
     read_selection,
 )
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 _MPP_SLACK = 0.02
 _ENCODER_KEYS = ("encoder", "weights_sha256")

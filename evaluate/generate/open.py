@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from evaluate.generate.conditions import (
     Condition,
     ConditionGuidance,
@@ -36,9 +37,8 @@ from evaluate.generate.references import (
 from evaluate.generate.slide_tiles import parse_place, read_slide_tiles
 from evaluate.generators import Generator
 from model.encoders import load_encoder
-from model.errors import UserError
 from pipeline.dataset import identity_value, open_dataset, read_identity, read_selection
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 _SOURCES = ("guidance", "slide", "images", "unconditional")
 DEFAULT_ENCODER = "h0-mini"

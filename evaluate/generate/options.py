@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from model.errors import UserError
+from common.errors import UserError
 
 
 def add_generate_options(it: argparse.ArgumentParser) -> None:

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from evaluate.generate.conditions import Reference
 from evaluate.generate.guidance import check_resolution
 from model.encoders import Encoder
-from model.errors import UserError
 from pipeline.dataset import Dataset, TileStore, identity_value
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 Tile = npt.NDArray[np.uint8]
 

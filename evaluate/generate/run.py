@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.console import meter, say
+from common.text import format_bytes, format_seconds
 from evaluate.generate.guidance import GUIDING_MARK, Guidance
 from evaluate.generate.plan import (
     Unit,
@@ -29,7 +31,6 @@ from evaluate.generate.write import (
 from evaluate.generators import Generator
 from evaluate.processes import Processes
 from model.noise import derive_seeds
-from pipeline.console import format_bytes, format_seconds, meter, say
 from pipeline.dataset import (
     Dataset,
     Run,

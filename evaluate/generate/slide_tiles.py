@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 Place = tuple[float, float]
 """Upper left corner of a tile, in level-0 pixels."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from common.errors import UserError
 from evaluate.generate.write import planned_images
-from model.errors import UserError
 from model.sampler import Solver
 from model.weights import write_text
 from pipeline.dataset import Dataset, read_journal

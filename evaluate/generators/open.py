@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from evaluate.generators.cytosyn import CytoSynGenerator, SamplerSettings
 from evaluate.generators.interface import Generator
 from evaluate.generators.released import UNTESTED
 from model import CytoSyn
-from model.errors import UserError
 
 KINDS = ("own", "cytosyn", "pixcell")
 _DEFAULTS = {

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.errors import UserError
 from model import CytoSyn
-from model.errors import UserError
 from model.sampler import Solver
 
 OutputType = Literal["pil", "np", "pt"]

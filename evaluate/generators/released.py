@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from model.errors import UserError
+from common.errors import UserError
 from model.weights import WeightsError, explain_hub_errors, tensors_sha256
 
 UNTESTED = "untested on the gated weights: tested on small pipelines of the published signature"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, chunks, random_subset
-from model.errors import UserError
 
 _NEAR_TIE = 1e-5  # float32 dot products of unit vectors are nearer to the truth than this
 _BLOCK_ROWS = 2048

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair
 from evaluate.metrics.frechet import FrechetReference
 from evaluate.metrics.moments import Moments
-from model.errors import UserError
 
 _MIN_ROWS = 4  # of 2, 3 and 4 rows
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from model.errors import UserError
+from common.errors import UserError
 
 CHUNK_ROWS = 4096  # 50 MB of float64 at d = 1536
 _SMALLEST, _LARGEST = 1e-15, 1e15  # no encoder's features; their squares stay within float32

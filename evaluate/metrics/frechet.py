@@ -14,9 +14,9 @@ import scipy.linalg
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair, constant_features, random_subset
 from evaluate.metrics.moments import Moments
-from model.errors import UserError
 
 Matrix = NDArray[np.float64]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair
-from model.errors import UserError
 
 Rows = NDArray[np.float64]
 Kernel = Callable[[Rows, Rows], Rows]

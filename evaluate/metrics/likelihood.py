@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
 from evaluate.metrics.mixture import Mixture
 from evaluate.metrics.moments import Moments
-from model.errors import UserError
 
 Mode = Literal["test", "train", "gap"]
 Dtype = Literal["float64", "float32"]

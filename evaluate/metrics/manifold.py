@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.neighbours import (
     MANY,
@@ -24,7 +25,6 @@ from evaluate.metrics.neighbours import (
     open_pairs,
     own_neighbours,
 )
-from model.errors import UserError
 
 Semantics = Literal["fld", "kynkaanniemi", "prdc"]
 

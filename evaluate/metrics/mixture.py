@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from evaluate.metrics.neighbours import exact_pairs
-from model.errors import UserError
 
 _LEARNING_RATE, _BETA1, _BETA2, _EPSILON = 0.5, 0.9, 0.999, 1e-8
 _EPOCHS, _BATCH_ROWS = 50, 10_000

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.frechet import FrechetReference
 from evaluate.metrics.moments import Moments
-from model.errors import UserError
 
 _DRAW_BYTES = 2 << 30  # covariances of the draws in hand
 _TILE_BYTES = 1 << 30  # columns of all clusters' second moments

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_pair, chunks, random_subset
-from model.errors import UserError
 
 _BLOCK_BYTES = 256 << 20
 

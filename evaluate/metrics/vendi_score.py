@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from common.errors import UserError
 from evaluate.metrics.features import checked_features, chunks
-from model.errors import UserError
 
 
 @dataclass(frozen=True)

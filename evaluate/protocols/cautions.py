@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from evaluate.measure import blockiness_warnings
+from evaluate.compare.measure import blockiness_warnings
+from evaluate.compare.results import warning
 from evaluate.metric_warnings import metric_warnings
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
-from evaluate.results import warning
 
 _FEW_TILES = 1000
 _NO_LINE = {"infinity": None}

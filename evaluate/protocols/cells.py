@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.battery import METRICS, Pair, Settings, likelihood
-from evaluate.measure import make_pair, real_halves
+from common.errors import UserError
+from evaluate.compare.battery import METRICS, Pair, Settings, likelihood
+from evaluate.compare.measure import make_pair, real_halves
+from evaluate.compare.sides import Side, slide_attribute, source_features
 from evaluate.metrics import LikelihoodBaseline
 from evaluate.processes import choose_device
 from evaluate.protocols.comparable import basis, check_sides
@@ -18,10 +20,8 @@ from evaluate.protocols.controls import grouped_distances, halves_by_label, neig
 from evaluate.protocols.plan import Cell, Seen, guiding_set
 from evaluate.protocols.store import ResultStore, digest
 from evaluate.protocols.work import Workshop
-from evaluate.sides import Side, slide_attribute, source_features
-from model.errors import UserError
 from pipeline.dataset import Selection
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 _OPEN_SIDES = 4
 """Of 100,000 tiles a side of 1536 features is 0.6 GB."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import EXIT_OK, format_bytes, format_seconds, say
+from common.console import EXIT_OK, say
+from common.text import format_bytes, format_seconds
 
 
 def add_protocol_options(it: argparse.ArgumentParser) -> None:
@@ -64,9 +65,9 @@ def _dry_run(protocol: Any) -> int:
 
 
 def _run(protocol: Any, arguments: list[str]) -> int:
+    from evaluate.compare.results import write_results
     from evaluate.protocols.run import out_folder, run_protocol
     from evaluate.report.protocol_files import write_protocol_files
-    from evaluate.results import write_results
 
     folder = out_folder(protocol)
     results = run_protocol(protocol, arguments)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from model.errors import UserError
+from common.errors import UserError
 
 _ENCODER = ("weights_sha256", "dim", "resize", "mean", "std", "input_px")
 """What fixes an encoder's features; equal wherever one encoder's numbers stand together."""

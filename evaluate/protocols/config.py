@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from evaluate.battery import METRICS, Settings
-from model.errors import UserError
-from pipeline.dataset.plain_yaml import load_yaml
-from train.typed import build, plain, read_yaml, with_overrides
+from common.config import build, plain, read_yaml, with_overrides
+from common.errors import UserError
+from common.plain_yaml import load_yaml
+from evaluate.compare.battery import METRICS, Settings
 
 HERE = Path(__file__).parent
 Control = Literal["floor-tile", "floor-patient", "vae", "neighbour"]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.battery import Pair, Settings, histogram
-from evaluate.measure import least_rows, mean_of_results, set_metrics
+from evaluate.compare.battery import Pair, Settings, histogram
+from evaluate.compare.measure import least_rows, mean_of_results, set_metrics
 from evaluate.metrics import cosine_similarity, frechet_distance
 
 Features = npt.NDArray[np.floating]

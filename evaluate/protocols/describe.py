@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.config import plain
+from evaluate.compare.provenance import tile_provenance
+from evaluate.compare.results import hardware
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.plan import Cell, all_features, guiding_set, parse_vae, sources, used_sets
 from evaluate.protocols.results import KIND, SCHEMA_VERSION
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.work import Workshop
-from evaluate.provenance import tile_provenance
-from evaluate.results import hardware
 from pipeline.dataset import read_identity, software_versions
-from train.typed import plain
 
 
 def describe(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.console import meter
+from common.errors import UserError
 from evaluate.generate.guidance import guiding_mark
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
@@ -20,10 +22,8 @@ from evaluate.protocols.config import Protocol
 from evaluate.protocols.nearest import copying_test, distance_ratios, nearest_in_blocks
 from evaluate.protocols.plan import Seen, all_images
 from evaluate.protocols.store import digest
-from model.errors import UserError
-from pipeline.console import meter
 from pipeline.dataset import Selection
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 Features = npt.NDArray[np.floating]
 

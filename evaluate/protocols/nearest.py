@@ -12,8 +12,8 @@ from scipy.stats import rankdata
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
+from common.errors import UserError
 from evaluate.metrics.neighbours import Neighbours, Side, other_neighbours
-from model.errors import UserError
 
 Features = npt.NDArray[np.floating]
 Distances = npt.NDArray[np.float64]

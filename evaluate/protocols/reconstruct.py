@@ -15,7 +15,7 @@ from evaluate.generate.plan import source_order
 from model import CytoSyn
 from model.weights import tensors_sha256
 from pipeline.dataset import Dataset, Selection, TileStore, read_identity
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 
 class ViewGuidance(SelectionGuidance):

@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from common.errors import UserError
 
 SCHEMA_VERSION = 1
 KIND = "protocol"

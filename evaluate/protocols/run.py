@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from common.console import meter, say
+from common.errors import UserError
 from evaluate.protocols.cautions import cautions
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import check_table
@@ -18,8 +20,6 @@ from evaluate.protocols.standing import check_images, given_deviations
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
 from evaluate.protocols.work import Workshop
-from model.errors import UserError
-from pipeline.console import meter, say
 
 
 def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from common.errors import UserError
 from evaluate.generate.guidance import foreign_guidance
 from evaluate.protocols.plan import Images
 from evaluate.protocols.work import Workshop, sampler_settings
-from model.errors import UserError
 from pipeline.dataset import open_dataset, read_identity
 
 _OF_A_MODEL = ("model_sha256", "compute_dtype")

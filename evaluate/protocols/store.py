@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.results import write_results
+from evaluate.compare.results import write_results
 
 VERSION = 1
 """Raised where a metric's definition changes: older files are then computed again."""

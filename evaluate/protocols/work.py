@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from common.console import say
+from common.errors import UserError
 from evaluate.generate.guidance import (
     Guidance,
     Unconditional,
@@ -36,8 +38,6 @@ from evaluate.protocols.config import GenerationSpec, ModelSpec, Protocol, TileS
 from evaluate.protocols.plan import Images, Seen, all_images, expand, parse_vae
 from evaluate.protocols.reconstruct import Reconstruction, TileGuidance, ViewGuidance
 from model import CytoSyn
-from model.errors import UserError
-from pipeline.console import say
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -52,7 +52,7 @@ from pipeline.dataset import (
     read_selection,
     standing,
 )
-from pipeline.features import FeatureStore, encoder_file, feature_scope, read_encoder_record
+from pipeline.dataset.features import FeatureStore, encoder_file, feature_scope, read_encoder_record
 
 GENERATED = "generated"
 

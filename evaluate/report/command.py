@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from common.errors import UserError
+from evaluate.compare.results import read_results
 from evaluate.report.page import gather, render
 from evaluate.report.picture import picture
 from evaluate.report.runlog import read_run
-from evaluate.results import read_results
-from model.errors import UserError
 from pipeline.dataset import open_dataset
 
 

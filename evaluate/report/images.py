@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from evaluate.generate.guidance import foreign_guidance
 from evaluate.generate.plan import source_order
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Selection,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import UserError
 from evaluate.report import numbers
 from evaluate.report.images import (
     Overlay,
@@ -18,7 +19,6 @@ from evaluate.report.images import (
 from evaluate.report.plots import cosine_histogram, loss_panels
 from evaluate.report.runlog import RunLog
 from evaluate.report.template import style, template
-from model.errors import UserError
 from pipeline.dataset import Dataset, read_selection
 
 _PAIRS, _OVERLAYS, _REAL_TILES = 12, 4, 12

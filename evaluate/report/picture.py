@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from common.errors import UserError
 from evaluate.report import numbers
 from evaluate.report.images import Tile
 from evaluate.report.page import Content
 from evaluate.report.plots import MUTED, PANELS, STYLE, curves
-from model.errors import UserError
 
 _COLUMNS = 6
 _MAX_BYTES = 400_000

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from evaluate.report.images import data_uri, png
 from evaluate.report.numbers import show
 from evaluate.report.protocol_plots import plots, ratio_plot
 from evaluate.report.protocol_text import counts_text, entry_text, latex, markdown
 from evaluate.report.protocol_tiles import grids, suspects
 from evaluate.report.template import style, template
-from model.errors import UserError
 
 _SUSPECTS = 8
 _DANGERS = {

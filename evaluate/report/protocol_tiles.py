@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from evaluate.report.images import Pair, Tile, tile_pairs
-from model.errors import UserError
 from pipeline.dataset import Dataset, TileStore, open_dataset, read_selection
 
 _MOST_PAIRS, _FEWEST = 96, 4

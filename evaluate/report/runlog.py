@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Steps and values."""

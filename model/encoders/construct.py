@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.encoders.inception import InceptionV3, Variant
-from model.errors import UserError
 
 
 class MissingPackageError(UserError):

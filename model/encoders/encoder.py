@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.encoders.kernels import resize_tiles
 from model.encoders.layouts import without_prefix
 from model.encoders.published import HubFiles, local_copy
 from model.encoders.resize import resize_tokens
 from model.encoders.table import EncoderSpec, encoder_spec
-from model.errors import UserError
 from model.images import as_uint8_nchw
 from model.weights import (
     WeightsSource,

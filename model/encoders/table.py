@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from common.errors import UserError
 from model.encoders.construct import (
     SWIGLU,
     ConchConstruction,
@@ -33,7 +34,6 @@ from model.encoders.layouts import (
     as_published,
 )
 from model.encoders.published import HubFiles, Published, ReleaseFile
-from model.errors import UserError
 
 
 class Readout(Protocol):

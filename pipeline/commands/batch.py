@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the script."""
-    from pipeline.batch_script import for_cluster
+    from pipeline.batch.script import for_cluster
 
     script = (files("pipeline") / "batch" / f"{options.name}.sbatch").read_text()
     if options.cluster:

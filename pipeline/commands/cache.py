@@ -37,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the stage."""
     from pipeline.dataset import open_dataset
-    from pipeline.features.cache import cache
     from pipeline.features.config import CacheConfig
+    from pipeline.features.stage import cache
 
     config = CacheConfig(
         encoder=options.encoder,

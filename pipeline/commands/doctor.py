@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look and say."""
-    from pipeline.doctor.check import DoctorConfig, doctor
+    from pipeline.upkeep.doctor.check import DoctorConfig, doctor
 
     config = DoctorConfig(options.dataset, options.slide, int(options.size * 1e6))
     return doctor(config, as_json=options.json)

@@ -4,8 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
-from pipeline.cluster import load_cluster
-from pipeline.engine import EngineConfig
+from pipeline.run.cluster import load_cluster
+from pipeline.run.engine import EngineConfig
 from pipeline.slides.staging import JOB_SCRATCH, StageIn
 
 

@@ -22,6 +22,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from pipeline.dataset import open_dataset
-    from pipeline.prune import prune
+    from pipeline.upkeep.prune import prune
 
     return prune(open_dataset(options.dataset), options.keep_selection, options.yes)

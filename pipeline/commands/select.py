@@ -79,8 +79,8 @@ def names(text: str) -> tuple[str, ...]:
 
 def run(options: argparse.Namespace) -> int:
     """Run the stage."""
-    from model.errors import UserError
-    from pipeline.console import EXIT_OK
+    from common.console import EXIT_OK
+    from common.errors import UserError
     from pipeline.dataset import open_dataset
     from pipeline.selection.plan import SelectConfig
     from pipeline.selection.select import select

@@ -16,6 +16,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from pipeline.dataset import open_dataset
-    from pipeline.status import print_status
+    from pipeline.upkeep.status import print_status
 
     return print_status(open_dataset(options.dataset), as_json=options.json)

@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the stage."""
     from pipeline.dataset import open_dataset
-    from pipeline.tile import TileConfig, tile
+    from pipeline.tiles.stage import TileConfig, tile
 
     config = TileConfig(
         selections=tuple(options.selections),

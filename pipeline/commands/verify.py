@@ -30,13 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from model.errors import UserError
+    from common.errors import UserError
     from pipeline.dataset import Dataset, open_dataset
 
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
     if options.leakage:
-        from pipeline.verify.leakage import verify_leakage
+        from pipeline.upkeep.verify.leakage import verify_leakage
 
         return verify_leakage(
             open_dataset(options.dataset), options.train, options.val, options.val_out,
@@ -44,6 +44,6 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     if options.train or options.val or options.val_out:
         raise UserError("--train, --val and --val-out go with --leakage")
-    from pipeline.verify.check import verify
+    from pipeline.upkeep.verify.check import verify
 
     return verify(Dataset(options.dataset), options.workers, options.repair)

@@ -23,8 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the action."""
-    from pipeline.console import EXIT_OK, say
-    from pipeline.weights import fetch, table_rows
+    from common.console import EXIT_OK, say
+    from pipeline.upkeep.weights import fetch, table_rows
 
     if options.action == "fetch":
         return fetch(options.names, options.to, mirror=options.mirror)

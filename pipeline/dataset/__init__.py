@@ -30,7 +30,6 @@ from pipeline.dataset.layout import (
     parse_shard_name,
     safe_slide_id,
 )
-from pipeline.dataset.png_tar import decode_png, encode_png, write_tar
 from pipeline.dataset.tables import (
     CANDIDATES_SCHEMA,
     GENERATED_SCHEMA,
@@ -45,7 +44,8 @@ from pipeline.dataset.tables import (
     write_selection,
     write_slides,
 )
-from pipeline.dataset.tiles import TileStore, committed_shards, covered_blocks
+from pipeline.dataset.tiles.png_tar import decode_png, encode_png, write_tar
+from pipeline.dataset.tiles.store import TileStore, committed_shards, covered_blocks
 
 __all__ = [
     "BLOCK_ROWS",

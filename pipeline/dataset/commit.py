@@ -1,7 +1,6 @@
 """Nothing half-written under a final name: stage, sync, rename."""
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from model.errors import UserError
+from common.files import json_bytes, replacing
 from pipeline.dataset.layout import Dataset
 
 
@@ -32,15 +31,6 @@ def new_run_id() -> str:
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
     host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24]
     return f"{stamp}-{nanoseconds:09d}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside the folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class HashingFile:
@@ -84,24 +74,9 @@ def commit_file(
     Raises `UserError` naming the file when the disk is full or not writable.
     """
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
-    try:
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("wb") as raw:
-            file = HashingFile(raw)
-            write(file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(final)
-        sync_directory(final.parent)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    with replacing(final, staged) as raw:
+        file = HashingFile(raw)
+        write(file)
     return FileRecord(dataset.relative(final), file.bytes, file.sha256)
 
 
@@ -117,12 +92,6 @@ def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> Fil
 def commit_json(dataset: Dataset, run_id: str, final: Path, value: Any) -> FileRecord:
     """Commit a JSON document with sorted keys."""
     return commit_bytes(dataset, run_id, final, json_bytes(value))
-
-
-def json_bytes(value: Any) -> bytes:
-    """A JSON document as it is committed: one form for one value."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    return text.encode()
 
 
 def clean_staging(dataset: Dataset, run_id: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.redact import redact_all
+from common.redact import redact_all
 
 SUFFIX = ".log"
 

@@ -8,8 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
-from pipeline.dataset.commit import commit_json, json_bytes, new_run_id
+from common.errors import UserError
+from common.files import json_bytes
+from pipeline.dataset.commit import commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import exclusive
 

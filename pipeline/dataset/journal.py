@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model.errors import UserError
-from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id, sync_directory
+from common.errors import UserError
+from common.files import sync_directory
+from common.redact import redact
+from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
 from pipeline.dataset.layout import Dataset, is_inside
-from pipeline.redact import redact
 
 _NO_RANGE = (-1, -1)
 Outcome = Literal["done", "rejected", "failed", "pruned"]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.errors import UserError
+from common.errors import UserError
 
 BLOCK_ROWS = 16
 """Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file holds it."""

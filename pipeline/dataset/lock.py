@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from model.errors import UserError
+from common.errors import UserError
 
 STALE_S = 60.0
 """A holder writes one small file: who has not let go after so long was killed."""

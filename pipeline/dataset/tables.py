@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset, check_slide_id
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -25,8 +25,8 @@ from pipeline.dataset import (
     commit_file,
 )
 from pipeline.dataset.commit import HashingFile
+from pipeline.dataset.features.parquet import cls_table, open_writer, token_table, write_blocks
 from pipeline.dataset.layout import ShardName
-from pipeline.engine import report_note, report_progress
 from pipeline.features.compute import (
     Batch,
     Decoder,
@@ -41,8 +41,8 @@ from pipeline.features.compute import (
 )
 from pipeline.features.config import CacheConfig
 from pipeline.features.device import worker_device
-from pipeline.features.parquet import cls_table, open_writer, token_table, write_blocks
 from pipeline.features.views import view_function
+from pipeline.run.engine import report_note, report_progress
 
 if TYPE_CHECKING:
     from model.encoders import Encoder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import BLOCK_ROWS, TileStore
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Forward:
 
 
 def quantised(tokens: "Tensor") -> "list[Tensor]":
-    """int8 tokens [n, t, d] and scales float16 [n, t], as `pipeline.features.quantise` has it."""
+    """int8 tokens [n, t, d] and scales float16 [n, t], as `quantise.py` defines."""
     import torch
 
     values = tokens.float()

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Dataset
-from pipeline.features.store import encoder_file, feature_scope
+from pipeline.dataset.features.store import encoder_file, feature_scope
 
 STAGE, VERSION = "cache", 2
 TOKENS = ("auto", "none", "float16", "int8")

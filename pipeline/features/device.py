@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 
-from model.errors import UserError
-from pipeline.engine import EngineConfig, UnfitWorkerError, report_note
+from common.errors import UserError
+from pipeline.run.engine import EngineConfig, UnfitWorkerError, report_note
 
 _MOST_SHARES = 64
 """Workers that may share one GPU and still be counted."""

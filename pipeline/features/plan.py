@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from pipeline.console import format_bytes, format_seconds, say, stdout
+from common.console import say, stdout
+from common.text import format_bytes, format_seconds
 from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, read_journal
 from pipeline.features.config import STAGE, CacheConfig
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.errors import UserError
-from pipeline.console import Meter, meter, say
+from common.console import Meter, meter, say
+from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
@@ -30,12 +30,12 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
+from pipeline.run.stage import Summary, report_summary, stage_versions, stands
 from pipeline.selection.cohort import Cohort
 from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
 from pipeline.selection.select import family_patients
 from pipeline.selection.slides import cohort_of_slides
 from pipeline.selection.ties import check_honoured, check_may_change, read_ties
-from pipeline.stage import Summary, report_summary, stage_versions, stands
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
-from pipeline.console import meter
+from common.console import meter
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -20,10 +20,10 @@ from pipeline.dataset import (
     read_selection,
     standing,
 )
-from pipeline.engine import EngineConfig, SlideTask, run_tasks
 from pipeline.imports.coordinates import dataset_frames
 from pipeline.imports.geojson import encode, mask_features, tile_features
-from pipeline.stage import Summary, report_summary
+from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
+from pipeline.run.stage import Summary, report_summary
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import usable_slides
 

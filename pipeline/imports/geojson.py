@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.imports.polygons import Polygon, area, paint, trace
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.overlay import CLASS_COLOURS

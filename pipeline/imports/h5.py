@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
 from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
 from pipeline.imports.candidates import Part, record_candidates
 from pipeline.imports.coordinates import dataset_frames, file_sha256

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -21,11 +21,11 @@ from pipeline.dataset import (
     read_journal,
     standing,
 )
-from pipeline.engine import EngineConfig, SlideTask
 from pipeline.imports.coordinates import file_sha256
 from pipeline.imports.geojson import features_mask, read_features, unknown_classes
+from pipeline.run.engine import EngineConfig, SlideTask
+from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.slides.staging import StageIn
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
 from pipeline.tissue.detect import Detection, DetectorConfig

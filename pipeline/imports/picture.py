@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.slides.colour import Recolour, to_srgb
 from pipeline.slides.reader import over_white
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset import Slide, safe_slide_id
-from pipeline.grid import COORDINATE_UNITS, rank_order
+from pipeline.dataset.grid import COORDINATE_UNITS, rank_order
 from pipeline.slides.open import SLIDE_SUFFIXES
 from pipeline.slides.reader import Level
 from pipeline.slides.resolution import level_downsamples, plan_read

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from model.errors import UserError
+from common.errors import UserError
 
 UNITS = ("level0", "level", "mpp")
 SYNONYMS = {

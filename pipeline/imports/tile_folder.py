@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import check_slide_id, fingerprint, safe_slide_id
-from pipeline.grid import rank_order
+from pipeline.dataset.grid import rank_order
 from pipeline.slides.barcode import parse_barcode
 from pipeline.slides.open import check_below
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.errors import UserError
-from pipeline.console import meter
+from common.console import meter
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -35,9 +35,8 @@ from pipeline.dataset import (
     write_tar,
 )
 from pipeline.dataset.commit import HashingFile
+from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.layout import ShardName
-from pipeline.engine import EngineConfig, SlideTask, report_progress, run_tasks
-from pipeline.grid import RESERVE_PER_CANDIDATES
 from pipeline.imports.candidates import candidates_table
 from pipeline.imports.picture import read_picture
 from pipeline.imports.tile_folder import (
@@ -47,11 +46,12 @@ from pipeline.imports.tile_folder import (
     tile_order,
     tile_positions,
 )
+from pipeline.run.engine import EngineConfig, SlideTask, report_progress, run_tasks
+from pipeline.run.stage import Summary, report_summary, stage_versions, stands
 from pipeline.slides.scan import STAGE as SCAN
 from pipeline.slides.scan import ScanConfig, record_slides, slide_values
-from pipeline.stage import Summary, report_summary, stage_versions, stands
-from pipeline.tile import IMPORTED_TILES, tile_fingerprint
-from pipeline.tile import STAGE as TILE
+from pipeline.tiles.stage import IMPORTED_TILES, tile_fingerprint
+from pipeline.tiles.stage import STAGE as TILE
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 

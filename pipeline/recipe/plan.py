@@ -1,7 +1,7 @@
 """What a recipe would still do: bytes, files and hours of each step.
 
 Counts come from the files where a stage has run, else from the slides' sizes; rates from the
-dataset's own journals, else from this project's measurements (`pipeline.planning.Rates`).
+dataset's own journals, else from this project's measurements (`pipeline.recipe.cost.Rates`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from pipeline.dataset import (
     read_journal,
     standing,
 )
-from pipeline.planning import (
+from pipeline.recipe.cost import (
     Cost,
     Rates,
     feature_cost,
@@ -28,7 +28,7 @@ from pipeline.planning import (
 )
 from pipeline.recipe.steps import Recipe, Step
 from pipeline.recipe.training import training_cost
-from pipeline.tile import needed_blocks
+from pipeline.tiles.stage import needed_blocks
 
 _DEFAULT_TILE_PX = 224
 

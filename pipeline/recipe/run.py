@@ -7,16 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from model.errors import UserError
-from pipeline.console import (
-    EXIT_OK,
-    EXIT_USAGE,
-    format_bytes,
-    say,
-    stdout,
-)
+from common.console import EXIT_OK, EXIT_USAGE, say, stdout
+from common.errors import UserError
+from common.text import format_bytes
 from pipeline.dataset import Dataset, Run, software_versions
-from pipeline.planning import Cost, total
+from pipeline.recipe.cost import Cost, total
 from pipeline.recipe.plan import recipe_costs
 from pipeline.recipe.steps import Recipe, Step
 

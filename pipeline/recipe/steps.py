@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from model.errors import UserError
-from pipeline.dataset.plain_yaml import load_yaml
+from common.errors import UserError
+from common.plain_yaml import load_yaml
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
 _KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")

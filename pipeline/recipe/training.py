@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.plain_yaml import load_yaml
-from pipeline.planning import Cost
+from common.plain_yaml import load_yaml
+from pipeline.recipe.cost import Cost
 from pipeline.recipe.steps import Step
 
 _TAIL_BYTES = 1 << 16

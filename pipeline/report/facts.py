@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.dataset import Entry
 from pipeline.report.facts import TISSUE, Facts, SlideFacts, reason_kind
 from pipeline.report.selections import SelectionFacts
-from pipeline.status import is_bookkeeping
+from pipeline.upkeep.status import is_bookkeeping
 
 _ORDER = ("scan", "import", TISSUE, "select", "tile", "cache", "curate")
 _EXAMPLES = 5

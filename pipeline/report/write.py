@@ -4,7 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.console import format_bytes, meter, say
+from common.console import meter, say
+from common.text import format_bytes
 from pipeline.dataset import Dataset, commit_bytes, new_run_id
 from pipeline.dataset.commit import clean_staging
 from pipeline.report.facts import Facts, read_facts

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 
 def sainte_lague(

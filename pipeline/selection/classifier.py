@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
-from model.errors import UserError
+from common.errors import UserError
 
 _MAX_ITERATIONS = 5000
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 Text = npt.NDArray[np.str_]
 

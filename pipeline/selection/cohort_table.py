@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from model.errors import UserError
-from pipeline.console import EXIT_OK, say, stdout
+from common.console import EXIT_OK, say, stdout
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -26,9 +26,10 @@ from pipeline.dataset import (
     read_selection,
     standing,
 )
+from pipeline.dataset.features import FeatureStore, feature_scope
 from pipeline.dataset.tables import read_plan, write_rows
-from pipeline.engine import EngineConfig, SlideTask
-from pipeline.features import FeatureStore, feature_scope
+from pipeline.run.engine import EngineConfig, SlideTask
+from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.selection.classifier import Trained, train_classifier
 from pipeline.selection.cohort import Cohort
 from pipeline.selection.denied import curation_dir, deny_file
@@ -38,7 +39,6 @@ from pipeline.selection.scores import read_scores, score_slide, scores_scope
 from pipeline.selection.select import select
 from pipeline.selection.slides import read_tissue
 from pipeline.selection.ties import check_may_change, read_ties
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 
 STAGE, VERSION = "curate", 1
 _SITES_SHOWN = 20

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Dataset, check_name
 from pipeline.dataset.tables import read_rows
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.grid import RESERVE_PER_CANDIDATES
+from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.selection.allocate import sainte_lague
 
 Counts = npt.NDArray[np.int64]

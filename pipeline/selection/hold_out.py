@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.selection.allocate import sainte_lague
 from pipeline.selection.cohort import Cohort
 

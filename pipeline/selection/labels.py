@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 _COLUMNS = ("slide_id", "rank", "label")
 _IS_ARTIFACT = {"artifact": True, "1": True, "usable": False, "0": False}

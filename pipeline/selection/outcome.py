@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.console import say, stdout
+from common.console import say, stdout
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import Exclusion
 from pipeline.selection.draw import Division

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.console import format_bytes, format_seconds, meter, say
+from common.console import meter, say
+from common.text import format_bytes, format_seconds
 from pipeline.dataset import (
     Dataset,
     Selection,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, FileRecord, HashingFile, commit_file
 from pipeline.dataset.tables import read_table
 from pipeline.selection.classifier import LinearModel

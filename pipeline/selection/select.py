@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -23,6 +23,7 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.dataset.tables import read_plan
+from pipeline.run.stage import stage_versions, stands
 from pipeline.selection.cohort import (
     Cohort,
     Exclusion,
@@ -72,7 +73,6 @@ from pipeline.selection.ties import (
     held_out,
     read_ties,
 )
-from pipeline.stage import stage_versions, stands
 
 VERSION = 2
 STRATA = ("site", "project", "project+site", "none")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Slide,
@@ -17,8 +17,8 @@ from pipeline.dataset import (
     read_slides,
     standing,
 )
+from pipeline.run.stage import stands
 from pipeline.selection.cohort import Cohort, make_cohort
-from pipeline.stage import stands
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 

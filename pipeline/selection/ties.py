@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
 from pipeline.dataset.tables import read_plan
+from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
-from pipeline.stage import stage_versions
 
 STAGE = "select"
 _REMOVED = "removed"

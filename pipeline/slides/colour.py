@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
-from model.errors import UserError
+from common.errors import UserError
 
 ICC_HANDLING = ("ignore", "srgb")
 Recolour = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import check_slide_id, safe_slide_id
 from pipeline.slides.reader import SlideOpenError, SlideReader
 

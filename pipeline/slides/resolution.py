@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.slides.reader import Level, ResolutionTags
 
 TIFF_MPP_WINDOW = (0.1, 1.0)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
-from pipeline.console import say
+from common.console import say
+from common.errors import UserError
+from common.redact import redact
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -19,17 +20,16 @@ from pipeline.dataset import (
     standing,
     write_slides,
 )
+from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.journal import Outcome
-from pipeline.engine import EngineConfig, SlideTask
-from pipeline.grid import RESERVE_PER_CANDIDATES
-from pipeline.redact import redact
+from pipeline.run.engine import EngineConfig, SlideTask
+from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.open import Source, best_reader, find_sources, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
 from pipeline.slides.staging import IN_PLACE, StageIn, StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 
 STAGE, VERSION = "scan", 4
 TABLE_SCOPE = "table"

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
 
-from model.errors import UserError
+from common.errors import UserError
+from common.redact import HIDDEN, redact, secrets_in
 from pipeline.dataset import Slide
-from pipeline.redact import HIDDEN, redact, secrets_in
 
 PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
 JOB_SCRATCH = "$SLURM_TMPDIR"

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 
 Number = TypeVar("Number", bound=np.generic)
 Rgb = npt.NDArray[np.uint8]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.detect import Detection, DetectorConfig, detect_tissue
 from pipeline.tissue.focus import FocusConfig

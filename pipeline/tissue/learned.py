@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
 from pipeline.tissue.detect import Detection

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
@@ -27,16 +27,16 @@ from pipeline.dataset import (
     standing,
     write_candidates,
 )
+from pipeline.dataset.grid import grid_positions, rank_order
 from pipeline.dataset.journal import Outcome
-from pipeline.engine import EngineConfig, SlideTask
-from pipeline.grid import grid_positions, rank_order
+from pipeline.run.engine import EngineConfig, SlideTask
+from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.slides.cost import overview_cost
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
-from pipeline.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import NotHematoxylinEosinError
 from pipeline.tissue.detect import Detection

@@ -7,7 +7,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.grid import window_means
+from pipeline.dataset.grid import window_means
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 
 _FAINT_TISSUE = 0.01

@@ -9,8 +9,8 @@ import pytest
 import evaluate.__main__ as evaluate_door
 import pipeline.__main__ as pipeline_door
 import train.__main__ as train_door
+from common.errors import UserError
 from evaluate.protocols.config import load as load_protocol
-from model.errors import UserError
 from tests.docs.doc_commands import ROOT, Block, blocks, call_of, words
 from train.config import load_config
 

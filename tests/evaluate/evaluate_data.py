@@ -40,7 +40,13 @@ from pipeline.dataset import (
     write_slides,
     write_tar,
 )
-from pipeline.features import cls_table, encoder_file, feature_scope, open_writer, write_blocks
+from pipeline.dataset.features import (
+    cls_table,
+    encoder_file,
+    feature_scope,
+    open_writer,
+    write_blocks,
+)
 
 DIM = 12
 PX = 64  # small tiles: nothing here depends on their size

@@ -29,7 +29,7 @@ from pipeline.dataset import (
     write_selection,
     write_slides,
 )
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 PX, COUNT, DIM = 32, 64, RECORD["dim"]
 ALONE = Processes(0, 1, 0)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial import geometric_slerp
 
+from common.errors import UserError
 from evaluate.generate.conditions import (
     ConditionGuidance,
     Reference,
@@ -16,7 +17,6 @@ from evaluate.generate.conditions import (
     mean_of,
 )
 from evaluate.generate.options import parse_factors
-from model.errors import UserError
 
 seeds, factors = st.integers(0, 2**32 - 1), st.floats(0, 1)
 

@@ -23,11 +23,11 @@ from evaluate_data import (
     write_features,
 )
 
+from common.errors import UserError
 from evaluate.__main__ import main
+from evaluate.compare.results import read_results
 from evaluate.generate.references import Wanted, read_image
-from evaluate.results import read_results
 from model import CytoSyn
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     TileStore,
@@ -36,7 +36,7 @@ from pipeline.dataset import (
     read_journal,
     read_selection,
 )
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 _PX, _RECORD = DOOR_PX, DOOR_RECORD
 

@@ -8,9 +8,9 @@ import torch
 from evaluate_data import DIM, DOOR_PX
 from PIL import Image
 
+from common.errors import UserError
 from evaluate.generators.pipeline import CytoSynPipeline
 from model import CytoSyn
-from model.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.errors import UserError
 from evaluate.__main__ import main
 from evaluate.figures.draw import draw
 from evaluate.figures.layout import Sheet, column_lefts, compose
@@ -19,7 +20,6 @@ from evaluate.figures.tiles import Synthetic
 from evaluate.generate.conditions import ConditionGuidance, Reference, between
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
 from evaluate.generate.run import Request, generate
-from model.errors import UserError
 from pipeline.dataset import Dataset, claim_identity, read_candidates
 
 

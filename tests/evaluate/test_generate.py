@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from evaluate_data import ALONE, DIM, PX, RECORD, Stripes, tile_hashes
 
+from common.errors import UserError
 from evaluate.generate.guidance import (
     GUIDING_MARK,
     SelectionGuidance,
@@ -18,7 +19,6 @@ from evaluate.generate.guidance import (
     check_resolution,
 )
 from evaluate.generate.run import Outcome, Request, generate
-from model.errors import UserError
 from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
@@ -30,7 +30,7 @@ from pipeline.dataset import (
     read_selection,
     read_slides,
 )
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Blocker())
 _IMPORTS = """
 import evaluate.__main__
 import evaluate.generate.command
-import evaluate.measure
+import evaluate.compare.measure
 import evaluate.report.command
 
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}

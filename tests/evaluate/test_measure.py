@@ -10,10 +10,12 @@ import pytest
 from evaluate_data import PX, RECORD, make_synthetic, random_features, write_features
 from PIL import Image
 
-from evaluate import battery
-from evaluate.battery import Settings
+from common.errors import UserError
+from evaluate.compare import battery
+from evaluate.compare.battery import Settings
+from evaluate.compare.measure import Side, blockiness_warnings, measure, real_halves
+from evaluate.compare.results import read_results, write_results
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
-from evaluate.measure import Side, blockiness_warnings, measure, real_halves
 from evaluate.metric_warnings import metric_warnings
 from evaluate.metrics import (
     cosine_similarity,
@@ -24,8 +26,6 @@ from evaluate.metrics import (
 from evaluate.metrics.blockiness import blockiness
 from evaluate.report.images import tile_pairs
 from evaluate.report.page import all_warnings
-from evaluate.results import read_results, write_results
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Selection,

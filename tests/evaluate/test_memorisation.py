@@ -11,6 +11,7 @@ from protocol_data import make_all, make_model, make_world, toy
 from scipy.stats import mannwhitneyu
 from test_report import Page
 
+from common.errors import UserError
 from evaluate.protocols.nearest import (
     copying_test,
     distance_ratios,
@@ -20,7 +21,6 @@ from evaluate.protocols.nearest import (
 from evaluate.protocols.run import run_protocol
 from evaluate.report.protocol_files import render
 from evaluate.report.protocol_text import latex
-from model.errors import UserError
 
 
 def naive(queries: np.ndarray, base: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from evaluate.metrics import cosine, cosine_similarity
-from model.errors import UserError
 
 
 def pairs(n=60, d=12, noise=0.5, seed=0, common=0.0):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from evaluate.metrics import (
     bootstrap,
     cosine_similarity,
@@ -14,7 +15,6 @@ from evaluate.metrics import (
     mmd,
     precision_recall,
 )
-from model.errors import UserError
 
 SET_METRICS = {
     "bootstrap": lambda a, b: bootstrap(a, b, draws=3, size=len(b) // 2),

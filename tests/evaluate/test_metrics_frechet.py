@@ -6,9 +6,9 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from evaluate.metrics import Moments, frechet, frechet_distance, frechet_distance_of_moments
 from evaluate.metrics.frechet import expected_noise
-from model.errors import UserError
 
 
 def features(n, d, seed=0, *, decay=1.0, shift=0.0):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from evaluate.metrics import kernel_distance, kid, mind, mmd, sliced_distance, vendi
-from model.errors import UserError
 
 
 def clouds(n=40, m=50, d=6, seed=0, shift=0.3):

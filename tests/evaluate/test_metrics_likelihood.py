@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from evaluate.metrics import feature_likelihood_divergence, mixture
-from model.errors import UserError
 
 
 def clouds(n=120, m=90, g=60, d=8, seed=0):

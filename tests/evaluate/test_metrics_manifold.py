@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from evaluate.metrics import manifold, neighbours, precision_recall
-from model.errors import UserError
 
 
 def squared(a, b):

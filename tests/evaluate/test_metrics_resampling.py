@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from evaluate.metrics import bootstrap, frechet_distance, frechet_infinity, resampling
-from model.errors import UserError
 
 
 def clouds(n=400, m=300, d=6, seed=0, shift=0.2):

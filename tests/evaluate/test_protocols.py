@@ -25,6 +25,7 @@ from protocol_data import (
 )
 from test_report import Page
 
+from common.errors import UserError
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
 from evaluate.protocols import cells as cells_module
@@ -46,7 +47,6 @@ from evaluate.protocols.tables import quantity_table, variability
 from evaluate.protocols.work import Workshop, first_tiles
 from evaluate.report.protocol_files import render, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     claim_identity,
@@ -168,7 +168,7 @@ def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -
     used = {name: workshop.tiles(name).used for name in ("guidance", "val-out")}
     assert used["guidance"].rows == COUNT
     assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
-    from pipeline.features import FeatureStore
+    from pipeline.dataset.features import FeatureStore
 
     store = FeatureStore(workshop.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
     real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from evaluate_data import RECORD, make_real, tile_hashes
 
+from common.errors import UserError
 from evaluate.__main__ import main
 from evaluate.generators.cytosyn import SamplerSettings
 from evaluate.generators.open import Source, open_generator, settings_for
-from model.errors import UserError
 from pipeline.dataset import Dataset, read_identity
 
 pytest.importorskip("diffusers")

@@ -11,15 +11,15 @@ import pytest
 from evaluate_data import make_synthetic
 from PIL import Image
 
-from evaluate.battery import Settings
+from common.errors import UserError
+from evaluate.compare.battery import Settings
+from evaluate.compare.measure import Side, measure
+from evaluate.compare.results import write_results
 from evaluate.generate.guidance import SelectionGuidance, Unconditional
-from evaluate.measure import Side, measure
 from evaluate.report.command import write_report
 from evaluate.report.numbers import rows, show
 from evaluate.report.plots import running_median
 from evaluate.report.runlog import read_run
-from evaluate.results import write_results
-from model.errors import UserError
 from pipeline.dataset import Dataset
 
 _HOSTILE = "<script>alert('x')</script>&\"'"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from evaluate_data import DOOR_PX, tile_hashes
 
+from common.errors import UserError
 from evaluate.__main__ import main
 from evaluate.generate.sweep import parse_sweep
-from model.errors import UserError
 from pipeline.dataset import Dataset, TileStore, read_identity
 
 

@@ -19,11 +19,11 @@ from evaluate_data import (
 )
 from PIL import Image
 
+from common.errors import UserError
 from evaluate.__main__ import main
 from evaluate.generate.guidance import SelectionGuidance
 from evaluate.generate.means import mean_guidance
 from model.encoders import load_encoder
-from model.errors import UserError
 from pipeline.dataset import (
     Dataset,
     TileStore,
@@ -32,7 +32,7 @@ from pipeline.dataset import (
     read_journal,
     read_selection,
 )
-from pipeline.features import FeatureStore
+from pipeline.dataset.features import FeatureStore
 from pipeline.slides.open import open_slide
 from pipeline.slides.region import read_region
 from pipeline.slides.resolution import resolve_mpp

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from model.cytosyn import CytoSyn, Records
-from model.errors import UserError
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.sampler import sample

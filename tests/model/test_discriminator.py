@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import UserError
 from model.discriminator import Discriminator, DiscriminatorConfig
-from model.errors import UserError
 
 
 def tiny() -> Discriminator:

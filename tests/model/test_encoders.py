@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from common.errors import UserError
 from model.encoders import (
     Encoder,
     EncoderOutput,
@@ -21,7 +22,6 @@ from model.encoders import (
     resize_tokens,
 )
 from model.encoders.construct import TimmConstruction, frozen
-from model.errors import UserError
 
 SLIDE = Path(__file__).parents[1] / "data/slides/CMU-1-Small-Region.svs"
 

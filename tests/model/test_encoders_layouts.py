@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from model.encoders import ENCODERS, Encoder, EncoderSpec, load_spec
 from model.encoders.construct import TimmConstruction, frozen
 from model.encoders.layouts import resample_positions
-from model.errors import UserError
 from model.weights import Tensors, write_tensors
 
 TILE = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)

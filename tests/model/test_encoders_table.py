@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from model.encoders import ENCODERS, Encoder, EncoderSpec, load_encoder, load_spec
 from model.encoders.construct import InceptionConstruction, TimmConstruction, frozen
-from model.errors import UserError
 from model.weights import write_tensors
 
 SLIDE = Path(__file__).parents[1] / "data/slides/CMU-1-Small-Region.svs"

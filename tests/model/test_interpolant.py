@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.errors import UserError
+from common.errors import UserError
 from model.interpolant import Interpolant, PathName
 
 PATHS: list[PathName] = ["linear", "cosine"]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from model.noise import Stream, derive_seeds, normal, philox, seed_tensor, uniform
 
 # The known answers published with Random123 for philox4x32-10: counter, key, output.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.errors import UserError
+from common.errors import UserError
 from model.perceptual import PerceptualLoss
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from model.errors import UserError
+from common.errors import UserError
 from model.interpolant import Interpolant
 from model.noise import Stream, normal
 from model.sampler import Guidance, GuidedVelocity, Solver, integrate, sample, time_nodes

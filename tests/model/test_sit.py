@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.errors import UserError
+from common.errors import UserError
 from model.sit import (
     SIT_PRESETS,
     Attention,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.errors import UserError
+from common.errors import UserError
 from model.vae import VAE, Posterior, ResBlock, SpatialAttention, VAEConfig, group_norm_silu
 from model.vae_keys import from_native, to_native
 from model.weights import tensors_sha256

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.discriminator import Discriminator, DiscriminatorConfig
-from model.errors import UserError
 from model.perceptual import PerceptualLoss
 from model.sit import SiT, SiTConfig
 from model.vae import VAE, VAEConfig

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.selection.allocate import sainte_lague
 
 

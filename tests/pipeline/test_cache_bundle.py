@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from common.errors import UserError
 from model import encoders
 from model.encoders import Encoder, encoder_spec
-from model.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
@@ -29,14 +29,15 @@ from pipeline.dataset import (
     write_candidates,
     write_tar,
 )
-from pipeline.engine import EngineConfig
-from pipeline.features import FeatureStore, bundle, cls_table
+from pipeline.dataset.features import FeatureStore, cls_table
+from pipeline.dataset.features.quantise import quantise
+from pipeline.features import bundle
 from pipeline.features.bundle import _write_table, cache_bundle
-from pipeline.features.cache import Missing, _missing, _withdraw
 from pipeline.features.compute import Forward, Span, batches, lanes_for
 from pipeline.features.config import CacheConfig
 from pipeline.features.plan import bytes_per_tile, journal_rate, stored_bytes
-from pipeline.features.quantise import quantise
+from pipeline.features.stage import Missing, _missing, _withdraw
+from pipeline.run.engine import EngineConfig
 
 PX, ROWS = 28, 40
 SLIDES = ("a", "b", "c")

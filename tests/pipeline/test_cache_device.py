@@ -10,23 +10,22 @@ from typing import Any
 import dask
 import pytest
 
-from model.errors import UserError
+from common.console import Meter
+from common.errors import UserError
 from pipeline.__main__ import main
-from pipeline.cluster import ClusterConfig
-from pipeline.console import Meter
 from pipeline.dataset import Dataset, Entry
 from pipeline.dataset.events import read_events
-from pipeline.engine import (
+from pipeline.features import device, stage
+from pipeline.features.config import CacheConfig
+from pipeline.features.device import stage_device, worker_device
+from pipeline.run.cluster import ClusterConfig
+from pipeline.run.engine import (
     EngineConfig,
     SlideTask,
     UnfitWorkerError,
     count_workers,
     run_bundles,
 )
-from pipeline.features import cache as stage
-from pipeline.features import device
-from pipeline.features.config import CacheConfig
-from pipeline.features.device import stage_device, worker_device
 
 GPU_JOBS = ClusterConfig(workers=4, cores=4, directives=("--gres=gpu:4",), max_jobs=3)
 

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
-from pipeline import cluster
+from common.errors import UserError
 from pipeline.__main__ import main
-from pipeline.cluster import ClusterConfig, Watch, cluster_options, load_cluster, walltime_seconds
 from pipeline.commands.batch import SCRIPTS
-from pipeline.engine import EngineConfig
+from pipeline.run import cluster
+from pipeline.run.cluster import (
+    ClusterConfig,
+    Watch,
+    cluster_options,
+    load_cluster,
+    walltime_seconds,
+)
+from pipeline.run.engine import EngineConfig
 
 BATCH = Path(cluster.__file__).parent / "batch"
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -21,8 +21,8 @@ from pipeline.dataset import (
     read_journal,
     read_selection,
 )
+from pipeline.dataset.features import cls_table, feature_scope, open_writer, write_blocks
 from pipeline.dataset.tables import read_plan, read_rows
-from pipeline.features import cls_table, feature_scope, open_writer, write_blocks
 from pipeline.selection.classifier import (
     grouped_folds,
     recall_threshold,

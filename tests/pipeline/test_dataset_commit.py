@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -11,7 +11,7 @@ from pipeline.dataset import (
     commit_json,
     make_selection,
 )
-from pipeline.features import (
+from pipeline.dataset.features import (
     FeatureShard,
     FeatureStore,
     cls_table,

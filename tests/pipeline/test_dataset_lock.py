@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Dataset, claim_identity, identity, lock, read_identity
 from pipeline.dataset.commit import commit_json
 from pipeline.dataset.lock import exclusive

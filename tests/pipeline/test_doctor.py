@@ -13,10 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipeline.__main__ import main
-from pipeline.doctor import machine, reading, storage
-from pipeline.doctor.check import DoctorConfig, doctor
-from pipeline.doctor.finding import Finding
 from pipeline.slides import open as opening
+from pipeline.upkeep.doctor import machine, reading, storage
+from pipeline.upkeep.doctor.check import DoctorConfig, doctor
+from pipeline.upkeep.doctor.finding import Finding
 
 
 def test_this_machine_is_fit(
@@ -143,7 +143,9 @@ def test_a_file_systems_faults_are_found(
 def test_tasks_of_other_nodes_meet_or_miss_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = "import sys; from pathlib import Path; from pipeline.doctor.storage import meeting; "
+    call = (
+        "import sys; from pathlib import Path; from pipeline.upkeep.doctor.storage import meeting; "
+    )
     call += "print(meeting(Path(sys.argv[1]), int(sys.argv[2]), 2, 'job').state)"
     tasks = [
         subprocess.Popen(
@@ -185,7 +187,7 @@ def test_the_hubs_token_is_never_shown(
 def test_something_bad_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.doctor import check
+    from pipeline.upkeep.doctor import check
 
     bad = Finding("disk", "bad", "broken", "buy another")
     monkeypatch.setattr(check, "find", lambda config: [bad])

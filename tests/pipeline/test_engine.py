@@ -11,11 +11,11 @@ from typing import Any
 import dask
 import pytest
 
-from model.errors import UserError
-from pipeline import engine
-from pipeline.console import Meter
+from common.console import Meter
+from common.errors import UserError
 from pipeline.dataset import Entry
-from pipeline.engine import (
+from pipeline.run import engine
+from pipeline.run.engine import (
     EngineConfig,
     SlideTask,
     bundled,

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.console import say
+from common.redact import HIDDEN, redact
 from pipeline.__main__ import main
-from pipeline.activity import running
-from pipeline.console import say
 from pipeline.dataset import Dataset, Entry, Run, read_journal
 from pipeline.dataset.events import decode_event, read_events
-from pipeline.redact import HIDDEN, redact
+from pipeline.upkeep.activity import running
 
 
 def test_a_stage_leaves_a_line_an_event(tiled: Dataset) -> None:

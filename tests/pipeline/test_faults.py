@@ -22,10 +22,10 @@ from pipeline.dataset import (
     read_slides,
     standing,
 )
+from pipeline.run.stage import Summary
 from pipeline.slides.open import find_sources
 from pipeline.slides.scan import _named, record_slides
 from pipeline.slides.tiff_extent import what_is_missing
-from pipeline.stage import Summary
 from tests.pipeline.faults import ROOT, contents, pipeline
 
 SLIDE = ROOT / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"

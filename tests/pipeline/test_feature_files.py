@@ -13,10 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from model.errors import UserError
-from pipeline.features import FeatureShard, cls_table, open_writer, token_table, write_blocks
+from common.errors import UserError
+from pipeline.dataset.features import (
+    FeatureShard,
+    cls_table,
+    open_writer,
+    token_table,
+    write_blocks,
+)
+from pipeline.dataset.features.quantise import dequantise, quantise
 from pipeline.features.compute import quantised
-from pipeline.features.quantise import dequantise, quantise
 from pipeline.features.views import view_function, view_software
 
 ROWS, START = 37, 32

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
-from pipeline.cluster import load_cluster
+from common.errors import UserError
+from common.plain_yaml import load_yaml
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -37,19 +37,19 @@ from pipeline.dataset import (
     write_selection,
     write_tar,
 )
+from pipeline.dataset.features import cls_table, open_writer, token_table, write_blocks
+from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.identity import read_identity
 from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import parse_shard_name
-from pipeline.dataset.plain_yaml import load_yaml
-from pipeline.dataset.png_tar import TarShard
-from pipeline.dataset.zarr_shard import ZarrShard, commit_zarr, encode_chunk
-from pipeline.features import cls_table, open_writer, token_table, write_blocks
-from pipeline.features.parquet import FeatureShard
+from pipeline.dataset.tiles.png_tar import TarShard
+from pipeline.dataset.tiles.zarr_shard import ZarrShard, commit_zarr, encode_chunk
 from pipeline.imports.geojson import features_mask, read_features
 from pipeline.imports.masks import read_png_mask
 from pipeline.imports.table import Columns, read_positions
 from pipeline.imports.tile_folder import find_tile_folders
 from pipeline.recipe.steps import load_recipe
+from pipeline.run.cluster import load_cluster
 from pipeline.selection.cohort_table import read_cohort_csv
 from pipeline.selection.labels import read_labels
 from pipeline.slides.open import find_sources
@@ -155,7 +155,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_tar(path: Path) -> dict[int, np.ndarray]:
-    from pipeline.dataset.png_tar import decode_png
+    from pipeline.dataset.tiles.png_tar import decode_png
 
     shard, found = TarShard.open(path), {}
     for block in range(2):
@@ -168,7 +168,7 @@ def read_tar(path: Path) -> dict[int, np.ndarray]:
 
 
 def read_zarr(path: Path) -> dict[int, np.ndarray]:
-    from pipeline.dataset.zarr_shard import decode_chunk
+    from pipeline.dataset.tiles.zarr_shard import decode_chunk
 
     shard, found = ZarrShard.open(path), {}
     for block in range(2):

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grid import grid_positions, rank_keys, rank_order, reserve_size, window_means
+from pipeline.dataset.grid import grid_positions, rank_keys, rank_order, reserve_size, window_means
 
 
 @given(

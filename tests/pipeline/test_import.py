@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -29,7 +29,7 @@ from pipeline.dataset import (
     read_slides,
     write_slides,
 )
-from pipeline.grid import rank_keys
+from pipeline.dataset.grid import rank_keys
 from pipeline.imports.h5 import read_patches
 from pipeline.imports.picture import read_picture
 from pipeline.imports.positions import (

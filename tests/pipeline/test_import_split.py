@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,

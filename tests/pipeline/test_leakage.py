@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
@@ -19,7 +19,7 @@ from pipeline.dataset import (
     write_selection,
     write_slides,
 )
-from pipeline.grid import grid_positions, rank_order, reserve_size
+from pipeline.dataset.grid import grid_positions, rank_order, reserve_size
 from pipeline.selection.leakage import (
     equal_files,
     near_pairs,
@@ -27,7 +27,7 @@ from pipeline.selection.leakage import (
     shared_patients,
     shared_ranks,
 )
-from pipeline.verify.leakage import selection_roles, tile_size_level0
+from pipeline.upkeep.verify.leakage import selection_roles, tile_size_level0
 
 IDENTITY = {"mpp": 0.5, "mpp_tolerance": 0.02, "tile_px": 224, "seed": 0}
 SIZE = 448.0

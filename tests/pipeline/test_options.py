@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 
 

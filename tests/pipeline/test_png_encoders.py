@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from pipeline.dataset.png_tar import PNG_EFFORTS, _average_filtered, decode_png, encode_png
+from pipeline.dataset.tiles.png_tar import (
+    PNG_EFFORTS,
+    _average_filtered,
+    decode_png,
+    encode_png,
+)
 from pipeline.slides.open import open_slide
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_verify import CONFIG, RECORD, SLIDE, add_features
 
-from model.errors import UserError
+from common.errors import UserError
+from common.text import format_bytes
 from pipeline.__main__ import main
-from pipeline.console import format_bytes
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -24,9 +24,9 @@ from pipeline.dataset import (
     read_journal,
     write_selection,
 )
-from pipeline.features import FeatureStore
-from pipeline.features.cache import _claim_encoder
-from pipeline.stage import stands
+from pipeline.dataset.features import FeatureStore
+from pipeline.features.stage import _claim_encoder
+from pipeline.run.stage import stands
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -147,10 +147,10 @@ def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, 
 @pytest.mark.parametrize("moment", [0, 1])
 def test_killed_between_the_line_and_the_files(two_shards, monkeypatch, capsys, moment):
     """The line stands, some or no file went: readers see nothing, the next prune finishes."""
-    import pipeline.prune
+    import pipeline.upkeep.prune
 
     before = digest(two_shards.root)
-    remove = pipeline.prune._remove_files
+    remove = pipeline.upkeep.prune._remove_files
 
     class Killed(BaseException):
         pass
@@ -160,7 +160,7 @@ def test_killed_between_the_line_and_the_files(two_shards, monkeypatch, capsys, 
             remove(dataset, Entry("", "done", "", files=entry.files[:1]))
         raise Killed
 
-    monkeypatch.setattr(pipeline.prune, "_remove_files", killed)
+    monkeypatch.setattr(pipeline.upkeep.prune, "_remove_files", killed)
     with pytest.raises(Killed):
         prune(two_shards, "--keep-selection", "small", "--yes")
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from browser import CHROMIUM, Browser
 from report_data import replicate
 from scipy.spatial.distance import jensenshannon
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,

@@ -2,7 +2,7 @@ import numpy as np
 import openslide
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.slides.open import find_sources, open_slide, slide_id_of
 from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
 from pipeline.slides.region import read_overview, read_region, read_tile

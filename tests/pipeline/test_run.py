@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.commands.options import byte_count
 from pipeline.dataset import Dataset
-from pipeline.planning import Cohort, Rates, cohort_costs, total
+from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total
 from pipeline.recipe.plan import recipe_costs
 from pipeline.recipe.steps import load_recipe
 from pipeline.recipe.training import training_cost

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from evaluate.generators.released import load_pipeline
-from model.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -31,7 +31,7 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.dataset.layout import ShardName, check_slide_id, is_inside
-from pipeline.dataset.png_tar import TarShard
+from pipeline.dataset.tiles.png_tar import TarShard
 from pipeline.slides.open import find_sources
 from pipeline.slides.staging import StageIn, StageInError, local_slide
 
@@ -44,7 +44,7 @@ RUNS_CODE = {
     "pd.read_pickle", "torch.jit.load", "torch.hub.load",
 }  # fmt: skip
 ALLOWED = {
-    ("pipeline/dataset/plain_yaml.py", "yaml.load"),  # with a SafeLoader
+    ("common/plain_yaml.py", "yaml.load"),  # with a SafeLoader
 }
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Slide
-from pipeline.grid import reserve_size
+from pipeline.dataset.grid import reserve_size
 from pipeline.selection.allocate import sainte_lague
 from pipeline.selection.cohort import Rules, eligible, make_cohort, without_patients
 from pipeline.selection.distribution import jensen_shannon, spread

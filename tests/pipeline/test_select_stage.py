@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -21,8 +21,8 @@ from pipeline.dataset import (
     read_selection,
     read_slides,
 )
+from pipeline.dataset.grid import reserve_size
 from pipeline.dataset.tables import read_plan, read_rows, write_rows, write_selection
-from pipeline.grid import reserve_size
 from pipeline.selection.denied import deny_file
 from tests.pipeline.cohort_data import slides_of, tissue_dataset, trap_rows
 

@@ -14,10 +14,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import TileStore, read_candidates, read_journal, read_selection, read_slides
-from pipeline.grid import reserve_size
+from pipeline.dataset.grid import reserve_size
 
 ROOT = Path(__file__).resolve().parents[2]
 SLIDES = ROOT / "tests" / "data" / "slides"
@@ -70,7 +70,7 @@ def test_candidates_are_in_rank_order_and_have_tissue(tiled):
     assert 35 <= table.num_rows <= 60
     assert min(table["tissue_fraction"].to_pylist()) >= 0.5
     assert max(table["artifact_fraction"].to_pylist()) <= 0.1
-    from pipeline.grid import rank_keys
+    from pipeline.dataset.grid import rank_keys
 
     x, y = table["x_level0"].to_numpy(), table["y_level0"].to_numpy()
     keys = rank_keys(0, "CMU-1-Small-Region", x, y)
@@ -289,7 +289,7 @@ def test_cache_writes_and_reuses_features(own_tiled, capsys):
     assert record["random_weights"] is True
     assert record["tokens_shape"] == [196, 768]
     from model.encoders import load_encoder
-    from pipeline.features import FeatureStore
+    from pipeline.dataset.features import FeatureStore
 
     tiles = np.stack(TileStore(own_tiled, 224).read("CMU-1-Small-Region", range(2, 5)))
     direct = load_encoder("h0-mini", "random:0").encode(tiles)

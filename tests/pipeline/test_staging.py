@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
+from pipeline.run.stage import Summary, report_summary
 from pipeline.slides import staging
 from pipeline.slides.open import find_sources
 from pipeline.slides.scan import _row
 from pipeline.slides.staging import StageIn, StageInError, local_slide
-from pipeline.stage import Summary, report_summary
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 MD5 = hashlib.md5(SLIDE.read_bytes(), usedforsecurity=False).hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Slide, TileStore, read_candidates, read_journal
 from pipeline.slides.colour import to_srgb
@@ -19,8 +19,8 @@ from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import open_slide
 from pipeline.slides.region import RESAMPLERS, cut_tiles, read_tile, reading_order, tile_windows
 from pipeline.slides.resolution import plan_read
-from pipeline.spool import Spool
-from pipeline.tile import TileConfig
+from pipeline.tiles.spool import Spool
+from pipeline.tiles.stage import TileConfig
 
 SLIDE = "CMU-1-Small-Region"
 
@@ -144,7 +144,8 @@ def again(dataset: Dataset, *options: str) -> Dataset:
 
 
 def test_memory_or_file_the_shard_is_the_same(own_tiled, monkeypatch, tmp_path):
-    from pipeline import spool, tile
+    from pipeline.tiles import spool
+    from pipeline.tiles import stage as tile
 
     (tar,) = own_tiled.tiles_dir(224).glob("*.tar")
     before = tar.read_bytes()

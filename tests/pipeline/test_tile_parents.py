@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -22,9 +22,9 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
-from pipeline.status import read_status
-from pipeline.tile import TileConfig, tile_slide, withdrawn
+from pipeline.tiles.stage import TileConfig, tile_slide, withdrawn
 from pipeline.tissue.stage import tissue_fingerprint
+from pipeline.upkeep.status import read_status
 from tests.pipeline.faults import ROOT
 
 SLIDE = ROOT / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import open_dataset, read_candidates, read_identity, read_journal
 from pipeline.tissue.classes import TissueClass

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,

@@ -10,7 +10,7 @@ import socket
 import numpy as np
 import pytest
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
@@ -21,13 +21,19 @@ from pipeline.dataset import (
     read_candidates,
     read_journal,
 )
+from pipeline.dataset.features import (
+    cls_table,
+    feature_scope,
+    open_writer,
+    token_table,
+    write_blocks,
+)
 from pipeline.dataset.journal import encode_line
-from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
-from pipeline.features.cache import _claim_encoder
 from pipeline.features.config import CacheConfig
-from pipeline.verify import repair, sums
-from pipeline.verify.journal_lines import damage_of
-from pipeline.verify.runs import may_be_alive
+from pipeline.features.stage import _claim_encoder
+from pipeline.upkeep.verify import repair, sums
+from pipeline.upkeep.verify.journal_lines import damage_of
+from pipeline.upkeep.verify.runs import may_be_alive
 
 SLIDE = "CMU-1-Small-Region"
 RECORD = {"encoder": "h0-mini", "weights_sha256": "0" * 64, "compute_dtype": "float32", "view": "",

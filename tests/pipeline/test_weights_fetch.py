@@ -21,14 +21,14 @@ import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 
+from common.errors import UserError
 from model.encoders import load_encoder, load_spec, table
 from model.encoders.construct import TimmConstruction, frozen
 from model.encoders.published import HubFiles, ReleaseFile
-from model.errors import UserError
 from model.perceptual import PerceptualLoss
 from model.weights import tensors_sha256
-from pipeline import weights
 from pipeline.__main__ import main
+from pipeline.upkeep import weights
 
 TINY = replace(
     table.UNI,

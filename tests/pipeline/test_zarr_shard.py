@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, TileStore, new_run_id, read_journal
-from pipeline.dataset.zarr_shard import (
+from pipeline.dataset.tiles.zarr_shard import (
     ZarrShard,
     commit_zarr,
     decode_chunk,
@@ -169,8 +169,8 @@ def test_reading_needs_no_zarr():
     code = (
         "import sys; sys.modules['zarr'] = None; sys.modules['numcodecs'] = None\n"
         "import numpy as np\n"
-        "from pipeline.dataset.zarr_shard import decode_chunk, encode_chunk\n"
-        "import pipeline.dataset.tiles\n"
+        "from pipeline.dataset.tiles.zarr_shard import decode_chunk, encode_chunk\n"
+        "import pipeline.dataset.tiles.store\n"
         "t = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)\n"
         "assert (decode_chunk(encode_chunk(t), 4) == t).all()\n"
     )

@@ -13,12 +13,12 @@ import pytest
 from conftest import HOME, job_field, slurm_command, wait_for
 from slide_work import work, work_or_die
 
-from pipeline import cluster, engine
+from common.console import Meter
 from pipeline.__main__ import main
-from pipeline.cluster import ClusterConfig
-from pipeline.console import Meter
 from pipeline.dataset import Dataset, Entry
-from pipeline.engine import EngineConfig, SlideTask, run_tasks
+from pipeline.run import cluster, engine
+from pipeline.run.cluster import ClusterConfig
+from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
 
 pytestmark = pytest.mark.slurm
 

@@ -26,8 +26,14 @@ from pipeline.dataset import (
     write_selection,
     write_tar,
 )
-from pipeline.features import cls_table, feature_scope, open_writer, token_table, write_blocks
-from pipeline.features.quantise import quantise
+from pipeline.dataset.features import (
+    cls_table,
+    feature_scope,
+    open_writer,
+    token_table,
+    write_blocks,
+)
+from pipeline.dataset.features.quantise import quantise
 from train.config import Config, load_config
 
 HOME = Path(__file__).parents[2]

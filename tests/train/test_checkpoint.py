@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.errors import UserError
+from common.errors import UserError
 from train import checkpoint
 from train.checkpoint import (
     CheckpointWriter,

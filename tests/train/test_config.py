@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.config import dotted_keys
+from common.errors import UserError
 from train.config import Config, differing_keys, load_config
-from train.typed import dotted_keys
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 PAPER = CONFIGS / "cytosyn-40m.yaml"

@@ -9,8 +9,8 @@ import torch
 from conftest import small_config, weights_of
 from torch import Tensor
 
+from common.errors import UserError
 from model.cytosyn import CytoSyn
-from model.errors import UserError
 from model.images import from_uint8
 from model.sit import SiT, SiTConfig
 from model.vae import VAE

@@ -16,8 +16,8 @@ from conftest import HOME, command, environment, make_dataset, small_config, wei
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.errors import UserError
 from model.cytosyn import CytoSyn
-from model.errors import UserError
 from pipeline.dataset import Dataset, make_selection, read_selection, write_selection
 from train.__main__ import main
 from train.checkpoint import list_checkpoints

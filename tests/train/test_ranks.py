@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import HOME, command, environment, small_config, weights_of
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Dataset
 from train import lock
 from train.loop import train
@@ -67,10 +67,10 @@ def test_a_mistake_of_several_processes_is_told_once(
 
 _BREAKS_LATER = """
 import sys
-from model.errors import UserError
+from common.errors import UserError
 from train import loop
 from train.__main__ import main
-from pipeline.console import run_door
+from common.console import run_door
 
 def damaged(self, batch):
     if self.ranks.rank == WHO and batch.step == 2:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TILE_PX, add_shard, make_dataset, train_features, train_tile
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -23,8 +23,8 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.dataset import tiles as tiles_module
-from pipeline.dataset.zarr_shard import commit_zarr, encode_chunk
-from pipeline.features import store as store_module
+from pipeline.dataset.features import store as store_module
+from pipeline.dataset.tiles.zarr_shard import commit_zarr, encode_chunk
 from train.reader import Batch, BatchReader, OnError
 from train.source import BlockSource, OpenBlock, check_coverage
 from train.stream import Stream, compile_blocks, slots_of_rank

@@ -11,9 +11,9 @@ from test_step import ALONE, CPU, make_batch, make_step, state_of, wake
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from common.errors import UserError
 from model.encoders import load_encoder, table
 from model.encoders.construct import TimmConstruction, frozen
-from model.errors import UserError
 from pipeline.dataset import Dataset
 from train.config import Config
 from train.loop import train

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import UserError
+from common.errors import UserError
 from pipeline.dataset import Selection, make_selection
 from train.stream import (
     BLOCK_DTYPE,

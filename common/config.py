@@ -1,0 +1,194 @@
+"""Dataclasses from YAML and `key=value` overrides, strictly: wrong keys and types are refused.
+
+Values are numbers, strings and their lists; no class path, no callable: a YAML file cannot run
+code.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from common.errors import UserError
+from common.plain_yaml import load_yaml
+
+T = TypeVar("T")
+
+
+class _Raw(str):
+    """An override's text: what it means depends on the type of the key that it sets."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `UserError` where there is none."""
+    try:
+        values = load_yaml(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"configuration {path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration {path}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise UserError(f"configuration {path}: not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"configuration {path}: expected keys and values, got a {_kind(values)}")
+    return values
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text of plain values, in the order given."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested values with `section.key=value` texts set in it."""
+    result = _copied(values)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{text}' is not an override; expected key=value, as in run.steps=100")
+        *sections, leaf = key.split(".")
+        place = result
+        for section in sections:
+            below = place.setdefault(section, {})
+            if isinstance(below, _Raw):  # section={...} and then section.key=value
+                below = place[section] = _parsed(below, section)
+            if not isinstance(below, dict):
+                raise UserError(f"override '{text}': '{section}' is not a section")
+            place = below
+        place[leaf] = _Raw(value)
+    return result
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass with these nested values, its defaults elsewhere.
+
+    Raises `UserError` naming the dotted key for an unknown key (with the nearest known one) and
+    for a value of another type.
+    """
+    return _section(cls, values, "", dotted_keys(cls))
+
+
+def dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every key of nested dataclasses, dotted: `run.steps`, `model.sit.depth`, ..."""
+    keys: list[str] = []
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            keys += dotted_keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            keys.append(f"{prefix}{field.name}")
+    return keys
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Nested plain values of a dataclass, ready for YAML and JSON."""
+    return _listed(asdict(config))
+
+
+def _section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
+    if isinstance(values, _Raw):
+        values = _parsed(values, prefix.rstrip("."))
+    if not isinstance(values, Mapping):
+        raise _mismatch(prefix.rstrip("."), "a section of keys", values)
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise UserError(_unknown(f"{prefix}{name}", known))
+    built = {name: _value(hints[name], values[name], prefix + name, known) for name in values}
+    return cls(**built)
+
+
+def _value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _section(hint, value, f"{key}.", known)
+    if isinstance(value, _Raw):
+        if hint is str:
+            return str(value)
+        value = _parsed(value, key)
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value is False and "off" in args:
+            value = "off"  # which YAML takes for false
+        if value not in args or isinstance(value, bool) not in {isinstance(a, bool) for a in args}:
+            raise _mismatch(key, "one of " + ", ".join(map(str, args)), value)
+        return value
+    if origin in (Union, types.UnionType):
+        rest = [arg for arg in args if arg is not type(None)]
+        return None if value is None and len(rest) < len(args) else _scalar(rest[0], value, key)
+    if origin is tuple:
+        return _tuple(args, value, key)
+    if hint is float:
+        return _number(value, key)
+    expected = {bool: "true or false", int: "a whole number", str: "text"}
+    if hint not in expected:
+        raise TypeError(f"{key}: configuration fields of type {hint} are not supported")
+    if type(value) is not hint:
+        raise _mismatch(key, expected[hint], value)
+    return value
+
+
+def _tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _mismatch(key, "a list", value)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if len(args) != len(value):
+        raise _mismatch(key, f"a list of {len(args)} values", value)
+    return tuple(_scalar(arg, item, key) for arg, item in zip(args, value, strict=True))
+
+
+def _number(value: Any, key: str) -> float:
+    """A float; YAML 1.1 reads 1e-4 as text, which people write for a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _mismatch(key, "a number", value)
+    try:
+        return float(value)
+    except ValueError as error:
+        raise _mismatch(key, "a number", value) from error
+
+
+def _parsed(text: str, key: str) -> Any:
+    try:
+        return load_yaml(str(text))
+    except ValueError as error:
+        raise UserError(f"{key}={text}: not a YAML value: {error}") from error
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    sections = sorted({name.partition(".")[0] for name in known})
+    near = difflib.get_close_matches(key, known if "." in key else known + sections, n=1)
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    best = (same_leaf or near)[:1]
+    hint = f"did you mean '{best[0]}'?" if best else f"sections are {', '.join(sections)}"
+    return f"unknown configuration key '{key}': {hint}"
+
+
+def _mismatch(key: str, expected: str, value: Any) -> UserError:
+    shown = str(value) if isinstance(value, str) else repr(value)
+    return UserError(f"configuration key '{key}': expected {expected}, got '{shown}'")
+
+
+def _kind(value: Any) -> str:
+    return "list" if isinstance(value, list) else type(value).__name__
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, tuple | list) else value

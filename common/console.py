@@ -1,0 +1,186 @@
+"""What a person sees of a long command: one-line errors, progress with rate and ETA.
+
+Used by the doors of `pipeline`, `train` and `evaluate`.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from common.errors import UserError
+from common.redact import redact
+from common.text import format_seconds
+
+EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+_PLAIN_INTERVAL_S = 10.0
+
+_LOG_WIDTH = 160
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """Print one line for the person at the terminal (or in the batch job's log)."""
+    stdout.print(redact(message), markup=False)
+
+
+def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
+    """Run a room's command and exit with its status.
+
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Rooms that
+    were not imported from this project (a stray train.py in the working folder) are refused.
+    """
+    try:
+        _check_rooms(rooms)
+        status = command()
+    except (UserError, KeyboardInterrupt) as error:
+        status = tell(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILURES
+    sys.exit(status)
+
+
+def tell(error: UserError | KeyboardInterrupt) -> int:
+    """Say in one line on stderr what ended a command; the exit status that goes with it."""
+    if isinstance(error, UserError):
+        stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
+        return EXIT_USAGE
+    stderr.print("interrupted: what was committed stays; run the same command to go on")
+    return EXIT_INTERRUPTED
+
+
+def _check_rooms(rooms: tuple[str, ...]) -> None:
+    home = Path(__file__).resolve().parents[1]
+    for room in rooms:
+        path = getattr(import_module(room), "__file__", None)
+        if path is None or Path(path).resolve().parents[1] != home:
+            raise UserError(
+                f"package '{room}' was imported from {path}, expected {home / room}: "
+                "set PYTHONSAFEPATH=1 or leave the folder that holds another one of that name"
+            )
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {self.unit}/s" if speed else f"– {self.unit}/s", style="cyan")
+
+
+class Meter:
+    """Counts work done; shows a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if stdout.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _RateColumn(self.unit),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=stdout,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, note="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the meter was made."""
+        return time.monotonic() - self.started
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add finished units; `note` (a loss, a slide) stands at the end of the bar."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count, note=note)
+        elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            say(self._plain_line(note))
+
+    def _plain_line(self, note: str) -> str:
+        rate = self.done / max(self.seconds, 1e-9)
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        return (
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, "
+            f"ETA {format_seconds(left)}{'  ' + note if note else ''}"
+        )
+
+
+@contextmanager
+def meter(label: str, total: int, unit: str) -> Iterator[Meter]:
+    """Progress over `total` units with a rate and an ETA; call `.advance()` as they finish."""
+    with Meter(label, total, unit) as it:
+        yield it
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake as a `UserError`; the door prints it and exits with 2."""
+        raise UserError(f"{message}{self._nearest(message)}; see `{self.prog} --help`")
+
+    def _nearest(self, message: str) -> str:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        word = unknown[0].partition("=")[0] if unknown else ""
+        known = _all_options(self)
+        if word in known:
+            return f" ({word} is an option of another command)"
+        close = difflib.get_close_matches(word, known, 1) if word else []
+        return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _all_options(parser: argparse.ArgumentParser) -> list[str]:
+    options: list[str] = []
+    for action in parser._actions:
+        options += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                options += _all_options(child)
+    return options

@@ -1,0 +1,74 @@
+"""Files that appear under their final name whole and synced, or not at all."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from common.errors import UserError
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names inside a folder survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(final: Path, staged: Path | None = None) -> Iterator[IO[bytes]]:
+    """A binary file to write; it gets its final name, synced, when the block ends well.
+
+    Args:
+        final: the name to write under; an existing file is replaced, missing folders are made.
+        staged: where the bytes are written meanwhile, on the same file system; next to `final`
+            by default.
+
+    Raises:
+        UserError: the disk is full or not writable; the message names `final`.
+    """
+    staged = staged or final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+    try:
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(final)
+        sync_directory(final.parent)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(final: Path, data: bytes) -> None:
+    """Write a whole file; see `replacing`."""
+    with replacing(final) as file:
+        file.write(data)
+
+
+def write_text(final: Path, text: str) -> None:
+    """Write a whole UTF-8 text file; see `replacing`."""
+    write_bytes(final, text.encode())
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document with sorted keys: one form for one value."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode()
+
+
+def write_json(final: Path, value: Any) -> None:
+    """Write a whole JSON file with sorted keys; see `replacing`."""
+    write_bytes(final, json_bytes(value))

@@ -1,0 +1,39 @@
+"""Text for people: one-line reasons, suggestions, durations and sizes."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def one_line(reason: object, most: int = 200) -> str:
+    """An error or text on one line of at most `most` characters."""
+    return " ".join(str(reason).split())[:most]
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known word that is most like the given one, "" where none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return close[0] if close else ""
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as a person reads it: `8.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    if seconds == float("inf"):
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks are sold: `301 kB`, `12.0 TB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    raise AssertionError("unreachable")

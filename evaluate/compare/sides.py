@@ -1,0 +1,199 @@
+"""One side of a comparison: a selection of a dataset, its features, whose tiles they are."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import UserError
+from evaluate.compare.provenance import dataset_tile_px, tile_provenance
+from evaluate.generate.guidance import foreign_guidance
+from pipeline.dataset import (
+    Dataset,
+    Selection,
+    open_dataset,
+    read_candidates,
+    read_selection,
+    read_slides,
+)
+from pipeline.dataset.features import FeatureStore, encoder_file
+
+Features = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.str_]
+
+ENCODER_KEYS = ("encoder", "weights_sha256", "view", "compute_dtype", "dim", "tile_px")
+"""What two sets of features must share before any distance between them means anything."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a selection of a dataset, and its features."""
+
+    dataset: Dataset
+    selection: Selection
+    store: FeatureStore
+    features: Features
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        selection_name: str,
+        encoder: str,
+        *,
+        like: "Side | None",
+        view: str = "",
+        tile_px: int | None = None,
+    ) -> "Side":
+        """Read the CLS features of a selection.
+
+        Raises `UserError` naming the `cache` command where they are missing, and where they were
+        made otherwise than those of `like`.
+        """
+        dataset = open_dataset(root)
+        selection = read_selection(dataset, selection_name)
+        store = open_store(
+            dataset, selection_name, encoder, view=view, tile_px=tile_px,
+            weights=like.store.record["weights"] if like else None,
+        )  # fmt: skip
+        if like is not None:
+            check_comparable(like.store.record, store.record, like.dataset, dataset)
+        return cls(dataset, selection, store, np.asarray(store.read_selection(selection)))
+
+    def described(self) -> dict[str, Any]:
+        """The side's entry in results.json."""
+        return {
+            "dataset": str(self.dataset.root),
+            "selection": self.selection.name,
+            "selection_sha256": self.selection.content_hash,
+            "rows": self.selection.rows,
+            "slides": len(self.selection.slide_ids),
+            "tiles": tile_provenance(
+                self.dataset, self.selection, int(self.store.record["tile_px"])
+            ),
+        }
+
+    @cached_property
+    def own_slides(self) -> Labels:
+        """The slide of each row."""
+        counts = np.diff(self.selection.offsets)
+        return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
+
+    @cached_property
+    def sources(self) -> "Sources | None":
+        """The real tile behind each row; None where the dataset is real or a row has none."""
+        return _sources(self)
+
+    def slides(self) -> Labels | None:
+        """The real slide that each row is of or was made from; None where there is none."""
+        if not self.is_generated:
+            return self.own_slides
+        return None if self.sources is None else self.sources.slides
+
+    @cached_property
+    def is_generated(self) -> bool:
+        """Whether the rows are of a synthetic dataset."""
+        first = self.selection.slide_ids[0]
+        return "source_slide_id" in read_candidates(self.dataset, first).column_names
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Slide and rank of the source tile of each row."""
+
+    slides: Labels
+    ranks: npt.NDArray[np.int64]
+
+
+def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
+    """A column of slides.parquet (patient, site, project) for each of these slides.
+
+    A slide without an entry stands for itself where a patient is asked for, else it is ''.
+    """
+    found = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
+    names, member = np.unique(slides, return_inverse=True)
+    own = attribute == "patient"
+    values = [found.get(str(name)) or (str(name) if own else "") for name in names]
+    return np.array(values, dtype=np.str_)[member]
+
+
+def open_store(
+    dataset: Dataset,
+    selection_name: str,
+    encoder: str,
+    *,
+    view: str = "",
+    tile_px: int | None = None,
+    weights: str | None = None,
+) -> FeatureStore:
+    """The CLS features; where there are none, the message is the command that makes them."""
+    tile_px = tile_px or dataset_tile_px(dataset)
+    if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
+        more = f" --weights {weights}" if weights else ""
+        more += f" --view {view}" if view else ""
+        raise UserError(
+            f"no cls features of {encoder} in {dataset.root}; make them with `python -m pipeline "
+            f"cache --dataset {dataset.root} --selection {selection_name} "
+            f"--encoder {encoder}{more} --tokens none`"
+        )
+    return FeatureStore(dataset, tile_px=tile_px, encoder=encoder, view=view)
+
+
+def check_comparable(
+    real: dict[str, Any],
+    generated: dict[str, Any],
+    first: Dataset,
+    second: Dataset,
+    *,
+    keys: tuple[str, ...] = ENCODER_KEYS,
+) -> None:
+    """Refuse features that were made differently: no distance between them means anything.
+
+    Raises `UserError` naming the first difference, with both values.
+    """
+    for key in keys:
+        if real.get(key) != generated.get(key):
+            raise UserError(
+                f"features cannot be compared: {key} is {real.get(key)!r} in {first.root} and "
+                f"{generated.get(key)!r} in {second.root}; cache both with the same encoder, "
+                "weights and dtype"
+            )
+
+
+def _sources(side: Side) -> Sources | None:
+    names: list[str | None] = []
+    ranks: list[npt.NDArray[np.int64]] = []
+    for slide_id, rows in side.selection.items():
+        table = read_candidates(side.dataset, slide_id)
+        if "source_slide_id" not in table.column_names:
+            raise UserError(
+                f"{side.dataset.root} is no synthetic dataset: its candidates have no "
+                "source_slide_id; give one that `python -m evaluate generate` made"
+            )
+        picked = table.take(rows)
+        names.extend(picked["source_slide_id"].to_pylist())
+        ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+    if None in names:
+        return None
+    return Sources(np.array(names, dtype=np.str_), np.concatenate(ranks))
+
+
+def source_features(generated: Side, store: FeatureStore) -> tuple[Features | None, str | None]:
+    """Features [m, d] of each generated tile's own source tile, or None and the reason why."""
+    sources = generated.sources
+    if sources is None:
+        return None, "the tiles were generated without guidance: no cosine to a source tile"
+    foreign = foreign_guidance(generated.dataset, store.dataset)
+    if foreign:
+        return None, f"no cosine to source tiles: {foreign}"
+    rows = np.empty((len(sources.slides), generated.features.shape[1]), np.float32)
+    try:
+        for name in np.unique(sources.slides):
+            where = np.flatnonzero(sources.slides == name)
+            rows[where] = store.read(str(name), sources.ranks[where])
+    except UserError as error:
+        return None, f"no cosine to source tiles, whose features were not found: {error}"
+    return rows, None

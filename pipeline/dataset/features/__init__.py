@@ -1,0 +1,31 @@
+"""Feature caches: Parquet layout, reading half, and the `cache` stage.
+
+`train` and `evaluate` use the names below; the stage itself (`pipeline.features.stage`) needs
+Dask and an encoder and is imported by the door alone.
+"""
+
+from pipeline.dataset.features.parquet import (
+    FeatureShard,
+    cls_table,
+    open_writer,
+    token_table,
+    write_blocks,
+)
+from pipeline.dataset.features.store import (
+    FeatureStore,
+    encoder_file,
+    feature_scope,
+    read_encoder_record,
+)
+
+__all__ = [
+    "FeatureShard",
+    "FeatureStore",
+    "cls_table",
+    "encoder_file",
+    "feature_scope",
+    "open_writer",
+    "read_encoder_record",
+    "token_table",
+    "write_blocks",
+]

@@ -1,0 +1,169 @@
+"""Reading features by (slide, rank), and what they were made with."""
+
+import json
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import UserError
+from pipeline.dataset.features.parquet import FeatureShard
+from pipeline.dataset.journal import Entry, read_journal, standing
+from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.tables import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OPEN_FILES = 128
+
+
+def feature_scope(tile_px: int, encoder: str, view: str, kind: str) -> str:
+    """The journal scope of a kind of features, e.g. `224/h0-mini+jpeg70/cls`."""
+    return f"{tile_px}/{encoder}{'+' + view if view else ''}/{kind}"
+
+
+def encoder_file(dataset: Dataset, tile_px: int, encoder: str, view: str, kind: str) -> Path:
+    """encoder.json of a kind: what the features were computed with."""
+    return dataset.features_dir(tile_px, encoder, view) / kind / "encoder.json"
+
+
+def read_encoder_record(
+    dataset: Dataset,
+    *,
+    tile_px: int,
+    encoder: str,
+    kind: str = "cls",
+    view: str = "",
+    selection: str = "",
+) -> dict[str, Any]:
+    """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
+
+    `selection` is whose features are wanted, for the command that a missing file is told by.
+    """
+    path = encoder_file(dataset, tile_px, encoder, view, kind)
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(_missing(dataset, encoder, kind, view, selection)) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
+
+
+def refuse_other_features(path: Path, stood: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse features that were made with other values than are wanted, with both of them."""
+    for key, value in wanted.items():
+        if key in stood and stood[key] != value:
+            raise UserError(
+                f"{path}: these features were made with {key} {stood[key]!r}, "
+                f"{value!r} was asked for; use the former or another --dataset"
+            )
+
+
+def _missing(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
+    chosen = f" --selection {selection}" if selection else ""
+    seen = f" under view {view}" if view else ""
+    return (
+        f"no {kind} features of {encoder}{seen} in {dataset.root}; make them with "
+        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}{chosen}`"
+    )
+
+
+class FeatureStore:
+    """Random access to one kind of features. Safe to share between threads.
+
+    `kind` is `cls` (float32 [d]), `tokens-float16` or `tokens-int8` (both float16 [t, d] when
+    read). `expect` names values that encoder.json must hold, such as weights_sha256 or
+    compute_dtype: features made otherwise are refused with both values. `selection` is whose
+    features are wanted: the `cache` command in messages names it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        tile_px: int,
+        encoder: str,
+        kind: str = "cls",
+        view: str = "",
+        expect: Mapping[str, Any] | None = None,
+        selection: str = "",
+    ) -> None:
+        self.dataset, self.encoder, self.kind, self.view = dataset, encoder, kind, view
+        self._selection = selection
+        self.record = read_encoder_record(
+            dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view, selection=selection
+        )
+        refuse_other_features(
+            encoder_file(dataset, tile_px, encoder, view, kind), self.record,
+            {"view": view} | dict(expect or {}),
+        )  # fmt: skip
+        scope = feature_scope(tile_px, encoder, view, kind)
+        rows = standing(read_journal(dataset, "cache"), scope)
+        self._entries: dict[str, list[Entry]] = {
+            slide: [e for e in entries if e.outcome == "done"] for slide, entries in rows.items()
+        }
+        self._open: OrderedDict[str, FeatureShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
+        """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
+        return self._shard(slide_id, block).read_block(block)
+
+    def block_tensor(self, slide_id: str, block: int) -> "Tensor":
+        """`read_block` as a torch tensor of the same memory, which is not to be written to."""
+        import torch
+
+        with warnings.catch_warnings():
+            # torch warns of arrays that are read-only, as pages of a mapped file are.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.read_block(slide_id, block))
+
+    def read(self, slide_id: str, ranks: Iterable[int]) -> npt.NDArray[np.floating]:
+        """Features [n, ...] in the order of `ranks`; each block is read once."""
+        wanted = np.fromiter((int(rank) for rank in ranks), np.int64)
+        needed = np.unique(wanted // BLOCK_ROWS)
+        blocks = {int(b): self.read_block(slide_id, int(b)) for b in needed}
+        return np.stack([blocks[int(r) // BLOCK_ROWS][int(r) % BLOCK_ROWS] for r in wanted])
+
+    def read_selection(self, selection: Selection) -> npt.NDArray[np.floating]:
+        """Features of all rows of a selection, in its order (slide_id, rank)."""
+        if selection.rows == 0:
+            raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
+        return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
+
+    def require(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
+        """Raise `UserError`, with the `cache` command, where a rank of a slide is not cached."""
+        cached = np.zeros(len(ranks), bool)
+        for entry in self._entries.get(slide_id, []):
+            cached |= (entry.start <= ranks) & (ranks < entry.stop)
+        if not cached.all():
+            raise self._absent(slide_id, int(ranks[np.argmin(cached)]))
+
+    def _absent(self, slide_id: str, rank: int) -> UserError:
+        missing = _missing(self.dataset, self.encoder, self.kind, self.view, self._selection)
+        return UserError(f"slide {slide_id}, rank {rank}: {missing}")
+
+    def _shard(self, slide_id: str, block: int) -> FeatureShard:
+        rank = block * BLOCK_ROWS
+        for entry in reversed(self._entries.get(slide_id, [])):
+            if entry.start <= rank < entry.stop:
+                return self._opened(entry.files[0].path)
+        raise self._absent(slide_id, rank)
+
+    def _opened(self, path: str) -> FeatureShard:
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        shard = FeatureShard(self.dataset.root / path)
+        with self._lock:
+            self._open[path] = shard
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return shard

@@ -1,0 +1,140 @@
+"""Reading tiles by (slide, rank), whatever shard holds them."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import UserError
+from pipeline.dataset.journal import Entry, read_journal, standing
+from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.tiles.png_tar import ShardHandle, TarShard, decode_png
+from pipeline.dataset.tiles.zarr_shard import ZarrShard, decode_chunk
+
+_OPEN_FILES = 128
+
+
+def committed_shards(dataset: Dataset, tile_px: int) -> dict[str, list[Entry]]:
+    """Per slide, the journal entries of its standing tile shards, by first rank."""
+    entries = standing(read_journal(dataset, "tile"), str(tile_px))
+    done = {slide: [e for e in rows if e.outcome == "done"] for slide, rows in entries.items()}
+    return {slide: rows for slide, rows in done.items() if rows}
+
+
+def covered_blocks(entries: Iterable[Entry]) -> set[int]:
+    """The blocks that the entries' rank ranges hold."""
+    return {
+        block
+        for entry in entries
+        for block in range(entry.start // BLOCK_ROWS, -(-entry.stop // BLOCK_ROWS))
+    }
+
+
+class TileStore:
+    """Random access to the tiles of one size. Safe to share between threads.
+
+    Only shards that a journal line names are seen. At most 128 files are open at a time; what
+    stays in memory is one offset a block.
+    """
+
+    def __init__(self, dataset: Dataset, tile_px: int) -> None:
+        self.dataset, self.tile_px = dataset, tile_px
+        self._entries = committed_shards(dataset, tile_px)
+        self._shards: dict[str, TarShard | ZarrShard] = {}
+        self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def slide_ids(self) -> list[str]:
+        """Slides with at least one shard, sorted."""
+        return sorted(self._entries)
+
+    def blocks(self, slide_id: str) -> set[int]:
+        """Blocks of the slide that are on disk."""
+        return covered_blocks(self._entries.get(slide_id, ()))
+
+    def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
+        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
+        shard = self._shard(slide_id, block)
+        return shard.read_block(block, self._handle(shard))
+
+    def read_block(self, slide_id: str, block: int) -> dict[int, npt.NDArray[np.uint8]]:
+        """RGB tiles uint8 [px, px, 3] by rank of a block."""
+        tiles = {}
+        for rank, data in self.read_block_bytes(slide_id, block).items():
+            tiles[rank] = self.decode(slide_id, rank, data)
+        return tiles
+
+    def decode(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
+        """Decode what `read_block_bytes` gave: a PNG, or a Zarr chunk.
+
+        A `UserError` names slide, rank and file where it is damaged.
+        """
+        zarr = isinstance(self._shard(slide_id, rank // BLOCK_ROWS), ZarrShard)
+        try:
+            decode = decode_chunk if zarr else decode_png
+            tile = decode(data, self.tile_px)
+        except ValueError as error:
+            where = self._shard(slide_id, rank // BLOCK_ROWS).path
+            raise UserError(
+                f"{where}: tile {rank} of slide {slide_id} is damaged ({error}); "
+                "run `python -m pipeline verify`, then tile again"
+            ) from error
+        return tile
+
+    def read(self, slide_id: str, ranks: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
+        """RGB tiles uint8 [px, px, 3] in the order of `ranks`; each block is read once."""
+        wanted = [int(rank) for rank in ranks]
+        blocks = {
+            block: self.read_block_bytes(slide_id, block)
+            for block in sorted({rank // BLOCK_ROWS for rank in wanted})
+        }
+        return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
+
+    def _shard(self, slide_id: str, block: int) -> TarShard | ZarrShard:
+        rank = block * BLOCK_ROWS
+        for entry in reversed(self._entries.get(slide_id, [])):
+            if entry.start <= rank < entry.stop:
+                path = _shard_path(entry)
+                with self._lock:
+                    shard = self._shards.get(path)
+                if shard is None:
+                    kind = TarShard if path.endswith(".tar") else ZarrShard
+                    shard = kind.open(self.dataset.root / path)
+                    with self._lock:
+                        self._shards[path] = shard
+                return shard
+        raise UserError(
+            f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
+            f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
+        )
+
+    def _handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
+        key = str(shard.path)
+        with self._lock:
+            if key in self._handles:
+                self._handles.move_to_end(key)
+                return self._handles[key]
+        try:
+            handle = shard.handle()
+        except OSError as error:
+            raise UserError(f"{shard.path} cannot be opened: {error.strerror}") from error
+        with self._lock:
+            self._handles[key] = handle
+            while len(self._handles) > _OPEN_FILES:
+                self._handles.popitem(last=False)
+        return handle
+
+
+def _shard_path(entry: Entry) -> str:
+    """The tar, or the folder of the Zarr array, that holds an entry's tiles."""
+    for record in entry.files:
+        if record.path.endswith(".tar"):
+            return record.path
+        if record.path.endswith(".zarr/zarr.json"):
+            return record.path.removesuffix("/zarr.json")
+    raise UserError(
+        f"the journal names no tile shard for ranks {entry.start} to {entry.stop} of slide "
+        f"{entry.slide_id}; run `python -m pipeline tile` again"
+    )

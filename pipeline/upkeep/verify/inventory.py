@@ -1,0 +1,131 @@
+"""What lies in a dataset's folder, and which journal line, if any, names it."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+from pipeline.dataset import Dataset, Entry, FileRecord, read_journal, standing
+from pipeline.tiles.stage import IMPORTED_TILES
+
+_OWNERS = {"tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue"}
+"""Folders whose files readers see only by a journal line, and the stage that writes the lines."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file as a standing journal line names it."""
+
+    stage: str
+    entry: Entry
+    record: FileRecord
+
+
+@dataclass(frozen=True)
+class Stray:
+    """A file that no standing line names; path relative to the dataset."""
+
+    path: str
+    bytes: int
+    inode: int
+    mtime_ns: int
+
+
+@dataclass
+class Strays:
+    """Files without a standing line, by what that means.
+
+    In the folders of tiles, features, masks and candidates: `superseded`, an older line names
+    them; `leftover`, none ever did. Anywhere else, and where the journal is lost: `uncovered`,
+    for somebody may read them without a line, such as a selection that others wrote.
+    """
+
+    superseded: list[Stray] = field(default_factory=list)
+    leftover: list[Stray] = field(default_factory=list)
+    uncovered: list[Stray] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All journals of a dataset."""
+
+    dataset: Dataset
+    journals: dict[str, list[Entry]]
+
+    @classmethod
+    def take(cls, dataset: Dataset) -> "Inventory":
+        """Read the journals of every stage that has some."""
+        folder = dataset.root / "status"
+        stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return cls(dataset, {stage: read_journal(dataset, stage, outside=True) for stage in stages})
+
+    def standing(self, stage: str) -> Iterator[Entry]:
+        """The entries of a stage that stand, in all its scopes."""
+        entries = self.journals.get(stage, [])
+        for scope in sorted({entry.scope for entry in entries}):
+            by_slide = standing(entries, scope)
+            for slide_id in sorted(by_slide):
+                yield from by_slide[slide_id]
+
+    @cached_property
+    def named(self) -> dict[str, list[Named]]:
+        """By path, the standing lines that name it: more than one where stages share a file."""
+        found: dict[str, list[Named]] = {}
+        for stage in self.journals:
+            for entry in self.standing(stage):
+                for record in entry.files:
+                    found.setdefault(record.path, []).append(Named(stage, entry, record))
+        return found
+
+    def strays(self) -> Strays:
+        """Every file of the folder that no standing line names; journals and `.tmp` left out."""
+        once = {
+            record.path
+            for entries in self.journals.values()
+            for entry in entries
+            for record in entry.files
+        }
+        strays = Strays()
+        for one in _walk(self.dataset, strays.links):
+            if one.path in self.named or one.path == self.dataset.identity_file.name:
+                continue
+            self._kind(one.path, one.path in once, strays).append(one)
+        return strays
+
+    def _kind(self, path: str, was_named: bool, strays: Strays) -> list[Stray]:
+        parts = PurePosixPath(path).parts
+        owner = _OWNERS.get(parts[0])
+        if owner is None or not self.journals.get(owner):
+            return strays.uncovered
+        if was_named:
+            return strays.superseded
+        # encoder.json is read without a line; older releases wrote none.
+        return strays.uncovered if parts[-1] == "encoder.json" else strays.leftover
+
+
+def tile_writer(identity: Mapping[str, Any]) -> str:
+    """The command that writes a dataset's tiles, in backticks."""
+    if identity.get("kind") == "generated":
+        return "`evaluate generate`"
+    imported = identity.get("grid") == IMPORTED_TILES
+    return "`pipeline import tiles`" if imported else "`pipeline tile`"
+
+
+def _walk(dataset: Dataset, links: list[str]) -> Iterator[Stray]:
+    """Files below the dataset in the order of their paths; linked folders are only listed."""
+    for folder, folders, files in os.walk(dataset.root):
+        top = folder == str(dataset.root)
+        folders[:] = sorted(f for f in folders if not (top and f in ("status", ".tmp")))
+        links += [os.path.relpath(os.path.join(folder, f), dataset.root)
+                  for f in folders if os.path.islink(os.path.join(folder, f))]  # fmt: skip
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            try:
+                stat = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            relative = PurePosixPath(os.path.relpath(path, dataset.root)).as_posix()
+            yield Stray(relative, stat.st_size, stat.st_ino, stat.st_mtime_ns)

@@ -1,0 +1,236 @@
+"""Published weights fetched into a folder, for machines that have no network of their own.
+
+Each item becomes DIR/<name>.safetensors, with the tensors under their published names, and a
+record in DIR/weights.json: where it came from, its sums, its licence.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torchvision
+
+from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
+from common.errors import UserError
+from common.files import json_bytes, sync_directory
+from common.text import format_bytes
+from model.encoders import MissingPackageError, published_sha256, table
+from model.encoders.published import Published, ReleaseFile, local_copy
+from model.perceptual import PerceptualLoss
+from model.weights import Tensors, WeightsError, read_tensors, write_tensors, write_text
+
+RECORDS = "weights.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """Weights that can be fetched.
+
+    `tensors` reads what is kept of a published file that is not safetensors; `check` reads the
+    file as a run will and gives the sum that the run will record, or raises `UserError`.
+    """
+
+    name: str
+    published: Published
+    licence: str
+    gating: str
+    tensors: Callable[[Path], Tensors]
+    check: Callable[[Path], str]
+
+
+def items() -> Mapping[str, Item]:
+    """Everything `weights fetch` knows, by name; variants of an encoder share one item."""
+    encoders = [
+        _encoder_item(spec) for spec in table.ENCODERS.values() if spec.weights_name == spec.name
+    ]
+    return {item.name: item for item in (*encoders, _LPIPS)}
+
+
+def _encoder_item(spec: table.EncoderSpec) -> Item:
+    return Item(
+        spec.name,
+        spec.published,
+        spec.licence,
+        spec.gating,
+        tensors=partial(read_tensors, containers=spec.containers, mapped=True),
+        check=partial(published_sha256, spec),
+    )
+
+
+def _lpips_tensors(vgg16: Path) -> Tensors:
+    """VGG16's features and the heads that the `lpips` package carries, by published names."""
+    loss = PerceptualLoss(str(vgg16))
+    heads = {
+        f"lin{number}.model.1.weight": head.view(1, -1, 1, 1)
+        for number, head in enumerate(loss.heads)
+    }
+    features = {k: v for k, v in loss.state_dict().items() if k.startswith("features.")}
+    return {**features, **heads}
+
+
+_LPIPS = Item(
+    "lpips-vgg16",
+    ReleaseFile(torchvision.models.VGG16_Weights.IMAGENET1K_V1.url),
+    "BSD-3-Clause (torchvision), BSD-2-Clause (lpips)",
+    "",
+    tensors=_lpips_tensors,
+    check=lambda path: PerceptualLoss(str(path)).weights_sha256,
+)
+
+
+def fetch(names: list[str], folder: Path, *, mirror: str = "") -> int:
+    """Fetch the named weights into `folder`; returns the exit status.
+
+    One that is refused or broken leaves nothing behind and does not keep the others from being
+    fetched. Raises `UserError` for an unknown name before anything is fetched.
+    """
+    wanted = {item.name: item for item in map(_item, names)}
+    failed = [item.name for item in wanted.values() if not _have(item, folder, mirror)]
+    failures = f", {len(failed)} failed ({', '.join(failed)})" if failed else ""
+    say(f"weights: {len(wanted) - len(failed)} in {folder}{failures}; use them as --weights FILE")
+    return EXIT_FAILURES if failed else EXIT_OK
+
+
+def _have(item: Item, folder: Path, mirror: str) -> bool:
+    """Fetch an item that does not stand yet; says what came of it and whether it is there."""
+    record = _read_records(folder).get(item.name)
+    if record is not None and _stands(folder, record):
+        say(f"{item.name}: stands in {folder / record['file']}")
+        return True
+    try:
+        record = _fetch(item, folder, mirror)
+        records = {**_read_records(folder), item.name: record}
+        write_text(folder / RECORDS, json_bytes(records).decode())
+    except UserError as error:
+        say(f"{item.name}: failed: {error}")
+        return False
+    say(f"{item.name}: wrote {folder / record['file']}, {format_bytes(record['bytes'])}")
+    return True
+
+
+def _item(name: str) -> Item:
+    known = items()
+    if name in known:
+        return known[name]
+    try:
+        return known[table.encoder_spec(name).weights_name]
+    except UserError as error:
+        raise UserError(
+            f"weights {name!r} are not known; known are {', '.join(known)} "
+            "(`python -m pipeline weights list` says more)"
+        ) from error
+
+
+def _fetch(item: Item, folder: Path, mirror: str) -> dict[str, Any]:
+    """Fetch one item, check that it fits, and only then give it its name."""
+    gating = f"; gated: {item.gating}" if item.gating else ""
+    say(f"{item.name}: from {item.published.id}; licence: {item.licence}{gating}")
+    staging = folder / f".fetching-{item.name}"
+    final = folder / f"{item.name}.safetensors"
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        source = local_copy(
+            item.published, name=item.name, folder=staging, mirror=mirror,
+            progress=stdout.is_terminal,
+        )  # fmt: skip
+        published_sha256 = _sha256(source)
+        staged = staging / final.name
+        if source.suffix == staged.suffix:
+            source.resolve().replace(staged)  # the hub's client gives a link into its cache
+        else:
+            write_tensors(staged, item.tensors(source))
+        record = {
+            "file": final.name,
+            "bytes": staged.stat().st_size,
+            "sha256": _sha256(staged),
+            "weights_sha256": _checked(item, staged),
+            "source": item.published.id,
+            "published_file": source.name,
+            "published_sha256": published_sha256,
+            "licence": item.licence,
+            "gating": item.gating,
+        }
+        _publish(staged, final)
+    except OSError as error:
+        raise WeightsError(
+            f"weights of {item.name}: cannot write {folder} ({error.strerror or error}); free "
+            "space or choose another --to"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return record
+
+
+def _checked(item: Item, staged: Path) -> str | None:
+    """The sum a run will record; None where this machine lacks the package to build it."""
+    try:
+        return item.check(staged)
+    except MissingPackageError as error:
+        say(f"{item.name}: not checked against its network: {error}")
+        return None
+
+
+def _publish(staged: Path, final: Path) -> None:
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    staged.chmod(0o644)
+    staged.replace(final)
+    sync_directory(final.parent)
+
+
+def _stands(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the recorded file is there with the recorded bytes."""
+    path = folder / record["file"]
+    return path.is_file() and _sha256(path) == record["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_records(folder: Path) -> dict[str, Any]:
+    path = folder / RECORDS
+    if not path.exists():
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if not all("file" in record and "sha256" in record for record in records.values()):
+            raise ValueError("records lack a file or its sha256")
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and fetch again") from error
+    return dict(records)
+
+
+def table_rows() -> list[tuple[str, ...]]:
+    """What `weights list` prints: a head and one row for each encoder, then the other items."""
+    head = ("name", "dim", "tokens", "parameters", "input", "licence", "gated", "from")
+    rows = [
+        (
+            spec.name,
+            str(spec.dim),
+            f"{spec.num_tokens}x{spec.token_dim}" if spec.num_tokens else "-",
+            f"{spec.parameters / 1e6:,.1f} M",
+            f"{spec.input_px} px" + (f", {spec.resize}" if spec.resize else ""),
+            spec.licence,
+            spec.gating or "no",
+            spec.hub_id,
+        )
+        for spec in table.ENCODERS.values()
+    ]
+    others = [
+        (item.name, "-", "-", "-", "-", item.licence, item.gating or "no", item.published.id)
+        for item in items().values()
+        if item.name not in table.ENCODERS
+    ]
+    return [head, *rows, *others]
