@@ -46,15 +46,16 @@ from pipeline.dataset.journal import encode_line  # noqa: E402
 from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
 from pipeline.run.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
 from pipeline.run.stage import stage_versions  # noqa: E402
+from pipeline.slides.config import ScanConfig  # noqa: E402
 from pipeline.slides.open import find_sources  # noqa: E402
 from pipeline.slides.scan import (  # noqa: E402
-    ScanConfig,
     _named,
     _source_fingerprint,
     scan_slide,
 )
 from pipeline.tiles.stage import tile_fingerprint  # noqa: E402
-from pipeline.tissue.stage import TissueConfig, tissue_fingerprint, tissue_slide  # noqa: E402
+from pipeline.tissue.config import TissueConfig  # noqa: E402
+from pipeline.tissue.stage import tissue_fingerprint, tissue_slide  # noqa: E402
 
 OUT = HERE / "out"
 SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"

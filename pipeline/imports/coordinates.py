@@ -3,9 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +12,7 @@ from common.console import say
 from common.errors import UserError
 from pipeline.dataset import Dataset, Slide, identity_value, read_slides
 from pipeline.imports.candidates import Part, record_candidates
+from pipeline.imports.config import CoordinatesConfig
 from pipeline.imports.positions import (
     Ints,
     SlideFrames,
@@ -23,46 +22,11 @@ from pipeline.imports.positions import (
     place,
     slide_frames,
 )
-from pipeline.imports.table import Columns, PositionTable, read_positions
+from pipeline.imports.table import PositionTable, read_positions
 from pipeline.tissue.stage import usable_slides
 
-ANCHORS = ("corner", "center")
 _SLIDES_SHOWN = 20
 _HASH_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class CoordinatesConfig:
-    """Which table makes which selection, and how its positions are meant.
-
-    `anchor` says whether (x, y) is a tile's upper left corner or its centre; `drop_outside`
-    leaves out rows that are not wholly on their slide instead of refusing the table.
-    """
-
-    files: tuple[tuple[str, Path], ...]
-    columns: Columns = field(default_factory=Columns)
-    units: str = ""
-    anchor: str = "corner"
-    drop_outside: bool = False
-
-    def parameters(self) -> dict[str, Any]:
-        """What the candidates depend on, for the dataset's identity."""
-        return {
-            "name": "imported coordinates",
-            "files": {name: file_sha256(path) for name, path in self.files},
-            "columns": self.columns.as_dict(),
-            "units": self.units,
-            "anchor": self.anchor,
-            "drop_outside": self.drop_outside,
-        }
-
-
-def parse_file(text: str) -> tuple[str, Path]:
-    """`NAME=FILE`."""
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise UserError(f"'{text}': expected NAME=FILE, such as train=train.csv")
-    return name, Path(path)
 
 
 def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
@@ -83,7 +47,15 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
             f"no row of {', '.join(str(path) for _, path in config.files)} names a usable slide of "
             f"{dataset.root}, such as {slides[0].slide_id}; is --slide-column right?"
         )
-    return record_candidates(dataset, slides, parts, config.parameters())
+    parameters = {
+        "name": "imported coordinates",
+        "files": {name: file_sha256(path) for name, path in config.files},
+        "columns": config.columns.as_dict(),
+        "units": config.units,
+        "anchor": config.anchor,
+        "drop_outside": config.drop_outside,
+    }
+    return record_candidates(dataset, slides, parts, parameters)
 
 
 def dataset_frames(dataset: Dataset, slides: Sequence[Slide]) -> SlideFrames:

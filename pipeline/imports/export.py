@@ -20,21 +20,13 @@ from pipeline.dataset import (
     read_selection,
     standing,
 )
+from pipeline.imports.config import CoordinatesExport
 from pipeline.imports.coordinates import dataset_frames
 from pipeline.imports.geojson import encode, mask_features, tile_features
 from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
 from pipeline.run.stage import Summary, report_summary
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import usable_slides
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Where to write, and whether tiles go with the masks (of selections, where named)."""
-
-    out: Path | None = None
-    tiles: bool = False
-    selections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class _Work:
     size: float = 0.0
 
 
-def export_geojson(dataset: Dataset, config: ExportConfig, engine: EngineConfig) -> int:
+def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineConfig) -> int:
     """Write `<slide_id>.geojson` for every slide with a mask or tiles; returns the exit status."""
     out = (config.out or dataset.root / "geojson").absolute()
     works = _works(dataset, config)
@@ -69,7 +61,7 @@ def export_geojson(dataset: Dataset, config: ExportConfig, engine: EngineConfig)
     return report_summary(summary, out)
 
 
-def _works(dataset: Dataset, config: ExportConfig) -> list[_Work]:
+def _works(dataset: Dataset, config: CoordinatesExport) -> list[_Work]:
     known = standing(read_journal(dataset, TISSUE))
     slides = [slide for slide in usable_slides(dataset) if known.get(slide.slide_id)]
     works = []
@@ -86,7 +78,7 @@ def _works(dataset: Dataset, config: ExportConfig) -> list[_Work]:
 
 def _with_tiles(
     dataset: Dataset,
-    config: ExportConfig,
+    config: CoordinatesExport,
     slides: list[Slide],
     works: list[_Work],
     known: dict[str, list[Entry]],

@@ -17,6 +17,7 @@ from common.console import say
 from common.errors import UserError
 from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
 from pipeline.imports.candidates import Part, record_candidates
+from pipeline.imports.config import H5Config
 from pipeline.imports.coordinates import dataset_frames, file_sha256
 from pipeline.imports.positions import Floats, SlideFrames, inside, match_slides, place
 from pipeline.tissue.stage import usable_slides
@@ -24,20 +25,6 @@ from pipeline.tissue.stage import usable_slides
 SUFFIXES = (".h5", ".hdf5")
 _TRIDENT_SUFFIX = "_patches"
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class H5Config:
-    """The folder, the selection's name, and how tiles lie in the patches.
-
-    `anchor` "corner" puts a tile's upper left corner on the patch's, "center" their centres on
-    each other.
-    """
-
-    folder: Path
-    name: str
-    anchor: str = "corner"
-    drop_outside: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`import masks`: masks that others made stand in for the tissue detector."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,17 +21,17 @@ from pipeline.dataset import (
     read_journal,
     standing,
 )
+from pipeline.imports.config import MasksConfig
 from pipeline.imports.coordinates import file_sha256
-from pipeline.imports.geojson import features_mask, read_features, unknown_classes
+from pipeline.imports.geojson import features_mask, parse_classes, read_features, unknown_classes
 from pipeline.run.engine import EngineConfig, SlideTask
 from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
-from pipeline.slides.staging import StageIn
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
+from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection, DetectorConfig
 from pipeline.tissue.stage import (
     STAGE,
-    TissueConfig,
     imported_source,
     record_tissue,
     tissue_fingerprint,
@@ -49,39 +49,6 @@ _MAX_STRETCH = 0.02
 
 
 @dataclass(frozen=True)
-class MasksConfig:
-    """The folder of masks, the thresholds of candidates, and names of classes as ours."""
-
-    folder: Path
-    min_tissue: float = 0.5
-    max_artifact: float = 0.1
-    classes: Mapping[str, TissueClass] | None = None
-    stage_in: StageIn = field(default_factory=StageIn)
-
-    @property
-    def own(self) -> dict[str, TissueClass]:
-        """The user's names for our classes."""
-        return dict(self.classes or {})
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other; masks may be added and mended."""
-        um_per_px = DetectorConfig().um_per_px
-        parameters = {"name": _DETECTOR, "version": _VERSION, "um_per_px": um_per_px}
-        return {
-            "detector": f"{_DETECTOR} {fingerprint(**parameters)}",
-            "detector_parameters": parameters,
-            "min_tissue": self.min_tissue,
-            "max_artifact": self.max_artifact,
-        }
-
-    def source(self, mask: Path) -> str:
-        """What a slide's candidates are made from: the mask's bytes and what its names mean."""
-        return fingerprint(
-            sha256=file_sha256(mask), classes={name: int(one) for name, one in self.own.items()}
-        )
-
-
-@dataclass(frozen=True)
 class MaskFile:
     """A mask of one slide as a detector: it looks at the file, not at the slide.
 
@@ -91,7 +58,7 @@ class MaskFile:
     experimental: ClassVar[frozenset[TissueClass]] = frozenset()
     path: Path
     slide: Slide
-    own: Mapping[str, TissueClass]
+    class_names: Mapping[str, TissueClass]
 
     @property
     def um_per_px(self) -> float:
@@ -109,24 +76,25 @@ class MaskFile:
         if self.path.suffix == ".png":
             mask = read_png_mask(self.path, shape, scale, (self.slide.width, self.slide.height))
         else:
-            mask = features_mask(read_features(self.path), shape, scale, self.own)
+            mask = features_mask(read_features(self.path), shape, scale, self.class_names)
         return Detection(mask, glass_level(rgb))
 
 
 def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) -> int:
     """Masks, overlays and candidates from a folder of masks; returns the exit status."""
+    class_names = parse_classes(config.classes)
     slides = usable_slides(dataset)
     masks = find_masks(config.folder, slides)
-    _refuse_unknown_early(list(masks.values()), config.own)
+    _refuse_unknown_early(list(masks.values()), class_names)
     versions = stage_versions()
-    identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
+    identity = claim_identity(dataset, masks_identity(config), stage=STAGE, versions=versions)
     known = standing(read_journal(dataset, STAGE))
     summary = Summary("import")
     tasks, without = [], []
     for slide in slides:
         entries = known.get(slide.slide_id, [])
         path = masks.get(slide.slide_id)
-        source = config.source(path) if path else imported_source(entries)
+        source = mask_source(path, class_names) if path else imported_source(entries)
         mark = tissue_fingerprint(slide, identity, source)
         stood = stands(dataset, entries, mark)
         if stood is not None:
@@ -147,6 +115,25 @@ def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) ->
     if summary.done_slides and dataset.selection_names():
         say("import: candidates changed; make the selections again, they name the former ones")
     return report_summary(summary, dataset.root / "tissue", "candidate tiles")
+
+
+def masks_identity(config: MasksConfig) -> dict[str, Any]:
+    """The values that make it this dataset and no other; masks may be added and changed."""
+    parameters = {
+        "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
+    }  # fmt: skip
+    return {
+        "detector": f"{_DETECTOR} {fingerprint(**parameters)}",
+        "detector_parameters": parameters,
+        "min_tissue": config.min_tissue,
+        "max_artifact": config.max_artifact,
+    }
+
+
+def mask_source(mask: Path, class_names: Mapping[str, TissueClass]) -> str:
+    """What a slide's candidates are made from: the mask's bytes and what its names mean."""
+    classes = {name: int(value) for name, value in class_names.items()}
+    return fingerprint(sha256=file_sha256(mask), classes=classes)
 
 
 def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
@@ -196,7 +183,7 @@ def mask_slide(
 ) -> list[Entry]:
     """Mask, overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
-    detector = MaskFile(path, slide, config.own)
+    detector = MaskFile(path, slide, parse_classes(config.classes))
     try:
         entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, mark, detector)
     except UserError as error:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from pipeline.dataset import Slide, safe_slide_id
 from pipeline.dataset.grid import COORDINATE_UNITS, rank_order
-from pipeline.slides.open import SLIDE_SUFFIXES
 from pipeline.slides.reader import Level
+from pipeline.slides.readers import SLIDE_SUFFIXES
 from pipeline.slides.resolution import level_downsamples, plan_read
 
 _SLACK = 0.5 / COORDINATE_UNITS

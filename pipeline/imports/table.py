@@ -5,7 +5,7 @@ are arrays, no row becomes a Python object.
 """
 
 import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from pipeline.imports.config import Columns
 
-UNITS = ("level0", "level", "mpp")
 SYNONYMS = {
     "slide": (
         "slide_id", "slide", "slide_name", "wsi", "wsi_id", "filename", "file_name", "slide_path",
@@ -36,21 +36,6 @@ _HEAD_BYTES = 1 << 16
 _LINES_SHOWN = 5
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns' names in the table; '' where the synonyms or nothing will do."""
-
-    slide: str = ""
-    x: str = ""
-    y: str = ""
-    level: str = ""
-    mpp: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """By role."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -81,8 +66,8 @@ class PositionTable:
 def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTable:
     """Read a CSV or Parquet table of positions.
 
-    `units` is one of `UNITS`; '' takes level 0 where the x column's name says so or no level and
-    mpp column is there, else what that column says. Raises `UserError` naming file, column and
+    `units` '' takes level 0 where the x column's name says so or no level and mpp column is there,
+    else what that column says. Raises `UserError` naming file, column and
     lines where a value is missing or no number.
     """
     is_csv = path.suffix.lower() not in (".parquet", ".pq")

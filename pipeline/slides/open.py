@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.text import one_line
 from pipeline.dataset import check_slide_id, safe_slide_id
 from pipeline.slides.reader import SlideOpenError, SlideReader
+from pipeline.slides.readers import AUTO, READERS, SLIDE_SUFFIXES, reader_entry
 
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs"}
-    | {".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi"}
-)
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
-READERS = ("auto", "native", "openslide", "tiffslide")
 _PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
 _GDC_COLUMNS = frozenset({"id", "filename", "md5", "size"})
 """The columns of a manifest of the Genomic Data Commons."""
@@ -51,19 +48,20 @@ class Source:
         return self.uri or str(self.path)
 
 
-def open_slide(path: Path, reader: str = "auto") -> SlideReader:
-    """Open a slide with the named reader; "auto" is OpenSlide, or tiffslide where that refuses.
+def open_slide(path: Path, reader: str = AUTO) -> SlideReader:
+    """Open a slide with the named reader; "auto" is the first in `READERS` that opens it.
 
     Whether the native reader may be used is for `scan` to find out (see `best_reader`). Raises
     `SlideOpenError` with the reasons in one line.
     """
     _refuse_known_non_slides(path)
     reasons = []
-    for name in ("openslide", "tiffslide") if reader == "auto" else (reader,):
+    unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
+    for name in unchecked if reader == AUTO else [reader]:
         try:
-            return _reader(name, path)
+            return reader_entry(name).open(path)
         except SlideOpenError as error:
-            reasons.append(" ".join(str(error).split())[:120])
+            reasons.append(one_line(error, 120))
     raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
 
 
@@ -81,28 +79,11 @@ def best_reader(path: Path) -> tuple[SlideReader, str]:
     try:
         native = NativeReader(path)
     except SlideOpenError as error:
-        return reference, " ".join(str(error).split())[:160]
+        return reference, one_line(error, 160)
     reason = disagreement(native, reference)
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason
-
-
-def _reader(name: str, path: Path) -> SlideReader:
-    # Imported where used: training nodes often lack these libraries.
-    if name == "native":
-        from pipeline.slides.native_reader import NativeReader
-
-        return NativeReader(path)
-    if name == "openslide":
-        from pipeline.slides.openslide_reader import OpenSlideReader
-
-        return OpenSlideReader(path)
-    if name == "tiffslide":
-        from pipeline.slides.tiffslide_reader import TiffSlideReader
-
-        return TiffSlideReader(path)
-    raise UserError(f"no reader '{name}': expected one of {', '.join(READERS)}")
 
 
 def _refuse_known_non_slides(path: Path) -> None:

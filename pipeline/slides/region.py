@@ -11,7 +11,6 @@ from PIL import Image
 from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.resolution import ReadPlan, area_resample, level_downsamples, plan_read
 
-RESAMPLERS = ("area", "lanczos", "bicubic")
 _KERNELS = {
     "lanczos": (Image.Resampling.LANCZOS, 3.0),
     "bicubic": (Image.Resampling.BICUBIC, 2.0),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from pipeline.dataset import (
     standing,
     write_slides,
 )
-from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.journal import Outcome
 from pipeline.run.engine import EngineConfig, SlideTask
 from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.slides.barcode import Barcode, parse_barcode
+from pipeline.slides.config import ScanConfig
 from pipeline.slides.open import Source, best_reader, find_sources, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
-from pipeline.slides.staging import IN_PLACE, StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing
 
 STAGE, VERSION = "scan", 4
@@ -36,36 +36,6 @@ TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
 _PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class ScanConfig:
-    """What to scan and at which resolution tiles will be cut."""
-
-    inputs: tuple[str, ...]
-    mpp: float = 0.5
-    mpp_tolerance: float = 0.02
-    tile_px: int = 224
-    seed: int = 0
-    assume_mpp: float | None = None
-    reader: str = "auto"
-    sha256: bool = False
-    stage_in: StageIn = IN_PLACE
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {
-            "mpp": self.mpp,
-            "mpp_tolerance": self.mpp_tolerance,
-            "tile_px": self.tile_px,
-            "grid": "adjacent",
-            "seed": self.seed,
-            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-        }
-
-    def parameters(self) -> dict[str, Any]:
-        """What a scanned row depends on beside the slide's bytes."""
-        return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}
 
 
 def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:

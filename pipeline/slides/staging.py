@@ -7,7 +7,6 @@ A command of the user's brings a slide (`aws s3 cp {uri} {dest}`, `rsync {uri} {
 import ctypes
 import hashlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,17 +16,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
 
 from common.errors import UserError
+from common.processes import is_process_alive
 from common.redact import HIDDEN, redact, secrets_in
 from pipeline.dataset import Slide
+from pipeline.slides.config import JOB_SCRATCH, StageIn
 
-PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
-JOB_SCRATCH = "$SLURM_TMPDIR"
-"""The default scratch folder, where the batch system gives one."""
 _PREFIX = "histogen-stage-in"
 _FIRST_PAUSE_S = 2.0
 _HASH_CHUNK = 1 << 22
@@ -36,58 +33,6 @@ _SAID_CHARACTERS = 200
 
 class StageInError(UserError):
     """A slide could not be fetched, or what came is not the slide."""
-
-
-@dataclass(frozen=True)
-class StageIn:
-    """How slides are fetched: no command means that they are read where they lie.
-
-    In `command`, {uri} is the slide as the table names it, {id} what stands before its last '/'
-    (the UUID of a row of a GDC manifest), {name} what stands behind it, {dest} the file to write
-    and {dir} its folder. It is run without a shell. `scratch` is a local folder, $NAMES in it are
-    the worker's; each slide has a folder of its own there while it is in use. `retries` fetches
-    are tried after the first, with doubling pauses.
-    """
-
-    command: str = field(default="", repr=False)  # Dask logs the arguments of what raises
-    scratch: str = ""
-    retries: int = 3
-    timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if self.command and not {"{dest}", "{dir}"} & set(_placeholders(self.command)):
-            raise UserError(
-                f"--stage-in '{self.command}': expected a command that writes the file {{dest}} "
-                "or into the folder {dir}, such as 'cp {uri} {dest}'"
-            )
-
-    def argv(self, uri: str, dest: Path) -> list[str]:
-        """The command for one slide, as a list of arguments."""
-        values = {
-            "{uri}": uri, "{id}": uri.rpartition("/")[0], "{name}": dest.name,
-            "{dest}": str(dest), "{dir}": str(dest.parent),
-        }  # fmt: skip
-        return [_filled(part, values) for part in _split(self.command)]
-
-
-IN_PLACE = StageIn()
-"""Slides are read where they lie."""
-
-
-def _split(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--stage-in '{command}': {error}") from error
-
-
-def _placeholders(command: str) -> list[str]:
-    return [one for one in PLACEHOLDERS if any(one in part for part in _split(command))]
-
-
-def _filled(part: str, values: dict[str, str]) -> str:
-    """The placeholders replaced in one pass: a slide's name may itself hold braces."""
-    return re.sub(r"\{\w+\}", lambda found: values.get(found[0], found[0]), part)
 
 
 @contextmanager
@@ -142,18 +87,8 @@ def _remove_abandoned(scratch: Path) -> None:
     """Copies of processes that were killed on this machine: nobody else would remove them."""
     for left in scratch.glob(f"{_PREFIX}-{_host()}-*"):
         pid = left.name.removeprefix(f"{_PREFIX}-{_host()}-").split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not is_process_alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _fetch(slide: Slide, stage_in: StageIn, own: Path) -> Path:

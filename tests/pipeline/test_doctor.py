@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 from pipeline.__main__ import main
 from pipeline.slides import open as opening
 from pipeline.upkeep.doctor import machine, reading, storage
-from pipeline.upkeep.doctor.check import DoctorConfig, doctor
+from pipeline.upkeep.doctor.check import doctor
+from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
 
 

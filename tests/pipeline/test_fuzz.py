@@ -44,9 +44,10 @@ from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import parse_shard_name
 from pipeline.dataset.tiles.png_tar import TarShard
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, commit_zarr, encode_chunk
+from pipeline.imports.config import Columns
 from pipeline.imports.geojson import features_mask, read_features
 from pipeline.imports.masks import read_png_mask
-from pipeline.imports.table import Columns, read_positions
+from pipeline.imports.table import read_positions
 from pipeline.imports.tile_folder import find_tile_folders
 from pipeline.recipe.steps import load_recipe
 from pipeline.run.cluster import load_cluster

@@ -26,9 +26,10 @@ from pipeline.dataset import (
     read_slides,
     write_slides,
 )
-from pipeline.imports.export import ExportConfig, _Work, _works, export_slide
-from pipeline.imports.geojson import features_mask, mask_features, parse_classes, read_features
-from pipeline.imports.masks import MasksConfig, mask_slide, read_png_mask
+from pipeline.imports.config import CoordinatesExport, MasksConfig
+from pipeline.imports.export import _Work, _works, export_slide
+from pipeline.imports.geojson import features_mask, mask_features, read_features
+from pipeline.imports.masks import mask_slide, mask_source, read_png_mask
 from pipeline.imports.polygons import Polygon, area, fill, paint, trace
 from pipeline.tissue.classes import TissueClass
 
@@ -191,7 +192,7 @@ def test_the_detectors_mask_comes_back_and_so_do_its_candidates(tiled, dataset, 
     capsys.readouterr()
     assert import_masks(dataset, out) == 0
     assert "1 already done, nothing to redo" in capsys.readouterr().out
-    import_slide(dataset, file, classes=parse_classes(["fold=tissue"]))
+    import_slide(dataset, file, classes=("fold=tissue",))
     assert positions(dataset) == positions(tiled)
     before = file.read_bytes()
     (entry,) = read_journal(tiled, "tissue")
@@ -206,7 +207,7 @@ def positions(dataset: Dataset) -> set[tuple[float, float]]:
 
 
 def test_tiles_of_a_selection_lie_where_they_were_cut(tiled, tmp_path):
-    (work,) = _works(tiled, ExportConfig(selections=("train",)))
+    (work,) = _works(tiled, CoordinatesExport(selections=("train",)))
     (entry,) = export_slide(str(tiled.root), work, str(tmp_path))
     assert entry.counts["tiles"] == read_selection(tiled, "train").rows
     features = json.loads((tmp_path / f"{SLIDE}.geojson").read_text())["features"]
@@ -257,7 +258,7 @@ def test_png_masks_of_any_size_and_of_ours(tiled, dataset, tmp_path):
     shutil.copy(tiled.mask_file(SLIDE), folder / f"{SLIDE}.png")
     file, full = folder / f"{SLIDE}.png", ((185, 138), 16.0, (2220, 2967))
     assert np.array_equal(read_png_mask(file, *full), mask_of(tiled))
-    source = MasksConfig(folder).source(file)
+    source = mask_source(file, {})
     large = np.zeros((2967, 2220), np.uint8)
     large[500:2000, 300:700] = 255
     Image.fromarray(large).save(file)
@@ -266,7 +267,7 @@ def test_png_masks_of_any_size_and_of_ours(tiled, dataset, tmp_path):
     (entry,) = import_slide(dataset, file)
     assert entry.outcome == "done"
     assert np.array_equal(mask_of(dataset), mask)
-    assert MasksConfig(folder).source(file) != source, "a mask that was mended is taken again"
+    assert mask_source(file, {}) != source, "a mask that was mended is taken again"
 
 
 @pytest.mark.parametrize(
@@ -306,8 +307,7 @@ def test_mistakes_in_masks_are_one_line_and_write_nothing(dataset, tmp_path):
     with pytest.raises(UserError, match="expected NAME=CLASS"):
         import_masks(dataset, folder, "--class", "Tumor=cancer")
     assert "detector" not in read_identity(dataset)
-    own = parse_classes(["Tumor=tissue"])
-    (entry,) = import_slide(dataset, folder / f"{SLIDE}.geojson", classes=own)
+    (entry,) = import_slide(dataset, folder / f"{SLIDE}.geojson", classes=("Tumor=tissue",))
     assert entry.outcome == "done"
     (folder / f"{SLIDE}.geojson").write_text("{")
     with pytest.raises(UserError, match="is not GeoJSON"):

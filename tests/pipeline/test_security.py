@@ -32,8 +32,9 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.layout import ShardName, check_slide_id, is_inside
 from pipeline.dataset.tiles.png_tar import TarShard
+from pipeline.slides.config import StageIn
 from pipeline.slides.open import find_sources
-from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("pipeline", "model", "train", "evaluate")

@@ -14,9 +14,10 @@ from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
 from pipeline.run.stage import Summary, report_summary
 from pipeline.slides import staging
+from pipeline.slides.config import StageIn
 from pipeline.slides.open import find_sources
 from pipeline.slides.scan import _row
-from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 MD5 = hashlib.md5(SLIDE.read_bytes(), usedforsecurity=False).hexdigest()

@@ -3,10 +3,11 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from common.console import EXIT_FAILURES, EXIT_OK, say
+from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
 from pipeline.upkeep.doctor.machine import (
     batch_finding,
@@ -21,15 +22,6 @@ from pipeline.upkeep.doctor.storage import meeting, storage_findings
 _SIGNS = {"ok": "ok      ", "warning": "warning ", "bad": "BAD     "}
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
-    """What to look at beside the machine: a dataset's folder, a slide; how much to write."""
-
-    dataset: Path | None = None
-    slide: Path | None = None
-    size_bytes: int = 256_000_000
-
-
 def find(config: DoctorConfig) -> list[Finding]:
     """Everything that can be found out here."""
     found = [*version_findings(), *machine_findings()]
@@ -38,7 +30,7 @@ def find(config: DoctorConfig) -> list[Finding]:
     found += codec_findings()
     found += [gpu_finding(), hub_finding(), batch_finding()]
     if config.dataset is not None:
-        found += storage_findings(config.dataset, config.size_bytes)
+        found += storage_findings(config.dataset, int(config.size * 1e6))
         tasks = int(os.environ.get("SLURM_NTASKS", "1"))
         if tasks > 1:
             job = f"{os.environ.get('SLURM_JOB_ID')}-{os.environ.get('SLURM_STEP_ID')}"
