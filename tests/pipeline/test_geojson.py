@@ -29,7 +29,7 @@ from pipeline.dataset import (
 from pipeline.imports.config import CoordinatesExport, MasksConfig
 from pipeline.imports.export import _Work, _works, export_slide
 from pipeline.imports.geojson import features_mask, mask_features, read_features
-from pipeline.imports.masks import mask_slide, mask_source, read_png_mask
+from pipeline.imports.masks import mask_slide, mask_source, masks_identity, read_png_mask
 from pipeline.imports.polygons import Polygon, area, fill, paint, trace
 from pipeline.tissue.classes import TissueClass
 
@@ -290,7 +290,7 @@ def import_slide(dataset: Dataset, mask: Path, **options) -> list[Entry]:
     """What the worker does, without a cluster."""
     (slide,) = read_slides(dataset)
     config = MasksConfig(mask.parent, **options)
-    claim_identity(dataset, config.identity(), stage="tissue", versions={})
+    claim_identity(dataset, masks_identity(config), stage="tissue", versions={})
     return mask_slide("run", str(dataset.root), slide, mask, config, "mark", "source")
 
 
