@@ -1,6 +1,7 @@
-"""`import masks`: masks that others made stand in for the tissue detector."""
+"""`import masks`: masks that others made take the place of the tissue detector."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ from PIL import Image
 
 from common.console import say
 from common.errors import UserError
+from common.files import hash_file
+from common.text import list_some, one_line
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -22,8 +25,13 @@ from pipeline.dataset import (
     standing,
 )
 from pipeline.imports.config import MasksConfig
-from pipeline.imports.coordinates import file_sha256
-from pipeline.imports.geojson import features_mask, parse_classes, read_features, unknown_classes
+from pipeline.imports.geojson import (
+    features_mask,
+    parse_classes,
+    read_features,
+    refuse_unknown,
+    unknown_classes,
+)
 from pipeline.run.engine import EngineConfig, SlideTask
 from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
@@ -42,9 +50,7 @@ SUFFIXES = (".geojson", ".png")
 _DETECTOR = "imported masks"
 _VERSION = 1
 _NO_MASK = "no mask was imported for this slide"
-_SHOWN = 20
 _CHECKED_FIRST = 8
-_BINARY = {0: TissueClass.BACKGROUND, 255: TissueClass.TISSUE}
 _MAX_STRETCH = 0.02
 
 
@@ -52,7 +58,7 @@ _MAX_STRETCH = 0.02
 class MaskFile:
     """A mask of one slide as a detector: it looks at the file, not at the slide.
 
-    What a person marked as a fold is an artifact: no class is experimental.
+    What somebody annotated as a fold is an artifact: no class is experimental.
     """
 
     experimental: ClassVar[frozenset[TissueClass]] = frozenset()
@@ -67,10 +73,10 @@ class MaskFile:
 
     def identity(self) -> dict[str, Any]:
         """The mask's file."""
-        return {"name": _DETECTOR, "sha256": file_sha256(self.path)}
+        return {"name": _DETECTOR, "sha256": hash_file(self.path)}
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
-        """The mask at the size of the overview."""
+        """The mask, uint8 [h, w], at the size of the overview uint8 [h, w, 3]."""
         shape = (rgb.shape[0], rgb.shape[1])
         scale = um_per_px / float(self.slide.mpp or 1)
         if self.path.suffix == ".png":
@@ -95,17 +101,19 @@ def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) ->
         entries = known.get(slide.slide_id, [])
         path = masks.get(slide.slide_id)
         source = mask_source(path, class_names) if path else imported_source(entries)
-        mark = tissue_fingerprint(slide, identity, source)
-        stood = stands(dataset, entries, mark)
-        if stood is not None:
-            summary.skipped += stood.reason != _NO_MASK
-            if stood.outcome == "rejected":
-                summary.rejected.append((slide.slide_id, stood.reason))
+        slide_fingerprint = tissue_fingerprint(slide, identity, source)
+        current = stands(dataset, entries, slide_fingerprint)
+        if current is not None:
+            summary.skipped += current.reason != _NO_MASK
+            if current.outcome == "rejected":
+                summary.rejected.append((slide.slide_id, current.reason))
         elif path is None:
-            without.append(Entry(slide.slide_id, "rejected", mark, _NO_MASK))
+            without.append(Entry(slide.slide_id, "rejected", slide_fingerprint, _NO_MASK))
         else:
-            arguments = (str(dataset.root), slide, path.absolute(), config, mark, source)
-            tasks.append(SlideTask(slide.slide_id, mark, arguments, slide.bytes))
+            arguments = (
+                str(dataset.root), slide, path.absolute(), config, slide_fingerprint, source,
+            )  # fmt: skip
+            tasks.append(SlideTask(slide.slide_id, slide_fingerprint, arguments, slide.bytes))
     with Run(dataset, STAGE, versions) as run:
         if without:
             run.append(without)
@@ -133,73 +141,77 @@ def masks_identity(config: MasksConfig) -> dict[str, Any]:
 def mask_source(mask: Path, class_names: Mapping[str, TissueClass]) -> str:
     """What a slide's candidates are made from: the mask's bytes and what its names mean."""
     classes = {name: int(value) for name, value in class_names.items()}
-    return fingerprint(sha256=file_sha256(mask), classes=classes)
+    try:
+        return fingerprint(sha256=hash_file(mask), classes=classes)
+    except OSError as error:
+        raise UserError(f"{mask} cannot be read: {error.strerror}") from error
 
 
 def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
-    """The mask of each slide that has one; what belongs to no slide is said."""
+    """The mask of each slide that has one, by slide_id; masks of no slide are reported."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of <slide_id>.geojson or .png")
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
-    found = {}
+    masks = {}
     for slide in slides:
-        mine = [files.pop(slide.slide_id + s) for s in SUFFIXES if slide.slide_id + s in files]
-        if len(mine) > 1:
-            raise UserError(f"{folder}: two masks of {slide.slide_id} ({mine[0].name}, "
-                            f"{mine[1].name}); leave one of them")  # fmt: skip
-        if mine:
-            found[slide.slide_id] = mine[0]
-    if not found:
+        names = [slide.slide_id + suffix for suffix in SUFFIXES]
+        paths = [files.pop(name) for name in names if name in files]
+        if len(paths) > 1:
+            raise UserError(
+                f"{folder}: two masks of {slide.slide_id} ({paths[0].name}, {paths[1].name}); "
+                "leave one of them"
+            )
+        if paths:
+            masks[slide.slide_id] = paths[0]
+    if not masks:
         raise UserError(
-            f"{folder} holds no mask of a usable slide; expected names such as "
+            f"{folder} has no mask of a usable slide; expected names such as "
             f"{slides[0].slide_id}.geojson or .png, there: {', '.join([*files][:3]) or 'none'}"
         )
     if files:
-        shown = ", ".join([*files][:_SHOWN]) + (", ..." if len(files) > _SHOWN else "")
-        say(f"import: {len(files):,} masks are of no usable slide of this dataset: {shown}")
-    return found
+        strangers = list_some([*files])
+        say(f"import: {len(files):,} masks are of no usable slide of this dataset: {strangers}")
+    return masks
 
 
-def _refuse_unknown_early(masks: list[Path], own: Mapping[str, TissueClass]) -> None:
+def _refuse_unknown_early(masks: list[Path], class_names: Mapping[str, TissueClass]) -> None:
     """Before anything is written, look for unknown names in a few small files."""
-    texts = sorted(
-        (path for path in masks if path.suffix != ".png"), key=lambda p: p.stat().st_size
-    )
+    texts = [path for path in masks if path.suffix != ".png"]
     unknown: set[str] = set()
-    for path in texts[:_CHECKED_FIRST]:
-        try:
-            unknown |= set(unknown_classes(read_features(path), own))
-        except UserError:
-            continue
-    if unknown:
-        raise UserError(
-            f"{texts[0].parent}: unknown classes {', '.join(map(repr, sorted(unknown)))}: map each "
-            f"with --class NAME=CLASS, where CLASS is one of {', '.join(CLASS_NAMES.values())}"
-        )
+    for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
+        with suppress(UserError):
+            unknown |= unknown_classes(read_features(path), class_names)
+    refuse_unknown(unknown)
 
 
 def mask_slide(
-    run_id: str, root: str, slide: Slide, path: Path, config: MasksConfig, mark: str, source: str
+    run_id: str,
+    root: str,
+    slide: Slide,
+    path: Path,
+    config: MasksConfig,
+    fingerprint: str,
+    source: str,
 ) -> list[Entry]:
     """Mask, overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
     detector = MaskFile(path, slide, parse_classes(config.classes))
     try:
-        entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, mark, detector)
+        entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, fingerprint, detector)
     except UserError as error:
-        return [Entry(slide.slide_id, "failed", mark, f"{path.name}: {error}")]
+        return [Entry(slide.slide_id, "failed", fingerprint, f"{path.name}: {error}")]
     return [replace(entry, values={**entry.values, "source": source})]
 
 
 def read_png_mask(
     path: Path, shape: tuple[int, int], scale: float, size_level0: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """Mask of `shape` (h, w) from a picture of the whole slide, nearest pixels.
+    """Mask uint8 of `shape` (h, w) from a picture of the whole slide, nearest pixels.
 
-    `scale` is level-0 pixels a mask pixel, `size_level0` the slide's (width, height). A picture
+    `scale` is level-0 pixels per mask pixel, `size_level0` the slide's (width, height). A picture
     of just that shape is taken pixel by pixel: it is one of ours.
     """
-    picture = _classes(_read_picture(path))
+    picture = _to_classes(_read_picture(path))
     if picture.shape == shape:
         return picture
     width, height = size_level0
@@ -223,21 +235,20 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
                 return np.array(image.convert("L"), np.uint8)
             if image.mode not in ("L", "P"):
                 raise UserError(
-                    f"the picture is {image.mode}; expected one grey or palette value a pixel"
+                    f"the picture is {image.mode}; expected one grey or palette value per pixel"
                 )
             return np.array(image, np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"cannot be read as a PNG: {reason}") from error
+        raise UserError(f"cannot be read as a PNG: {one_line(error, 120)}") from error
 
 
-def _classes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
-    if set(found) <= set(_BINARY):
+def _to_classes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+    if set(present) <= {0, 255}:
         return np.where(values == 255, np.uint8(TissueClass.TISSUE), np.uint8(0))
-    if max(found) <= max(TissueClass):
+    if max(present) <= max(TissueClass):
         return values
     raise UserError(
-        f"pixel values {', '.join(map(str, found[:8]))}; expected 0 and 255, or our classes: "
-        + ", ".join(f"{one.value} {name}" for one, name in CLASS_NAMES.items())
+        f"pixel values {', '.join(map(str, present[:8]))}; expected 0 and 255, or our classes: "
+        + ", ".join(f"{value} {name}" for value, name in CLASS_NAMES.items())
     )

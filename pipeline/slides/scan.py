@@ -25,7 +25,8 @@ from pipeline.run.engine import EngineConfig, SlideTask
 from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.config import ScanConfig
-from pipeline.slides.open import Source, best_reader, find_sources, open_slide
+from pipeline.slides.entries import SlideEntry, find_slides
+from pipeline.slides.open import best_reader, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
 from pipeline.slides.staging import StageInError, local_slide
@@ -40,7 +41,7 @@ _HASH_CHUNK = 1 << 22
 
 def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
     """Scan slides into the dataset; returns the exit status (1 if any slide failed)."""
-    sources = find_sources(config.inputs)
+    sources = find_slides(config.inputs)
     if not sources:
         raise UserError(
             f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
@@ -116,12 +117,12 @@ def slide_values(slide: Slide) -> dict[str, Any]:
     return values
 
 
-def _state(source: Source) -> tuple[int, int]:
+def _state(source: SlideEntry) -> tuple[int, int]:
     """Bytes and modification time (0 for a slide that is no local file)."""
     return (source.bytes, 0) if source.uri else _file_state(source.path)
 
 
-def _source_fingerprint(source: Source, config: ScanConfig) -> str:
+def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     size, mtime_ns = _state(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint(
@@ -139,7 +140,7 @@ def _file_state(path: Path) -> tuple[int, int]:
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
-def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> list[Entry]:
+def scan_slide(source: SlideEntry, config: ScanConfig, mark: str, scratch: str) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason."""
     slide = _named(source)
     note = ""
@@ -167,7 +168,7 @@ def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> l
     return [Entry(slide.slide_id, outcome, mark, slide.reason or note, values=slide_values(slide))]
 
 
-def _named(source: Source) -> Slide:
+def _named(source: SlideEntry) -> Slide:
     """What is known of a slide before it is opened: from the table, or from its barcode."""
     size, mtime_ns = _state(source)
     barcode = parse_barcode(source.slide_id) or Barcode("", "", "", "")
@@ -202,7 +203,7 @@ def _open(path: Path, name: str) -> tuple[SlideReader, str]:
     return reader, f"read by {reader.name}: {why}" if why else ""
 
 
-def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanConfig) -> Slide:
+def _described(slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig) -> Slide:
     base = reader.levels[0]
     slide = replace(
         slide,

@@ -53,7 +53,7 @@ from pipeline.recipe.steps import load_recipe
 from pipeline.run.cluster import load_cluster
 from pipeline.selection.cohort_table import read_cohort_csv
 from pipeline.selection.labels import read_labels
-from pipeline.slides.open import find_sources
+from pipeline.slides.entries import find_slides
 from train.config import load_config
 
 FEW = settings(
@@ -376,7 +376,7 @@ def test_any_csv(tmp_path_factory: pytest.TempPathFactory, head, rows, ways) -> 
     path = tmp_path_factory.getbasetemp() / "fuzz.csv"
     text = "\n".join(",".join(cells) for cells in [head, *rows])
     path.write_bytes(damaged(text.encode(errors="replace"), ways[:1]))
-    refused_or_read(lambda: find_sources([str(path)]))
+    refused_or_read(lambda: find_slides([str(path)]))
     refused_or_read(lambda: find_tile_folders(path))
     refused_or_read(lambda: read_labels(path, {"a": 3}))
     refused_or_read(lambda: read_cohort_csv(path, 1000))

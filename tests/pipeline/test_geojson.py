@@ -27,10 +27,16 @@ from pipeline.dataset import (
     write_slides,
 )
 from pipeline.imports.config import CoordinatesExport, MasksConfig
-from pipeline.imports.export import _Work, _works, export_slide
+from pipeline.imports.export import SlideExport, export_slide, plan_exports
 from pipeline.imports.geojson import features_mask, mask_features, read_features
 from pipeline.imports.masks import mask_slide, mask_source, masks_identity, read_png_mask
-from pipeline.imports.polygons import Polygon, area, fill, paint, trace
+from pipeline.imports.polygons import (
+    Polygon,
+    fill_polygon,
+    paint_polygon,
+    polygon_area,
+    trace_polygons,
+)
 from pipeline.tissue.classes import TissueClass
 
 SLIDE = "CMU-1-Small-Region"
@@ -62,11 +68,12 @@ def save(path: Path, *features: dict) -> Path:
 
 @given(small_masks)
 def test_what_is_traced_fills_the_same_pixels(mask):
-    polygons = trace(mask)
+    polygons = trace_polygons(mask)
     again = np.zeros(mask.shape, np.uint8)
-    paint(again, polygons, 1)
+    for polygon in polygons:
+        paint_polygon(again, polygon, 1)
     assert np.array_equal(again == 1, mask)
-    assert sum(map(area, polygons)) == mask.sum()
+    assert sum(map(polygon_area, polygons)) == mask.sum()
     count = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
     assert len(polygons) == count
     for ring in (ring for polygon in polygons for ring in polygon.rings):
@@ -80,7 +87,7 @@ def test_what_is_traced_fills_the_same_pixels(mask):
 )
 def test_filling_takes_the_pixels_whose_centres_are_inside(points, height, width):
     ring = np.array(points)
-    inside, top, left = fill(Polygon(ring), (height, width))
+    inside, top, left = fill_polygon(Polygon(ring), (height, width))
     filled = np.zeros((height, width), bool)
     filled[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     for row in range(height):
@@ -102,12 +109,12 @@ def test_a_hole_and_an_island_in_it():
     mask[1:6, 1:7] = True
     mask[2:5, 2:6] = False
     mask[3, 3] = True
-    outer, island = sorted(trace(mask), key=area, reverse=True)
+    outer, island = sorted(trace_polygons(mask), key=polygon_area, reverse=True)
     assert [sorted(map(tuple, ring.tolist())) for ring in outer.rings] == [
         [(1, 1), (1, 6), (7, 1), (7, 6)],
         [(2, 2), (2, 5), (6, 2), (6, 5)],
     ]
-    assert (area(outer), area(island), island.holes) == (18, 1, ())
+    assert (polygon_area(outer), polygon_area(island), island.holes) == (18, 1, ())
 
 
 # GeoJSON
@@ -197,7 +204,7 @@ def test_the_detectors_mask_comes_back_and_so_do_its_candidates(tiled, dataset, 
     before = file.read_bytes()
     (entry,) = read_journal(tiled, "tissue")
     ranks = np.arange(entry.counts["candidate tiles"])
-    export_slide(str(tiled.root), _Work(SLIDE, 16.0, ranks, 224.0), str(out))
+    export_slide(str(tiled.root), SlideExport(SLIDE, 16.0, ranks, 224.0), str(out))
     assert file.read_bytes() == before
 
 
@@ -207,7 +214,7 @@ def positions(dataset: Dataset) -> set[tuple[float, float]]:
 
 
 def test_tiles_of_a_selection_lie_where_they_were_cut(tiled, tmp_path):
-    (work,) = _works(tiled, CoordinatesExport(selections=("train",)))
+    (work,) = plan_exports(tiled, CoordinatesExport(selections=("train",)))
     (entry,) = export_slide(str(tiled.root), work, str(tmp_path))
     assert entry.counts["tiles"] == read_selection(tiled, "train").rows
     features = json.loads((tmp_path / f"{SLIDE}.geojson").read_text())["features"]
