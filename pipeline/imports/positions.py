@@ -48,11 +48,11 @@ def slide_frames(
         levels = [Level(*level) for level in slide.levels]
         downsamples[index, : len(levels)] = level_downsamples(levels)
         plan = plan_read(levels, float(slide.mpp or 0), mpp, tolerance, tile_px)
-        step = plan.downsample if plan.aligned else 0.0
-        size = plan.window * plan.downsample
-        rows.append((slide.width, slide.height, float(slide.mpp or 0), size, step))
-    columns = np.array(rows, np.float64).reshape(len(rows), 5).T
-    return SlideFrames(*columns, downsamples=downsamples)
+        tile_step = plan.downsample if plan.aligned else 0.0
+        tile_size = plan.window * plan.downsample
+        rows.append((slide.width, slide.height, float(slide.mpp or 0), tile_size, tile_step))
+    width, height, level0_mpp, size, step = np.array(rows, np.float64).reshape(len(rows), 5).T
+    return SlideFrames(width, height, level0_mpp, size, step, downsamples)
 
 
 def match_slides(names: Iterable[str], slides: Sequence[Slide], known: Iterable[str]) -> Ints:
