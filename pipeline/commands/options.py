@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from common.options import parse_count
 
 if TYPE_CHECKING:
-    from pipeline.run.engine import EngineConfig
+    from pipeline.run.workers import EngineConfig
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_engine(parser: argparse.ArgumentParser, *, array: bool = False) -> None:
 def engine_config(options: argparse.Namespace) -> "EngineConfig":
     """The engine that the options describe."""
     from pipeline.run.cluster import load_cluster
-    from pipeline.run.engine import EngineConfig
+    from pipeline.run.workers import EngineConfig
 
     cluster = load_cluster(options.cluster, options.command) if options.cluster else None
     array = getattr(options, "array", (0, 1))

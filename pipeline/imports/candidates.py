@@ -14,22 +14,23 @@ from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
     Entry,
+    Ledger,
     Run,
+    ScopeLedger,
     Selection,
     Slide,
     check_name,
     claim_identity,
-    fingerprint,
+    fingerprint_of,
     make_selection,
-    read_journal,
     read_selection,
     read_slides,
-    standing,
     write_candidates,
     write_selection,
 )
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
-from pipeline.run.stage import Summary, report_summary, stage_versions, stands
+from pipeline.run.stage import stage_versions
+from pipeline.run.summary import Summary, report_summary
 from pipeline.selection.cohort import Cohort
 from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
 from pipeline.selection.select import family_patients
@@ -72,7 +73,7 @@ def record_candidates(
     """
     for tiles in imported:
         check_name(tiles.name, "selection")
-    detector = f"{parameters['name']} {fingerprint(**parameters)}"
+    detector = f"{parameters['name']} {fingerprint_of(**parameters)}"
     claims = {"detector": detector, "detector_parameters": dict(parameters)}
     identity = claim_identity(dataset, claims, stage=TISSUE, versions=stage_versions())
     fingerprints = {slide.slide_id: tissue_fingerprint(slide, identity) for slide in slides}
@@ -132,14 +133,13 @@ class CandidatesWriter:
     ) -> None:
         self.dataset, self.run, self.fingerprints = dataset, run, fingerprints
         self.summary = summary
-        self.known = standing(read_journal(dataset, TISSUE))
+        self.ledger = Ledger.read(dataset, TISSUE)[""]
 
     def write_batch(self, batch: Sequence[tuple[Slide, RankedUnion]]) -> None:
         """Write one batch; its files wait for the disk together."""
         missing = []
         for slide, union in batch:
-            entries = self.known.get(slide.slide_id, [])
-            current = stands(self.dataset, entries, self.fingerprints[slide.slide_id])
+            current = self.ledger.done(slide.slide_id, self.fingerprints[slide.slide_id])
             if current is None:
                 missing.append((slide, union))
             else:
@@ -193,7 +193,7 @@ def _write_selections(
     summary: Summary,
 ) -> None:
     """Write the selections that are not current; refuses first what others rely on."""
-    known = standing(read_journal(dataset, SELECT))
+    ledger = Ledger.read(dataset, SELECT)[""]
     failed = {slide_id for slide_id, _ in summary.failed}
     all_slides = read_slides(dataset)
     cohort = cohort_of_slides(all_slides, np.zeros(len(all_slides), np.int64))
@@ -201,11 +201,11 @@ def _write_selections(
     for tiles, ranks_by_slide in zip(imported, ranks, strict=True):
         rows = {s: r for s, r in ranks_by_slide.items() if len(r) and s not in failed}
         draft = _draft_selection(tiles, rows, cohort, fingerprints, seed, detector)
-        if stands(dataset, known.get(tiles.name, []), draft.fingerprint) is None:
+        if ledger.done(tiles.name, draft.fingerprint) is None:
             drafts.append(draft)
         else:
             say(f"import: {_describe(draft.selection)} already there, nothing to redo")
-    _check_dependents(dataset, drafts, known)
+    _check_dependents(dataset, drafts, ledger)
     with Run(dataset, SELECT, stage_versions()) as run:
         for draft in drafts:
             selection = draft.selection
@@ -238,7 +238,7 @@ def _draft_selection(
     # Where the name says nothing it is taken for training, the one that must share nothing.
     patients = held_patients(cohort, ranks_by_slide) if role == VAL_OUT else ()
     ties = Ties(role or TRAIN, patients)
-    selection_fingerprint = fingerprint(
+    selection_fingerprint = fingerprint_of(
         stage="import", version=_VERSION, name=tiles.name, detector=detector,
         parents=sorted((slide_id, fingerprints[slide_id]) for slide_id in ranks_by_slide),
         patients=ties.patients_mark,
@@ -254,16 +254,14 @@ def held_patients(cohort: Cohort, slides: Iterable[str]) -> tuple[str, ...]:
     return family_patients(cohort, cohort.take(np.isin(cohort.slide_id, sorted(slides))))
 
 
-def _check_dependents(
-    dataset: Dataset, drafts: Sequence[_Draft], known: Mapping[str, list[Entry]]
-) -> None:
+def _check_dependents(dataset: Dataset, drafts: Sequence[_Draft], ledger: ScopeLedger) -> None:
     """Refuse, before any is written, what would change a selection that others rely on."""
     ties = read_ties(dataset, whole=False) if drafts else {}
     for draft in drafts:
         name = draft.selection.name
         check_honoured(ties, name, draft.ties.patients)
         # One whose file was lost is written again as it was.
-        same = any(entry.fingerprint == draft.fingerprint for entry in known.get(name, []))
+        same = any(entry.fingerprint == draft.fingerprint for entry in ledger.entries(name))
         if name in ties and not same and not _has_same_rows(dataset, draft.selection):
             check_may_change(ties, name, "import")
 

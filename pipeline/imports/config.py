@@ -124,7 +124,7 @@ class TilesConfig:
 
     def identity(self) -> dict[str, Any]:
         """The values that make it this dataset and no other."""
-        from pipeline.dataset import fingerprint
+        from pipeline.dataset import fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
         from pipeline.imports.tiles import VERSION
         from pipeline.tiles.stage import IMPORTED_TILES
@@ -143,7 +143,7 @@ class TilesConfig:
             "grid": IMPORTED_TILES,
             "seed": self.seed,
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-            "detector": f"{IMPORTED_TILES} {fingerprint(**parameters)}",
+            "detector": f"{IMPORTED_TILES} {fingerprint_of(**parameters)}",
             "detector_parameters": parameters,
             "resampler": "none",
             "icc": self.icc,

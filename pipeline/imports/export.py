@@ -15,16 +15,17 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
+    Ledger,
     read_candidates,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.imports.config import CoordinatesExport
 from pipeline.imports.coordinates import dataset_frames
 from pipeline.imports.geojson import encode_features, mask_features, tile_features
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
-from pipeline.run.stage import Summary, report_summary
+from pipeline.run.drain import run_tasks
+from pipeline.run.summary import Summary, report_summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import usable_slides
 
@@ -66,9 +67,9 @@ def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineCo
 
 def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExport]:
     """What to write of each slide that has a mask, or tiles that are wanted."""
-    known = standing(read_journal(dataset, TISSUE))
-    slides = [slide for slide in usable_slides(dataset) if known.get(slide.slide_id)]
-    entries = {slide.slide_id: known[slide.slide_id][-1] for slide in slides}
+    ledger = Ledger.read(dataset, TISSUE)[""]
+    slides = [slide for slide in usable_slides(dataset) if ledger.entries(slide.slide_id)]
+    entries = {slide.slide_id: ledger.entries(slide.slide_id)[-1] for slide in slides}
     exports = []
     for slide in slides:
         entry = entries[slide.slide_id]

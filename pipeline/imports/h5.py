@@ -17,7 +17,7 @@ from common.console import say
 from common.errors import UserError
 from common.files import hash_file
 from common.text import list_some, one_line
-from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
+from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
 from pipeline.imports.candidates import ImportedTiles, record_candidates
 from pipeline.imports.config import H5Config
 from pipeline.imports.coordinates import dataset_frames
@@ -56,7 +56,7 @@ def import_h5(dataset: Dataset, config: H5Config) -> int:
     parameters = {
         "name": "imported h5",
         "selection": config.name,
-        "files": fingerprint(files=sums),
+        "files": fingerprint_of(files=sums),
         "anchor": config.anchor,
         "drop_outside": config.drop_outside,
     }
