@@ -56,7 +56,8 @@ from pipeline.dataset.grid import grid_positions, rank_order  # noqa: E402
 from pipeline.run.workers import EngineConfig, dask_client  # noqa: E402
 from pipeline.slides.native_reader import NativeReader  # noqa: E402
 from pipeline.slides.open import best_reader  # noqa: E402
-from pipeline.tiles.stage import TileConfig, tile, tile_slide  # noqa: E402
+from pipeline.tiles.config import TileConfig  # noqa: E402
+from pipeline.tiles.stage import tile, tile_slide  # noqa: E402
 from pipeline.tissue.stage import tissue_fingerprint  # noqa: E402
 
 OUT = HERE / "out"

@@ -32,10 +32,10 @@ from pipeline.dataset import (
     write_tar,
 )
 from pipeline.dataset.commit import HashingFile
-from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName
 from pipeline.imports.candidates import candidates_table
+from pipeline.imports.config import TilesConfig
 from pipeline.imports.picture import read_picture
 from pipeline.imports.tile_folder import (
     TileFolder,
@@ -49,7 +49,7 @@ from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.scan import STAGE as SCAN
-from pipeline.slides.scan import ScanConfig, record_slides, slide_values
+from pipeline.slides.scan import record_slides, slide_values
 from pipeline.tiles.stage import IMPORTED_TILES, tile_fingerprint
 from pipeline.tiles.stage import STAGE as TILE
 from pipeline.tissue.stage import STAGE as TISSUE
@@ -58,44 +58,6 @@ from pipeline.tissue.stage import tissue_fingerprint
 VERSION = 1
 _PROGRESS_TILES = 64
 _READER = "tiles"
-_CODEC = {"small": "png", "fast": "png-fast"}
-
-
-@dataclass(frozen=True)
-class TilesConfig:
-    """Where pictures are and what they are: µm per pixel, size, what their names say."""
-
-    source: Path
-    mpp: float
-    tile_px: int = 224
-    seed: int = 0
-    names: str = "none"
-    crop: bool = False
-    icc: str = "ignore"
-    png: str = "small"
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        parameters = {
-            "name": IMPORTED_TILES,
-            "version": VERSION,
-            "names": self.names,
-            "crop": self.crop,
-        }
-        return {
-            "mpp": self.mpp,
-            # Nothing is cut, so only `scan` would compare it: it shall find the grid first.
-            "mpp_tolerance": ScanConfig.mpp_tolerance,
-            "tile_px": self.tile_px,
-            "grid": IMPORTED_TILES,
-            "seed": self.seed,
-            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-            "detector": f"{IMPORTED_TILES} {fingerprint_of(**parameters)}",
-            "detector_parameters": parameters,
-            "resampler": "none",
-            "icc": self.icc,
-            "codec": _CODEC[self.png],
-        }
 
 
 @dataclass(frozen=True)

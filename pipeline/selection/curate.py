@@ -32,9 +32,9 @@ from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
 from pipeline.selection.classifier import Trained, train_classifier
 from pipeline.selection.cohort import Cohort
+from pipeline.selection.config import CurateConfig, SelectConfig
 from pipeline.selection.denied import curation_dir, deny_file
 from pipeline.selection.labels import Labels, read_labels
-from pipeline.selection.plan import SelectConfig
 from pipeline.selection.scores import read_scores, score_slide, scores_scope
 from pipeline.selection.select import select
 from pipeline.selection.slides import read_tissue
@@ -42,24 +42,6 @@ from pipeline.selection.ties import check_may_change, read_ties
 
 STAGE, VERSION = "curate", 1
 _SITES_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class CurateConfig:
-    """Labels, the features to classify by, and what becomes of the selections.
-
-    `name` is that of the deny-list; a selection S is cleaned as S-<name>. `selections` () takes
-    all that were drawn without a deny-list. `usable_recall` is the share of usable labelled
-    tiles that the threshold keeps.
-    """
-
-    labels: Path
-    encoder: str
-    name: str = "curated"
-    view: str = ""
-    selections: tuple[str, ...] = ()
-    folds: int = 5
-    usable_recall: float = 0.99
 
 
 @dataclass(frozen=True)

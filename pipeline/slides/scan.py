@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ from pipeline.dataset import (
     fingerprint_of,
     write_slides,
 )
-from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.journal import Outcome
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.barcode import Barcode, parse_barcode
-from pipeline.slides.open import Source, best_reader, find_sources, open_slide
+from pipeline.slides.config import ScanConfig
+from pipeline.slides.entries import SlideEntry, find_slides
+from pipeline.slides.open import best_reader, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
-from pipeline.slides.staging import IN_PLACE, StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing
 
 STAGE, VERSION = "scan", 4
@@ -37,36 +38,6 @@ TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
 _PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class ScanConfig:
-    """What to scan and at which resolution tiles will be cut."""
-
-    inputs: tuple[str, ...]
-    mpp: float = 0.5
-    mpp_tolerance: float = 0.02
-    tile_px: int = 224
-    seed: int = 0
-    assume_mpp: float | None = None
-    reader: str = "auto"
-    sha256: bool = False
-    stage_in: StageIn = IN_PLACE
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {
-            "mpp": self.mpp,
-            "mpp_tolerance": self.mpp_tolerance,
-            "tile_px": self.tile_px,
-            "grid": "adjacent",
-            "seed": self.seed,
-            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-        }
-
-    def parameters(self) -> dict[str, Any]:
-        """What a scanned row depends on beside the slide's bytes."""
-        return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}
 
 
 def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
@@ -103,12 +74,12 @@ def slide_values(slide: Slide) -> dict[str, Any]:
     return values
 
 
-def _state(source: Source) -> tuple[int, int]:
+def _state(source: SlideEntry) -> tuple[int, int]:
     """Bytes and modification time (0 for a slide that is no local file)."""
     return (source.bytes, 0) if source.uri else _file_state(source.path)
 
 
-def _source_fingerprint(source: Source, config: ScanConfig) -> str:
+def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     size, mtime_ns = _state(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint_of(
@@ -126,7 +97,9 @@ def _file_state(path: Path) -> tuple[int, int]:
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
-def scan_slide(source: Source, config: ScanConfig, fingerprint: str, scratch: str) -> list[Entry]:
+def scan_slide(
+    source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str
+) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason."""
     slide = _named(source)
     note = ""
@@ -157,7 +130,7 @@ def scan_slide(source: Source, config: ScanConfig, fingerprint: str, scratch: st
     return [entry]
 
 
-def _named(source: Source) -> Slide:
+def _named(source: SlideEntry) -> Slide:
     """What is known of a slide before it is opened: from the table, or from its barcode."""
     size, mtime_ns = _state(source)
     barcode = parse_barcode(source.slide_id) or Barcode("", "", "", "")
@@ -192,7 +165,7 @@ def _open(path: Path, name: str) -> tuple[SlideReader, str]:
     return reader, f"read by {reader.name}: {why}" if why else ""
 
 
-def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanConfig) -> Slide:
+def _described(slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig) -> Slide:
     base = reader.levels[0]
     slide = replace(
         slide,
@@ -239,7 +212,7 @@ def _sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
-class ScanStage(Stage[Source]):
+class ScanStage(Stage[SlideEntry]):
     """Open every slide once."""
 
     name = label = STAGE
@@ -249,7 +222,7 @@ class ScanStage(Stage[Source]):
     def __init__(self, dataset: Dataset, config: ScanConfig) -> None:
         super().__init__(dataset)
         self.config = config
-        self.sources = find_sources(config.inputs)
+        self.sources = find_slides(config.inputs)
         if not self.sources:
             raise UserError(
                 f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
@@ -260,15 +233,15 @@ class ScanStage(Stage[Source]):
         """Resolution, grid and seed of the tiles to come."""
         return self.config.identity()
 
-    def items(self) -> list[Source]:
+    def items(self) -> list[SlideEntry]:
         """The slides that were named."""
         return self.sources
 
-    def fingerprint(self, item: Source) -> str:
+    def fingerprint(self, item: SlideEntry) -> str:
         """Of the slide's file, its row of a table and the configuration."""
         return _source_fingerprint(item, self.config)
 
-    def task(self, item: Source, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def task(self, item: SlideEntry, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
         """Open one slide; of one whose worker dies, what was known before is journalled."""
         scratch = str(self.dataset.staging_dir(run_id))
         return SlideTask(

@@ -1,9 +1,8 @@
 """The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from pipeline.dataset import (
     candidate_count,
     commit_bytes,
     commit_file,
-    encode_png,
     fingerprint_of,
     read_candidates,
     read_identity,
@@ -35,8 +33,7 @@ from pipeline.dataset import (
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
-from pipeline.dataset.tiles.zarr_shard import CODEC as ZARR_CODEC
-from pipeline.dataset.tiles.zarr_shard import commit_zarr, encode_chunk
+from pipeline.dataset.tiles.zarr_shard import commit_zarr
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.tasks import SlideTask, collect_entries, report_progress
 from pipeline.run.workers import EngineConfig
@@ -46,50 +43,17 @@ from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
-from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
+from pipeline.slides.staging import local_slide
+from pipeline.tiles.config import TileConfig
 from pipeline.tiles.spool import Spool
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
-FORMATS = ("png", "zarr")
 IMPORTED_TILES = "imported tiles"
 """Grid, in the identity, of a dataset whose slides are folders of pictures."""
 _PROGRESS_TILES = 256
-_PNG_CODEC = {"small": "png", "fast": "png-fast"}
 
 Tile = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Which selections to write tiles for (all that stand, where none is named), and how.
-
-    `tile_px` asks for larger tiles around the same ranks: the centre of each is the tile of the
-    dataset's own size, what lies beyond the slide is white. `png` is "small" or "fast";
-    `spool` is a folder for tiles that wait, by default inside the dataset.
-    """
-
-    selections: tuple[str, ...] = ()
-    resampler: str = "area"
-    icc: str = "ignore"
-    format: str = "png"
-    png: str = "small"
-    tile_px: int | None = None
-    spool: str = ""
-    stage_in: StageIn = IN_PLACE
-
-    @property
-    def codec(self) -> str:
-        """The name under which the identity knows the tiles' encoding."""
-        return ZARR_CODEC if self.format == "zarr" else _PNG_CODEC[self.png]
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
-
-    def encoder(self) -> Callable[[Tile], bytes]:
-        """From an RGB tile to its lossless bytes."""
-        return encode_chunk if self.format == "zarr" else partial(encode_png, effort=self.png)
 
 
 def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:

@@ -34,9 +34,10 @@ from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
-from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
+from pipeline.slides.staging import local_slide
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import NotHematoxylinEosinError
+from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection
 from pipeline.tissue.detector import ClassicalDetector, Detector, detector_name, open_detector
 from pipeline.tissue.focus import mark_out_of_focus, slide_patches
@@ -47,27 +48,6 @@ STAGE, VERSION = "tissue", 2
 _OVERLAY_PX, _OVERLAY_BYTES = 1600, 600_000
 _GRID_KEYS = ("mpp", "mpp_tolerance", "tile_px", "grid", "seed")
 _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
-
-
-@dataclass(frozen=True)
-class TissueConfig:
-    """Which tiles become candidates, and the detector that judges them.
-
-    `detector` is `classical` or `onnx:FILE` (see `pipeline.tissue.learned`).
-    """
-
-    min_tissue: float = 0.5
-    max_artifact: float = 0.1
-    detector: str = "classical"
-    stage_in: StageIn = IN_PLACE
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {
-            **detector_identity(open_detector(self.detector)),
-            "min_tissue": self.min_tissue,
-            "max_artifact": self.max_artifact,
-        }
 
 
 def detector_identity(detector: Detector) -> dict[str, Any]:
