@@ -332,8 +332,7 @@ LISTS: dict[str, Callable[[Survey], list[Place]]] = {
 def main() -> None:
     """Print the table, or a list."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--root", type=Path, default=here, help="the tree (this one)")
+    parser.add_argument("--root", type=Path, default=Path(), help="the tree (the current folder)")
     parser.add_argument("--list", choices=LISTS, help="print the places behind a figure")
     arguments = parser.parse_args()
     survey = survey_tree(arguments.root.resolve())
