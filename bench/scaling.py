@@ -44,8 +44,10 @@ from pipeline.dataset import (  # noqa: E402
 )
 from pipeline.dataset.journal import encode_line  # noqa: E402
 from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
+from pipeline.run.drain import run_tasks  # noqa: E402
 from pipeline.run.stage import stage_versions  # noqa: E402
+from pipeline.run.tasks import SlideTask  # noqa: E402
+from pipeline.run.workers import EngineConfig  # noqa: E402
 from pipeline.slides.open import find_sources  # noqa: E402
 from pipeline.slides.scan import (  # noqa: E402
     ScanConfig,

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from pipeline.run.cluster import load_cluster
-from pipeline.run.engine import EngineConfig
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.staging import JOB_SCRATCH, StageIn
 
 

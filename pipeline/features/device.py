@@ -7,7 +7,8 @@ from functools import lru_cache
 from itertools import product
 
 from common.errors import UserError
-from pipeline.run.engine import EngineConfig, UnfitWorkerError, report_note
+from pipeline.run.tasks import UnfitWorkerError, report_note
+from pipeline.run.workers import EngineConfig
 
 _MOST_SHARES = 64
 """Workers that may share one GPU and still be counted."""

@@ -15,22 +15,23 @@ from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
     Entry,
+    Ledger,
     Run,
+    ScopeLedger,
     Selection,
     Slide,
     check_name,
     claim_identity,
-    fingerprint,
+    fingerprint_of,
     make_selection,
-    read_journal,
     read_selection,
     read_slides,
-    standing,
     write_candidates,
     write_selection,
 )
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
-from pipeline.run.stage import Summary, report_summary, stage_versions, stands
+from pipeline.run.stage import stage_versions
+from pipeline.run.summary import Summary, report_summary
 from pipeline.selection.cohort import Cohort
 from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
 from pipeline.selection.select import family_patients
@@ -70,7 +71,7 @@ def record_candidates(
     """
     for part in parts:
         check_name(part.name, "selection")
-    detector = f"{parameters['name']} {fingerprint(**parameters)}"
+    detector = f"{parameters['name']} {fingerprint_of(**parameters)}"
     claims = {"detector": detector, "detector_parameters": parameters}
     identity = claim_identity(dataset, claims, stage=TISSUE, versions=stage_versions())
     marks = {slide.slide_id: tissue_fingerprint(slide, identity) for slide in slides}
@@ -131,14 +132,14 @@ class _Writer:
     ) -> None:
         self.dataset, self.run, self.marks = dataset, run, marks
         self.summary, self.progress = summary, progress
-        self.known = standing(read_journal(dataset, TISSUE))
+        self.known = Ledger.read(dataset, TISSUE)[""]
 
     def write(self, batch: Sequence[tuple[Slide, RankedUnion]]) -> None:
         """Write one batch; its files wait for the disk together."""
         todo = []
         for slide, union in batch:
             mark = self.marks[slide.slide_id]
-            stood = stands(self.dataset, self.known.get(slide.slide_id, []), mark)
+            stood = self.known.done(slide.slide_id, mark)
             if stood is None:
                 todo.append((slide, union))
             else:
@@ -191,7 +192,7 @@ def _write_selections(
     identity: dict[str, Any],
     summary: Summary,
 ) -> None:
-    known = standing(read_journal(dataset, SELECT))
+    known = Ledger.read(dataset, SELECT)[""]
     drafts = list(_drafts(dataset, parts, ranks, marks, identity, summary, known))
     _check_dependents(dataset, drafts, known)
     with Run(dataset, SELECT, stage_versions()) as run:
@@ -215,7 +216,7 @@ def _drafts(
     marks: dict[str, str],
     identity: dict[str, Any],
     summary: Summary,
-    known: dict[str, list[Entry]],
+    known: ScopeLedger,
 ) -> Iterator[_Draft]:
     """The parts that do not stand, as selections; says of the others that they do."""
     failed = {slide_id for slide_id, _ in summary.failed}
@@ -227,11 +228,11 @@ def _drafts(
         role = role_of_name(part.name)
         # Where the name says nothing it is taken for training, the one that must share nothing.
         ties = Ties(role or TRAIN, held_patients(cohort, mine) if role == VAL_OUT else ())
-        mark = fingerprint(
+        mark = fingerprint_of(
             stage="import", version=_VERSION, name=part.name, detector=identity["detector"],
             parents=parents, patients=ties.patients_mark,
         )  # fmt: skip
-        if stands(dataset, known.get(part.name, []), mark) is not None:
+        if known.done(part.name, mark) is not None:
             rows = sum(map(len, mine.values()))
             where = f"selection '{part.name}': {rows:,} tiles of {len(mine):,} slides"
             say(f"import: {where} already there, nothing to redo")
@@ -246,16 +247,14 @@ def held_patients(cohort: Cohort, slides: Iterable[str]) -> tuple[str, ...]:
     return family_patients(cohort, cohort.take(np.isin(cohort.slide_id, sorted(slides))))
 
 
-def _check_dependents(
-    dataset: Dataset, drafts: Sequence[_Draft], known: dict[str, list[Entry]]
-) -> None:
+def _check_dependents(dataset: Dataset, drafts: Sequence[_Draft], known: ScopeLedger) -> None:
     """Refuse, before any is written, what would change a selection that others rely on."""
     there = read_ties(dataset, whole=False) if drafts else {}
     for draft in drafts:
         name = draft.selection.name
         check_honoured(there, name, draft.ties.patients)
         # One whose file was lost is written again as it was.
-        same = any(entry.fingerprint == draft.mark for entry in known.get(name, []))
+        same = any(entry.fingerprint == draft.mark for entry in known.entries(name))
         if name in there and not same and not _has_rows(dataset, draft.selection):
             check_may_change(there, name, "import")
 

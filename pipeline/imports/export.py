@@ -14,16 +14,18 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
+    Ledger,
+    ScopeLedger,
     Slide,
     read_candidates,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.imports.coordinates import dataset_frames
 from pipeline.imports.geojson import encode, mask_features, tile_features
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
-from pipeline.run.stage import Summary, report_summary
+from pipeline.run.drain import run_tasks
+from pipeline.run.summary import Summary, report_summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import usable_slides
 
@@ -70,11 +72,11 @@ def export_geojson(dataset: Dataset, config: ExportConfig, engine: EngineConfig)
 
 
 def _works(dataset: Dataset, config: ExportConfig) -> list[_Work]:
-    known = standing(read_journal(dataset, TISSUE))
-    slides = [slide for slide in usable_slides(dataset) if known.get(slide.slide_id)]
+    known = Ledger.read(dataset, TISSUE)[""]
+    slides = [slide for slide in usable_slides(dataset) if known.entries(slide.slide_id)]
     works = []
     for slide in slides:
-        entry = known[slide.slide_id][-1]
+        entry = known.entries(slide.slide_id)[-1]
         mask = dataset.relative(dataset.mask_file(slide.slide_id))
         has_mask = any(record.path == mask for record in entry.files)
         scale = entry.values["um_per_px"] / float(slide.mpp or 1) if has_mask else 0.0
@@ -89,7 +91,7 @@ def _with_tiles(
     config: ExportConfig,
     slides: list[Slide],
     works: list[_Work],
-    known: dict[str, list[Entry]],
+    known: ScopeLedger,
 ) -> list[_Work]:
     """The slides' work with the ranks of all candidates, or of those that are selected."""
     if any(not slide.levels for slide in slides):
@@ -101,7 +103,7 @@ def _with_tiles(
             chosen.setdefault(slide_id, []).append(own)
     found = []
     for work, size in zip(works, sizes.tolist(), strict=True):
-        entry = known[work.slide_id][-1]
+        entry = known.entries(work.slide_id)[-1]
         ranks: npt.NDArray[np.int64] | None = None
         if work.slide_id in chosen:
             ranks = np.unique(np.concatenate(chosen[work.slide_id])).astype(np.int64)

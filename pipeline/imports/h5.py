@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from common.console import say
 from common.errors import UserError
-from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
+from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
 from pipeline.imports.candidates import Part, record_candidates
 from pipeline.imports.coordinates import dataset_frames, file_sha256
 from pipeline.imports.positions import Floats, SlideFrames, inside, match_slides, place
@@ -63,7 +63,7 @@ def import_h5(dataset: Dataset, config: H5Config) -> int:
     parameters: dict[str, Any] = {
         "name": "imported h5",
         "selection": config.name,
-        "files": fingerprint(files=listed),
+        "files": fingerprint_of(files=listed),
         "anchor": config.anchor,
         "drop_outside": config.drop_outside,
     }

@@ -1,6 +1,6 @@
 """`import masks`: masks that others made stand in for the tissue detector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,20 +11,14 @@ from PIL import Image
 
 from common.console import say
 from common.errors import UserError
-from pipeline.dataset import (
-    Dataset,
-    Entry,
-    Run,
-    Slide,
-    claim_identity,
-    fingerprint,
-    read_journal,
-    standing,
-)
+from pipeline.dataset import Dataset, Entry, Ledger, Missing, Run, Slide, fingerprint_of
+from pipeline.dataset.journal import Outcome
 from pipeline.imports.coordinates import file_sha256
 from pipeline.imports.geojson import features_mask, read_features, unknown_classes
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.staging import StageIn
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
@@ -68,7 +62,7 @@ class MasksConfig:
         um_per_px = DetectorConfig().um_per_px
         parameters = {"name": _DETECTOR, "version": _VERSION, "um_per_px": um_per_px}
         return {
-            "detector": f"{_DETECTOR} {fingerprint(**parameters)}",
+            "detector": f"{_DETECTOR} {fingerprint_of(**parameters)}",
             "detector_parameters": parameters,
             "min_tissue": self.min_tissue,
             "max_artifact": self.max_artifact,
@@ -76,7 +70,7 @@ class MasksConfig:
 
     def source(self, mask: Path) -> str:
         """What a slide's candidates are made from: the mask's bytes and what its names mean."""
-        return fingerprint(
+        return fingerprint_of(
             sha256=file_sha256(mask), classes={name: int(one) for name, one in self.own.items()}
         )
 
@@ -111,42 +105,6 @@ class MaskFile:
         else:
             mask = features_mask(read_features(self.path), shape, scale, self.own)
         return Detection(mask, glass_level(rgb))
-
-
-def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) -> int:
-    """Masks, overlays and candidates from a folder of masks; returns the exit status."""
-    slides = usable_slides(dataset)
-    masks = find_masks(config.folder, slides)
-    _refuse_unknown_early(list(masks.values()), config.own)
-    versions = stage_versions()
-    identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
-    known = standing(read_journal(dataset, STAGE))
-    summary = Summary("import")
-    tasks, without = [], []
-    for slide in slides:
-        entries = known.get(slide.slide_id, [])
-        path = masks.get(slide.slide_id)
-        source = config.source(path) if path else imported_source(entries)
-        mark = tissue_fingerprint(slide, identity, source)
-        stood = stands(dataset, entries, mark)
-        if stood is not None:
-            summary.skipped += stood.reason != _NO_MASK
-            if stood.outcome == "rejected":
-                summary.rejected.append((slide.slide_id, stood.reason))
-        elif path is None:
-            without.append(Entry(slide.slide_id, "rejected", mark, _NO_MASK))
-        else:
-            arguments = (str(dataset.root), slide, path.absolute(), config, mark, source)
-            tasks.append(SlideTask(slide.slide_id, mark, arguments, slide.bytes))
-    with Run(dataset, STAGE, versions) as run:
-        if without:
-            run.append(without)
-        summary.rejected += [(entry.slide_id, entry.reason) for entry in without]
-        tasks = [replace(task, arguments=(run.run_id, *task.arguments)) for task in tasks]
-        run_stage(run, mask_slide, tasks, engine, summary)
-    if summary.done_slides and dataset.selection_names():
-        say("import: candidates changed; make the selections again, they name the former ones")
-    return report_summary(summary, dataset.root / "tissue", "candidate tiles")
 
 
 def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
@@ -254,3 +212,67 @@ def _classes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         f"pixel values {', '.join(map(str, found[:8]))}; expected 0 and 255, or our classes: "
         + ", ".join(f"{one.value} {name}" for one, name in CLASS_NAMES.items())
     )
+
+
+class ImportMasksStage(Stage[Slide]):
+    """Masks, overlays and candidates from a folder of masks, in place of detection."""
+
+    name, label = STAGE, "import"
+    rate_of = "candidate tiles"
+    work = staticmethod(mask_slide)
+
+    def __init__(self, dataset: Dataset, config: MasksConfig) -> None:
+        super().__init__(dataset)
+        self.config = config
+        self.slides = usable_slides(dataset)
+        self.masks = find_masks(config.folder, self.slides)
+        _refuse_unknown_early(list(self.masks.values()), config.own)
+
+    def claims(self) -> dict[str, Any]:
+        """Where the masks came from and the thresholds."""
+        return self.config.identity()
+
+    def items(self) -> list[Slide]:
+        """The slides that scan found fit for tiling."""
+        self.tissue = Ledger.read(self.dataset, STAGE)[""]
+        return self.slides
+
+    def _source(self, slide: Slide) -> str:
+        path = self.masks.get(slide.slide_id)
+        if path is None:
+            return imported_source(self.tissue.entries(slide.slide_id))
+        return self.config.source(path)
+
+    def fingerprint(self, item: Slide) -> str:
+        """Of the slide and its mask."""
+        return tissue_fingerprint(item, self.identity, self._source(item))
+
+    def refusal(self, item: Slide, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
+        """A slide without a mask, unless an earlier import had one."""
+        if item.slide_id in self.masks or ledger[""].done(item.slide_id, fingerprint) is not None:
+            return None
+        return "rejected", _NO_MASK
+
+    def task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """Read one mask and write what tissue detection would."""
+        path = self.masks[item.slide_id].absolute()
+        arguments = (
+            run_id, str(self.dataset.root), item, path, self.config, fingerprint,
+            self._source(item),
+        )  # fmt: skip
+        return SlideTask(item.slide_id, fingerprint, arguments, item.bytes)
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Remind of selections that name former candidates."""
+        if summary.done_slides and self.dataset.selection_names():
+            say("import: candidates changed; make the selections again, they name the former ones")
+
+    @property
+    def output(self) -> Path:
+        """The folder of masks and overlays."""
+        return self.dataset.root / "tissue"
+
+
+def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) -> int:
+    """Masks, overlays and candidates from a folder of masks; returns the exit status."""
+    return run_stage(ImportMasksStage(dataset, config), engine)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset import check_slide_id, fingerprint, safe_slide_id
+from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
 from pipeline.slides.barcode import parse_barcode
 from pipeline.slides.open import check_below
@@ -236,7 +236,7 @@ def list_files(folder: TileFolder) -> Listing:
             raise UserError(f"{folder.root / name}: {error.strerror}") from error
         total, newest = total + stat.st_size, max(newest, stat.st_mtime_ns)
         states.append((name, stat.st_size, stat.st_mtime_ns))
-    return Listing(total, newest, fingerprint(files=states, positions=folder.positions))
+    return Listing(total, newest, fingerprint_of(files=states, positions=folder.positions))
 
 
 def tile_positions(

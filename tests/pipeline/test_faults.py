@@ -20,9 +20,9 @@ from pipeline.dataset import (
     TileStore,
     read_journal,
     read_slides,
-    standing,
 )
-from pipeline.run.stage import Summary
+from pipeline.dataset.ledger import current_entries
+from pipeline.run.summary import Summary
 from pipeline.slides.open import find_sources
 from pipeline.slides.scan import _named, record_slides
 from pipeline.slides.tiff_extent import what_is_missing
@@ -42,7 +42,8 @@ def aperio(path: Path, rgb: np.ndarray) -> None:
 
 
 def outcomes(root: Path, stage: str) -> dict[str, tuple[str, str]]:
-    rows = standing(read_journal(Dataset(root), stage), "224" if stage == "tile" else "")
+    scope = "224" if stage == "tile" else ""
+    rows = current_entries(read_journal(Dataset(root), stage), scope)
     return {slide: (entries[-1].outcome, entries[-1].reason) for slide, entries in rows.items()}
 
 

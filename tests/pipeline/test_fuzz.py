@@ -33,7 +33,6 @@ from pipeline.dataset import (
     read_journal,
     read_selection,
     read_slides,
-    standing,
     write_selection,
     write_tar,
 )
@@ -42,6 +41,7 @@ from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.identity import read_identity
 from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import parse_shard_name
+from pipeline.dataset.ledger import current_entries
 from pipeline.dataset.tiles.png_tar import TarShard
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, commit_zarr, encode_chunk
 from pipeline.imports.geojson import features_mask, read_features
@@ -309,7 +309,7 @@ def test_any_journal_line_is_an_entry_or_none(values: dict, text: str) -> None:
         record["crc"] = f"{zlib.crc32(line.encode(errors='surrogatepass')):08x}"
         entry = decode_line(json.dumps(record))
         if entry is not None:
-            standing([entry])
+            current_entries([entry])
 
 
 @FEW

@@ -12,7 +12,7 @@ import pytest
 from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
-from pipeline.run.stage import Summary, report_summary
+from pipeline.run.summary import Summary, report_summary
 from pipeline.slides import staging
 from pipeline.slides.open import find_sources
 from pipeline.slides.scan import _row
