@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from common.torch_processes import ALONE  # noqa: E402
 from evaluate.generate.conditions import Condition, ConditionGuidance  # noqa: E402
 from evaluate.generate.run import Request, generate  # noqa: E402
 from evaluate.generators.cytosyn import (  # noqa: E402
@@ -40,7 +41,6 @@ from evaluate.generators.cytosyn import (  # noqa: E402
     SamplerSettings,
     with_cast_weights,
 )
-from evaluate.processes import Processes  # noqa: E402
 from model import CytoSyn  # noqa: E402
 from model.noise import Stream, derive_seeds, normal, seed_tensor  # noqa: E402
 from model.sampler import Guidance, integrate, time_nodes  # noqa: E402
@@ -138,7 +138,7 @@ def stage(bench: Bench, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         request = Request(out=Path(folder) / "syn", micro_batch=bench.scale.batch)
         generator = bench.generator(steps=steps)
-        generate(generator, guidance(bench.scale.images), request, Processes(0, 1, 0))
+        generate(generator, guidance(bench.scale.images), request, ALONE)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from common.console import EXIT_OK, Meter, meter, say
 from common.errors import UserError
 from common.text import format_seconds
+from common.torch_processes import Processes
 from model.sit import SiT
 from model.vae import VAE
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
@@ -27,7 +28,7 @@ from train.preview import (
     read_fixed_tiles,
     save_picture,
 )
-from train.ranks import Ranks, joined_ranks
+from train.processes import batch_slots, joined_training
 from train.reader import Batch, BatchReader
 from train.setup import (
     SUMMARY_FILE,
@@ -59,18 +60,18 @@ def train(config: Config, resume: Resume = "auto") -> int:
     the state is saved and the same command goes on. Raises `UserError` for what a person can
     mend.
     """
-    with StopRequests() as requests, joined_ranks(config.run.device) as ranks:
+    with StopRequests() as requests, joined_training(config.run.device) as processes:
         if is_finished(config):
-            if ranks.is_main:
+            if processes.is_main:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
             return EXIT_OK
         with RunLock(run_directory(config)) as lock:
-            ranks.main_does(lock.take)
-            inputs = open_inputs(config, ranks)
-            ranks.slots(config.data.batch_size)
-            start = open_run(config, inputs, ranks, resume)
+            processes.on_main(lock.take)
+            inputs = open_inputs(config, processes)
+            batch_slots(processes, config.data.batch_size)
+            start = open_run(config, inputs, processes, resume)
             try:
-                return Training(config, ranks, inputs, start, requests).run()
+                return Training(config, processes, inputs, start, requests).run()
             except torch.OutOfMemoryError as error:
                 raise UserError(_out_of_memory(config, error)) from error
 
@@ -100,16 +101,21 @@ class Training:
     def __init__(
         self,
         config: Config,
-        ranks: Ranks,
+        processes: Processes,
         inputs: Inputs,
         start: Start,
         requests: StopRequests,
     ) -> None:
-        self.config, self.ranks, self.inputs, self.requests = config, ranks, inputs, requests
+        self.config, self.processes, self.inputs, self.requests = (
+            config,
+            processes,
+            inputs,
+            requests,
+        )
         self.run_dir = run_directory(config)
-        self.encode = open_encoder(config, inputs.source.encoder_record, ranks.device)
+        self.encode = open_encoder(config, inputs.source.encoder_record, processes.device)
         self.fixed = self._read_fixed()
-        self.parts = build_parts(config, ranks.device, self.fixed.tiles)
+        self.parts = build_parts(config, processes.device, self.fixed.tiles)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, self.parts.trainees)
         self.state = start.state
@@ -117,7 +123,7 @@ class Training:
         self.validation = self._read_validation()
         if not self.state.untrained:
             self.state = replace(self.state, untrained=self._reconstruction().to_dict())
-        self.averages = Averages(ranks, config.data.batch_size)
+        self.averages = Averages(processes, config.data.batch_size)
         self.window = Window()
         self.checkpoints = CheckpointWriter(self.run_dir, keep=config.checkpoint.keep)
         self._start = start.state
@@ -131,7 +137,7 @@ class Training:
         if given := self.config.log.matrix_tflop_per_s:
             return given
         dtype = torch.float32 if self.config.run.precision == "fp32" else torch.bfloat16
-        return matrix_rate(self.ranks.device, dtype) / 1e12
+        return matrix_rate(self.processes.device, dtype) / 1e12
 
     def run(self) -> int:
         """Train to the last step, or to a request to stop."""
@@ -159,7 +165,7 @@ class Training:
                     progress.advance(1, self._note)
                 if stopping and not self._is_last:
                     break
-        self.ranks.wait()  # torchrun ends them all with the first: the last checkpoint must stand
+        self.processes.wait()  # torchrun ends all with the first: the last checkpoint comes first
         if stopping and not self._is_last:
             return self._stopped()
         self._finish()
@@ -176,7 +182,7 @@ class Training:
         parts = self.parts
         return TrainingStep(
             self.config,
-            self.ranks,
+            self.processes,
             parts.networks,
             parts.optimizers,
             sit_average=parts.sit_average,
@@ -189,19 +195,19 @@ class Training:
         return BatchReader(
             self.inputs.stream,
             self.inputs.source,
-            self.ranks.slots(data.batch_size),
+            batch_slots(self.processes, data.batch_size),
             first_step=self.first_step,
             stop_step=self.config.run.steps,
             threads=data.threads,
             prefetch=data.prefetch,
             on_error=data.on_error,
-            pin_memory=self.ranks.device.type == "cuda",
+            pin_memory=self.processes.device.type == "cuda",
         )
 
     @contextmanager
     def _log(self) -> Iterator[RunLog | None]:
         """The main process's log; the others have none."""
-        if not self.ranks.is_main:
+        if not self.processes.is_main:
             yield None
             return
         with RunLog(self.run_dir, self.config, step=self.first_step) as log:
@@ -210,11 +216,13 @@ class Training:
     @contextmanager
     def _progress(self) -> Iterator[Meter | None]:
         steps = self.config.run.steps - self.first_step
-        with meter("train", steps, "steps") if self.ranks.is_main else nullcontext() as progress:
+        with (
+            meter("train", steps, "steps") if self.processes.is_main else nullcontext() as progress
+        ):
             yield progress
 
     def _announce(self) -> None:
-        if not self.ranks.is_main:
+        if not self.processes.is_main:
             return
         stream, config = self.inputs.stream, self.config
         if self.first_step:
@@ -225,7 +233,8 @@ class Training:
             say("perceptual loss (LPIPS): off by the configuration")
         say(
             f"training on {stream.table.num_rows} tiles, {stream.steps_per_epoch} steps of "
-            f"{config.data.batch_size} an epoch, on {self.ranks.size} x {self.ranks.device.type}; "
+            f"{config.data.batch_size} an epoch, on {self.processes.size} x "
+            f"{self.processes.device.type}; "
             f"{stream.table.read_amplification:.2f} tiles are read for each trained on"
         )
 
@@ -319,7 +328,7 @@ class Training:
             if isinstance(error, torch.OutOfMemoryError):
                 reason = reason.partition(". ")[0]  # behind it stands a paragraph on allocation
             say(f"warning: {what} of step {self.state.step} failed, training goes on: {reason}")
-            if self.ranks.device.type == "cuda":
+            if self.processes.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _take_window(self, reader: BatchReader) -> dict[str, float]:
@@ -334,19 +343,19 @@ class Training:
             "data_wait_s": reader.wait_s - window.waited_before,
             "skipped_steps": window.skipped_steps,
             "skipped_tiles": skipped_tiles,
-            "memory_gb": peak_memory_gb(self.ranks.device),
+            "memory_gb": peak_memory_gb(self.processes.device),
             **values,
         }
         return line | self._utilisation(line["images_per_s"])
 
     def _utilisation(self, images_per_s: float) -> dict[str, float]:
         """TFLOP/s of all processes, and MFU: its share of their matrix rate."""
-        if not self.ranks.is_main:
+        if not self.processes.is_main:
             return {}
         if self._flop == 0:
             self._flop = sum(step_flop(self.config, self.parts.networks.perceptual).values())
         reached = images_per_s * self._flop / 1e12
-        return {"tflop_per_s": reached, "mfu": reached / (self.ranks.size * self._matrix_rate)}
+        return {"tflop_per_s": reached, "mfu": reached / (self.processes.size * self._matrix_rate)}
 
     def _seconds(self, now: float) -> float:
         """Seconds of training up to now, over all restarts."""
@@ -354,8 +363,8 @@ class Training:
 
     def _skipped_tiles(self) -> int:
         """Damaged tiles replaced so far, over all processes and restarts."""
-        here = torch.tensor(float(self._skipped_here), device=self.ranks.device)
-        return self._start.skipped_tiles + int(self.ranks.total(here).item())
+        here = torch.tensor(float(self._skipped_here), device=self.processes.device)
+        return self._start.skipped_tiles + int(self.processes.total(here).item())
 
     def _save_checkpoint(self, log: RunLog | None) -> None:
         if log is not None:
@@ -363,7 +372,7 @@ class Training:
                 log.sync()
         skipped, seconds = self._skipped_tiles(), self._seconds(time.monotonic())
         self.state = replace(self.state, skipped_tiles=skipped, seconds=seconds)
-        if self.ranks.is_main:
+        if self.processes.is_main:
             self.checkpoints.save(self.state, self.parts.trainees)
 
     def _read_fixed(self) -> FixedTiles:
@@ -371,7 +380,7 @@ class Training:
 
     def _read_validation(self) -> dict[str, FixedTiles]:
         """The tiles of each validation selection, on the process that measures on them."""
-        if not self.ranks.is_main:
+        if not self.processes.is_main:
             return {}
         found = {
             name: read_fixed_tiles(self.inputs.source, rows)
@@ -412,7 +421,7 @@ class Training:
         log.write_picture(self.state.step, "samples", pixels)
 
     def _stopped(self) -> int:
-        if self.ranks.is_main:
+        if self.processes.is_main:
             say(
                 f"stopped on request at step {self.state.step} of {self.config.run.steps}; saved "
                 f"in {self.run_dir}; the same command goes on (exit status {EXIT_REQUEUE})"
@@ -421,7 +430,7 @@ class Training:
 
     def _finish(self) -> None:
         """summary.json and the last lines a person reads."""
-        if not self.ranks.is_main:
+        if not self.processes.is_main:
             return
         before, after = self.state.untrained, self._reconstruction()
         images = self.state.step * self.config.data.batch_size

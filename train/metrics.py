@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.torch_processes import Processes
 from train.config import Config
-from train.ranks import Ranks
+from train.processes import batch_slots
 
 
 class Averages:
@@ -24,9 +25,9 @@ class Averages:
     Every process must add the same names in the same order.
     """
 
-    def __init__(self, ranks: Ranks, batch_size: int) -> None:
-        self._ranks = ranks
-        self._share = len(ranks.slots(batch_size)) / batch_size
+    def __init__(self, processes: Processes, batch_size: int) -> None:
+        self._processes = processes
+        self._share = len(batch_slots(processes, batch_size)) / batch_size
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -42,7 +43,7 @@ class Averages:
         if not self._sums:
             return {}
         means = torch.stack([self._sums[n] / self._counts[n] for n in self._sums])
-        values = self._ranks.total(means * self._share).tolist()
+        values = self._processes.total(means * self._share).tolist()
         result = dict(zip(self._sums, values, strict=True))
         self._sums, self._counts = {}, {}
         return result

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
+from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
     open_dataset,
@@ -15,7 +16,6 @@ from pipeline.dataset import (
 from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unfinished
 from train.config import Config, differing_keys, load_config
 from train.metrics import write_json, write_text
-from train.ranks import Ranks
 from train.source import BlockSource, check_coverage
 from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_blocks
 
@@ -50,16 +50,16 @@ class Start:
     checkpoint: Path | None
 
 
-def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
+def open_inputs(config: Config, processes: Processes = ALONE) -> Inputs:
     """The run's data; raises `UserError` with the command to run for whatever is missing.
 
-    Of several `ranks` the main one alone reads the selection, of which there may be 100 million
+    Of several `processes` the main one alone reads the selection, of which there may be 100 million
     rows, and checks that all of it is there.
     """
     if not config.data.dataset:
         raise UserError("data.dataset is not set: add data.dataset=DIR, a dataset directory")
     dataset, data = open_dataset(Path(config.data.dataset)), config.data
-    table = _shared_table(config, dataset, ranks)
+    table = _shared_table(config, dataset, processes)
     stream = Stream(table, seed=config.run.seed, batch_size=data.batch_size, cursors=data.cursors)
     source = BlockSource(
         dataset,
@@ -80,22 +80,22 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         for wanted in tables.values():
             _check_tables(config, dataset, wanted)
 
-    ranks.main_does(check) if ranks is not None else check()
+    processes.on_main(check)
     fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
     validation = {name: tables[name].spread_rows(log.validation_tiles) for name in log.validation}
     return Inputs(dataset, stream, source, fixed, validation)
 
 
-def _shared_table(config: Config, dataset: Dataset, ranks: Ranks | None) -> BlockTable:
+def _shared_table(config: Config, dataset: Dataset, processes: Processes) -> BlockTable:
     """The selection's blocks: compiled by the main process, mapped by the others."""
-    if ranks is None or ranks.size == 1:
+    if processes.size == 1:
         return compile_blocks(read_selection(dataset, config.data.selection))
     folder = run_directory(config) / BLOCKS_DIR
 
     def compile_() -> None:
         write_blocks(compile_blocks(read_selection(dataset, config.data.selection)), folder)
 
-    ranks.main_does(compile_)
+    processes.on_main(compile_)
     return map_blocks(folder)
 
 
@@ -125,7 +125,7 @@ def _check_features(config: Config, source: BlockSource) -> None:
         )
 
 
-def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> Start:
+def open_run(config: Config, inputs: Inputs, processes: Processes, resume: Resume) -> Start:
     """Claim the run directory and find where to begin.
 
     Raises `UserError` for the directory of another configuration or selection, and with
@@ -145,13 +145,13 @@ def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> St
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now holds: restore that selection, or use another run.dir"
             )
-    ranks.wait()  # all have read before the main process writes
+    processes.wait()  # all have read before the main process writes
 
     def claim() -> None:
         remove_unfinished(run_dir)
         _write_claim(config, inputs, run_dir)
 
-    ranks.main_does(claim)
+    processes.on_main(claim)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
 
 

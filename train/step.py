@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.torch_processes import Processes
 from model.discriminator import Discriminator
 from model.images import from_uint8
 from model.interpolant import Interpolant
@@ -37,7 +38,7 @@ from model.sit import SiT
 from model.vae import VAE, Posterior, VAEOutput
 from train.config import Config, LossConfig
 from train.ema import Ema
-from train.ranks import Ranks
+from train.processes import batch_slots, data_parallel, loss_weight
 from train.reader import Batch
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class TrainingStep:
     def __init__(
         self,
         config: Config,
-        ranks: Ranks,
+        processes: Processes,
         networks: Networks,
         optimizers: Mapping[str, torch.optim.Optimizer],
         *,
@@ -238,19 +239,23 @@ class TrainingStep:
         vae_average: Ema[VAE] | None,
         encode: Encode | None = None,
     ) -> None:
-        self.config, self.ranks, self.networks = config, ranks, networks
+        self.config, self.processes, self.networks = config, processes, networks
         self.optimizers, self._encode_tokens = optimizers, encode
         self.sit_average, self.vae_average = sit_average, vae_average
         self.path = Interpolant(config.model.path)
-        self._weight = ranks.loss_weight(config.data.batch_size)
+        self._weight = loss_weight(processes, config.data.batch_size)
         self._trains_vae = config.run.mode == "repa-e"
-        self._sit = ranks.parallel(networks.sit)
-        self._vae = ranks.parallel(networks.vae)
+        self._sit = data_parallel(processes, networks.sit)
+        self._vae = data_parallel(processes, networks.vae)
         self._discriminator = (
-            ranks.parallel(networks.discriminator) if networks.discriminator is not None else None
+            data_parallel(processes, networks.discriminator)
+            if networks.discriminator is not None
+            else None
         )
-        self._parts = parts_of(len(ranks.slots(config.data.batch_size)), config.optim.accumulate)
-        if config.run.recompute and ranks.size > 1:
+        self._parts = parts_of(
+            len(batch_slots(processes, config.data.batch_size)), config.optim.accumulate
+        )
+        if config.run.recompute and processes.size > 1:
             # PyTorch's cutting of compiled graphs at gradient buckets refuses recomputation.
             torch._dynamo.config.optimize_ddp = False
         self._call_vae = self._compiled(self._vae)
@@ -266,7 +271,7 @@ class TrainingStep:
 
     def inputs(self, batch: Batch) -> Inputs:
         """The batch on the device, with its randomness."""
-        device = self.ranks.device
+        device = self.processes.device
 
         def moved(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(device, non_blocking=True)
@@ -289,7 +294,7 @@ class TrainingStep:
         metrics = self._gradients(self.inputs(batch), batch.step)
         norms = self._clipped_norms()
         bad = ~torch.stack(list(norms.values())).isfinite().all()
-        skipped, stopping = self.ranks.agree([bad, stop])
+        skipped, stopping = self.processes.agree_on_any([bad, stop])
         if skipped:
             torch._foreach_copy_(buffers, before)
         else:
@@ -429,7 +434,7 @@ class TrainingStep:
     def _precision(self) -> AbstractContextManager[object]:
         if self.config.run.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+        return torch.autocast(self.processes.device.type, torch.bfloat16)
 
 
 def _named(network: str, terms: Metrics) -> Metrics:

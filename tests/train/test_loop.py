@@ -459,10 +459,11 @@ def test_mistakes_get_one_line_that_says_what_to_do(
 
 
 def test_more_processes_than_tiles_are_refused(train_dataset: Dataset, tmp_path: Path) -> None:
-    from train.ranks import Ranks
+    from common.torch_processes import Processes
+    from train.processes import batch_slots
 
     with pytest.raises(UserError, match=r"8 processes, but data.batch_size is 5"):
-        Ranks(7, 8, torch.device("cpu")).slots(5)
+        batch_slots(Processes(7, 8), 5)
     assert open_inputs(small_config(train_dataset, tmp_path)).stream.batch_size == 5
 
 

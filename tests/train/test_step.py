@@ -7,13 +7,13 @@ import torch
 from conftest import small_config
 from torch import Tensor, nn
 
+from common.torch_processes import ALONE
 from model.interpolant import Interpolant
 from model.losses import alignment_loss
 from model.noise import Stream, normal
 from pipeline.dataset import Dataset
 from train.config import Config
 from train.networks import Parts, build_parts
-from train.ranks import Ranks
 from train.reader import Batch, BatchReader
 from train.setup import open_inputs
 from train.step import (
@@ -27,7 +27,6 @@ from train.step import (
 )
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
 
 
 def make_batch(config: Config, step: int = 0) -> Batch:
