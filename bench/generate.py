@@ -42,7 +42,7 @@ from evaluate.generators.cytosyn import (  # noqa: E402
     with_cast_weights,
 )
 from model import CytoSyn  # noqa: E402
-from model.noise import Stream, derive_seeds, normal, seed_tensor  # noqa: E402
+from model.noise import RandomStream, derive_seeds, normal, seed_tensor  # noqa: E402
 from model.sampler import Guidance, integrate, time_nodes  # noqa: E402
 from model.sit import SiT, SiTConfig  # noqa: E402
 from model.vae import VAE, VAEConfig  # noqa: E402
@@ -180,12 +180,12 @@ def doubled(bench: Bench, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         conditional, null = out.chunk(2)
         return torch.lerp(null, conditional, rule.scale) if rule.active(t) else conditional
 
-    def noise(index: int, stream: Stream = Stream.SAMPLE_STEP) -> Tensor:
+    def noise(index: int, stream: RandomStream = RandomStream.SAMPLE_STEP) -> Tensor:
         return normal(
             keys, shape, stream=stream, step=index, device=bench.device, dtype=torch.float64
         )
 
-    start = noise(0, Stream.SAMPLE_START)
+    start = noise(0, RandomStream.SAMPLE_START)
     latents = integrate(velocity, start, steps=bench.scale.steps, solver="sde", noise=noise)
     cast = None if bench.dtype == "float32" else getattr(torch, bench.dtype)
     bench.model.decode(latents.float(), dtype=cast)

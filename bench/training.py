@@ -68,7 +68,7 @@ from train.config import Config, load_config  # noqa: E402
 from train.networks import build_parts  # noqa: E402
 from train.processes import prepare_device  # noqa: E402
 from train.reader import Batch, BatchReader  # noqa: E402
-from train.setup import open_inputs  # noqa: E402
+from train.setup import open_data  # noqa: E402
 from train.speed import matrix_rate, peak_memory_gb, step_flop  # noqa: E402
 from train.step import TrainingStep  # noqa: E402
 
@@ -142,7 +142,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
     overrides = [f"data.dataset={dataset.root}", f"data.batch_size={SLOTS}"]
     overrides += [f"data.cursors={CURSORS}"]
     config = load_config(CONFIGS / "cytosyn-40m.yaml", [*overrides, "run.device=cpu"])
-    inputs = open_inputs(config)
+    inputs = open_data(config)
     steps = inputs.stream.steps_per_epoch
     store = TileStore(dataset, 224)
     pngs = [
@@ -156,7 +156,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
         [*overrides, "run.device=cpu", "model.sit.conditioning=none", "loss.vae_align=0",
          "loss.sit_align=0"],
     )  # fmt: skip
-    without = open_inputs(pixels_only)
+    without = open_data(pixels_only)
 
     def read(source: Any) -> None:
         reader = BatchReader(

@@ -18,12 +18,12 @@ import torchvision
 
 from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
 from common.errors import UserError
-from common.files import json_bytes, sync_directory
+from common.files import json_bytes, sync_directory, write_text
 from common.text import format_bytes
 from model.encoders import MissingPackageError, published_sha256, table
 from model.encoders.published import Published, ReleaseFile, local_copy
 from model.perceptual import PerceptualLoss
-from model.weights import Tensors, WeightsError, read_tensors, write_tensors, write_text
+from model.weights import Tensors, WeightsError, read_tensors, write_tensors
 
 RECORDS = "weights.json"
 _CHUNK = 1 << 20

@@ -68,14 +68,14 @@ def test_a_mistake_of_several_processes_is_told_once(
 _BREAKS_LATER = """
 import sys
 from common.errors import UserError
-from train import loop
+from train.reporter import Reporter
 from train.__main__ import main
 from common.console import run_door
 
 def damaged(self, batch):
     if self.processes.rank == WHO and batch.step == 2:
         raise ERROR
-loop.Training._note_damage = damaged
+Reporter.note_damage = damaged
 run_door(lambda: main(sys.argv[1:]), ("train",))
 """
 
