@@ -164,9 +164,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the mistake as a `UserError`; the door prints it and exits with 2."""
-        raise UserError(f"{message}{self._nearest(message)}; see `{self.prog} --help`")
+        raise UserError(f"{message}{self._suggest_option(message)}; see `{self.prog} --help`")
 
-    def _nearest(self, message: str) -> str:
+    def _suggest_option(self, message: str) -> str:
         unknown = message.partition("unrecognized arguments: ")[2].split()
         word = unknown[0].partition("=")[0] if unknown else ""
         known = _all_options(self)

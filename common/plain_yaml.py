@@ -22,7 +22,7 @@ def load_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _values(node, {}) > _MOST_VALUES:
+        if _count_values(node, {}) > _MOST_VALUES:
             raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
         return loader.construct_document(node)
     except RecursionError:
@@ -34,7 +34,7 @@ def load_yaml(text: str) -> Any:
             loader.dispose()
 
 
-def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
+def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
     """How many values the node and all below it stand for, aliases written out.
 
     Each node is visited once; one that contains itself is a ValueError.
@@ -48,6 +48,6 @@ def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
         return count
     known[id(node)] = None
     below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-    total = 1 + sum(_values(part, known) for part in below)
+    total = 1 + sum(_count_values(part, known) for part in below)
     known[id(node)] = total
     return total

@@ -57,7 +57,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS:
-        text = pattern.sub(_hide, text)
+        text = pattern.sub(_hide_value, text)
     return text
 
 
@@ -85,5 +85,5 @@ def secrets_in(command: str) -> list[str]:
     return sorted((word for word in hidden if len(word) >= _SHORTEST), key=lambda word: -len(word))
 
 
-def _hide(found: re.Match[str]) -> str:
+def _hide_value(found: re.Match[str]) -> str:
     return found.groupdict().get("keep", "") + HIDDEN

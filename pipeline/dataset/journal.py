@@ -46,7 +46,7 @@ class Entry:
     seconds: float = 0.0
 
 
-def _crc(record: dict[str, Any]) -> str:
+def _checksum_of(record: dict[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"{zlib.crc32(text.encode()):08x}"
 
@@ -58,7 +58,7 @@ def encode_line(entry: Entry, versions: dict[str, str]) -> str:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     record = json.loads(json.dumps(record))
-    record["crc"] = _crc(record)
+    record["crc"] = _checksum_of(record)
     return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -69,12 +69,12 @@ def decode_line(line: str) -> Entry | None:
         crc = record.pop("crc")
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
-    if crc != _crc(record):
+    if crc != _checksum_of(record):
         return None
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
         known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
-        return _checked(Entry(**known))
+        return _check_types(Entry(**known))
     except (TypeError, ValueError, KeyError):
         return None
 
@@ -82,7 +82,7 @@ def decode_line(line: str) -> Entry | None:
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
 
 
-def _checked(entry: Entry) -> Entry:
+def _check_types(entry: Entry) -> Entry:
     """The entry, if its values are of the types that a run writes."""
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
     whole = all(type(value) is int for value in (entry.start, entry.stop))

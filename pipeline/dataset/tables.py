@@ -147,7 +147,7 @@ def read_slides(dataset: Dataset) -> list[Slide]:
     table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
     rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
     try:
-        return [_slide(row) for row in rows.to_pylist()]
+        return [_slide_of_row(row) for row in rows.to_pylist()]
     except (TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -155,7 +155,7 @@ def read_slides(dataset: Dataset) -> list[Slide]:
         ) from error
 
 
-def _slide(row: dict[str, Any]) -> Slide:
+def _slide_of_row(row: dict[str, Any]) -> Slide:
     """A row as a slide."""
     levels = tuple(
         (int(v["width"]), int(v["height"]), float(v["downsample"]))
@@ -328,7 +328,7 @@ def read_rows(path: Path, name: str) -> Selection:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
-    return _grouped(name, list(known), codes, ranks, plan)
+    return _group_by_slide(name, list(known), codes, ranks, plan)
 
 
 def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray[np.int32]:
@@ -344,7 +344,7 @@ def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray
     return np.concatenate(parts)
 
 
-def _grouped(
+def _group_by_slide(
     name: str,
     names: list[str],
     codes: npt.NDArray[np.int32],

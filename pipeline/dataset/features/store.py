@@ -50,7 +50,7 @@ def read_encoder_record(
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise UserError(_missing(dataset, encoder, kind, view, selection)) from error
+        raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
@@ -65,7 +65,7 @@ def refuse_other_features(path: Path, stood: Mapping[str, Any], wanted: Mapping[
             )
 
 
-def _missing(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
+def _missing_message(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
     chosen = f" --selection {selection}" if selection else ""
     seen = f" under view {view}" if view else ""
     return (
@@ -110,7 +110,7 @@ class FeatureStore:
 
     def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
         """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
-        return self._shard(slide_id, block).read_block(block)
+        return self._shard_of_block(slide_id, block).read_block(block)
 
     def block_tensor(self, slide_id: str, block: int) -> "Tensor":
         """`read_block` as a torch tensor of the same memory, which is not to be written to."""
@@ -140,20 +140,22 @@ class FeatureStore:
         for entry in self._ledger.written.get(slide_id, ()):
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
         if not cached.all():
-            raise self._absent(slide_id, int(ranks[np.argmin(cached)]))
+            raise self._absent_error(slide_id, int(ranks[np.argmin(cached)]))
 
-    def _absent(self, slide_id: str, rank: int) -> UserError:
-        missing = _missing(self.dataset, self.encoder, self.kind, self.view, self._selection)
+    def _absent_error(self, slide_id: str, rank: int) -> UserError:
+        missing = _missing_message(
+            self.dataset, self.encoder, self.kind, self.view, self._selection
+        )
         return UserError(f"slide {slide_id}, rank {rank}: {missing}")
 
-    def _shard(self, slide_id: str, block: int) -> FeatureShard:
+    def _shard_of_block(self, slide_id: str, block: int) -> FeatureShard:
         rank = block * BLOCK_ROWS
         entry = self._ledger.file_of(slide_id, rank)
         if entry is None:
-            raise self._absent(slide_id, rank)
-        return self._opened(entry.files[0].path)
+            raise self._absent_error(slide_id, rank)
+        return self._open_shard(entry.files[0].path)
 
-    def _opened(self, path: str) -> FeatureShard:
+    def _open_shard(self, path: str) -> FeatureShard:
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)

@@ -181,7 +181,7 @@ class TarShard:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
-        members = dict(_members(data, self.path))
+        members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):
             raise UserError(f"{self.path}: block {block} has not its tiles: run `verify`")
@@ -197,7 +197,7 @@ def _check_starts(starts: npt.NDArray[np.int64], name: ShardName, size: int) -> 
         raise ValueError("its offsets are not those of the tar")
 
 
-def _members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
+def _read_members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
     at, slide_id = 0, parse_shard_name(path.name).slide_id
     while at < len(data):
         header = data[at : at + _HEADER]
