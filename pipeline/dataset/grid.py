@@ -1,6 +1,6 @@
 """The tile grid and its rank order: pure functions of numbers, tested on properties.
 
-Rank order is part of the dataset contract and never changes: golden values stand in the tests.
+Rank order is part of the dataset contract and never changes: golden values are in the tests.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def window_means(
     """Mean of `mask` [h, w] over windows [x, x+size) x [y, y+size), in (sub)pixels of the mask.
 
     Exact for fractional edges: the integral image is linear between pixel corners along each
-    axis. Windows may reach over the edge; what lies outside counts as zero.
+    axis. Windows may reach over the edge; what is outside counts as zero.
     """
     integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     np.cumsum(np.cumsum(mask, 0, dtype=np.float64), 1, out=integral[1:, 1:])

@@ -79,9 +79,9 @@ def claim_identity(
     stage: str,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """Add a stage's identity values, or check them against those that stand.
+    """Add a stage's identity values, or check them against the recorded ones.
 
-    Another value than the one that stands is refused with both in the message. The stage's
+    Another value than the recorded one is refused with both in the message. The stage's
     software versions and platform are recorded beside; records hold no time and no host name,
     so that two datasets made alike are alike in bytes.
     """
@@ -102,7 +102,7 @@ def claim_identity(
 def _with_claims(
     dataset: Dataset, claims: dict[str, Any], stage: str, record: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """dataset.json as it stands (None: there is none), and with a stage's claims and record."""
+    """dataset.json as it is (None: there is none), and with a stage's claims and record."""
     before = _read_document(dataset) if _is_there(dataset) else None
     after = copy.deepcopy(before) if before else _empty_document()
     identity = after["identity"]
@@ -139,7 +139,7 @@ def _is_there(dataset: Dataset) -> bool:
 
 def _unreadable_message(dataset: Dataset, error: OSError) -> str:
     return (
-        f"{dataset.identity_file} cannot be read: {error.strerror}; mend its permissions or its "
+        f"{dataset.identity_file} cannot be read: {error.strerror}; fix its permissions or its "
         "disk, or restore it from a copy"
     )
 

@@ -1,6 +1,6 @@
 """Append-only journals: the only files that exist are those that a journal line names.
 
-One file `status/<stage>/<run_id>.jsonl` a coordinator or array element; one line a slide and
+One file `status/<stage>/<run_id>.jsonl` per coordinator or array element; one line per slide and
 scope, with a CRC, so that a line torn by kill -9 is recognised and left out.
 """
 
@@ -133,7 +133,7 @@ class Run:
         self.event("slide begun", slide=slide_id, worker=worker)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Append lines and sync: after this returns, the entries stand."""
+        """Append lines and sync: after this returns, the entries count."""
         entries = [replace(entry, reason=redact(entry.reason)) for entry in entries]
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:

@@ -35,11 +35,11 @@ def _acquire_lock(path: Path) -> None:
     began = since = time.monotonic()
     seen = ""
     while not _create_lock(path):
-        now, mark = time.monotonic(), _holder_text(path)
-        if mark != seen:
-            seen, since = mark, now
-        elif mark and now - since > STALE_S:
-            _break_lock(path, mark)
+        now, holder = time.monotonic(), _holder_text(path)
+        if holder != seen:
+            seen, since = holder, now
+        elif holder and now - since > STALE_S:
+            _break_lock(path, holder)
         if now - began > PATIENCE_S:
             raise UserError(
                 f"{path} is held by others for {PATIENCE_S:.0f} s: if no stage runs on the "
@@ -57,7 +57,7 @@ def _create_lock(path: Path) -> bool:
         return False
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or mend the folder's permissions"
+            f"cannot write {path}: {error.strerror}; free space or fix the folder's permissions"
         ) from error
     return True
 
@@ -78,15 +78,15 @@ def _holder_text(path: Path) -> str:
     return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}"
 
 
-def _break_lock(path: Path, mark: str) -> None:
+def _break_lock(path: Path, holder: str) -> None:
     """Remove a dead holder's lock, and never its successor's.
 
     Of several waiters only the one that makes the file named after that very lock may remove it,
     and only after it has looked again.
     """
-    right = path.with_name(f"{path.name}.{mark}")
+    right = path.with_name(f"{path.name}.{holder}")
     if _create_lock(right):
-        if _holder_text(path) == mark:
+        if _holder_text(path) == holder:
             # Where another user's may not be removed, the waiter's patience ends with a message.
             with suppress(OSError):
                 path.unlink()

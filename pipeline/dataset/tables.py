@@ -226,7 +226,7 @@ class Selection:
 def make_selection(
     name: str, ranks_by_slide: dict[str, npt.NDArray[np.int32]], plan: dict[str, Any]
 ) -> Selection:
-    """A selection from ranks a slide; slides without ranks are left out."""
+    """A selection from ranks by slide; slides without ranks are left out."""
     slides = sorted(slide for slide, ranks in ranks_by_slide.items() if len(ranks))
     parts = [np.sort(ranks_by_slide[slide]).astype(np.int32) for slide in slides]
     offsets = np.zeros(len(slides) + 1, np.int64)
@@ -244,7 +244,7 @@ _SELECTION_GROUP_ROWS = 1 << 20
 def write_selection(dataset: Dataset, run_id: str, selection: Selection) -> FileRecord:
     """Write selections/<name>.parquet with its plan in the file's metadata.
 
-    No Python object a tile, and a row group at a time, so that 10^8 rows need little more memory
+    No Python object per tile, and a row group at a time, so that 10^8 rows need little more memory
     than their ranks. Slides are dictionary codes and ranks are differences: runs of one cost
     next to nothing.
     """
@@ -282,7 +282,7 @@ def _selection_rows(selection: Selection, start: int, stop: int) -> pa.Table:
 
 
 def read_selection(dataset: Dataset, name: str) -> Selection:
-    """The named selection; a `UserError` lists the ones that stand where it does not."""
+    """The named selection; a `UserError` lists those there are where it is missing."""
     path = dataset.selection_file(name)
     if not path.exists():
         known = ", ".join(dataset.selection_names()) or "none"

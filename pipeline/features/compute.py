@@ -75,7 +75,7 @@ class TileBatch:
 def batches(spans: list[Span], rows: int, lanes: int = 1) -> Iterator[tuple[Span, range, bool]]:
     """Each span's blocks in order, at most `rows` tiles (but a whole block) at a time.
 
-    Of `lanes` spans by turns, whose files are then written at the same time: what a batch holds
+    Of `lanes` spans by turns, whose files are then written at the same time: what a batch contains
     does not depend on it.
     """
     waiting = iter(spans)
@@ -99,7 +99,7 @@ def _batches_of(span: Span, rows: int) -> Iterator[tuple[Span, range, bool]]:
 def lanes_for(device: str, threads: int) -> int:
     """Files to write at the same time: a GPU gives more tokens a second than one thread writes.
 
-    One thread writes 500 MB/s with both checksums, 1,700 tiles a second of float16 tokens.
+    One thread writes 500 MB/s with both checksums, 1,700 tiles per second of float16 tokens.
     """
     if device == "cpu":
         return 1

@@ -48,7 +48,7 @@ _FIXED = frozenset(
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
-    """With its number of workers; here one a GPU, or one on all cores, where nothing is said."""
+    """With its number of workers; here one per GPU, or one on all cores, where nothing is said."""
     if engine.cluster:
         jobs = engine.cluster
         workers, threads = jobs.max_jobs * jobs.workers, jobs.cores // jobs.workers

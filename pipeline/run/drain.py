@@ -43,7 +43,7 @@ _HEARTBEAT_S = 30.0
 
 
 class Observer(Protocol):
-    """What receives everything that happens beside results: a run's log."""
+    """What receives everything that happens besides results: a run's log."""
 
     def begun(self, slide_id: str, worker: str) -> None:
         """A slide was given to a worker."""

@@ -209,7 +209,7 @@ def _require_features(work: _Curation) -> list[str]:
 
 
 def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) -> None:
-    """Deny-list, classifier and report, unless they stand."""
+    """Deny-list, classifier and report, unless they are done already."""
     dataset, config = work.dataset, work.config
     denied, scored = _denied_ranks(work)
     plan = {"deny_list": config.name, "threshold": work.trained.threshold, "scored": scored}

@@ -108,7 +108,7 @@ def scan_slide(
     try:
         if source.taken_by:
             raise SlideOpenError(
-                f"{source.location} bears the name of {source.taken_by}; rename one of them, "
+                f"{source.location} has the name of {source.taken_by}; rename one of them, "
                 "or give a CSV with a slide_id column"
             )
         with local_slide(slide, config.stage_in, Path(scratch)) as path:

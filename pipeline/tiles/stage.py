@@ -60,19 +60,19 @@ def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:
     """Imported tiles are there from the start, and no larger ones can be cut."""
     if config.tile_px not in (None, read_identity(dataset)["tile_px"]):
         raise UserError(
-            f"--tile-px {config.tile_px}: {dataset.root} holds imported tiles, no slides"
+            f"--tile-px {config.tile_px}: {dataset.root} contains imported tiles, no slides"
         )
-    say(f"tile: {dataset.root} holds imported tiles: nothing to cut (lost ones: `import tiles`)")
+    say(f"tile: {dataset.root} contains imported tiles: nothing to cut (lost ones: `import tiles`)")
     return EXIT_OK
 
 
 def _output_px(dataset: Dataset, config: TileConfig) -> int:
-    own = int(read_identity(dataset)["tile_px"])
-    tile_px = config.tile_px or own
-    if tile_px < own or (tile_px - own) % 2:
+    dataset_px = int(read_identity(dataset)["tile_px"])
+    tile_px = config.tile_px or dataset_px
+    if tile_px < dataset_px or (tile_px - dataset_px) % 2:
         raise UserError(
-            f"--tile-px {tile_px}: expected {own}, the dataset's tile size, or more by an even "
-            f"number of pixels (such as {own + 32}), so that the centres coincide"
+            f"--tile-px {tile_px}: expected {dataset_px}, the dataset's tile size, or more by an even "
+            f"number of pixels (such as {dataset_px + 32}), so that the centres coincide"
         )
     return tile_px
 
@@ -101,7 +101,7 @@ def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, 
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks that hold a selected rank."""
+    """Per slide, the blocks that contain a selected rank."""
     return {
         slide_id: need.blocks for slide_id, need in _needs_by_slide(dataset, selections).items()
     }
@@ -110,11 +110,11 @@ def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, se
 def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
     """Why a slide's candidates must not be cut from, "" where they may.
 
-    `parent` is the standing line of `tissue` for the slide as it is now. Without one the
+    `parent` is the current line of `tissue` for the slide as it is now. Without one the
     candidates on disk are of a former slide or resolution, and the fingerprint would hide that.
     """
     if slide.status != "ok":
-        return f"{slide.status} by scan ({slide.reason}): mend that and scan, or `select` again"
+        return f"{slide.status} by scan ({slide.reason}): fix that and scan, or `select` again"
     if parent is None:
         return (
             f"{dataset.candidates_file(slide.slide_id)} is not of the slide as it is now: "
@@ -122,7 +122,7 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
         )
     if parent.outcome != "done":
         return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
-    # The line that stands says it: the footers of 100,000 files take minutes.
+    # The journal line states it: the footers of 100,000 files take minutes.
     rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
     if need.last >= rows:
         return (
@@ -224,12 +224,12 @@ class _TileJob:
     def _plan_with_border(self, reader: SlideReader) -> tuple[ReadPlan, float]:
         """How to read, and how far, in level-0 pixels, a tile reaches beyond its grid cell."""
         identity = read_identity(self.dataset)
-        own = int(identity["tile_px"])
+        dataset_px = int(identity["tile_px"])
         plan = plan_read(
             reader.levels, float(self.slide.mpp or 0), identity["mpp"],
-            identity["mpp_tolerance"], own,
+            identity["mpp_tolerance"], dataset_px,
         )  # fmt: skip
-        border = (self.tile_px - own) / 2 * plan.factor * plan.downsample
+        border = (self.tile_px - dataset_px) / 2 * plan.factor * plan.downsample
         return replace(plan, window=self.tile_px * plan.factor), border
 
     def write_shard(self, spool: Spool, span: range) -> Entry:

@@ -84,7 +84,7 @@ def usable_slides(dataset: Dataset) -> list[Slide]:
     """The slides that scan found fit for tiling."""
     slides = [slide for slide in read_slides(dataset) if slide.status == "ok"]
     if not slides:
-        raise UserError(f"{dataset.slides_file} holds no usable slide; see the reasons of `scan`")
+        raise UserError(f"{dataset.slides_file} has no usable slide; see the reasons of `scan`")
     return slides
 
 

@@ -100,7 +100,7 @@ class FeatureShard:
             ) from error
 
     def _check_layout(self, meta: dict[str, Any], schema: pa.Schema) -> None:
-        """What the metadata states must be what the columns hold."""
+        """What the metadata states must be what the columns contain."""
         known = {("cls", "float32", 1), ("tokens", "float16", 2), ("tokens", "int8", 2)}
         if (self.kind, self.dtype, len(self.shape)) not in known:
             raise ValueError(f"its features are stated as {meta}")
@@ -130,7 +130,7 @@ class FeatureShard:
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
         """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
         if self.dtype != "int8":
-            raise UserError(f"{self.path} holds {self.dtype} {self.kind}, int8 was asked for")
+            raise UserError(f"{self.path} contains {self.dtype} {self.kind}, int8 was requested")
         return (
             self._page_of_group(block, "tokens", self.shape),
             self._page_of_group(block, "scale", self.shape[:1]),

@@ -44,7 +44,7 @@ def read_encoder_record(
 ) -> dict[str, Any]:
     """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
 
-    `selection` is whose features are wanted, for the command that a missing file is told by.
+    `selection` is whose features are wanted, for the command that the error of a missing file names.
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
@@ -55,12 +55,12 @@ def read_encoder_record(
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
 
-def refuse_other_features(path: Path, stood: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_other_features(path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse features that were made with other values than are wanted, with both of them."""
     for key, value in wanted.items():
-        if key in stood and stood[key] != value:
+        if key in written and written[key] != value:
             raise UserError(
-                f"{path}: these features were made with {key} {stood[key]!r}, "
+                f"{path}: these features were made with {key} {written[key]!r}, "
                 f"{value!r} was asked for; use the former or another --dataset"
             )
 
@@ -78,7 +78,7 @@ class FeatureStore:
     """Random access to one kind of features. Safe to share between threads.
 
     `kind` is `cls` (float32 [d]), `tokens-float16` or `tokens-int8` (both float16 [t, d] when
-    read). `expect` names values that encoder.json must hold, such as weights_sha256 or
+    read). `expect` names values that encoder.json must have, such as weights_sha256 or
     compute_dtype: features made otherwise are refused with both values. `selection` is whose
     features are wanted: the `cache` command in messages names it.
     """

@@ -102,7 +102,7 @@ def png_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def member_name(slide_id: str, rank: int) -> str:
-    """The tar key: the slide is a folder, since its id may hold dots."""
+    """The tar key: the slide is a folder, since its id may contain dots."""
     return f"{slide_id}/{rank:08d}.png"
 
 
@@ -153,7 +153,7 @@ class TarShard:
 
     @classmethod
     def open(cls, path: Path) -> "TarShard":
-        """Read the index beside the tar; keeps one number a block."""
+        """Read the index next to the tar; keeps one number per block."""
         name = parse_shard_name(path.name)
         index = path.with_suffix(".idx")
         try:

@@ -1,4 +1,4 @@
-"""Reading tiles by (slide, rank), whatever shard holds them."""
+"""Reading tiles by (slide, rank), whatever shard they are in."""
 
 import threading
 from collections import OrderedDict
@@ -113,7 +113,7 @@ class TileStore:
 
 
 def _shard_path(entry: Entry) -> str:
-    """The tar, or the folder of the Zarr array, that holds an entry's tiles."""
+    """The tar, or the folder of the Zarr array, that contains an entry's tiles."""
     for record in entry.files:
         if record.path.endswith(".tar"):
             return record.path

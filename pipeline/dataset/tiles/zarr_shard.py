@@ -1,6 +1,6 @@
 """Tiles in a Zarr v3 array a shard: one tile a chunk, all chunks in one sharded file.
 
-`c/0/0/0/0` holds the chunks in rank order, then the shard index (offset and size of each chunk,
+`c/0/0/0/0` contains the chunks in rank order, then the shard index (offset and size of each chunk,
 little-endian uint64, then their crc32c), as the sharding codec of the Zarr v3 specification has
 it. A chunk is planar (transpose), delta-coded along the rows (numcodecs), zstd, CRC-32 in front
 (numcodecs). Stock zarr reads it; reading and encoding here need no zarr.
@@ -126,7 +126,7 @@ def commit_zarr(
 
 
 def _replace_folder(staged: Path, final: Path) -> None:
-    """Rename the folder into place; a damaged one that stands there goes first."""
+    """Rename the folder into place; a damaged one at that place goes first."""
     if final.exists():
         old = staged.with_name(f"{staged.name}.old")
         final.rename(old)
@@ -169,7 +169,7 @@ def _check_index(index: npt.NDArray[np.uint64], size: int) -> None:
 
 @dataclass(frozen=True)
 class ZarrShard:
-    """An open Zarr shard: where each of its chunks lies."""
+    """An open Zarr shard: where each of its chunks is."""
 
     path: Path
     start: int
