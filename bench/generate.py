@@ -38,6 +38,7 @@ from bench.common import (
     ratio_rows,
     write_result,
 )
+from common.torch_processes import ALONE
 from evaluate.generate.conditions import Condition, ConditionGuidance
 from evaluate.generate.run import Request, generate
 from evaluate.generators.cytosyn import (
@@ -45,9 +46,8 @@ from evaluate.generators.cytosyn import (
     SamplerSettings,
     with_cast_weights,
 )
-from evaluate.processes import Processes
 from model import CytoSyn
-from model.noise import Stream, derive_seeds, normal, seed_tensor
+from model.noise import RandomStream, derive_seeds, normal, seed_tensor
 from model.sampler import Guidance, integrate, time_nodes
 from model.sit import SiT, SiTConfig
 from model.vae import VAE, VAEConfig
@@ -139,7 +139,7 @@ def stage(bench: GenerationBench, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         request = Request(out=Path(folder) / "syn", micro_batch=bench.scale.batch)
         generator = bench.generator(steps=steps)
-        generate(generator, guidance(bench.scale.images), request, Processes(0, 1, 0))
+        generate(generator, guidance(bench.scale.images), request, ALONE)
 
 
 @torch.no_grad()
@@ -181,12 +181,12 @@ def doubled(bench: GenerationBench, network: Callable[[Tensor, Tensor], Tensor])
         conditional, null = out.chunk(2)
         return torch.lerp(null, conditional, rule.scale) if rule.active(t) else conditional
 
-    def noise(index: int, stream: Stream = Stream.SAMPLE_STEP) -> Tensor:
+    def noise(index: int, stream: RandomStream = RandomStream.SAMPLE_STEP) -> Tensor:
         return normal(
             keys, shape, stream=stream, step=index, device=bench.device, dtype=torch.float64
         )
 
-    start = noise(0, Stream.SAMPLE_START)
+    start = noise(0, RandomStream.SAMPLE_START)
     latents = integrate(velocity, start, steps=bench.scale.steps, solver="sde", noise=noise)
     cast = None if bench.dtype == "float32" else getattr(torch, bench.dtype)
     bench.model.decode(latents.float(), dtype=cast)

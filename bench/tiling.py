@@ -61,7 +61,8 @@ from pipeline.dataset.grid import grid_positions, rank_order
 from pipeline.run.workers import EngineConfig, dask_client
 from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import best_reader
-from pipeline.tiles.stage import TileConfig, tile, tile_slide
+from pipeline.tiles.config import TileConfig
+from pipeline.tiles.stage import tile, tile_slide
 from pipeline.tissue.stage import tissue_fingerprint
 
 TILE_PX, WINDOW = 224, 448

@@ -47,6 +47,7 @@ from bench.common import (
     write_features,
     write_result,
 )
+from common.torch_processes import Processes, choose_device
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -69,9 +70,9 @@ from pipeline.dataset.features import (
 )
 from train.config import Config, load_config
 from train.networks import build_parts
-from train.ranks import Ranks, choose_device
+from train.processes import prepare_device
 from train.reader import Batch, BatchReader
-from train.setup import open_inputs
+from train.setup import open_data
 from train.speed import matrix_rate, peak_memory_gb, step_flop
 from train.step import TrainingStep
 
@@ -125,7 +126,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
     overrides = [f"data.dataset={dataset.root}", f"data.batch_size={SLOTS}"]
     overrides += [f"data.cursors={CURSORS}"]
     config = load_config(CONFIGS / "cytosyn-40m.yaml", [*overrides, "run.device=cpu"])
-    inputs = open_inputs(config)
+    inputs = open_data(config)
     steps = inputs.stream.steps_per_epoch
     store = TileStore(dataset, 224)
     pngs = [
@@ -139,7 +140,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
         [*overrides, "run.device=cpu", "model.sit.conditioning=none", "loss.vae_align=0",
          "loss.sit_align=0"],
     )  # fmt: skip
-    without = open_inputs(pixels_only)
+    without = open_data(pixels_only)
 
     def read(source: Any) -> None:
         reader = BatchReader(
@@ -212,7 +213,7 @@ def make_batch(config: Config, step: int) -> Batch:
 
 def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[[Batch], object]:
     """The step of a version, with fresh networks; zero initialisations stirred."""
-    ranks, parts = Ranks(0, 1, device), build_parts(config, device)
+    processes, parts = Processes(device=device), build_parts(config, device)
     for parameter in parts.networks.sit.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
@@ -220,7 +221,7 @@ def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[
         return PlainStep(config, device, parts)
     return TrainingStep(
         config,
-        ranks,
+        processes,
         parts.networks,
         parts.optimizers,
         sit_average=parts.sit_average,
@@ -348,6 +349,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("data", "step"), help="default: both")
     options = parser.parse_args()
     device = choose_device(options.device)
+    prepare_device(device)
     on_gpu = device.type == "cuda"
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
     if options.part != "step":

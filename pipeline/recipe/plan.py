@@ -108,7 +108,7 @@ def _whole(value: Any) -> int | None:
 
 def _slide_sizes(steps: list[Step]) -> dict[str, int]:
     """Bytes of the slides that the recipe's scan would find."""
-    from pipeline.slides.open import find_sources
+    from pipeline.slides.entries import find_slides
 
     inputs = []
     for step in steps:
@@ -116,7 +116,7 @@ def _slide_sizes(steps: list[Step]) -> dict[str, int]:
             slides = step.values["slides"]
             inputs += slides if isinstance(slides, list) else [slides]
     sizes = {}
-    for source in find_sources(map(str, inputs)):
+    for source in find_slides(map(str, inputs)):
         try:
             sizes[source.slide_id] = source.bytes or source.path.stat().st_size
         except OSError:

@@ -23,7 +23,8 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
-from pipeline.tiles.stage import TileConfig, tile_slide
+from pipeline.tiles.config import TileConfig
+from pipeline.tiles.stage import tile_slide
 from pipeline.tissue.stage import tissue_fingerprint
 from pipeline.upkeep.status import read_status
 from tests.pipeline.faults import ROOT
