@@ -28,6 +28,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, config: Config, *, step: int) -> None:
         self.path = run_dir / METRICS_FILE
+        # A run that continues from `step` measures again what follows.
         if self.path.exists():
             kept = [line for line in _read_lines(self.path) if 0 < step >= line["step"]]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -54,7 +55,7 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write_line(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as events."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -91,6 +92,7 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
             f"log.wandb={config.log.wandb}: the package wandb is not installed: pip install "
             "wandb, or set log.wandb= (metrics.jsonl and TensorBoard have the same values)"
         ) from error
+    # The id is kept with the run, so that a restart continues the same curves.
     key = run_dir / "wandb_id.txt"
     if not key.exists():
         write_text(key, secrets.token_hex(8))

@@ -15,7 +15,7 @@ class StopRequests:
     """Notes SIGTERM and SIGUSR1 instead of dying from them, inside the `with` block."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,4 +33,4 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.received = True
