@@ -109,7 +109,10 @@ class PerceptualLoss(nn.Module):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in _TAPS:
-                taps.append(_to_unit_length(x.float()))
+                tapped = x.float()
+                # The clamp changes no value; without it features that are all 0 have gradient NaN.
+                norm = tapped.square().sum(dim=1, keepdim=True).clamp(min=_EPS**2).sqrt()
+                taps.append(tapped / (norm + _EPS))
         return taps
 
 
@@ -130,12 +133,6 @@ def _vgg16_features() -> nn.Sequential:
             layers += [convolution, nn.ReLU(inplace=True)]
             channels = width
     return nn.Sequential(*layers)
-
-
-def _to_unit_length(x: Tensor) -> Tensor:
-    # The clamp changes no value; without it a position whose features are all 0 has gradient NaN.
-    norm = x.square().sum(dim=1, keepdim=True).clamp(min=_EPS**2).sqrt()
-    return x / (norm + _EPS)
 
 
 def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -50,7 +50,9 @@ def read_repa_e(checkpoint: str | Path, *, use_ema: bool = True) -> RepaECheckpo
     content = load_archive(path, safe_types=[argparse.Namespace])
     sit = _read_part(content, "ema" if use_ema else "model", path)
     vae = _read_part(content, "vae", path)
-    arguments = _run_arguments(content)
+    given = content.get("args")
+    namespace = vars(given) if isinstance(given, argparse.Namespace) else given
+    arguments: Mapping[str, Any] = namespace if isinstance(namespace, Mapping) else {}
     return RepaECheckpoint(
         sit_config=_sit_config(sit, arguments, path),
         sit=sit,
@@ -72,13 +74,6 @@ def _read_part(content: Any, name: str, path: Path) -> Tensors:
             f"(expected model, ema, vae; found {found})"
         )
     return dict(part)
-
-
-def _run_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = content.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        return vars(arguments)
-    return dict(arguments) if isinstance(arguments, Mapping) else {}
 
 
 def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> SiTConfig:

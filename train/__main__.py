@@ -38,7 +38,13 @@ The default weights are those in the run's configuration (export.sit, export.vae
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and run it; the exit status."""
-    return _export(arguments[1:]) if arguments[:1] == ["export"] else _train(arguments)
+    if arguments[:1] == ["export"]:
+        options = export_parser().parse_args(arguments[1:])
+        from train.export import export_run
+
+        export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
+        return 0
+    return _train(arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -60,14 +66,6 @@ def _train(arguments: Sequence[str]) -> int:
         time.sleep(_AFTER_FIRST_S)
         return EXIT_USAGE
     return train(config, options.resume)
-
-
-def _export(arguments: Sequence[str]) -> int:
-    options = export_parser().parse_args(arguments)
-    from train.export import export_run
-
-    export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
-    return 0
 
 
 def train_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -101,12 +100,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.wait()
         elif (failed := self.settle()) is not None:  # the other error is the one that ends the run
@@ -132,7 +126,15 @@ class CheckpointWriter:
                 buffers[key].copy_(value.detach(), non_blocking=True)
         if any(value.is_cuda for tensors in files.values() for value in tensors.values()):
             torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._write, args=(state, list(files)))
+        copies = {name: self._buffers[name] for name in files}
+
+        def write() -> None:
+            try:
+                write_checkpoint(self.run_dir, state, copies, keep=self.keep)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write)
         self._thread.start()
         if failed is not None:  # two in a row: an interval more would be lost for nothing
             self.wait()
@@ -149,13 +151,6 @@ class CheckpointWriter:
             self._thread = None
         error, self._error = self._error, None
         return error
-
-    def _write(self, state: RunState, names: list[str]) -> None:
-        try:
-            files = {name: self._buffers[name] for name in names}
-            write_checkpoint(self.run_dir, state, files, keep=self.keep)
-        except BaseException as error:
-            self._error = error
 
 
 def write_checkpoint(

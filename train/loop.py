@@ -55,16 +55,13 @@ def train(config: Config, resume: Resume = "auto") -> int:
             try:
                 return Training(config, processes, data, start, requests).run()
             except torch.OutOfMemoryError as error:
-                raise UserError(_out_of_memory(config, error)) from error
-
-
-def _out_of_memory(config: Config, error: torch.OutOfMemoryError) -> str:
-    data, optim = config.data, config.optim
-    remedy = "" if config.run.recompute else "set run.recompute=true to continue this run, or "
-    return (
-        f"{str(error).partition('. ')[0]}: {remedy}begin another with optim.accumulate above "
-        f"{optim.accumulate} or data.batch_size below {data.batch_size}, or use more GPUs"
-    )
+                recompute, optim = config.run.recompute, config.optim
+                remedy = "" if recompute else "set run.recompute=true to continue this run, or "
+                raise UserError(
+                    f"{str(error).partition('. ')[0]}: {remedy}begin another with optim.accumulate "
+                    f"above {optim.accumulate} or data.batch_size below {config.data.batch_size}, "
+                    "or use more GPUs"
+                ) from error
 
 
 class Training:

@@ -110,7 +110,8 @@ class TrainingStep:
         A skipped step leaves weights, moments, averages and statistics as they were.
         """
         # Forward passes move running statistics; a skipped step puts them back.
-        buffers = self._moving_buffers()
+        moving = (self.networks.sit, self.networks.discriminator)
+        buffers = [b for network in moving if network is not None for b in network.buffers()]
         before = [value.clone() for value in buffers]
         metrics = self._compute_gradients(self.prepare_inputs(batch), batch.step)
         norms = self._clip_gradients()
@@ -231,11 +232,6 @@ class TrainingStep:
         self.parts.sit_average.update(self.networks.sit, step)
         if self.parts.vae_average is not None:
             self.parts.vae_average.update(self.networks.vae, step)
-
-    def _moving_buffers(self) -> list[Tensor]:
-        """Running statistics that a step moves in its forward passes."""
-        networks = (self.networks.sit, self.networks.discriminator)
-        return [b for network in networks if network is not None for b in network.buffers()]
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.run.precision == "fp32":

@@ -67,7 +67,7 @@ def config(train_dataset: Dataset, tmp_path: Path) -> Config:
 def prepared(config: Config) -> tuple[Parts, StepInputs]:
     parts = build_parts(config, CPU)
     wake(parts.networks.sit)
-    return parts, make_step(config, parts).inputs(make_batch(config))
+    return parts, make_step(config, parts).prepare_inputs(make_batch(config))
 
 
 def reached(network: nn.Module) -> set[str]:
@@ -82,13 +82,13 @@ def reached(network: nn.Module) -> set[str]:
 def test_alignment_of_the_vae_reaches_its_encoder_alone(prepared: tuple[Parts, StepInputs]) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     output = networks.vae(inputs.images, inputs.draws.posterior_noise)
-    before = {name: value.clone() for name, value in networks.sit.named_moving_buffers()}
+    before = {name: value.clone() for name, value in networks.sit.named_buffers()}
     vae_alignment(networks.sit, Interpolant(), output.latents, inputs).backward()
     names = reached(networks.vae)
     assert names
     assert all(name.startswith(("encoder.", "quant_conv.")) for name in names)
     assert reached(networks.sit) == set()
-    for name, value in networks.sit.named_moving_buffers():
+    for name, value in networks.sit.named_buffers():
         assert value.equal(before[name])
 
 
