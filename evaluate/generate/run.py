@@ -37,7 +37,7 @@ from pipeline.dataset import (
     Run,
     claim_identity,
     encode_png,
-    fingerprint,
+    fingerprint_of,
     read_identity,
     software_versions,
 )
@@ -86,7 +86,7 @@ def generate(
     """
     dataset = Dataset(request.out)
     claims = _as_begun(dataset, identity_claims(generator, guidance, request))
-    mark = fingerprint(stage="generate", version=_STAGE_VERSION, **claims)
+    mark = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
         units = _prepare(dataset, generator, guidance, request, claims, mark)
