@@ -22,6 +22,7 @@ def disagreement(native: NativeReader, reference: SlideReader) -> str:
         return f"levels are {sizes[1]}, native {sizes[0]}"
     if not _same_resolution(native, reference):
         return f"resolution is {reference.resolution}, native {native.resolution}"
+    # Last, since pixels cost most.
     try:
         for level, row, column in sampled_tiles(native):
             difference = _largest_difference(native, reference, level, row, column)
@@ -55,6 +56,7 @@ def sampled_tiles(native: NativeReader) -> list[tuple[int, int, int]]:
     whole = [i for i, v in enumerate(native.levels) if v.downsample == round(v.downsample)]
     sizes = np.concatenate([native.native[level].sizes for level in whole])
     ends = np.cumsum([len(native.native[level].sizes) for level in whole])
+    # Heavy tiles have the most detail; those spread evenly also reach empty parts and edges.
     even = np.linspace(0, len(sizes) - 1, TILES_COMPARED).astype(int)
     heavy = np.argsort(-sizes, kind="stable")[:TILES_COMPARED]
     for index in [*even[::2], *heavy, *even]:

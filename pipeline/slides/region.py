@@ -102,6 +102,7 @@ def tile_windows(
         else:
             first = np.floor(start).astype(np.int64)
             last = np.ceil(start + plan.window).astype(np.int64)
+        # Kernels reach beyond the tile; what they need is read as far as the slide goes.
         if resampler != "area" and plan.factor != 1:
             reach = math.ceil(_KERNELS[resampler][1] * plan.factor)
             first = np.minimum(first, np.maximum(first - reach, 0))
@@ -123,6 +124,7 @@ def reading_order(
     """
     if len(windows) == 0:
         return np.zeros(0, np.int64)
+    # As many columns of native tiles as fit the cache over the rows that one window touches.
     width, height = native_tile
     rows = -(-int(windows[:, 3].max()) // height) + 1
     columns = cache_bytes // (rows * width * height * 3)
@@ -145,6 +147,7 @@ def _cut_tile(
     image = reader.read(plan.level, left, top, width, height)
     if plan.factor == 1:
         return image
+    # Where the tile begins in the pixels that were read.
     x, y = x_level0 / plan.downsample, y_level0 / plan.downsample
     if plan.aligned:
         x, y = round(x), round(y)
@@ -169,6 +172,7 @@ def read_overview(
     downsamples = level_downsamples(reader.levels)
     fine = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= target_um_per_px]
     level = max(fine, key=lambda i: downsamples[i]) if fine else 0
+    # A whole factor keeps the overview's resolution exact, and its strips independent.
     level_mpp = mpp_level0 * downsamples[level]
     factor = max(1, round(target_um_per_px / level_mpp))
     size = reader.levels[level]

@@ -48,6 +48,7 @@ def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | N
     ):
         if pair is None:
             continue
+        # TIFF tags often state a printer's dpi: outside the window they are not believed.
         value = (pair[0] + pair[1]) / 2
         if window[0] <= value <= window[1]:
             _refuse_anisotropy(pair)
@@ -112,6 +113,7 @@ def plan_read(
     usable = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= limit]
     level = max(usable, key=lambda i: downsamples[i])
     level_mpp = mpp_level0 * downsamples[level]
+    # Whole multiples need no resampling: tiles are then means of whole pixels.
     multiple = max(1, round(target_mpp / level_mpp))
     aligned = abs(multiple * level_mpp - target_mpp) <= tolerance * target_mpp + 1e-12
     factor = float(multiple) if aligned else target_mpp / level_mpp
@@ -149,6 +151,7 @@ def area_resample(
     Output pixel (i, j) is the area-weighted mean of [y + i s, y + (i+1) s) x [x + j s, ...) with
     s = window / out_px >= 1, in pixels of `image`.
     """
+    # Separable: first over rows, then, transposed, over columns.
     height, width = image.shape[:2]
     narrow = _cell_means(image.reshape(height, width * 3), y, window, out_px)
     turned = narrow.reshape(out_px, width, 3).transpose(1, 0, 2).reshape(width, out_px * 3)
@@ -170,6 +173,7 @@ def _cell_means(
     index = first[:, None] + np.arange(math.ceil(_CELLS_PER_BLOCK * step) + 1)
     upper = edges[:-1].reshape(blocks, _CELLS_PER_BLOCK, 1)
     lower = edges[1:].reshape(blocks, _CELLS_PER_BLOCK, 1)
+    # How much of each row is in each cell; rows beyond the last have no share.
     inside = np.minimum(index + 1, len(rows))[:, None]
     share = np.clip(np.minimum(lower, inside) - np.maximum(upper, index[:, None]), 0, None)
     share /= np.maximum(share.sum(2, keepdims=True), np.finfo(np.float64).tiny)

@@ -168,6 +168,7 @@ class OnnxDetector:
         window, margin = self.description.window_px, self.description.margin_px
         field = _cut_window(rgb, top - margin, left - margin, window)
         scores = self._scores(field)
+        # Networks often give their classes at a part of the input's resolution.
         if scores.shape[1:] != (window, window):
             planes = [cv2.resize(plane, (window, window)) for plane in scores]
             scores = np.stack(planes)
@@ -215,6 +216,7 @@ def _open_session(path: Path, data: bytes) -> Any:
             f"{path} needs onnxruntime, which is not installed: pip install 'histogen[onnx]'"
         ) from error
     options = onnxruntime.SessionOptions()
+    # One thread: a worker per core runs already, and sums stay in one order.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
