@@ -134,6 +134,7 @@ def _add_option(parser: argparse._ActionsContainer, item: Field[Any], hint: Any,
         settings["metavar"] = words.metavar or shown
         # A tuple's default stays with the dataclass: argparse would append to it.
         settings["default"] = None if is_required or is_tuple else default
+    # A tuple's values are collected, unless one word has them all.
     if is_tuple and not words.separator:
         if words.positional or words.many:
             settings["nargs"] = "+"

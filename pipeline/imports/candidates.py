@@ -193,6 +193,7 @@ def _write_selections(
     summary: Summary,
 ) -> None:
     """Write the selections that are not current; refuses first what others rely on."""
+    # Slides that failed have no candidates, so no selection may name them.
     ledger = Ledger.read(dataset, SELECT)[""]
     failed = {slide_id for slide_id, _ in summary.failed}
     all_slides = read_slides(dataset)

@@ -118,7 +118,7 @@ class TilesConfig:
     icc: Icc = option_field("ignore", "srgb: apply a picture's colour profile")
     png: PngEffort = option_field("small", PNG)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.dataset import fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES

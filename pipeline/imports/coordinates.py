@@ -75,11 +75,13 @@ def _place_table(
     config: CoordinatesConfig,
 ) -> ImportedTiles:
     """The table's tiles; `slide_index` is the slide of each of its names, -1 where none."""
+    # The table's names as slides of the dataset; rows of other slides are reported and left out.
     codes = slide_index[table.codes] if len(slide_index) else table.codes
     _report_unknown(table, slide_index)
     rows = np.flatnonzero(codes >= 0)
     codes = codes[rows]
     factors = _level0_factors(table, rows, codes, slides, frames)
+    # Centres become corners in level-0 pixels, where a tile's size is known.
     half = frames.size[codes] / 2 if config.anchor == "center" else 0.0
     x, y, is_inside = place_tiles(
         frames, codes, table.x[rows] * factors - half, table.y[rows] * factors - half

@@ -133,6 +133,7 @@ def read_features(path: Path) -> list[Feature]:
         if isinstance(document, dict):
             document = document.get("features", [document])
         features = [feature for feature in document if _is_annotation(feature)]
+        # A class that cannot be read shall be refused here, where the file is named.
         for feature in features:
             class_name(feature)
         return features
@@ -180,6 +181,7 @@ def features_mask(
         for feature in features
         for polygon in polygons_of(feature)
     ]
+    # Painted in this order: the large before the small, artifacts last.
     areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -polygon_area(pair[1])))
     mask = np.zeros(shape, np.uint8)
     for value, polygon in areas:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ class MaskFile:
         """Resolution at which the mask is kept."""
         return DetectorConfig().um_per_px
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The mask's file."""
         return {"name": _DETECTOR, "sha256": hash_file(self.path)}
 
@@ -80,7 +80,7 @@ class MaskFile:
         return Detection(mask, glass_level(rgb))
 
 
-def masks_identity(config: MasksConfig) -> dict[str, Any]:
+def masks_identity(config: MasksConfig) -> dict[str, object]:
     """The values that make it this dataset and no other; masks may be added and changed."""
     parameters = {
         "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
@@ -170,6 +170,7 @@ def read_png_mask(
     if picture.shape == shape:
         return picture
     width, height = size_level0
+    # Half a pixel of rounding on each side does not make it another shape.
     across, down = picture.shape[1] / width, picture.shape[0] / height
     slack = 1.5 / min(picture.shape)
     if abs(across - down) > max(across, down) * (_MAX_STRETCH + slack):
@@ -224,7 +225,7 @@ class ImportMasksStage(Stage[Slide]):
         self.masks = find_masks(config.folder, self.slides)
         _refuse_unknown_early(list(self.masks.values()), self.class_names)
 
-    def claims(self) -> dict[str, Any]:
+    def claims(self) -> dict[str, object]:
         """Where the masks came from and the thresholds."""
         return masks_identity(self.config)
 

@@ -192,6 +192,7 @@ def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> s
 
 
 def _csv_folder(slide_id: str, rows: _SlideRows, is_cells: bool) -> TileFolder:
+    # By path, so that the order of a table's rows changes nothing.
     order = sorted(range(len(rows.files)), key=lambda i: rows.files[i])
     folder = TileFolder(
         check_slide_id(slide_id),
@@ -236,6 +237,7 @@ def tile_positions(
         _position_in_name(folder, name, names) for name in folder.files
     )
     xy = np.array(pairs, np.float64).reshape(len(pairs), 2) * (tile_px if cells else 1)
+    # Two pictures of one place would be one candidate twice.
     distinct, first = np.unique(xy, axis=0, return_index=True)
     if len(distinct) < len(xy):
         again = sorted(set(range(len(xy))) - set(first.tolist()))[0]
@@ -263,6 +265,7 @@ def tile_order(
     """
     if positions is not None:
         return rank_order(seed, folder.slide_id, *positions)
+    # A hash, since names in order would put neighbouring tiles into one block.
     keys = [
         hashlib.blake2b(f"{seed}\0{folder.slide_id}\0{name}".encode(), digest_size=8).digest()
         for name in folder.files

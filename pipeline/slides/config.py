@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
 from common.options import (
@@ -130,7 +130,7 @@ class ScanConfig:
     sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 
@@ -143,6 +143,6 @@ class ScanConfig:
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
         }
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """What a scanned row depends on in addition to the slide's bytes."""
         return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}

@@ -62,6 +62,7 @@ def find_slides(inputs: Iterable[str]) -> list[SlideEntry]:
     What a table says of a slide is true wherever else its path is given. Raises `UserError` where
     two rows say different things of one path.
     """
+    # One slide may be named several times, in a folder and in a table: a table's words win.
     by_path: dict[Path, _Mention] = {}
     for text in inputs:
         for mention in _expand_input(text):

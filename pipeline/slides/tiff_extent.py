@@ -54,6 +54,7 @@ class _DirectoryWalk:
             if directory is None:
                 return f"page {page} lies beyond the end of the file ({self._size:,} bytes)"
             entries, offset = directory
+            # The next directory may be in place and this one's pixels cut off, and the reverse.
             if self._data_end(entries) > self._size:
                 return (
                     f"pixels of page {page} lie beyond the end of the file ({self._size:,} bytes)"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.options import option_field, parse_count
 from pipeline.options import PNG, SELECTIONS, Icc, PngEffort
@@ -52,7 +52,7 @@ class TileConfig:
 
         return CODEC if self.format == "zarr" else PNG_CODECS[self.png]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
 

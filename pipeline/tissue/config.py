@@ -1,7 +1,6 @@
 """What `tissue` is asked for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from common.options import option_field
 from pipeline.options import MAX_ARTIFACT, MIN_TISSUE
@@ -24,7 +23,7 @@ class TissueConfig:
     )
     stage_in: StageIn = IN_PLACE
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.tissue.detector import open_detector
         from pipeline.tissue.stage import detector_identity

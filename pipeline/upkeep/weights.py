@@ -170,6 +170,7 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
             "licence": item.licence,
             "gating": item.gating,
         }
+        # Synced and readable by all before it has its name: other users' jobs read it.
         with staged.open("rb") as file:
             os.fsync(file.fileno())
         staged.chmod(0o644)
