@@ -24,7 +24,9 @@ the dataclass are then filled from that one place:
 | a dataclass | its own fields' options, at the same level |
 | no metadata | not an option: it keeps its default, or is given to `config_from_options` |
 
-A default that says something is shown at the end of the help text.
+A default that says something is shown at the end of the help text. `option_field(default, ...)`
+is short for `field(default=default, metadata=option(...))`; a field without a default is written
+out, so that type checkers know that it must be given.
 """
 
 import argparse

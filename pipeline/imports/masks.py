@@ -170,7 +170,7 @@ def read_png_mask(
     if picture.shape == shape:
         return picture
     width, height = size_level0
-    # Half a pixel of rounding on each side does not make it another shape.
+    # Rounding by a pixel or so does not make it another shape.
     across, down = picture.shape[1] / width, picture.shape[0] / height
     slack = 1.5 / min(picture.shape)
     if abs(across - down) > max(across, down) * (_MAX_STRETCH + slack):

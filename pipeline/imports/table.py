@@ -138,7 +138,7 @@ def _resolve_units(path: Path, columns: Columns, units: str) -> str:
 
 
 def _read_csv(path: Path, names: list[str]) -> pa.Table:
-    # Numbers are parsed in C, ten million rows in seconds.
+    # Stated, so that the first rows of a file do not decide what a column is.
     types: dict[str, object] = dict.fromkeys(names[1:], pa.float64())
     # Text is text: a slide may be called NA or 02.
     types[names[0]] = pa.dictionary(pa.int32(), pa.string())

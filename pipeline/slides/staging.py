@@ -91,7 +91,7 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     name = slide.path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         name = slide.slide_id
-    # Under the slide's own name: formats of several files, such as .mrxs, look for it.
+    # Under the slide's own name, by which tools that write into a folder call it.
     dest, problem = folder / name, ""
     argv = stage_in.argv(slide.path, dest)
     for attempt in range(stage_in.retries + 1):
