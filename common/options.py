@@ -182,16 +182,13 @@ def _choices(words: Option, kind: Any) -> list[str] | None:
 def _help_text(words: Option, default: object) -> str:
     text = words.help
     if not (default is MISSING or default is None or default is False or default in ("", ())):
-        values = default if isinstance(default, tuple) else (default,)
-        shown = (words.separator or " ").join(_shown(value) for value in values)
-        text += f" (default: {shown})"
+        shown = []
+        for value in default if isinstance(default, tuple) else (default,):
+            is_large = isinstance(value, int) and value >= 10_000
+            is_float = isinstance(value, float)
+            shown.append(f"{value:_}" if is_large else f"{value:g}" if is_float else str(value))
+        text += f" (default: {(words.separator or ' ').join(shown)})"
     return text.replace("%", "%%")  # argparse formats help texts
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:_}" if value >= 10_000 else str(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def number_within(least: float, most: float, expected: str) -> Callable[[str], float]:

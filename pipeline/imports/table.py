@@ -73,7 +73,7 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     # Only the columns that are needed are read: tables of features have hundreds.
     is_csv = path.suffix.lower() not in (".parquet", ".pq")
     try:
-        header = _csv_header(path) if is_csv else pq.read_schema(path).names
+        header = _read_csv_header(path) if is_csv else pq.read_schema(path).names
         resolved = _resolve_columns(path, header, columns)
         units = _resolve_units(path, resolved, units)
         names = [resolved.slide, resolved.x, resolved.y]
@@ -89,7 +89,7 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     return PositionTable(path, slides, codes, numbers[0], numbers[1], units, scale, first_line)
 
 
-def _csv_header(path: Path) -> list[str]:
+def _read_csv_header(path: Path) -> list[str]:
     with pa.input_stream(str(path)) as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", "replace")
     lines = head.splitlines()

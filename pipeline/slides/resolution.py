@@ -51,7 +51,11 @@ def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | N
         # TIFF tags often state a printer's dpi: outside the window they are not believed.
         value = (pair[0] + pair[1]) / 2
         if window[0] <= value <= window[1]:
-            _refuse_anisotropy(pair)
+            if abs(pair[0] - pair[1]) > MAX_ANISOTROPY * min(pair):
+                raise ResolutionError(
+                    f"pixels are not square: {pair[0]:.4f} x {pair[1]:.4f} mpp differ by more than "
+                    f"{MAX_ANISOTROPY:.0%}"
+                )
             return Mpp(value, name)
         notes.append(f"{name} say {value:.4g}, outside {window[0]} to {window[1]}")
     if assumed is not None:
@@ -60,14 +64,6 @@ def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | N
     raise ResolutionError(
         f"no trustworthy mpp{why}; give a CSV with an mpp column, or --assume-mpp"
     )
-
-
-def _refuse_anisotropy(pair: tuple[float, float]) -> None:
-    if abs(pair[0] - pair[1]) > MAX_ANISOTROPY * min(pair):
-        raise ResolutionError(
-            f"pixels are not square: {pair[0]:.4f} x {pair[1]:.4f} mpp differ by more than "
-            f"{MAX_ANISOTROPY:.0%}"
-        )
 
 
 @dataclass(frozen=True)
@@ -134,13 +130,13 @@ def level_downsamples(levels: Sequence[Level]) -> list[float]:
     A whole number is meant where it explains the level's size to within 1.5 of its pixels, so
     that nothing at the far edge of the slide is misplaced by more.
     """
-    return [_intended_downsample(level, levels[0]) for level in levels]
-
-
-def _intended_downsample(level: Level, base: Level) -> float:
-    whole = max(1, round(level.downsample))
-    off = max(abs(base.width / whole - level.width), abs(base.height / whole - level.height))
-    return float(whole) if off <= _ROUNDED_PX else level.downsample
+    base, downsamples = levels[0], []
+    for level in levels:
+        whole = max(1, round(level.downsample))
+        off_x, off_y = base.width / whole - level.width, base.height / whole - level.height
+        is_whole = max(abs(off_x), abs(off_y)) <= _ROUNDED_PX
+        downsamples.append(float(whole) if is_whole else level.downsample)
+    return downsamples
 
 
 def area_resample(
