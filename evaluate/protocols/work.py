@@ -19,6 +19,7 @@ import numpy as np
 
 from common.console import say
 from common.errors import UserError
+from common.torch_processes import Processes, joined_processes
 from evaluate.generate.guidance import (
     Guidance,
     Unconditional,
@@ -33,7 +34,6 @@ from evaluate.generate.run import Request, final_line, generate
 from evaluate.generators import Generator
 from evaluate.generators.cytosyn import SamplerSettings
 from evaluate.generators.open import Opened, Source, open_generator, settings_for
-from evaluate.processes import Processes, choose_device, joined_processes
 from evaluate.protocols.config import GenerationSpec, ModelSpec, Protocol, TileSet
 from evaluate.protocols.plan import Images, Seen, all_images, expand, parse_vae
 from evaluate.protocols.reconstruct import Reconstruction, TileGuidance, ViewGuidance
@@ -184,7 +184,7 @@ class Workshop:
                 f"with `python -m evaluate generate`, or leave generations.*.dataset out"
             )
         if not self.protocol.launcher:
-            with joined_processes() as processes:
+            with joined_processes(self.protocol.device, setting="device=") as processes:
                 self.generate(source, processes)
             return
         launcher = shlex.split(self.protocol.launcher)
@@ -193,7 +193,7 @@ class Workshop:
 
     def generate(self, source: str, processes: Processes) -> None:
         """Make a source's images in this process, or in this process's share of many."""
-        device = choose_device(self.protocol.device, processes.local_rank)
+        device = processes.device
         vae = parse_vae(source)
         if vae:
             generator, guidance, seed, batch = self._reconstruction(*vae, device)
@@ -207,7 +207,7 @@ class Workshop:
             mpp=guidance.mpp if generator.mpp is None else generator.mpp,
         )
         outcome = generate(generator, guidance, request, processes)
-        if processes.is_first:
+        if processes.is_main:
             say(f"{source}: {final_line(outcome, request.out)}")
         self._tiles.pop(source, None)
 
