@@ -1,4 +1,4 @@
-"""What a person sees of a long command: one-line errors, progress with rate and ETA.
+"""What a long command shows: one-line errors, progress with rate and ETA.
 
 Used by the doors of `pipeline`, `train` and `evaluate`.
 """
@@ -79,7 +79,7 @@ def _check_rooms(rooms: tuple[str, ...]) -> None:
         if path is None or Path(path).resolve().parents[1] != home:
             raise UserError(
                 f"package '{room}' was imported from {path}, expected {home / room}: "
-                "set PYTHONSAFEPATH=1 or leave the folder that holds another one of that name"
+                "set PYTHONSAFEPATH=1 or leave the folder that has another one of that name"
             )
 
 
@@ -135,7 +135,7 @@ class Meter:
         return time.monotonic() - self.started
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add finished units; `note` (a loss, a slide) stands at the end of the bar."""
+        """Add finished units; `note` (a loss, a slide) is shown at the end of the bar."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=note)

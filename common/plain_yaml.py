@@ -1,4 +1,4 @@
-"""YAML files that people write: plain values, and nothing that runs, loops or swells."""
+"""YAML files of users: plain values, and nothing that runs code, loops or grows without end."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ _MOST_VALUES = 200_000
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text. Whatever is wrong with it is a ValueError of one line.
+    """The value of a YAML text; raises `ValueError` with one line where anything is wrong with it.
 
-    No tags of Python. Aliases (`*name`) are taken, but what they stand for is counted before it is
-    made: ten lines of aliases can stand for a billion values, or for themselves.
+    No tags of Python. Aliases (`*name`) are allowed, but the values they refer to are counted
+    before they are made: ten lines of aliases can refer to a billion values, or to themselves.
     """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{len(text):,} characters are more than a configuration has")
@@ -23,7 +23,7 @@ def load_yaml(text: str) -> Any:
         if node is None:
             return None
         if _values(node, {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+            raise ValueError(f"its aliases refer to more than {_MOST_VALUES:,} values")
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -35,7 +35,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values the node and all below it stand for, aliases written out.
+    """How many values the node and all below it have, aliases written out.
 
     Each node is visited once; one that contains itself is a ValueError.
     """
@@ -44,7 +44,7 @@ def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
     if id(node) in known:
         count = known[id(node)]
         if count is None:
-            raise ValueError("an alias stands for something that contains it")
+            raise ValueError("an alias refers to something that contains it")
         return count
     known[id(node)] = None
     below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]

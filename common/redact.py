@@ -1,6 +1,6 @@
 """Secrets taken out of what is printed, logged or journalled.
 
-What a stage says may quote a command or an address of the user's, and those may hold a token.
+Messages of a stage may quote a command or an address of the user's, which may have a token in it.
 """
 
 import os
@@ -32,7 +32,7 @@ _PATTERNS = tuple(
     for pattern in (
         r"(?<=://)[^/\s]+(?=@)",  # user:password@host
         rf"(?<=[?&])(?P<keep>{_WORDS}=)[^&\s'\"`]+",
-        # 'X-Auth-Token: value', up to the quote that closes it: the value may hold spaces.
+        # 'X-Auth-Token: value', up to the quote that closes it: the value may have spaces.
         rf"(?P<keep>{_QUOTE}(?:--?[\w-]+=)?{_HEADER}\s*:\s*{_SCHEME}){_TO_QUOTE}",
         rf"(?P<keep>{_QUOTE}{_HEADER}(?P=quote)\s*:\s*(?P=quote)){_TO_QUOTE}",  # as JSON
         # Without quotes a value ends at a space, but for the lists of cookies and digests.
@@ -64,7 +64,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 def redact_all(value: Any) -> Any:
     """A value as JSON knows it, its texts without secrets; what JSON does not know is made text.
 
-    To be used before the value is encoded: JSON escapes what a secret may hold.
+    To be used before the value is encoded: JSON escapes characters that a secret may have.
     """
     if isinstance(value, Mapping):
         return {str(key): redact_all(one) for key, one in value.items()}
@@ -78,7 +78,7 @@ def redact_all(value: Any) -> Any:
 def secrets_in(command: str) -> list[str]:
     """The words that `redact` takes out of a command, the longest first.
 
-    What the command says of its own accord may repeat them without their names.
+    What the command prints may repeat them without their names.
     """
     shown = set(_WORD.findall(redact(command)))
     hidden = {word for word in _WORD.findall(command) if word not in shown}

@@ -1,4 +1,4 @@
-"""What `cache` is asked for."""
+"""The configuration of `cache`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the kinds of `import`, and `geojson`, are asked for."""
+"""The configurations of the kinds of `import`, and of `geojson`."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -30,7 +30,7 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
     names = Counter(name for name, _ in config.files)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise UserError(
-            f"selection '{repeated[0]}' is given twice; each NAME=FILE needs its own name"
+            f"selection '{repeated[0]}' is given twice; each NAME=FILE needs another name"
         )
     slides = usable_slides(dataset)
     frames = dataset_frames(dataset, slides)
@@ -89,7 +89,7 @@ def _place_table(
     if not is_inside.all():
         row, slide = rows[~is_inside][0], slides[codes[~is_inside][0]]
         what = (
-            f"{table.path}: {np.sum(~is_inside):,} rows lie outside their slides, "
+            f"{table.path}: {np.sum(~is_inside):,} rows are outside their slides, "
             f"{table.lines(rows[~is_inside])} (x {table.x[row]:g}, y {table.y[row]:g} in "
             f"{table.units} pixels; {slide.slide_id} is {slide.width}x{slide.height})"
         )

@@ -79,7 +79,7 @@ def find_tile_folders(source: Path) -> list[TileFolder]:
     by_id: dict[str, TileFolder] = {}
     for folder in sorted(folders, key=lambda folder: folder.root):
         if (first := by_id.get(folder.slide_id)) is not None:
-            # Under a name of its own, so that the refusal is recorded and the first is kept.
+            # Under another name, so that the refusal is recorded and the first is kept.
             digest = hashlib.sha256(str(folder.root).encode()).hexdigest()[:8]
             slide_id = f"{folder.slide_id}.{digest}"
             folder = replace(folder, slide_id=slide_id, taken_by=str(first.root))
@@ -227,7 +227,7 @@ def tile_positions(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """Positions (x, y), float64 [n] each, in the order of `files`; None where none are stated.
 
-    `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's own
+    `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's
     columns come first. Raises `UserError` for a name without, and for two pictures of one place.
     """
     cells = folder.cells if folder.positions else names == "col_row"

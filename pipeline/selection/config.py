@@ -1,4 +1,4 @@
-"""What `select`, `plan-cohort` and `curate` are asked for."""
+"""The configurations of `select`, `plan-cohort` and `curate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `scan` is asked for, and how slides are fetched."""
+"""The configuration of `scan`, and of how slides are fetched."""
 
 import re
 import shlex

@@ -19,7 +19,7 @@ _GENERIC_VENDORS = {"generic-tiff"}
 
 
 class OpenSlideReader(SlideReader):
-    """A slide opened by OpenSlide, with a small tile cache of its own."""
+    """A slide opened by OpenSlide, with a small tile cache."""
 
     name = "openslide"
 

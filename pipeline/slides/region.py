@@ -34,11 +34,11 @@ def read_region(
 ) -> npt.NDArray[np.uint8]:
     """RGB uint8 [tile_px, tile_px, 3] at `mpp` whose upper left corner is at (x, y) of level 0.
 
-    `mpp_level0` is the slide's own resolution (`slides.parquet` holds it). Where an integer
-    multiple of a level's lies within `tolerance` (relative) of `mpp`, the region is an integer
+    `mpp_level0` is the slide's resolution (in `slides.parquet`). Where an integer
+    multiple of a level's is within `tolerance` (relative) of `mpp`, the region is an integer
     reduction of whole pixels at that multiple; otherwise it is resampled from the coarsest level
     that is not coarser than `mpp`, sub-pixel exact. Raises `ResolutionError` where the slide is
-    coarser than asked for, and `SlideReadError` with the coordinates where it cannot be read.
+    coarser than requested, and `SlideReadError` with the coordinates where it cannot be read.
     """
     plan = plan_read(reader.levels, mpp_level0, mpp, tolerance, tile_px)
     return read_tile(reader, plan, x_level0, y_level0, tile_px, resampler)

@@ -90,7 +90,7 @@ def plan_read(
 ) -> ReadPlan:
     """Choose the coarsest level that is not coarser than the target, and the reduction from it.
 
-    If an integer multiple of that level's mpp lies within `tolerance` (relative) of the target,
+    If an integer multiple of that level's mpp is within `tolerance` (relative) of the target,
     tiles are integer reductions and their true mpp is recorded; else they are resampled to the
     target exactly. Raises `ResolutionError` when level 0 is coarser than the target: nothing is
     ever enlarged.

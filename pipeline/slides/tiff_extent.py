@@ -1,4 +1,4 @@
-"""Whether a TIFF file holds all that its directories point to: a cut-off copy often opens."""
+"""Whether a TIFF file has all that its directories point to: a cut-off copy often opens."""
 
 import struct
 from pathlib import Path
@@ -19,7 +19,7 @@ _QUIRKY = frozenset({".ndpi"})
 
 
 def what_is_missing(path: Path) -> str:
-    """Which part of the file lies beyond its end, or '' (also for what is no TIFF).
+    """Which part of the file is beyond its end, or '' (also for what is no TIFF).
 
     Reads directories and tables of offsets, no pixels. TIFF 6.0 and BigTIFF, either byte order.
     """
@@ -52,12 +52,12 @@ class _DirectoryWalk:
                 return ""
             directory = self._directory(offset)
             if directory is None:
-                return f"page {page} lies beyond the end of the file ({self._size:,} bytes)"
+                return f"page {page} is beyond the end of the file ({self._size:,} bytes)"
             entries, offset = directory
             # The next directory may be in place and this one's pixels cut off, and the reverse.
             if self._data_end(entries) > self._size:
                 return (
-                    f"pixels of page {page} lie beyond the end of the file ({self._size:,} bytes)"
+                    f"pixels of page {page} are beyond the end of the file ({self._size:,} bytes)"
                 )
         return ""
 
@@ -108,7 +108,7 @@ class _DirectoryWalk:
         return fields
 
     def _values(self, field: tuple[int, int, bytes]) -> npt.NDArray[np.int64] | None:
-        """The field's numbers; None where they lie beyond the end of the file."""
+        """The field's numbers; None where they are beyond the end of the file."""
         kind, count, value = field
         if kind not in _UINT:
             return np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""What `tile` is asked for."""
+"""The configuration of `tile`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

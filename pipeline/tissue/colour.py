@@ -2,7 +2,7 @@
 
 Haematoxylin and eosin both absorb green most and blue clearly less: on the slides measured,
 blue over green stays below 0.70 and red over green below 1. Inks break one of the two, also
-where they lie over tissue, so ratios of optical density tell them apart without a colour table.
+where they are over tissue, so ratios of optical density tell them apart without a colour table.
 """
 
 from collections.abc import Sequence

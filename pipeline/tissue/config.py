@@ -1,4 +1,4 @@
-"""What `tissue` is asked for."""
+"""The configuration of `tissue`."""
 
 from dataclasses import dataclass
 

@@ -181,7 +181,7 @@ class OnnxDetector:
         planes = ((field.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
         try:
             scores = np.asarray(self.session.run(None, {self.input_name: planes})[0], np.float32)
-        except Exception as error:  # onnxruntime's own classes derive from several bases
+        except Exception as error:  # onnxruntime's classes derive from several bases
             raise DetectorFileError(
                 f"{self.path} cannot classify a field {list(planes.shape)}: "
                 f"{str(error).splitlines()[0]}"

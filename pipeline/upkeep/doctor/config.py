@@ -1,4 +1,4 @@
-"""What `doctor` is asked for."""
+"""The configuration of `doctor`."""
 
 from dataclasses import dataclass
 from pathlib import Path
