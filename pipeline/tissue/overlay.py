@@ -24,7 +24,7 @@ VERDICT_COLOURS: dict[Verdict, Colour] = {
     Verdict.LITTLE_TISSUE: (197, 160, 40),
     **{Verdict(value): CLASS_COLOURS[value] for value in TissueClass if value > TissueClass.TISSUE},
 }
-_ORDER = (Verdict.NO_TISSUE, *(one for one in Verdict if one > Verdict.KEPT), Verdict.KEPT)
+_ORDER = (Verdict.NO_TISSUE, *(v for v in Verdict if v > Verdict.KEPT), Verdict.KEPT)
 _OUTLINE: Colour = (20, 20, 20)
 _MAX_SIDE_PX, _MIN_WIDTH_PX = 1600, 640
 _LINE_PX, _SWATCH_PX, _FONT = 22, 12, cv2.FONT_HERSHEY_SIMPLEX
@@ -59,9 +59,9 @@ def draw_overlay(
     # Kept tiles are in the legend even where there are none: that is what is looked for.
     counts = np.bincount(verdict, minlength=len(Verdict))
     entries = [
-        (VERDICT_COLOURS[one], f"{VERDICT_NAMES[one]} {counts[one]}")
-        for one in reversed(_ORDER)
-        if counts[one] or one == Verdict.KEPT
+        (VERDICT_COLOURS[value], f"{VERDICT_NAMES[value]} {counts[value]}")
+        for value in reversed(_ORDER)
+        if counts[value] or value == Verdict.KEPT
     ]
     return _add_legend(canvas, title, entries)
 
