@@ -231,18 +231,19 @@ class ImportMasksStage(Stage[Slide]):
 
     def items(self) -> list[Slide]:
         """The slides that scan found fit for tiling."""
-        self.tissue = Ledger.read(self.dataset, STAGE)[""]
+        # A mask is read once for its sum; a slide without one keeps what it was imported from.
+        ledger = Ledger.read(self.dataset, STAGE)[""]
+        self.sources = {
+            slide.slide_id: mask_source(self.masks[slide.slide_id], self.class_names)
+            if slide.slide_id in self.masks
+            else imported_source(ledger.entries(slide.slide_id))
+            for slide in self.slides
+        }
         return self.slides
-
-    def _source(self, slide: Slide) -> str:
-        path = self.masks.get(slide.slide_id)
-        if path is None:
-            return imported_source(self.tissue.entries(slide.slide_id))
-        return mask_source(path, self.class_names)
 
     def fingerprint(self, item: Slide) -> str:
         """Of the slide and its mask."""
-        return tissue_fingerprint(item, self.identity, self._source(item))
+        return tissue_fingerprint(item, self.identity, self.sources[item.slide_id])
 
     def refusal(self, item: Slide, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
         """A slide without a mask, unless an earlier import had one."""
@@ -255,7 +256,7 @@ class ImportMasksStage(Stage[Slide]):
         path = self.masks[item.slide_id].absolute()
         arguments = (
             run_id, str(self.dataset.root), item, path, self.config, fingerprint,
-            self._source(item),
+            self.sources[item.slide_id],
         )  # fmt: skip
         return SlideTask(item.slide_id, fingerprint, arguments, item.bytes)
 
