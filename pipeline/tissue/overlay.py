@@ -66,7 +66,7 @@ def draw_overlay(
     return _add_legend(canvas, title, entries)
 
 
-def draw_plain(rgb: Rgb, title: str) -> Rgb:
+def draw_refused(rgb: Rgb, title: str) -> Rgb:
     """RGB picture of a slide that was refused as a whole: nothing drawn on it, the title below."""
     scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
     picture = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)

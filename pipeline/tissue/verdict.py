@@ -52,7 +52,7 @@ class Judgement:
         return {VERDICT_NAMES[v]: int(numbers[v]) for v in Verdict if numbers[v]}
 
 
-def judge(
+def judge_tiles(
     mask: npt.NDArray[np.uint8],
     x: npt.NDArray[np.float64],
     y: npt.NDArray[np.float64],
