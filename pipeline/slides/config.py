@@ -18,7 +18,6 @@ from common.options import (
 from pipeline.options import RANK_SEED, parse_mpp
 from pipeline.slides.readers import reader_choices
 
-PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
 JOB_SCRATCH = "$SLURM_TMPDIR"
 """The default scratch folder, where the batch system gives one."""
 Resampler = Literal["area", "lanczos", "bicubic"]
