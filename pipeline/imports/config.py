@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
 from common.options import option, option_field, parse_count
@@ -26,9 +26,9 @@ _ANCHOR = option("what of the tile a position is: its upper left corner, or its 
 _DROP_OUTSIDE = option("leave out tiles that are not wholly on their slide (default: refuse)")
 
 
-def _column(of: str, role: str) -> Any:
+def _column(of: str, role: str) -> str:
     text = f"name of the table's column of {of} (default: the first known name, see docs/import.md)"
-    return field(default="", metadata=option(text, flag=f"--{role}-column", metavar="NAME"))
+    return option_field("", text, flag=f"--{role}-column", metavar="NAME")
 
 
 @dataclass(frozen=True)
