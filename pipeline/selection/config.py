@@ -37,14 +37,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """What a selection is to be; `tiles` None takes all there is.
-
-    Pool `train` is every rank above the validation reserve, `reserve` the reserve, `all` both.
-    `hold_out` chooses that many slides by whole patients and takes tiles of them alone, covering
-    what `cover` names (`project`, `site`, `site=N`). `parent` draws from the rows of another
-    selection, `deny` leaves out the ranks of those deny-lists, `split` splits the rows into
-    several disjoint selections of `tiles` each, named <name>-<part>.
-    """
+    """What a selection is to be; `tiles` None takes all there is, `parent` and `split` are names."""
 
     name: str = field(metadata=option("the selection's name", is_optional=True))
     tiles: int | None = option_field(
