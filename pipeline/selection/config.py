@@ -37,7 +37,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """What a selection is to be; `tiles` None takes all there is, `parent` and `split` are names."""
+    """What a selection is to be; `tiles` None takes all there is."""
 
     name: str = field(metadata=option("the selection's name", is_optional=True))
     tiles: int | None = option_field(
