@@ -78,7 +78,7 @@ def _check_rooms(rooms: tuple[str, ...]) -> None:
         if path is None or Path(path).resolve().parents[1] != home:
             raise UserError(
                 f"package '{room}' was imported from {path}, expected {home / room}: "
-                "set PYTHONSAFEPATH=1 or leave the folder that has another one of that name"
+                "set PYTHONSAFEPATH=1 or leave the folder that contains another one of that name"
             )
 
 
