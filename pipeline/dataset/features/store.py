@@ -55,9 +55,7 @@ def read_encoder_record(
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
 
-def refuse_other_features(
-    path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
+def refuse_other_features(path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse features that were made with other values than are wanted, with both of them."""
     for key, value in wanted.items():
         if key in written and written[key] != value:
