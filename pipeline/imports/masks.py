@@ -129,16 +129,6 @@ def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
     return masks
 
 
-def _refuse_unknown_early(masks: list[Path], class_names: Mapping[str, TissueClass]) -> None:
-    """Before anything is written, look for unknown names in a few small files."""
-    texts = [path for path in masks if path.suffix != ".png"]
-    unknown: set[str] = set()
-    for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
-        with suppress(UserError):
-            unknown |= unknown_classes(read_features(path), class_names)
-    refuse_unknown(unknown)
-
-
 def mask_slide(
     run_id: str,
     root: str,
@@ -223,7 +213,13 @@ class ImportMasksStage(Stage[Slide]):
         self.class_names = parse_classes(config.classes)
         self.slides = usable_slides(dataset)
         self.masks = find_masks(config.folder, self.slides)
-        _refuse_unknown_early(list(self.masks.values()), self.class_names)
+        # Before anything is written, look for unknown names in a few small files.
+        texts = [path for path in self.masks.values() if path.suffix != ".png"]
+        unknown: set[str] = set()
+        for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
+            with suppress(UserError):
+                unknown |= unknown_classes(read_features(path), self.class_names)
+        refuse_unknown(unknown)
 
     def identity_claims(self) -> dict[str, object]:
         """Where the masks came from and the thresholds."""

@@ -230,12 +230,19 @@ def tile_positions(
     `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's
     columns come first. Raises `UserError` for a name without, and for two pictures of one place.
     """
-    cells = folder.cells if folder.positions else names == "col_row"
     if not folder.positions and names == "none":
         return None
-    pairs = folder.positions or tuple(
-        _position_in_name(folder, name, names) for name in folder.files
-    )
+    pairs, cells = list(folder.positions), folder.cells
+    if not pairs:
+        cells = names == "col_row"
+        for name in folder.files:
+            match = _POSITION.match(Path(name).stem)
+            if match is None:
+                what = "<col>_<row>" if cells else "<x>_<y>"
+                raise UserError(
+                    f"{folder.root / name}: the name does not end in {what}; see --names"
+                )
+            pairs.append((float(match[1]), float(match[2])))
     xy = np.array(pairs, np.float64).reshape(len(pairs), 2) * (tile_px if cells else 1)
     # Two pictures of one place would be one candidate twice.
     distinct, first = np.unique(xy, axis=0, return_index=True)
@@ -243,14 +250,6 @@ def tile_positions(
         again = sorted(set(range(len(xy))) - set(first.tolist()))[0]
         raise UserError(f"{folder.root / folder.files[again]} has the position of another picture")
     return xy[:, 0], xy[:, 1]
-
-
-def _position_in_name(folder: TileFolder, name: str, names: str) -> tuple[float, float]:
-    match = _POSITION.match(Path(name).stem)
-    if match is None:
-        what = "<x>_<y>" if names == "x_y" else "<col>_<row>"
-        raise UserError(f"{folder.root / name}: the name does not end in {what}; see --names")
-    return float(match[1]), float(match[2])
 
 
 def tile_order(

@@ -81,7 +81,11 @@ class _DirectoryWalk:
     def _data_end(self, entries: bytes) -> int:
         """First byte behind the values and pixels that the directory points to."""
         fields = self._fields(entries)
-        values = max((self._field_end(field) for field in fields.values()), default=0)
+        values = 0
+        for kind, count, value in fields.values():
+            length = count * _BYTES.get(kind, 0)
+            if length > len(value):  # else the values are in the entry itself
+                values = max(values, self._unpack(self._word, value) + length)
         for offset_tag, count_tag in _OFFSETS_AND_COUNTS:
             if offset_tag in fields and count_tag in fields:
                 starts, counts = self._values(fields[offset_tag]), self._values(fields[count_tag])
@@ -91,12 +95,6 @@ class _DirectoryWalk:
                     # A tile of no bytes is one that the file leaves out; its offset means nothing.
                     return max(values, int(np.where(counts > 0, starts + counts, 0).max()))
         return values
-
-    def _field_end(self, field: tuple[int, int, bytes]) -> int:
-        """First byte behind the field's values, 0 where they are in the entry itself."""
-        kind, count, value = field
-        length = count * _BYTES.get(kind, 0)
-        return self._unpack(self._word, value) + length if length > len(value) else 0
 
     def _fields(self, entries: bytes) -> dict[int, tuple[int, int, bytes]]:
         """(type, count, value field) by tag."""

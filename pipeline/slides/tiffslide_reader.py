@@ -9,7 +9,7 @@ import tiffslide
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
 _ICC_TAG = 34675
-_CM_IN_UM, _INCH_IN_UM = 10_000.0, 25_400.0
+_UNIT_IN_UM = {"CENTIMETER": 10_000.0, "INCH": 25_400.0}
 
 
 class TiffSlideReader(SlideReader):
@@ -55,17 +55,9 @@ def _resolution_tags(properties: dict[str, object]) -> ResolutionTags:
     if not isinstance(x, float) or not isinstance(y, float) or x <= 0 or y <= 0:
         return ResolutionTags()
     # tiffslide does not say where its mpp is from: equal to the TIFF tags, it is theirs.
-    tags = _tiff_mpp(properties)
-    if tags is not None and abs(tags - x) < 1e-6 * x:
-        return ResolutionTags(tiff=(x, y))
-    return ResolutionTags(vendor=(x, y))
-
-
-def _tiff_mpp(properties: dict[str, object]) -> float | None:
-    unit = {"CENTIMETER": _CM_IN_UM, "INCH": _INCH_IN_UM}.get(
-        str(properties.get("tiff.ResolutionUnit", "")).upper()
-    )
+    unit = _UNIT_IN_UM.get(str(properties.get("tiff.ResolutionUnit", "")).upper())
     per_unit = properties.get("tiff.XResolution")
     if unit is None or not isinstance(per_unit, float | int) or per_unit <= 0:
-        return None
-    return unit / float(per_unit)
+        return ResolutionTags(vendor=(x, y))
+    is_tiff = abs(unit / float(per_unit) - x) < 1e-6 * x
+    return ResolutionTags(tiff=(x, y)) if is_tiff else ResolutionTags(vendor=(x, y))
