@@ -47,8 +47,9 @@ class StageCommand:
         from pipeline.dataset import Dataset, open_dataset
 
         module, _, name = self.function.partition(":")
+        config: object = config_from_options(self.config, options)
         dataset = (Dataset if self.is_first else open_dataset)(options.dataset)
-        arguments: list[object] = [dataset, config_from_options(self.config, options)]
+        arguments: list[object] = [dataset, config]
         if self.workers:
             arguments.append(engine_config(options))
         return int(getattr(import_module(module), name)(*arguments))
