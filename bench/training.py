@@ -219,14 +219,7 @@ def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[
             nn.init.normal_(parameter, std=0.02)
     if plain:
         return PlainStep(config, device, parts)
-    return TrainingStep(
-        config,
-        processes,
-        parts.networks,
-        parts.optimizers,
-        sit_average=parts.sit_average,
-        vae_average=parts.vae_average,
-    )
+    return TrainingStep(config, processes, parts)
 
 
 def measure_step(

@@ -1,4 +1,4 @@
-"""Text for people: one-line reasons, suggestions, durations and sizes."""
+"""Text for users: one-line reasons, suggestions, durations and sizes."""
 
 import difflib
 from collections.abc import Iterable, Sequence
