@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE)), str(HERE)]
 
 from bench_slide import make_slide  # noqa: E402
+from cohort_costs import CohortSize, Rates, cohort_costs, total  # noqa: E402
 
 from common.console import Meter  # noqa: E402
 from common.text import format_bytes, format_seconds  # noqa: E402
@@ -43,7 +44,6 @@ from pipeline.dataset import (  # noqa: E402
     write_candidates,
 )
 from pipeline.dataset.journal import encode_line  # noqa: E402
-from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
 from pipeline.run.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
 from pipeline.run.stage import stage_versions  # noqa: E402
 from pipeline.slides.open import find_sources  # noqa: E402
@@ -296,7 +296,7 @@ H0_MINI = {"cls": (768, (196, 768)), "tokens-float16": (768, (196, 768))}
 
 def plan_lines() -> Iterator[str]:
     """The planning model's tables: a row a stage, a cohort a column."""
-    costs = [cohort_costs(Cohort(*counts, H0_MINI, 1.0), Rates()) for counts in COHORTS]
+    costs = [cohort_costs(CohortSize(*counts, H0_MINI, 1.0), Rates()) for counts in COHORTS]
     heads = [f"{slides:,} slides, {tiles // 10**6:,}M tiles" for slides, _, tiles in COHORTS]
     for title, show in (
         ("bytes", lambda c: format_bytes(c.bytes) if c.bytes else ""),
