@@ -37,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plan the cohort."""
-    from pipeline.selection.cohort import Rules
-    from pipeline.selection.plan_cohort import PlanConfig, plan_cohort
+    from pipeline.selection.config import PlanConfig, Rules
+    from pipeline.selection.write_cohort import plan_cohort
 
     config = PlanConfig(
         train=tuple(sorted(set(options.train or PlanConfig.train))),

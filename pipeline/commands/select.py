@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     from common.console import EXIT_OK
     from common.errors import UserError
     from pipeline.dataset import open_dataset
-    from pipeline.selection.plan import SelectConfig
+    from pipeline.selection.config import SelectConfig
     from pipeline.selection.select import select
     from pipeline.selection.ties import remove_selection
 

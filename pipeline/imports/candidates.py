@@ -229,7 +229,7 @@ def _drafts(
         ties = Ties(role or TRAIN, held_patients(cohort, mine) if role == VAL_OUT else ())
         mark = fingerprint(
             stage="import", version=_VERSION, name=part.name, detector=identity["detector"],
-            parents=parents, patients=ties.patients_mark,
+            parents=parents, patients=ties.patients_hash,
         )  # fmt: skip
         if stands(dataset, known.get(part.name, []), mark) is not None:
             rows = sum(map(len, mine.values()))

@@ -32,9 +32,9 @@ from pipeline.run.engine import EngineConfig, SlideTask
 from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
 from pipeline.selection.classifier import Trained, train_classifier
 from pipeline.selection.cohort import Cohort
+from pipeline.selection.config import SelectConfig
 from pipeline.selection.denied import curation_dir, deny_file
 from pipeline.selection.labels import Labels, read_labels
-from pipeline.selection.plan import SelectConfig
 from pipeline.selection.scores import read_scores, score_slide, scores_scope
 from pipeline.selection.select import select
 from pipeline.selection.slides import read_tissue

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Counts = npt.NDArray[np.int64]
+from pipeline.selection.allocate import Counts
 
 
 def jensen_shannon(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     """Jensen-Shannon divergence of two vectors of counts, in bits: 0 for equal shares, 1 at most.
 
     JSD = (KL(p | m) + KL(q | m)) / 2 with m = (p + q) / 2 (Lin, 1991). NaN where either is empty.
+
+    >>> jensen_shannon([2, 2], [5, 5]), jensen_shannon([1, 0], [0, 3])
+    (0.0, 1.0)
     """
     first, second = np.asarray(p, np.float64), np.asarray(q, np.float64)
     if first.sum() <= 0 or second.sum() <= 0:
@@ -26,9 +29,15 @@ def jensen_shannon(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     return max(0.0, (divergence(first) + divergence(second)) / 2)
 
 
+def sum_by_group(group: npt.NDArray[np.int64], values: npt.ArrayLike, groups: int) -> Counts:
+    """Sums int64 [groups] of whole numbers `values` [n] by their group [n]."""
+    # Sums of whole numbers below 2^53 are exact in float64.
+    return np.bincount(group, np.asarray(values, np.float64), groups).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Counts by value of one column, cohort beside selection."""
+    """Counts by value of one column: the cohort's slides and candidate tiles, the selection's."""
 
     names: tuple[str, ...]
     cohort_slides: Counts
@@ -52,19 +61,14 @@ class Spread:
         return jensen_shannon(self.tiles, self.cohort_tiles)
 
 
-def spread(values: npt.NDArray[np.str_], candidates: Counts, tiles: Counts) -> Spread:
-    """The spread over the distinct `values` of the cohort's slides.
+def measure_spread(values: npt.NDArray[np.str_], candidates: Counts, tiles: Counts) -> Spread:
+    """The spread over the distinct `values` [slides] of the cohort's slides.
 
-    `candidates` and `tiles` are counts a slide of the cohort; a slide with tiles is selected.
+    `candidates` and `tiles` are int64 [slides]; a slide with tiles is selected.
     """
-    names, place = np.unique(values, return_inverse=True)
-    size = len(names)
-
-    def total(weights: npt.ArrayLike) -> Counts:
-        # Sums of whole numbers below 2^53 are exact in float64.
-        return np.bincount(place, np.asarray(weights, np.float64), size).astype(np.int64)
-
-    return Spread(
-        tuple(names.tolist()),
-        total(np.ones(len(values))), total(candidates), total(tiles > 0), total(tiles),
-    )  # fmt: skip
+    names, group = np.unique(values, return_inverse=True)
+    cohort_slides, cohort_tiles, slides, selected = (
+        sum_by_group(group, weights, len(names))
+        for weights in (np.ones(len(values)), candidates, tiles > 0, tiles)
+    )
+    return Spread(tuple(names.tolist()), cohort_slides, cohort_tiles, slides, selected)

@@ -29,9 +29,8 @@ from pipeline.selection.leakage import (
     Positions,
     Ranks,
     equal_files,
-    overlapping,
+    find_overlaps,
     shared_patients,
-    shared_ranks,
 )
 from pipeline.slides.reader import Level
 from pipeline.slides.resolution import plan_read
@@ -252,10 +251,10 @@ def _slide_overlaps(
     for number, seen, held in sides:
         known, asked = (ranks[(ranks >= 0) & (ranks < len(x))] for ranks in (seen, held))
         unplaced = len(seen) + len(held) - len(known) - len(asked)
-        found = SlideOverlap(number, slide_id, shared_ranks(seen, held), unplaced=unplaced)
+        found = SlideOverlap(number, slide_id, np.intersect1d(seen, held), unplaced=unplaced)
         if is_placed(slide):
             size, border = tile_size_level0(slide, identity)
-            overlap = overlapping(x[asked], y[asked], x[known], y[known], size, border)
+            overlap = find_overlaps(x[asked], y[asked], x[known], y[known], size, border)
             i, j = overlap.pixels
             apart = asked[i] != known[j]
             found = replace(
