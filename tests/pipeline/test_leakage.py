@@ -26,7 +26,7 @@ from pipeline.selection.leakage import (
     near_pairs,
     shared_patients,
 )
-from pipeline.upkeep.verify.leakage import selection_roles, tile_size_level0
+from pipeline.upkeep.verify.leakage import TileSize, selection_roles, tile_size_level0
 
 IDENTITY = {"mpp": 0.5, "mpp_tolerance": 0.02, "tile_px": 224, "seed": 0}
 SIZE = 448.0
@@ -252,7 +252,7 @@ def test_roles_by_option_plan_and_name(tmp_path, capsys):
     roles = selection_roles(dataset, ["misc"], ["held", "big"], [])
     assert {name for name, role in roles.items() if role} == {"misc", "held", "big", "guidance"}
     assert (roles["held"], roles["big"]) == ("val-out", "val-in")
-    assert "not looked at: misc" in leakage(dataset, capsys)[1]
+    assert "not compared: misc" in leakage(dataset, capsys)[1]
     status, out = leakage(dataset, capsys, "--train", "misc", "--val", "val-x")
     assert status == 1
     assert "S-1 rank 0: in both" in out
@@ -273,7 +273,7 @@ def test_with_nothing_held_out_there_is_nothing_to_prove(tmp_path, capsys):
 
 def test_the_size_of_a_tile_is_that_of_the_tissue_stage():
     slide = Slide("s", "", mpp=0.2325, levels=level(4000, 4000))
-    size, border = tile_size_level0(slide, IDENTITY)
+    size, border = tile_size_level0(slide, TileSize(0.5, 0.02, 224))
     assert size == pytest.approx(224 * 0.5 / 0.2325)
     assert border == pytest.approx(16 * 0.5 / 0.2325)
 
