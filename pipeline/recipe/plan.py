@@ -63,8 +63,9 @@ def measure_rate(entries: Iterable[Entry], assumed_bytes: float, *, per_tile: bo
     >>> measure_rate([Entry("s", "done", "", start=0, stop=16, seconds=2.0)], 1.0, per_tile=True)
     Rate(bytes=1.0, seconds=0.125, source='measured on 16 tiles')
     """
-    timed = [e for e in entries if e.outcome == "done" and e.seconds > 0]
-    amount = sum(max(0, e.stop - e.start) for e in timed) if per_tile else len(timed)
+    timed = [entry for entry in entries if entry.outcome == "done" and entry.seconds > 0]
+    tiles = sum(max(0, entry.stop - entry.start) for entry in timed)
+    amount = tiles if per_tile else len(timed)
     if not amount:
         return Rate(assumed_bytes, None, "no rate measured yet")
     size = sum(record.bytes for entry in timed for record in entry.files)
@@ -118,36 +119,39 @@ class DatasetPlanner:
             for step in steps
             if step.name == "select"
         }
-        stated_px = [text for s in steps if s.name == "scan" for text in s.texts("tile-px")]
+        stated_px = [px for step in steps if step.name == "scan" for px in step.texts("tile-px")]
         self.tile_px = int(stated_px[0]) if stated_px else _DEFAULT_TILE_PX
 
     def plan(self, step: Step) -> StepPlan:
         """What the step would still do."""
-        planners = {
-            "scan": self._plan_scan, "tissue": self._plan_tissue, "select": self._plan_select,
-            "tile": self._plan_tile, "cache": self._plan_cache,
-        }  # fmt: skip
-        if step.name not in planners:
-            return StepPlan(step.name, basis="not planned", is_known=False)
-        return planners[step.name](step)
+        match step.name:
+            case "scan":
+                return self._plan_slides(step, self.unscanned, 1, _SCAN_BYTES_PER_SLIDE)
+            case "tissue":
+                per_slide = self.candidates / max(1, self.slides)
+                size = _TISSUE_BYTES_PER_SLIDE + per_slide * _BYTES_PER_CANDIDATE
+                return self._plan_slides(step, self.without_tissue, 3 * self.without_tissue, size)
+            case "select":
+                name = str(step.values.get("name"))
+                if name in self.dataset.selection_names():
+                    return StepPlan(step.name, basis=f"'{name}' is done")
+                tiles = self.planned_tiles.get(name, self.candidates)
+                basis = f"'{name}': {self._about}{tiles:,} tiles"
+                return StepPlan(step.name, tiles * _SELECTION_BYTES_PER_TILE, 2, basis=basis)
+            case "tile":
+                return self._plan_tile(step)
+            case "cache":
+                return self._plan_cache(step)
+        return StepPlan(step.name, basis="not planned", is_known=False)
 
-    def _plan_scan(self, step: Step) -> StepPlan:
-        rate = measure_rate(read_journal(self.dataset, step.name), _SCAN_BYTES_PER_SLIDE)
-        return _plan_slides(step, self.unscanned, 1, rate)
-
-    def _plan_tissue(self, step: Step) -> StepPlan:
-        per_slide = self.candidates / max(1, self.slides)
-        assumed = _TISSUE_BYTES_PER_SLIDE + per_slide * _BYTES_PER_CANDIDATE
-        rate = measure_rate(read_journal(self.dataset, step.name), assumed)
-        return _plan_slides(step, self.without_tissue, 3 * self.without_tissue, rate)
-
-    def _plan_select(self, step: Step) -> StepPlan:
-        name = str(step.values.get("name"))
-        if name in self.dataset.selection_names():
-            return StepPlan(step.name, basis=f"'{name}' is done")
-        tiles = self.planned_tiles.get(name, self.candidates)
-        size = tiles * _SELECTION_BYTES_PER_TILE
-        return StepPlan(step.name, size, 2, basis=f"'{name}': {self._about}{tiles:,} tiles")
+    def _plan_slides(self, step: Step, slides: int, files: int, assumed_bytes: float) -> StepPlan:
+        """The plan of a stage that works slide by slide."""
+        if not slides:
+            return StepPlan(step.name, basis="all done")
+        rate = measure_rate(read_journal(self.dataset, step.name), assumed_bytes)
+        seconds = None if rate.seconds is None else slides * rate.seconds
+        basis = f"{slides:,} slides, {rate.source}"
+        return StepPlan(step.name, slides * rate.bytes, files, seconds, basis)
 
     def _plan_tile(self, step: Step) -> StepPlan:
         px = int(str(step.values.get("tile-px", self.tile_px)))
@@ -175,6 +179,7 @@ class DatasetPlanner:
         name, spec = f"cache {config.encoder}", encoder_spec(config.encoder)
         px = int(str(step.values.get("tile-px", self.tile_px)))
         journal = read_journal(self.dataset, step.name)
+        # Kinds are stored apart, and may be complete for different tiles.
         size, files, most, words = 0, 0, 0, ""
         for kind in config.kinds:
             done = standing(journal, config.scope(px, kind))
@@ -200,7 +205,9 @@ class DatasetPlanner:
         """Tiles that a stage still lacks, in how many slides, and both in words."""
         existing = set(self.dataset.selection_names())
         wanted = set(step.texts("selection")) or existing | set(self.planned_tiles)
-        coming = sum(self.planned_tiles.get(n, self.candidates) for n in wanted - existing)
+        new = wanted - existing
+        coming = sum(self.planned_tiles.get(name, self.candidates) for name in new)
+        # Selections overlap: together they have no more tiles than there are candidates.
         if self.is_exact:
             coming = min(coming, self.candidates)
         tiles = slides = 0
@@ -215,15 +222,6 @@ class DatasetPlanner:
         # Whole blocks are written: on average half a block more per slide than was selected.
         tiles += coming + self.slides * BLOCK_ROWS // 2
         return tiles, self.slides, f"{self._about}{coming:,} tiles planned"
-
-
-def _plan_slides(step: Step, slides: int, files: int, rate: Rate) -> StepPlan:
-    """The plan of a step that works slide by slide."""
-    if not slides:
-        return StepPlan(step.name, basis="all done")
-    seconds = None if rate.seconds is None else slides * rate.seconds
-    basis = f"{slides:,} slides, {rate.source}"
-    return StepPlan(step.name, slides * rate.bytes, files, seconds, basis)
 
 
 def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:

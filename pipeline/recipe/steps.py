@@ -122,6 +122,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
         document = {}
     if not isinstance(document.get("steps"), list):
         raise UserError(f"{path}: expected a key 'steps' with a list of steps (docs/operations.md)")
+    # Nothing of a recipe runs before all of it was checked.
     try:
         for key in document:
             if key not in _KNOWN_KEYS:
@@ -170,7 +171,10 @@ def _make_arguments(name: str, values: Mapping[str, object]) -> list[str]:
     words = words[1:] if words[0] in ("train", "evaluate") else words
     for key, value in values.items():
         if key == "processes":
-            _check_processes(name, value)
+            if name not in _LAUNCHED:
+                raise UserError(f"step '{name}' is one process: leave 'processes' out")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"step '{name}': processes is {value!r}, expected 1 or more")
         elif key not in positional:
             words += _make_option(name, key, value)
     if missing := [key for key in positional if key not in values]:
@@ -201,13 +205,6 @@ def _text_of(name: str, key: str, value: object) -> str:
     if isinstance(value, list | dict) and name == "train":
         return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
     raise UserError(f"step '{name}': {key} is {str(value)[:80]!r}, expected a text or a number")
-
-
-def _check_processes(name: str, value: object) -> None:
-    if name not in _LAUNCHED:
-        raise UserError(f"step '{name}' is one process: leave 'processes' out")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"step '{name}': processes is {value!r}, expected 1 or more")
 
 
 def _check_options(steps: tuple[Step, ...]) -> None:

@@ -58,27 +58,25 @@ class Distribution:
     highest: tuple[tuple[str, float], ...]
 
 
-def distributions(slides: Sequence[SlideFacts]) -> list[Distribution]:
+def make_distributions(slides: Sequence[SlideFacts]) -> list[Distribution]:
     """One distribution per quantity of which any slide has a value."""
     measured = []
     for quantity in QUANTITIES:
-        read = [(facts.slide.slide_id, quantity.read(facts)) for facts in slides]
-        pairs = [(name, float(x)) for name, x in read if x is not None and np.isfinite(x)]
-        if pairs:
-            measured.append(_distribution(quantity, pairs))
+        values = [(facts.slide.slide_id, quantity.read(facts)) for facts in slides]
+        pairs = [(name, float(x)) for name, x in values if x is not None and np.isfinite(x)]
+        if not pairs:
+            continue
+        ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+        lowest = tuple(ordered[: min(_EXTREMES, len(ordered) // 2)])
+        highest = tuple(ordered[::-1][: min(_EXTREMES, len(ordered) - len(lowest))])
+        if quantity.is_share:
+            # Most slides have none of an artifact: only those with some are of interest.
+            lowest, highest = (), tuple(pair for pair in highest if pair[1] > 0)
+        array = np.array([value for _, value in pairs])
+        bins = make_histogram(array, cut=not quantity.is_share)
+        median = float(np.median(array))
+        measured.append(Distribution(quantity, bins, len(pairs), median, lowest, highest))
     return measured
-
-
-def _distribution(quantity: SlideQuantity, pairs: list[tuple[str, float]]) -> Distribution:
-    values = np.array([value for _, value in pairs])
-    ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
-    lowest = tuple(ordered[: min(_EXTREMES, len(ordered) // 2)])
-    highest = tuple(ordered[::-1][: min(_EXTREMES, len(ordered) - len(lowest))])
-    if quantity.is_share:
-        # Most slides have none of an artifact: only those with some are of interest.
-        lowest, highest = (), tuple(pair for pair in highest if pair[1] > 0)
-    bins = make_histogram(values, cut=not quantity.is_share)
-    return Distribution(quantity, bins, len(values), float(np.median(values)), lowest, highest)
 
 
 def make_histogram(
@@ -93,6 +91,7 @@ def make_histogram(
     median = float(np.median(values))
     near = values[values <= _FAR * median] if cut and median > 0 else values
     low, high = float(near.min()), float(near.max())
+    # Whole multiples of a round width, or the edges could not be read.
     width = round_step((high - low) / bins if high > low else max(high, 1.0) / bins)
     first = np.floor(low / width + 1e-9)
     count = int(np.floor(high / width + 1e-9) - first) + 1

@@ -101,6 +101,7 @@ def read_facts(dataset: Dataset) -> Facts:
             f"{dataset.root} has generated tiles and no slides; its page is made by "
             "`python -m evaluate report`"
         )
+    # Each journal is read once: a cohort's take seconds, and both views need every line.
     identity = read_identity(dataset)
     stages = sorted(path.name for path in (dataset.root / "status").glob("*") if path.is_dir())
     lines = {stage: read_journal(dataset, stage) for stage in stages}
@@ -141,6 +142,7 @@ def count_done(entries: Iterable[Entry]) -> dict[str, int]:
         key = (entry.scope, entry.slide_id)
         if current.get(key) != entry.fingerprint:
             current[key], ranges[key] = entry.fingerprint, {}
+        # A failed or pruned range supersedes what was done of it.
         made = entry.counts.get("tiles", 0) if entry.outcome == "done" else 0
         ranges[key][entry.start, entry.stop] = made
     totals: dict[str, int] = {}
@@ -182,21 +184,28 @@ class _FactsReader:
         """The facts of a slide, by the first stage that did not take it."""
         if slide.status != "ok":
             return SlideFacts(slide, slide.status, "scan", slide.reason or _UNKNOWN_REASON)
+        # `scan` remarks on slides that it takes, such as a resolution from a table.
         scanned = self._last_entry("scan", slide.slide_id)
         note = scanned.reason if scanned else ""
         entry = self._last_entry(TISSUE, slide.slide_id)
-        if entry is None or not self._is_current(slide, entry):
+        source = imported_source([entry] if entry else [])
+        # A line counts while it is about the slide as it is now, and its files are there.
+        if (
+            entry is None
+            or entry.fingerprint != tissue_fingerprint(slide, self.identity, source)
+            or not files_present(self.dataset, entry)
+        ):
             reason = "not looked at yet, or changed since: run `tissue`"
             return SlideFacts(slide, "waiting", TISSUE, reason, note)
         status, stage, reason = self._verdict(entry)
-        values, source = entry.values, imported_source([entry])
+        values = entry.values
         if source:
             imported = f"imported, not detected (sha256 {source[:12]})"
             note = "; ".join(filter(None, (note, imported)))
         return SlideFacts(
             slide, status, stage, reason, note,
-            class_mm2={str(k): float(v) for k, v in values.get("class_mm2", {}).items()},
-            tiles={str(k): int(v) for k, v in values.get("tiles", {}).items()},
+            class_mm2={str(name): float(mm2) for name, mm2 in values.get("class_mm2", {}).items()},
+            tiles={str(name): int(count) for name, count in values.get("tiles", {}).items()},
             glass=tuple(float(v) for v in values.get("glass", ())),
             plan=describe_plan(values.get("plan", {})),
             grid_tiles=entry.counts.get("grid tiles"),
@@ -207,11 +216,6 @@ class _FactsReader:
 
     def _last_entry(self, stage: str, slide_id: str) -> Entry | None:
         return self.journals.get(stage, {}).get("", {}).get(slide_id)
-
-    def _is_current(self, slide: Slide, entry: Entry) -> bool:
-        """Whether the line is about the slide as it is now, and its files are there."""
-        expected = tissue_fingerprint(slide, self.identity, imported_source([entry]))
-        return entry.fingerprint == expected and files_present(self.dataset, entry)
 
     def _verdict(self, entry: Entry) -> tuple[str, str, str]:
         """Status, deciding stage and reason of a slide whose tissue line is current."""

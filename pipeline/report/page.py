@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from common.templates import load_template
 from pipeline.report import svg
 from pipeline.report.data import VERDICT_ORDER, css_colour, page_data, script_safe_json
-from pipeline.report.distributions import distributions
+from pipeline.report.distributions import make_distributions
 from pipeline.report.facts import STATUSES, Facts
 from pipeline.report.selections import (
     GROUPS,
@@ -74,6 +74,7 @@ class SelectionPart:
 def count_totals(facts: Facts) -> Totals:
     """Sums over the slides; tissue and tiles of those that the tissue stage measured."""
     slides = facts.slides
+    # All statuses are listed, also those that no slide has.
     counted = Counter(row.status for row in slides)
     verdicts: Counter[str] = Counter()
     for row in slides:
@@ -94,6 +95,7 @@ def count_totals(facts: Facts) -> Totals:
 
 def describe_identity(identity: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What makes it this dataset and no other; keys that a stage has not claimed are left out."""
+    # A section at a time: a dataset that was only scanned has claimed no detector yet.
     rows: list[tuple[str, str]] = []
     if {"mpp", "mpp_tolerance", "tile_px"} <= identity.keys():
         mpp, side = float(identity["mpp"]), int(identity["tile_px"])
@@ -151,6 +153,7 @@ def render_page(
 
     A content security policy lets no script run but the page's own, however a slide is named.
     """
+    # The policy names the script by its hash: read once, or the two could differ.
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     totals = count_totals(facts)
     verdicts = [
@@ -172,13 +175,14 @@ def render_page(
         kept=VERDICT_NAMES[Verdict.KEPT],
         stages=stage_outcomes(facts, selections),
         on_trial=on_trial,
-        distributions=[(row, svg.histogram_svg(row)) for row in distributions(facts.slides)],
+        distributions=[(row, svg.histogram_svg(row)) for row in make_distributions(facts.slides)],
         selections=[selection_part(facts, selection) for selection in selections],
         shortfalls_shown=_SHORTFALLS,
-        link=_slide_link,
+        link=lambda slide_id: f"#slide={quote(slide_id, safe='')}",
         number=format_number,
         bits=_format_bits,
-        short_id=_shorten_id,
+        # A TCGA name without its UUID, where many are listed.
+        short_id=lambda name: name if len(name) <= _SHORT_ID else f"{name[: _SHORT_ID - 1]}…",
     )
 
 
@@ -193,15 +197,6 @@ def mark_code(text: str) -> Markup:
         return escape(text)
     marked = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
     return Markup("").join(marked)
-
-
-def _slide_link(slide_id: str) -> str:
-    return f"#slide={quote(slide_id, safe='')}"
-
-
-def _shorten_id(slide_id: str) -> str:
-    """A slide's name where many are listed: a TCGA name without its UUID."""
-    return slide_id if len(slide_id) <= _SHORT_ID else slide_id[: _SHORT_ID - 1] + "…"
 
 
 def format_number(value: float, is_share: bool = False) -> str:

@@ -99,6 +99,7 @@ def list_shortfalls(plan: Mapping[str, object]) -> list[Shortfall]:
     Rows of the plan that do not have the expected keys and numbers are passed over.
     """
     rows = plan.get("strata")
+    # Plans come from older releases and other tools too.
     below = []
     for row in rows if isinstance(rows, list) else ():
         try:

@@ -58,7 +58,13 @@ class StageOutcome:
 
 def stage_outcomes(facts: Facts, selections: Sequence[SelectionFacts]) -> list[StageOutcome]:
     """All stages that have begun, in the order of a dataset's life."""
-    outcomes = [_scan_outcome(facts), _tissue_outcome(facts)]
+    scanned = [slide for slide in facts.slides if slide.stage != "scan"]
+    grid = sum(slide.grid_tiles or 0 for slide in scanned)
+    kept = sum(slide.candidates or 0 for slide in scanned)
+    outcomes = [
+        _first_outcome("scan", facts.slides, f"{len(facts.slides):,} slides listed"),
+        _first_outcome(TISSUE, scanned, f"{kept:,} candidates of {grid:,} grid tiles"),
+    ]
     if selections:
         result = ", ".join(f"{one.name} {one.tiles:,} tiles" for one in selections)
         outcomes.append(StageOutcome("select", len(selections), result=result))
@@ -71,24 +77,13 @@ def stage_outcomes(facts: Facts, selections: Sequence[SelectionFacts]) -> list[S
     return outcomes
 
 
-def _scan_outcome(facts: Facts) -> StageOutcome:
-    refused = [slide for slide in facts.slides if slide.stage == "scan"]
+def _first_outcome(stage: str, slides: Sequence[SlideFacts], result: str) -> StageOutcome:
+    """A stage that decides over all slides that come to it."""
+    refused = [slide for slide in slides if slide.stage == stage]
     by_status = Counter(slide.status for slide in refused)
     return StageOutcome(
-        "scan", len(facts.slides) - len(refused), by_status["rejected"], by_status["failed"],
-        result=f"{len(facts.slides):,} slides listed", reasons=_group_reasons(refused),
-    )  # fmt: skip
-
-
-def _tissue_outcome(facts: Facts) -> StageOutcome:
-    scanned = [slide for slide in facts.slides if slide.stage != "scan"]
-    refused = [slide for slide in scanned if slide.stage == TISSUE]
-    by_status = Counter(slide.status for slide in refused)
-    grid = sum(slide.grid_tiles or 0 for slide in scanned)
-    kept = sum(slide.candidates or 0 for slide in scanned)
-    return StageOutcome(
-        TISSUE, len(scanned) - len(refused), by_status["rejected"], by_status["failed"],
-        by_status["waiting"], f"{kept:,} candidates of {grid:,} grid tiles",
+        stage, len(slides) - len(refused), by_status["rejected"], by_status["failed"],
+        by_status["waiting"], result,
         _group_reasons(slide for slide in refused if slide.status != "waiting"),
     )  # fmt: skip
 
@@ -108,6 +103,7 @@ def _scope_outcome(
         for slide_id, entry in entries.items()
         if entry.outcome in ("rejected", "failed") and slide_id in known
     ]
+    # Tiles and features are made for selections: a slide in none of them does not wait.
     selected = {slide_id for selection in selections for slide_id in selection.tiles_by_slide}
     made = facts.counts[stage].get(scope, 0)
     return StageOutcome(

@@ -26,6 +26,7 @@ _ZERO_GAP = 34.0
 def histogram_svg(distribution: Distribution) -> Markup:
     """Bars of slides per bin; each links to the table's rows of that range."""
     quantity, bins = distribution.quantity, distribution.histogram
+    # The bar of what is beyond stands apart: its width means nothing.
     slots = len(bins.counts) + (2 if bins.beyond else 0)
     slot = (_WIDTH - _LEFT - _RIGHT) / slots
     top = max(int(bins.counts.max()), bins.beyond, 1)
@@ -52,6 +53,7 @@ def histogram_svg(distribution: Distribution) -> Markup:
     bars = [bar(i, int(n), edges[i], edges[i + 1]) for i, n in enumerate(bins.counts) if n]
     if bins.beyond:
         bars.append(bar(slots - 1, bins.beyond, edges[-1], math.inf))
+    # Half a dozen numbers fit under the axis.
     every = max(1, math.ceil(len(edges) / 6))
     ticks = "".join(
         f'<text x="{_LEFT + i * slot:.2f}" y="{floor + 16}" text-anchor="middle">'

@@ -44,6 +44,7 @@ def make_thumbs(
     Decoding releases the interpreter's lock, so threads are as good as processes here. A picture
     that cannot be read affects no other; an interrupt drops what has not begun.
     """
+    # Not `with`: that would wait for all pictures after an interrupt.
     errors: dict[str, str] = {}
     pool = ThreadPoolExecutor(max(1, workers))
     try:

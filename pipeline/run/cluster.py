@@ -97,6 +97,7 @@ def parse_walltime(text: str) -> int:
     >>> parse_walltime("30"), parse_walltime("04:00:00"), parse_walltime("1-12")
     (1800, 14400, 129600)
     """
+    # With days the clock begins with hours, without them a single number is minutes.
     days, dash, clock = text.rpartition("-")
     try:
         parts = [int(part) for part in clock.split(":")]
@@ -150,6 +151,7 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
         raise UserError(
             "--cluster needs dask-jobqueue, which is not installed; pip install 'histogen[slurm]'"
         ) from error
+    # dask-jobqueue reports its own mistakes as several kinds of errors.
     options = cluster_options(config, environment)
     try:
         cluster = SLURMCluster(**options)
@@ -201,6 +203,7 @@ def make_scaler(
     `take_seen` gives the names of workers that came since its last call: one may come and be gone
     again between two looks at the jobs.
     """
+    # Dask makes the scaler itself, from a class that it is given.
     watch = JobWatch(config, take_seen)
     scaler = partial(_scaler_class(), demand=demand, busy=busy, watch=watch)
     cluster.adapt(

@@ -110,6 +110,7 @@ def train_classifier(
     move with them: sort them first. Raises `UserError` for labels that cannot be used.
     """
     check_labels(is_artifact, groups, folds)
+    # By patient: tiles of one slide are alike, and would make the folds look better than they are.
     fold_of = grouped_folds(is_artifact, groups, folds, seed)
     weights, offsets = [], []
     for fold in range(folds):
@@ -140,7 +141,9 @@ def grouped_folds(
     """The fold of each tile, int64 [n]: patients whole, classes as even as they allow."""
     names, place = np.unique(groups, return_inverse=True)
     # Patients in the order of a keyed hash: neither the rows' order nor the alphabet decides.
-    keys = [hashlib.blake2b(f"{seed}\0fold\0{n}".encode(), digest_size=8).digest() for n in names]
+    keys = [
+        hashlib.blake2b(f"{seed}\0fold\0{name}".encode(), digest_size=8).digest() for name in names
+    ]
     rank = np.empty(len(names), np.int64)
     rank[sorted(range(len(names)), key=keys.__getitem__)] = np.arange(len(names))
     splitter = StratifiedGroupKFold(folds)

@@ -48,7 +48,8 @@ class Cohort:
         if stratify == "none":
             return np.full(len(self), "all")
         if stratify == "project+site":
-            return np.array([f"{a}/{b}" for a, b in zip(self.project, self.site, strict=True)])
+            pairs = zip(self.project, self.site, strict=True)
+            return np.array([f"{project}/{site}" for project, site in pairs])
         return self.site if stratify == "site" else self.project
 
 
@@ -78,6 +79,7 @@ def make_cohort(
 
     Raises `UserError` where a slide_id comes twice.
     """
+    # By slide_id: nothing that is drawn later may depend on the order of the table.
     names = np.array(slide_id, dtype=np.str_)
     order = np.argsort(names, kind="stable")
     names = names[order]
@@ -145,6 +147,7 @@ def keep_eligible(cohort: Cohort, rules: Rules) -> tuple[Cohort, list[Exclusion]
     The rules in order: a file that a slide with a lower slide_id has as well (also where the two
     claim different patients), frozen sections, other sample types, too few candidates.
     """
+    # The copy with the lowest slide_id stays, in whichever order the files were listed.
     first: dict[str, int] = {}
     is_kept = np.ones(len(cohort), bool)
     excluded = []
@@ -183,6 +186,7 @@ def without_patients(
 
     `held_out` maps a hold-out's name to its patients.
     """
+    # Whole families: a patient who shares a file with a held-out one is seen with it.
     holder: dict[str, str] = {}
     for name in sorted(held_out):
         members = np.isin(cohort.patient, sorted(held_out[name]))

@@ -66,6 +66,7 @@ def _list_below_quota(plan: SelectionPlan) -> list[StratumRow]:
 
 def check_selections(planned: Planned) -> list[tuple[str, bool]]:
     """What the selections promise, looked up in their rows."""
+    # From the rows, not from the plans: a check of the planner's own words would prove nothing.
     by_role: dict[str, list[Selection]] = {TRAIN: [], VAL_IN: [], VAL_OUT: []}
     for selection in planned.selections.values():
         by_role[plan_of(selection)["role"]].append(selection)
@@ -74,12 +75,12 @@ def check_selections(planned: Planned) -> list[tuple[str, bool]]:
         {patient[slide] for selection in group for slide in selection.slide_ids}
         for group in (by_role[VAL_OUT], by_role[TRAIN] + by_role[VAL_IN])
     )
-    parents = {s.name: plan_of(s)["ties"]["parent"] for s in by_role[TRAIN]}
-    wholes = [s for s in by_role[TRAIN] if not parents[s.name]]
-    parts = [s for s in by_role[TRAIN] if parents[s.name]]
-    mixed = any(_share_rows(one, other) for one in by_role[VAL_IN] for other in by_role[TRAIN])
+    parents = {train.name: plan_of(train)["ties"]["parent"] for train in by_role[TRAIN]}
+    wholes = [train for train in by_role[TRAIN] if not parents[train.name]]
+    parts = [train for train in by_role[TRAIN] if parents[train.name]]
+    mixed = any(_share_rows(held, seen) for held in by_role[VAL_IN] for seen in by_role[TRAIN])
     nested = all(_is_contained(smaller, larger) for smaller, larger in pairwise(wholes))
-    inside = all(_is_contained(s, planned.selections[parents[s.name]]) for s in parts)
+    inside = all(_is_contained(part, planned.selections[parents[part.name]]) for part in parts)
     return [
         ("no patient of val-out is in a training selection or in val-in", not held & trained),
         ("no tile is in val-in and in a training selection", not mixed),
@@ -143,6 +144,7 @@ def plot_shares(plans: Mapping[str, SelectionPlan]) -> bytes:
             label = f"{name}: {some.sum()} {column}s, JSD {spread['jsd_bits_tiles']:.2g} bits"
             axes.plot(cohort[some], tiles[some], ".", color=colour, alpha=0.6, label=label)
             ends = [min(ends[0], cohort[some].min()), max(ends[1], cohort[some].max())]
+        # On this line a selection has the cohort's own share.
         axes.plot(ends, ends, "-", color="0.6", linewidth=0.8, zorder=0)
         axes.set(
             xscale="log", yscale="log", xlabel=f"share of the cohort's candidates by {column}, %"

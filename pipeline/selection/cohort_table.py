@@ -54,6 +54,7 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
         raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
     if not rows:
         raise UserError(f"{path} has no slide: expected one row per slide below the header")
+    # Sorted before candidates are simulated: ties in size are broken by the slide's name.
     rows.sort(key=lambda row: row[0].slide_id)
     slides = [slide for slide, _ in rows]
     if _CANDIDATES in columns:
@@ -87,6 +88,7 @@ def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) ->
     def text(*names: str) -> str:
         return next((row[name].strip() for name in names if (row.get(name) or "").strip()), "")
 
+    # What the list states comes first: codes in a barcode may be of a merged or renamed site.
     slide_id = text("slide_id") or slide_id_of(Path(text(*_PATH)))
     barcode = parse_barcode(slide_id)
     slide = Slide(

@@ -38,6 +38,7 @@ def read_denied(dataset: Dataset, names: Sequence[str]) -> tuple[dict[str, Ranks
                 "make one with `python -m pipeline curate`"
             )
         rows = read_rows(path, name)
+        # By content: a deny-list that is made again alike changes no selection's fingerprint.
         hashes[name] = rows.content_hash
         for slide_id, ranks in rows.items():
             parts.setdefault(slide_id, []).append(ranks)

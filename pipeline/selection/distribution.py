@@ -22,6 +22,7 @@ def jensen_shannon(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     first, second = first / first.sum(), second / second.sum()
     middle = (first + second) / 2
 
+    # 0 log 0 is 0: groups that one side does not have add nothing to its part.
     def divergence(share: npt.NDArray[np.float64]) -> float:
         some = share > 0
         return float((share[some] * np.log2(share[some] / middle[some])).sum())

@@ -71,6 +71,7 @@ def divide_budget(
     (`share` is `tiles`) or of its slides (`slides`). The arrays [slides] are in the order of
     slide_id. Raises `UserError` with the largest possible budget where this one cannot be met.
     """
+    # Sorted names and slides: ties in Sainte-Laguë are then broken by name, not by row.
     names, group = np.unique(strata, return_inverse=True)
     ones = np.ones(len(candidates), np.int64)
     limits, offered, slides = (

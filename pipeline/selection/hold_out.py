@@ -191,7 +191,12 @@ def _sort_by_priority(sites: list[_Site]) -> list[_Family]:
 def _reach_total(families: list[_Family], slides: int) -> list[_Family]:
     """Families in order whose slides sum to `slides`, or as near as can be; never all of them."""
     counts = Counter(family.slides for family in families)
-    remaining = _nearest_sum(counts, slides)
+    # The sum nearest to what is wanted that some of them, not all, make; the smaller of two.
+    everything = sum(size * count for size, count in counts.items())
+    most = min(slides + max(counts, default=0), everything - 1)
+    sums = _subset_sums(counts, most)
+    possible = (total for total in range(most + 1) if sums >> total & 1)
+    remaining = min(possible, key=lambda total: (abs(total - slides), total))
     chosen = []
     for family in families:
         counts[family.slides] -= 1
@@ -201,14 +206,6 @@ def _reach_total(families: list[_Family], slides: int) -> list[_Family]:
             chosen.append(family)
             remaining = after
     return chosen
-
-
-def _nearest_sum(counts: Counter[int], total: int) -> int:
-    """The sum nearest to `total` that some of these sizes, not all, make; the smaller of two."""
-    everything = sum(size * count for size, count in counts.items())
-    most = min(total + max(counts, default=0), everything - 1)
-    sums = _subset_sums(counts, most)
-    return min((s for s in range(most + 1) if sums >> s & 1), key=lambda s: (abs(s - total), s))
 
 
 def _subset_sums(counts: Counter[int], most: int) -> int:

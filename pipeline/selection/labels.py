@@ -42,6 +42,7 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
                     f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
                     f"there: {', '.join(columns) or 'none'}"
                 )
+            # Twice is refused even with equal labels: one of the rows was meant for another tile.
             for number, row in enumerate(reader, 2):
                 tile, label = _parse_row(f"{path}, line {number}", row, candidates)
                 if tile in labels:

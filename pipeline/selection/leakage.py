@@ -50,6 +50,7 @@ def find_overlaps(
     i, j = near_pairs(x, y, other_x, other_y, reach)
     distance = np.maximum(np.abs(x[i] - other_x[j]), np.abs(y[i] - other_y[j]))
     inside = distance < size - _ROUNDING_PX
+    # Apart as they are, together once both are enlarged.
     rim = ~inside & (distance < reach - _ROUNDING_PX)
     return Overlap((i[inside], j[inside]), (i[rim], j[rim]))
 

@@ -135,9 +135,11 @@ def make_plan(
 ) -> SelectionPlan:
     """The plan as JSON values.
 
-    `cohort` is all that was eligible before any patient was held out; `chosen` are the indices in
-    it of the slides that the division was made for, `counts` the tiles of each in this selection.
+    `cohort` is all that was eligible before any patient was held out; `chosen` int64 [slides] are
+    the indices in it of the slides that the division was made for, `counts` int64 [slides] the
+    tiles of each in this selection.
     """
+    # Over the whole cohort: a slide that gives nothing counts in the spread all the same.
     tiles = np.zeros(len(cohort), np.int64)
     tiles[chosen] = counts
     selected = _count_cohort(cohort.take(tiles > 0)) | {"tiles": int(counts.sum())}
@@ -165,6 +167,7 @@ def _list_strata(
     division: Division, strata: npt.NDArray[np.str_], counts: npt.NDArray[np.int64]
 ) -> list[StratumRow]:
     """The table of strata; where the rows were split into several sets, this set's part."""
+    # A quota is that of all sets together: each set is held to its share of it.
     drawn = int(division.counts.sum())
     part = int(counts.sum()) / drawn if drawn else 0.0
     names, group = np.unique(strata, return_inverse=True)
@@ -207,20 +210,24 @@ def _record_spread(
     spread = measure_spread(values, candidates, tiles)
     columns = (spread.cohort_slides, spread.cohort_tiles, spread.slides, spread.tiles)
     rows = zip(spread.names, *(column.tolist() for column in columns), strict=True)
-    slides, selected = (
+    # JSON has no NaN.
+    jsd_slides, jsd_tiles = (
         None if np.isnan(divergence) else divergence
         for divergence in (spread.jsd_slides, spread.jsd_tiles)
     )
     return {
         "covered": spread.covered,
         "of": len(spread.names),
-        "jsd_bits_slides": slides,
-        "jsd_bits_tiles": selected,
+        "jsd_bits_slides": jsd_slides,
+        "jsd_bits_tiles": jsd_tiles,
         "rows": [
-            GroupRow(name=name, cohort_slides=a, cohort_tiles=b, slides=c, tiles=d)
-            for name, a, b, c, d in rows
+            GroupRow(
+                name=name, cohort_slides=cohort_slides, cohort_tiles=cohort_tiles, slides=slides,
+                tiles=selected,
+            )
+            for name, cohort_slides, cohort_tiles, slides, selected in rows
         ],
-    }
+    }  # fmt: skip
 
 
 def ties_to_json(ties: Ties) -> dict[str, Any]:
@@ -248,7 +255,10 @@ def build_selection(
     ranks: npt.NDArray[np.int32],
     plan: SelectionPlan,
 ) -> Selection:
-    """A selection of the cohort's slides that have rows; `cohort` is in the order of `offsets`."""
+    """A selection of the cohort's slides that have rows.
+
+    `offsets` int64 [slides + 1] are in the order of `cohort`; `ranks` int32 [rows].
+    """
     sizes = np.diff(offsets)
     kept = np.flatnonzero(sizes)
     kept_offsets = np.concatenate([[0], np.cumsum(sizes[kept])]).astype(np.int64)

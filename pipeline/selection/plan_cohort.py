@@ -48,6 +48,7 @@ def plan_selections(table: CohortTable, config: PlanConfig, slides_sha256: str) 
         selections[selection.name] = selection
         return selection
 
+    # The smallest first: each is contained in the next, and guidance is drawn from the smallest.
     trains = [
         add(config.select(f"train-{short_count(tiles)}", tiles), free, Ties(TRAIN, (), honours))
         for tiles in sorted(config.train)

@@ -90,6 +90,7 @@ class Drawing:
 def select(dataset: Dataset, config: SelectConfig) -> int:
     """Write selections/<name>.parquet with its plan; returns the exit status."""
     config = _check_config(dataset, config)
+    # Read once: the fingerprints and the drawing must see the same cohort and ties.
     tissue, known = read_tissue(dataset), read_ties(dataset)
     fingerprints = _fingerprint_all(dataset, config, tissue, known)
     journal = standing(read_journal(dataset, STAGE))
@@ -98,6 +99,7 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
             rows = read_selection(dataset, name).rows
             say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
+    # Only a part of an imported selection is sure to be on its side of the split.
     if not config.parent:
         check_not_imported(dataset, f"--name {config.name} without --from")
     seed = int(read_identity(dataset).get("seed", 0))
@@ -150,7 +152,11 @@ def _fingerprint_all(
     dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties]
 ) -> dict[str, str]:
     """The fingerprint of each selection: all that its rows depend on."""
-    others = {n: hash_patients(p) for n, p in held_out(known).items() if n not in config.names}
+    others = {
+        name: hash_patients(patients)
+        for name, patients in held_out(known).items()
+        if name not in config.names
+    }
     parent = read_selection(dataset, config.parent).content_hash if config.parent else ""
     shared = {
         "stage": STAGE, "version": VERSION, "config": asdict(config), "parent": parent,
@@ -185,10 +191,14 @@ def _check_others(
 def prepare_drawing(
     dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties], seed: int
 ) -> Drawing:
-    """What a selection is drawn from: the eligible slides and a pool of their tiles."""
+    """What a selection is drawn from: the eligible slides and a pool of their tiles.
+
+    Raises `UserError` with the reasons, by number of slides, where none is left.
+    """
     cohort, excluded = keep_eligible(_usable_cohort(tissue), config.rules)
     excluded += _list_unusable(tissue)
-    held = {n: p for n, p in held_out(known).items() if n not in config.names}
+    # A hold-out that is made again may choose its own patients once more.
+    held = {name: group for name, group in held_out(known).items() if name not in config.names}
     free, others = without_patients(cohort, held)
     excluded += others
     patients: tuple[str, ...] = ()
@@ -224,7 +234,8 @@ def prepare_part(
     # The slides that the parent's rules exclude are not part of the cohort that it is compared
     # with, unless the parent has them all the same.
     left_out = {exclusion.slide_id for exclusion in excluded} - set(parent.slide_ids)
-    cohort = usable.take(np.array([s not in left_out for s in usable.slide_id.tolist()], bool))
+    slide_ids = usable.slide_id.tolist()
+    cohort = usable.take(np.array([slide not in left_out for slide in slide_ids], bool))
     chosen = np.searchsorted(cohort.slide_id, np.array(parent.slide_ids))
     denied, deny = read_denied(dataset, config.deny)
     pool = SelectionPool(parent.offsets, parent.ranks, _index_denied(cohort.take(chosen), denied))
@@ -261,6 +272,7 @@ def make_selections(
     """The selections of a drawing, with their plans: one, or one per part of `split`."""
     chosen = drawing.cohort.take(drawing.chosen)
     strata, capacities = chosen.strata(config.stratify), drawing.pool.capacities
+    # Each of several sets gets as many tiles as the others, or the smallest would limit a study.
     sets = max(1, len(config.split))
     possible = int(capacities.sum()) // sets
     tiles = possible if config.tiles is None else config.tiles

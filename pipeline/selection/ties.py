@@ -64,6 +64,7 @@ def check_new_hold_out(
     name, and selections with tiles of these slides, are listed.
     """
     known = read_ties(dataset)
+    # Also for a selection that holds out none: it may have been a hold-out before.
     check_honoured(known, name, patients)
     if not patients:
         return
@@ -86,7 +87,7 @@ def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ..
     """Refuse `name` with other patients than those that selections leave alone on its account."""
     before = known.get(name)
     if before is not None and before.patients and set(before.patients) != set(patients):
-        bound = sorted(n for n, ties in known.items() if name in ties.honours)
+        bound = sorted(other for other, ties in known.items() if name in ties.honours)
         if bound:
             raise UserError(
                 f"'{name}' holds out {len(before.patients):,} patients that {_quoted(bound)} "
@@ -102,7 +103,7 @@ def check_not_imported(dataset: Dataset, doing: str) -> None:
     is drawn anew could have tiles of any of them.
     """
     names = dataset.selection_names()
-    imported = [n for n in names if read_plan(dataset, n).get("rule") == IMPORTED]
+    imported = [name for name in names if read_plan(dataset, name).get("rule") == IMPORTED]
     if imported:
         raise UserError(
             f"{doing} would take tiles of the imported selections {_quoted(imported)}, which are "

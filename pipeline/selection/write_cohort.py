@@ -28,6 +28,7 @@ def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
         commit_bytes(target, run_id, out / "excluded.csv", excluded_csv(planned.excluded))
         page = render_cohort(table_file.name, table.model, config, planned)
         size += commit_bytes(target, run_id, out / "report.html", page.encode()).bytes
+        # A plan is no dataset: nothing but its results is left in the folder.
         clean_staging(target, run_id)
         with suppress(OSError):
             (out / ".tmp").rmdir()

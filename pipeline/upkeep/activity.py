@@ -49,6 +49,7 @@ def list_running(dataset: Dataset) -> list[Running]:
     """Runs without an end; a dead one only where its work was not begun again since."""
     running: list[Running] = []
     for folder in sorted((dataset.root / "status").glob("*")):
+        # From the newest log back: a dead run whose work began again is of no interest.
         begun_since: set[str] = set()
         for path in sorted(folder.glob(f"*{SUFFIX}"), reverse=True):
             if not _has_ended(path) and (events := read_events(path)):

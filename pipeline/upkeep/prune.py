@@ -96,6 +96,7 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
         say(f"prune: nothing to remove in {dataset.root}")
         return EXIT_OK
     what = f"{plan.files:,} files, {format_bytes(plan.bytes)}"
+    # Removing is the exception: tiles of a cohort take days to cut again.
     if not yes:
         say(f"prune: would remove {what}; nothing was removed, give --yes to do it")
         return EXIT_OK
@@ -111,6 +112,7 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
 
 def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
     """What may go; nothing is touched."""
+    # Needs first: where they are uncertain, nothing at all is planned.
     plan = PrunePlan()
     needs = _find_needs(inventory, keep, plan)
     strays, folders = inventory.list_strays(), staging_folders(inventory.dataset)
@@ -230,6 +232,7 @@ def is_needed(ranks: Sequence[npt.NDArray[np.int32]], entry: Entry) -> bool:
 def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
     """Do it: lines first, then files. Returns seconds."""
     with meter("prune", plan.files, "files") as progress:
+        # What no journal names goes without a line.
         for folder in plan.folders:
             if folder.path.is_dir() and not folder.path.is_symlink():
                 shutil.rmtree(folder.path)
@@ -244,17 +247,17 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
             with Run(dataset, stage, versions) as run:
                 for start in range(0, len(entries), _ENTRIES_PER_TURN):
                     turn = entries[start : start + _ENTRIES_PER_TURN]
-                    run.append(map(_superseding_line, turn))
+                    # The lines first: from then on no reader looks for the files.
+                    run.append(
+                        Entry(
+                            entry.slide_id, "pruned", entry.fingerprint, "no selection needs it",
+                            scope=entry.scope, start=entry.start, stop=entry.stop,
+                        )
+                        for entry in turn
+                    )  # fmt: skip
                     for entry in turn:
                         progress.advance(_remove_files(dataset, entry))
         return progress.seconds
-
-
-def _superseding_line(entry: Entry) -> Entry:
-    return Entry(
-        entry.slide_id, "pruned", entry.fingerprint, "no selection needs it", scope=entry.scope,
-        start=entry.start, stop=entry.stop,
-    )  # fmt: skip
 
 
 def _remove_files(dataset: Dataset, entry: Entry) -> int:

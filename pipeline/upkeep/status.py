@@ -4,11 +4,9 @@ Read from the journals, logs and selections alone: no file of tiles or features 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +78,8 @@ def read_status(dataset: Dataset) -> Status:
     stages: list[StageStatus] = []
     failures: list[Failure] = []
     coverages: list[Coverage] = []
-    kinds: Counter[str] = Counter({"status": _folder_bytes(dataset.root / "status")})
+    logs = [path for path in (dataset.root / "status").rglob("*") if not path.is_dir()]
+    kinds = Counter({"status": sum(path.stat().st_size for path in logs)})
     selections = [read_selection(dataset, name) for name in dataset.selection_names()]
     for stage in _STAGES:
         entries = read_journal(dataset, stage)
@@ -90,6 +89,7 @@ def read_status(dataset: Dataset) -> Status:
             for entry in done:
                 for record in entry.files:
                     kinds[file_kind(record.path)] += record.bytes
+            # Their bytes count, their lines are not a slide's work.
             if not current or is_bookkeeping(scope):
                 continue
             status = _stage_status(stage, scope, current, done)
@@ -116,16 +116,8 @@ def file_kind(path: str) -> str:
     return "/".join(parts[:depth])
 
 
-def _folder_bytes(folder: Path) -> int:
-    return sum(
-        os.path.getsize(os.path.join(place, name))
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
-
-
 def is_bookkeeping(scope: str) -> bool:
-    """Lines that name a table or an encoder.json, not a slide's work."""
+    """Whether lines of this scope name a table or an encoder.json, not a slide's work."""
     return scope == "table" or scope.endswith("encoder.json")
 
 
@@ -136,7 +128,8 @@ def _stage_status(
     for entries in current.values():
         # A slide has failed in a scope where any of its lines says so.
         seen = {entry.outcome for entry in entries}
-        outcomes[next((o for o in ("failed", "rejected", "done") if o in seen), "pruned")] += 1
+        worst = [outcome for outcome in ("failed", "rejected", "done") if outcome in seen]
+        outcomes[worst[0] if worst else "pruned"] += 1
     timed = [entry for entry in done if entry.seconds > 0 and entry.stop > entry.start >= 0]
     seconds = sum(entry.seconds for entry in timed)
     tiles = sum(entry.stop - entry.start for entry in timed)

@@ -51,6 +51,7 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
         raise UserError(f"no dataset at {dataset.root}: expected a folder with dataset.json")
+    # Before hours of reading, not after them.
     if repair:
         refuse_live_runs(dataset)
     try:
@@ -134,6 +135,7 @@ class Verification:
             advance = _ByteCounter(progress)
             damaged = damaged_files(self.dataset.root, inside, workers, advance)
             self.seconds = progress.seconds
+        # A missing file was not read.
         self.files += len(inside) - sum(damage.kind == "missing" for damage in damaged.values())
         self.bytes += advance.total
         outside = FileDamage("outside", "the journal names a file outside the dataset")
@@ -149,6 +151,7 @@ class Verification:
 
     def note_strays(self, inventory: Inventory) -> None:
         """Note files that no line names, and what runs have under `.tmp`."""
+        # Notes, not problems: none of these makes a reader see wrong bytes.
         strays = inventory.list_strays()
         for files, what in (
             (strays.superseded, "superseded (`pipeline prune` removes them)"),
@@ -176,6 +179,7 @@ class Verification:
         """Print problems, notes and the summary; returns the exit status."""
         if self.problems:
             _print_problems(self.problems[:_ROWS_SHOWN])
+        # A lost folder makes thousands of problems, with one fix.
         fixes = Counter(problem.fix for problem in self.problems[_ROWS_SHOWN:])
         for fix, count in fixes.most_common(_EXAMPLES):
             say(f"... and {count:,} more: {fix}")
@@ -221,6 +225,7 @@ def suggest_fix(named: Named, damage: FileDamage, tiles_by: str) -> str:
         return (
             f"{again}, or `pipeline select --remove {name}`" if missing else f"remove it, {again}"
         )
+    # What an import wrote, only the same import writes again.
     command = tiles_by if named.stage == "tile" else _command_of(named.stage)
     if named.stage in ("scan", "tissue") and "import" in tiles_by:
         command = tiles_by

@@ -62,7 +62,7 @@ class SelectionPair:
 
     @property
     def leaks(self) -> int:
-        """How many things are on both sides that must not be."""
+        """How many tiles, pairs of pixels, patients and files are on both sides: 0 is right."""
         return self.tiles + self.pixels + self.unplaced + self.patients + self.files
 
     def add(self, overlap: "SlideOverlap") -> None:
@@ -104,12 +104,18 @@ def verify_leakage(
 ) -> int:
     """Compare every training selection with every validation one; returns the exit status."""
     began = time.monotonic()
+    # Patients and files by the table of slides first: it takes seconds, pixels take minutes.
     roles = selection_roles(dataset, train, val, val_out)
     pairs = _make_pairs(dataset, roles)
     slides = {slide.slide_id: slide for slide in read_slides(dataset)}
     notes = _compare_slides(pairs, slides)
     notes += _compare_tiles(dataset, pairs, slides, workers or len(os.sched_getaffinity(0)))
-    notes += _note_borders(dataset, pairs)
+    if borders := sum(pair.border for pair in pairs if pair.seen_role != VAL_IN):
+        side = int(identity_value(dataset, "tile_px"))
+        notes.append(
+            f"{borders:,} pairs of neighbouring tiles on opposite sides would overlap by their "
+            f"borders as {side + 2 * BORDER_PX} px tiles: no leak of the {side} px tiles"
+        )
     if without := [name for name, role in roles.items() if not role]:
         notes.append(f"not compared: {', '.join(without)} (no role; --train, --val)")
     return _report_pairs(pairs, notes, time.monotonic() - began)
@@ -171,6 +177,7 @@ def _make_pairs(dataset: Dataset, roles: Mapping[str, str]) -> list[SelectionPai
                 f"{dataset.root} has no {side} selection by plan or name (there: "
                 f"{', '.join(roles) or 'none'}): name one with {option}"
             )
+    # val-in counts as seen too: it is of training's patients.
     return [
         SelectionPair(seen, seen_role, held, held_role)
         for seen_role, held_role in product((TRAIN, GUIDANCE, VAL_IN), (VAL_IN, VAL_OUT))
@@ -217,6 +224,7 @@ def _compare_tiles(
          {s: i for i, s in enumerate(pair.held.slide_ids)})
         for pair in pairs
     ]  # fmt: skip
+    # Only slides on both sides can share pixels.
     common = sorted(set().union(*(left.keys() & right.keys() for left, right in places)))
     mpp, tolerance, tile_px = (
         identity_value(dataset, key) for key in ("mpp", "mpp_tolerance", "tile_px")
@@ -236,6 +244,7 @@ def _compare_tiles(
         return list(_slide_overlaps(dataset, slides[slide_id], tile, sides))
 
     with meter("leakage", len(common), "slides") as progress, ThreadPoolExecutor(workers) as pool:
+        # In turns: results of a whole cohort would fill the memory before they are added up.
         for start in range(0, len(common), _SLIDES_PER_TURN):
             turn = common[start : start + _SLIDES_PER_TURN]
             for overlaps in pool.map(compare_slide, turn):
@@ -291,17 +300,6 @@ def tile_size_level0(slide: Slide, tile: TileSize) -> tuple[float, float]:
     return size, size * BORDER_PX / tile.tile_px
 
 
-def _note_borders(dataset: Dataset, pairs: list[SelectionPair]) -> list[str]:
-    count = sum(pair.border for pair in pairs if pair.seen_role != VAL_IN)
-    if not count:
-        return []
-    side = int(identity_value(dataset, "tile_px"))
-    return [
-        f"{count:,} pairs of neighbouring tiles on opposite sides would overlap by their borders "
-        f"as {side + 2 * BORDER_PX} px tiles: no leak of the {side} px tiles"
-    ]
-
-
 def _report_pairs(pairs: list[SelectionPair], notes: list[str], seconds: float) -> int:
     """Print the table, examples of leaks, notes and the summary; returns the exit status."""
     columns = ("seen", "held out", "same tile", "same pixels", "same patient", "same file")
@@ -320,6 +318,7 @@ def _report_pairs(pairs: list[SelectionPair], notes: list[str], seconds: float) 
             say(f"leak: {pair.seen.name} and {pair.held.name}: {example}")
     for note in notes:
         say(f"note: {note}")
+    # A selection is in several pairs, and is counted once.
     leaks = sum(pair.leaks for pair in pairs)
     selections = {id(s): s for pair in pairs for s in (pair.seen, pair.held)}
     rows = sum(selection.rows for selection in selections.values())

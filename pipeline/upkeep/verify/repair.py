@@ -44,6 +44,7 @@ def repair_damage(dataset: Dataset, damaged: Mapping[str, FileDamage]) -> list[s
             why = _remove_altered(journals, path, buffer)
             removed += not why
         kept |= {path: why} if why else {}
+    # Lines after files: what says that a file is damaged is still there while it is removed.
     for journal in sorted((dataset.root / "status").glob("*/*.jsonl")):
         try:
             removed += _rewrite_journal(dataset, journal)

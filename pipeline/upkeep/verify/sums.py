@@ -39,6 +39,7 @@ def damaged_files(
     paths = iter(sorted(expected))
     damaged: dict[str, FileDamage] = {}
 
+    # Each thread takes the next path: files differ in size by a factor of a million.
     def check_files() -> None:
         buffer = bytearray(_CHUNK_BYTES)
         while not stop.is_set():
@@ -97,6 +98,7 @@ def _check_file(
         return FileDamage("unreadable", describe_unreadable(error))
     if any((record.bytes, record.sha256) == (size, sha256) for record in records):
         return None
+    # Written to while it was read: its sum is of no moment.
     if size_now != size:
         return FileDamage("unreadable", "cannot be read: it changed meanwhile")
     if all(record.bytes != size for record in records):
