@@ -6,6 +6,7 @@ from typing import Any
 
 from common.console import EXIT_OK, say
 from common.errors import UserError
+from common.torch_processes import Processes, joined_processes, make_sums_independent_of_threads
 from evaluate.generate.guidance import (
     Guidance,
     check_condition_dim,
@@ -23,12 +24,6 @@ from evaluate.generate.sweep import SETTINGS, Point, parse_sweep, write_table
 from evaluate.generators import Generator
 from evaluate.generators.cytosyn import SamplerSettings
 from evaluate.generators.open import Opened, Source, open_generator, settings_for
-from evaluate.processes import (
-    Processes,
-    choose_device,
-    joined_processes,
-    same_sums_for_any_threads,
-)
 
 
 def generate_command(options: argparse.Namespace) -> int:
@@ -36,9 +31,9 @@ def generate_command(options: argparse.Namespace) -> int:
     check_guidance_options(options)
     points = _points(options)
     check_dataset(options)
-    same_sums_for_any_threads()
-    with joined_processes() as processes:
-        device = choose_device(options.device, processes.local_rank)
+    make_sums_independent_of_threads()
+    with joined_processes(options.device) as processes:
+        device = processes.device
         opened = open_generator(
             Source(
                 options.generator,
@@ -54,12 +49,12 @@ def generate_command(options: argparse.Namespace) -> int:
         first = opened.make(points[0][1])
         guidance, warnings = open_guidance(options, first, device)
         warnings += _misfits(guidance, first, force=options.force)
-        if processes.is_first:
+        if processes.is_main:
             _say_what_to_beware([*opened.notices, *warnings], guidance, first)
         forced = "; ".join(warnings) or None
         for point, settings in points:
             _run_point(options, opened, guidance, point, settings, forced, processes)
-        if options.sweep and processes.is_first:
+        if options.sweep and processes.is_main:
             _finish_sweep(options.out, points, opened)
     return EXIT_OK
 
@@ -106,7 +101,7 @@ def _run_point(
         forced=forced,
     )
     outcome = generate(generator, guidance, request, processes)
-    if processes.is_first:
+    if processes.is_main:
         say(final_line(outcome, out))
 
 

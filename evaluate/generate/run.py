@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from common.console import meter, say
 from common.text import format_bytes, format_seconds
+from common.torch_processes import Processes
 from evaluate.generate.guidance import GUIDING_MARK, Guidance
 from evaluate.generate.plan import (
     Unit,
@@ -29,14 +31,13 @@ from evaluate.generate.write import (
     write_tables,
 )
 from evaluate.generators import Generator
-from evaluate.processes import Processes
 from model.noise import derive_seeds
 from pipeline.dataset import (
     Dataset,
     Run,
     claim_identity,
     encode_png,
-    fingerprint,
+    fingerprint_of,
     read_identity,
     software_versions,
 )
@@ -85,18 +86,18 @@ def generate(
     """
     dataset = Dataset(request.out)
     claims = _as_begun(dataset, identity_claims(generator, guidance, request))
-    mark = fingerprint(stage="generate", version=_STAGE_VERSION, **claims)
+    mark = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
         units = _prepare(dataset, generator, guidance, request, claims, mark)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
-    units = [Unit(*row) for row in processes.agree(prepare)]
+    units = [Unit(*row) for row in processes.on_main(prepare)]
     mine = units[processes.rank :: processes.size]
     started = time.monotonic()
     with _progress(processes, sum(unit.count for unit in mine)) as advance:
         made, written = _make(dataset, mark, generator, guidance, request, mine, advance)
-    made, written = processes.total(made, written)
+    made, written = processes.total(torch.tensor([made, written])).tolist()
     return Outcome(made, planned_images(dataset), written, time.monotonic() - started)
 
 
@@ -171,7 +172,7 @@ _Advance = Callable[[int, str], None]
 @contextmanager
 def _progress(processes: Processes, total: int) -> Iterator[_Advance]:
     """Progress of the first process, which stands for the others: they have as much to do."""
-    if not processes.is_first or not total:
+    if not processes.is_main or not total:
         yield lambda count, note: None
         return
     label = "generate" if processes.size == 1 else f"generate (1 of {processes.size} processes)"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from common.errors import UserError
+from common.files import write_text
 from evaluate.generate.write import planned_images
 from model.sampler import Solver
-from model.weights import write_text
 from pipeline.dataset import Dataset, read_journal
 
 TABLE_FILE = "sweep.csv"

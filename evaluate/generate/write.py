@@ -13,18 +13,15 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     HashingFile,
+    Ledger,
     Run,
     Slide,
     commit_bytes,
     commit_file,
-    committed_shards,
-    files_present,
-    fingerprint,
+    fingerprint_of,
     make_selection,
-    read_journal,
     read_selection,
     software_versions,
-    standing,
     write_candidates,
     write_selection,
     write_slides,
@@ -66,7 +63,7 @@ def write_tables(
     """
     if planned_images(dataset) >= selected and _tables_stand(dataset):
         return
-    mark = fingerprint(stage=STAGE, plan=plan)
+    mark = fingerprint_of(stage=STAGE, plan=plan)
     entries = []
     with Run(dataset, STAGE, software_versions("numpy", "pyarrow")) as run:
         for number, (start, stop) in enumerate(slide_spans(images)):
@@ -102,17 +99,14 @@ def _attachments(dataset: Dataset, run_id: str, guidance: Guidance, mark: str) -
 
 def _tables_stand(dataset: Dataset) -> bool:
     """Whether all journalled tables are on disk; tables older than their journal are trusted."""
-    journal = read_journal(dataset, STAGE)
-    if not journal:
+    ledger = Ledger.read(dataset, STAGE)
+    if not ledger.lines:
         return True
-    tables = standing(journal, TABLE_SCOPE).values()
-    selections = standing(journal, SELECTION_SCOPE).values()
-    kept = standing(journal, GUIDANCE_SCOPE).values()
-    return bool(selections) and all(
-        files_present(dataset, entry)
-        for entries in (*tables, *selections, *kept)
-        for entry in entries
-        if entry.outcome == "done"
+    scopes = [ledger[scope] for scope in (TABLE_SCOPE, SELECTION_SCOPE, GUIDANCE_SCOPE)]
+    return len(ledger[SELECTION_SCOPE]) > 0 and all(
+        len(scope.on_disk(slide_id)) == len(entries)
+        for scope in scopes
+        for slide_id, entries in scope.written.items()
     )
 
 
@@ -158,13 +152,10 @@ def candidates_table(
 
 def standing_spans(dataset: Dataset, tile_px: int, fingerprint: str) -> dict[str, list[Span]]:
     """Per pseudo-slide, the ranks that are committed with this fingerprint and still on disk."""
+    ledger = Ledger.read(dataset, "tile")[str(tile_px)]
     return {
-        slide_id: [
-            (entry.start, entry.stop)
-            for entry in entries
-            if entry.fingerprint == fingerprint and files_present(dataset, entry)
-        ]
-        for slide_id, entries in committed_shards(dataset, tile_px).items()
+        slide_id: [(entry.start, entry.stop) for entry in ledger.on_disk(slide_id, fingerprint)]
+        for slide_id in ledger.written
     }
 
 

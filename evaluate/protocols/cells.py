@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.torch_processes import choose_device
 from evaluate.compare.battery import METRICS, Pair, Settings, likelihood
 from evaluate.compare.measure import make_pair, real_halves
 from evaluate.compare.sides import Side, slide_attribute, source_features
 from evaluate.metrics import LikelihoodBaseline
-from evaluate.processes import choose_device
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
@@ -40,7 +40,7 @@ class Measurer:
 
     def __init__(self, protocol: Protocol, workshop: Workshop, store: ResultStore) -> None:
         self._protocol, self._workshop, self._store = protocol, workshop, store
-        self._device = choose_device(protocol.device).type
+        self._device = choose_device(protocol.device, setting="device=").type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
 
     def feature_store(self, seen: Seen, encoder: str) -> FeatureStore:

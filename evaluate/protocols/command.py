@@ -23,10 +23,10 @@ def add_protocol_options(it: argparse.ArgumentParser) -> None:
 
 def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run `python -m evaluate protocol` with parsed options; returns the exit status."""
-    from evaluate.processes import same_sums_for_any_threads
+    from common.torch_processes import make_sums_independent_of_threads
     from evaluate.protocols.config import load, names
 
-    same_sums_for_any_threads()  # images that it makes are those of `generate`
+    make_sums_independent_of_threads()  # images that it makes are those of `generate`
     if options.name == "list":
         for name in names():
             say(f"{name:14} {load(name).title}")
@@ -40,11 +40,11 @@ def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> i
 
 
 def _generate_only(protocol: Any, name: str) -> int:
-    from evaluate.processes import joined_processes
+    from common.torch_processes import joined_processes
     from evaluate.protocols.work import Workshop, expand_names
 
     workshop = Workshop(protocol)
-    with joined_processes() as processes:
+    with joined_processes(protocol.device, setting="device=") as processes:
         for source in expand_names(protocol, name):
             workshop.generate(source, processes)
     return EXIT_OK

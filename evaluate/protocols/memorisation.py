@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from common.console import meter
 from common.errors import UserError
+from common.torch_processes import choose_device
 from evaluate.generate.guidance import guiding_mark
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
 from evaluate.metrics.neighbours import Neighbours
-from evaluate.processes import choose_device
 from evaluate.protocols.cells import Measurer, OpenSide
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.nearest import copying_test, distance_ratios, nearest_in_blocks
@@ -52,7 +52,7 @@ class _Search:
 
     def __init__(self, protocol: Protocol, measurer: Measurer, encoder: str, source: str) -> None:
         self._protocol, self._measurer, self._encoder = protocol, measurer, encoder
-        self._source, self._device = source, choose_device(protocol.device).type
+        self._source, self._device = source, choose_device(protocol.device, setting="device=").type
         self._train = Seen(protocol.train)
         self._selection: Selection = measurer.selection(self._train)
         self._store: FeatureStore = measurer.feature_store(self._train, encoder)

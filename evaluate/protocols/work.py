@@ -19,6 +19,7 @@ import numpy as np
 
 from common.console import say
 from common.errors import UserError
+from common.torch_processes import Processes, joined_processes
 from evaluate.generate.guidance import (
     Guidance,
     Unconditional,
@@ -33,24 +34,18 @@ from evaluate.generate.run import Request, final_line, generate
 from evaluate.generators import Generator
 from evaluate.generators.cytosyn import SamplerSettings
 from evaluate.generators.open import Opened, Source, open_generator, settings_for
-from evaluate.processes import Processes, choose_device, joined_processes
 from evaluate.protocols.config import GenerationSpec, ModelSpec, Protocol, TileSet
 from evaluate.protocols.plan import Images, Seen, all_images, expand, parse_vae
 from evaluate.protocols.reconstruct import Reconstruction, TileGuidance, ViewGuidance
 from model import CytoSyn
 from pipeline.dataset import (
-    BLOCK_ROWS,
     Dataset,
+    Ledger,
     Selection,
-    committed_shards,
-    covered_blocks,
-    files_present,
     identity_value,
     make_selection,
     open_dataset,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.dataset.features import FeatureStore, encoder_file, feature_scope, read_encoder_record
 
@@ -177,12 +172,7 @@ class Workshop:
         if whole.rows < count:
             return count - whole.rows
         used = first_images(whole, count, source)
-        shards = committed_shards(dataset, _px(dataset))
-        return sum(
-            int(np.isin(ranks // BLOCK_ROWS, list(_present(dataset, shards.get(slide, []))),
-                        invert=True).sum())
-            for slide, ranks in used.items()
-        )  # fmt: skip
+        return Ledger.read(dataset, "tile")[str(_px(dataset))].uncovered_rows(used.items())
 
     def make_images(self, source: str) -> None:
         """Make a source's missing images, under the launcher where there is one."""
@@ -194,7 +184,7 @@ class Workshop:
                 f"with `python -m evaluate generate`, or leave generations.*.dataset out"
             )
         if not self.protocol.launcher:
-            with joined_processes() as processes:
+            with joined_processes(self.protocol.device, setting="device=") as processes:
                 self.generate(source, processes)
             return
         launcher = shlex.split(self.protocol.launcher)
@@ -203,7 +193,7 @@ class Workshop:
 
     def generate(self, source: str, processes: Processes) -> None:
         """Make a source's images in this process, or in this process's share of many."""
-        device = choose_device(self.protocol.device, processes.local_rank)
+        device = processes.device
         vae = parse_vae(source)
         if vae:
             generator, guidance, seed, batch = self._reconstruction(*vae, device)
@@ -217,7 +207,7 @@ class Workshop:
             mpp=guidance.mpp if generator.mpp is None else generator.mpp,
         )
         outcome = generate(generator, guidance, request, processes)
-        if processes.is_first:
+        if processes.is_main:
             say(f"{source}: {final_line(outcome, request.out)}")
         self._tiles.pop(source, None)
 
@@ -281,12 +271,7 @@ class Workshop:
             return wanted.rows
         self._check_record(tiles.dataset, px, encoder, seen.view)
         scope = feature_scope(px, encoder, seen.view, "cls")
-        stand = standing(read_journal(tiles.dataset, "cache"), scope)
-        return sum(
-            int(np.isin(ranks // BLOCK_ROWS, list(_present(tiles.dataset, stand.get(slide, []))),
-                        invert=True).sum())
-            for slide, ranks in wanted.items()
-        )  # fmt: skip
+        return Ledger.read(tiles.dataset, "cache")[scope].uncovered_rows(wanted.items())
 
     def _check_record(self, dataset: Dataset, px: int, encoder: str, view: str) -> None:
         """Refuse features that stand but were made with other weights or in another dtype."""
@@ -353,13 +338,6 @@ def _run(command: list[str]) -> None:
 
 def _px(dataset: Dataset) -> int:
     return int(identity_value(dataset, "tile_px"))
-
-
-def _present(dataset: Dataset, entries: Sequence[Any]) -> set[int]:
-    """Blocks that journalled files on disk hold."""
-    return covered_blocks(
-        [one for one in entries if one.outcome == "done" and files_present(dataset, one)]
-    )
 
 
 def first_tiles(whole: Selection, count: int, name: str) -> Selection:

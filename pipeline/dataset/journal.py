@@ -1,6 +1,6 @@
 """Append-only journals: the only files that exist are those that a journal line names.
 
-One file `status/<stage>/<run_id>.jsonl` a coordinator or array element; one line a slide and
+One file `status/<stage>/<run_id>.jsonl` per coordinator or array element; one line per slide and
 scope, with a CRC, so that a line torn by kill -9 is recognised and left out.
 """
 
@@ -21,7 +21,6 @@ from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
 from pipeline.dataset.layout import Dataset, is_inside
 
-_NO_RANGE = (-1, -1)
 Outcome = Literal["done", "rejected", "failed", "pruned"]
 """`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
 
@@ -47,7 +46,7 @@ class Entry:
     seconds: float = 0.0
 
 
-def _crc(record: dict[str, Any]) -> str:
+def _checksum_of(record: dict[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"{zlib.crc32(text.encode()):08x}"
 
@@ -59,7 +58,7 @@ def encode_line(entry: Entry, versions: dict[str, str]) -> str:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     record = json.loads(json.dumps(record))
-    record["crc"] = _crc(record)
+    record["crc"] = _checksum_of(record)
     return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -70,12 +69,12 @@ def decode_line(line: str) -> Entry | None:
         crc = record.pop("crc")
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
-    if crc != _crc(record):
+    if crc != _checksum_of(record):
         return None
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
         known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
-        return _checked(Entry(**known))
+        return _check_types(Entry(**known))
     except (TypeError, ValueError, KeyError):
         return None
 
@@ -83,7 +82,7 @@ def decode_line(line: str) -> Entry | None:
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
 
 
-def _checked(entry: Entry) -> Entry:
+def _check_types(entry: Entry) -> Entry:
     """The entry, if its values are of the types that a run writes."""
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
     whole = all(type(value) is int for value in (entry.start, entry.stop))
@@ -134,7 +133,7 @@ class Run:
         self.event("slide begun", slide=slide_id, worker=worker)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Append lines and sync: after this returns, the entries stand."""
+        """Append lines and sync: after this returns, the entries count."""
         entries = [replace(entry, reason=redact(entry.reason)) for entry in entries]
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:
@@ -206,42 +205,6 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     if outside:
         return entries
     return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]
-
-
-def standing(entries: Iterable[Entry], scope: str = "") -> dict[str, list[Entry]]:
-    """Per slide, the entries that hold: those with the fingerprint of the slide's latest line.
-
-    Lines of an older fingerprint (the slide or a parameter changed since) are superseded; of two
-    lines for the same rank range the later one holds. A failure has no range: any later `done` of
-    the slide supersedes it (`mends`). Slides of which no line is left are left out.
-    """
-    latest: dict[str, dict[tuple[int, int], Entry]] = {}
-    current: dict[str, str] = {}
-    for entry in entries:
-        rows = latest.get(entry.slide_id, {})
-        if _NO_RANGE in rows and mends(entry, rows[_NO_RANGE]):
-            del rows[_NO_RANGE]
-        if entry.scope != scope:
-            continue
-        if current.get(entry.slide_id) != entry.fingerprint:
-            current[entry.slide_id] = entry.fingerprint
-            latest[entry.slide_id] = {}
-        latest[entry.slide_id][entry.start, entry.stop] = entry
-    return {
-        slide: sorted(rows.values(), key=lambda e: e.start)
-        for slide, rows in latest.items()
-        if rows
-    }
-
-
-def mends(later: Entry, failure: Entry) -> bool:
-    """Whether a later line of the same slide and stage says that what failed has succeeded.
-
-    Older releases wrote some failures without their scope: a `done` of any scope mends those.
-    """
-    if later.outcome != "done" or failure.outcome != "failed":
-        return False
-    return failure.scope in ("", later.scope)
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:

@@ -10,16 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.options import parse_count
 from common.plain_yaml import load_yaml
-from pipeline.commands.options import count
-from pipeline.dataset import (
-    BLOCK_ROWS,
-    Dataset,
-    Entry,
-    covered_blocks,
-    read_journal,
-    standing,
-)
+from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, read_journal
+from pipeline.dataset.ledger import covered_blocks, current_entries
 from pipeline.recipe.steps import Recipe, Step
 from pipeline.tiles.stage import needed_blocks
 
@@ -97,8 +91,8 @@ class DatasetPlanner:
     def __init__(self, root: Path, steps: Sequence[Step]) -> None:
         self.dataset = Dataset(root)
         sizes = _slide_sizes(steps)
-        scanned = standing(read_journal(self.dataset, "scan"))
-        tissue = standing(read_journal(self.dataset, "tissue"))
+        scanned = current_entries(read_journal(self.dataset, "scan"))
+        tissue = current_entries(read_journal(self.dataset, "tissue"))
         self.slides = max(len(sizes), len(scanned))
         self.unscanned = self.slides - len(scanned)
         self.without_tissue = max(0, self.slides - len(tissue))
@@ -113,7 +107,7 @@ class DatasetPlanner:
             self.candidates = int(sum(sizes.values()) / _SLIDE_BYTES_PER_CANDIDATE)
         self.is_exact = bool(counts) and not self.without_tissue
         self.planned_tiles = {
-            str(step.values.get("name")): count(step.texts("tiles")[0])
+            str(step.values.get("name")): parse_count(step.texts("tiles")[0])
             if "tiles" in step.values
             else self.candidates
             for step in steps
@@ -155,7 +149,7 @@ class DatasetPlanner:
 
     def _plan_tile(self, step: Step) -> StepPlan:
         px = int(str(step.values.get("tile-px", self.tile_px)))
-        done = standing(read_journal(self.dataset, step.name), str(px))
+        done = current_entries(read_journal(self.dataset, step.name), str(px))
         tiles, slides, basis = self._count_missing(step, done)
         if not tiles:
             return StepPlan(step.name, basis="all done")
@@ -182,7 +176,7 @@ class DatasetPlanner:
         # Kinds are stored apart, and may be complete for different tiles.
         size, files, most, words = 0, 0, 0, ""
         for kind in config.kinds:
-            done = standing(journal, config.scope(px, kind))
+            done = current_entries(journal, config.scope(px, kind))
             tiles, slides, basis = self._count_missing(step, done)
             if tiles:
                 shape = (spec.num_tokens, spec.token_dim)
@@ -226,15 +220,15 @@ class DatasetPlanner:
 
 def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:
     """Bytes of the slides that the recipe's scan would find; 0 where that is unknown."""
-    from pipeline.slides.open import find_sources
+    from pipeline.slides.entries import find_slides
 
     inputs = [text for step in steps if step.name == "scan" for text in step.texts("slides")]
     sizes = {}
-    for source in find_sources(inputs):
+    for slide in find_slides(inputs):
         try:
-            sizes[source.slide_id] = source.bytes or source.path.stat().st_size
+            sizes[slide.slide_id] = slide.bytes or slide.path.stat().st_size
         except OSError:
-            sizes[source.slide_id] = source.bytes
+            sizes[slide.slide_id] = slide.bytes
     return sizes
 
 

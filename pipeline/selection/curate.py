@@ -1,6 +1,6 @@
 """The `curate` stage: tiles with artifacts found by a linear classifier on cached features."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,25 @@ from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
+    Missing,
     Run,
     Selection,
     commit_file,
     commit_json,
-    files_present,
-    fingerprint,
+    fingerprint_of,
     identity_value,
     make_selection,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.dataset.features import FeatureStore, feature_scope
 from pipeline.dataset.tables import read_plan, write_rows
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage, stage_versions
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.selection.classifier import Trained, train_classifier
 from pipeline.selection.cohort import Cohort
-from pipeline.selection.config import SelectConfig
+from pipeline.selection.config import CurateConfig, SelectConfig
 from pipeline.selection.denied import curation_dir, deny_file
 from pipeline.selection.labels import Labels, read_labels
 from pipeline.selection.scores import read_scores, score_slide, scores_scope
@@ -45,25 +45,7 @@ _SITES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class CurateConfig:
-    """Labels, the features to classify by, and what becomes of the selections.
-
-    `name` is that of the deny-list; a selection S is cleaned as S-<name>. `selections` () takes
-    all that were drawn without a deny-list. `usable_recall` is the share of usable labelled
-    tiles that the threshold keeps.
-    """
-
-    labels: Path
-    encoder: str
-    name: str = "curated"
-    view: str = ""
-    selections: tuple[str, ...] = ()
-    folds: int = 5
-    usable_recall: float = 0.99
-
-
-@dataclass(frozen=True)
-class _Work:
+class _Curation:
     """What a run of the stage works on."""
 
     dataset: Dataset
@@ -72,48 +54,51 @@ class _Work:
     selections: tuple[str, ...]
     shards: Mapping[str, list[Entry]]
     trained: Trained
-    mark: str
+    fingerprint: str
 
 
 def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     """Train, score, write the deny-list and the selections without its tiles."""
-    _check(config)
+    _check_config(config)
     tissue = read_tissue(dataset)
-    selections = _selections(dataset, config)
+    selections = _selections_to_clean(dataset, config)
     tile_px = int(identity_value(dataset, "tile_px"))
     store = FeatureStore(dataset, tile_px=tile_px, encoder=config.encoder, view=config.view)
     count_of = dict(
         zip(tissue.cohort.slide_id.tolist(), tissue.cohort.candidates.tolist(), strict=True)
     )
     labels = read_labels(config.labels, {s: n for s, n in count_of.items() if n})
-    trained = _train(config, labels, store, tissue.cohort, int(identity_value(dataset, "seed")))
+    trained = _train_on_labels(
+        config, labels, store, tissue.cohort, int(identity_value(dataset, "seed"))
+    )
     print_trained(config, labels, trained, bool(store.record.get("random_weights")))
-    shards = _cached(dataset, tile_px, config)
-    mark = fingerprint(
+    scope = feature_scope(tile_px, config.encoder, config.view, "cls")
+    cached = Ledger.read(dataset, "cache")[scope]
+    shards = {slide_id: cached.on_disk(slide_id) for slide_id in cached}
+    fingerprint = fingerprint_of(
         stage=STAGE, version=VERSION, weights=trained.model.weights.tolist(),
         offsets=trained.model.offsets.tolist(), features=store.record.get("weights_sha256", ""),
     )  # fmt: skip
-    work = _Work(dataset, config, tissue.cohort, selections, shards, trained, mark)
-    summary = _score(work, engine)
-    status = report_summary(summary, curation_dir(dataset, config.name) / "scores", "tiles")
+    work = _Curation(dataset, config, tissue.cohort, selections, shards, trained, fingerprint)
+    status = run_stage(_ScoreStage(work), engine)
     if status != EXIT_OK:
-        say("curate: without all scores no deny-list is written; mend the slides and run again")
+        say("curate: without all scores no deny-list is written; fix the slides and run again")
         return status
     _write_result(work, labels, store.record)
     for name in selections:
         stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
-        select(dataset, _cleaned(config, name, stratify))
+        select(dataset, _cleaned_selection(config, name, stratify))
     return EXIT_OK
 
 
-def _check(config: CurateConfig) -> None:
+def _check_config(config: CurateConfig) -> None:
     if config.folds < 2:
         raise UserError(f"--folds {config.folds}: expected 2 or more")
     if not 0 < config.usable_recall <= 1:
         raise UserError(f"--recall {config.usable_recall}: expected a number above 0, at most 1")
 
 
-def _selections(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
+def _selections_to_clean(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
     """The selections to clean: those named, or all that no deny-list was applied to."""
     known = read_ties(dataset)
     names = config.selections or tuple(
@@ -127,11 +112,11 @@ def _selections(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def _cleaned(config: CurateConfig, name: str, stratify: str = "site") -> SelectConfig:
+def _cleaned_selection(config: CurateConfig, name: str, stratify: str = "site") -> SelectConfig:
     return SelectConfig(f"{name}-{config.name}", None, stratify, parent=name, deny=(config.name,))
 
 
-def _train(
+def _train_on_labels(
     config: CurateConfig, labels: Labels, store: FeatureStore, cohort: Cohort, seed: int
 ) -> Trained:
     family = dict(zip(cohort.slide_id.tolist(), cohort.family.tolist(), strict=True))
@@ -151,41 +136,61 @@ def _labelled_features(labels: Labels, store: FeatureStore) -> npt.NDArray[np.fl
     )
 
 
-def _cached(dataset: Dataset, tile_px: int, config: CurateConfig) -> dict[str, list[Entry]]:
-    """The CLS files of each slide, oldest first."""
-    scope = feature_scope(tile_px, config.encoder, config.view, "cls")
-    found = standing(read_journal(dataset, "cache"), scope)
-    return {
-        slide_id: [e for e in entries if e.outcome == "done" and files_present(dataset, e)]
-        for slide_id, entries in found.items()
-    }
+@dataclass(frozen=True)
+class _CachedSlide:
+    """A slide and its CLS files, as (path, first rank, rank after the last), with their sums."""
+
+    slide_id: str
+    shards: list[tuple[str, int, int]]
+    sums: list[str]
 
 
-def _score(work: _Work, engine: EngineConfig) -> Summary:
+class _ScoreStage(Stage[_CachedSlide]):
     """Score every cached tile of the slides that the selections touch."""
-    dataset, name = work.dataset, work.config.name
-    known = standing(read_journal(dataset, STAGE), scores_scope(name))
-    summary = Summary(STAGE)
-    tasks = []
-    with Run(dataset, STAGE, stage_versions("scikit-learn")) as run:
-        for slide_id in _require_features(work):
-            shards = [(e.files[0].path, e.start, e.stop) for e in work.shards[slide_id]]
-            sums = [e.files[0].sha256 for e in work.shards[slide_id]]
-            mark = fingerprint(classifier=work.mark, shards=shards, sums=sums)
-            if stands(dataset, known.get(slide_id, []), mark) is not None:
-                summary.skipped += 1
-                continue
-            units = sum(stop - start for _, start, stop in shards)
-            arguments = (
-                str(dataset.root), run.run_id, name, slide_id, shards, work.trained.model, mark,
-            )  # fmt: skip
-            scopes = (scores_scope(name),)
-            tasks.append(SlideTask(slide_id, mark, arguments, units, units, scopes=scopes))
-        run_stage(run, score_slide, tasks, engine, summary, "tiles")
-    return summary
+
+    name = label = STAGE
+    unit = rate_of = "tiles"
+    packages = ("scikit-learn",)
+    work = staticmethod(score_slide)
+
+    def __init__(self, curation: _Curation) -> None:
+        super().__init__(curation.dataset)
+        self.curation, self.curation_name = curation, curation.config.name
+        self.scopes = (scores_scope(self.curation_name),)
+
+    def list_items(self) -> Iterator[_CachedSlide]:
+        """The slides of the selections, each with all its selected tiles in the cache."""
+        for slide_id in _require_features(self.curation):
+            entries = self.curation.shards[slide_id]
+            yield _CachedSlide(
+                slide_id,
+                [(entry.files[0].path, entry.start, entry.stop) for entry in entries],
+                [entry.files[0].sha256 for entry in entries],
+            )
+
+    def item_fingerprint(self, item: _CachedSlide) -> str:
+        """Of the classifier and the features."""
+        classifier = self.curation.fingerprint
+        return fingerprint_of(classifier=classifier, shards=item.shards, sums=item.sums)
+
+    def make_task(
+        self, item: _CachedSlide, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
+        """Score the tiles of one slide."""
+        tiles = sum(stop - start for _, start, stop in item.shards)
+        arguments = (
+            str(self.dataset.root), run_id, self.curation_name, item.slide_id, item.shards,
+            self.curation.trained.model, fingerprint,
+        )  # fmt: skip
+        return SlideTask(item.slide_id, fingerprint, arguments, tiles, tiles, scopes=self.scopes)
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the scores."""
+        return curation_dir(self.dataset, self.curation_name) / "scores"
 
 
-def _require_features(work: _Work) -> list[str]:
+def _require_features(work: _Curation) -> list[str]:
     """The slides of the selections, each with all its selected tiles in the cache."""
     slides: set[str] = set()
     for name in work.selections:
@@ -203,16 +208,18 @@ def _require_features(work: _Work) -> list[str]:
     return sorted(slides)
 
 
-def _write_result(work: _Work, labels: Labels, record: Mapping[str, Any]) -> None:
-    """Deny-list, classifier and report, unless they stand."""
+def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) -> None:
+    """Deny-list, classifier and report, unless they are done already."""
     dataset, config = work.dataset, work.config
-    denied, scored = _denied(work)
+    denied, scored = _denied_ranks(work)
     plan = {"deny_list": config.name, "threshold": work.trained.threshold, "scored": scored}
     rows = make_selection(config.name, denied, plan)
-    mark = fingerprint(classifier=work.mark, threshold=plan["threshold"], rows=rows.content_hash,
-                       selections=_hashes(work))  # fmt: skip
-    known = standing(read_journal(dataset, STAGE), f"{config.name}/result")
-    if stands(dataset, known.get(config.name, []), mark) is not None:
+    fingerprint = fingerprint_of(
+        classifier=work.fingerprint, threshold=plan["threshold"], rows=rows.content_hash,
+        selections=_selection_hashes(work),
+    )  # fmt: skip
+    scope = f"{config.name}/result"
+    if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
         say(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
         return
     _check_dependents(dataset, config, work.selections, rows.content_hash)
@@ -222,26 +229,29 @@ def _write_result(work: _Work, labels: Labels, record: Mapping[str, Any]) -> Non
         path = deny_file(dataset, config.name)
         files = (
             commit_file(dataset, run.run_id, path, lambda file: write_rows(file, rows)),
-            commit_json(dataset, run.run_id, folder / "classifier.json", _classifier(work, record)),
+            commit_json(
+                dataset, run.run_id, folder / "classifier.json", _classifier_record(work, record),
+            ),
             commit_json(
                 dataset, run.run_id, folder / "report.json",
-                _report(work, labels, rows, scored, removed),
+                _curation_report(work, labels, rows, scored, removed),
             ),
         )  # fmt: skip
         counts = {"tiles denied": rows.rows}
-        scope = f"{config.name}/result"
-        run.append([Entry(config.name, "done", mark, scope=scope, files=files, counts=counts)])
+        run.append(
+            [Entry(config.name, "done", fingerprint, scope=scope, files=files, counts=counts)]
+        )
     for name, table in removed.items():
         print_removed(name, table)
     share = rows.rows / max(1, scored)
     say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
 
 
-def _hashes(work: _Work) -> dict[str, str]:
+def _selection_hashes(work: _Curation) -> dict[str, str]:
     return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
 
 
-def _denied(work: _Work) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
+def _denied_ranks(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
     """Ranks above the threshold by slide, and how many tiles were scored; a slide at a time."""
     scored, denied = 0, {}
     for slide_id in _require_features(work):
@@ -256,7 +266,7 @@ def _check_dependents(
 ) -> None:
     """Refuse to change a deny-list under selections that this run does not make again."""
     known = read_ties(dataset)
-    own = {_cleaned(config, name).name for name in selections}
+    own = {_cleaned_selection(config, name).name for name in selections}
     other = sorted(
         name for name, ties in known.items()
         if ties.deny.get(config.name, content_hash) != content_hash and name not in own
@@ -272,7 +282,7 @@ def _check_dependents(
 
 
 def _removed_by_site(
-    work: _Work, name: str, denied: Mapping[str, npt.NDArray[np.int32]]
+    work: _Curation, name: str, denied: Mapping[str, npt.NDArray[np.int32]]
 ) -> dict[str, dict[str, int]]:
     """Tiles of a selection and how many of them are denied, by site."""
     site = dict(zip(work.cohort.slide_id.tolist(), work.cohort.site.tolist(), strict=True))
@@ -284,7 +294,7 @@ def _removed_by_site(
     return dict(sorted(table.items()))
 
 
-def _classifier(work: _Work, record: Mapping[str, Any]) -> dict[str, Any]:
+def _classifier_record(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "logistic regression on CLS features, mean of the folds' probabilities",
         "encoder": work.config.encoder, "view": work.config.view,
@@ -296,8 +306,8 @@ def _classifier(work: _Work, record: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _report(
-    work: _Work,
+def _curation_report(
+    work: _Curation,
     labels: Labels,
     rows: Selection,
     scored: int,

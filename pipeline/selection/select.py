@@ -12,18 +12,18 @@ from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
     Run,
+    ScopeLedger,
     Selection,
     commit_bytes,
-    fingerprint,
+    fingerprint_of,
     read_identity,
-    read_journal,
     read_selection,
-    standing,
     write_selection,
 )
 from pipeline.dataset.tables import read_plan
-from pipeline.run.stage import stage_versions, stands
+from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import Cohort, Exclusion, keep_eligible, without_patients
 from pipeline.selection.config import SelectConfig
 from pipeline.selection.denied import read_denied
@@ -93,8 +93,8 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     # Read once: the fingerprints and the drawing must see the same cohort and ties.
     tissue, known = read_tissue(dataset), read_ties(dataset)
     fingerprints = _fingerprint_all(dataset, config, tissue, known)
-    journal = standing(read_journal(dataset, STAGE))
-    if all(stands(dataset, journal.get(name, []), fingerprints[name]) for name in config.names):
+    ledger = Ledger.read(dataset, STAGE)[""]
+    if all(ledger.done(name, fingerprints[name]) for name in config.names):
         for name in config.names:
             rows = read_selection(dataset, name).rows
             say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
@@ -105,7 +105,7 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     seed = int(read_identity(dataset).get("seed", 0))
     prepare = prepare_part if config.parent else prepare_drawing
     drawing = prepare(dataset, config, tissue, known, seed)
-    _check_others(dataset, config, drawing, tissue, known, journal, fingerprints)
+    _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     _write_selections(dataset, selections, drawing, fingerprints)
@@ -163,7 +163,7 @@ def _fingerprint_all(
         "cohort": hash_cohort(tissue.cohort), "parents": sorted(tissue.fingerprints.items()),
         "held_out": others, "deny": read_denied(dataset, config.deny)[1],
     }  # fmt: skip
-    return {name: fingerprint(name=name, **shared) for name in config.names}
+    return {name: fingerprint_of(name=name, **shared) for name in config.names}
 
 
 def _check_others(
@@ -172,7 +172,7 @@ def _check_others(
     drawing: Drawing,
     tissue: Tissue,
     known: Mapping[str, Ties],
-    journal: Mapping[str, list[Entry]],
+    ledger: ScopeLedger,
     fingerprints: Mapping[str, str],
 ) -> None:
     """Refuse what selections that are there contradict, or depend on."""
@@ -181,9 +181,8 @@ def _check_others(
     held = whole.slide_id[np.isin(whole.patient, np.array(patients, np.str_))].tolist()
     for name in config.names:
         check_new_hold_out(dataset, name, patients, held)
-        before = journal.get(name, [])
-        is_done = bool(before) and before[-1].outcome == "done"
-        is_same = is_done and before[-1].fingerprint == fingerprints[name]
+        last = ledger.latest(name)
+        is_same = bool(last and last.outcome == "done" and last.fingerprint == fingerprints[name])
         if name in known and not is_same:
             check_may_change(known, name, "--name")
 

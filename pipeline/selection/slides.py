@@ -8,16 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset import (
-    Dataset,
-    Slide,
-    candidate_count,
-    read_identity,
-    read_journal,
-    read_slides,
-    standing,
-)
-from pipeline.run.stage import stands
+from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
@@ -40,7 +31,7 @@ class Tissue:
 def read_tissue(dataset: Dataset) -> Tissue:
     """All slides of slides.parquet with their candidates, and why some have none."""
     identity = read_identity(dataset)
-    journal = standing(read_journal(dataset, "tissue"))
+    ledger = Ledger.read(dataset, "tissue")[""]
     slides, fingerprints = read_slides(dataset), {}
     unusable: dict[str, tuple[str, str]] = {}
     counts = np.zeros(len(slides), np.int64)
@@ -48,9 +39,9 @@ def read_tissue(dataset: Dataset) -> Tissue:
         if slide.status != "ok":
             unusable[slide.slide_id] = (f"{slide.status} by scan", slide.reason)
             continue
-        entries = journal.get(slide.slide_id, [])
+        entries = ledger.entries(slide.slide_id)
         expected = tissue_fingerprint(slide, identity, imported_source(entries))
-        entry = stands(dataset, entries, expected)
+        entry = ledger.done(slide.slide_id, expected)
         if entry is None:
             unusable[slide.slide_id] = (_NO_RESULT, "run `tissue`")
         elif entry.outcome == "rejected":

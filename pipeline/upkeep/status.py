@@ -15,7 +15,8 @@ from rich.table import Table
 from common.console import say, stdout
 from common.redact import redact
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection, standing
+from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection
+from pipeline.dataset.ledger import current_entries
 from pipeline.upkeep.activity import Running, list_running
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
@@ -84,7 +85,7 @@ def read_status(dataset: Dataset) -> Status:
     for stage in _STAGES:
         entries = read_journal(dataset, stage)
         for scope in sorted({entry.scope for entry in entries}):
-            current = standing(entries, scope)
+            current = current_entries(entries, scope)
             done = [entry for rows in current.values() for entry in rows if entry.outcome == "done"]
             for entry in done:
                 for record in entry.files:

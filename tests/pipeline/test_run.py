@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.options import parse_byte_count
 from pipeline.__main__ import main
-from pipeline.commands.options import byte_count
-from pipeline.dataset import Dataset, read_journal, standing
+from pipeline.dataset import Dataset, read_journal
+from pipeline.dataset.ledger import current_entries
 from pipeline.features.plan import stored_bytes
 from pipeline.recipe.plan import measure_rate, plan_recipe, plan_training
 from pipeline.recipe.steps import load_recipe
@@ -158,7 +159,7 @@ def test_what_is_left_of_training_is_at_its_own_rate(tmp_path: Path) -> None:
     ("text", "value"), [("500GB", 5e11), ("1.5 TB", 1.5e12), ("1_000", 1000), ("2kb", 2000)]
 )
 def test_bytes_are_read_as_disks_are_sold(text: str, value: float) -> None:
-    assert byte_count(text) == value
+    assert parse_byte_count(text) == value
 
 
 def test_hours_are_those_of_the_datasets_own_journal(tiled: Dataset, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_hours_are_those_of_the_datasets_own_journal(tiled: Dataset, tmp_path: P
     path.write_text(path.read_text().replace(str(tmp_path / "dataset"), str(tiled.root)))
     other, _ = (plan for _, plan in plan_recipe(load_recipe(path)))
     assert other.worker_s is None, "no tile of that size was ever cut here"
-    done = standing(read_journal(tiled, "tile"), "224")
+    done = current_entries(read_journal(tiled, "tile"), "224")
     entries = [entry for rows in done.values() for entry in rows]
     tiles = sum(entry.stop - entry.start for entry in entries)
     rate = measure_rate(entries, 1.0, per_tile=True)

@@ -12,11 +12,12 @@ import pytest
 from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
-from pipeline.run.stage import Summary, report_summary
+from pipeline.run.summary import Summary, report_summary
 from pipeline.slides import staging
-from pipeline.slides.open import find_sources
-from pipeline.slides.scan import _row
-from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.slides.config import StageIn
+from pipeline.slides.entries import find_slides
+from pipeline.slides.scan import _slide_of_entry
+from pipeline.slides.staging import StageInError, local_slide
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 MD5 = hashlib.md5(SLIDE.read_bytes(), usedforsecurity=False).hexdigest()
@@ -134,7 +135,7 @@ def test_a_manifest_of_the_gdc_is_understood(tmp_path: Path) -> None:
     manifest.write_text(
         f"id\tfilename\tmd5\tsize\tstate\n1f-2e\t{name}\t{MD5.upper()}\t42\treleased\n"
     )
-    (source,) = find_sources([str(manifest)])
+    (source,) = find_slides([str(manifest)])
     assert source.location == f"1f-2e/{name}"
     assert (source.md5, source.bytes) == (MD5, 42)
     argv = StageIn("curl -o {dest} https://host/data/{id}").argv(source.location, Path("/d/x"))
@@ -227,4 +228,7 @@ def test_reasons_of_older_journals_are_shown_without_secrets(
     report_summary(summary, tmp_path)
     assert "curl -H 'X-Auth-Token: ***' [/x] [red] failed" in capsys.readouterr().out
     slide = {"slide_id": "s", "path": "p", "status": "rejected", "reason": "--token GDC"}
-    assert _row(Entry("s", "rejected", "f", "--token GDC", values=slide)).reason == "--token ***"
+    assert (
+        _slide_of_entry(Entry("s", "rejected", "f", "--token GDC", values=slide)).reason
+        == "--token ***"
+    )

@@ -1,4 +1,4 @@
-"""Reading tiles by (slide, rank), whatever shard holds them."""
+"""Reading tiles by (slide, rank), whatever shard they are in."""
 
 import threading
 from collections import OrderedDict
@@ -8,28 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset.journal import Entry, read_journal, standing
+from pipeline.dataset.journal import Entry
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.ledger import Ledger
 from pipeline.dataset.tiles.png_tar import ShardHandle, TarShard, decode_png
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, decode_chunk
 
 _OPEN_FILES = 128
-
-
-def committed_shards(dataset: Dataset, tile_px: int) -> dict[str, list[Entry]]:
-    """Per slide, the journal entries of its standing tile shards, by first rank."""
-    entries = standing(read_journal(dataset, "tile"), str(tile_px))
-    done = {slide: [e for e in rows if e.outcome == "done"] for slide, rows in entries.items()}
-    return {slide: rows for slide, rows in done.items() if rows}
-
-
-def covered_blocks(entries: Iterable[Entry]) -> set[int]:
-    """The blocks that the entries' rank ranges hold."""
-    return {
-        block
-        for entry in entries
-        for block in range(entry.start // BLOCK_ROWS, -(-entry.stop // BLOCK_ROWS))
-    }
 
 
 class TileStore:
@@ -41,23 +26,23 @@ class TileStore:
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
         self.dataset, self.tile_px = dataset, tile_px
-        self._entries = committed_shards(dataset, tile_px)
+        self._ledger = Ledger.read(dataset, "tile")[str(tile_px)]
         self._shards: dict[str, TarShard | ZarrShard] = {}
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._lock = threading.Lock()
 
     def slide_ids(self) -> list[str]:
         """Slides with at least one shard, sorted."""
-        return sorted(self._entries)
+        return sorted(self._ledger.written)
 
     def blocks(self, slide_id: str) -> set[int]:
         """Blocks of the slide that are on disk."""
-        return covered_blocks(self._entries.get(slide_id, ()))
+        return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
         """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
-        shard = self._shard(slide_id, block)
-        return shard.read_block(block, self._handle(shard))
+        shard = self._shard_of_block(slide_id, block)
+        return shard.read_block(block, self._open_handle(shard))
 
     def read_block(self, slide_id: str, block: int) -> dict[int, npt.NDArray[np.uint8]]:
         """RGB tiles uint8 [px, px, 3] by rank of a block."""
@@ -71,12 +56,12 @@ class TileStore:
 
         A `UserError` names slide, rank and file where it is damaged.
         """
-        zarr = isinstance(self._shard(slide_id, rank // BLOCK_ROWS), ZarrShard)
+        zarr = isinstance(self._shard_of_block(slide_id, rank // BLOCK_ROWS), ZarrShard)
         try:
             decode = decode_chunk if zarr else decode_png
             tile = decode(data, self.tile_px)
         except ValueError as error:
-            where = self._shard(slide_id, rank // BLOCK_ROWS).path
+            where = self._shard_of_block(slide_id, rank // BLOCK_ROWS).path
             raise UserError(
                 f"{where}: tile {rank} of slide {slide_id} is damaged ({error}); "
                 "run `python -m pipeline verify`, then tile again"
@@ -92,25 +77,25 @@ class TileStore:
         }
         return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
 
-    def _shard(self, slide_id: str, block: int) -> TarShard | ZarrShard:
+    def _shard_of_block(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
-        for entry in reversed(self._entries.get(slide_id, [])):
-            if entry.start <= rank < entry.stop:
-                path = _shard_path(entry)
-                with self._lock:
-                    shard = self._shards.get(path)
-                if shard is None:
-                    kind = TarShard if path.endswith(".tar") else ZarrShard
-                    shard = kind.open(self.dataset.root / path)
-                    with self._lock:
-                        self._shards[path] = shard
-                return shard
-        raise UserError(
-            f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
-            f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
-        )
+        entry = self._ledger.file_of(slide_id, rank)
+        if entry is None:
+            raise UserError(
+                f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
+                f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
+            )
+        path = _shard_path(entry)
+        with self._lock:
+            shard = self._shards.get(path)
+        if shard is None:
+            kind = TarShard if path.endswith(".tar") else ZarrShard
+            shard = kind.open(self.dataset.root / path)
+            with self._lock:
+                self._shards[path] = shard
+        return shard
 
-    def _handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
+    def _open_handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
         key = str(shard.path)
         with self._lock:
             if key in self._handles:
@@ -128,7 +113,7 @@ class TileStore:
 
 
 def _shard_path(entry: Entry) -> str:
-    """The tar, or the folder of the Zarr array, that holds an entry's tiles."""
+    """The tar, or the folder of the Zarr array, that contains an entry's tiles."""
     for record in entry.files:
         if record.path.endswith(".tar"):
             return record.path

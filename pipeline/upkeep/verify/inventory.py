@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from pipeline.dataset import Dataset, Entry, FileRecord, read_journal, standing
+from pipeline.dataset import Dataset, Entry, FileRecord, read_journal
+from pipeline.dataset.ledger import current_entries
 from pipeline.tiles.stage import IMPORTED_TILES
 
 _STAGE_OF_FOLDER = {
@@ -56,11 +57,11 @@ class Inventory:
     dataset: Dataset
     journals: dict[str, list[Entry]]
 
-    def current_entries(self, stage: str) -> Iterator[Entry]:
+    def current(self, stage: str) -> Iterator[Entry]:
         """The entries of a stage that are valid, in all its scopes."""
         entries = self.journals.get(stage, [])
         for scope in sorted({entry.scope for entry in entries}):
-            by_slide = standing(entries, scope)
+            by_slide = current_entries(entries, scope)
             for slide_id in sorted(by_slide):
                 yield from by_slide[slide_id]
 
@@ -69,7 +70,7 @@ class Inventory:
         """By path, the current lines that name it: more than one where stages share a file."""
         lines: dict[str, list[Named]] = {}
         for stage in self.journals:
-            for entry in self.current_entries(stage):
+            for entry in self.current(stage):
                 for record in entry.files:
                     lines.setdefault(record.path, []).append(Named(stage, entry, record))
         return lines
