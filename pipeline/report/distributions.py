@@ -39,7 +39,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True)
 class Histogram:
-    """Slides per bin: `edges` [n + 1], `counts` [n]; `beyond` are above the last edge."""
+    """Slides per bin: `edges` float64 [n + 1], `counts` int64 [n]; `beyond` is above the last."""
 
     edges: npt.NDArray[np.float64]
     counts: npt.NDArray[np.int64]

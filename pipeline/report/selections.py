@@ -42,17 +42,17 @@ class Shares:
 
     @property
     def cohort_share(self) -> npt.NDArray[np.float64]:
-        """The cohort's tiles as parts of one."""
+        """The cohort's tiles as parts of one, float64 [groups]."""
         return self.cohort / max(1, int(self.cohort.sum()))
 
     @property
     def selected_share(self) -> npt.NDArray[np.float64]:
-        """The selection's tiles as parts of one."""
+        """The selection's tiles as parts of one, float64 [groups]."""
         return self.selected / max(1, int(self.selected.sum()))
 
     @property
     def divergence_bits(self) -> float:
-        """Jensen-Shannon divergence of the two, in bits; NaN where either is empty."""
+        """Jensen-Shannon divergence of the two, 0 to 1 bit; NaN where either is empty."""
         return jensen_shannon(self.cohort, self.selected)
 
 
@@ -85,7 +85,7 @@ def read_selections(dataset: Dataset) -> list[SelectionFacts]:
 
 
 def compare_shares(groups: Sequence[str], cohort: Sequence[int], selected: Sequence[int]) -> Shares:
-    """Tiles per group from tiles per slide; the three sequences run over the slides."""
+    """Tiles per group, int64, from tiles per slide; the sequences run over the slides."""
     names, group = np.unique(np.array([*groups], dtype=object).astype(str), return_inverse=True)
     of_cohort, of_selected = (sum_by_group(group, n, len(names)) for n in (cohort, selected))
     kept = np.flatnonzero((of_cohort > 0) | (of_selected > 0))

@@ -39,7 +39,7 @@ class Cohort:
         return len(self.slide_id)
 
     def take(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> "Cohort":
-        """The rows of a mask or of ascending indices; families stay those of the whole."""
+        """The rows of a mask (bool) or of ascending indices (int64); families stay the whole's."""
         columns = {name: getattr(self, name)[chosen] for name in self.__dataclass_fields__}
         return replace(self, **columns)
 

@@ -38,7 +38,7 @@ def sum_by_group(group: npt.NDArray[np.int64], values: npt.ArrayLike, groups: in
 
 @dataclass(frozen=True)
 class Spread:
-    """Counts by value of one column: the cohort's slides and candidate tiles, the selection's."""
+    """Counts int64 [values] of one column: the cohort's slides and candidates, the selection's."""
 
     names: tuple[str, ...]
     cohort_slides: Counts
@@ -53,12 +53,12 @@ class Spread:
 
     @property
     def jsd_slides(self) -> float:
-        """Divergence of the slides' shares from the cohort's, in bits."""
+        """Divergence of the slides' shares from the cohort's, 0 to 1 bit."""
         return jensen_shannon(self.slides, self.cohort_slides)
 
     @property
     def jsd_tiles(self) -> float:
-        """Divergence of the tiles' shares from the cohort's candidates, in bits."""
+        """Divergence of the tiles' shares from the cohort's candidates, 0 to 1 bit."""
         return jensen_shannon(self.tiles, self.cohort_tiles)
 
 

@@ -28,7 +28,7 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Division:
-    """Tiles per slide (`counts`, in the cohort's order), and the table of strata by name."""
+    """Tiles per slide (`counts` int64 [slides], in the cohort's order), and the strata by name."""
 
     counts: Counts
     strata: tuple[Stratum, ...]
@@ -102,7 +102,7 @@ class TilePool(Protocol):
         """Tiles that each slide can give, int64 [slides]."""
 
     def lowest_ranks(self, index: int, count: int) -> Ranks:
-        """The slide's lowest `count` ranks, ascending; `count` is within its capacity."""
+        """The slide's lowest `count` ranks, int32, ascending; `count` is within its capacity."""
 
 
 class RangePool:
@@ -116,7 +116,7 @@ class RangePool:
             self.capacities[index] -= high - low
 
     def lowest_ranks(self, index: int, count: int) -> Ranks:
-        """The slide's lowest `count` ranks that are not denied."""
+        """The slide's lowest `count` ranks that are not denied, int32."""
         first, denied = int(self._first[index]), self._denied.get(index)
         # Most slides have no denied rank: nothing to look up.
         stop = first + count if denied is None else int(self._stop[index])
@@ -137,7 +137,7 @@ class SelectionPool:
         return _without(ranks, self._denied.get(index))
 
     def lowest_ranks(self, index: int, count: int) -> Ranks:
-        """The slide's lowest `count` rows that are not denied."""
+        """The slide's lowest `count` rows that are not denied, int32."""
         return self._allowed_ranks(index)[:count]
 
 

@@ -19,7 +19,7 @@ _ROUNDING_PX = 1 / 128
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pairs of tiles, as indices into the two sets, that cover the same pixels.
+    """Pairs of tiles, as indices int64 [pairs] into the two sets, that cover the same pixels.
 
     `pixels` are pairs that overlap as they are; `border` are those that overlap only when both
     are enlarged on all sides.
@@ -58,7 +58,7 @@ def find_overlaps(
 def near_pairs(
     x: Positions, y: Positions, other_x: Positions, other_y: Positions, reach: float
 ) -> tuple[Indices, Indices]:
-    """Indices (i, j) of all pairs with |x_i - x'_j| <= reach and the same in y, and a few more.
+    """Indices (i, j), int64, of all pairs with |x_i - x'_j| <= reach, the same in y, and more.
 
     The others are sorted into square cells of side `reach`; of each point the nine cells around
     it are looked up, three ranges of the sorted keys.
