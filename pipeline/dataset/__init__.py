@@ -31,20 +31,20 @@ from pipeline.dataset.layout import (
     safe_slide_id,
 )
 from pipeline.dataset.ledger import Ledger, Missing, ScopeLedger
-from pipeline.dataset.tables import (
+from pipeline.dataset.tables.candidates import (
     CANDIDATES_SCHEMA,
     GENERATED_SCHEMA,
-    Selection,
-    Slide,
     candidate_count,
-    make_selection,
     read_candidates,
-    read_selection,
-    read_slides,
     write_candidates,
-    write_selection,
-    write_slides,
 )
+from pipeline.dataset.tables.selections import (
+    Selection,
+    make_selection,
+    read_selection,
+    write_selection,
+)
+from pipeline.dataset.tables.slides import Slide, read_slides, write_slides
 from pipeline.dataset.tiles.png_tar import decode_png, encode_png, write_tar
 from pipeline.dataset.tiles.store import TileStore
 

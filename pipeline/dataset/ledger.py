@@ -108,33 +108,33 @@ class Missing:
 
 
 class ScopeLedger:
-    """The current lines of one scope of a stage."""
+    """The current lines of one scope of a stage; `by_slide` are those of each slide."""
 
     def __init__(
-        self, current: dict[str, list[Entry]], is_present: Callable[[Entry], bool]
+        self, by_slide: dict[str, list[Entry]], is_present: Callable[[Entry], bool]
     ) -> None:
-        self._current, self._is_present = current, is_present
+        self.by_slide, self._is_present = by_slide, is_present
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._current)
+        return iter(self.by_slide)
 
     def __len__(self) -> int:
-        return len(self._current)
+        return len(self.by_slide)
 
     def entries(self, slide_id: str) -> list[Entry]:
         """The current lines of a slide, by first rank."""
-        return self._current.get(slide_id, [])
+        return self.by_slide.get(slide_id, [])
 
     def latest(self, slide_id: str) -> Entry | None:
         """A slide's current line with the highest ranks, None without any."""
-        return self._current[slide_id][-1] if slide_id in self._current else None
+        return self.by_slide[slide_id][-1] if slide_id in self.by_slide else None
 
     @cached_property
     def written(self) -> dict[str, list[Entry]]:
         """Per slide, the current lines that name written files (outcome `done`), by first rank."""
         done = {
             slide_id: [entry for entry in entries if entry.outcome == "done"]
-            for slide_id, entries in self._current.items()
+            for slide_id, entries in self.by_slide.items()
         }
         return {slide_id: entries for slide_id, entries in done.items() if entries}
 

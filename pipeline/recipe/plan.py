@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common.options import parse_count
 from common.plain_yaml import load_yaml
-from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, read_journal
-from pipeline.dataset.ledger import covered_blocks, current_entries
+from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, Ledger, read_journal
+from pipeline.dataset.ledger import covered_blocks
 from pipeline.recipe.steps import Recipe, Step
 from pipeline.tiles.stage import needed_blocks
 
@@ -91,8 +91,8 @@ class DatasetPlanner:
     def __init__(self, root: Path, steps: Sequence[Step]) -> None:
         self.dataset = Dataset(root)
         sizes = _slide_sizes(steps)
-        scanned = current_entries(read_journal(self.dataset, "scan"))
-        tissue = current_entries(read_journal(self.dataset, "tissue"))
+        scanned = Ledger.read(self.dataset, "scan")[""].by_slide
+        tissue = Ledger.read(self.dataset, "tissue")[""].by_slide
         self.slides = max(len(sizes), len(scanned))
         self.unscanned = self.slides - len(scanned)
         self.without_tissue = max(0, self.slides - len(tissue))
@@ -149,7 +149,7 @@ class DatasetPlanner:
 
     def _plan_tile(self, step: Step) -> StepPlan:
         px = int(str(step.values.get("tile-px", self.tile_px)))
-        done = current_entries(read_journal(self.dataset, step.name), str(px))
+        done = Ledger.read(self.dataset, step.name)[str(px)].by_slide
         tiles, slides, basis = self._count_missing(step, done)
         if not tiles:
             return StepPlan(step.name, basis="all done")
@@ -172,11 +172,11 @@ class DatasetPlanner:
         ).resolved()  # fmt: skip
         name, spec = f"cache {config.encoder}", encoder_spec(config.encoder)
         px = int(str(step.values.get("tile-px", self.tile_px)))
-        journal = read_journal(self.dataset, step.name)
+        ledger = Ledger.read(self.dataset, step.name)
         # Kinds are stored apart, and may be complete for different tiles.
         size, files, most, words = 0, 0, 0, ""
         for kind in config.kinds:
-            done = current_entries(journal, config.scope(px, kind))
+            done = ledger[config.scope(px, kind)].by_slide
             tiles, slides, basis = self._count_missing(step, done)
             if tiles:
                 shape = (spec.num_tokens, spec.token_dim)
@@ -187,7 +187,7 @@ class DatasetPlanner:
         if not most:
             return StepPlan(name, basis="all done")
         cls_scope = config.scope(px, "cls")
-        rate = measure_rate((e for e in journal if e.scope == cls_scope), 0.0, per_tile=True)
+        rate = measure_rate((e for e in ledger.lines if e.scope == cls_scope), 0.0, per_tile=True)
         seconds = None if rate.seconds is None else most * rate.seconds
         return StepPlan(name, size, files, seconds, f"{words}, {rate.source}")
 

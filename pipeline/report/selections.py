@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from pipeline.dataset import Dataset
-from pipeline.dataset.tables import read_table
+from pipeline.dataset.tables.parquet_table import read_table
 from pipeline.selection.distribution import jensen_shannon, sum_by_group
 
 GROUPS = ("project", "site")

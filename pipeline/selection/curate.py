@@ -26,7 +26,7 @@ from pipeline.dataset import (
     read_selection,
 )
 from pipeline.dataset.features import FeatureStore, feature_scope
-from pipeline.dataset.tables import read_plan, write_rows
+from pipeline.dataset.tables.selections import read_plan, write_rows
 from pipeline.run.stage import Stage, run_stage, stage_versions
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.errors import UserError
 from pipeline.dataset import Dataset, check_name
-from pipeline.dataset.tables import read_rows
+from pipeline.dataset.tables.selections import read_rows
 from pipeline.selection.draw import Ranks
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, FileRecord, HashingFile, commit_file
-from pipeline.dataset.tables import read_table
+from pipeline.dataset.tables.parquet_table import read_table
 from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
 from pipeline.selection.denied import curation_dir

@@ -22,7 +22,7 @@ from pipeline.dataset import (
     read_selection,
     write_selection,
 )
-from pipeline.dataset.tables import read_plan
+from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import Cohort, Exclusion, keep_eligible, without_patients
 from pipeline.selection.config import SelectConfig

@@ -8,7 +8,7 @@ import numpy as np
 from common.console import say
 from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
-from pipeline.dataset.tables import read_plan
+from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
 

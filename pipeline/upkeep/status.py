@@ -15,8 +15,7 @@ from rich.table import Table
 from common.console import say, stdout
 from common.redact import redact
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection
-from pipeline.dataset.ledger import current_entries
+from pipeline.dataset import Dataset, Entry, Ledger, Selection, read_selection
 from pipeline.upkeep.activity import Running, list_running
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
@@ -83,10 +82,10 @@ def read_status(dataset: Dataset) -> Status:
     kinds = Counter({"status": sum(path.stat().st_size for path in logs)})
     selections = [read_selection(dataset, name) for name in dataset.selection_names()]
     for stage in _STAGES:
-        entries = read_journal(dataset, stage)
-        for scope in sorted({entry.scope for entry in entries}):
-            current = current_entries(entries, scope)
-            done = [entry for rows in current.values() for entry in rows if entry.outcome == "done"]
+        ledger = Ledger.read(dataset, stage)
+        for scope in ledger.scopes:
+            current = ledger[scope].by_slide
+            done = [entry for rows in ledger[scope].written.values() for entry in rows]
             for entry in done:
                 for record in entry.files:
                     kinds[file_kind(record.path)] += record.bytes

@@ -22,7 +22,7 @@ from pipeline.dataset import (
     read_selection,
 )
 from pipeline.dataset.features import cls_table, feature_scope, open_writer, write_blocks
-from pipeline.dataset.tables import read_plan, read_rows
+from pipeline.dataset.tables.selections import read_plan, read_rows
 from pipeline.selection.classifier import (
     grouped_folds,
     recall_threshold,

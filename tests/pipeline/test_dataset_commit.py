@@ -31,7 +31,7 @@ from pipeline.dataset import (
 from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import check_name, check_slide_id
 from pipeline.dataset.ledger import current_entries
-from pipeline.dataset.tables import Slide
+from pipeline.dataset.tables.slides import Slide
 
 VERSIONS = {"python": "3"}
 

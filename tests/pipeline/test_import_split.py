@@ -18,7 +18,7 @@ from pipeline.dataset import (
     write_selection,
     write_slides,
 )
-from pipeline.dataset.tables import read_plan
+from pipeline.dataset.tables.selections import read_plan
 from pipeline.selection.ties import held_out, read_ties
 from pipeline.slides.config import ScanConfig
 

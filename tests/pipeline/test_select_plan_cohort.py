@@ -14,7 +14,7 @@ from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, read_selection, read_slides
 from pipeline.dataset.grid import reserve_size
-from pipeline.dataset.tables import read_plan
+from pipeline.dataset.tables.selections import read_plan
 from pipeline.selection.cohort_table import read_cohort_csv, simulated_candidates
 from tests.pipeline.cohort_data import trap_rows, write_csv
 

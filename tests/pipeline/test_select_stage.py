@@ -22,7 +22,7 @@ from pipeline.dataset import (
     read_slides,
 )
 from pipeline.dataset.grid import reserve_size
-from pipeline.dataset.tables import read_plan, read_rows, write_rows, write_selection
+from pipeline.dataset.tables.selections import read_plan, read_rows, write_rows, write_selection
 from pipeline.selection.denied import deny_file
 from tests.pipeline.cohort_data import slides_of, tissue_dataset, trap_rows
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
-from pipeline.dataset.tables import Selection
+from pipeline.dataset.tables.selections import Selection
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 
-from pipeline.dataset import Dataset, Entry, FileRecord, read_journal
-from pipeline.dataset.ledger import current_entries
+from pipeline.dataset import Dataset, Entry, FileRecord, Ledger, files_present, read_journal
 from pipeline.tiles.stage import IMPORTED_TILES
 
 _STAGE_OF_FOLDER = {
@@ -59,11 +58,10 @@ class Inventory:
 
     def current(self, stage: str) -> Iterator[Entry]:
         """The entries of a stage that are valid, in all its scopes."""
-        entries = self.journals.get(stage, [])
-        for scope in sorted({entry.scope for entry in entries}):
-            by_slide = current_entries(entries, scope)
-            for slide_id in sorted(by_slide):
-                yield from by_slide[slide_id]
+        ledger = Ledger(self.journals.get(stage, []), partial(files_present, self.dataset))
+        for scope in ledger.scopes:
+            for slide_id in sorted(ledger[scope]):
+                yield from ledger[scope].entries(slide_id)
 
     @cached_property
     def named(self) -> dict[str, list[Named]]:

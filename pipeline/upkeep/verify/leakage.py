@@ -21,7 +21,8 @@ from pipeline.dataset import (
     read_selection,
     read_slides,
 )
-from pipeline.dataset.tables import read_plan, read_table
+from pipeline.dataset.tables.parquet_table import read_table
+from pipeline.dataset.tables.selections import read_plan
 from pipeline.selection.leakage import Ranks, equal_files, find_overlaps, shared_patients
 from pipeline.selection.plan import GUIDANCE, TRAIN, VAL_IN, VAL_OUT, role_of_name
 from pipeline.slides.reader import Level

@@ -1,0 +1,123 @@
+"""slides.parquet: one row per slide. Readers ignore unknown columns."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from common.errors import UserError
+from pipeline.dataset.commit import FileRecord
+from pipeline.dataset.layout import Dataset
+from pipeline.dataset.tables.parquet_table import read_table, write_table
+
+LEVEL = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("downsample", pa.float64())])
+
+SLIDES_SCHEMA = pa.schema(
+    [
+        ("slide_id", pa.string()),
+        ("path", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("reader", pa.string()),
+        ("vendor", pa.string()),
+        ("mpp", pa.float64()),
+        ("mpp_source", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("levels", pa.list_(LEVEL)),
+        ("bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("patient", pa.string()),
+        ("site", pa.string()),
+        ("project", pa.string()),
+        ("sample_type", pa.string()),
+        ("codec", pa.string()),
+        ("md5", pa.string()),
+        ("preparation", pa.string()),
+        ("tile_mpp", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One row of slides.parquet.
+
+    `mpp` is micrometres per pixel at level 0, `tile_mpp` that of the slide's tiles (within the
+    tolerance of the dataset's, and exactly it where they are resampled); `levels` are (width,
+    height, downsample); `status` is ok, rejected or failed, `reason` says why for the last two. A
+    file is recognised by its size and modification time, and by `sha256` where scan was asked to
+    take it. `codec` is that of its native tiles (jpeg, jpeg2000), '' where the reader does not
+    say. `md5` is what the table or manifest states; `preparation` is ffpe, frozen or ''. The path
+    of a slide that is staged in is its URI, and its `mtime_ns` is 0.
+    """
+
+    slide_id: str
+    path: str
+    status: str = "ok"
+    reason: str = ""
+    reader: str = ""
+    vendor: str = ""
+    mpp: float | None = None
+    mpp_source: str = ""
+    width: int = 0
+    height: int = 0
+    levels: tuple[tuple[int, int, float], ...] = ()
+    bytes: int = 0
+    mtime_ns: int = 0
+    sha256: str = ""
+    patient: str = ""
+    site: str = ""
+    project: str = ""
+    sample_type: str = ""
+    codec: str = ""
+    md5: str = ""
+    preparation: str = ""
+    tile_mpp: float | None = None
+
+    @property
+    def content_key(self) -> dict[str, Any]:
+        """What identifies the slide's bytes: sha256 where known, else size and time or md5."""
+        if self.sha256:
+            return {"sha256": self.sha256}
+        if not self.mtime_ns:
+            return {"bytes": self.bytes, "md5": self.md5, "uri": self.path}
+        return {"bytes": self.bytes, "mtime_ns": self.mtime_ns}
+
+
+def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> FileRecord:
+    """Write slides.parquet, sorted by slide_id."""
+    rows = []
+    for slide in sorted(slides, key=lambda s: s.slide_id):
+        row = dict(slide.__dict__)
+        row["levels"] = [{"width": w, "height": h, "downsample": d} for w, h, d in slide.levels]
+        rows.append(row)
+    table = pa.Table.from_pylist(rows, schema=SLIDES_SCHEMA)
+    return write_table(dataset, run_id, dataset.slides_file, table)
+
+
+def read_slides(dataset: Dataset) -> list[Slide]:
+    """All slides, sorted by slide_id."""
+    table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
+    rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
+    try:
+        return [_slide_of_row(row) for row in rows.to_pylist()]
+    except (TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{dataset.slides_file} is not a table of slides ({reason}): remove it and run `scan`"
+        ) from error
+
+
+def _slide_of_row(row: dict[str, Any]) -> Slide:
+    """A row as a slide."""
+    levels = tuple(
+        (int(v["width"]), int(v["height"]), float(v["downsample"]))
+        for v in row.pop("levels", None) or ()
+    )
+    slide = Slide(levels=levels, **row)
+    if not isinstance(slide.slide_id, str) or not isinstance(slide.path, str):
+        raise ValueError("a row without slide_id or path")
+    return slide
