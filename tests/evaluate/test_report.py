@@ -15,7 +15,7 @@ from common.errors import UserError
 from evaluate.compare.battery import Settings
 from evaluate.compare.measure import Side, measure
 from evaluate.compare.results import write_results
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.report.command import write_report
 from evaluate.report.numbers import rows, show
 from evaluate.report.plots import running_median
@@ -102,7 +102,7 @@ def report(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..
         guidance = (
             Unconditional(20)
             if options.get("unconditional")
-            else SelectionGuidance.open(real, "train", "h0-mini")
+            else SelectionConditions.open(real, "train", "h0-mini")
         )
         synthetic = make_synthetic(tmp_path / "syn", guidance)
         first = Side.open(real.root, "train", "h0-mini", like=None)
