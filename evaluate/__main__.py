@@ -126,10 +126,10 @@ def _figure(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    from common.torch_processes import choose_device
     from evaluate.compare.battery import Settings
     from evaluate.compare.measure import Side, measure
     from evaluate.compare.results import write_results
-    from evaluate.processes import choose_device
     from pipeline.dataset import open_dataset
 
     settings = Settings(draws=options.draws, seed=options.seed)
