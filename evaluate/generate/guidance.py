@@ -17,10 +17,9 @@ from pipeline.dataset import (
     read_identity,
     read_selection,
 )
-from pipeline.dataset.features import FeatureStore
+from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore
 
 _MPP_SLACK = 0.02
-_ENCODER_KEYS = ("encoder", "weights_sha256")
 GUIDING_MARK = "guidance_dataset_fingerprint"
 """Where a synthetic dataset's identity says whose tiles guided; older ones have no such key."""
 
@@ -275,8 +274,8 @@ def check_encoder(
     """
     if guidance is None or model is None:
         return ""
-    known = [key for key in _ENCODER_KEYS if guidance.get(key) is not None and model.get(key)]
-    alike = all(guidance.get(key) == model.get(key) for key in known)
+    given, trained = (FeatureRecord.parse(record) for record in (guidance, model))
+    alike = not given.differs_from(trained, NETWORK)
     if alike and bool(guidance.get("random_weights")) == bool(model.get("random_weights")):
         return ""
     message = (

@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from evaluate.compare.measure import blockiness_warnings
 from evaluate.compare.results import warning
-from evaluate.metric_warnings import metric_warnings
+from evaluate.compare.warnings import FEW_TILES, blockiness_warnings, metric_warnings
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
 
-_FEW_TILES = 1000
 _NO_LINE = {"infinity": None}
 
 
@@ -69,7 +67,7 @@ def _random_warnings(results: dict[str, Any]) -> list[dict[str, str]]:
 
 def _size_warnings(results: dict[str, Any]) -> list[dict[str, str]]:
     found = []
-    few = {n: one["rows"] for n, one in results["sources"].items() if one["rows"] < _FEW_TILES}
+    few = {n: one["rows"] for n, one in results["sources"].items() if one["rows"] < FEW_TILES}
     if few:
         named = ", ".join(f"{name} ({rows:,})" for name, rows in few.items())
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from evaluate.compare.battery import METRICS, Pair, Settings, likelihood
 from evaluate.compare.measure import make_pair, real_halves
-from evaluate.compare.sides import Side, slide_attribute, source_features
-from evaluate.metrics import LikelihoodBaseline
+from evaluate.compare.sides import FeatureSide, slide_attribute, source_features
+from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
+from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
+from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
+from evaluate.metrics.registry import METRICS
 from evaluate.processes import choose_device
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
-from evaluate.protocols.plan import Cell, Seen, guiding_set
+from evaluate.protocols.plan import Cell, Seen, guiding_set, needs_sources
 from evaluate.protocols.store import ResultStore, digest
 from evaluate.protocols.work import Workshop
 from pipeline.dataset import Selection
@@ -31,7 +33,7 @@ _OPEN_SIDES = 4
 class OpenSide:
     """A side with the sum of its features, which names results."""
 
-    side: Side
+    side: FeatureSide
     sum: str
 
 
@@ -56,7 +58,7 @@ class Measurer:
         if key not in self._sides:
             tiles, store = self._workshop.tiles(seen.source), self.feature_store(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
-            side = Side(tiles.dataset, tiles.used, store, features)
+            side = FeatureSide(tiles.dataset, tiles.used, store, features)
             self._sides[key] = OpenSide(side, digest(features))
             if len(self._sides) > _OPEN_SIDES:
                 self._sides.popitem(last=False)
@@ -94,12 +96,10 @@ class Measurer:
         pair = self._pair(cell, opened)
         settings = self._settings(cell)
         found = {}
-        for metric in cell.metrics:
+        for metric in (METRICS[name] for name in cell.metrics):
             inputs = self._inputs(metric, pair, opened, settings)
-            take: Callable[[Pair, Settings], dict[str, Any]] = METRICS[metric]
-            if metric == "feature_likelihood":
-                take = self._likelihood(opened)
-            found[metric] = self._store.get(inputs, partial(take, pair, settings))
+            compute = self._likelihood(opened) if metric is LIKELIHOOD else metric.compute
+            found[metric.name] = self._store.get(inputs, partial(compute, pair, settings))
         if cell.kind == "model" and "groups" in self._protocol.plots:
             found["groups"] = self._groups(cell, opened)
         return found
@@ -110,17 +110,17 @@ class Measurer:
             sides["train"] = cell.train
         return {name: self.side(seen, cell.encoder) for name, seen in sides.items()}
 
-    def _settings(self, cell: Cell) -> Settings:
+    def _settings(self, cell: Cell) -> MetricSettings:
         """Widths are taken of models, whose numbers are compared; not of floors and ceilings."""
         settings = self._protocol.settings
         return settings if cell.kind == "model" else replace(settings, draws=0)
 
-    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> Pair:
+    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
         guide = guiding_set(self._protocol, cell.generated.source)
         holder = self._workshop.tiles(guide).dataset if guide else real.dataset
         sources = None
-        if "cosine_similarity" in cell.metrics:
+        if needs_sources(cell.metrics):
             seen = Seen(guide, cell.real.view, cell.real.px)
             sources, reason = source_features(generated, self.feature_store(seen, cell.encoder))
             if sources is None:
@@ -129,35 +129,39 @@ class Measurer:
         return make_pair(real, generated, holder, sources, train, self._device)
 
     def _inputs(
-        self, metric: str, pair: Pair, opened: dict[str, OpenSide], settings: Settings
+        self,
+        metric: Metric,
+        pair: FeaturePair,
+        opened: dict[str, OpenSide],
+        settings: MetricSettings,
     ) -> dict[str, Any]:
         """Everything that a metric's result depends on."""
         labels = {**(pair.clusters or {})}
         real = {f"real {key}": value for key, value in (pair.real_clusters or {}).items()}
-        clustered = metric == "frechet_distance" and settings.draws
+        clustered = metric.reads_clusters and settings.draws
         return self._rounding(metric) | {
-            "metric": metric,
+            "metric": metric.name,
             "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
             "sides": {name: one.sum for name, one in opened.items()},
-            "sources": digest(pair.sources) if metric == "cosine_similarity" else "",
+            "sources": digest(pair.sources) if "sources" in metric.needs else "",
             "clusters": {key: digest(value) for key, value in (labels | real).items()}
             if clustered
             else {},
         }
 
-    def _rounding(self, metric: str) -> dict[str, Any]:
-        """The device, of FLD alone: the other metrics are the same numbers on all."""
-        likelihood = metric.startswith("feature_likelihood")
-        return {"device": self._device} if likelihood and self._device != "cpu" else {}
+    def _rounding(self, metric: Metric) -> dict[str, Any]:
+        """The device, where a metric's rounding depends on it."""
+        is_named = metric.depends_on_device and self._device != "cpu"
+        return {"device": self._device} if is_named else {}
 
     def _likelihood(
         self, opened: dict[str, OpenSide]
-    ) -> Callable[[Pair, Settings], dict[str, Any]]:
+    ) -> Callable[[FeaturePair, MetricSettings], dict[str, Any]]:
         """FLD with its baseline looked for first: it depends on the real sets alone."""
 
-        def take(pair: Pair, settings: Settings) -> dict[str, Any]:
-            inputs = self._rounding("feature_likelihood") | {
-                "metric": "feature_likelihood baseline",
+        def compute_with_baseline(pair: FeaturePair, settings: MetricSettings) -> dict[str, Any]:
+            inputs = self._rounding(LIKELIHOOD) | {
+                "metric": f"{LIKELIHOOD.name} baseline",
                 "sides": {name: opened[name].sum for name in ("real", "train")},
                 "n_generated": len(pair.generated),
                 "cap": settings.fld_max_generated,
@@ -167,16 +171,16 @@ class Measurer:
             known: list[dict[str, Any]] = []
 
             def compute() -> dict[str, Any]:
-                known.append(likelihood(pair, settings))
+                known.append(likelihood_result(pair, settings))
                 return dict(known[0]["baseline"])
 
             kept = self._store.get(inputs, compute)
             if known:
                 return known[0]
             nll = {int(seed): value for seed, value in kept["nll"].items()}
-            return likelihood(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
+            return likelihood_result(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
 
-        return take
+        return compute_with_baseline
 
     def _control(self, cell: Cell) -> dict[str, Any]:
         opened = self.side(cell.real, cell.encoder)

@@ -1,18 +1,18 @@
 """The refusal to put two numbers in one table that do not belong together."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from common.errors import UserError
+from pipeline.dataset.features import MADE, FeatureRecord
 
 _ENCODER = ("weights_sha256", "dim", "resize", "mean", "std", "input_px")
-"""What fixes an encoder's features; equal wherever one encoder's numbers stand together."""
+"""The keys of a basis that one encoder's numbers share in every table."""
 
 
 def basis(
-    record: Mapping[str, Any], generated_record: Mapping[str, Any], n: Mapping[str, int]
-) -> dict[str, Any]:
-    """What a number rests on: encoder, kernel, dtype, views, sizes and sample counts.
+    record: Mapping[str, object], generated_record: Mapping[str, object], n: Mapping[str, int]
+) -> dict[str, object]:
+    """What a number is based on: encoder, kernel, dtype, views, sizes and sample counts.
 
     `record` and `generated_record` are the two sides' encoder.json; `n` their rows.
     """
@@ -28,22 +28,24 @@ def basis(
     }
 
 
-def check_sides(record: Mapping[str, Any], generated_record: Mapping[str, Any], where: str) -> None:
+def check_sides(
+    record: Mapping[str, object], generated_record: Mapping[str, object], where: str
+) -> None:
     """Refuse two sides of another encoder, weights, kernel or dtype.
 
     Views and tile sizes may differ between the sides: the ablations are made of that, and the
     table says so. Raises `UserError` naming the first difference, with both values.
     """
-    for key in ("encoder", *_ENCODER, "compute_dtype"):
-        if record.get(key) != generated_record.get(key):
-            raise UserError(
-                f"{where}: {key} is {record.get(key)!r} on the real side and "
-                f"{generated_record.get(key)!r} on the generated one; cache both alike"
-            )
+    real, generated = FeatureRecord.parse(record), FeatureRecord.parse(generated_record)
+    for field, first, second in real.differs_from(generated, MADE):
+        raise UserError(
+            f"{where}: {field} is {first!r} on the real side and {second!r} on the generated one; "
+            "cache both alike"
+        )
 
 
 def check_table(
-    name: str, rows: Sequence[tuple[str, Mapping[str, Any]]], varies: Iterable[str]
+    name: str, rows: Sequence[tuple[str, Mapping[str, object]]], varies: Iterable[str]
 ) -> None:
     """Refuse a table whose numbers differ in more than it is about.
 
@@ -52,16 +54,16 @@ def check_table(
     Raises `UserError` naming both rows, the key and both values.
     """
     free = set(varies)
-    first_of: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for label, found in rows:
-        for key, value in found.items():
+    first_of: dict[str, tuple[str, Mapping[str, object]]] = {}
+    for label, row in rows:
+        for key, value in row.items():
             if key == "encoder" or key in free:
                 continue
-            scope = str(found["encoder"]) if key in _ENCODER else ""
-            other, stood = first_of.setdefault(f"{scope}/{key}", (label, found))
-            if stood[key] != value:
+            scope = str(row["encoder"]) if key in _ENCODER else ""
+            other, first = first_of.setdefault(f"{scope}/{key}", (label, row))
+            if first[key] != value:
                 raise UserError(
-                    f"table {name}: {key} is {stood[key]!r} in '{other}' and {value!r} in "
+                    f"table {name}: {key} is {first[key]!r} in '{other}' and {value!r} in "
                     f"'{label}'; these numbers do not belong in one table. Make both alike, or "
                     f"say that it is what is compared: varies=[...,{key}]"
                 )

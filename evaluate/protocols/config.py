@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 from common.config import build, plain, read_yaml, with_overrides
 from common.errors import UserError
 from common.plain_yaml import load_yaml
-from evaluate.compare.battery import METRICS, Settings
+from evaluate.metrics.metric import MetricSettings
+from evaluate.metrics.registry import METRICS
 
 HERE = Path(__file__).parent
 Control = Literal["floor-tile", "floor-patient", "vae", "neighbour"]
@@ -133,7 +134,7 @@ class Protocol:
     models: dict[str, ModelSpec] = field(default_factory=dict)
     generations: dict[str, GenerationSpec] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
-    settings: Settings = field(default_factory=Settings)
+    settings: MetricSettings = field(default_factory=MetricSettings)
     published: dict[str, Any] = field(default_factory=dict)
     deviations: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -206,7 +207,7 @@ def _built(values: Mapping[str, Any]) -> Protocol:
         models=_section(ModelSpec, values, "models"),
         generations=_section(GenerationSpec, values, "generations"),
         rows=tuple(_one(Row, row, f"rows[{i}]") for i, row in enumerate(rows)),
-        settings=_one(Settings, values.get("settings", {}), "settings"),
+        settings=_one(MetricSettings, values.get("settings", {}), "settings"),
         published=dict(values.get("published", {})),
     )
 

@@ -1,9 +1,11 @@
 """From a protocol's configuration to what must be made and measured. Pure: no files."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from evaluate.metrics.registry import METRICS
 from evaluate.protocols.config import GenerationSpec, Protocol
 
 Kind = Literal["model", "reference", "control"]
@@ -111,7 +113,7 @@ def _rows(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
         if name in protocol.generations and not _is_in(protocol, name):
             continue
         made = expand(protocol, name) if name in protocol.generations else [None]
-        train = "feature_likelihood" in row.metrics
+        train = any("train" in METRICS[name].needs for name in row.metrics)
         for images in made:
             source = name if images is None else images.key
             found.append(
@@ -172,10 +174,15 @@ def needed_features(protocol: Protocol, cells: list[Cell]) -> list[tuple[Seen, s
     for cell in cells:
         sides = [cell.real, cell.generated, *([cell.train] if cell.train else [])]
         guide = guiding_set(protocol, cell.generated.source)
-        if guide and "cosine_similarity" in cell.metrics:
+        if guide and needs_sources(cell.metrics):
             sides.append(Seen(guide, cell.real.view, cell.real.px))
         found.update({(side, cell.encoder): None for side in sides})
     return list(found)
+
+
+def needs_sources(metrics: Sequence[str]) -> bool:
+    """Whether any of a cell's metrics reads the features of the tiles that guided."""
+    return any("sources" in METRICS[name].needs for name in metrics if name in METRICS)
 
 
 def guiding_set(protocol: Protocol, source: str) -> str:

@@ -3,76 +3,17 @@
 A table is plain data, the same for the page, Markdown and LaTeX.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from common.record import Record
+from evaluate.metrics.metric import TableQuantity
+from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.config import Protocol
 
 Results = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One number of a metric's results: its title, which way is better, how it is read."""
-
-    title: str
-    better: str
-    metric: str
-    read: Callable[[Results], Any]
-    spread: Callable[[Results], Any] = lambda result: None
-    share: bool = False
-
-
-def _value(key: str) -> Callable[[Results], Any]:
-    return lambda result: result.get(key)
-
-
-def _interval(result: Results) -> Any:
-    """Half the 95% interval of the cluster bootstrap by slide, else of the subsampling."""
-    widths = result.get("widths") or {}
-    one = widths.get("slide") or widths.get("subsample")
-    return None if one is None else (one["high"] - one["low"]) / 2
-
-
-QUANTITIES = {
-    "fd": Quantity(
-        "Fréchet distance", "lower", "frechet_distance", _value("value"), _interval
-    ),
-    "fd_infinity": Quantity(
-        "Fréchet distance at infinitely many images", "lower", "frechet_distance",
-        lambda result: (result.get("infinity") or {}).get("value"),
-    ),
-    "fld": Quantity(
-        "Feature likelihood divergence", "lower", "feature_likelihood", _value("value"),
-        _value("std"),
-    ),
-    "precision": Quantity(
-        "Precision", "higher", "precision_recall", _value("precision"), share=True
-    ),
-    "recall": Quantity("Recall", "higher", "precision_recall", _value("recall"), share=True),
-    "density": Quantity("Density", "higher", "precision_recall", _value("density"), share=True),
-    "coverage": Quantity("Coverage", "higher", "precision_recall", _value("coverage"), share=True),
-    "cosine": Quantity(
-        "Cosine to the source tile", "higher", "cosine_similarity", _value("mean"),
-        _value("std"), share=True,
-    ),
-    "cosine_centred": Quantity(
-        "Cosine to the source tile, centred", "higher", "cosine_similarity",
-        _value("centred_mean"), share=True,
-    ),
-    "retrieval": Quantity(
-        "Source found first", "higher", "cosine_similarity", _value("retrieval_at_1"), share=True
-    ),
-    "kid": Quantity("Kernel distance (KID)", "lower", "kernel_distance", _value("value")),
-    "mind": Quantity("Sliced distance (MIND)", "lower", "sliced_distance", _value("value")),
-}  # fmt: skip
-
-_NULL = "Sources shuffled"
-_CHANCE = "Chance"
-_FLOOR = "Noise floor of these sizes (closed form)"
 
 
 def build_tables(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,19 +33,19 @@ def quantity_table(
     protocol: Protocol, name: str, cells: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """A row for each label and point, a column for each encoder and set."""
-    quantity = QUANTITIES[name]
+    metric, quantity = table_quantities()[name]
     columns = _columns(protocol)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    several = _several(name, quantity, cells)
+    several = _several(metric.name, quantity, cells)
     for cell in cells:
-        result = cell["results"].get(quantity.metric)
-        if not result:
+        result = Record(cell["results"]).part(metric.name)
+        if not result or (cell["kind"] == "control" and not quantity.in_controls):
             continue
         entry = _entry(quantity, result, cell)
-        if entry["value"] is None or (name == "fd_infinity" and cell["kind"] == "control"):
-            continue  # near zero the line through a reconstruction's distances says nothing
+        if entry["value"] is None:
+            continue
         _row(rows, cell["kind"], row_label(cell), columns, cell)[_column(cell)] = entry
-        for label, extra in _beside(name, result, cell):
+        for label, extra in _context(quantity, result, cell):
             full = f"{label}: {row_label(cell)}" if label in several else label
             _row(rows, "control", full, columns, cell)[_column(cell)] = extra
     order = {"model": 0, "reference": 1, "control": 2}
@@ -151,44 +92,34 @@ def _row(
     return cells
 
 
-def _entry(quantity: Quantity, result: Results, cell: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(quantity: TableQuantity, result: Record, cell: Mapping[str, Any]) -> dict[str, Any]:
     n = {key: result[key] for key in ("n_real", "n_generated", "n") if key in result}
     return {
-        "value": quantity.read(result),
+        "value": quantity.value(result),
         "spread": quantity.spread(result),
         "n": n or {"n": cell["basis"]["n_generated"]},
     }
 
 
-def _beside(
-    name: str, result: Results, cell: Mapping[str, Any]
+def _context(
+    quantity: TableQuantity, result: Record, cell: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Control rows that a result brings with itself: the null of cosines, the floor of FD."""
-    if cell["kind"] != "model" or cell["point"] or not result:
+    """The control row that a model's result brings along: the null of cosines, the floor of FD."""
+    if quantity.context is None or cell["kind"] != "model" or cell["point"] or not result:
         return []
-    n = {"n": result.get("n", result.get("n_generated"))}
-    if name == "cosine":
-        return [(_NULL, {"value": result["null_mean"], "spread": None, "n": n})]
-    if name == "cosine_centred":
-        return [(_NULL, {"value": 0.0, "spread": None, "n": n})]
-    if name == "retrieval":
-        chance = 1 / result["retrieval_pool"]
-        return [(_CHANCE, {"value": chance, "spread": None, "n": {"n": result["retrieval_pool"]}})]
-    if name == "fd":
-        sizes = {key: result[key] for key in ("n_real", "n_generated")}
-        return [(_FLOOR, {"value": result["noise_floor"], "spread": None, "n": sizes})]
-    return []
+    entry = quantity.context(result)
+    return [(entry.label, {"value": entry.value, "spread": None, "n": entry.counts})]
 
 
-def _several(name: str, quantity: Quantity, cells: Sequence[dict[str, Any]]) -> set[str]:
-    """Control rows of `_beside` that are another number for each row: one would hide the others."""
+def _several(metric: str, quantity: TableQuantity, cells: Sequence[dict[str, Any]]) -> set[str]:
+    """Labels of `_context` whose number differs between rows: one would hide the others."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
-    found = set()
+    several = set()
     for cell in cells:
-        for label, extra in _beside(name, cell["results"].get(quantity.metric) or {}, cell):
-            if first.setdefault((label, _column(cell)), extra) != extra:
-                found.add(label)
-    return found
+        for label, entry in _context(quantity, Record(cell["results"]).part(metric), cell):
+            if first.setdefault((label, _column(cell)), entry) != entry:
+                several.add(label)
+    return several
 
 
 def relative(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,7 +144,7 @@ def relative(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, A
             "columns": columns, "rows": list(rows.values())}  # fmt: skip
 
 
-def _above_floor(result: Results) -> float:
+def _above_floor(result: Mapping[str, Any]) -> float:
     return float(result["value"] - result["noise_floor"])
 
 
