@@ -33,17 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from evaluate.generate.conditions import Condition, ConditionGuidance  # noqa: E402
+from evaluate.generate.conditions import Condition, ConditionList  # noqa: E402
 from evaluate.generate.run import Request, generate  # noqa: E402
-from evaluate.generators.cytosyn import (  # noqa: E402
-    CytoSynGenerator,
-    SamplerSettings,
-    with_cast_weights,
-)
+from evaluate.generators.cytosyn import CytoSynGenerator, with_cast_weights  # noqa: E402
 from evaluate.processes import Processes  # noqa: E402
 from model import CytoSyn  # noqa: E402
 from model.noise import Stream, derive_seeds, normal, seed_tensor  # noqa: E402
 from model.sampler import Guidance, integrate, time_nodes  # noqa: E402
+from model.sampler_settings import SamplerSettings  # noqa: E402
 from model.sit import SiT, SiTConfig  # noqa: E402
 from model.vae import VAE, VAEConfig  # noqa: E402
 
@@ -123,13 +120,13 @@ def build(scale: Scale, device: torch.device, dtype: str, *, compiles: bool) -> 
     return Bench(CytoSyn(sit, vae).requires_grad_(False).eval(), scale, device, dtype, compiles)
 
 
-def guidance(images: int) -> ConditionGuidance:
+def guidance(images: int) -> ConditionList:
     """A random feature an image."""
     rows = np.random.default_rng(0).normal(size=(images, DIM)).astype(np.float32)
     record = {"encoder": "random", "weights_sha256": None, "dim": DIM}
     conditions = [Condition(str(i), (), row) for i, row in enumerate(rows)]
-    return ConditionGuidance(
-        "bench", conditions, (), record=record, tile_px=8 * LATENT, mpp=0.5, what={}
+    return ConditionList(
+        "bench", conditions, (), record=record, tile_px=8 * LATENT, mpp=0.5, how={}
     )
 
 

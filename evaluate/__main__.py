@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from evaluate.figures.options import add_figure_options
 from evaluate.generate.options import add_generate_options
-from evaluate.protocols.command import add_protocol_options
+from evaluate.protocols.options import add_protocol_options
 
 _WIDE = argparse.ArgumentDefaultsHelpFormatter
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from evaluate.compare.provenance import dataset_tile_px, tile_provenance
-from evaluate.generate.guidance import foreign_guidance
+from evaluate.generate.condition_source import foreign_guidance
 from pipeline.dataset import (
     Dataset,
     Selection,

@@ -1,6 +1,6 @@
 """All metrics by name, found as the modules of `evaluate.metrics` that define `METRIC`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -19,6 +19,14 @@ def discover_metrics() -> dict[str, Metric]:
 
 
 METRICS = discover_metrics()
+
+
+def needed_features(names: Iterable[str]) -> set[str]:
+    """Which optional features of a pair ("train", "sources") the named metrics read.
+
+    Names that are no metric need none.
+    """
+    return {needed for name in names if name in METRICS for needed in METRICS[name].needs}
 
 
 def compute_metrics(

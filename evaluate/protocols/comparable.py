@@ -6,13 +6,16 @@ from common.errors import UserError
 from pipeline.dataset.features import MADE, FeatureRecord
 
 _ENCODER = ("weights_sha256", "dim", "resize", "mean", "std", "input_px")
-"""The keys of a basis that one encoder's numbers share in every table."""
+"""Keys of a basis that one encoder's numbers share in every table."""
+
+Basis = Mapping[str, object]
+"""What a number rests on, by key."""
 
 
 def basis(
     record: Mapping[str, object], generated_record: Mapping[str, object], n: Mapping[str, int]
 ) -> dict[str, object]:
-    """What a number is based on: encoder, kernel, dtype, views, sizes and sample counts.
+    """What a number rests on: encoder, kernel, dtype, views, sizes and sample counts.
 
     `record` and `generated_record` are the two sides' encoder.json; `n` their rows.
     """
@@ -34,7 +37,7 @@ def check_sides(
     """Refuse two sides of another encoder, weights, kernel or dtype.
 
     Views and tile sizes may differ between the sides: the ablations are made of that, and the
-    table says so. Raises `UserError` naming the first difference, with both values.
+    table names them. Raises `UserError` naming the first difference, with both values.
     """
     real, generated = FeatureRecord.parse(record), FeatureRecord.parse(generated_record)
     for field, first, second in real.differs_from(generated, MADE):
@@ -44,26 +47,24 @@ def check_sides(
         )
 
 
-def check_table(
-    name: str, rows: Sequence[tuple[str, Mapping[str, object]]], varies: Iterable[str]
-) -> None:
+def check_table(name: str, rows: Sequence[tuple[str, Basis]], varies: Iterable[str]) -> None:
     """Refuse a table whose numbers differ in more than it is about.
 
     `rows` are (label, basis). What fixes an encoder must agree among its own numbers; dtype,
     views, sizes and sample counts among all of them, but for the keys that the table `varies`.
     Raises `UserError` naming both rows, the key and both values.
     """
-    free = set(varies)
-    first_of: dict[str, tuple[str, Mapping[str, object]]] = {}
-    for label, row in rows:
-        for key, value in row.items():
-            if key == "encoder" or key in free:
+    ignored = {"encoder", *varies}
+    first_of: dict[str, tuple[str, object]] = {}
+    for label, row_basis in rows:
+        for key, value in row_basis.items():
+            if key in ignored:
                 continue
-            scope = str(row["encoder"]) if key in _ENCODER else ""
-            other, first = first_of.setdefault(f"{scope}/{key}", (label, row))
-            if first[key] != value:
+            scope = f"{row_basis['encoder']}/{key}" if key in _ENCODER else key
+            other, first = first_of.setdefault(scope, (label, value))
+            if first != value:
                 raise UserError(
-                    f"table {name}: {key} is {first[key]!r} in '{other}' and {value!r} in "
+                    f"table {name}: {key} is {first!r} in '{other}' and {value!r} in "
                     f"'{label}'; these numbers do not belong in one table. Make both alike, or "
-                    f"say that it is what is compared: varies=[...,{key}]"
+                    f"declare that it is what is compared: varies=[...,{key}]"
                 )

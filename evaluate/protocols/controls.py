@@ -1,9 +1,7 @@
-"""What every table is read against: the floors between real tiles and the neighbour's cosine.
+"""What every table is compared with: floors between real tiles and the neighbour's cosine.
 
 Pure functions of feature arrays and labels.
 """
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,8 @@ from evaluate.metrics.metric import MetricSettings
 
 Features = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.str_]
+
+_GROUP_KEYS = ("value", "mean_term", "covariance_term", "noise_floor", "n_real", "n_generated")
 
 
 def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
@@ -34,7 +34,7 @@ def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
 
 def halves_by_label(
     features: Features, labels: Labels, settings: MetricSettings | None = None, device: str = "cpu"
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """Fréchet distance and precision, recall between halves that share no label.
 
     Means over 8 splits where there are at most 4,096 rows. None with fewer than two labels or
@@ -53,7 +53,7 @@ def halves_by_label(
 
 def neighbour_cosines(
     features: Features, slides: Labels, *, seed: int = 0
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """Cosines of each row to another random row of its slide: what tissue alone has in common.
 
     Rows of slides with a single row are left out; None where all are.
@@ -83,27 +83,18 @@ def neighbour_cosines(
 
 def grouped_distances(
     real: Features, generated: Features, labels: tuple[Labels, Labels], *, least: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Fréchet distances within each group of slides (a project, a site), largest groups first.
 
     `labels` are those of the real and of the generated rows. Groups with fewer than `least` rows
     on either side are left out, as is the group without a name.
     """
-    found = []
+    groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
         sides = [x[own == name] for x, own in zip((real, generated), labels, strict=True)]
         if min(len(side) for side in sides) < max(least, 2):
             continue
-        one = frechet_distance(*sides, max_generated=None)
-        found.append(
-            {
-                "group": str(name),
-                "value": one.value,
-                "mean_term": one.mean_term,
-                "covariance_term": one.covariance_term,
-                "noise_floor": one.noise_floor,
-                "n_real": one.n_real,
-                "n_generated": one.n_generated,
-            }
-        )
-    return sorted(found, key=lambda one: -one["n_real"])
+        distance = frechet_distance(*sides, max_generated=None)
+        numbers = {key: getattr(distance, key) for key in _GROUP_KEYS}
+        groups.append((distance.n_real, {"group": str(name), **numbers}))
+    return [entry for _, entry in sorted(groups, key=lambda group: -group[0])]

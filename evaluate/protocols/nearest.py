@@ -4,7 +4,6 @@ Pure functions of feature arrays.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,23 +26,24 @@ def nearest_in_blocks(
     Each block's own k nearest are exact (`evaluate.metrics.neighbours`), so the merged ones are.
     Memory is that of the queries and one block. Raises `UserError` with fewer than k rows in all.
     """
-    best = np.full((len(queries), 0), np.inf)
-    where = np.zeros((len(queries), 0), np.int64)
+    distances = np.full((len(queries), 0), np.inf)
+    indices = np.zeros((len(queries), 0), np.int64)
     start, centre = 0, None
     for block in blocks:
         if not len(block):
             continue
         centre = block.mean(axis=0, dtype=np.float64) if centre is None else centre
-        one, other = Side(queries, centre, device), Side(block, centre, device)
-        found = other_neighbours(one, other, min(k, len(block)))
-        best = np.concatenate([best, found.distances], axis=1)
-        where = np.concatenate([where, found.indices + start], axis=1)
-        order = np.lexsort((where, best), axis=1)[:, :k]
-        best, where = (np.take_along_axis(x, order, axis=1) for x in (best, where))
+        first, second = (Side(rows, centre, device) for rows in (queries, block))
+        found = other_neighbours(first, second, min(k, len(block)))
+        distances = np.concatenate([distances, found.distances], axis=1)
+        indices = np.concatenate([indices, found.indices + start], axis=1)
+        # The k best so far: of equal distances the lower index comes first.
+        order = np.lexsort((indices, distances), axis=1)[:, :k]
+        distances, indices = (np.take_along_axis(x, order, axis=1) for x in (distances, indices))
         start += len(block)
     if start < k:
         raise UserError(f"{start} training tiles, at least {k} are needed to find the {k} nearest")
-    return Neighbours(indices=where, distances=best)
+    return Neighbours(indices=indices, distances=distances)
 
 
 def distance_ratios(found: Neighbours) -> Distances:
@@ -63,13 +63,13 @@ def copying_test(
     cells: int = 3,
     components: int = 64,
     seed: int = 0,
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """C_T of Meehan et al. (arXiv 2004.05675): are generated tiles nearer to the training tiles?
 
     Both sets come as (features, distance to the nearest training tile). The feature space is cut
     in cells by k-means on principal components of training features; in each the distances are
     compared by Mann-Whitney's z, and C_T is their mean weighted by the cells' training tiles.
-    Below -3 says copying, above 3 underfitting. Distances are of the whole feature space, not of
+    Below -3 means copying, above 3 underfitting. Distances are of the whole feature space, not of
     the components. None where a cell has fewer than 4 tiles of either set.
     """
     components = min(components, *train.shape)

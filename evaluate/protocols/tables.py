@@ -1,10 +1,6 @@
-"""Cells laid out in the paper's tables: one table a quantity, encoders and sets as columns.
-
-A table is plain data, the same for the page, Markdown and LaTeX.
-"""
+"""Cells laid out in the paper's tables: one per quantity, encoders and sets as columns."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,140 +8,116 @@ from common.record import Record
 from evaluate.metrics.metric import TableQuantity
 from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.config import Protocol
+from evaluate.protocols.layout import (
+    LabelledRow,
+    Table,
+    TableBuilder,
+    TableNumber,
+    protocol_columns,
+)
 
-Results = Mapping[str, Any]
+Cell = Mapping[str, object]
+"""A measured cell of results.json."""
 
 
-def build_tables(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def build_tables(protocol: Protocol, cells: Sequence[Cell]) -> list[Table]:
     """The protocol's tables, of those that any cell has numbers for."""
-    found = []
-    for name in protocol.tables:
-        if name == "variability":
-            found.append(variability(protocol, cells))
-        elif name == "fd_relative":
-            found.append(relative(protocol, cells))
-        else:
-            found.append(quantity_table(protocol, name, cells))
-    return [table for table in found if table["rows"]]
+    special = {"variability": variability_table, "fd_relative": relative_table}
+    tables = [
+        special[name](protocol, cells) if name in special else quantity_table(protocol, name, cells)
+        for name in protocol.tables
+    ]
+    return [table for table in tables if table["rows"]]
 
 
-def quantity_table(
-    protocol: Protocol, name: str, cells: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Table:
     """A row for each label and point, a column for each encoder and set."""
     metric, quantity = table_quantities()[name]
-    columns = _columns(protocol)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    several = _several(metric.name, quantity, cells)
-    for cell in cells:
-        result = Record(cell["results"]).part(metric.name)
-        if not result or (cell["kind"] == "control" and not quantity.in_controls):
+    builder = TableBuilder(protocol_columns(protocol))
+    records = [Record(cell, "cells") for cell in cells]
+    contexts = [_cell_context(quantity, cell, metric.name) for cell in records]
+    repeated = _differing_labels(records, contexts)
+    for cell, context in zip(records, contexts, strict=True):
+        result = _result(cell, metric.name)
+        value = quantity.value(result) if result else None
+        if value is None or (cell.text("kind") == "control" and not quantity.in_controls):
             continue
-        entry = _entry(quantity, result, cell)
-        if entry["value"] is None:
-            continue
-        _row(rows, cell["kind"], row_label(cell), columns, cell)[_column(cell)] = entry
-        for label, extra in _context(quantity, result, cell):
-            full = f"{label}: {row_label(cell)}" if label in several else label
-            _row(rows, "control", full, columns, cell)[_column(cell)] = extra
+        label = row_label(cell)
+        counts = {key: _integer(result, key) for key in ("n_real", "n_generated", "n")
+                  if key in result}  # fmt: skip
+        counts = counts or {"n": _integer(cell.part("basis"), "n_generated")}
+        number = _number(value, counts, quantity.spread(result))
+        _add(builder, cell, label, number)
+        if context is not None:
+            # One row for all where their number is the same, else a row for each.
+            own = f"{context[0]}: {label}" if context[0] in repeated else context[0]
+            _add(builder, cell, own, context[1], kind="control")
+    table = builder.build(name, quantity.title, quantity.better, share=quantity.share)
     order = {"model": 0, "reference": 1, "control": 2}
-    listed = sorted(rows.values(), key=lambda row: order[row["kind"]])
-    table = {"name": name, "title": quantity.title, "better": quantity.better,
-             "share": quantity.share, "columns": columns, "rows": listed}  # fmt: skip
+    table["rows"].sort(key=lambda row: order[row["kind"]])
     return _with_published(protocol, table)
 
 
-def row_label(cell: Mapping[str, Any]) -> str:
-    """What a row is called: its label and the point of the grid that it stands for."""
-    point = ", ".join(_point_text(key, value) for key, value in cell["point"].items())
-    return f"{cell['label']}, {point}" if point else str(cell["label"])
-
-
-def _point_text(key: str, value: Any) -> str:
-    if key == "solver":
-        return str(value).upper()
-    return f"{value} steps" if key == "steps" else f"seed {value}"
-
-
-def _columns(protocol: Protocol) -> list[dict[str, str]]:
-    return [
-        {"encoder": encoder, "set": column}
-        for encoder in protocol.encoders
-        for column in protocol.columns
-    ]
-
-
-def _column(cell: Mapping[str, Any]) -> str:
-    return f"{cell['encoder']}/{cell['column']}"
-
-
-def _row(
-    rows: dict[tuple[str, str], dict[str, Any]],
-    kind: str,
-    label: str,
-    columns: list[dict[str, str]],
-    cell: Mapping[str, Any],
-) -> dict[str, Any]:
-    empty: dict[str, Any] = {f"{one['encoder']}/{one['set']}": None for one in columns}
-    row = {"label": label, "kind": kind, "note": cell.get("note", ""), "cells": empty}
-    cells: dict[str, Any] = rows.setdefault((kind, label), row)["cells"]
-    return cells
-
-
-def _entry(quantity: TableQuantity, result: Record, cell: Mapping[str, Any]) -> dict[str, Any]:
-    n = {key: result[key] for key in ("n_real", "n_generated", "n") if key in result}
-    return {
-        "value": quantity.value(result),
-        "spread": quantity.spread(result),
-        "n": n or {"n": cell["basis"]["n_generated"]},
-    }
-
-
-def _context(
-    quantity: TableQuantity, result: Record, cell: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """The control row that a model's result brings along: the null of cosines, the floor of FD."""
-    if quantity.context is None or cell["kind"] != "model" or cell["point"] or not result:
-        return []
+def _cell_context(
+    quantity: TableQuantity, cell: Record, metric: str
+) -> tuple[str, TableNumber] | None:
+    """The control row that a model's result brings along: a null of cosines, a distance's floor."""
+    result = _result(cell, metric)
+    is_single_model = cell.text("kind") == "model" and not cell.part("point")
+    if quantity.context is None or not is_single_model or not result:
+        return None
     entry = quantity.context(result)
-    return [(entry.label, {"value": entry.value, "spread": None, "n": entry.counts})]
+    return entry.label, _number(entry.value, entry.counts)
 
 
-def _several(metric: str, quantity: TableQuantity, cells: Sequence[dict[str, Any]]) -> set[str]:
-    """Labels of `_context` whose number differs between rows: one would hide the others."""
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    several = set()
-    for cell in cells:
-        for label, entry in _context(quantity, Record(cell["results"]).part(metric), cell):
-            if first.setdefault((label, _column(cell)), entry) != entry:
-                several.add(label)
-    return several
+def _differing_labels(
+    cells: Sequence[Record], contexts: Sequence[tuple[str, TableNumber] | None]
+) -> set[str]:
+    """Context rows that are another number for each cell: one would hide the others."""
+    first: dict[tuple[str, str], TableNumber] = {}
+    differing = set()
+    for cell, context in zip(cells, contexts, strict=True):
+        if context and first.setdefault((context[0], _column(cell)), context[1]) != context[1]:
+            differing.add(context[0])
+    return differing
 
 
-def relative(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row_label(cell: Cell, *, without: str = "") -> str:
+    """What a row is called: its label and the point of the grid, `without` one of its keys.
+
+    >>> row_label({"label": "Model", "point": {"steps": 20, "solver": "ode"}})
+    'Model, 20 steps, ODE'
+    """
+    record = Record(cell)
+    texts = {"solver": "{}", "steps": "{} steps", "seed": "seed {}"}
+    point = [
+        texts[key].format(str(value).upper() if key == "solver" else value)
+        for key, value in record.part("point").items()
+        if key != without
+    ]
+    return ", ".join([record.text("label"), *point])
+
+
+def relative_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     """FD less its closed-form floor, over that of the reference row: alike for every encoder."""
-    columns = _columns(protocol)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    builder = TableBuilder(protocol_columns(protocol))
+    distances = [
+        (cell, _result(cell, "frechet_distance"))
+        for cell in (Record(cell, "cells") for cell in cells)
+        if _result(cell, "frechet_distance")
+    ]
     unit = {
-        _column(cell): _above_floor(cell["results"]["frechet_distance"])
-        for cell in cells
-        if cell["label"] == protocol.relative_to and "frechet_distance" in cell["results"]
+        _column(cell): _above_floor(result)
+        for cell, result in distances
+        if cell.text("label") == protocol.relative_to
     }
-    for cell in cells:
-        result = cell["results"].get("frechet_distance")
-        divisor = unit.get(_column(cell))
-        if cell["kind"] != "model" or not result or not divisor or divisor <= 0:
-            continue
-        entry = {"value": _above_floor(result) / divisor, "spread": None,
-                 "n": {key: result[key] for key in ("n_real", "n_generated")}}  # fmt: skip
-        _row(rows, "model", row_label(cell), columns, cell)[_column(cell)] = entry
+    for cell, result in distances:
+        divisor = unit.get(_column(cell), 0)
+        if cell.text("kind") == "model" and divisor > 0:
+            number = _number(_above_floor(result) / divisor, _sizes(result))
+            _add(builder, cell, row_label(cell), number)
     title = f"Fréchet distance above its noise floor, in units of that of “{protocol.relative_to}”"
-    return {"name": "fd_relative", "title": title, "better": "lower", "share": False,
-            "columns": columns, "rows": list(rows.values())}  # fmt: skip
-
-
-def _above_floor(result: Mapping[str, Any]) -> float:
-    return float(result["value"] - result["noise_floor"])
+    return builder.build("fd_relative", title, "lower")
 
 
 _WIDTHS = (
@@ -156,95 +128,105 @@ _WIDTHS = (
 )
 
 
-def variability(protocol: Protocol, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     """Means and standard deviations of the Fréchet distance by each way of drawing again.
 
     Only seeds are drawn again: every row, and every point of its grid but for the seed, has its
     own spread, and its own label where there are several.
     """
-    columns = _columns(protocol)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        if cell["kind"] == "model" and "frechet_distance" in cell["results"]:
-            groups.setdefault(row_label(_without_seed(cell)), []).append(cell)
+    builder = TableBuilder(protocol_columns(protocol))
+    groups: dict[str, list[Record]] = {}
+    for cell in (Record(cell, "cells") for cell in cells):
+        if cell.text("kind") == "model" and _result(cell, "frechet_distance"):
+            groups.setdefault(row_label(cell, without="seed"), []).append(cell)
     for name, models in groups.items():
-        start = f"{name}: " if len(groups) > 1 else ""
-        _add_widths(rows, columns, start, models)
-        _add_seeds(rows, columns, start, models)
-    return {"name": "variability", "title": "Fréchet distance, mean ± standard deviation",
-            "better": "", "share": False, "columns": columns,
-            "rows": list(rows.values())}  # fmt: skip
+        prefix = f"{name}: " if len(groups) > 1 else ""
+        _add_widths(builder, prefix, models)
+        _add_seeds(builder, prefix, models)
+    return builder.build("variability", "Fréchet distance, mean ± standard deviation")
 
 
-def _without_seed(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {**cell, "point": {k: v for k, v in cell["point"].items() if k != "seed"}}
-
-
-def _add_widths(
-    rows: dict[tuple[str, str], dict[str, Any]],
-    columns: list[dict[str, str]],
-    start: str,
-    models: Sequence[dict[str, Any]],
-) -> None:
+def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
     """The widths of a group's first seed."""
-    for cell in (one for one in models if one["point"] == models[0]["point"]):
-        widths = cell["results"]["frechet_distance"].get("widths") or {}
+    first = dict(models[0].part("point"))
+    for cell in models:
+        widths = _result(cell, "frechet_distance").part("widths")
         for kind, key, text in _WIDTHS:
-            found = widths.get(kind)
-            if found:
-                entry = {"value": found["value"], "spread": found[key],
-                         "n": {"draws": found["draws"]}}  # fmt: skip
-                label = start + text.format(**found)
-                _row(rows, "model", label, columns, cell)[_column(cell)] = entry
+            width = widths.part(kind)
+            if width and dict(cell.part("point")) == first:
+                draws = {"draws": _integer(width, "draws")}
+                number = _number(width.optional("value"), draws, width.optional(key))
+                _add(builder, cell, prefix + text.format(**width), number)
 
 
-def _add_seeds(
-    rows: dict[tuple[str, str], dict[str, Any]],
-    columns: list[dict[str, str]],
-    start: str,
-    models: Sequence[dict[str, Any]],
-) -> None:
+def _add_seeds(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
     """Mean and standard deviation over a group's seeds, where there are several."""
-    for column, same in _by_column(models).items():
-        by_seed = {
-            one["point"].get("seed"): one["results"]["frechet_distance"]["value"] for one in same
-        }
-        values = list(by_seed.values())
-        if len(values) > 1:
-            entry = {"value": float(np.mean(values)), "spread": float(np.std(values, ddof=1)),
-                     "n": {"seeds": len(values)}}  # fmt: skip
-            _row(rows, "model", f"{start}seeds of the sampler", columns, same[0])[column] = entry
+    by_column: dict[str, dict[object, Record]] = {}
+    for cell in models:
+        seed = cell.part("point").get("seed")
+        by_column.setdefault(_column(cell), {})[seed] = cell
+    for by_seed in by_column.values():
+        cells = list(by_seed.values())
+        if len(cells) > 1:
+            values = [_result(cell, "frechet_distance").number("value") for cell in cells]
+            spread = float(np.std(values, ddof=1))
+            number = _number(float(np.mean(values)), {"seeds": len(values)}, spread)
+            _add(builder, cells[0], f"{prefix}seeds of the sampler", number)
 
 
-def _by_column(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        found.setdefault(_column(cell), []).append(cell)
-    return found
+def _with_published(protocol: Protocol, table: Table) -> Table:
+    """The published values as a row below ours, only where the protocol is the shipped one.
 
-
-def _with_published(protocol: Protocol, table: dict[str, Any]) -> dict[str, Any]:
-    """The published values as a row beside ours, only where the protocol is the shipped one.
-
-    `published` of the configuration holds `source` and `values`: table name, then row label,
+    `published` of the configuration has `source` and `values`: table name, then row label,
     then "encoder/set", then the number.
     """
-    values = (protocol.published.get("values") or {}).get(table["name"]) or {}
+    published = Record(protocol.published, "published")
+    values = published.part("values").part(table["name"])
     if protocol.deviations or not values:
         return table
-    rows = []
+    rows: list[LabelledRow] = []
     for row in table["rows"]:
         rows.append(row)
-        if row["label"] in values:
-            known = values[row["label"]]
-            cells = {
-                column: {"value": known[column], "spread": None, "n": {}}
-                if column in known
-                else None
-                for column in row["cells"]
-            }
-            source = str(protocol.published.get("source", "published"))
-            rows.append({"label": f"{row['label']}, published", "kind": "published",
-                         "note": source, "cells": cells})  # fmt: skip
+        known = values.part(row["label"])
+        if known:
+            cells = {column: _number(known.optional(column), {}) if column in known else None
+                     for column in row["cells"]}  # fmt: skip
+            note = published.text("source", "published")
+            label = f"{row['label']}, published"
+            rows.append(LabelledRow(label=label, kind="published", note=note, cells=cells))
     return {**table, "rows": rows}
+
+
+def _result(cell: Record, metric: str) -> Record:
+    return cell.part("results").part(metric)
+
+
+def _column(cell: Record) -> str:
+    return f"{cell.text('encoder')}/{cell.text('column')}"
+
+
+def _add(
+    builder: TableBuilder, cell: Record, label: str, number: TableNumber, kind: str = ""
+) -> None:
+    """A cell's number, in the row of that label and in the cell's own column."""
+    kind = kind or cell.text("kind")
+    builder.add(kind, label, _column(cell), number, cell.text("note", ""))
+
+
+def _number(
+    value: float | None, n: Mapping[str, int | None], spread: float | None = None
+) -> TableNumber:
+    return TableNumber(value=value, spread=spread, n=n)
+
+
+def _integer(result: Record, key: str) -> int | None:
+    value = result.optional(key)
+    return None if value is None else int(value)
+
+
+def _sizes(result: Record) -> dict[str, int | None]:
+    return {key: _integer(result, key) for key in ("n_real", "n_generated")}
+
+
+def _above_floor(result: Record) -> float:
+    return result.number("value") - result.number("noise_floor")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.generate.guidance import foreign_guidance
+from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.plan import source_order
 from pipeline.dataset import (
     Dataset,

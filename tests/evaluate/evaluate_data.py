@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from evaluate.generate.guidance import Guidance
+from evaluate.generate.condition_source import ConditionSource
 from evaluate.generate.run import Request, generate
 from evaluate.processes import Processes
 from model import CytoSyn, SiT, SiTConfig
@@ -218,7 +218,7 @@ class Stripes:
 
 def make_synthetic(
     root: Path,
-    guidance: Guidance,
+    guidance: ConditionSource,
     *,
     record: dict[str, Any] | None = None,
     shift: float = 0.0,

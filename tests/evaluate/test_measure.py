@@ -16,7 +16,7 @@ from evaluate.compare.measure import measure, real_halves
 from evaluate.compare.results import read_results, write_results
 from evaluate.compare.sides import FeatureSide
 from evaluate.compare.warnings import blockiness_warnings, metric_warnings
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics import (
     cosine_similarity,
     feature_likelihood_divergence,
@@ -47,7 +47,7 @@ def real(evaluate_real: Callable[..., Dataset]) -> Dataset:
 
 @pytest.fixture
 def synthetic(real: Dataset, tmp_path: Path) -> Dataset:
-    return make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    return make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
 
 
 def sides(real: Dataset, synthetic: Dataset) -> tuple[FeatureSide, FeatureSide]:
@@ -79,7 +79,7 @@ def test_the_cosine_pairs_each_image_with_its_own_source(real: Dataset, syntheti
     assert cosine["mean"] > 0.98 > 0.9 > cosine["null_mean"]
     assert cosine["retrieval_at_1"] == 1.0
     assert sum(cosine["histogram"]["counts"]) == 62
-    guidance = SelectionGuidance.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open(real, "train", "h0-mini")
     sources = guidance.features(np.arange(62))
     assert cosine["mean"] == pytest.approx(cosine_similarity(sources, second.features).mean)
 
@@ -150,7 +150,7 @@ def test_what_a_metric_says_against_itself_reaches_the_warnings(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real()
-    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
     first, second = sides(real, synthetic)
     first.features[:, 4] = 0.5
     settings = MetricSettings(draws=0, fld_seeds=(0,))
@@ -186,7 +186,7 @@ def test_fewer_tiles_than_dimensions_is_a_warning(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real({"A": 12}, name="small")
-    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
     assert "fewer_tiles_than_dimensions" in codes
 

@@ -110,8 +110,8 @@ def test_the_set_that_gaps_are_tested_on_has_no_gap_of_its_own(results: dict[str
     (found,) = results["memorisation"]
     assert found["sets"]["val_out"]["gap"] is None
     assert found["sets"]["generated"]["gap"] < found["sets"]["val_in"]["gap"]
-    line = next(one for one in render_protocol(results).splitlines() if 'scope="row">val-out</th>' in one
-                and "</td></tr>" in one)  # fmt: skip
+    lines = render_protocol(results).splitlines()
+    line = next(x for x in lines if 'scope="row">val-out</th>' in x and "</td></tr>" in x)
     assert line.endswith('<td class="number">–</td></tr>')
 
 

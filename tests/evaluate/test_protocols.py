@@ -39,13 +39,14 @@ from evaluate.protocols.controls import (
     neighbour_cosines,
     split_in_halves,
 )
-from evaluate.protocols.memorisation import _Search
+from evaluate.protocols.image_checks import given_deviations
+from evaluate.protocols.making import SourceMaker
+from evaluate.protocols.memorisation import CopySearch
 from evaluate.protocols.plan import all_images, plan_cells, vae_key
-from evaluate.protocols.run import missing, run_protocol
-from evaluate.protocols.standing import given_deviations
+from evaluate.protocols.run import list_missing, run_protocol
+from evaluate.protocols.sources import first_tiles
 from evaluate.protocols.store import ResultStore
-from evaluate.protocols.tables import quantity_table, variability
-from evaluate.protocols.work import Workshop, first_tiles
+from evaluate.protocols.tables import quantity_table, variability_table
 from evaluate.report.protocol_files import render_protocol, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
 from pipeline.dataset import (
@@ -128,13 +129,13 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
     ("overrides", "message"),
     [
         (["counts=3"], "unknown configuration key 'counts'"),
-        (["sets.val-in.selektion=a"], "sets.val-in: unknown configuration key 'selektion'"),
+        (["sets.val-in.selektion=a"], "unknown configuration key 'sets.val-in.selektion'"),
         (["columns=[elsewhere]"], "no set 'elsewhere'"),
         (["leave_out=[dalle]"], "no model 'dalle'"),
         (["count=3"], "expected 8 tiles or more"),
         (["generations.from-guidance.model=other"], "no model 'other'"),
         (["generations.from-guidance.steps=[20"], "steps=[20: not a YAML value"),
-        (["settings.fld_seeds=[0"], "settings: fld_seeds=[0: not a YAML value"),
+        (["settings.fld_seeds=[0"], "settings.fld_seeds=[0: not a YAML value"),
         (["settings.seed=-1"], "seed is -1; expected a whole number from 0"),
     ],
 )
@@ -165,13 +166,13 @@ def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> No
 def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -> None:
     (cell,) = cells(table2, label="Guidance tiles", encoder="uni2-h", column="val-out")
     protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
-    workshop = Workshop(protocol)
-    used = {name: workshop.tiles(name).used for name in ("guidance", "val-out")}
+    on_disk = SourceMaker(protocol)
+    used = {name: on_disk.tiles(name).used for name in ("guidance", "val-out")}
     assert used["guidance"].rows == COUNT
     assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
     from pipeline.dataset.features import FeatureStore
 
-    store = FeatureStore(workshop.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
+    store = FeatureStore(on_disk.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
     real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))
     expected = frechet_distance(real, made)
     assert cell["results"]["frechet_distance"]["value"] == expected.value
@@ -267,9 +268,9 @@ def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_
         for dtype in ("bfloat16", "float32")
     )
     make_all(half)
-    workshop = Workshop(full)
-    assert workshop.missing_images("from-conditioning") == COUNT
-    shutil.move(Workshop(half).folder("from-conditioning"), workshop.folder("from-conditioning"))
+    on_disk = SourceMaker(full)
+    assert on_disk.missing_images("from-conditioning") == COUNT
+    shutil.move(SourceMaker(half).folder("from-conditioning"), on_disk.folder("from-conditioning"))
     with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
         run_protocol(full)
 
@@ -281,11 +282,11 @@ def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
     protocol = toy(world, "memorisation", "encoders=[uni2-h]", f"dataset={real}")
 
     def marks() -> list[Any]:
-        workshop = Workshop(protocol)
-        measurer = Measurer(protocol, workshop, ResultStore(tmp_path / "cells"))
-        search = _Search(protocol, measurer, "uni2-h", "from-guidance")
+        on_disk = SourceMaker(protocol)
+        measurer = Measurer(protocol, on_disk, ResultStore(tmp_path / "cells"))
+        search = CopySearch(measurer, "uni2-h", "from-guidance")
         sources = ("from-guidance", vae_key("model", "val-in"))
-        return [*(str(workshop.folder(one)) for one in sources), str(search._train_mark())]
+        return [*(str(on_disk.folder(one)) for one in sources), str(search.train_fingerprint())]
 
     before = marks()
     assert marks() == before
@@ -301,7 +302,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     key = "generations.from-conditioning"
     made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
     make_all(made)
-    syn = Workshop(made).folder("from-conditioning")
+    syn = SourceMaker(made).folder("from-conditioning")
     given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
     assert not [name for name in given.deviations if name.startswith(key)]
     results = run_protocol(given)
@@ -311,7 +312,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     (told,) = (one for one in results["warnings"] if one["code"] == "not_the_protocol")
     assert f"{key}.seed [0] → [7]" in told["message"]
     same = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=3")
-    assert given_deviations(Workshop(same))[f"{key}.steps"] == ([250], [3])
+    assert given_deviations(SourceMaker(same))[f"{key}.steps"] == ([250], [3])
     with pytest.raises(UserError, match="seed has 3 values"):
         load("table5", None, ["generations.from-guidance.dataset=syn"])
     other = shutil.copytree(world / "real", tmp_path / "real")
@@ -409,7 +410,7 @@ def distance_cell(label: str, value: float, **more: Any) -> dict[str, Any]:
 def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
     protocol = load("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
     grid = [(label, steps, seed) for label in ("A", "B") for steps in (20, 50) for seed in (0, 1)]
-    found = variability(
+    found = variability_table(
         protocol,
         [
             distance_cell(label, 100 * (label == "B") + steps + seed, point={"steps": steps,
@@ -483,7 +484,7 @@ def test_the_page_needs_nothing_and_holds_the_tables(
 
 def test_the_plan_says_what_is_missing_as_commands(world: Path, tmp_path: Path) -> None:
     protocol = toy(world, "table2", "encoders=[uni2-h,phikon-v2]", f"out={tmp_path}")
-    lines = missing(Workshop(protocol), plan_cells(protocol))
+    lines = list_missing(SourceMaker(protocol), plan_cells(protocol))
     assert any(line.startswith("from-guidance: 64 images into") for line in lines)
     (command,) = [line for line in lines if "pipeline cache" in line and "val-out" in line]
     assert "--encoder phikon-v2 --weights random:0 --dtype float32 --tokens none" in command
@@ -553,7 +554,7 @@ def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_pa
     for k in (3, 5):
         more = (f"out={tmp_path}", f"settings.k={k}")
         protocol = toy(world, "table2", "encoders=[uni2-h]", *more)
-        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path / "cells"))
+        measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path / "cells"))
         floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
         found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
         assert found == [k] * 4
@@ -567,7 +568,7 @@ def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: 
 
     def measured() -> dict[str, Any]:
         store = ResultStore(tmp_path / "cells")
-        return Measurer(protocol, Workshop(protocol), store).measure(cell)
+        return Measurer(protocol, SourceMaker(protocol), store).measure(cell)
 
     assert measured()["labels"] == 4
     slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
@@ -584,8 +585,8 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
     names = {}
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(cells_module, "choose_device", lambda _, d=device: torch.device(d))
-        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path))
-        opened = measurer._open(cell)
+        measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
+        opened = {name: measurer.side(seen, cell.encoder) for name, seen in cell.sides().items()}
         pair = measurer._pair(cell, opened)
         assert pair.device == device
         names[device] = [

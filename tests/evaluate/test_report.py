@@ -17,7 +17,7 @@ from common.text import format_number
 from evaluate.compare.measure import measure
 from evaluate.compare.results import write_results
 from evaluate.compare.sides import FeatureSide
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics.metric import MetricSettings
 from evaluate.report.command import write_report
 from evaluate.report.numbers import metric_rows
@@ -105,7 +105,7 @@ def report(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..
         guidance = (
             Unconditional(20)
             if options.get("unconditional")
-            else SelectionGuidance.open(real, "train", "h0-mini")
+            else SelectionConditions.open(real, "train", "h0-mini")
         )
         synthetic = make_synthetic(tmp_path / "syn", guidance)
         first = FeatureSide.open(real.root, "train", "h0-mini", like=None)

@@ -53,8 +53,12 @@ class FeatureRecord:
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> Self:
-        """The record of a parsed encoder.json; other keys are passed over."""
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        """The record of a parsed encoder.json; other keys are passed over.
+
+        A network without a name or a sum (models of other software) is an unknown one.
+        """
+        known = {field.name: values.get(field.name) for field in fields(cls)}
+        known |= {name: known[name] or None for name in NETWORK}
         return cls(**known)  # type: ignore[arg-type]
 
     def differs_from(self, other: Self, deciding: Iterable[str] = DECIDING) -> list[Difference]:

@@ -1,0 +1,57 @@
+"""The settings of a sampler as one record; its field names are those of every file on disk.
+
+Importing it loads no torch: command lines build their options from the fields.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Solver = Literal["sde", "ode", "heun", "dpm"]
+"""The solvers of `model.sampler`, which a test holds equal to its own list."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn; the defaults are CytoSyn's (arXiv 2603.18089).
+
+    `steps` is 1 or more, `guidance_scale` 0 or more (up to 1 nothing is guided), and guidance is
+    active where `guidance_low` <= t <= `guidance_high`, times in [0, 1] of which 1 is noise.
+    Raises `UserError` for a setting out of its range.
+
+    >>> SamplerSettings(steps=50).arguments()["guidance_scale"]
+    2.5
+    """
+
+    solver: Solver = field(
+        default="sde",
+        metadata={"option": "solver", "help": "how noise becomes an image: sde, PixCell dpm"},
+    )
+    steps: int = field(
+        default=250, metadata={"option": "steps", "help": "solver steps: 250, PixCell 50"}
+    )
+    guidance_scale: float = field(
+        default=2.5,
+        metadata={"option": "scale", "help": "guidance scale: 2.5, PixCell 2.0; 1 guides nothing"},
+    )
+    guidance_low: float = field(
+        default=0.0,
+        metadata={"option": "low", "help": "earliest time that is guided: 0, the image"},
+    )
+    guidance_high: float = field(
+        default=0.75,
+        metadata={"option": "high", "help": "latest time that is guided: 0.75; 1 is pure noise"},
+    )
+
+    def __post_init__(self) -> None:
+        from model.sampler import Guidance, time_nodes
+
+        Guidance(self.guidance_scale, self.guidance_low, self.guidance_high)
+        time_nodes(self.solver, self.steps)
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings as keyword arguments of `model.sampler.sample`, by their names on disk."""
+        return asdict(self)
+
+
+FIELD_OF_OPTION = {one.metadata["option"]: one.name for one in fields(SamplerSettings)}
+"""Short names, of command lines and protocols, to the fields: `scale` is `guidance_scale`."""
