@@ -126,41 +126,42 @@ def _figure(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    from common.record import Record
     from common.torch_processes import choose_device
-    from evaluate.compare.battery import Settings
-    from evaluate.compare.measure import Side, measure
+    from evaluate.compare.measure import measure
     from evaluate.compare.results import write_results
+    from evaluate.compare.sides import FeatureSide
+    from evaluate.metrics.metric import MetricSettings
+    from evaluate.metrics.registry import summarise_metrics
     from pipeline.dataset import open_dataset
 
-    settings = Settings(draws=options.draws, seed=options.seed)
+    settings = MetricSettings(draws=options.draws, seed=options.seed)
     device = choose_device(options.device).type
     chosen = {"view": options.view, "tile_px": options.tile_px}
-    real = Side.open(options.real, options.real_selection, options.encoder, like=None, **chosen)
-    generated = Side.open(
+    real = FeatureSide.open(
+        options.real, options.real_selection, options.encoder, like=None, **chosen
+    )
+    generated = FeatureSide.open(
         options.generated, options.generated_selection, options.encoder, like=real, **chosen
     )
     guidance = open_dataset(options.guidance) if options.guidance else None
     train = None
     if options.train_selection:
         root = options.guidance or options.real
-        train = Side.open(root, options.train_selection, options.encoder, like=real, **chosen)
+        train = FeatureSide.open(
+            root, options.train_selection, options.encoder, like=real, **chosen
+        )
     results = measure(real, generated, guidance, train=train, settings=settings, device=device)
     write_results(options.out, results)
-    for one in results["warnings"]:
-        say(f"warning: {one['message']}")
-    metrics = results["metrics"]
-    frechet, cosine = metrics["frechet_distance"], metrics["cosine_similarity"]
-    say(
-        f"measure: Fréchet distance {frechet['value']:.4g} (noise floor "
-        f"{frechet['noise_floor']:.4g}), precision {metrics['precision_recall']['precision']:.3f}, "
-        f"recall {metrics['precision_recall']['recall']:.3f}"
-        + (f", cosine {cosine['mean']:.3f} (shuffled {cosine['null_mean']:.3f})" if cosine else "")
-    )
-    tiles = len(real.features) + len(generated.features)
+    record = Record(results, str(options.out))
+    for warning in record.parts("warnings"):
+        say(f"warning: {warning['message']}")
+    say(f"measure: {', '.join(summarise_metrics(record))}")
+    tiles, seconds = len(real.features) + len(generated.features), record.number("seconds")
     say(
         f"measure: {len(generated.features):,} generated against {len(real.features):,} real tiles "
-        f"in {format_seconds(results['seconds'])} ({tiles / max(results['seconds'], 1e-9):,.0f} "
-        f"tiles/s); wrote {options.out}"
+        f"in {format_seconds(seconds)} ({tiles / max(seconds, 1e-9):,.0f} tiles/s); "
+        f"wrote {options.out}"
     )
     return EXIT_OK
 

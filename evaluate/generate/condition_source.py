@@ -20,7 +20,7 @@ from pipeline.dataset import (
     read_identity,
     read_selection,
 )
-from pipeline.dataset.features import FeatureStore
+from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore
 
 Positions = npt.NDArray[np.int64]
 """Numbers of conditions, from 0."""
@@ -28,7 +28,6 @@ Positions = npt.NDArray[np.int64]
 GUIDING_FINGERPRINT = "guidance_dataset_fingerprint"
 """Key of a synthetic dataset's identity for the dataset that guided; older ones lack it."""
 _MPP_TOLERANCE = 0.02
-_ENCODER_KEYS = ("encoder", "weights_sha256")
 
 
 def guiding_fingerprint(dataset: Dataset) -> str:
@@ -273,8 +272,8 @@ def check_encoder(
     """
     if guidance is None or model is None:
         return ""
-    known = [key for key in _ENCODER_KEYS if guidance.get(key) is not None and model.get(key)]
-    same_encoder = all(guidance.get(key) == model.get(key) for key in known)
+    given, trained = (FeatureRecord.parse(record) for record in (guidance, model))
+    same_encoder = not given.differs_from(trained, NETWORK)
     if same_encoder and bool(guidance.get("random_weights")) == bool(model.get("random_weights")):
         return ""
     return _allow_or_refuse(

@@ -7,15 +7,33 @@ the question whether the source is recognised at all.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_share
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, chunks, random_subset
+from evaluate.metrics.metric import (
+    ContextEntry,
+    FeaturePair,
+    Metric,
+    MetricPlot,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    plain_fields,
+    value_at,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _NEAR_TIE = 1e-5  # float32 dot products of unit vectors are nearer to the truth than this
 _BLOCK_ROWS = 2048
+_HISTOGRAM_BINS = 100
 
 
 @dataclass(frozen=True)
@@ -154,3 +172,110 @@ def _retrieval_at_1(sources: NDArray[np.float64], images: NDArray[np.float64]) -
         similarity[row] = -np.inf
         rival[row] = similarity.max()
     return float((own >= rival).mean())
+
+
+def cosine_histogram(values: NDArray[np.floating]) -> dict[str, object]:
+    """Counts of values ``[n]`` in [-1, 1] in a hundred bins, and the bins' edges."""
+    counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS, range=(-1.0, 1.0))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    if pair.sources is None:
+        raise UserError("a cosine to the source needs generated tiles that real ones guided")
+    result = cosine_similarity(pair.sources, pair.generated, seed=settings.seed)
+    histogram = cosine_histogram(result.values)
+    return plain_fields(result) | {"seed": settings.seed, "histogram": histogram}
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    mean, std, null_mean, centred, found = (
+        format_share(result.number(key))
+        for key in ("mean", "std", "null_mean", "centred_mean", "retrieval_at_1")
+    )
+    pool = result.count("retrieval_pool")
+    return [
+        MetricRow(
+            "Cosine to the source tile", "higher", f"{mean} ± {std}", null_mean, "sources shuffled",
+            "How alike the features of a generated tile and of the real tile that guided it are; "
+            "1 is the same direction. Any two tiles share much, so what counts is how far it lies "
+            "above the shuffled pairing.",
+        ),
+        MetricRow(
+            "Cosine, centred", "higher", centred, format_share(0.0), "no relation",
+            "The same after the mean of the real features was taken from both sides, which "
+            "removes what all tiles share.",
+        ),
+        MetricRow(
+            "Source found first", "higher", found, format_share(1 / pool),
+            f"chance among {pool:,}",
+            "Share of generated tiles whose own source is the most similar of all source tiles.",
+        ),
+    ]  # fmt: skip
+
+
+def _null(result: Record) -> ContextEntry:
+    return ContextEntry("Sources shuffled", result.number("null_mean"), {"n": result.count("n")})
+
+
+def _centred_null(result: Record) -> ContextEntry:
+    return ContextEntry("Sources shuffled", 0.0, {"n": result.count("n")})
+
+
+def _chance(result: Record) -> ContextEntry:
+    pool = result.count("retrieval_pool")
+    return ContextEntry("Chance", 1 / pool, {"n": pool})
+
+
+def _draw(axes: "Axes", result: Record) -> None:
+    """The cosines of generated tiles to their sources, their mean and the shuffled null."""
+    from matplotlib.ticker import MaxNLocator
+
+    edges, counts = (np.array(result.part("histogram").numbers(key)) for key in ("edges", "counts"))
+    mean, null_mean = result.number("mean"), result.number("null_mean")
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="C0", alpha=0.55)
+    axes.axvline(mean, color="C0", linewidth=2, label="mean, own source")
+    axes.axvline(null_mean, color="C1", linewidth=2, linestyle="--", label="mean, shuffled")
+    axes.set_xlim(min(edges[:-1][counts > 0].min(), null_mean) - 0.1, 1.0)
+    axes.set_title("Cosine to the source tile")
+    axes.set_xlabel("cosine similarity")
+    axes.set_ylabel("tiles")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_ylim(0, 1.3 * max(counts.max(), 1))
+    # On white: the lines run up behind it.
+    axes.legend(loc="upper left", ncols=2, frameon=True, framealpha=1, edgecolor="white")
+
+
+def _summary(result: Record) -> str:
+    return f"cosine {result.number('mean'):.3f} (shuffled {result.number('null_mean'):.3f})"
+
+
+METRIC = Metric(
+    name="cosine_similarity",
+    title="Cosine to the source tile",
+    place=60,
+    compute=_compute,
+    rows=_rows,
+    quantities=(
+        TableQuantity(
+            "cosine", "Cosine to the source tile", "higher", value_at("mean"), value_at("std"),
+            share=True, context=_null,
+        ),
+        TableQuantity(
+            "cosine_centred", "Cosine to the source tile, centred", "higher",
+            value_at("centred_mean"), share=True, context=_centred_null,
+        ),
+        TableQuantity(
+            "retrieval", "Source found first", "higher", value_at("retrieval_at_1"), share=True,
+            context=_chance,
+        ),
+    ),
+    needs=("sources",),
+    summary=_summary,
+    plot=MetricPlot(
+        _draw,
+        "Histogram of the cosine similarity of generated tiles to their source tiles",
+        "Cosines of all generated tiles to their own sources, and the mean of a shuffled pairing. "
+        "The further the two lines lie apart, the more of its source a generated tile keeps.",
+    ),
+)  # fmt: skip

@@ -8,9 +8,22 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import UserError
 from evaluate.metrics.features import checked_pair
 from evaluate.metrics.frechet import FrechetReference
+from evaluate.metrics.metric import FeaturePair, MetricSettings, WarningKind, plain_fields
 from evaluate.metrics.moments import Moments
 
 _MIN_ROWS = 4  # of 2, 3 and 4 rows
+_MIN_RESULT_ROWS = 64
+_NOT_LINEAR = WarningKind(
+    "not_linear",
+    "the smallest subset has {smallest} rows for {dim} feature dimensions: there the distance is "
+    "not linear in 1/N",
+)
+_BIASED = WarningKind(
+    "biased_real_set", "{n_real} real images for {dim} feature dimensions: their bias stays"
+)
+_NEGATIVE = WarningKind(
+    "below_zero", "the extrapolated distance is below zero: not distinguishable from zero"
+)
 
 
 @dataclass(frozen=True)
@@ -108,14 +121,15 @@ def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
 
 
 def _warnings(value: float, smallest: int, n_real: int, dim: int) -> tuple[str, ...]:
-    warnings = []
-    if smallest <= dim:
-        warnings.append(
-            f"the smallest subset has {smallest} rows for {dim} feature dimensions: there the "
-            f"distance is not linear in 1/N"
-        )
-    if n_real <= dim:
-        warnings.append(f"{n_real} real images for {dim} feature dimensions: their bias stays")
-    if value < 0:
-        warnings.append("the extrapolated distance is below zero: not distinguishable from zero")
-    return tuple(warnings)
+    holds = {_NOT_LINEAR: smallest <= dim, _BIASED: n_real <= dim, _NEGATIVE: value < 0}
+    values = {"smallest": smallest, "n_real": n_real, "dim": dim}
+    return tuple(kind.format(**values) for kind, is_true in holds.items() if is_true)
+
+
+def infinity_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object] | None:
+    """`frechet_infinity` as plain values; None below 64 generated rows, whose line is noise."""
+    if len(pair.generated) < _MIN_RESULT_ROWS:
+        return None
+    line = frechet_infinity(pair.real, pair.generated, seed=settings.seed)
+    lists = {"sizes": line.sizes.tolist(), "values": line.values.tolist()}
+    return plain_fields(line) | lists | {"seed": settings.seed}

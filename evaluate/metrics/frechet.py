@@ -15,13 +15,36 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_number
 from evaluate.metrics.features import checked_pair, constant_features, random_subset
+from evaluate.metrics.metric import (
+    ContextEntry,
+    FeaturePair,
+    Metric,
+    MetricPart,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    WarningKind,
+    plain_fields,
+    value_at,
+)
 from evaluate.metrics.moments import Moments
 
 Matrix = NDArray[np.float64]
 
 _ACCURACY = 1e-9  # relative, that the eigenvalue route must promise for the trace of the root
 _ROUNDING = 1e-6  # what of the traces a difference may fall below zero by rounding alone
+_SINGULAR = WarningKind(
+    "singular_covariance",
+    "{rows} {side} images for {dim} feature dimensions: the covariance is singular and the "
+    "Fréchet distance mostly measures how few images there are",
+    covered_by="fewer_tiles_than_dimensions",
+)
+_CONSTANT = WarningKind(
+    "constant_dimensions", "{count} of {dim} {side} feature dimensions are constant"
+)
 
 
 @dataclass(frozen=True)
@@ -258,17 +281,131 @@ def _capped(rows: NDArray[np.floating], limit: int | None, seed: int) -> NDArray
     return rows[random_subset(len(rows), limit, seed)]
 
 
-def _size_warnings(moments: Moments, name: str) -> tuple[str, ...]:
+def _size_warnings(moments: Moments, side: str) -> tuple[str, ...]:
     if moments.n > moments.dim:
         return ()
-    return (
-        f"{moments.n} {name} images for {moments.dim} feature dimensions: the covariance is "
-        f"singular and the Fréchet distance mostly measures how few images there are",
+    return (_SINGULAR.format(rows=moments.n, side=side, dim=moments.dim),)
+
+
+def _constant_warnings(rows: NDArray[np.floating], side: str) -> tuple[str, ...]:
+    count = int(constant_features(rows).sum())
+    return (_CONSTANT.format(count=count, dim=rows.shape[1], side=side),) if count else ()
+
+
+def _compute_distance(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    distance = frechet_distance(
+        pair.real, pair.generated, max_generated=settings.max_generated, seed=settings.seed
     )
+    return plain_fields(distance)
 
 
-def _constant_warnings(rows: NDArray[np.floating], name: str) -> tuple[str, ...]:
-    dead = int(constant_features(rows).sum())
-    if not dead:
-        return ()
-    return (f"{dead} of {rows.shape[1]} {name} feature dimensions are constant",)
+def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The distance, its spread over resamples, and the line through its values at growing n."""
+    # Both are built on this module, which therefore cannot import them when it is loaded.
+    from evaluate.metrics.extrapolation import infinity_result
+    from evaluate.metrics.resampling import resampled_widths
+
+    return _compute_distance(pair, settings) | {
+        "seed": settings.seed,
+        "max_generated": settings.max_generated,
+        "dtype": "float64",
+        "widths": resampled_widths(pair, settings),
+        "infinity": infinity_result(pair, settings),
+    }
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    size = f"real halves, {format_number(halves.optional('n_real'))} a side"
+    reference = (size if halves else "too few real tiles", size if halves else "")
+    terms = [
+        f"{format_number(one.optional('mean_term'))} / "
+        f"{format_number(one.optional('covariance_term'))}"
+        for one in (result, halves)
+    ]
+    rows = [
+        MetricRow(
+            "Fréchet distance", "lower",
+            format_number(result.number("value")), format_number(halves.optional("value")),
+            reference[0],
+            "How far the generated tiles are from the real ones as two clouds of features: the "
+            "difference of their means plus that of their spreads. 0 is identical. Its unit is "
+            "the encoder's own and it falls with the number of tiles, so it is read against the "
+            "numbers beside it, never against another encoder's.",
+        ),
+        MetricRow(
+            "… noise floor", "",
+            format_number(result.number("noise_floor")),
+            format_number(halves.optional("noise_floor")), reference[1],
+            "What two sets of exactly these sizes, drawn from one and the same distribution, "
+            "would show by chance (closed form). A distance near it cannot be told from a "
+            "perfect one.",
+        ),
+        MetricRow(
+            "… of means / of spreads", "lower", terms[0], terms[1], reference[1],
+            "The two terms of the distance. A large first one is a common shift, as of colour; a "
+            "large second one is missing or surplus variety.",
+        ),
+    ]  # fmt: skip
+    interval, line = result.part("widths").part("slide"), result.part("infinity")
+    if interval:
+        rows.append(MetricRow(
+            "… 95 % interval", "",
+            f"{format_number(interval.number('low'))} to {format_number(interval.number('high'))}",
+            format_number(interval.count("draws")), "draws of whole slides",
+            "How far the distance would move with other slides of the same kind, tiles of a "
+            "slide being alike. Two models whose intervals overlap are not told apart.",
+        ))  # fmt: skip
+    if line:
+        rows.append(MetricRow(
+            "… at infinitely many images", "lower",
+            format_number(line.number("value")), format_number(result.number("value")),
+            f"with {format_number(result.count('n_generated'))}",
+            "The distance extrapolated along 1/N, so that numbers taken with different counts "
+            "can be compared. Noise can take it below zero where the sets are alike.",
+        ))  # fmt: skip
+    return rows
+
+
+def _half_interval(result: Record) -> float | None:
+    """Half the 95% interval of the cluster bootstrap by slide, else of the subsampling."""
+    widths = result.part("widths")
+    interval = widths.part("slide") or widths.part("subsample")
+    return (interval.number("high") - interval.number("low")) / 2 if interval else None
+
+
+def _noise_floor(result: Record) -> ContextEntry:
+    counts = {key: result.count(key) for key in ("n_real", "n_generated")}
+    label = "Noise floor of these sizes (closed form)"
+    return ContextEntry(label, result.number("noise_floor"), counts)
+
+
+def _summary(result: Record) -> str:
+    value, floor = (format_number(result.number(key)) for key in ("value", "noise_floor"))
+    return f"Fréchet distance {value} (noise floor {floor})"
+
+
+_INFINITY_TITLE = "Fréchet distance at infinitely many images"
+
+METRIC = Metric(
+    name="frechet_distance",
+    title="Fréchet distance",
+    place=10,
+    compute=_compute,
+    compute_floor=_compute_distance,
+    rows=_rows,
+    reads_clusters=True,
+    quantities=(
+        TableQuantity(
+            "fd", "Fréchet distance", "lower", value_at("value"), _half_interval,
+            context=_noise_floor,
+        ),
+        # Near zero the line through a control's distances says nothing.
+        TableQuantity(
+            "fd_infinity", _INFINITY_TITLE, "lower", value_at("infinity", "value"),
+            in_controls=False,
+        ),
+    ),
+    warnings=(_SINGULAR, _CONSTANT),
+    parts=(MetricPart("infinity", "frechet_infinity", _INFINITY_TITLE),),
+    summary=_summary,
+)  # fmt: skip

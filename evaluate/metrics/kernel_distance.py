@@ -11,7 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_number, format_share
 from evaluate.metrics.features import checked_pair
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    WarningKind,
+    plain_fields,
+    value_at,
+)
 
 Rows = NDArray[np.float64]
 Kernel = Callable[[Rows, Rows], Rows]
@@ -19,6 +31,9 @@ Prepare = Callable[[NDArray[np.floating]], Rows]
 
 _BLOCK_ROWS = 1024
 _MEDIAN_ROWS = 2000
+_SMALL_SUBSETS = WarningKind(
+    "small_subsets", "subsets of {size} rows in place of {wanted}, as no more are there"
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,9 @@ def kid(
         n_real=len(first),
         n_generated=len(second),
         dim=first.shape[1],
-        warnings=_subset_warnings(size, subset_size),
+        warnings=()
+        if size == subset_size
+        else (_SMALL_SUBSETS.format(size=size, wanted=subset_size),),
     )
 
 
@@ -259,7 +276,33 @@ def _refuse_zeros(rows: NDArray[np.floating], name: str) -> None:
         )
 
 
-def _subset_warnings(size: int, wanted: int) -> tuple[str, ...]:
-    if size == wanted:
-        return ()
-    return (f"subsets of {size} rows in place of {wanted}, as no more are there",)
+def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    distance = kid(
+        pair.real, pair.generated, subsets=settings.kid_subsets,
+        subset_size=settings.kid_subset_size, seed=settings.seed,
+    )  # fmt: skip
+    return plain_fields(distance) | {"subsets": settings.kid_subsets, "seed": settings.seed}
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    return [
+        MetricRow(
+            _TITLE, "lower", format_number(result.number("value")), format_share(0.0),
+            "equal distributions",
+            "Like the Fréchet distance, without taking the clouds for Gaussians and without "
+            "its bias; slightly negative values are legitimate.",
+        )
+    ]  # fmt: skip
+
+
+_TITLE = "Kernel distance (KID)"
+
+METRIC = Metric(
+    name="kernel_distance",
+    title=_TITLE,
+    place=40,
+    compute=_compute,
+    rows=_rows,
+    quantities=(TableQuantity("kid", _TITLE, "lower", value_at("value")),),
+    warnings=(_SMALL_SUBSETS,),
+)

@@ -16,13 +16,33 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_number, format_share
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricPart,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    WarningKind,
+    plain_fields,
+    value_at,
+)
 from evaluate.metrics.mixture import Mixture
 from evaluate.metrics.moments import Moments
 
 Mode = Literal["test", "train", "gap"]
 Dtype = Literal["float64", "float32"]
 _SUSPICIOUS = 1000.0
+_DROPPED = WarningKind(
+    "constant_dimensions",
+    "{count} feature dimensions are constant in the test set and were dropped",
+)
+_FAR = WarningKind(
+    "suspicious_value", "a value beyond ±{limit:.0f} points to {cause} or to another encoder"
+)
 
 
 @dataclass(frozen=True)
@@ -170,11 +190,7 @@ class _Normaliser:
         moments = Moments.of(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings = (
-            (f"{dropped} feature dimensions are constant in the test set and were dropped",)
-            if dropped
-            else ()
-        )
+        self.warnings = (_DROPPED.format(count=dropped),) if dropped else ()
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
         scaled = torch.empty((len(rows), len(self._mean)), dtype=self._dtype)
@@ -255,4 +271,57 @@ def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
     if max(np.abs(values)) <= _SUSPICIOUS:
         return ()
     cause = "copies of train rows" if mode != "train" else "features far from the real ones"
-    return (f"a value beyond ±{_SUSPICIOUS:.0f} points to {cause} or to another encoder",)
+    return (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
+
+
+def likelihood_result(
+    pair: FeaturePair, settings: MetricSettings, baseline: LikelihoodBaseline | None = None
+) -> dict[str, object]:
+    """The divergence against held-out rows as plain values, with its baseline for later calls.
+
+    Raises:
+        UserError: the pair has no training features.
+    """
+    if pair.train is None:
+        raise UserError("FLD needs the features of the training tiles: name their selection")
+    result = feature_likelihood_divergence(
+        pair.train, pair.real, pair.generated,
+        seeds=settings.fld_seeds,
+        dtype="float32" if settings.fld_dtype == "float32" else "float64",
+        max_generated=settings.fld_max_generated,
+        baseline=baseline,
+        device=pair.device,
+    )  # fmt: skip
+    assert result.baseline is not None
+    nll = {str(seed): value for seed, value in result.baseline.nll.items()}
+    kept = {"nll": nll, "fingerprint": result.baseline.fingerprint}
+    return plain_fields(result) | {"baseline": kept}
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    std = result.optional("std")
+    spread = "" if std is None else f" ± {format_number(std, 2)}"
+    return [
+        MetricRow(
+            _TITLE, "lower", format_number(result.number("value")) + spread, format_share(0.0),
+            "real training tiles",
+            "How well the generated tiles explain unseen real ones, against real training "
+            "tiles. Copies of training tiles make it huge. ± is over seeds.",
+        )
+    ]  # fmt: skip
+
+
+_TITLE = "Feature likelihood divergence"
+
+METRIC = Metric(
+    name="feature_likelihood",
+    title=_TITLE,
+    place=30,
+    compute=likelihood_result,
+    rows=_rows,
+    quantities=(TableQuantity("fld", _TITLE, "lower", value_at("value"), value_at("std")),),
+    needs=("train",),
+    depends_on_device=True,
+    warnings=(_DROPPED, _FAR),
+    parts=(MetricPart("gap", "fld_gap", "FLD gap"),),
+)

@@ -13,7 +13,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_share
 from evaluate.metrics.features import checked_pair, chunks
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    plain_fields,
+    value_at,
+)
 from evaluate.metrics.neighbours import (
     MANY,
     Nearest,
@@ -106,7 +117,7 @@ def precision_recall(
     real_side, generated_side = Side(first, centre, device), Side(second, centre, device)
     own_real, own_generated = own_neighbours(real_side, k), own_neighbours(generated_side, k)
     cross = _CrossPass(real_side, generated_side, own_real, own_generated).run()
-    return _summary(cross, own_real, own_generated, semantics)
+    return _collect(cross, own_real, own_generated, semantics)
 
 
 def _check_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
@@ -292,7 +303,7 @@ class _CrossPass:
         self._realism.update(i, j, squared, error)
 
 
-def _summary(
+def _collect(
     cross: _CrossPass, own_real: Neighbours, own_generated: Neighbours, semantics: str
 ) -> PrecisionRecall:
     n, k = own_real.indices.shape
@@ -317,3 +328,55 @@ def _summary(
         nearest_real=nearest,
         nearest_generated=cross.nearest_generated,
     )
+
+
+_SHOWN = {
+    "precision": "Share of generated tiles that fall among the real ones (within the distance of "
+    "some real tile to its real neighbour number {k}): do they look real?",
+    "recall": "Share of real tiles that fall among the generated ones: is the variety of the real "
+    "tissue covered?",
+    "density": "Like precision, but counts how many real neighbourhoods hold a generated tile, so "
+    "one real outlier weighs little; about 1 for equal distributions, can exceed it.",
+    "coverage": "Share of real tiles with at least one generated tile in their neighbourhood: "
+    "recall that outliers among the generated tiles cannot inflate.",
+}
+"""Numbers that reports and tables show, with their meaning."""
+
+
+def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    most = min(len(pair.real), len(pair.generated)) - 1
+    result = precision_recall(
+        pair.real, pair.generated, k=min(settings.k, most), device=pair.device
+    )
+    return plain_fields(result)
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    return [
+        MetricRow(
+            key.capitalize(), "higher",
+            format_share(result.optional(key)), format_share(halves.optional(key)),
+            "real halves" if halves else "too few real tiles",
+            meaning.format(k=result.get("k", 3)),
+        )
+        for key, meaning in _SHOWN.items()
+        if result.optional(key) is not None
+    ]  # fmt: skip
+
+
+def _summary(result: Record) -> str:
+    return ", ".join(f"{key} {result.number(key):.3f}" for key in ("precision", "recall"))
+
+
+METRIC = Metric(
+    name="precision_recall",
+    title="Precision and recall",
+    place=20,
+    compute=_compute,
+    compute_floor=_compute,
+    rows=_rows,
+    quantities=tuple(
+        TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True) for key in _SHOWN
+    ),
+    summary=_summary,
+)

@@ -6,7 +6,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
+from common.text import format_number, format_share
 from evaluate.metrics.features import checked_pair, chunks, random_subset
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricRow,
+    MetricSettings,
+    TableQuantity,
+    plain_fields,
+    value_at,
+)
 
 _BLOCK_BYTES = 256 << 20
 
@@ -87,3 +98,30 @@ def _squared_along(
 def _projected(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rows along each axis ``[axes, n]``, in float64, without a float64 copy of the rows."""
     return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
+
+
+def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    distance = mind(pair.real, pair.generated, seed=settings.seed)
+    return plain_fields(distance) | {"seed": settings.seed}
+
+
+def _rows(result: Record, halves: Record) -> list[MetricRow]:
+    return [
+        MetricRow(
+            _TITLE, "lower", format_number(result.number("value")), format_share(0.0), "equal sets",
+            "The mean distance along random directions, on the scale of a Fréchet distance; "
+            "it needs fewer tiles to settle.",
+        )
+    ]  # fmt: skip
+
+
+_TITLE = "Sliced distance (MIND)"
+
+METRIC = Metric(
+    name="sliced_distance",
+    title=_TITLE,
+    place=50,
+    compute=_compute,
+    rows=_rows,
+    quantities=(TableQuantity("mind", _TITLE, "lower", value_at("value")),),
+)

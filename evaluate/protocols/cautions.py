@@ -3,16 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evaluate.compare.measure import blockiness_warnings
 from evaluate.compare.results import warning
-from evaluate.metric_warnings import metric_warnings
+from evaluate.compare.warnings import FEW_TILES, blockiness_warnings, metric_warnings
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
 
 Warnings = list[dict[str, str]]
 Results = Mapping[str, Any]
 """results.json."""
-_FEW_TILES = 1000
 _NO_LINE = {"infinity": None}
 
 
@@ -75,7 +73,7 @@ def _random_warnings(results: Results) -> Warnings:
 def _size_warnings(results: Results) -> Warnings:
     found = []
     rows_of = {name: source["rows"] for name, source in results["sources"].items()}
-    few = [f"{name} ({rows:,})" for name, rows in rows_of.items() if rows < _FEW_TILES]
+    few = [f"{name} ({rows:,})" for name, rows in rows_of.items() if rows < FEW_TILES]
     if few:
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"
         found.append(warning("few_tiles", f"{message}: {', '.join(few)}"))

@@ -8,10 +8,12 @@ import numpy as np
 
 from common.errors import UserError
 from common.torch_processes import choose_device
-from evaluate.compare.battery import METRICS, Pair, Settings, likelihood
 from evaluate.compare.measure import make_pair, real_halves
-from evaluate.compare.sides import Side, slide_attribute, source_features
-from evaluate.metrics import LikelihoodBaseline
+from evaluate.compare.sides import FeatureSide, slide_attribute, source_features
+from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
+from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
+from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
+from evaluate.metrics.registry import METRICS, needed_features
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
@@ -29,7 +31,7 @@ _OPEN_SIDES = 4
 class OpenSide:
     """A side with the sum of its features, which names results."""
 
-    side: Side
+    side: FeatureSide
     sum: str
 
 
@@ -48,7 +50,7 @@ class Measurer:
             tiles, features_of = self.sources.tiles(seen.source), self.sources.feature_store
             store = features_of(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
-            side = Side(tiles.dataset, tiles.used, store, features)
+            side = FeatureSide(tiles.dataset, tiles.used, store, features)
             self._sides[key] = OpenSide(side, digest(features))
             if len(self._sides) > _OPEN_SIDES:
                 self._sides.popitem(last=False)
@@ -79,21 +81,21 @@ class Measurer:
         settings = self.protocol.settings
         settings = settings if cell.kind == "model" else replace(settings, draws=0)
         results: Results = {}
-        for metric in cell.metrics:
-            is_likelihood = metric == "feature_likelihood"
-            compute = partial(self._likelihood, opened) if is_likelihood else METRICS[metric]
+        for metric in (METRICS[name] for name in cell.metrics):
+            is_likelihood = metric is LIKELIHOOD
+            compute = partial(self._likelihood, opened) if is_likelihood else metric.compute
             inputs = self._inputs(metric, pair, opened, settings)
-            results[metric] = self.store.get(inputs, partial(compute, pair, settings))
+            results[metric.name] = self.store.get(inputs, partial(compute, pair, settings))
         if cell.kind == "model" and "groups" in self.protocol.plots:
             results["groups"] = self._groups(cell, opened)
         return results
 
-    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> Pair:
+    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
         guide = guiding_set(self.protocol, cell.generated.source)
         guide_dataset = self.sources.tiles(guide).dataset if guide else real.dataset
         sources = None
-        if "cosine_similarity" in cell.metrics:
+        if "sources" in needed_features(cell.metrics):
             seen = Seen(guide, cell.real.view, cell.real.px)
             guiding = self.sources.feature_store(seen, cell.encoder)
             sources, reason = source_features(generated, guiding)
@@ -103,29 +105,35 @@ class Measurer:
         return make_pair(real, generated, guide_dataset, sources, train, self._device)
 
     def _inputs(
-        self, metric: str, pair: Pair, opened: dict[str, OpenSide], settings: Settings
+        self,
+        metric: Metric,
+        pair: FeaturePair,
+        opened: dict[str, OpenSide],
+        settings: MetricSettings,
     ) -> Results:
         """Everything that a metric's result depends on."""
         real = {f"real {key}": labels for key, labels in (pair.real_clusters or {}).items()}
-        is_clustered = metric == "frechet_distance" and settings.draws
+        is_clustered = metric.reads_clusters and settings.draws
         clusters = (pair.clusters or {}) | real if is_clustered else {}
         return self._rounding(metric) | {
-            "metric": metric,
+            "metric": metric.name,
             "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
             "sides": {name: one.sum for name, one in opened.items()},
-            "sources": digest(pair.sources) if metric == "cosine_similarity" else "",
+            "sources": digest(pair.sources) if "sources" in metric.needs else "",
             "clusters": {key: digest(labels) for key, labels in clusters.items()},
         }
 
-    def _rounding(self, metric: str) -> Results:
-        """The device, for FLD alone: the other metrics are the same numbers on all."""
-        is_likelihood = metric.startswith("feature_likelihood")
-        return {"device": self._device} if is_likelihood and self._device != "cpu" else {}
+    def _rounding(self, metric: Metric) -> Results:
+        """The device, where a metric's rounding depends on it."""
+        is_named = metric.depends_on_device and self._device != "cpu"
+        return {"device": self._device} if is_named else {}
 
-    def _likelihood(self, opened: dict[str, OpenSide], pair: Pair, settings: Settings) -> Results:
+    def _likelihood(
+        self, opened: dict[str, OpenSide], pair: FeaturePair, settings: MetricSettings
+    ) -> Results:
         """FLD with its baseline looked up first: it depends on the real sets alone."""
-        inputs = self._rounding("feature_likelihood") | {
-            "metric": "feature_likelihood baseline",
+        inputs = self._rounding(LIKELIHOOD) | {
+            "metric": f"{LIKELIHOOD.name} baseline",
             "sides": {name: opened[name].sum for name in ("real", "train")},
             "n_generated": len(pair.generated),
             "cap": settings.fld_max_generated,
@@ -135,14 +143,14 @@ class Measurer:
         computed: Results = {}
 
         def compute_baseline() -> object:
-            computed.update(likelihood(pair, settings))
+            computed.update(likelihood_result(pair, settings))
             return computed["baseline"]
 
         kept = self.store.get(inputs, compute_baseline)
         if computed:
             return computed
         nll = {int(seed): value for seed, value in kept["nll"].items()}
-        return likelihood(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
+        return likelihood_result(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
 
     def _measure_real(self, cell: Cell) -> Results:
         """A control that compares real tiles with real tiles of the same set."""

@@ -3,15 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from common.errors import UserError
+from pipeline.dataset.features import MADE, FeatureRecord
 
 _ENCODER = ("weights_sha256", "dim", "resize", "mean", "std", "input_px")
-"""What fixes an encoder's features; equal wherever one encoder's numbers are compared."""
+"""Keys of a basis that one encoder's numbers share in every table."""
 
-Record = Mapping[str, object]
-"""encoder.json, or the basis of a number."""
+Basis = Mapping[str, object]
+"""What a number rests on, by key."""
 
 
-def basis(record: Record, generated_record: Record, n: Mapping[str, int]) -> dict[str, object]:
+def basis(
+    record: Mapping[str, object], generated_record: Mapping[str, object], n: Mapping[str, int]
+) -> dict[str, object]:
     """What a number rests on: encoder, kernel, dtype, views, sizes and sample counts.
 
     `record` and `generated_record` are the two sides' encoder.json; `n` their rows.
@@ -28,21 +31,23 @@ def basis(record: Record, generated_record: Record, n: Mapping[str, int]) -> dic
     }
 
 
-def check_sides(record: Record, generated_record: Record, where: str) -> None:
+def check_sides(
+    record: Mapping[str, object], generated_record: Mapping[str, object], where: str
+) -> None:
     """Refuse two sides of another encoder, weights, kernel or dtype.
 
     Views and tile sizes may differ between the sides: the ablations are made of that, and the
     table names them. Raises `UserError` naming the first difference, with both values.
     """
-    for key in ("encoder", *_ENCODER, "compute_dtype"):
-        if record.get(key) != generated_record.get(key):
-            raise UserError(
-                f"{where}: {key} is {record.get(key)!r} on the real side and "
-                f"{generated_record.get(key)!r} on the generated one; cache both alike"
-            )
+    real, generated = FeatureRecord.parse(record), FeatureRecord.parse(generated_record)
+    for field, first, second in real.differs_from(generated, MADE):
+        raise UserError(
+            f"{where}: {field} is {first!r} on the real side and {second!r} on the generated one; "
+            "cache both alike"
+        )
 
 
-def check_table(name: str, rows: Sequence[tuple[str, Record]], varies: Iterable[str]) -> None:
+def check_table(name: str, rows: Sequence[tuple[str, Basis]], varies: Iterable[str]) -> None:
     """Refuse a table whose numbers differ in more than it is about.
 
     `rows` are (label, basis). What fixes an encoder must agree among its own numbers; dtype,

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from common.config import build, plain, read_yaml, with_overrides
 from common.errors import UserError
-from evaluate.compare.battery import METRICS, Settings
+from evaluate.metrics.metric import MetricSettings
+from evaluate.metrics.registry import METRICS
 
 HERE = Path(__file__).parent
 Control = Literal["floor-tile", "floor-patient", "vae", "neighbour"]
@@ -149,7 +150,7 @@ class Protocol:
     models: dict[str, ModelSpec] = field(default_factory=dict)
     generations: dict[str, GenerationSpec] = field(default_factory=dict)
     rows: tuple[TableRow, ...] = ()
-    settings: Settings = field(default_factory=Settings)
+    settings: MetricSettings = field(default_factory=MetricSettings)
     published: dict[str, object] = field(default_factory=dict)
     deviations: dict[str, Deviation] = field(default_factory=dict, metadata={"derived": True})
 

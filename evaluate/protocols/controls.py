@@ -6,14 +6,14 @@ Pure functions of feature arrays and labels.
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.compare.battery import Pair, Settings, histogram
-from evaluate.compare.measure import least_rows, mean_of_results, set_metrics
+from evaluate.compare.measure import FLOOR_SPLIT_ROWS, FLOOR_SPLITS, least_rows, mean_floors
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.metrics.cosine import cosine_histogram
+from evaluate.metrics.metric import MetricSettings
 
 Features = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.str_]
 
-_SPLITS, _SPLIT_ROWS = 8, 4096
 _GROUP_KEYS = ("value", "mean_term", "covariance_term", "noise_floor", "n_real", "n_generated")
 
 
@@ -33,7 +33,7 @@ def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def halves_by_label(
-    features: Features, labels: Labels, settings: Settings | None = None, device: str = "cpu"
+    features: Features, labels: Labels, settings: MetricSettings | None = None, device: str = "cpu"
 ) -> dict[str, object] | None:
     """Fréchet distance and precision, recall between halves that share no label.
 
@@ -41,15 +41,14 @@ def halves_by_label(
     with fewer than 8 rows (or k + 1) on a side. The halves are about equal in size, so counts are
     the first split's.
     """
-    settings = settings or Settings()
+    settings = settings or MetricSettings()
     splits = []
-    for number in range(_SPLITS if len(features) <= _SPLIT_ROWS else 1):
+    for number in range(FLOOR_SPLITS if len(features) <= FLOOR_SPLIT_ROWS else 1):
         first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
-        splits.append(set_metrics(Pair(features[first], features[~first], device=device), settings))
-    merged = {metric: mean_of_results([one[metric] for one in splits]) for metric in splits[0]}
-    return {"splits": len(splits), "labels": len(np.unique(labels)), **merged}
+        splits.append((features[first], features[~first]))
+    return {"labels": len(np.unique(labels)), **mean_floors(splits, settings, device)}
 
 
 def neighbour_cosines(
@@ -78,7 +77,7 @@ def neighbour_cosines(
         "centred_mean": found.centred_mean,
         "n": found.n,
         "seed": seed,
-        "histogram": histogram(found.values),
+        "histogram": cosine_histogram(found.values),
     }
 
 

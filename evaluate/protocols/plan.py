@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from common.errors import UserError
+from evaluate.metrics.registry import needed_features
 from evaluate.protocols.config import SWEPT_KEYS, GenerationSpec, Protocol
 
 Kind = Literal["model", "reference", "control"]
@@ -141,7 +142,7 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
                 row.metrics,
                 Seen(column, row.real_view, row.real_px),
                 Seen(images.key, row.generated_view, None if is_generated else row.real_px),
-                train=train if "feature_likelihood" in row.metrics else None,
+                train=train if "train" in needed_features(row.metrics) else None,
                 point=images.point,
                 note=row.note,
             )
@@ -189,7 +190,7 @@ def all_features(protocol: Protocol, cells: list[Cell]) -> list[Features]:
     for cell in cells:
         features.update(dict.fromkeys((seen, cell.encoder) for seen in cell.sides().values()))
         guide = guiding_set(protocol, cell.generated.source)
-        if guide and "cosine_similarity" in cell.metrics:
+        if guide and "sources" in needed_features(cell.metrics):
             features[Seen(guide, cell.real.view, cell.real.px), cell.encoder] = None
     if protocol.kind == "memorisation" and protocol.train:
         features.update(dict.fromkeys((Seen(protocol.train), e) for e in protocol.encoders))

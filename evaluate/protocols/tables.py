@@ -1,11 +1,12 @@
 """Cells laid out in the paper's tables: one per quantity, encoders and sets as columns."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from common.record import Record
+from evaluate.metrics.metric import TableQuantity
+from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.layout import (
     LabelledRow,
@@ -15,90 +16,8 @@ from evaluate.protocols.layout import (
     protocol_columns,
 )
 
-Reader = Callable[[Record], float | None]
 Cell = Mapping[str, object]
 """A measured cell of results.json."""
-
-
-@dataclass(frozen=True)
-class TableQuantity:
-    """One number of a metric's results: its title, which way is better, how it is read."""
-
-    title: str
-    better: str
-    metric: str
-    read: Reader
-    spread: Reader = lambda result: None
-    share: bool = False
-
-
-def value_at(*keys: str) -> Reader:
-    """A reader of the number under these nested keys, None where it is absent."""
-
-    def read(result: Record) -> float | None:
-        for key in keys[:-1]:
-            result = result.part(key)
-        return result.optional(keys[-1])
-
-    return read
-
-
-def _half_interval(result: Record) -> float | None:
-    """Half the 95% interval of the cluster bootstrap by slide, else of the subsampling."""
-    widths = result.part("widths")
-    width = widths.part("slide") or widths.part("subsample")
-    return (width.number("high") - width.number("low")) / 2 if width else None
-
-
-def _share_of(title: str, metric: str, key: str, spread: str = "") -> TableQuantity:
-    reader = value_at(spread) if spread else lambda result: None
-    return TableQuantity(title, "higher", metric, value_at(key), reader, share=True)
-
-
-QUANTITIES = {
-    "fd": TableQuantity(
-        "Fréchet distance", "lower", "frechet_distance", value_at("value"), _half_interval
-    ),
-    "fd_infinity": TableQuantity(
-        "Fréchet distance at infinitely many images", "lower", "frechet_distance",
-        value_at("infinity", "value"),
-    ),
-    "fld": TableQuantity(
-        "Feature likelihood divergence", "lower", "feature_likelihood", value_at("value"),
-        value_at("std"),
-    ),
-    "precision": _share_of("Precision", "precision_recall", "precision"),
-    "recall": _share_of("Recall", "precision_recall", "recall"),
-    "density": _share_of("Density", "precision_recall", "density"),
-    "coverage": _share_of("Coverage", "precision_recall", "coverage"),
-    "cosine": _share_of("Cosine to the source tile", "cosine_similarity", "mean", "std"),
-    "cosine_centred": _share_of(
-        "Cosine to the source tile, centred", "cosine_similarity", "centred_mean"
-    ),
-    "retrieval": _share_of("Source found first", "cosine_similarity", "retrieval_at_1"),
-    "kid": TableQuantity(
-        "Kernel distance (KID)", "lower", "kernel_distance", value_at("value")
-    ),
-    "mind": TableQuantity(
-        "Sliced distance (MIND)", "lower", "sliced_distance", value_at("value")
-    ),
-}  # fmt: skip
-
-
-def _context(name: str, result: Record) -> tuple[str, TableNumber] | None:
-    """The control row that a result brings along: a null of cosines, the floor of a distance."""
-    n = {"n": _integer(result, "n" if "n" in result else "n_generated")}
-    if name == "cosine":
-        return "Sources shuffled", _number(result.optional("null_mean"), n)
-    if name == "cosine_centred":
-        return "Sources shuffled", _number(0.0, n)
-    if name == "retrieval":
-        pool = result.count("retrieval_pool")
-        return "Chance", _number(1 / pool, {"n": pool})
-    if name == "fd":
-        label = "Noise floor of these sizes (closed form)"
-        return label, _number(result.optional("noise_floor"), _sizes(result))
-    return None
 
 
 def build_tables(protocol: Protocol, cells: Sequence[Cell]) -> list[Table]:
@@ -113,16 +32,15 @@ def build_tables(protocol: Protocol, cells: Sequence[Cell]) -> list[Table]:
 
 def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Table:
     """A row for each label and point, a column for each encoder and set."""
-    quantity = QUANTITIES[name]
+    metric, quantity = table_quantities()[name]
     builder = TableBuilder(protocol_columns(protocol))
     records = [Record(cell, "cells") for cell in cells]
-    contexts = [_cell_context(name, cell, quantity.metric) for cell in records]
+    contexts = [_cell_context(quantity, cell, metric.name) for cell in records]
     repeated = _differing_labels(records, contexts)
     for cell, context in zip(records, contexts, strict=True):
-        result = _result(cell, quantity.metric)
-        value = quantity.read(result) if result else None
-        # Near zero the line through a reconstruction's distances says nothing.
-        if value is None or (name == "fd_infinity" and cell.text("kind") == "control"):
+        result = _result(cell, metric.name)
+        value = quantity.value(result) if result else None
+        if value is None or (cell.text("kind") == "control" and not quantity.in_controls):
             continue
         label = row_label(cell)
         counts = {key: _integer(result, key) for key in ("n_real", "n_generated", "n")
@@ -140,10 +58,16 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
     return _with_published(protocol, table)
 
 
-def _cell_context(name: str, cell: Record, metric: str) -> tuple[str, TableNumber] | None:
+def _cell_context(
+    quantity: TableQuantity, cell: Record, metric: str
+) -> tuple[str, TableNumber] | None:
+    """The control row that a model's result brings along: a null of cosines, a distance's floor."""
     result = _result(cell, metric)
     is_single_model = cell.text("kind") == "model" and not cell.part("point")
-    return _context(name, result) if is_single_model and result else None
+    if quantity.context is None or not is_single_model or not result:
+        return None
+    entry = quantity.context(result)
+    return entry.label, _number(entry.value, entry.counts)
 
 
 def _differing_labels(

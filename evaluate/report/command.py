@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from common.errors import UserError
+from common.files import write_bytes, write_text
 from evaluate.compare.results import read_results
-from evaluate.report.page import gather, render
-from evaluate.report.picture import picture
-from evaluate.report.runlog import read_run
+from evaluate.report.page import gather_content, render_page
+from evaluate.report.picture import draw_picture
+from evaluate.report.run_curves import read_run
 from pipeline.dataset import open_dataset
 
 
@@ -20,22 +20,14 @@ def write_report(
     picture_file: Path | None = None,
 ) -> list[Path]:
     """Write the page, and the picture if a file is named for it; returns what was written."""
-    content = gather(
+    content = gather_content(
         read_results(results_file),
         read_run(run_dir) if run_dir is not None else None,
         open_dataset(real),
         open_dataset(generated),
     )
-    written = [_write(out, render(content).encode())]
-    if picture_file is not None:
-        written.append(_write(picture_file, picture(content)))
-    return written
-
-
-def _write(path: Path, data: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
-    return path
+    write_text(out, render_page(content))
+    if picture_file is None:
+        return [out]
+    write_bytes(picture_file, draw_picture(content))
+    return [out, picture_file]

@@ -26,6 +26,7 @@ from protocol_data import (
 from test_report import Page
 
 from common.errors import UserError
+from common.record import Record
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
 from evaluate.protocols import cells as cells_module
@@ -46,7 +47,7 @@ from evaluate.protocols.run import list_missing, run_protocol
 from evaluate.protocols.sources import first_tiles
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import quantity_table, variability_table
-from evaluate.report.protocol_files import render, write_protocol_files
+from evaluate.report.protocol_files import render_protocol, write_protocol_files
 from evaluate.report.protocol_text import latex, markdown
 from pipeline.dataset import (
     Dataset,
@@ -220,8 +221,8 @@ def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
     (line,) = (one for one in said if "not linear in 1/N" in one)
     assert line.startswith("Fréchet distance at infinitely many images: the smallest subset has 6")
     assert "Reconstructed" not in line  # whose line no table shows
-    assert line in " ".join(Page(render(table2)).text)
-    assert line in markdown(table2)
+    assert line in " ".join(Page(render_protocol(table2)).text)
+    assert line in markdown(Record(table2))
     (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
     groups = cell["results"]["groups"]
     assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
@@ -359,7 +360,7 @@ def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -
     assert {"solver": "ode", "steps": 6} in points
     labels = [row["label"] for row in results["tables"][0]["rows"]]
     assert "Model, 6 steps, SDE" in labels or "Model, SDE, 6 steps" in labels
-    page = Page(render(results))
+    page = Page(render_protocol(results))
     assert any("Fréchet distance against steps" in alt for alt in page.attributes("alt"))
 
 
@@ -474,10 +475,10 @@ def test_the_page_needs_nothing_and_holds_the_tables(
     text = " ".join(page.text)
     for word in ("These numbers mean nothing", "Run card", "Do the encoders agree?", "val-out"):
         assert word in text or word in " ".join(page.attributes("alt"))
-    assert render(hostile) == html
+    assert render_protocol(hostile) == html
     assert [path.name for path in written] == ["report.html", "tables.md", "tables.tex"]
-    assert r"<script>\&\_\%" in latex(hostile)
-    line = next(one for one in markdown(table2).splitlines() if one.startswith("| Model"))
+    assert r"<script>\&\_\%" in latex(Record(hostile))
+    line = next(one for one in markdown(Record(table2)).splitlines() if one.startswith("| Model"))
     assert line.count("|") == 2 + 1 + 2 * len(ENCODERS)
 
 

@@ -1,0 +1,237 @@
+"""What a metric is: one record, from which results, report, tables and warnings are made.
+
+A module of this package that defines `METRIC` is a metric; nothing else names it. The record's
+`name` is the key in results.json and in a protocol's rows.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from common.record import Record
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from matplotlib.axes import Axes
+
+Features = NDArray[np.floating]
+Labels = NDArray[np.str_]
+Better = Literal["lower", "higher", ""]
+Reader = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """How the metrics are computed; the defaults are the paper's where it states them.
+
+    `draws` resamples of `subsample` rows give the paper's interval; 0 draws leave all out.
+    """
+
+    max_generated: int = 50_000
+    draws: int = 50
+    subsample: int = 50_000
+    seed: int = 0
+    k: int = 3
+    fld_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    fld_dtype: str = "float64"
+    fld_max_generated: int = 10_000
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse, before anything is read, what no metric accepts."""
+        for seed in (self.seed, *self.fld_seeds):
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed is {seed}; expected a whole number from 0 to 4294967295")
+        if self.draws < 0 or self.k < 1:
+            raise UserError(f"draws is {self.draws} and k is {self.k}; expected at least 0 and 1")
+
+
+@dataclass(frozen=True)
+class FeaturePair:
+    """Real features ``[n, d]`` and generated ones ``[m, d]``, and what some metrics also read.
+
+    Attributes:
+        clusters: labels ``[m]`` of the generated rows by kind ("slide", "patient").
+        real_clusters: the same of the real rows, ``[n]``.
+        train: what the model was trained on, ``[t, d]``.
+        sources: the source tile of each generated row, ``[m, d]``.
+        device: where distances are computed. Precision and recall do not depend on it, FLD by
+            rounding alone. It is no setting, so that results are not named by the machine.
+    """
+
+    real: Features
+    generated: Features
+    clusters: dict[str, Labels] | None = None
+    real_clusters: dict[str, Labels] | None = None
+    train: Features | None = None
+    sources: Features | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class WarningKind:
+    """A sentence that a metric may say against its value, with a stable code.
+
+    results.json keeps the sentences alone, so the template that writes one also recognises it.
+
+    Attributes:
+        code: stable name.
+        template: the sentence, with `{names}` in place of its values.
+        covered_by: code of a warning about all sets that says the same, "" if there is none.
+
+    >>> kind = WarningKind("constant", "{count} of {dim} dimensions are constant")
+    >>> kind.matches(kind.format(count=2, dim=768)), kind.matches("constant")
+    (True, False)
+    """
+
+    code: str
+    template: str
+    covered_by: str = ""
+
+    def format(self, **values: object) -> str:
+        """The sentence with these values."""
+        return self.template.format(**values)
+
+    def matches(self, sentence: str) -> bool:
+        """Whether this kind wrote the sentence."""
+        return self._pattern.fullmatch(sentence) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(".+".join(map(re.escape, re.split(r"\{[^}]*\}", self.template))))
+
+
+@dataclass(frozen=True)
+class MetricPart:
+    """A result within a metric's result that has warnings under a name and title of its own."""
+
+    key: str
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A line of the report: a value, what to compare it with, and what it means."""
+
+    name: str
+    better: Better
+    value: str
+    reference: str
+    reference_name: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class ContextEntry:
+    """A number that a result brings along for a table's controls: a floor or a null."""
+
+    label: str
+    value: float
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TableQuantity:
+    """A number of a metric's result that a protocol's table shows.
+
+    Attributes:
+        name: of the table, as a protocol's `tables` lists it.
+        better: which way is better.
+        value: reads the number.
+        spread: reads its uncertainty, shown after "±".
+        share: whether it is shown with three decimals, as shares and cosines are.
+        in_controls: whether rows of controls have it.
+        context: reads a control row that comes with it.
+    """
+
+    name: str
+    title: str
+    better: Better
+    value: Reader
+    spread: Reader = lambda result: None
+    share: bool = False
+    in_controls: bool = True
+    context: Callable[[Record], ContextEntry] | None = None
+
+
+@dataclass(frozen=True)
+class MetricPlot:
+    """A plot of a metric's result, for the report."""
+
+    draw: "Callable[[Axes, Record], None]"
+    alt: str
+    caption: str
+
+    def drawer(self, result: Record) -> "Callable[[Axes], None]":
+        """What draws this result on axes."""
+        return lambda axes: self.draw(axes, result)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as the rest of the house sees it.
+
+    Attributes:
+        name: key in results.json and in a protocol's rows; stable.
+        title: what people call it.
+        place: where it is in tables, ascending.
+        compute: the result as plain JSON values, from a pair and the settings.
+        needs: which optional features of the pair it reads.
+        reads_clusters: whether it reads the pair's labels, if there are draws.
+        depends_on_device: whether its value depends on the device by rounding.
+        compute_floor: the part of the result that is also computed between two halves of the
+            real tiles; None leaves it out.
+        rows: lines of the report, from the result and from that of the real halves.
+        quantities: what a protocol's tables show of it.
+        warnings: the sentences that its result may have.
+        parts: parts of the result with warnings of their own.
+        summary: the result in a few words.
+    """
+
+    name: str
+    title: str
+    place: int
+    compute: Callable[[FeaturePair, MetricSettings], dict[str, object]]
+    rows: Callable[[Record, Record], list[MetricRow]]
+    quantities: tuple[TableQuantity, ...] = ()
+    needs: tuple[Literal["train", "sources"], ...] = ()
+    reads_clusters: bool = False
+    depends_on_device: bool = False
+    compute_floor: Callable[[FeaturePair, MetricSettings], dict[str, object]] | None = None
+    warnings: tuple[WarningKind, ...] = ()
+    parts: tuple[MetricPart, ...] = ()
+    summary: Callable[[Record], str] | None = None
+    plot: MetricPlot | None = None
+
+
+def value_at(*keys: str) -> Reader:
+    """A reader of the number under these nested keys, None where it is absent.
+
+    >>> value_at("infinity", "value")(Record({"infinity": {"value": 2.5}}))
+    2.5
+    """
+
+    def read(result: Record) -> float | None:
+        for key in keys[:-1]:
+            result = result.part(key)
+        return result.optional(keys[-1])
+
+    return read
+
+
+def plain_fields(result: "DataclassInstance") -> dict[str, object]:
+    """The numbers and texts of a metric's result class; arrays, one value per row, are left out."""
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if value is None or isinstance(value, int | float | str | tuple)
+    }
