@@ -6,9 +6,9 @@ the dataclass are then filled from that one place:
     @dataclass(frozen=True)
     class CropConfig:
         files: tuple[str, ...] = field(metadata=option("pictures", positional=True))
-        mpp: float = field(default=0.5, metadata=option("µm per pixel", parse=parse_mpp))
-        mode: Literal["fast", "exact"] = field(default="fast", metadata=option("how to crop"))
-        skip: tuple[str, ...] = field(default=(), metadata=option("left out; repeatable"))
+        mpp: float = option_field(0.5, "µm per pixel", parse=parse_mpp)
+        mode: Literal["fast", "exact"] = option_field("fast", "how to crop")
+        skip: tuple[str, ...] = option_field((), "left out; may be given several times")
 
     parser = argparse.ArgumentParser()
     add_config_options(parser, CropConfig)
@@ -24,13 +24,15 @@ the dataclass are then filled from that one place:
 | a dataclass | its own fields' options, at the same level |
 | no metadata | not an option: it keeps its default, or is given to `config_from_options` |
 
-A default that says something is shown at the end of the help text.
+A default that says something is shown at the end of the help text. `option_field(default, ...)`
+is short for `field(default=default, metadata=option(...))`; a field without a default is written
+out, so that type checkers know that it must be given.
 """
 
 import argparse
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -69,6 +71,12 @@ def option(help: str, **more: Any) -> Mapping[str, Option]:
     return {_KEY: Option(help, **more)}
 
 
+def option_field(default: T, help: str | Mapping[str, Option], **more: Any) -> T:
+    """A field with a default that is an option; `help` may be what `option` gave elsewhere."""
+    metadata = option(help, **more) if isinstance(help, str) else help
+    return field(default=default, metadata=metadata)
+
+
 def add_config_options(
     parser: argparse._ActionsContainer, config: type, only: Collection[str] = (), prefix: str = ""
 ) -> None:
@@ -80,43 +88,42 @@ def add_config_options(
         only: names of the fields to add, all by default: a group takes some of them.
         prefix: of the values' names in the namespace; nested dataclasses have one.
     """
-    for field, hint in _option_fields(config):
-        if only and field.name not in only:
+    for item, hint in _option_fields(config):
+        if only and item.name not in only:
             continue
         if is_dataclass(hint) and isinstance(hint, type):
-            add_config_options(parser, hint, prefix=f"{prefix}{field.name}.")
+            add_config_options(parser, hint, prefix=f"{prefix}{item.name}.")
         else:
-            _add_option(parser, field, hint, prefix + field.name)
+            _add_option(parser, item, hint, prefix + item.name)
 
 
 def config_from_options(
     config: type[T], options: argparse.Namespace, prefix: str = "", **values: object
 ) -> T:
     """The dataclass as the parsed options have it; `values` are those of other fields."""
-    for field, hint in _option_fields(config):
-        name = prefix + field.name
+    for item, hint in _option_fields(config):
+        name = prefix + item.name
         if is_dataclass(hint) and isinstance(hint, type):
-            values[field.name] = config_from_options(hint, options, f"{name}.")
+            values[item.name] = config_from_options(hint, options, f"{name}.")
         elif (value := getattr(options, name)) is not None:
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            values[item.name] = tuple(value) if isinstance(value, list) else value
     return config(**values)
 
 
 def _option_fields(config: type) -> Iterator[tuple[Field[Any], Any]]:
     """The fields that are options or dataclasses of options, with their types."""
     hints = get_type_hints(config)
-    for field in fields(config):
-        hint = hints[field.name]
-        if _KEY in field.metadata or (is_dataclass(hint) and any(_option_fields(hint))):  # type: ignore[arg-type]
-            yield field, hint
+    for item in fields(config):
+        hint = hints[item.name]
+        if _KEY in item.metadata or (is_dataclass(hint) and any(_option_fields(hint))):  # type: ignore[arg-type]
+            yield item, hint
 
 
-def _add_option(
-    parser: argparse._ActionsContainer, field: Field[Any], hint: Any, dest: str
-) -> None:
-    words: Option = field.metadata[_KEY]
-    flag = words.flag or "--" + field.name.replace("_", "-")
-    default = _default_of(field)
+def _add_option(parser: argparse._ActionsContainer, item: Field[Any], hint: Any, dest: str) -> None:
+    words: Option = item.metadata[_KEY]
+    flag = words.flag or "--" + item.name.replace("_", "-")
+    factory = item.default_factory
+    default = item.default if factory is MISSING else factory()
     is_required = default is MISSING
     settings: dict[str, Any] = {"help": _help_text(words, default)}
     kind, is_tuple = _value_type(hint)
@@ -129,6 +136,7 @@ def _add_option(
         settings["metavar"] = words.metavar or shown
         # A tuple's default stays with the dataclass: argparse would append to it.
         settings["default"] = None if is_required or is_tuple else default
+    # A tuple's values are collected, unless one word has them all.
     if is_tuple and not words.separator:
         if words.positional or words.many:
             settings["nargs"] = "+"
@@ -138,10 +146,6 @@ def _add_option(
         parser.add_argument(dest, **settings)
         return
     parser.add_argument(flag, dest=dest, required=is_required and not words.is_optional, **settings)
-
-
-def _default_of(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _value_type(hint: Any) -> tuple[Any, bool]:
@@ -178,16 +182,13 @@ def _choices(words: Option, kind: Any) -> list[str] | None:
 def _help_text(words: Option, default: object) -> str:
     text = words.help
     if not (default is MISSING or default is None or default is False or default in ("", ())):
-        values = default if isinstance(default, tuple) else (default,)
-        shown = (words.separator or " ").join(_shown(value) for value in values)
-        text += f" (default: {shown})"
+        shown = []
+        for value in default if isinstance(default, tuple) else (default,):
+            is_large = isinstance(value, int) and value >= 10_000
+            is_float = isinstance(value, float)
+            shown.append(f"{value:_}" if is_large else f"{value:g}" if is_float else str(value))
+        text += f" (default: {(words.separator or ' ').join(shown)})"
     return text.replace("%", "%%")  # argparse formats help texts
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:_}" if value >= 10_000 else str(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def number_within(least: float, most: float, expected: str) -> Callable[[str], float]:

@@ -37,7 +37,6 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="make a synthetic dataset with a model",
         description="Make a synthetic dataset with a model. The same command goes on where an "
         "interrupted one stopped; a larger --limit adds images.",
-        formatter_class=_WIDE,
     )
     it.set_defaults(run=_generate)
     add_generate_options(it)

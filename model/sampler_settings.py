@@ -3,8 +3,10 @@
 Importing it loads no torch: command lines build their options from the fields.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from common.options import option_field
 
 Solver = Literal["sde", "ode", "heun", "dpm"]
 """The solvers of `model.sampler`, which a test holds equal to its own list."""
@@ -22,24 +24,16 @@ class SamplerSettings:
     2.5
     """
 
-    solver: Solver = field(
-        default="sde",
-        metadata={"option": "solver", "help": "how noise becomes an image: sde, PixCell dpm"},
+    solver: Solver = option_field(
+        "sde", "how noise becomes an image; PixCell: dpm", flag="--solver"
     )
-    steps: int = field(
-        default=250, metadata={"option": "steps", "help": "solver steps: 250, PixCell 50"}
+    steps: int = option_field(250, "solver steps; PixCell: 50", flag="--steps")
+    guidance_scale: float = option_field(2.5, "1 guides nothing; PixCell: 2.0", flag="--scale")
+    guidance_low: float = option_field(
+        0.0, "earliest time that is guided, 0 is the image", flag="--low"
     )
-    guidance_scale: float = field(
-        default=2.5,
-        metadata={"option": "scale", "help": "guidance scale: 2.5, PixCell 2.0; 1 guides nothing"},
-    )
-    guidance_low: float = field(
-        default=0.0,
-        metadata={"option": "low", "help": "earliest time that is guided: 0, the image"},
-    )
-    guidance_high: float = field(
-        default=0.75,
-        metadata={"option": "high", "help": "latest time that is guided: 0.75; 1 is pure noise"},
+    guidance_high: float = option_field(
+        0.75, "latest time that is guided, 1 is noise", flag="--high"
     )
 
     def __post_init__(self) -> None:
@@ -53,5 +47,5 @@ class SamplerSettings:
         return asdict(self)
 
 
-FIELD_OF_OPTION = {one.metadata["option"]: one.name for one in fields(SamplerSettings)}
+FIELD_OF_OPTION = {one.metadata["option"].flag[2:]: one.name for one in fields(SamplerSettings)}
 """Short names, of command lines and protocols, to the fields: `scale` is `guidance_scale`."""

@@ -8,15 +8,18 @@ from common.errors import UserError
 from common.torch_processes import Processes, joined_processes, make_sums_independent_of_threads
 from evaluate.generate.condition_source import ConditionSource, check_fit
 from evaluate.generate.open import check_dataset, check_guidance_options, open_conditions
+from evaluate.generate.options import GenerateOptions, read_generate_options
 from evaluate.generate.run import Request, final_line, generate
 from evaluate.generate.sweep import SweepPoint, parse_sweep, write_table
 from evaluate.generators import Generator
-from evaluate.generators.open import ModelSource, OpenedModel, open_generator, settings_for
-from model.sampler_settings import FIELD_OF_OPTION, SamplerSettings
+from evaluate.generators.interface import ModelSource
+from evaluate.generators.open import OpenedModel, open_generator, settings_for
+from model.sampler_settings import SamplerSettings
 
 
-def generate_command(options: argparse.Namespace) -> int:
+def generate_command(parsed: argparse.Namespace) -> int:
     """Run `python -m evaluate generate` with parsed options; returns the exit status."""
+    options = read_generate_options(parsed)
     # What costs nothing to check is checked before a model is loaded for minutes.
     check_guidance_options(options)
     points = _requested_points(options)
@@ -29,7 +32,7 @@ def generate_command(options: argparse.Namespace) -> int:
                 options.model,
                 processes.device,
                 dtype=options.dtype,
-                compiles=options.compile,
+                compiles=options.compiles,
                 trust_remote_code=options.trust_remote_code,
                 pipeline_code=options.pipeline_code,
                 vae=options.vae,
@@ -43,7 +46,7 @@ def generate_command(options: argparse.Namespace) -> int:
                 say(f"warning: {message}")
         forced = "; ".join(warnings) or None
         for point, settings in points:
-            out: Path = options.out if point is None else options.out / point.name
+            out = options.out if point is None else options.out / point.name
             generator = opened.make(settings)
             _generate_point(options, generator, source, out, forced, processes)
         if options.sweep and processes.is_main:
@@ -52,10 +55,10 @@ def generate_command(options: argparse.Namespace) -> int:
 
 
 def _requested_points(
-    options: argparse.Namespace,
+    options: GenerateOptions,
 ) -> list[tuple[SweepPoint | None, SamplerSettings]]:
     """The settings to run, one or those of a sweep, all checked."""
-    given = {name: getattr(options, option) for option, name in FIELD_OF_OPTION.items()}
+    given = dict(options.sampler)
     if options.unconditional:
         given["guidance_scale"] = 1.0  # there is nothing to guide by
     if not options.sweep:
@@ -81,7 +84,7 @@ def _encoder_warnings(source: ConditionSource, generator: Generator) -> list[str
 
 
 def _generate_point(
-    options: argparse.Namespace,
+    options: GenerateOptions,
     generator: Generator,
     source: ConditionSource,
     out: Path,

@@ -1,6 +1,5 @@
 """From the options of `generate` to its condition source."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -22,7 +21,7 @@ from evaluate.generate.conditions import (
     mean_of,
 )
 from evaluate.generate.means import mean_conditions
-from evaluate.generate.options import parse_factors
+from evaluate.generate.options import GenerateOptions, parse_factors
 from evaluate.generate.references import (
     Wanted,
     cached_references,
@@ -34,46 +33,45 @@ from evaluate.generate.references import (
 from evaluate.generate.slide_tiles import parse_place, read_slide_tiles
 from evaluate.generators import EncoderRecord, Generator
 from model.encoders import load_encoder
-from pipeline.dataset import identity_value, open_dataset, read_identity, read_selection
+from pipeline.dataset import Dataset, identity_value, open_dataset, read_identity, read_selection
 from pipeline.dataset.features import FeatureStore
 
 _SOURCES = ("guidance", "slide", "images", "unconditional")
 DEFAULT_ENCODER = "h0-mini"
 
 
-def check_guidance_options(options: argparse.Namespace) -> None:
+def check_guidance_options(options: GenerateOptions) -> None:
     """Refuse options for two kinds of guidance, for none, or that do not belong together."""
     given = [f"--{name}" for name in _SOURCES if getattr(options, name)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other; give one of them")
-    if options.count is not None and not options.unconditional:
-        raise UserError("--count belongs to --unconditional; use --limit and --variations instead")
-    if options.unconditional:
-        if options.count is None:
-            raise UserError("--unconditional needs --count N, the number of images")
-        if options.mean or options.interpolate:
-            raise UserError("--mean and --interpolate need guidance, --unconditional has none")
-    elif options.mean and options.interpolate:
-        raise UserError("--mean and --interpolate exclude each other; give one of them")
-    elif options.slide and not (options.at or options.interpolate):
-        raise UserError(
-            "--slide needs --at x,y (or --interpolate x,y x,y); for the mean over a whole slide "
-            "give --guidance DATASET --selection NAME --mean slide"
-        )
-    elif options.at and not options.slide:
-        raise UserError("--at belongs to --slide FILE")
-    elif options.mean == "slide" and not options.guidance:
-        raise UserError("--mean slide needs --guidance DATASET --selection NAME")
-    elif options.guidance and not (options.selection or options.interpolate):
-        raise UserError("--guidance needs --selection NAME, or --interpolate SLIDE:RANK SLIDE:RANK")
-    elif not (given or options.interpolate):
-        raise UserError(
-            "nothing guides: give --guidance DATASET --selection NAME, --slide FILE --at x,y, "
-            "--images FILES, --interpolate A B, or --unconditional --count N"
-        )
+    counted, combined = options.count is not None, options.mean or options.interpolate
+    refusals = (
+        (len(given) > 1, f"{' and '.join(given)} exclude each other; give one of them"),
+        (counted and not options.unconditional,
+         "--count belongs to --unconditional; use --limit and --variations instead"),
+        (options.unconditional and not counted,
+         "--unconditional needs --count N, the number of images"),
+        (options.unconditional and combined,
+         "--mean and --interpolate need guidance, --unconditional has none"),
+        (options.mean and options.interpolate,
+         "--mean and --interpolate exclude each other; give one of them"),
+        (options.slide and not (options.at or options.interpolate),
+         "--slide needs --at x,y (or --interpolate x,y x,y); for the mean over a whole slide "
+         "give --guidance DATASET --selection NAME --mean slide"),
+        (options.at and not options.slide, "--at belongs to --slide FILE"),
+        (options.mean == "slide" and not options.guidance,
+         "--mean slide needs --guidance DATASET --selection NAME"),
+        (options.guidance and not (options.selection or options.interpolate),
+         "--guidance needs --selection NAME, or --interpolate SLIDE:RANK SLIDE:RANK"),
+        (not (given or options.interpolate),
+         "nothing guides: give --guidance DATASET --selection NAME, --slide FILE --at x,y, "
+         "--images FILES, --interpolate A B, or --unconditional --count N"),
+    )  # fmt: skip
+    for refused, message in refusals:
+        if refused:
+            raise UserError(message)
 
 
-def check_dataset(options: argparse.Namespace) -> None:
+def check_dataset(options: GenerateOptions) -> None:
     """Refuse a dataset or selection that does not exist, before a model is loaded for it."""
     if options.guidance is not None:
         dataset = open_dataset(options.guidance)
@@ -82,22 +80,23 @@ def check_dataset(options: argparse.Namespace) -> None:
 
 
 def open_conditions(
-    options: argparse.Namespace, generator: Generator, device: torch.device
+    options: GenerateOptions, generator: Generator, device: torch.device
 ) -> tuple[ConditionSource, list[str]]:
     """The conditions that the options request, and warnings about them.
 
     Raises `UserError` for tiles that cannot be read or do not fit the model.
     """
     if options.unconditional:
-        return Unconditional(options.count), []
+        return Unconditional(options.count or 0), []
     if options.guidance is not None:
-        return _open_cached(options, generator), []
+        return _open_cached(options, open_dataset(options.guidance), generator), []
     return _open_tiles(options, generator, device)
 
 
-def _open_cached(options: argparse.Namespace, generator: Generator) -> ConditionSource:
+def _open_cached(
+    options: GenerateOptions, dataset: Dataset, generator: Generator
+) -> ConditionSource:
     """Conditions by the cached features of a dataset."""
-    dataset = open_dataset(options.guidance)
     encoder = options.encoder or _trained_encoder(generator)
     if options.interpolate:
         names = _tile_names(options, [])
@@ -106,7 +105,7 @@ def _open_cached(options: argparse.Namespace, generator: Generator) -> Condition
         references = cached_references(dataset, names, store)
         record = cast(EncoderRecord, dict(store.record))
         return _combine(options, names, references, record, tile_px, mpp)
-    selection = SelectionConditions.open(dataset, options.selection, encoder)
+    selection = SelectionConditions.open(dataset, options.selection or "", encoder)
     # Before any feature is read for a mean.
     check_condition_dim(selection.encoder_record, generator.condition_dim)
     selection.require_features(None if options.mean else options.limit)
@@ -119,13 +118,13 @@ def _trained_encoder(generator: Generator) -> str:
 
 
 def _open_tiles(
-    options: argparse.Namespace, generator: Generator, device: torch.device
+    options: GenerateOptions, generator: Generator, device: torch.device
 ) -> tuple[ConditionSource, list[str]]:
     """Conditions by tiles of a slide file or of image files, encoded here and now."""
     wanted = Wanted(generator.tile_px, generator.mpp)
     warnings: list[str] = []
     if options.slide:
-        keys, mpp = _tile_names(options, options.at or []), wanted.mpp
+        keys, mpp = _tile_names(options, options.at), wanted.mpp
         names = [f"{options.slide.stem} {text}" for text in keys]
         if mpp is None:
             raise UserError(
@@ -140,7 +139,7 @@ def _open_tiles(
             slide_mpp=options.slide_mpp,
         )
     else:
-        keys, mpp = _tile_names(options, options.images or []), options.images_mpp
+        keys, mpp = _tile_names(options, options.images), options.images_mpp
         names = [Path(path).name for path in keys]
         warning = check_image_mpp(mpp, wanted, force=options.force)
         warnings += [warning] if warning else []
@@ -159,7 +158,7 @@ def _open_tiles(
     return _combine(options, keys, references, record, wanted.tile_px, mpp), warnings
 
 
-def _tile_names(options: argparse.Namespace, single: Sequence[str]) -> list[str]:
+def _tile_names(options: GenerateOptions, single: Sequence[str]) -> list[str]:
     """The tiles that are named, each once, in order of their first mention."""
     if not options.interpolate:
         return list(dict.fromkeys(single))
@@ -169,7 +168,7 @@ def _tile_names(options: argparse.Namespace, single: Sequence[str]) -> list[str]
 
 
 def _combine(
-    options: argparse.Namespace,
+    options: GenerateOptions,
     keys: Sequence[str],
     references: Sequence[Reference],
     record: EncoderRecord,

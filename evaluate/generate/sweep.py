@@ -17,7 +17,7 @@ from pipeline.dataset import Dataset, read_journal
 TABLE_FILE = "sweep.csv"
 _COLUMNS = ("steps", "solver", "scale", "low", "high")
 """The order of the options in the table, which is that of the first tables."""
-_TYPES = {one.metadata["option"]: one.type for one in fields(SamplerSettings)}
+_TYPES = {one.metadata["option"].flag[2:]: one.type for one in fields(SamplerSettings)}
 Value = int | float | str
 
 

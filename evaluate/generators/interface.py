@@ -1,10 +1,14 @@
 """What generation requires of a model, whatever its origin."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from model.sampler_settings import SamplerSettings
 
 Tiles = npt.NDArray[np.uint8]
 """RGB tiles [B, px, px, 3], 0 to 255."""
@@ -37,29 +41,45 @@ class Generator(Protocol):
     @property
     def tile_px(self) -> int:
         """Side of the tiles in pixels."""
-        ...
 
     @property
     def mpp(self) -> float | None:
         """Micrometres per pixel of the training tiles, where it is known."""
-        ...
 
     @property
     def condition_dim(self) -> int | None:
         """Width of the conditioning features, or None for a model that takes none."""
-        ...
 
     @property
     def encoder_record(self) -> EncoderRecord | None:
         """The encoder whose features the model was trained on, where it is known."""
-        ...
 
     def identity(self) -> dict[str, object]:
         """What fixes the images besides features and seeds: weights, sampler, dtype, as JSON."""
-        ...
 
     def sample(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
-        ...
+
+
+MakeGenerator = Callable[[SamplerSettings], Generator]
+"""Makes a generator of a loaded model for any settings."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, where it runs, and what loading it may do.
+
+    `kind` is "own", "cytosyn" or "pixcell"; `pipeline_code` and `vae` are the places of PixCell's
+    parts, if they are not where they were published.
+    """
+
+    kind: str
+    model: str | None
+    device: torch.device
+    dtype: str = "auto"
+    compiles: bool = False
+    trust_remote_code: bool = False
+    pipeline_code: str | None = None
+    vae: str | None = None

@@ -3,36 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
-
-import torch
 
 from common.errors import UserError
 from evaluate.generators.cytosyn import CytoSynGenerator
-from evaluate.generators.interface import Generator
+from evaluate.generators.interface import MakeGenerator, ModelSource
 from evaluate.generators.released import UNTESTED
 from model import CytoSyn
 from model.sampler_settings import SamplerSettings
-
-MakeGenerator = Callable[[SamplerSettings], Generator]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model, where it runs, and what loading it may do.
-
-    `kind` is a key of `KINDS`; `pipeline_code` and `vae` are the places of PixCell's parts, if
-    they are not where they were published.
-    """
-
-    kind: str
-    model: str | None
-    device: torch.device
-    dtype: str = "auto"
-    compiles: bool = False
-    trust_remote_code: bool = False
-    pipeline_code: str | None = None
-    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,31 +60,10 @@ def _open_own(source: ModelSource) -> MakeGenerator:
     )
 
 
-# The released models are imported where used: they need diffusers, ours do not.
-def _open_released_cytosyn(source: ModelSource) -> MakeGenerator:
-    from evaluate.generators.released_cytosyn import HUB_ID, ReleasedCytoSyn, load_cytosyn
-
-    loaded = load_cytosyn(
-        source.model or HUB_ID,
-        device=source.device,
-        dtype=source.dtype,
-        trust_remote_code=source.trust_remote_code,
-    )
-    return partial(ReleasedCytoSyn, loaded)
-
-
-def _open_pixcell(source: ModelSource) -> MakeGenerator:
-    from evaluate.generators.pixcell import CODE_ID, HUB_ID, VAE_ID, PixCell, load_pixcell
-
-    loaded = load_pixcell(
-        source.model or HUB_ID,
-        device=source.device,
-        dtype=source.dtype,
-        trust_remote_code=source.trust_remote_code,
-        custom_pipeline=source.pipeline_code or CODE_ID,
-        vae=None if source.vae == "none" else source.vae or VAE_ID,
-    )
-    return partial(PixCell, loaded)
+def _open_released(module: str, source: ModelSource) -> MakeGenerator:
+    """Import the kind's module only now: the released models need diffusers, ours do not."""
+    make: MakeGenerator = import_module(f"evaluate.generators.{module}").load_model(source)
+    return make
 
 
 @dataclass(frozen=True)
@@ -123,9 +81,11 @@ class GeneratorKind:
 
 KINDS = {
     "own": GeneratorKind(_open_own, SamplerSettings()),
-    "cytosyn": GeneratorKind(_open_released_cytosyn, SamplerSettings(), fixed=("solver",)),
+    "cytosyn": GeneratorKind(
+        partial(_open_released, "released_cytosyn"), SamplerSettings(), fixed=("solver",)
+    ),
     "pixcell": GeneratorKind(
-        _open_pixcell,
+        partial(_open_released, "pixcell"),
         SamplerSettings("dpm", 50, 2.0, 0.0, 1.0),  # those of its use in arXiv 2603.18089
         fixed=("solver", "guidance_low", "guidance_high"),
     ),

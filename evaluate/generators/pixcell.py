@@ -4,13 +4,20 @@ Source: PixCell (Yellapragada et al., arXiv 2506.05127) and the usage on its mod
 UNI2-h feature per image, [B, 1, 1536]; guidance needs the pipeline's unconditional embedding.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from evaluate.generators.interface import Features, Seeds, StepProgress, Tiles
+from evaluate.generators.interface import (
+    Features,
+    MakeGenerator,
+    ModelSource,
+    Seeds,
+    StepProgress,
+    Tiles,
+)
 from evaluate.generators.released import (
-    LoadedPipeline,
     ReleasedGenerator,
     choose_dtype,
     explain_pipeline_errors,
@@ -23,35 +30,29 @@ VAE_ID = "stabilityai/stable-diffusion-3.5-large"
 """PixCell's repository has no VAE: it is published in this gated one."""
 
 
-def load_pixcell(
-    source: str,
-    *,
-    device: torch.device,
-    dtype: str,
-    trust_remote_code: bool,
-    custom_pipeline: str = CODE_ID,
-    vae: str | None = VAE_ID,
-) -> LoadedPipeline:
+def load_model(source: ModelSource) -> MakeGenerator:
     """Load it under DPM-Solver; "auto" is float16 on a GPU, as published.
 
-    `vae` is a repository or folder whose `vae/` contains the VAE; None where `source` has it.
+    `source.vae` is a repository or folder whose `vae/` contains the VAE; "none" where the model's
+    own folder has it.
     """
-    chosen = choose_dtype(dtype, device, "float16")
+    dtype = choose_dtype(source.dtype, source.device, "float16")
     components: dict[str, Any] = {}
     # An untrusted pipeline is refused below, before gigabytes of its VAE are fetched here.
-    if vae is not None and trust_remote_code:
+    if source.vae != "none" and source.trust_remote_code:
+        vae = source.vae or VAE_ID
         with explain_pipeline_errors(vae):
             from diffusers import AutoencoderKL
 
             components["vae"] = AutoencoderKL.from_pretrained(
-                vae, subfolder="vae", torch_dtype=getattr(torch, chosen)
+                vae, subfolder="vae", torch_dtype=getattr(torch, dtype)
             )
     loaded = load_pipeline(
-        source,
-        custom_pipeline=custom_pipeline,
-        trust_remote_code=trust_remote_code,
-        dtype=chosen,
-        device=device,
+        source.model or HUB_ID,
+        custom_pipeline=source.pipeline_code or CODE_ID,
+        trust_remote_code=source.trust_remote_code,
+        dtype=dtype,
+        device=source.device,
         **components,
     )
     from diffusers import DPMSolverMultistepScheduler
@@ -59,7 +60,7 @@ def load_pixcell(
     scheduler = loaded.pipeline.scheduler
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         loaded.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    return loaded
+    return partial(PixCell, loaded)
 
 
 class PixCell(ReleasedGenerator):

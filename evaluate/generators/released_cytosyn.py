@@ -1,31 +1,32 @@
 """The released CytoSyn (arXiv 2603.18089) as a generator, by its published call signature."""
 
+from functools import partial
 from typing import Any
 
-import torch
-
-from evaluate.generators.interface import Features, Seeds, StepProgress, Tiles
-from evaluate.generators.released import (
-    LoadedPipeline,
-    ReleasedGenerator,
-    choose_dtype,
-    load_pipeline,
+from evaluate.generators.interface import (
+    Features,
+    MakeGenerator,
+    ModelSource,
+    Seeds,
+    StepProgress,
+    Tiles,
 )
+from evaluate.generators.released import ReleasedGenerator, choose_dtype, load_pipeline
 
 HUB_ID = "Owkin-Bioptimus/CytoSyn"
 
 
-def load_cytosyn(
-    source: str, *, device: torch.device, dtype: str, trust_remote_code: bool
-) -> LoadedPipeline:
+def load_model(source: ModelSource) -> MakeGenerator:
     """Load it from the hub or a downloaded copy; "auto" is float32, as it is published."""
-    return load_pipeline(
-        source,
-        custom_pipeline=source,
-        trust_remote_code=trust_remote_code,
-        dtype=choose_dtype(dtype, device, "float32"),
-        device=device,
+    where = source.model or HUB_ID
+    loaded = load_pipeline(
+        where,
+        custom_pipeline=where,
+        trust_remote_code=source.trust_remote_code,
+        dtype=choose_dtype(source.dtype, source.device, "float32"),
+        device=source.device,
     )
+    return partial(ReleasedCytoSyn, loaded)
 
 
 class ReleasedCytoSyn(ReleasedGenerator):

@@ -22,7 +22,8 @@ from evaluate.generate.condition_source import (
 )
 from evaluate.generate.run import Request, final_line, generate
 from evaluate.generators import Generator
-from evaluate.generators.open import ModelSource, OpenedModel, open_generator
+from evaluate.generators.interface import ModelSource
+from evaluate.generators.open import OpenedModel, open_generator
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.plan import Images, Seen, parse_vae
 from evaluate.protocols.reconstruct import Reconstruction, TileConditions

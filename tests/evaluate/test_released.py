@@ -15,7 +15,8 @@ from evaluate_data import RECORD, make_real, tile_hashes
 
 from common.errors import UserError
 from evaluate.__main__ import main
-from evaluate.generators.open import ModelSource, open_generator, settings_for
+from evaluate.generators.interface import ModelSource
+from evaluate.generators.open import open_generator, settings_for
 from model.sampler_settings import SamplerSettings
 from pipeline.dataset import Dataset, read_identity
 
