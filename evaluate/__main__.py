@@ -6,7 +6,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from common.console import EXIT_OK, EXIT_USAGE, run_door, say
@@ -31,6 +32,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _imported(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """A command's function, imported when it runs: help needs no torch."""
+
+    def run(options: argparse.Namespace) -> int:
+        return int(getattr(import_module(module), function)(options))
+
+    return run
+
+
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     it = commands.add_parser(
         "generate",
@@ -38,7 +48,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         description="Make a synthetic dataset with a model. The same command goes on where an "
         "interrupted one stopped; a larger --limit adds images.",
     )
-    it.set_defaults(run=_generate)
+    it.set_defaults(run=_imported("evaluate.generate.command", "generate_command"))
     add_generate_options(it)
 
 
@@ -48,7 +58,7 @@ def _add_figure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="draw a figure of generated tiles",
         description="Draw a figure of generated tiles, as PNG and PDF.",
     )
-    it.set_defaults(run=_figure)
+    it.set_defaults(run=_imported("evaluate.figures.command", "figure_command"))
     add_figure_options(it)
 
 
@@ -90,7 +100,7 @@ def _add_protocol(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "missing, measure, and write results.json, a page and tables. The same command goes on "
         "where an interrupted one stopped.",
     )
-    it.set_defaults(run=_protocol)
+    it.set_defaults(run=_imported("evaluate.protocols.command", "protocol_command"))
     add_protocol_options(it)
 
 
@@ -110,18 +120,6 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     it.add_argument("--generated", type=Path, metavar="SYN", help="synthetic one (of measure)")
     it.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
     it.add_argument("--picture", type=Path, metavar="FILE.png", help="also a small picture of it")
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from evaluate.generate.command import generate_command
-
-    return generate_command(options)
-
-
-def _figure(options: argparse.Namespace) -> int:
-    from evaluate.figures.command import figure_command
-
-    return figure_command(options)
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -163,12 +161,6 @@ def _measure(options: argparse.Namespace) -> int:
         f"wrote {options.out}"
     )
     return EXIT_OK
-
-
-def _protocol(options: argparse.Namespace) -> int:
-    from evaluate.protocols.command import protocol_command
-
-    return protocol_command(options, options.arguments)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -47,5 +47,5 @@ class SamplerSettings:
         return asdict(self)
 
 
-FIELD_OF_OPTION = {one.metadata["option"].flag[2:]: one.name for one in fields(SamplerSettings)}
+FIELD_OF_OPTION = {item.metadata["option"].flag[2:]: item.name for item in fields(SamplerSettings)}
 """Short names, of command lines and protocols, to the fields: `scale` is `guidance_scale`."""

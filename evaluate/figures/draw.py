@@ -27,6 +27,7 @@ def draw_sheet(sheet: Sheet, banner: tuple[str, ...]) -> dict[str, bytes]:
     height, width = (zoom * size for size in canvas.pixels.shape[:2])
     head = (_TITLE_PX if any(sheet.titles) else 0) + _LINE_PX * len(banner) + _MARGIN_PX
     total_w, total_h = width + 2 * _MARGIN_PX, height + head + _MARGIN_PX
+    # The figure's size in inches is chosen so that one pixel of a tile is one of the PNG.
     with mpl.rc_context({**STYLE, "pdf.fonttype": 42}):
         figure = Figure(figsize=(total_w / _DPI, total_h / _DPI), dpi=_DPI, facecolor="white")
         for line, text in enumerate(banner):

@@ -35,7 +35,7 @@ class GeneratedTiles:
         self.dataset, self.guidance = dataset, guidance
         self.identity = read_identity(dataset)
         if self.identity.get("kind") != "generated":
-            raise UserError(f"{dataset.root} holds no generated images; give one of `generate`")
+            raise UserError(f"{dataset.root} contains no generated images; give one of `generate`")
         self.images = read_selection(dataset, SELECTION_NAME).rows
         self.variations = int(self.identity["variations"])
         self._store = TileStore(dataset, int(identity_value(dataset, "tile_px")))
@@ -74,6 +74,7 @@ class GeneratedTiles:
             if len(tiles) != 1:
                 raise UserError(f"{self.dataset.root}: its images are guided by no single tile")
             return self.reference_tile(tiles[0])
+        # A selection's tiles are named by the candidates, and their pixels are in its own dataset.
         slide, rank = divmod(condition * self.variations, IMAGES_PER_SLIDE)
         table = read_candidates(self.dataset, pseudo_slide_id(slide))
         source_slide, source_rank = (

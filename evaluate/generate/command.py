@@ -38,6 +38,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
                 vae=options.vae,
             )
         )
+        # All points share the conditions, and whether they fit is not a matter of the settings.
         first = opened.make(points[0][1])
         source, warnings = open_conditions(options, first, processes.device)
         warnings += check_fit(source, first, force=options.force)

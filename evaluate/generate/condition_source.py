@@ -168,6 +168,7 @@ class SelectionConditions(ShuffledSelection):
         # A limit may be rounded up to a whole block of images.
         end = None if conditions is None else conditions + BLOCK_ROWS
         slides, ranks = self._slides[:end], self._ranks[:end]
+        # Grouped by slide, since a store opens one file per slide.
         order = np.argsort(slides, kind="stable")
         starts = np.flatnonzero(np.diff(slides[order], prepend=-1))
         for rows in np.split(order, starts[1:]):
@@ -208,6 +209,7 @@ def check_fit(source: ConditionSource, generator: Generator, *, force: bool = Fa
     `force` is not set, and always for features of another width than the model's.
     """
     record = source.encoder_record
+    # The width first: where it differs, --force must not be the advice.
     check_condition_dim(record, generator.condition_dim)
     warnings = []
     if source.tile_px not in (None, generator.tile_px):
@@ -233,6 +235,7 @@ def check_condition_dim(record: EncoderRecord | None, condition_dim: int | None)
         return
     if condition_dim is None:
         raise UserError("the model takes no features: leave --guidance out, give --unconditional")
+    # Not even --force helps here: the network has no weights for another width.
     if int(record["dim"]) != condition_dim:
         raise UserError(
             f"the features of {record['encoder']} have {record['dim']} values, the model takes "

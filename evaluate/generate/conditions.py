@@ -131,7 +131,7 @@ def mean_of(references: Sequence[Reference]) -> list[Condition]:
     return [Condition(f"mean of {len(references)} tiles", tuple(range(len(references))), mean)]
 
 
-def between(
+def conditions_between(
     references: Sequence[Reference],
     pairs: Sequence[tuple[int, int]],
     factors: Sequence[float],
@@ -177,6 +177,7 @@ class ConditionList(ConditionSource):
 
     def identity(self) -> dict[str, object]:
         """Which tiles guide, by their sums, how they are combined, and by which encoder."""
+        # The listing has sums and names but no paths: a file that was moved is the same.
         conditions = hashlib.sha256(json.dumps(self._listing(), sort_keys=True).encode())
         return {
             **self._how,

@@ -16,7 +16,7 @@ from evaluate.generate.condition_source import (
 from evaluate.generate.conditions import (
     ConditionList,
     Reference,
-    between,
+    conditions_between,
     each_alone,
     mean_of,
 )
@@ -144,6 +144,7 @@ def _open_tiles(
         warning = check_image_mpp(mpp, wanted, force=options.force)
         warnings += [warning] if warning else []
         tiles = [read_image(Path(path), wanted) for path in keys]
+    # Tiles are read before the encoder is loaded: a wrong path fails in a second.
     weights = options.weights or (generator.encoder_record or {}).get("weights")
     if not weights:
         raise UserError(
@@ -179,7 +180,9 @@ def _combine(
     how: dict[str, object]
     if options.interpolate:
         pairs = [(keys.index(a), keys.index(b)) for a, b in options.interpolate]
-        conditions = between(references, pairs, parse_factors(options.factors), options.kind)
+        conditions = conditions_between(
+            references, pairs, parse_factors(options.factors), options.kind
+        )
         how = {"guidance": "interpolation", "guidance_interpolation": options.kind}
     elif options.mean:
         conditions, how = mean_of(references), {"guidance": "mean of tiles"}

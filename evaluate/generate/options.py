@@ -98,13 +98,13 @@ _GUIDANCE = ("guidance", "selection", "encoder", "slide", "at", "slide_mpp", "im
              "kind", "force")  # fmt: skip
 _SAMPLER = ("seed", "batch", "sweep")
 _MACHINE = ("device", "dtype", "compiles")
-_SETTINGS = [one.name for one in fields(SamplerSettings)]
+_SETTINGS = [setting.name for setting in fields(SamplerSettings)]
 
 
 def add_generate_options(command: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     grouped = (*_GUIDANCE, *_SAMPLER, *_MACHINE)
-    model = [one.name for one in fields(GenerateOptions) if one.name not in grouped]
+    model = [setting.name for setting in fields(GenerateOptions) if setting.name not in grouped]
     add_config_options(command, GenerateOptions, only=model)
     guidance = command.add_argument_group(
         "guidance: one of --guidance, --slide, --images, --unconditional"

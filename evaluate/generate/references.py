@@ -72,6 +72,7 @@ def encode_tiles(
     PixCell's published recipe does with its 256 px tiles.
     """
     features = []
+    # One at a time: in a batch, kernels may round a tile's feature by its neighbours' number.
     for tile in tiles:
         side = encoder.spec.input_px
         if resize and tile.shape[:2] != (side, side):

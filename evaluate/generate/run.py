@@ -92,17 +92,19 @@ def generate(
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
-        claim_identity(dataset, claims, stage="generate", versions=_versions())
+        claim_identity(dataset, claims, stage="generate", versions=_software_versions())
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
+    # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances
+    # them without any exchange while they work.
     units = [Unit(*row) for row in processes.on_main(prepare)][processes.rank :: processes.size]
     started = time.monotonic()
     written = 0
     with _show_progress(processes, sum(unit.count for unit in units)) as advance:
         if units:
             with (
-                Run(dataset, "tile", _versions()) as run,
+                Run(dataset, "tile", _software_versions()) as run,
                 _UnitWriter(run, generator.tile_px, unit_fingerprint) as writer,
             ):
                 for unit in units:
@@ -145,6 +147,7 @@ def _plan_missing(
     """Write the tables for all images, and report and return the units that are missing."""
     conditions = min(request.conditions or source.count, source.count)
     selected = max(conditions * request.variations, count_planned_images(dataset))
+    # Whole blocks are made even where fewer images are selected: a larger --limit adds to them.
     end = None if source.end is None else source.end * request.variations
     images = whole_blocks(selected, end)
     write_tables(
@@ -166,7 +169,7 @@ def _plan_missing(
     return units
 
 
-def _versions() -> dict[str, str]:
+def _software_versions() -> dict[str, str]:
     return software_versions("torch", "numpy", "opencv-python-headless")
 
 
@@ -195,6 +198,7 @@ def _sample_unit(
     """The tiles of a unit, in rank order, sampled a micro-batch at a time."""
     for batch in micro_batches(unit, request.micro_batch):
         features = source.features(batch.images // request.variations)
+        # A seed derives from the image's index alone, so any process may make any image.
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
         tiles = generator.sample(
             features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")

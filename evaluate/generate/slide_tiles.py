@@ -1,6 +1,6 @@
 """Tiles of a slide at given places, read as the pipeline reads them.
 
-The pipeline's readers are imported where a slide is asked for: nothing else here needs them.
+The pipeline's readers are imported where a slide is read: nothing else here needs them.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,7 @@ def read_slide_tiles(
             native_mpp = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
             level = reader.levels[0]
             span = plan_read(reader.levels, native_mpp, mpp, _TOLERANCE, tile_px).stride_level0
+            # All places are checked before any is read: reading takes seconds on some formats.
             for x, y in places:
                 if not (0 <= x <= level.width - span and 0 <= y <= level.height - span):
                     raise UserError(
@@ -67,5 +68,6 @@ def read_slide_tiles(
                 for x, y in places
             ]
     except UserError as error:
+        # The pipeline's own option has another name here.
         message = str(error).replace("--assume-mpp", "--slide-mpp")
         raise UserError(f"slide {path.name}: {message}") from error

@@ -17,7 +17,7 @@ from pipeline.dataset import Dataset, read_journal
 TABLE_FILE = "sweep.csv"
 _COLUMNS = ("steps", "solver", "scale", "low", "high")
 """The order of the options in the table, which is that of the first tables."""
-_TYPES = {one.metadata["option"].flag[2:]: one.type for one in fields(SamplerSettings)}
+_TYPES = {item.metadata["option"].flag[2:]: item.type for item in fields(SamplerSettings)}
 Value = int | float | str
 
 
@@ -88,6 +88,7 @@ def write_table(root: Path, rows: Sequence[tuple[str, Mapping[str, object]]]) ->
         seconds = sum(entry.seconds for entry in entries)
         made = sum(entry.counts["tiles"] for entry in entries)
         values = [identity[FIELD_OF_OPTION[option]] for option in _COLUMNS]
+        # Of the journals and not of this run, which may have made nothing.
         images = count_planned_images(dataset)
         row = [name, *values, images, f"{seconds:.2f}", f"{seconds / max(made, 1):.4g}"]
         table.writerow(row)

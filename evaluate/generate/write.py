@@ -84,6 +84,7 @@ def write_tables(
             entries.append(done(GUIDANCE_DIR, GUIDANCE_SCOPE, *attached))
         record = write_slides(dataset, run.run_id, pseudo_slides(images, tile_px, mpp))
         run.append([*entries, done(dataset.slides_file.name, TABLE_SCOPE, record)])
+        # The selection is the last to appear: readers who find it find all that it names.
         ranks = {
             pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
             for number, (start, stop) in enumerate(slide_spans(selected))
@@ -173,6 +174,7 @@ def commit_unit(
     def write(file: HashingFile) -> None:
         index.append(write_tar(file, unit.slide_id, unit.start, pngs))
 
+    # The index is a by-product of writing the tar, and only the journal line makes both valid.
     tar = commit_file(dataset, run.run_id, final, write)
     idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[-1])
     entry = Entry(

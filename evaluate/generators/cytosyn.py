@@ -71,6 +71,7 @@ class CytoSynGenerator:
 
     def identity(self) -> dict[str, object]:
         """The model's sum, the sampler's settings and the arithmetic."""
+        # Keys with a default are left out, so that datasets from before they existed go on.
         # Images of a model whose encoder was random mean nothing, which every reader must know.
         random = self._model.records.encoder_is_random
         return {

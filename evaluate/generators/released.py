@@ -132,6 +132,7 @@ def load_pipeline(
             torch_dtype=_DTYPES[dtype],
             **components,
         )
+    # One bar per call would break up this program's own progress line.
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline.to(device), dtype)
 
@@ -187,6 +188,7 @@ def call_pipeline(pipeline: Any, seeds: Seeds, **arguments: Any) -> Tiles:
             }
             if "num_images_per_prompt" in single:
                 single["num_images_per_prompt"] = 1
+            # The caller's random state stays as it was.
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 tiles.append(_to_uint8(pipeline(**single), 1))

@@ -16,20 +16,22 @@ _NO_LINE = {"infinity": None}
 
 def find_cautions(protocol: Protocol, results: Results) -> Warnings:
     """What makes the numbers doubtful, worst first, each once."""
-    found = _random_warnings(results) + _size_warnings(results) + _grid_warnings(results)
+    warnings = _random_warnings(results) + _size_warnings(results) + _grid_warnings(results)
     changed = ", ".join(
         f"{key} {old!r} → {new!r}" for key, (old, new) in protocol.deviations.items()
     )
     if changed:
-        found.append(warning("not_the_protocol", f"this is not the protocol as shipped: {changed}"))
+        warnings.append(
+            warning("not_the_protocol", f"this is not the protocol as shipped: {changed}")
+        )
     released = [name for name, spec in protocol.models.items() if spec.generator != "own"]
     if "vae" in protocol.controls and set(released) - set(protocol.leave_out):
         message = "no reconstruction ceiling of a released model, whose autoencoder is its own"
-        found.append(warning("no_ceiling", f"{message}: {', '.join(released)}"))
+        warnings.append(warning("no_ceiling", f"{message}: {', '.join(released)}"))
     for name in protocol.leave_out:
-        found.append(warning("left_out", f"the rows of {name} were left out, as configured"))
-    found += metric_warnings(_shown_metrics(results), found)
-    return list({one["message"]: one for one in found}.values())
+        warnings.append(warning("left_out", f"the rows of {name} were left out, as configured"))
+    warnings += metric_warnings(_shown_metrics(results), warnings)
+    return list({entry["message"]: entry for entry in warnings}.values())
 
 
 def _shown_metrics(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -53,8 +55,10 @@ def _random_warnings(results: Results) -> Warnings:
         for encoder, records in results["encoders"].items()
         if any(record.get("random_weights") for record in records)
     ]
-    random_training = [n for n, one in identities.items() if one.get("model_encoder_random")]
-    found = [
+    random_training = [
+        name for name, identity in identities.items() if identity.get("model_encoder_random")
+    ]
+    warnings = [
         warning(code, f"{message}: {', '.join(named)}")
         for code, message, named in (
             ("random_encoder_weights",
@@ -67,21 +71,23 @@ def _random_warnings(results: Results) -> Warnings:
         if named
     ]  # fmt: skip
     notes = {name: identity.get("generator_note") for name, identity in identities.items()}
-    return found + [warning("untested", f"{name}: {note}") for name, note in notes.items() if note]
+    return warnings + [
+        warning("untested", f"{name}: {note}") for name, note in notes.items() if note
+    ]
 
 
 def _size_warnings(results: Results) -> Warnings:
-    found = []
+    warnings = []
     rows_of = {name: source["rows"] for name, source in results["sources"].items()}
     few = [f"{name} ({rows:,})" for name, rows in rows_of.items() if rows < FEW_TILES]
     if few:
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"
-        found.append(warning("few_tiles", f"{message}: {', '.join(few)}"))
+        warnings.append(warning("few_tiles", f"{message}: {', '.join(few)}"))
     rows = min(rows_of.values(), default=0)
     dims = {encoder: records[0]["dim"] for encoder, records in results["encoders"].items()}
     wide = [f"{encoder} ({dim})" for encoder, dim in dims.items() if dim >= rows]
     if wide:
-        found.append(
+        warnings.append(
             warning(
                 "fewer_tiles_than_dimensions",
                 f"{rows:,} tiles are no more than the feature dimensions of {', '.join(wide)} "
@@ -89,7 +95,7 @@ def _size_warnings(results: Results) -> Warnings:
                 "small samples",
             )
         )
-    return found
+    return warnings
 
 
 def _grid_warnings(results: Results) -> Warnings:

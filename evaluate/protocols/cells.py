@@ -19,7 +19,7 @@ from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
 from evaluate.protocols.plan import Cell, Seen, guiding_set
 from evaluate.protocols.sources import ProtocolSources
-from evaluate.protocols.store import ResultStore, digest
+from evaluate.protocols.store import ResultStore, digest_array
 
 Results = dict[str, object]
 """Results by metric, or one metric's result, as JSON values."""
@@ -51,7 +51,7 @@ class Measurer:
             store = features_of(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
             side = FeatureSide(tiles.dataset, tiles.used, store, features)
-            self._sides[key] = OpenSide(side, digest(features))
+            self._sides[key] = OpenSide(side, digest_array(features))
             if len(self._sides) > _OPEN_SIDES:
                 self._sides.popitem(last=False)
         self._sides.move_to_end(key)
@@ -76,21 +76,21 @@ class Measurer:
         if cell.control in ("floor-tile", "floor-patient", "neighbour"):
             return self._measure_real(cell)
         opened = {name: self.side(s, cell.encoder) for name, s in cell.sides().items()}
-        pair = self._pair(cell, opened)
+        pair = self._make_pair(cell, opened)
         # Widths are of models, whose numbers are compared; not of floors and ceilings.
         settings = self.protocol.settings
         settings = settings if cell.kind == "model" else replace(settings, draws=0)
         results: Results = {}
         for metric in (METRICS[name] for name in cell.metrics):
             is_likelihood = metric is LIKELIHOOD
-            compute = partial(self._likelihood, opened) if is_likelihood else metric.compute
-            inputs = self._inputs(metric, pair, opened, settings)
+            compute = partial(self._measure_likelihood, opened) if is_likelihood else metric.compute
+            inputs = self._result_inputs(metric, pair, opened, settings)
             results[metric.name] = self.store.get(inputs, partial(compute, pair, settings))
         if cell.kind == "model" and "groups" in self.protocol.plots:
-            results["groups"] = self._groups(cell, opened)
+            results["groups"] = self._measure_groups(cell, opened)
         return results
 
-    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
+    def _make_pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
         guide = guiding_set(self.protocol, cell.generated.source)
         guide_dataset = self.sources.tiles(guide).dataset if guide else real.dataset
@@ -104,7 +104,7 @@ class Measurer:
         train = opened["train"].side if "train" in opened else None
         return make_pair(real, generated, guide_dataset, sources, train, self._device)
 
-    def _inputs(
+    def _result_inputs(
         self,
         metric: Metric,
         pair: FeaturePair,
@@ -115,24 +115,24 @@ class Measurer:
         real = {f"real {key}": labels for key, labels in (pair.real_clusters or {}).items()}
         is_clustered = metric.reads_clusters and settings.draws
         clusters = (pair.clusters or {}) | real if is_clustered else {}
-        return self._rounding(metric) | {
+        return self._device_inputs(metric) | {
             "metric": metric.name,
             "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
-            "sides": {name: one.sum for name, one in opened.items()},
-            "sources": digest(pair.sources) if "sources" in metric.needs else "",
-            "clusters": {key: digest(labels) for key, labels in clusters.items()},
+            "sides": {name: side.sum for name, side in opened.items()},
+            "sources": digest_array(pair.sources) if "sources" in metric.needs else "",
+            "clusters": {key: digest_array(labels) for key, labels in clusters.items()},
         }
 
-    def _rounding(self, metric: Metric) -> Results:
+    def _device_inputs(self, metric: Metric) -> Results:
         """The device, where a metric's rounding depends on it."""
         is_named = metric.depends_on_device and self._device != "cpu"
         return {"device": self._device} if is_named else {}
 
-    def _likelihood(
+    def _measure_likelihood(
         self, opened: dict[str, OpenSide], pair: FeaturePair, settings: MetricSettings
     ) -> Results:
         """FLD with its baseline looked up first: it depends on the real sets alone."""
-        inputs = self._rounding(LIKELIHOOD) | {
+        inputs = self._device_inputs(LIKELIHOOD) | {
             "metric": f"{LIKELIHOOD.name} baseline",
             "sides": {name: opened[name].sum for name in ("real", "train")},
             "n_generated": len(pair.generated),
@@ -165,14 +165,14 @@ class Measurer:
             "neighbour": lambda: neighbour_cosines(side.features, slides, seed=settings.seed),
         }[cell.control]
         inputs = {"metric": cell.control, "sides": {"real": opened.sum},
-                  "seed": settings.seed, "clusters": digest(labels)}  # fmt: skip
+                  "seed": settings.seed, "clusters": digest_array(labels)}  # fmt: skip
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
         result: Results = self.store.get(inputs, compute) or {}
         is_cosine = cell.control == "neighbour" and result
         return {"cosine_similarity": result} if is_cosine else result
 
-    def _groups(self, cell: Cell, opened: dict[str, OpenSide]) -> Results:
+    def _measure_groups(self, cell: Cell, opened: dict[str, OpenSide]) -> Results:
         """Distances within each group of slides, by the kind of group."""
         real, generated = opened["real"].side, opened["generated"].side
         guide = guiding_set(self.protocol, cell.generated.source)
@@ -188,7 +188,7 @@ class Measurer:
             )
             inputs = {"metric": f"by {kind}", "least": least,
                       "sides": {name: opened[name].sum for name in ("real", "generated")},
-                      "clusters": [digest(one) for one in labels]}  # fmt: skip
+                      "clusters": [digest_array(values) for values in labels]}  # fmt: skip
             groups[kind] = self.store.get(
                 inputs,
                 partial(grouped_distances, real.features, generated.features, labels, least=least),

@@ -7,24 +7,24 @@ from common.console import EXIT_OK, say
 from common.text import format_bytes, format_seconds
 from common.torch_processes import joined_processes, make_sums_independent_of_threads
 from evaluate.compare.results import write_results
-from evaluate.protocols.config import Protocol, load, names
+from evaluate.protocols.config import Protocol, load_protocol, protocol_names
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import expand_names, plan_cells
 from evaluate.protocols.run import list_missing, out_folder, run_protocol
 from evaluate.report.protocol_files import write_protocol_files
 
 
-def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def protocol_command(options: argparse.Namespace) -> int:
     """Run `python -m evaluate protocol` with parsed options; returns the exit status.
 
-    `arguments` are the command line, for a launcher to repeat.
+    `options.arguments` is the command line, for a launcher to repeat.
     """
     make_sums_independent_of_threads()  # images that it makes are those of `generate`
     if options.name == "list":
-        for name in names():
-            say(f"{name:14} {load(name).title}")
+        for name in protocol_names():
+            say(f"{name:14} {load_protocol(name).title}")
         return EXIT_OK
-    protocol = load(options.name, options.config, options.overrides)
+    protocol = load_protocol(options.name, options.config, options.overrides)
     if options.generate:
         sources = SourceMaker(protocol)
         with joined_processes(protocol.device, setting="device=") as processes:
@@ -38,7 +38,7 @@ def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> i
         rest = f"{len(lines)} things are missing" if lines else "nothing is missing"
         say(f"protocol {protocol.name}: {len(cells)} comparisons; {rest}")
     else:
-        _run_and_write(protocol, arguments)
+        _run_and_write(protocol, options.arguments)
     return EXIT_OK
 
 

@@ -165,26 +165,27 @@ class Protocol:
         return list(dict.fromkeys(named))
 
 
-def names() -> list[str]:
+def protocol_names() -> list[str]:
     """The protocols that exist.
 
-    >>> "table2" in names()
+    >>> "table2" in protocol_names()
     True
     """
     return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
-def load(name: str, config: Path | None = None, overrides: Sequence[str] = ()) -> Protocol:
+def load_protocol(name: str, config: Path | None = None, overrides: Sequence[str] = ()) -> Protocol:
     """The protocol of that name, overridden by the user's YAML and `key=value` texts.
 
     Raises `UserError` naming the key for an unknown one, a value of another type, or a name that
     does not exist.
 
-    >>> load("table2", None, ["count=1000"]).deviations
+    >>> load_protocol("table2", None, ["count=1000"]).deviations
     {'count': (100000, 1000)}
     """
-    if name not in names():
-        raise UserError(f"no protocol '{name}'; there are {', '.join(names())}")
+    if name not in protocol_names():
+        raise UserError(f"no protocol '{name}'; there are {', '.join(protocol_names())}")
+    # Both are built alike, so that a deviation is a difference of values and not of spelling.
     shipped = _read_shipped(name)
     merged = _merge(shipped, read_yaml(config) if config else {})
     protocol = build(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))

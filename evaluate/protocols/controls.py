@@ -58,6 +58,7 @@ def neighbour_cosines(
 
     Rows of slides with a single row are left out; None where all are.
     """
+    # A random cycle pairs every row once with another one of its slide.
     random = np.random.RandomState(seed)
     first, second = [], []
     for name in np.unique(slides):
@@ -68,16 +69,16 @@ def neighbour_cosines(
             second.append(np.roll(cycle, 1))
     if not first:
         return None
-    found = cosine_similarity(
+    cosines = cosine_similarity(
         features[np.concatenate(first)], features[np.concatenate(second)], seed=seed
     )
     return {
-        "mean": found.mean,
-        "std": found.std,
-        "centred_mean": found.centred_mean,
-        "n": found.n,
+        "mean": cosines.mean,
+        "std": cosines.std,
+        "centred_mean": cosines.centred_mean,
+        "n": cosines.n,
         "seed": seed,
-        "histogram": cosine_histogram(found.values),
+        "histogram": cosine_histogram(cosines.values),
     }
 
 
@@ -91,7 +92,7 @@ def grouped_distances(
     """
     groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
-        sides = [x[own == name] for x, own in zip((real, generated), labels, strict=True)]
+        sides = [rows[names == name] for rows, names in zip((real, generated), labels, strict=True)]
         if min(len(side) for side in sides) < max(least, 2):
             continue
         distance = frechet_distance(*sides, max_generated=None)

@@ -59,6 +59,7 @@ def describe_source(sources: ProtocolSources, name: str, store: ResultStore) -> 
     inputs = {"metric": "tiles", "dataset": identity, "px": tiles.px,
               "root": str(tiles.dataset.root.resolve()),
               "selection": tiles.used.content_hash}  # fmt: skip
+    # Decoding 100,000 tiles for their sums takes minutes, so these are kept, too.
     provenance = store.get(inputs, lambda: tile_provenance(tiles.dataset, tiles.used, tiles.px))
     if provenance["missing"]:  # the tiles may be back by now
         provenance = tile_provenance(tiles.dataset, tiles.used, tiles.px)

@@ -22,11 +22,12 @@ def check_images(sources: ProtocolSources) -> None:
     for images in sources.images.values():
         if images.spec.dataset:
             continue
-        for key, (configured, recorded) in differences(sources, images).items():
+        for key, (configured, recorded) in find_differences(sources, images).items():
             raise UserError(
                 f"{images.key}: {key} is {recorded!r} in {sources.folder(images.key)}, the "
                 f"protocol asks for {configured!r}; set it to the former, or use another out"
             )
+    # Images of one model at several points must be of the very same weights and arithmetic.
     first_of: dict[tuple[str, str], tuple[str, object]] = {}
     for images in sources.images.values():
         identity = recorded_identity(sources, images)
@@ -56,7 +57,7 @@ def given_deviations(sources: ProtocolSources) -> dict[str, Deviation]:
             foreign = foreign_guidance(made, sources.tiles(spec.guidance).dataset)
             if foreign:
                 raise UserError(f"{where}.dataset: {foreign}")
-        for key, (configured, recorded) in differences(sources, images).items():
+        for key, (configured, recorded) in find_differences(sources, images).items():
             name = f"{where}.{key}"
             pair: Deviation = (configured, recorded)
             if key in _LISTS:
@@ -70,7 +71,7 @@ def recorded_identity(sources: ProtocolSources, images: Images) -> dict[str, obj
     return dict(read_identity(open_dataset(sources.folder(images.key))))
 
 
-def differences(sources: ProtocolSources, images: Images) -> dict[str, Deviation]:
+def find_differences(sources: ProtocolSources, images: Images) -> dict[str, Deviation]:
     """Key of the generation to (as configured, as recorded), where the two differ."""
     spec, model = images.spec, sources.protocol.models[images.spec.model]
     settings = sampler_settings(model.generator, spec).arguments()

@@ -56,7 +56,7 @@ class SourceMaker(ProtocolSources):
         if self.protocol.launcher:
             launcher = shlex.split(self.protocol.launcher)
             _run_command([*launcher, "-m", "evaluate", *self._command, "--generate", source])
-            self.forget_tiles(source)
+            self.forget_tiles(source)  # another process has made them
             return
         with joined_processes(self.protocol.device, setting="device=") as processes:
             self.generate(source, processes)
@@ -74,8 +74,8 @@ class SourceMaker(ProtocolSources):
             seed, batch = 0, _RECONSTRUCTION_BATCH
         else:
             images = self.images[source]
-            generator = self._generator(images, processes.device)
-            conditions = self._conditions(images)
+            generator = self._open_generator(images, processes.device)
+            conditions = self._open_conditions(images)
             check_fit(conditions, generator)  # a protocol forces nothing
             seed, batch = images.spec.seed[0], images.spec.batch
         request = Request(
@@ -90,7 +90,7 @@ class SourceMaker(ProtocolSources):
             say(f"{source}: {final_line(outcome, request.out)}")
         self.forget_tiles(source)
 
-    def _generator(self, images: Images, device: torch.device) -> Generator:
+    def _open_generator(self, images: Images, device: torch.device) -> Generator:
         name, spec = images.spec.model, self.model(images.spec.model)
         if name not in self._opened:
             self._opened[name] = open_generator(
@@ -106,7 +106,7 @@ class SourceMaker(ProtocolSources):
             )
         return self._opened[name].make(sampler_settings(spec.generator, images.spec))
 
-    def _conditions(self, images: Images) -> ConditionSource:
+    def _open_conditions(self, images: Images) -> ConditionSource:
         spec = images.spec
         if not spec.guidance:
             return Unconditional(self.required_images(images.key))

@@ -20,7 +20,7 @@ from evaluate.metrics.neighbours import Neighbours
 from evaluate.protocols.cells import Measurer, OpenSide
 from evaluate.protocols.nearest import copying_test, distance_ratios, nearest_in_blocks
 from evaluate.protocols.plan import Seen, all_images
-from evaluate.protocols.store import digest
+from evaluate.protocols.store import digest_array
 
 Features = npt.NDArray[np.floating]
 Found = dict[str, object]
@@ -49,14 +49,14 @@ def measure_memorisation(measurer: Measurer) -> list[Found]:
     protocol = measurer.protocol
     if len(protocol.columns) != 2 or not protocol.train:
         raise UserError("memorisation needs columns=[val-in,val-out] and train=SET")
-    found = []
+    searches = []
     images = all_images(protocol)
     with meter("memorisation", len(protocol.encoders) * len(images), "searches") as shown:
         for encoder in protocol.encoders:
-            for one in images:
-                found.append(CopySearch(measurer, encoder, one.key).run())
-                shown.advance(1, f"{encoder}, {one.key}")
-    return found
+            for source in images:
+                searches.append(CopySearch(measurer, encoder, source.key).run())
+                shown.advance(1, f"{encoder}, {source.key}")
+    return searches
 
 
 class CopySearch:
@@ -75,12 +75,13 @@ class CopySearch:
         names = dict(zip(("generated", *_VALIDATION), (self._source, *self._protocol.columns),
                          strict=True))  # fmt: skip
         sides = {key: self._measurer.side(Seen(name), self._encoder) for key, name in names.items()}
-        nearest = {key: self._nearest(opened) for key, opened in sides.items()}
+        nearest = {key: self._find_nearest(opened) for key, opened in sides.items()}
+        # FLD and C_T fit models to the training tiles: a fixed sample bounds their cost.
         order = source_order(self._selection.rows, self._selection.content_hash)
         sample = self._train_rows(np.sort(order[:_SAMPLE_ROWS]))
-        likelihood = {key: self._likelihood(sample, sides, key) for key in sides}
-        own = self._own_distances(nearest["generated"].indices[:, 0])
-        distances = {key: found.distances[:, 0] for key, found in nearest.items()}
+        likelihood = {key: self._measure_likelihood(sample, sides, key) for key in sides}
+        among_training = self._own_distances(nearest["generated"].indices[:, 0])
+        distances = {key: neighbours.distances[:, 0] for key, neighbours in nearest.items()}
         compared = {key: (sides[key].side.features, distances[key]) for key in sides}
         return {
             "encoder": self._encoder,
@@ -89,7 +90,7 @@ class CopySearch:
                       "sample": len(sample)},
             "names": names,
             "sets": {key: _summarise_set(key, nearest[key], likelihood[key]) for key in sides},
-            "authenticity": float((distances["generated"] > own).mean()),
+            "authenticity": float((distances["generated"] > among_training).mean()),
             "copying_test": {
                 key: copying_test(sample, compared["generated"], compared[key])
                 for key in _VALIDATION
@@ -100,15 +101,18 @@ class CopySearch:
             ),
         }  # fmt: skip
 
-    def _nearest(self, opened: OpenSide) -> Neighbours:
+    def _find_nearest(self, opened: OpenSide) -> Neighbours:
         inputs = {"metric": "nearest", "sides": {"queries": opened.sum},
                   "train": self.train_fingerprint(), "k": 2}  # fmt: skip
 
         def compute() -> object:
-            found = nearest_in_blocks(
+            neighbours = nearest_in_blocks(
                 opened.side.features, self._train_blocks(), k=2, device=self._device
             )
-            return {"indices": found.indices.tolist(), "distances": found.distances.tolist()}
+            return {
+                "indices": neighbours.indices.tolist(),
+                "distances": neighbours.distances.tolist(),
+            }
 
         kept = self._measurer.store.get(inputs, compute)
         return Neighbours(np.array(kept["indices"], np.int64), np.array(kept["distances"]))
@@ -147,19 +151,23 @@ class CopySearch:
     def _own_distances(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The distance of each of these training tiles to its own nearest training tile."""
         unique, member = np.unique(rows, return_inverse=True)
-        inputs = {"metric": "own nearest", "rows": digest(unique),
+        inputs = {"metric": "own nearest", "rows": digest_array(unique),
                   "train": self.train_fingerprint()}  # fmt: skip
 
         def compute() -> object:
             queries = self._train_rows(unique)
-            found = nearest_in_blocks(queries, self._train_blocks(), k=2, device=self._device)
+            neighbours = nearest_in_blocks(queries, self._train_blocks(), k=2, device=self._device)
             # The nearest is the tile itself, unless a copy of it comes before it.
-            is_itself = found.indices[:, 0] == unique
-            return np.where(is_itself, found.distances[:, 1], found.distances[:, 0]).tolist()
+            is_itself = neighbours.indices[:, 0] == unique
+            return np.where(
+                is_itself, neighbours.distances[:, 1], neighbours.distances[:, 0]
+            ).tolist()
 
         return np.array(self._measurer.store.get(inputs, compute))[member]
 
-    def _likelihood(self, sample: Features, sides: dict[str, OpenSide], key: str) -> Likelihood:
+    def _measure_likelihood(
+        self, sample: Features, sides: dict[str, OpenSide], key: str
+    ) -> Likelihood:
         """FLD's gap and memorisation score of one of the three sets; val-out is the test set.
 
         So a gap of val-out itself, Gaussians on the very rows that they are tested on, says
@@ -167,20 +175,21 @@ class CopySearch:
         """
         settings = self._protocol.settings
         inputs = {"metric": "memorisation score", "sides": {k: sides[k].sum for k in
-                  (key, "val_out")}, "train": digest(sample),
+                  (key, "val_out")}, "train": digest_array(sample),
                   "seeds": list(settings.fld_seeds), "dtype": settings.fld_dtype,
                   "cap": settings.fld_max_generated}  # fmt: skip
 
         def compute() -> object:
-            found = feature_likelihood_divergence(
+            divergence = feature_likelihood_divergence(
                 sample, sides["val_out"].side.features, sides[key].side.features, mode="gap",
                 seeds=settings.fld_seeds,
                 dtype="float32" if settings.fld_dtype == "float32" else "float64",
                 max_generated=settings.fld_max_generated,
             )  # fmt: skip
-            return {"gap": found.value, "gap_std": found.std, "warnings": list(found.warnings),
-                    "score": found.memorisation.tolist(),
-                    "rows": found.memorisation_rows.tolist()}  # fmt: skip
+            return {"gap": divergence.value, "gap_std": divergence.std,
+                    "warnings": list(divergence.warnings),
+                    "score": divergence.memorisation.tolist(),
+                    "rows": divergence.memorisation_rows.tolist()}  # fmt: skip
 
         kept: Likelihood = self._measurer.store.get(inputs, compute)
         return kept
@@ -226,7 +235,7 @@ class CopySearch:
         ranks = self._selection.ranks[start:stop]
         rows = self._store.read(self._selection.slide_ids[slide], ranks)
         distances = np.linalg.norm(rows.astype(np.float64) - query, axis=1)
-        distances[first - start] = np.inf
+        distances[first - start] = np.inf  # the nearest tile itself is already shown
         best = int(distances.argmin())
         return [self._selection.slide_ids[slide], int(ranks[best]), float(distances[best])]
 
@@ -237,9 +246,9 @@ def _summarise_set(key: str, nearest: Neighbours, likelihood: Likelihood) -> Fou
     counts, edges = np.histogram(ratios, bins=_BINS, range=(0.0, 1.0))
     return {
         "n": len(ratios),
-        "distance": _quantiles(nearest.distances[:, 0]),
-        "ratio": _quantiles(ratios),
-        "score": _quantiles(np.array(likelihood["score"])),
+        "distance": _summarise_values(nearest.distances[:, 0]),
+        "ratio": _summarise_values(ratios),
+        "score": _summarise_values(np.array(likelihood["score"])),
         "gap": None if is_test_set else likelihood["gap"],
         "gap_std": None if is_test_set else likelihood["gap_std"],
         "warnings": likelihood["warnings"],
@@ -247,7 +256,7 @@ def _summarise_set(key: str, nearest: Neighbours, likelihood: Likelihood) -> Fou
     }
 
 
-def _quantiles(values: npt.NDArray[np.floating]) -> dict[str, float]:
+def _summarise_values(values: npt.NDArray[np.floating]) -> dict[str, float]:
     return {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
 
 

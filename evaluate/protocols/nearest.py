@@ -32,6 +32,7 @@ def nearest_in_blocks(
     for block in blocks:
         if not len(block):
             continue
+        # Distances are computed about the first block's mean, where float32 cancels least.
         centre = block.mean(axis=0, dtype=np.float64) if centre is None else centre
         first, second = (Side(rows, centre, device) for rows in (queries, block))
         found = other_neighbours(first, second, min(k, len(block)))
@@ -46,12 +47,12 @@ def nearest_in_blocks(
     return Neighbours(indices=indices, distances=distances)
 
 
-def distance_ratios(found: Neighbours) -> Distances:
+def distance_ratios(neighbours: Neighbours) -> Distances:
     """Distance to the nearest over that to the second nearest, [n] in [0, 1]; 0 for a copy.
 
     Two copies of one tile in the training set make 0 / 0, which counts as 0.
     """
-    first, second = found.distances[:, 0], found.distances[:, 1]
+    first, second = neighbours.distances[:, 0], neighbours.distances[:, 1]
     return np.divide(first, second, out=np.zeros_like(first), where=second > 0)
 
 
@@ -72,14 +73,18 @@ def copying_test(
     Below -3 means copying, above 3 underfitting. Distances are of the whole feature space, not of
     the components. None where a cell has fewer than 4 tiles of either set.
     """
+    # C_T needs cells of similar tiles; k-means in hundreds of dimensions finds none.
     components = min(components, *train.shape)
     project = PCA(components, svd_solver="full", random_state=seed).fit(train)
     model = KMeans(cells, n_init=4, random_state=seed).fit(project.transform(train))
     labels = [model.predict(project.transform(x)) for x, _ in (generated, held_out)]
     scores, weights = [], []
     for cell in range(cells):
-        near = [d[own == cell] for (_, d), own in zip((generated, held_out), labels, strict=True)]
-        if min(len(one) for one in near) < 4:
+        near = [
+            distances[cell_of == cell]
+            for (_, distances), cell_of in zip((generated, held_out), labels, strict=True)
+        ]
+        if min(len(distances) for distances in near) < 4:
             return None
         scores.append(mann_whitney_z(*near))
         weights.append(float((model.labels_ == cell).mean()))

@@ -71,7 +71,7 @@ class Cell:
         return {"real": self.real, "generated": self.generated} | train
 
 
-def expand(protocol: Protocol, generation: str) -> list[Images]:
+def expand_generation(protocol: Protocol, generation: str) -> list[Images]:
     """The datasets of a generation: one for each point of its grid of steps, solver and seed."""
     spec = protocol.generations[generation]
     swept = [key for key in SWEPT_KEYS if len(getattr(spec, key)) > 1]
@@ -90,7 +90,7 @@ def all_images(protocol: Protocol) -> list[Images]:
         images
         for name in protocol.row_sources()
         if name in protocol.generations and not _is_left_out(protocol, name)
-        for images in expand(protocol, name)
+        for images in expand_generation(protocol, name)
     ]
 
 
@@ -146,7 +146,7 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
                 point=images.point,
                 note=row.note,
             )
-            for images in (expand(protocol, source) if is_generated else [reference])
+            for images in (expand_generation(protocol, source) if is_generated else [reference])
         ]
     return cells
 
@@ -187,6 +187,7 @@ def all_features(protocol: Protocol, cells: list[Cell]) -> list[Features]:
     the training tiles.
     """
     features: dict[Features, None] = {}
+    # A dict as an ordered set: the order is that in which features are cached and read.
     for cell in cells:
         features.update(dict.fromkeys((seen, cell.encoder) for seen in cell.sides().values()))
         guide = guiding_set(protocol, cell.generated.source)
@@ -202,7 +203,7 @@ def guiding_set(protocol: Protocol, source: str) -> str:
     vae = parse_vae(source)
     if vae:
         return vae[1]
-    guides = (one.spec.guidance for one in all_images(protocol) if one.key == source)
+    guides = (images.spec.guidance for images in all_images(protocol) if images.key == source)
     return next(guides, "")
 
 
@@ -229,5 +230,5 @@ def expand_names(protocol: Protocol, name: str) -> list[str]:
     if name in keys or parse_vae(name):
         return [name]
     if name in protocol.generations:
-        return [images.key for images in expand(protocol, name)]
+        return [images.key for images in expand_generation(protocol, name)]
     raise UserError(f"--generate {name}: no such images; there are {', '.join(keys)} and all")

@@ -38,6 +38,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     make_missing(sources, cells)
     store = ResultStore(Path(protocol.out) / "cells")
     measurer = Measurer(protocol, sources, store)
+    # What does not belong in one table is refused before hours of measuring.
     bases = [measurer.basis(cell) for cell in cells]
     _check_tables(protocol, cells, bases)
     results: dict[str, Any]

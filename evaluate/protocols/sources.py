@@ -75,10 +75,10 @@ class ProtocolSources:
                             f"sets.{source}.dataset=DIR")  # fmt: skip
         dataset = open_dataset(Path(root))
         whole = read_selection(dataset, spec.selection)
-        used = first_tiles(whole, self._required(spec.count) or whole.rows, f"set {source}")
+        used = first_tiles(whole, self._required_count(spec.count) or whole.rows, f"set {source}")
         return SelectedTiles(dataset, whole, used, spec.tile_px or _tile_px(dataset))
 
-    def _required(self, count: int) -> int:
+    def _required_count(self, count: int) -> int:
         """Tiles to use for a `count` of the configuration; 0 for all."""
         return 0 if count < 0 else count or self.protocol.count
 
@@ -89,14 +89,14 @@ class ProtocolSources:
             return self.tiles(vae[1]).used.rows
         spec = self.images[source].spec
         guided = self.tiles(spec.guidance).used.rows if spec.guidance else 0
-        return self._required(spec.count) or guided
+        return self._required_count(spec.count) or guided
 
     def folder(self, source: str) -> Path:
         """Where the images are: a folder named by all that fixes them, or the given dataset."""
         vae = parse_vae(source)
         if vae:
             set_tiles = self.tiles(vae[1])
-            return self._folder(f"vae-{vae[0]}-{vae[1]}", {
+            return self._named_folder(f"vae-{vae[0]}-{vae[1]}", {
                 "vae": self._model_fingerprint(vae[0]),
                 "px": set_tiles.px,
                 "set": set_tiles.whole.content_hash,
@@ -107,7 +107,7 @@ class ProtocolSources:
             return Path(spec.dataset)
         model = self.protocol.models[spec.model]
         guide = self.tiles(spec.guidance) if spec.guidance else None
-        return self._folder(source, {
+        return self._named_folder(source, {
             "model": self._model_fingerprint(spec.model),
             # As configured: `auto` is another dtype on another machine, and stays one folder.
             "dtype": model.dtype,
@@ -120,7 +120,7 @@ class ProtocolSources:
             "batch": spec.batch,
         })  # fmt: skip
 
-    def _folder(self, name: str, fixed: dict[str, object]) -> Path:
+    def _named_folder(self, name: str, fixed: dict[str, object]) -> Path:
         digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         return Path(self.protocol.out) / "generated" / f"{name}.{digest[:12]}"
 
@@ -148,6 +148,7 @@ class ProtocolSources:
         dataset = Dataset(self.folder(source))
         if not dataset.selection_file(SELECTION_NAME).exists():
             return count
+        # Tables come before tiles, so the selection may name images that are not made yet.
         whole = read_selection(dataset, SELECTION_NAME)
         if whole.rows < count:
             return count - whole.rows
@@ -179,6 +180,7 @@ class ProtocolSources:
         tiles = self.tiles(seen.source)
         dataset, px = tiles.dataset, seen.px or tiles.px
         wanted = tiles.whole if whole else tiles.used
+        # Without encoder.json nothing was cached: there is no record to compare.
         if not encoder_file(dataset, px, encoder, seen.view, "cls").exists():
             return wanted.rows
         record = read_encoder_record(dataset, tile_px=px, encoder=encoder, view=seen.view)
@@ -224,6 +226,7 @@ def first_tiles(whole: Selection, count: int, name: str) -> Selection:
         )
     if whole.rows == count:
         return whole
+    # In the order of guidance, any prefix is a fair sample and the images' own sources.
     rows = np.sort(source_order(whole.rows, whole.content_hash)[:count])
     slides = np.searchsorted(whole.offsets, rows, side="right") - 1
     ranks = {

@@ -15,16 +15,16 @@ VERSION = 1
 """Raised where a metric's definition changes: older files are then computed again."""
 
 
-def digest(array: npt.NDArray[Any] | None) -> str:
+def digest_array(array: npt.NDArray[Any] | None) -> str:
     """A sum of an array's values, shape and type; "" for None."""
     if array is None:
         return ""
-    found = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
+    sha = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
     if array.dtype.kind == "U":
-        found.update("\0".join(array.tolist()).encode())
+        sha.update("\0".join(array.tolist()).encode())
     else:
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
 
 
 class ResultStore:

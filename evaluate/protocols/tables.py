@@ -38,20 +38,20 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
     contexts = [_cell_context(quantity, cell, metric.name) for cell in records]
     repeated = _differing_labels(records, contexts)
     for cell, context in zip(records, contexts, strict=True):
-        result = _result(cell, metric.name)
+        result = _metric_result(cell, metric.name)
         value = quantity.value(result) if result else None
         if value is None or (cell.text("kind") == "control" and not quantity.in_controls):
             continue
         label = row_label(cell)
-        counts = {key: _integer(result, key) for key in ("n_real", "n_generated", "n")
+        counts = {key: _read_integer(result, key) for key in ("n_real", "n_generated", "n")
                   if key in result}  # fmt: skip
-        counts = counts or {"n": _integer(cell.part("basis"), "n_generated")}
-        number = _number(value, counts, quantity.spread(result))
-        _add(builder, cell, label, number)
+        counts = counts or {"n": _read_integer(cell.part("basis"), "n_generated")}
+        number = _table_number(value, counts, quantity.spread(result))
+        _add_number(builder, cell, label, number)
         if context is not None:
             # One row for all where their number is the same, else a row for each.
-            own = f"{context[0]}: {label}" if context[0] in repeated else context[0]
-            _add(builder, cell, own, context[1], kind="control")
+            context_label = f"{context[0]}: {label}" if context[0] in repeated else context[0]
+            _add_number(builder, cell, context_label, context[1], kind="control")
     table = builder.build(name, quantity.title, quantity.better, share=quantity.share)
     order = {"model": 0, "reference": 1, "control": 2}
     table["rows"].sort(key=lambda row: order[row["kind"]])
@@ -62,12 +62,12 @@ def _cell_context(
     quantity: TableQuantity, cell: Record, metric: str
 ) -> tuple[str, TableNumber] | None:
     """The control row that a model's result brings along: a null of cosines, a distance's floor."""
-    result = _result(cell, metric)
+    result = _metric_result(cell, metric)
     is_single_model = cell.text("kind") == "model" and not cell.part("point")
     if quantity.context is None or not is_single_model or not result:
         return None
     entry = quantity.context(result)
-    return entry.label, _number(entry.value, entry.counts)
+    return entry.label, _table_number(entry.value, entry.counts)
 
 
 def _differing_labels(
@@ -77,7 +77,7 @@ def _differing_labels(
     first: dict[tuple[str, str], TableNumber] = {}
     differing = set()
     for cell, context in zip(cells, contexts, strict=True):
-        if context and first.setdefault((context[0], _column(cell)), context[1]) != context[1]:
+        if context and first.setdefault((context[0], _column_of(cell)), context[1]) != context[1]:
             differing.add(context[0])
     return differing
 
@@ -102,20 +102,21 @@ def relative_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     """FD less its closed-form floor, over that of the reference row: alike for every encoder."""
     builder = TableBuilder(protocol_columns(protocol))
     distances = [
-        (cell, _result(cell, "frechet_distance"))
+        (cell, _metric_result(cell, "frechet_distance"))
         for cell in (Record(cell, "cells") for cell in cells)
-        if _result(cell, "frechet_distance")
+        if _metric_result(cell, "frechet_distance")
     ]
+    # Fréchet distances of encoders have no common scale; that of the reference row makes one.
     unit = {
-        _column(cell): _above_floor(result)
+        _column_of(cell): _above_floor(result)
         for cell, result in distances
         if cell.text("label") == protocol.relative_to
     }
     for cell, result in distances:
-        divisor = unit.get(_column(cell), 0)
+        divisor = unit.get(_column_of(cell), 0)
         if cell.text("kind") == "model" and divisor > 0:
-            number = _number(_above_floor(result) / divisor, _sizes(result))
-            _add(builder, cell, row_label(cell), number)
+            number = _table_number(_above_floor(result) / divisor, _sample_sizes(result))
+            _add_number(builder, cell, row_label(cell), number)
     title = f"Fréchet distance above its noise floor, in units of that of “{protocol.relative_to}”"
     return builder.build("fd_relative", title, "lower")
 
@@ -137,7 +138,7 @@ def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     builder = TableBuilder(protocol_columns(protocol))
     groups: dict[str, list[Record]] = {}
     for cell in (Record(cell, "cells") for cell in cells):
-        if cell.text("kind") == "model" and _result(cell, "frechet_distance"):
+        if cell.text("kind") == "model" and _metric_result(cell, "frechet_distance"):
             groups.setdefault(row_label(cell, without="seed"), []).append(cell)
     for name, models in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
@@ -150,13 +151,13 @@ def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) ->
     """The widths of a group's first seed."""
     first = dict(models[0].part("point"))
     for cell in models:
-        widths = _result(cell, "frechet_distance").part("widths")
+        widths = _metric_result(cell, "frechet_distance").part("widths")
         for kind, key, text in _WIDTHS:
             width = widths.part(kind)
             if width and dict(cell.part("point")) == first:
-                draws = {"draws": _integer(width, "draws")}
-                number = _number(width.optional("value"), draws, width.optional(key))
-                _add(builder, cell, prefix + text.format(**width), number)
+                draws = {"draws": _read_integer(width, "draws")}
+                number = _table_number(width.optional("value"), draws, width.optional(key))
+                _add_number(builder, cell, prefix + text.format(**width), number)
 
 
 def _add_seeds(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
@@ -164,14 +165,14 @@ def _add_seeds(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> 
     by_column: dict[str, dict[object, Record]] = {}
     for cell in models:
         seed = cell.part("point").get("seed")
-        by_column.setdefault(_column(cell), {})[seed] = cell
+        by_column.setdefault(_column_of(cell), {})[seed] = cell
     for by_seed in by_column.values():
         cells = list(by_seed.values())
         if len(cells) > 1:
-            values = [_result(cell, "frechet_distance").number("value") for cell in cells]
+            values = [_metric_result(cell, "frechet_distance").number("value") for cell in cells]
             spread = float(np.std(values, ddof=1))
-            number = _number(float(np.mean(values)), {"seeds": len(values)}, spread)
-            _add(builder, cells[0], f"{prefix}seeds of the sampler", number)
+            number = _table_number(float(np.mean(values)), {"seeds": len(values)}, spread)
+            _add_number(builder, cells[0], f"{prefix}seeds of the sampler", number)
 
 
 def _with_published(protocol: Protocol, table: Table) -> Table:
@@ -189,7 +190,7 @@ def _with_published(protocol: Protocol, table: Table) -> Table:
         rows.append(row)
         known = values.part(row["label"])
         if known:
-            cells = {column: _number(known.optional(column), {}) if column in known else None
+            cells = {column: _table_number(known.optional(column), {}) if column in known else None
                      for column in row["cells"]}  # fmt: skip
             note = published.text("source", "published")
             label = f"{row['label']}, published"
@@ -197,35 +198,35 @@ def _with_published(protocol: Protocol, table: Table) -> Table:
     return {**table, "rows": rows}
 
 
-def _result(cell: Record, metric: str) -> Record:
+def _metric_result(cell: Record, metric: str) -> Record:
     return cell.part("results").part(metric)
 
 
-def _column(cell: Record) -> str:
+def _column_of(cell: Record) -> str:
     return f"{cell.text('encoder')}/{cell.text('column')}"
 
 
-def _add(
+def _add_number(
     builder: TableBuilder, cell: Record, label: str, number: TableNumber, kind: str = ""
 ) -> None:
     """A cell's number, in the row of that label and in the cell's own column."""
     kind = kind or cell.text("kind")
-    builder.add(kind, label, _column(cell), number, cell.text("note", ""))
+    builder.add(kind, label, _column_of(cell), number, cell.text("note", ""))
 
 
-def _number(
+def _table_number(
     value: float | None, n: Mapping[str, int | None], spread: float | None = None
 ) -> TableNumber:
     return TableNumber(value=value, spread=spread, n=n)
 
 
-def _integer(result: Record, key: str) -> int | None:
+def _read_integer(result: Record, key: str) -> int | None:
     value = result.optional(key)
     return None if value is None else int(value)
 
 
-def _sizes(result: Record) -> dict[str, int | None]:
-    return {key: _integer(result, key) for key in ("n_real", "n_generated")}
+def _sample_sizes(result: Record) -> dict[str, int | None]:
+    return {key: _read_integer(result, key) for key in ("n_real", "n_generated")}
 
 
 def _above_floor(result: Record) -> float:

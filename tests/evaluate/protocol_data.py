@@ -13,7 +13,7 @@ import torch
 from evaluate_data import RECORD, make_real, random_features, write_features
 
 from common.torch_processes import ALONE
-from evaluate.protocols.config import Protocol, load
+from evaluate.protocols.config import Protocol, load_protocol
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import Seen, all_features, made_sources, plan_cells
 from model import CytoSyn, SiT, SiTConfig
@@ -97,7 +97,7 @@ def toy(root: Path, name: str, *more: str) -> Protocol:
         "settings.subsample=32", "settings.kid_subsets=4", "settings.fld_seeds=[0,1]",
         "group_tiles=8", "tiles=4", "top=6",
     ]  # fmt: skip
-    return load(name, None, [*fixed, *more])
+    return load_protocol(name, None, [*fixed, *more])
 
 
 def make_all(protocol: Protocol) -> SourceMaker:

@@ -11,7 +11,7 @@ from common.errors import UserError
 from evaluate.generate.conditions import (
     ConditionList,
     Reference,
-    between,
+    conditions_between,
     each_alone,
     interpolate,
     mean_of,
@@ -77,7 +77,7 @@ def test_ways_that_are_not_defined_are_refused() -> None:
 
 def test_pairs_are_cut_at_each_factor_in_turn() -> None:
     tiles = references(3)
-    found = between(tiles, [(0, 2), (1, 0)], (0.2, 0.8), "lerp")
+    found = conditions_between(tiles, [(0, 2), (1, 0)], (0.2, 0.8), "lerp")
     assert [(one.references, one.factor) for one in found] == [
         ((0, 2), 0.2), ((0, 2), 0.8), ((1, 0), 0.2), ((1, 0), 0.8)
     ]  # fmt: skip
@@ -102,8 +102,9 @@ def test_other_tiles_or_another_way_between_them_are_another_identity() -> None:
         guided_by(conditions, tiles).identity()["guidance_conditions_sha256"]
         for conditions in (
             each_alone(tiles), each_alone(tiles[:2]), mean_of(tiles),
-            between(tiles, [(0, 1)], (0.2,), "lerp"), between(tiles, [(0, 1)], (0.4,), "lerp"),
-            between(tiles, [(1, 0)], (0.2,), "lerp"),
+            conditions_between(tiles, [(0, 1)], (0.2,), "lerp"),
+            conditions_between(tiles, [(0, 1)], (0.4,), "lerp"),
+            conditions_between(tiles, [(1, 0)], (0.2,), "lerp"),
         )
     }  # fmt: skip
     assert len(sums) == 6

@@ -18,7 +18,7 @@ from evaluate.figures.layout import Sheet, column_lefts, compose_sheet
 from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
 from evaluate.figures.tiles import GeneratedTiles
 from evaluate.generate.condition_source import SelectionConditions, Unconditional
-from evaluate.generate.conditions import ConditionList, Reference, between
+from evaluate.generate.conditions import ConditionList, Reference, conditions_between
 from evaluate.generate.run import Request, generate
 from pipeline.dataset import Dataset, claim_identity, read_candidates
 
@@ -102,7 +102,7 @@ def test_figure_3_has_each_pairs_real_tiles_at_both_ends(tmp_path: Path) -> None
         Reference(name, real_tile(name, 1), rng.normal(size=12).astype(np.float32))
         for name in ("a", "b", "c")
     ]
-    conditions = between(ends, [(0, 1), (2, 0)], (0.2, 0.4, 0.6, 0.8), "slerp")
+    conditions = conditions_between(ends, [(0, 1), (2, 0)], (0.2, 0.4, 0.6, 0.8), "slerp")
     guidance = ConditionList(
         "interpolation", conditions, ends, record=RECORD, tile_px=PX, mpp=0.5, how={}
     )
@@ -139,5 +139,5 @@ def test_figure_1_is_one_command_and_says_what_it_must_not_hide(
 
 
 def test_a_real_dataset_is_no_synthetic_one(evaluate_real: Callable[..., Dataset]) -> None:
-    with pytest.raises(UserError, match="holds no generated images"):
+    with pytest.raises(UserError, match="contains no generated images"):
         GeneratedTiles(evaluate_real())

@@ -32,7 +32,7 @@ from evaluate.metrics import cosine_similarity, frechet_distance
 from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
-from evaluate.protocols.config import load, names
+from evaluate.protocols.config import load_protocol, protocol_names
 from evaluate.protocols.controls import (
     grouped_distances,
     halves_by_label,
@@ -80,17 +80,17 @@ def cells(results: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
     return [c for c in results["cells"] if all(c[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", protocol_names())
 def test_a_shipped_protocol_is_the_papers_and_has_no_deviation(name: str) -> None:
-    protocol = load(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
+    protocol = load_protocol(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
     assert protocol.deviations == {}
     assert protocol.rows
     assert set(protocol.encoders) <= {"h-optimus-0", "virchow2", "uni2-h", "inception-v3"}
-    assert load(name, None, ["count=99"]).deviations["count"][1] == 99
+    assert load_protocol(name, None, ["count=99"]).deviations["count"][1] == 99
 
 
 def test_table_2_is_as_the_paper_has_it() -> None:
-    protocol = load("table2")
+    protocol = load_protocol("table2")
     assert protocol.count == 100_000
     assert protocol.settings.max_generated == 50_000
     made = {one.generation: one.spec for one in all_images(protocol)}
@@ -105,7 +105,7 @@ def test_table_2_is_as_the_paper_has_it() -> None:
 
 
 def test_figure_4_is_a_grid_of_unconditional_images() -> None:
-    images = all_images(load("figure4"))
+    images = all_images(load_protocol("figure4"))
     assert len(images) == 16
     assert {one.point["solver"] for one in images} == {"ode", "sde"}
     assert (min(i.point["steps"] for i in images), max(i.point["steps"] for i in images)) == (
@@ -115,7 +115,7 @@ def test_figure_4_is_a_grid_of_unconditional_images() -> None:
 
 
 def test_table_4_holds_each_arm_and_the_control() -> None:
-    protocol = load("table4")
+    protocol = load_protocol("table4")
     rows = {row.label: row for row in protocol.rows}
     control = rows["CytoSyn 224; JPEG validation (negative control)"]
     assert (control.real_view, control.generated) == ("jpeg70", "cytosyn-png")
@@ -141,7 +141,7 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        load("table2", None, overrides)
+        load_protocol("table2", None, overrides)
 
 
 @pytest.mark.parametrize("generated", ["from-{col}", "from-{0}", "from-{", "{column.x}"])
@@ -149,18 +149,18 @@ def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f'rows: [{{label: Ours, generated: "{generated}"}}]')
     with pytest.raises(UserError, match=r"row 'Ours': generated is .* only \{column\} may stand"):
-        load("table2", file)
+        load_protocol("table2", file)
 
 
 def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("dataset: /data\nsets: {val-in: {dataset: /other}}\n")
-    protocol = load("table2", file, ["generations.*.steps=20"])
+    protocol = load_protocol("table2", file, ["generations.*.steps=20"])
     assert protocol.sets["val-in"].dataset == "/other"
     assert protocol.sets["val-in"].selection == "val-in"
     assert {one.spec.steps for one in all_images(protocol)} == {(20,)}
     with pytest.raises(UserError, match="no protocol 'table9'"):
-        load("table9")
+        load_protocol("table9")
 
 
 def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -> None:
@@ -314,7 +314,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     same = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=3")
     assert given_deviations(SourceMaker(same))[f"{key}.steps"] == ([250], [3])
     with pytest.raises(UserError, match="seed has 3 values"):
-        load("table5", None, ["generations.from-guidance.dataset=syn"])
+        load_protocol("table5", None, ["generations.from-guidance.dataset=syn"])
     other = shutil.copytree(world / "real", tmp_path / "real")
     claim_identity(Dataset(other), {"seed": 1}, stage="scan", versions={})
     foreign = replace(same, dataset=str(other))
@@ -408,7 +408,7 @@ def distance_cell(label: str, value: float, **more: Any) -> dict[str, Any]:
 
 
 def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
-    protocol = load("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    protocol = load_protocol("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
     grid = [(label, steps, seed) for label in ("A", "B") for steps in (20, 50) for seed in (0, 1)]
     found = variability_table(
         protocol,
@@ -427,7 +427,7 @@ def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
 
 
 def test_a_floor_of_each_row_stands_by_itself() -> None:
-    protocol = load("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    protocol = load_protocol("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
 
     def controls(*floors: float) -> dict[str, float]:
         cells = [distance_cell(f"row {i}", 2.0, floor=floor) for i, floor in enumerate(floors)]
@@ -502,7 +502,7 @@ def test_the_door_reports_and_lists(
 ) -> None:
     assert main(["protocol", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in names())
+    assert all(name in listed for name in protocol_names())
     results = tmp_path / "results.json"
     results.write_text(json.dumps(table2))
     assert main(["report", "--results", str(results), "--out", str(tmp_path / "r.html")]) == 0
@@ -587,10 +587,10 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
         monkeypatch.setattr(cells_module, "choose_device", lambda _, d=device: torch.device(d))
         measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
         opened = {name: measurer.side(seen, cell.encoder) for name, seen in cell.sides().items()}
-        pair = measurer._pair(cell, opened)
+        pair = measurer._make_pair(cell, opened)
         assert pair.device == device
         names[device] = [
-            measurer._inputs(metric, pair, opened, protocol.settings)
+            measurer._result_inputs(metric, pair, opened, protocol.settings)
             for metric in ("precision_recall", "feature_likelihood")
         ]
     assert names["cpu"][0] == names["cuda"][0]
