@@ -7,7 +7,7 @@ code.
 import difflib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -112,6 +112,10 @@ def _section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
     for name in values:
         if name not in names:
             raise UserError(_unknown(f"{prefix}{name}", known))
+    for field in _settable(cls):
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        if field.name not in values and not has_default:
+            raise UserError(f"configuration key '{prefix}{field.name}' is missing: it must be set")
     built = {name: _value(hints[name], values[name], prefix + name, known) for name in values}
     return cls(**built)
 

@@ -152,6 +152,13 @@ def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
         load_protocol("table2", file)
 
 
+def test_a_row_without_a_key_that_it_needs_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rows: [{label: Ours}]")
+    with pytest.raises(UserError, match=r"'rows\[0\]\.generated' is missing"):
+        load_protocol("table2", file)
+
+
 def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("dataset: /data\nsets: {val-in: {dataset: /other}}\n")
