@@ -51,7 +51,7 @@ from pipeline.run.workers import EngineConfig  # noqa: E402
 from pipeline.slides.config import ScanConfig  # noqa: E402
 from pipeline.slides.entries import find_slides  # noqa: E402
 from pipeline.slides.scan import (  # noqa: E402
-    _named,
+    _slide_before_opening,
     _source_fingerprint,
     scan_slide,
 )
@@ -158,7 +158,7 @@ def _journal(dataset: Dataset, stage: str) -> Any:
 
 def _scanned(source: Any) -> Slide:
     levels = ((90_000, 70_000, 1.0), (22_500, 17_500, 4.0), (5_625, 4_375, 16.0))
-    known = _named(source).__dict__
+    known = _slide_before_opening(source).__dict__
     return Slide(**{**known, "reader": "native", "vendor": "aperio", "mpp": 0.25,
                     "mpp_source": "table", "width": 90_000, "height": 70_000, "levels": levels,
                     "codec": "jpeg"})  # fmt: skip

@@ -36,7 +36,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"configuration {path}: expected keys and values, got a {_kind(values)}")
+        raise UserError(
+            f"configuration {path}: expected keys and values, got a {_kind_of_value(values)}"
+        )
     return values
 
 
@@ -47,7 +49,7 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of nested values with `section.key=value` texts set in it."""
-    result = _copied(values)
+    result = _copy_nested(values)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -57,7 +59,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         for section in sections:
             below = place.setdefault(section, {})
             if isinstance(below, _Raw):  # section={...} and then section.key=value
-                below = place[section] = _parsed(below, section)
+                below = place[section] = _parse_override(below, section)
             if not isinstance(below, dict):
                 raise UserError(f"override '{text}': '{section}' is not a section")
             place = below
@@ -71,20 +73,20 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises `UserError` naming the dotted key for an unknown key (with the nearest known one) and
     for a value of another type.
     """
-    return _section(cls, values, "", dotted_keys(cls))
+    return _build_section(cls, values, "", dotted_keys(cls))
 
 
 def check_setting(condition: bool, key: str, value: object, expected: str) -> None:
     """Raise `UserError` naming the dotted key, its value and what is expected, unless it holds."""
     if not condition:
-        raise _mismatch(key, expected, value)
+        raise _mismatch_error(key, expected, value)
 
 
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every key of nested dataclasses, dotted: `run.steps`, `model.sit.depth`, ..."""
     keys: list[str] = []
     hints = get_type_hints(cls)
-    for field in _settable(cls):
+    for field in _settable_fields(cls):
         if is_dataclass(hints[field.name]):
             keys += dotted_keys(hints[field.name], f"{prefix}{field.name}.")
         else:
@@ -94,112 +96,114 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 def plain(config: Any) -> dict[str, Any]:
     """Nested plain values of a dataclass, ready for YAML and JSON."""
-    return _listed(asdict(config))
+    return _tuples_to_lists(asdict(config))
 
 
-def _settable(cls: type) -> list["Field[Any]"]:
+def _settable_fields(cls: type) -> list["Field[Any]"]:
     """The fields that a configuration may set: all but those marked as derived."""
     return [field for field in fields(cls) if not field.metadata.get("derived")]
 
 
-def _section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
+def _build_section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
     if isinstance(values, _Raw):
-        values = _parsed(values, prefix.rstrip("."))
+        values = _parse_override(values, prefix.rstrip("."))
     if not isinstance(values, Mapping):
-        raise _mismatch(prefix.rstrip("."), "a section of keys", values)
+        raise _mismatch_error(prefix.rstrip("."), "a section of keys", values)
     hints = get_type_hints(cls)
-    names = [field.name for field in _settable(cls)]
+    names = [field.name for field in _settable_fields(cls)]
     for name in values:
         if name not in names:
-            raise UserError(_unknown(f"{prefix}{name}", known))
-    for field in _settable(cls):
+            raise UserError(_unknown_key_message(f"{prefix}{name}", known))
+    for field in _settable_fields(cls):
         has_default = field.default is not MISSING or field.default_factory is not MISSING
         if field.name not in values and not has_default:
             raise UserError(f"configuration key '{prefix}{field.name}' is missing: it must be set")
-    built = {name: _value(hints[name], values[name], prefix + name, known) for name in values}
+    built = {name: _build_value(hints[name], values[name], prefix + name, known) for name in values}
     return cls(**built)
 
 
-def _value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
+def _build_value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
-        return _section(hint, value, f"{key}.", known)
+        return _build_section(hint, value, f"{key}.", known)
     if isinstance(value, _Raw):
         if hint is str:
             return str(value)
-        value = _parsed(value, key)
+        value = _parse_override(value, key)
     origin, args = get_origin(hint), get_args(hint)
     if hint is object:  # anything: no type says what is right
         entries = value.items() if isinstance(value, Mapping) else ()
-        return {n: _value(object, item, f"{key}.{n}", known) for n, item in entries} or value
+        return {n: _build_value(object, item, f"{key}.{n}", known) for n, item in entries} or value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise _mismatch(key, "names and their values", value)
-        return {name: _named(args[1], item, f"{key}.{name}") for name, item in value.items()}
+            raise _mismatch_error(key, "names and their values", value)
+        return {name: _build_entry(args[1], item, f"{key}.{name}") for name, item in value.items()}
     if origin is tuple and is_dataclass(args[0]):
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_named(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
-    return _scalar(hint, value, key)
+        return tuple(_build_entry(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
+    return _check_scalar(hint, value, key)
 
 
-def _named(hint: Any, value: Any, key: str) -> Any:
+def _build_entry(hint: Any, value: Any, key: str) -> Any:
     """A value of a mapping or list, where nearest keys are searched among its alone."""
     is_section = is_dataclass(hint) and isinstance(hint, type)
-    return _value(hint, value, key, dotted_keys(hint, f"{key}.") if is_section else [])
+    return _build_value(hint, value, key, dotted_keys(hint, f"{key}.") if is_section else [])
 
 
-def _scalar(hint: Any, value: Any, key: str) -> Any:
+def _check_scalar(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value is False and "off" in args:
             value = "off"  # which YAML takes for false
         if value not in args or isinstance(value, bool) not in {isinstance(a, bool) for a in args}:
-            raise _mismatch(key, "one of " + ", ".join(map(str, args)), value)
+            raise _mismatch_error(key, "one of " + ", ".join(map(str, args)), value)
         return value
     if origin in (Union, types.UnionType):
         rest = [arg for arg in args if arg is not type(None)]
-        return None if value is None and len(rest) < len(args) else _scalar(rest[0], value, key)
+        return (
+            None if value is None and len(rest) < len(args) else _check_scalar(rest[0], value, key)
+        )
     if origin is tuple:
-        return _tuple(args, value, key)
+        return _check_tuple(args, value, key)
     if hint is float:
-        return _number(value, key)
+        return _parse_number(value, key)
     expected = {bool: "true or false", int: "a whole number", str: "text"}
     if hint not in expected:
         raise TypeError(f"{key}: configuration fields of type {hint} are not supported")
     if type(value) is not hint:
-        raise _mismatch(key, expected[hint], value)
+        raise _mismatch_error(key, expected[hint], value)
     return value
 
 
-def _tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+def _check_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if len(args) == 2 and args[1] is Ellipsis:
         if not isinstance(value, list | tuple):
             value = [value]  # a single value is a list of one
         args = (args[0],) * len(value)
     if not isinstance(value, list | tuple):
-        raise _mismatch(key, "a list", value)
+        raise _mismatch_error(key, "a list", value)
     if len(args) != len(value):
-        raise _mismatch(key, f"a list of {len(args)} values", value)
-    return tuple(_scalar(arg, item, key) for arg, item in zip(args, value, strict=True))
+        raise _mismatch_error(key, f"a list of {len(args)} values", value)
+    return tuple(_check_scalar(arg, item, key) for arg, item in zip(args, value, strict=True))
 
 
-def _number(value: Any, key: str) -> float:
+def _parse_number(value: Any, key: str) -> float:
     """A float; YAML 1.1 reads 1e-4 as text, which people write for a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _mismatch(key, "a number", value)
+        raise _mismatch_error(key, "a number", value)
     try:
         return float(value)
     except ValueError as error:
-        raise _mismatch(key, "a number", value) from error
+        raise _mismatch_error(key, "a number", value) from error
 
 
-def _parsed(text: str, key: str) -> Any:
+def _parse_override(text: str, key: str) -> Any:
     try:
         return load_yaml(str(text))
     except ValueError as error:
         raise UserError(f"{key}={text}: not a YAML value: {error}") from error
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def _unknown_key_message(key: str, known: list[str]) -> str:
     sections = sorted({name.partition(".")[0] for name in known})
     near = difflib.get_close_matches(key, known if "." in key else known + sections, n=1)
     leaf = key.rpartition(".")[2]
@@ -209,20 +213,20 @@ def _unknown(key: str, known: list[str]) -> str:
     return f"unknown configuration key '{key}': {hint}"
 
 
-def _mismatch(key: str, expected: str, value: Any) -> UserError:
+def _mismatch_error(key: str, expected: str, value: Any) -> UserError:
     shown = str(value) if isinstance(value, str) else repr(value)
     return UserError(f"configuration key '{key}': expected {expected}, got '{shown}'")
 
 
-def _kind(value: Any) -> str:
+def _kind_of_value(value: Any) -> str:
     return "list" if isinstance(value, list) else type(value).__name__
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy_nested(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _listed(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, tuple | list) else value
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, tuple | list) else value

@@ -79,7 +79,7 @@ def _check_rooms(rooms: tuple[str, ...]) -> None:
         if path is None or Path(path).resolve().parents[1] != home:
             raise UserError(
                 f"package '{room}' was imported from {path}, expected {home / room}: "
-                "set PYTHONSAFEPATH=1 or leave the folder that holds another one of that name"
+                "set PYTHONSAFEPATH=1 or leave the folder that contains another one of that name"
             )
 
 
@@ -135,7 +135,7 @@ class Meter:
         return time.monotonic() - self.started
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add finished units; `note` (a loss, a slide) stands at the end of the bar."""
+        """Add finished units; `note` (a loss, a slide) is shown at the end of the bar."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=note)
@@ -164,9 +164,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the mistake as a `UserError`; the door prints it and exits with 2."""
-        raise UserError(f"{message}{self._nearest(message)}; see `{self.prog} --help`")
+        raise UserError(f"{message}{self._suggest_option(message)}; see `{self.prog} --help`")
 
-    def _nearest(self, message: str) -> str:
+    def _suggest_option(self, message: str) -> str:
         unknown = message.partition("unrecognized arguments: ")[2].split()
         word = unknown[0].partition("=")[0] if unknown else ""
         known = _all_options(self)

@@ -1,4 +1,4 @@
-"""The error a person can mend, shared by every room because `model` stands on the ground."""
+"""The one error that is meant for the user: a line without a traceback."""
 
 import re
 
@@ -7,7 +7,7 @@ _LONGEST = 1500
 
 
 class UserError(Exception):
-    """A mistake in the input, the configuration or the machine that a person can mend.
+    """A mistake in the input, the configuration or the machine that the user can fix.
 
     The message is one line: it names the slide, file or key, says what was expected
     and what to do. The doors (`python -m ...`) print it without a traceback and exit with 2.

@@ -11,8 +11,8 @@ _MOST_VALUES = 200_000
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Whatever is wrong with it is a ValueError of one line.
 
-    No tags of Python. Aliases (`*name`) are taken, but what they stand for is counted before it is
-    made: ten lines of aliases can stand for a billion values, or for themselves.
+    No tags of Python. Aliases (`*name`) are taken, but what they expand to is counted before it is
+    made: ten lines of aliases can expand to a billion values, or for themselves.
     """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{len(text):,} characters are more than a configuration has")
@@ -22,8 +22,8 @@ def load_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _values(node, {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+        if _count_values(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -34,8 +34,8 @@ def load_yaml(text: str) -> Any:
             loader.dispose()
 
 
-def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values the node and all below it stand for, aliases written out.
+def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values the node and all below it expand to, aliases written out.
 
     Each node is visited once; one that contains itself is a ValueError.
     """
@@ -44,10 +44,10 @@ def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
     if id(node) in known:
         count = known[id(node)]
         if count is None:
-            raise ValueError("an alias stands for something that contains it")
+            raise ValueError("an alias refers to something that contains it")
         return count
     known[id(node)] = None
     below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-    total = 1 + sum(_values(part, known) for part in below)
+    total = 1 + sum(_count_values(part, known) for part in below)
     known[id(node)] = total
     return total

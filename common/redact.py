@@ -1,6 +1,6 @@
 """Secrets taken out of what is printed, logged or journalled.
 
-What a stage says may quote a command or an address of the user's, and those may hold a token.
+What a stage says may quote a command or an address of the user's, and those may contain a token.
 """
 
 import os
@@ -32,7 +32,7 @@ _PATTERNS = tuple(
     for pattern in (
         r"(?<=://)[^/\s]+(?=@)",  # user:password@host
         rf"(?<=[?&])(?P<keep>{_WORDS}=)[^&\s'\"`]+",
-        # 'X-Auth-Token: value', up to the quote that closes it: the value may hold spaces.
+        # 'X-Auth-Token: value', up to the quote that closes it: the value may contain spaces.
         rf"(?P<keep>{_QUOTE}(?:--?[\w-]+=)?{_HEADER}\s*:\s*{_SCHEME}){_TO_QUOTE}",
         rf"(?P<keep>{_QUOTE}{_HEADER}(?P=quote)\s*:\s*(?P=quote)){_TO_QUOTE}",  # as JSON
         # Without quotes a value ends at a space, but for the lists of cookies and digests.
@@ -57,14 +57,14 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS:
-        text = pattern.sub(_hide, text)
+        text = pattern.sub(_hide_value, text)
     return text
 
 
 def redact_all(value: Any) -> Any:
     """A value as JSON knows it, its texts without secrets; what JSON does not know is made text.
 
-    To be used before the value is encoded: JSON escapes what a secret may hold.
+    To be used before the value is encoded: JSON escapes what a secret may contain.
     """
     if isinstance(value, Mapping):
         return {str(key): redact_all(one) for key, one in value.items()}
@@ -85,5 +85,5 @@ def secrets_in(command: str) -> list[str]:
     return sorted((word for word in hidden if len(word) >= _SHORTEST), key=lambda word: -len(word))
 
 
-def _hide(found: re.Match[str]) -> str:
+def _hide_value(found: re.Match[str]) -> str:
     return found.groupdict().get("keep", "") + HIDDEN

@@ -1,6 +1,6 @@
 """The machine's copy of what a person reads: one JSON line an event of a run.
 
-`status/<stage>/<run_id>.log` lies beside the run's journal. Nothing depends on it: it is neither
+`status/<stage>/<run_id>.log` is next to the run's journal. Nothing depends on it: it is neither
 synced nor checked, and a line may be torn by a kill. `pipeline status` reads it for what runs now.
 """
 

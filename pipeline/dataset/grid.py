@@ -1,6 +1,6 @@
 """The tile grid and its rank order: pure functions of numbers, tested on properties.
 
-Rank order is part of the dataset contract and never changes: golden values stand in the tests.
+Rank order is part of the dataset contract and never changes: golden values are in the tests.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ def grid_positions(
     `stride` and `window` are in level-0 pixels; positions are multiples of the stride rounded to
     1/256 px, row by row. Tiles that would reach over the edge are not taken.
     """
-    columns = _count(width, stride, window)
-    rows = _count(height, stride, window)
+    columns = _count_positions(width, stride, window)
+    rows = _count_positions(height, stride, window)
     x = np.rint(np.arange(columns) * stride * COORDINATE_UNITS) / COORDINATE_UNITS
     y = np.rint(np.arange(rows) * stride * COORDINATE_UNITS) / COORDINATE_UNITS
     return np.tile(x, rows), np.repeat(y, columns)
 
 
-def _count(length: int, stride: float, window: float) -> int:
+def _count_positions(length: int, stride: float, window: float) -> int:
     # Half a 1/256 pixel of slack, so that rounding does not lose a tile that ends at the edge.
     return max(0, int((length - window + 0.5 / COORDINATE_UNITS) // stride) + 1)
 
@@ -48,20 +48,20 @@ def window_means(
     """Mean of `mask` [h, w] over windows [x, x+size) x [y, y+size), in (sub)pixels of the mask.
 
     Exact for fractional edges: the integral image is linear between pixel corners along each
-    axis. Windows may reach over the edge; what lies outside counts as zero.
+    axis. Windows may reach over the edge; what is outside counts as zero.
     """
     integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     np.cumsum(np.cumsum(mask, 0, dtype=np.float64), 1, out=integral[1:, 1:])
     total = (
-        _bilinear(integral, x + size, y + size)
-        - _bilinear(integral, x, y + size)
-        - _bilinear(integral, x + size, y)
-        + _bilinear(integral, x, y)
+        _sample_bilinear(integral, x + size, y + size)
+        - _sample_bilinear(integral, x, y + size)
+        - _sample_bilinear(integral, x + size, y)
+        + _sample_bilinear(integral, x, y)
     )
     return (total / (size * size)).astype(np.float32)
 
 
-def _bilinear(
+def _sample_bilinear(
     table: npt.NDArray[np.float64], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     x = np.clip(x, 0, table.shape[1] - 1)
@@ -88,10 +88,10 @@ def rank_keys(
     slide = np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
     column = np.rint(x * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
     row = np.rint(y * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
-    return _mix(_mix(slide + column * _GOLDEN) + row * _GOLDEN)
+    return _mix_bits(_mix_bits(slide + column * _GOLDEN) + row * _GOLDEN)
 
 
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix_bits(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
     return value ^ (value >> np.uint64(31))

@@ -41,7 +41,7 @@ def open_dataset(root: Path) -> Dataset:
 
 def read_identity(dataset: Dataset) -> dict[str, Any]:
     """The identity section; unknown keys are kept as they are."""
-    return dict(_read(dataset).get("identity", {}))
+    return dict(_read_document(dataset).get("identity", {}))
 
 
 def identity_damage(dataset: Dataset) -> str:
@@ -50,7 +50,7 @@ def identity_damage(dataset: Dataset) -> str:
     A file without a checksum (made before there was one, or edited on purpose) is only read.
     """
     try:
-        document = _read(dataset)
+        document = _read_document(dataset)
         data = dataset.identity_file.read_bytes()
     except (UserError, OSError) as error:
         return str(error)
@@ -79,19 +79,19 @@ def claim_identity(
     stage: str,
     versions: dict[str, str],
 ) -> dict[str, Any]:
-    """Add a stage's identity values, or check them against those that stand.
+    """Add a stage's identity values, or check them against the recorded ones.
 
-    Another value than the one that stands is refused with both in the message. The stage's
+    Another value than the recorded one is refused with both in the message. The stage's
     software versions and platform are recorded beside; records hold no time and no host name,
     so that two datasets made alike are alike in bytes.
     """
     claims = json.loads(json.dumps(claims))
     record = {"versions": versions, "platform": platform.platform()}
-    before, after = _claimed(dataset, claims, stage, record)
+    before, after = _with_claims(dataset, claims, stage, record)
     if before != after:
         with exclusive(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
             # What another run claimed in between counts, and is kept.
-            before, after = _claimed(dataset, claims, stage, record)
+            before, after = _with_claims(dataset, claims, stage, record)
             if before != after:
                 run_id = new_run_id()
                 commit_json(dataset, run_id, dataset.identity_file, after)
@@ -99,12 +99,12 @@ def claim_identity(
     return dict(after["identity"])
 
 
-def _claimed(
+def _with_claims(
     dataset: Dataset, claims: dict[str, Any], stage: str, record: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """dataset.json as it stands (None: there is none), and with a stage's claims and record."""
-    before = _read(dataset) if _is_there(dataset) else None
-    after = copy.deepcopy(before) if before else _empty()
+    """dataset.json as it is (None: there is none), and with a stage's claims and record."""
+    before = _read_document(dataset) if _is_there(dataset) else None
+    after = copy.deepcopy(before) if before else _empty_document()
     identity = after["identity"]
     for key, value in claims.items():
         if key in identity and identity[key] != value:
@@ -114,18 +114,18 @@ def _claimed(
             )
         identity[key] = value
     after["records"][stage] = record
-    after["crc"] = _crc(after)
+    after["crc"] = _checksum_of(after)
     return before, after
 
 
-def _crc(document: dict[str, Any]) -> str:
+def _checksum_of(document: dict[str, Any]) -> str:
     """Checksum of identity and records, so that a flipped byte is not taken for another mpp."""
     parts = {key: document[key] for key in ("identity", "records")}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _empty() -> dict[str, Any]:
+def _empty_document() -> dict[str, Any]:
     return {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
 
 
@@ -134,24 +134,24 @@ def _is_there(dataset: Dataset) -> bool:
     try:
         return dataset.identity_file.exists()
     except OSError as error:
-        raise UserError(_unreadable(dataset, error)) from error
+        raise UserError(_unreadable_message(dataset, error)) from error
 
 
-def _unreadable(dataset: Dataset, error: OSError) -> str:
+def _unreadable_message(dataset: Dataset, error: OSError) -> str:
     return (
-        f"{dataset.identity_file} cannot be read: {error.strerror}; mend its permissions or its "
+        f"{dataset.identity_file} cannot be read: {error.strerror}; fix its permissions or its "
         "disk, or restore it from a copy"
     )
 
 
-def _read(dataset: Dataset) -> dict[str, Any]:
+def _read_document(dataset: Dataset) -> dict[str, Any]:
     try:
         document = json.loads(dataset.identity_file.read_text())
         version = document["identity"]["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error
     except OSError as error:
-        raise UserError(_unreadable(dataset, error)) from error
+        raise UserError(_unreadable_message(dataset, error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
     if version != FORMAT_VERSION:
@@ -159,7 +159,7 @@ def _read(dataset: Dataset) -> dict[str, Any]:
             f"{dataset.identity_file}: format version {version}, this software reads "
             f"{FORMAT_VERSION}; use the release that wrote it or make a new dataset"
         )
-    if document.get("crc", _crc(document)) != _crc(document):
+    if document.get("crc", _checksum_of(document)) != _checksum_of(document):
         raise UserError(
             f"{dataset.identity_file} is damaged (its checksum does not match): restore it from a "
             "copy; if it was edited on purpose, remove its 'crc' line"

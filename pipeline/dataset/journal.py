@@ -1,6 +1,6 @@
 """Append-only journals: the only files that exist are those that a journal line names.
 
-One file `status/<stage>/<run_id>.jsonl` a coordinator or array element; one line a slide and
+One file `status/<stage>/<run_id>.jsonl` per coordinator or array element; one line per slide and
 scope, with a CRC, so that a line torn by kill -9 is recognised and left out.
 """
 
@@ -46,7 +46,7 @@ class Entry:
     seconds: float = 0.0
 
 
-def _crc(record: dict[str, Any]) -> str:
+def _checksum_of(record: dict[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"{zlib.crc32(text.encode()):08x}"
 
@@ -58,7 +58,7 @@ def encode_line(entry: Entry, versions: dict[str, str]) -> str:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     record = json.loads(json.dumps(record))
-    record["crc"] = _crc(record)
+    record["crc"] = _checksum_of(record)
     return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -69,12 +69,12 @@ def decode_line(line: str) -> Entry | None:
         crc = record.pop("crc")
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
-    if crc != _crc(record):
+    if crc != _checksum_of(record):
         return None
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
         known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
-        return _checked(Entry(**known))
+        return _check_types(Entry(**known))
     except (TypeError, ValueError, KeyError):
         return None
 
@@ -82,7 +82,7 @@ def decode_line(line: str) -> Entry | None:
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
 
 
-def _checked(entry: Entry) -> Entry:
+def _check_types(entry: Entry) -> Entry:
     """The entry, if its values are of the types that a run writes."""
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
     whole = all(type(value) is int for value in (entry.start, entry.stop))
@@ -133,7 +133,7 @@ class Run:
         self.event("slide begun", slide=slide_id, worker=worker)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Append lines and sync: after this returns, the entries stand."""
+        """Append lines and sync: after this returns, the entries count."""
         entries = [replace(entry, reason=redact(entry.reason)) for entry in entries]
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:

@@ -1,4 +1,4 @@
-"""Where each thing lies in a dataset directory. Names here are the contract."""
+"""Where each thing is in a dataset directory. Names here are the contract."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from common.errors import UserError
 
 BLOCK_ROWS = 16
-"""Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file holds it."""
+"""Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file it is in."""
 
 _SHARD_NAME = re.compile(r"^(?P<slide>.+)\.(?P<start>\d+)-(?P<stop>\d+)\.(?P<kind>\w+)$")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -91,7 +91,7 @@ class Dataset:
 
     @property
     def slides_file(self) -> Path:
-        """`slides.parquet`: one row a slide."""
+        """`slides.parquet`: one row per slide."""
         return self.root / "slides.parquet"
 
     def mask_file(self, slide_id: str) -> Path:
@@ -111,7 +111,7 @@ class Dataset:
         return self.root / "selections" / f"{check_name(name, 'selection')}.parquet"
 
     def selection_names(self) -> list[str]:
-        """The selections that stand, sorted."""
+        """The selections there are, sorted."""
         return sorted(path.stem for path in (self.root / "selections").glob("*.parquet"))
 
     def tiles_dir(self, tile_px: int) -> Path:

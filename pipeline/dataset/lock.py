@@ -22,24 +22,24 @@ def exclusive(path: Path) -> Iterator[None]:
     clocks of other machines nor process ids, which containers have of their own, are trusted.
     Raises `UserError` where it cannot be made, or stays held by others for `PATIENCE_S`.
     """
-    _acquire(path)
-    mine = _mark(path)
+    _acquire_lock(path)
+    mine = _holder_text(path)
     try:
         yield
     finally:
-        if _mark(path) == mine:
+        if _holder_text(path) == mine:
             path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path) -> None:
+def _acquire_lock(path: Path) -> None:
     began = since = time.monotonic()
     seen = ""
-    while not _created(path):
-        now, mark = time.monotonic(), _mark(path)
-        if mark != seen:
-            seen, since = mark, now
-        elif mark and now - since > STALE_S:
-            _break(path, mark)
+    while not _create_lock(path):
+        now, holder = time.monotonic(), _holder_text(path)
+        if holder != seen:
+            seen, since = holder, now
+        elif holder and now - since > STALE_S:
+            _break_lock(path, holder)
         if now - began > PATIENCE_S:
             raise UserError(
                 f"{path} is held by others for {PATIENCE_S:.0f} s: if no stage runs on the "
@@ -48,7 +48,7 @@ def _acquire(path: Path) -> None:
         time.sleep(_LOOK_S)
 
 
-def _created(path: Path) -> bool:
+def _create_lock(path: Path) -> bool:
     try:
         with suppress(FileExistsError):  # by a file, which opening tells from a lock that is held
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +57,12 @@ def _created(path: Path) -> bool:
         return False
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or mend the folder's permissions"
+            f"cannot write {path}: {error.strerror}; free space or fix the folder's permissions"
         ) from error
     return True
 
 
-def _mark(path: Path) -> str:
+def _holder_text(path: Path) -> str:
     """What tells one holder's lock from the next one's; "" where there is none."""
     try:
         # Opened, for a network file system may answer a mere stat from memory.
@@ -78,15 +78,15 @@ def _mark(path: Path) -> str:
     return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}"
 
 
-def _break(path: Path, mark: str) -> None:
+def _break_lock(path: Path, holder: str) -> None:
     """Remove a dead holder's lock, and never its successor's.
 
     Of several waiters only the one that makes the file named after that very lock may remove it,
     and only after it has looked again.
     """
-    right = path.with_name(f"{path.name}.{mark}")
-    if _created(right):
-        if _mark(path) == mark:
+    right = path.with_name(f"{path.name}.{holder}")
+    if _create_lock(right):
+        if _holder_text(path) == holder:
             # Where another user's may not be removed, the waiter's patience ends with a message.
             with suppress(OSError):
                 path.unlink()

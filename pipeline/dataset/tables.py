@@ -147,7 +147,7 @@ def read_slides(dataset: Dataset) -> list[Slide]:
     table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
     rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
     try:
-        return [_slide(row) for row in rows.to_pylist()]
+        return [_slide_of_row(row) for row in rows.to_pylist()]
     except (TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -155,7 +155,7 @@ def read_slides(dataset: Dataset) -> list[Slide]:
         ) from error
 
 
-def _slide(row: dict[str, Any]) -> Slide:
+def _slide_of_row(row: dict[str, Any]) -> Slide:
     """A row as a slide."""
     levels = tuple(
         (int(v["width"]), int(v["height"]), float(v["downsample"]))
@@ -226,7 +226,7 @@ class Selection:
 def make_selection(
     name: str, ranks_by_slide: dict[str, npt.NDArray[np.int32]], plan: dict[str, Any]
 ) -> Selection:
-    """A selection from ranks a slide; slides without ranks are left out."""
+    """A selection from ranks by slide; slides without ranks are left out."""
     slides = sorted(slide for slide, ranks in ranks_by_slide.items() if len(ranks))
     parts = [np.sort(ranks_by_slide[slide]).astype(np.int32) for slide in slides]
     offsets = np.zeros(len(slides) + 1, np.int64)
@@ -244,7 +244,7 @@ _SELECTION_GROUP_ROWS = 1 << 20
 def write_selection(dataset: Dataset, run_id: str, selection: Selection) -> FileRecord:
     """Write selections/<name>.parquet with its plan in the file's metadata.
 
-    No Python object a tile, and a row group at a time, so that 10^8 rows need little more memory
+    No Python object per tile, and a row group at a time, so that 10^8 rows need little more memory
     than their ranks. Slides are dictionary codes and ranks are differences: runs of one cost
     next to nothing.
     """
@@ -282,7 +282,7 @@ def _selection_rows(selection: Selection, start: int, stop: int) -> pa.Table:
 
 
 def read_selection(dataset: Dataset, name: str) -> Selection:
-    """The named selection; a `UserError` lists the ones that stand where it does not."""
+    """The named selection; a `UserError` lists those there are where it is missing."""
     path = dataset.selection_file(name)
     if not path.exists():
         known = ", ".join(dataset.selection_names()) or "none"
@@ -328,7 +328,7 @@ def read_rows(path: Path, name: str) -> Selection:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
-    return _grouped(name, list(known), codes, ranks, plan)
+    return _group_by_slide(name, list(known), codes, ranks, plan)
 
 
 def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray[np.int32]:
@@ -344,7 +344,7 @@ def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray
     return np.concatenate(parts)
 
 
-def _grouped(
+def _group_by_slide(
     name: str,
     names: list[str],
     codes: npt.NDArray[np.int32],

@@ -178,7 +178,7 @@ class _Bundle:
         for batch in self._decoder.run(batches(self._spans, self._config.batch, self._lanes)):
             slide = self._slides[batch.span.slide]
             if not slide.is_stopped:
-                self._advance(slide, batch, forward)
+                self._encode_batch(slide, batch, forward)
             slide.unended_spans -= batch.last
             while yielded < batch.span.slide and self._slides[yielded].has_ended:
                 yield self._slides[yielded].entries()
@@ -186,7 +186,7 @@ class _Bundle:
         for slide in self._slides[yielded:]:
             yield slide.entries()
 
-    def _advance(self, slide: _SlideWriters, batch: TileBatch, forward: Forward) -> None:
+    def _encode_batch(self, slide: _SlideWriters, batch: TileBatch, forward: Forward) -> None:
         """Compute one batch and hand its features to the writer of its span."""
         span = batch.span
         if span.blocks not in slide.by_span:
@@ -231,13 +231,13 @@ class _FeatureJob:
             cls.extend(part.cls for part in parts)
             stop = start + sum(map(len, cls))
         else:
-            stop = self._stop(span)
-            path = self._path(token_kind, start, stop)
+            stop = self._last_rank(span)
+            path = self._file_path(token_kind, start, stop)
             write = partial(self._write_tokens, parts, cls)
             staged.append((token_kind, commit_file(self.dataset, self.work.run_id, path, write)))
         if "cls" in span.kinds:
             table = cls_table(start, np.concatenate(cls))
-            path = self._path("cls", start, stop)
+            path = self._file_path("cls", start, stop)
             write = partial(_write_table, table)
             staged.insert(0, ("cls", commit_file(self.dataset, self.work.run_id, path, write)))
         seconds = (time.monotonic() - began) / lanes
@@ -254,23 +254,23 @@ class _FeatureJob:
     def _write_tokens(
         self, parts: Iterator[Features], cls: list[npt.NDArray[np.float32]], file: HashingFile
     ) -> None:
-        tables = (self._tokens(part, cls) for part in parts)
+        tables = (self._token_table(part, cls) for part in parts)
         first = next(tables)
         with open_writer(file, first.schema) as writer:
             for table in chain([first], tables):
                 write_blocks(writer, table)
 
-    def _tokens(self, part: Features, cls: list[npt.NDArray[np.float32]]) -> pa.Table:
+    def _token_table(self, part: Features, cls: list[npt.NDArray[np.float32]]) -> pa.Table:
         assert part.tokens is not None
         cls.append(part.cls)
         return token_table(part.tokens, part.scale)
 
-    def _path(self, kind: str, start: int, stop: int) -> Path:
+    def _file_path(self, kind: str, start: int, stop: int) -> Path:
         config = self.work.config
         folder = self.dataset.features_dir(self.work.tile_px, config.encoder, config.view) / kind
         return folder / str(ShardName(self.work.slide_id, start, stop, "parquet"))
 
-    def _stop(self, span: Span) -> int:
+    def _last_rank(self, span: Span) -> int:
         """The rank after the last tile of the span."""
         rows = candidate_count(self.dataset, self.work.slide_id)
         return ranks_of_blocks(span.blocks, rows).stop

@@ -75,7 +75,7 @@ class TileBatch:
 def batches(spans: list[Span], rows: int, lanes: int = 1) -> Iterator[tuple[Span, range, bool]]:
     """Each span's blocks in order, at most `rows` tiles (but a whole block) at a time.
 
-    Of `lanes` spans by turns, whose files are then written at the same time: what a batch holds
+    Of `lanes` spans by turns, whose files are then written at the same time: what a batch contains
     does not depend on it.
     """
     waiting = iter(spans)
@@ -99,7 +99,7 @@ def _batches_of(span: Span, rows: int) -> Iterator[tuple[Span, range, bool]]:
 def lanes_for(device: str, threads: int) -> int:
     """Files to write at the same time: a GPU gives more tokens a second than one thread writes.
 
-    One thread writes 500 MB/s with both checksums, 1,700 tiles a second of float16 tokens.
+    One thread writes 500 MB/s with both checksums, 1,700 tiles per second of float16 tokens.
     """
     if device == "cpu":
         return 1
@@ -124,10 +124,10 @@ class TileDecoder:
         yield from waiting
 
     def _begin(self, span: Span, blocks: range, last: bool) -> TileBatch:
-        tiles = self._pool.submit(self._decode, span.slide_id, blocks)
+        tiles = self._pool.submit(self._decode_blocks, span.slide_id, blocks)
         return TileBatch(span, blocks, last, tiles)
 
-    def _decode(self, slide_id: str, blocks: range) -> Tiles:
+    def _decode_blocks(self, slide_id: str, blocks: range) -> Tiles:
         tiles: list[Tiles] = []
         for block in blocks:
             by_rank = self._store.read_block(slide_id, block)
@@ -159,7 +159,7 @@ class Forward:
                 parts = [
                     self._begin(tiles[i : i + size], tokens) for i in range(0, len(tiles), size)
                 ]
-                return lambda: _joined([part() for part in parts])
+                return lambda: _join_parts([part() for part in parts])
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -168,9 +168,9 @@ class Forward:
                     f"out of memory on {self._encoder.device} with a single tile: free the "
                     "device, use --dtype bfloat16 or a smaller encoder"
                 )
-            self._halve()
+            self._halve_batch()
 
-    def _halve(self) -> None:
+    def _halve_batch(self) -> None:
         import torch
 
         self.batch //= 2
@@ -189,7 +189,7 @@ class Forward:
         stored: list[Tensor] = [output.cls]
         if output.tokens is not None:
             stored += quantised(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
-        return _fetched(stored)
+        return _fetch_results(stored)
 
 
 def quantised(tokens: "Tensor") -> "list[Tensor]":
@@ -205,7 +205,7 @@ def quantised(tokens: "Tensor") -> "list[Tensor]":
     return [torch.round(values * (127.0 / divisor)[..., None]).to(torch.int8), scale]
 
 
-def _fetched(stored: "list[Tensor]") -> Callable[[], Features]:
+def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
     """The tensors on the host; the copy is begun now and waited for when called."""
     import torch
 
@@ -215,12 +215,12 @@ def _fetched(stored: "list[Tensor]") -> Callable[[], Features]:
     ).all()
     tensors = [*stored, sound]
     if sound.device.type != "cuda":
-        return lambda: _features(tensors)
+        return lambda: _features_of(tensors)
     copies, done = _copied_aside(tensors)
 
     def wait() -> Features:
         done.synchronize()
-        return _features(copies)
+        return _features_of(copies)
 
     return wait
 
@@ -253,7 +253,7 @@ def _copy_stream(device: "torch.device") -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
-def _features(tensors: "list[Tensor]") -> Features:
+def _features_of(tensors: "list[Tensor]") -> Features:
     *stored, sound = tensors
     if not bool(sound):
         raise UserError(
@@ -263,7 +263,7 @@ def _features(tensors: "list[Tensor]") -> Features:
     return Features(*(tensor.numpy() for tensor in stored))
 
 
-def _joined(parts: list[Features]) -> Features:
+def _join_parts(parts: list[Features]) -> Features:
     def join(name: str) -> Any:
         arrays = [getattr(part, name) for part in parts]
         return None if arrays[0] is None else np.concatenate(arrays)
@@ -301,9 +301,9 @@ class SpanWriter:
         self._queue: queue.Queue[Callable[[], Features] | UserError | None] = queue.Queue(
             _WRITTEN_BEHIND
         )
-        self.result: Future[Any] = pool.submit(lambda: write(self._items()))
+        self.result: Future[Any] = pool.submit(lambda: write(self._queued_items()))
 
-    def _items(self) -> Iterator[Features]:
+    def _queued_items(self) -> Iterator[Features]:
         while True:
             item = self._queue.get()
             if item is None:

@@ -48,7 +48,7 @@ _FIXED = frozenset(
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
-    """With its number of workers; here one a GPU, or one on all cores, where nothing is said."""
+    """With its number of workers; here one per GPU, or one on all cores, where nothing is said."""
     if engine.cluster:
         jobs = engine.cluster
         workers, threads = jobs.max_jobs * jobs.workers, jobs.cores // jobs.workers
@@ -77,7 +77,9 @@ def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict
             refuse_other_features(path, written, {"compute_dtype": config.dtype})
             if written["weights"] == config.weights and not Path(config.weights).exists():
                 return written
-    return _describe(loaded(config.encoder, config.weights, "cpu", "float32"), tile_px, config)
+    return _describe_encoder(
+        loaded(config.encoder, config.weights, "cpu", "float32"), tile_px, config
+    )
 
 
 def _written_record(path: Path) -> dict[str, Any] | None:
@@ -88,7 +90,7 @@ def _written_record(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}): remove it and run `cache` again") from error
 
 
-def _describe(encoder: "Encoder", tile_px: int, config: CacheConfig) -> dict[str, Any]:
+def _describe_encoder(encoder: "Encoder", tile_px: int, config: CacheConfig) -> dict[str, Any]:
     spec = encoder.spec
     return {
         "encoder": config.encoder,
@@ -175,11 +177,11 @@ class CacheStage(Stage[_SlideBlocks]):
         self.encoder_record = _encoder_record(self.dataset, self.tile_px, self.config)
         self.weights_sha256 = str(self.encoder_record["weights_sha256"])
 
-    def items(self) -> list[_SlideBlocks]:
+    def list_items(self) -> list[_SlideBlocks]:
         """The slides of the selections."""
         return self.slides
 
-    def fingerprint(self, item: _SlideBlocks) -> str:
+    def item_fingerprint(self, item: _SlideBlocks) -> str:
         """Of the tiles, the encoder's weights, its arithmetic and the view."""
         shards = self.tiles.written.get(item.slide_id)
         return fingerprint_of(
@@ -187,7 +189,7 @@ class CacheStage(Stage[_SlideBlocks]):
             weights=self.weights_sha256, compute_dtype=self.config.dtype, view=self.config.view,
         )  # fmt: skip
 
-    def missing(self, item: _SlideBlocks, fingerprint: str, ledger: Ledger) -> Missing:
+    def find_missing(self, item: _SlideBlocks, fingerprint: str, ledger: Ledger) -> Missing:
         """The blocks that lack some kind of features."""
         return ledger.missing(item.slide_id, item.blocks, fingerprint, self.scopes)
 
@@ -196,7 +198,7 @@ class CacheStage(Stage[_SlideBlocks]):
         rows = candidate_count(self.dataset, slide_id)
         return sum(len(ranks_of_blocks(span, rows)) for span in spans)
 
-    def task(
+    def make_task(
         self, item: _SlideBlocks, fingerprint: str, missing: Missing, run_id: str
     ) -> SlideTask:
         """Compute the missing features of one slide."""
@@ -212,24 +214,26 @@ class CacheStage(Stage[_SlideBlocks]):
         scopes = tuple(scope for scope in self.scopes if scope in missing.scopes)
         return SlideTask(item.slide_id, fingerprint, (work,), tiles, tiles, scopes=scopes)
 
-    def prepare(self, run: Run, tasks: Sequence[SlideTask]) -> None:
+    def before_tasks(self, run: Run, tasks: Sequence[SlideTask]) -> None:
         """Write encoder.json, or refuse features made otherwise."""
         claim_encoder(self.dataset, run, self.tile_px, self.config, self.encoder_record)
         if tasks:
             say(f"cache: device: {self.config.device}, workers: {self.engine.workers}")
 
-    def bundles(self, tasks: Sequence[SlideTask], engine: EngineConfig) -> list[list[SlideTask]]:
+    def make_bundles(
+        self, tasks: Sequence[SlideTask], engine: EngineConfig
+    ) -> list[list[SlideTask]]:
         """See `_tiles_per_bundle`."""
         most_tiles = _tiles_per_bundle(tasks, self.device, engine)
         return bundle_tasks(sort_dearest_first(tasks), most_tiles)
 
-    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Say so where the weights are random."""
         if self.encoder_record["random_weights"]:
             summary.stage += f" ({self.config.encoder} with RANDOM weights)"
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of the encoder's features."""
         return self.dataset.features_dir(self.tile_px, self.config.encoder, self.config.view)
 
@@ -253,7 +257,7 @@ def _print_missing(stage: CacheStage) -> int:
     ledger = Ledger.read(stage.dataset, STAGE)
     tiles, files = dict.fromkeys(stage.config.kinds, 0), dict.fromkeys(stage.config.kinds, 0)
     for slide in stage.slides:
-        missing = stage.missing(slide, stage.fingerprint(slide), ledger)
+        missing = stage.find_missing(slide, stage.item_fingerprint(slide), ledger)
         for span, scopes in missing.spans.items():
             for scope in scopes:
                 kind = stage.kind_of_scope[scope]

@@ -224,11 +224,11 @@ class ImportMasksStage(Stage[Slide]):
         self.masks = find_masks(config.folder, self.slides)
         _refuse_unknown_early(list(self.masks.values()), self.class_names)
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """Where the masks came from and the thresholds."""
         return masks_identity(self.config)
 
-    def items(self) -> list[Slide]:
+    def list_items(self) -> list[Slide]:
         """The slides that scan found fit for tiling."""
         self.tissue = Ledger.read(self.dataset, STAGE)[""]
         return self.slides
@@ -239,17 +239,19 @@ class ImportMasksStage(Stage[Slide]):
             return imported_source(self.tissue.entries(slide.slide_id))
         return mask_source(path, self.class_names)
 
-    def fingerprint(self, item: Slide) -> str:
+    def item_fingerprint(self, item: Slide) -> str:
         """Of the slide and its mask."""
         return tissue_fingerprint(item, self.identity, self._source(item))
 
-    def refusal(self, item: Slide, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
+    def reason_to_refuse(
+        self, item: Slide, fingerprint: str, ledger: Ledger
+    ) -> tuple[Outcome, str] | None:
         """A slide without a mask, unless an earlier import had one."""
         if item.slide_id in self.masks or ledger[""].done(item.slide_id, fingerprint) is not None:
             return None
         return "rejected", _NO_MASK
 
-    def task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def make_task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
         """Read one mask and write what tissue detection would."""
         path = self.masks[item.slide_id].absolute()
         arguments = (
@@ -258,13 +260,13 @@ class ImportMasksStage(Stage[Slide]):
         )  # fmt: skip
         return SlideTask(item.slide_id, fingerprint, arguments, item.bytes)
 
-    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Remind of selections that name former candidates."""
         if summary.done_slides and self.dataset.selection_names():
             say("import: candidates changed; make the selections again, they name the former ones")
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of masks and overlays."""
         return self.dataset.root / "tissue"
 

@@ -74,7 +74,7 @@ _JOURNALS = (TILE, TISSUE, SCAN)
 """In the order of journalling: a row of slides.parquet relies on what was before it."""
 
 
-def _row(folder: TileFolder, config: TilesConfig) -> Slide:
+def _slide_row(folder: TileFolder, config: TilesConfig) -> Slide:
     return Slide(
         folder.slide_id, str(folder.root), reader=_READER, mpp=config.mpp, tile_mpp=config.mpp,
         mpp_source="given", patient=folder.patient, site=folder.site, project=folder.project,
@@ -108,10 +108,10 @@ def _list_folder(
         listing = list_files(folder)
     except UserError as error:
         reason = str(error)
-        slide = replace(_row(folder, config), status="failed", reason=reason)
+        slide = replace(_slide_row(folder, config), status="failed", reason=reason)
         failed = _Fingerprints(fingerprint_of(stage=IMPORTED_TILES, reason=reason), "", "", "")
         return _ListedFolder(folder, slide, failed, reason)
-    slide = replace(_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
+    slide = replace(_slide_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
     tiles = tile_fingerprint(slide, identity, config.tile_px, listing.sha256)
     row = fingerprint_of(
@@ -167,14 +167,14 @@ class _FolderJob:
         codecs: set[str] = set()
 
         def write(file: HashingFile) -> None:
-            pngs = self._pngs(order, codecs)
+            pngs = self._encode_pngs(order, codecs)
             index.extend(write_tar(file, self.folder.slide_id, 0, pngs))
 
         shard = commit_file(self.dataset, self.run_id, tar, write)
         idx = commit_bytes(self.dataset, self.run_id, tar.with_suffix(".idx"), bytes(index))
         return (shard, idx), "+".join(sorted(codecs))
 
-    def _pngs(self, order: npt.NDArray[np.int64], codecs: set[str]) -> Iterator[bytes]:
+    def _encode_pngs(self, order: npt.NDArray[np.int64], codecs: set[str]) -> Iterator[bytes]:
         config = self.config
         for done, index in enumerate(order.tolist(), 1):
             path = self.folder.root / self.folder.files[index]
@@ -223,11 +223,11 @@ class ImportTilesStage(Stage[_ListedFolder]):
         self.folders = find_tile_folders(config.source)
         self.slides: dict[str, Slide] = {}
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """All values of the identity: no other stage has any to add."""
         return self.config.identity()
 
-    def items(self) -> Iterator[_ListedFolder]:
+    def list_items(self) -> Iterator[_ListedFolder]:
         """The folders, listed."""
         self.ledgers = {
             TILE: Ledger.read(self.dataset, TILE)[str(self.config.tile_px)],
@@ -238,17 +238,17 @@ class ImportTilesStage(Stage[_ListedFolder]):
             self.slides[listed.slide_id] = listed.slide
             yield listed
 
-    def fingerprint(self, item: _ListedFolder) -> str:
+    def item_fingerprint(self, item: _ListedFolder) -> str:
         """Of the folder's row in slides.parquet, and with it of all that is made from it."""
         return item.fingerprints.row
 
-    def refusal(
+    def reason_to_refuse(
         self, item: _ListedFolder, fingerprint: str, ledger: Ledger
     ) -> tuple[Outcome, str] | None:
         """A folder whose name or files cannot be used."""
         return ("failed", item.refusal) if item.refusal else None
 
-    def missing(self, item: _ListedFolder, fingerprint: str, ledger: Ledger) -> Missing:
+    def find_missing(self, item: _ListedFolder, fingerprint: str, ledger: Ledger) -> Missing:
         """Everything, unless row, candidates and tiles of the folder are done."""
         done = (
             self.ledgers[TILE].done(item.slide_id, item.fingerprints.tiles)
@@ -257,7 +257,7 @@ class ImportTilesStage(Stage[_ListedFolder]):
         )
         return Missing.of_slide(done)
 
-    def task(
+    def make_task(
         self, item: _ListedFolder, fingerprint: str, missing: Missing, run_id: str
     ) -> SlideTask:
         """Read and write one folder's pictures."""
@@ -265,7 +265,7 @@ class ImportTilesStage(Stage[_ListedFolder]):
         units = len(item.folder.files)
         return SlideTask(item.slide_id, fingerprint, arguments, item.slide.bytes, units)
 
-    def record(self, runs: Sequence[Run], entries: list[Entry]) -> None:
+    def journal_entries(self, runs: Sequence[Run], entries: list[Entry]) -> None:
         """Journal a folder under the stages whose work was done, or as a slide that scan refuses.
 
         A folder gives one entry per journal, in their order, or one failure.
@@ -278,12 +278,12 @@ class ImportTilesStage(Stage[_ListedFolder]):
         for run, entry in zip(runs, done, strict=False):
             run.append([entry])
 
-    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Write slides.parquet."""
         record_slides(self.dataset, runs[-1], Summary(SCAN))
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of the tile shards."""
         return self.dataset.tiles_dir(self.config.tile_px)
 

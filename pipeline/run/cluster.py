@@ -43,7 +43,7 @@ _MAX_STILLBORN = 3
 class ClusterConfig:
     """One stage's jobs; the keys of a cluster file (docs/cluster.md).
 
-    `cores`, `memory` and `walltime` are a job's, which holds `workers` Dask workers. `directives`
+    `cores`, `memory` and `walltime` are a job's, which runs `workers` Dask workers. `directives`
     are further lines for the scheduler (`--gres=gpu:1`), `prologue` shell lines before the worker.
     """
 
@@ -169,7 +169,7 @@ def _typed(path: Path, key: object, value: object) -> Any:
 def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator[Any]:
     """A dask-jobqueue cluster without jobs yet; its jobs end with the context.
 
-    `environment` stands in every worker from its start. Raises `UserError` where dask-jobqueue or
+    `environment` is set in every worker from its start. Raises `UserError` where dask-jobqueue or
     the batch system's commands are missing.
     """
     try:
@@ -295,7 +295,7 @@ class Watch:
         ended = [] if alive is None else [name for name, one in sent.items() if one not in alive]
         self.stillborn += sum(name not in self._seen for name in ended)
         for name in ended:
-            self._seen.pop(name, None)  # the next job bears the same name
+            self._seen.pop(name, None)  # the next job has the same name
         return ended
 
 

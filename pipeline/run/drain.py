@@ -43,7 +43,7 @@ _HEARTBEAT_S = 30.0
 
 
 class Observer(Protocol):
-    """What receives everything that happens beside results: a run's log."""
+    """What receives everything that happens besides results: a run's log."""
 
     def begun(self, slide_id: str, worker: str) -> None:
         """A slide was given to a worker."""
@@ -190,7 +190,7 @@ class Drain:
         self._heartbeat, self._has_warned = time.monotonic(), False
         # Dask calls back in its own thread; what changes state is queued for the coordinator's.
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        client.subscribe_topic(TOPIC, self._receive)
+        client.subscribe_topic(TOPIC, self._receive_event)
 
     def demand(self) -> int:
         """How many workers would have something to do."""
@@ -229,7 +229,7 @@ class Drain:
                 waiting=len(self._waiting),
             )  # fmt: skip
 
-    def _receive(self, event: tuple[float, dict[str, Any]]) -> None:
+    def _receive_event(self, event: tuple[float, dict[str, Any]]) -> None:
         """Called in the client's thread: progress counts at once, all else is queued."""
         message = event[1]
         if "units" in message:
@@ -261,7 +261,7 @@ class Drain:
         self._judge_deaths({str(worker.get("nanny")) for worker in workers.values()}, now)
         for address in self._fleet.youngest_first(set(workers) - set(self._flights)):
             if self._waiting:
-                self._submit(address, workers[address], self._waiting.popleft())
+                self._submit_bundle(address, workers[address], self._waiting.popleft())
 
     def _left_in_good_order(self, present: set[str], now: float) -> list[str]:
         """Workers that are gone though nothing failed (their walltime): no slide is to blame."""
@@ -277,7 +277,7 @@ class Drain:
             if now - since > _REPORTED_WITHIN_S
         ]
 
-    def _submit(self, address: str, worker: dict[str, Any], tasks: list[SlideTask]) -> None:
+    def _submit_bundle(self, address: str, worker: dict[str, Any], tasks: list[SlideTask]) -> None:
         name = f"{worker.get('name', '')} {address}"
         for task in tasks:
             self._progress.begin_slide(task)
@@ -291,9 +291,11 @@ class Drain:
             future, tasks, number, str(worker.get("nanny")), name,
             self._fleet.since[address], time.monotonic(),
         )  # fmt: skip
-        future.add_done_callback(lambda _: self._actions.put(partial(self._land, address, number)))
+        future.add_done_callback(
+            lambda _: self._actions.put(partial(self._end_flight, address, number))
+        )
 
-    def _land(self, address: str, number: int) -> None:
+    def _end_flight(self, address: str, number: int) -> None:
         """A bundle has ended: take its entries, or judge what ended it."""
         flight = self._flights.get(address)
         if flight is None or flight.number != number:
@@ -327,7 +329,7 @@ class Drain:
                 self._charge_death(flight)
             elif now > deadline:
                 attempts = self._attempts_of(flight.slide).after_job_loss()
-                self._requeue(flight, attempts)
+                self._try_again(flight, attempts)
             else:
                 continue
             self._dead.remove(death)
@@ -339,7 +341,7 @@ class Drain:
             return
         attempts = self._attempts_of(flight.slide)
         was_alone = len(flight.tasks) == 1
-        self._requeue(flight, attempts.after_death() if was_alone else attempts)
+        self._try_again(flight, attempts.after_death() if was_alone else attempts)
 
     def _take_back(self, flight: _Flight, gone_since: float) -> None:
         """What a worker that left has not finished goes back."""
@@ -356,9 +358,9 @@ class Drain:
                 f"{slide_id}: workers ended before it did, up to "
                 f"{format_seconds(attempts.longest_s)} after it began: is the walltime long enough?"
             )
-        self._requeue(flight, attempts)
+        self._try_again(flight, attempts)
 
-    def _requeue(self, flight: _Flight, attempts: Attempts) -> None:
+    def _try_again(self, flight: _Flight, attempts: Attempts) -> None:
         """Try again what a flight left unfinished, or fail its slide in progress."""
         self._attempts[flight.slide.slide_id] = attempts
         reason = attempts.reason_to_give_up()

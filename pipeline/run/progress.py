@@ -18,7 +18,7 @@ class SlideProgress:
         """A first or further attempt: what an earlier one reported is taken back."""
         with self._lock:
             taken_back = self._reported.pop(task.slide_id, 0)
-            self._meter.advance(-taken_back, note=self._note(task.slide_id))
+            self._meter.advance(-taken_back, note=self._progress_note(task.slide_id))
             self._reported[task.slide_id] = 0
 
     def report_units(self, slide_id: str, units: int) -> None:
@@ -26,14 +26,14 @@ class SlideProgress:
         with self._lock:
             if slide_id in self._reported:
                 self._reported[slide_id] += units
-                self._meter.advance(units, note=self._note(slide_id))
+                self._meter.advance(units, note=self._progress_note(slide_id))
 
     def end_slide(self, task: SlideTask) -> None:
         """The slide has ended, well or not."""
         with self._lock:
             reported = self._reported.pop(task.slide_id, 0)
             self._ended += 1
-            self._meter.advance(task.units - reported, note=self._note(task.slide_id))
+            self._meter.advance(task.units - reported, note=self._progress_note(task.slide_id))
 
     def state(self) -> dict[str, int | float | str]:
         """How far the stage is: done, total, unit, and units per second."""
@@ -43,7 +43,7 @@ class SlideProgress:
             "done": meter.done, "total": meter.total, "unit": meter.unit, "rate": round(rate, 4),
         }  # fmt: skip
 
-    def _note(self, slide_id: str) -> str:
+    def _progress_note(self, slide_id: str) -> str:
         """The slide, and how many have ended where the meter counts something else."""
         if self._meter.unit == "slides":
             return slide_id

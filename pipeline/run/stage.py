@@ -3,7 +3,7 @@
 A stage is an object that knows its slides: their fingerprints, which of them it must refuse, what
 each lacks, and the task that makes it. The driver does the rest: it claims the identity, reads the
 ledger, skips what is done, journals refusals and withdrawn files, bundles tasks and sends them to
-workers, journals what comes back, and sums up. Whether a run resumes is decided in `_plan` below.
+workers, journals what comes back, and sums up. Whether a run resumes is decided in `_plan_stage` below.
 
 A new stage is one file with a subclass of `Stage`, and a command that calls `run_stage`.
 """
@@ -75,56 +75,58 @@ class Stage(ABC, Generic[Item]):
         """The stages whose journals it writes: its own, or several whose work it does at once."""
         return (self.name,)
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """Identity values that every stage must agree with; {} for none."""
         return {}
 
     @abstractmethod
-    def items(self) -> Iterable[Item]:
+    def list_items(self) -> Iterable[Item]:
         """What the stage works on."""
 
     @abstractmethod
-    def fingerprint(self, item: Item) -> str:
+    def item_fingerprint(self, item: Item) -> str:
         """Of all that determines the item's output."""
 
-    def refusal(self, item: Item, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
+    def reason_to_refuse(
+        self, item: Item, fingerprint: str, ledger: Ledger
+    ) -> tuple[Outcome, str] | None:
         """Outcome and reason of an item that cannot be worked on; None where it can."""
         return None
 
-    def missing(self, item: Item, fingerprint: str, ledger: Ledger) -> Missing:
+    def find_missing(self, item: Item, fingerprint: str, ledger: Ledger) -> Missing:
         """What the item lacks: all or nothing, unless a stage asks the ledger for blocks."""
         return Missing.of_slide(ledger[self.scopes[0]].done(item.slide_id, fingerprint))
 
     @abstractmethod
-    def task(self, item: Item, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def make_task(self, item: Item, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
         """The task that makes what is missing."""
 
-    def bundles(
+    def make_bundles(
         self, tasks: Sequence[SlideTask], engine: EngineConfig
     ) -> list[list[SlideTask]] | None:
         """Tasks in bundles, in the order in which they begin; None where each goes alone."""
         return None
 
-    def prepare(self, run: Run, tasks: Sequence[SlideTask]) -> None:
+    def before_tasks(self, run: Run, tasks: Sequence[SlideTask]) -> None:
         """Called before the first task begins."""
 
-    def record(self, runs: Sequence[Run], entries: list[Entry]) -> None:
+    def journal_entries(self, runs: Sequence[Run], entries: list[Entry]) -> None:
         """Journal entries; `runs` are those of `journals`, in that order."""
         runs[0].append(entries)
 
-    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Called after the last task has ended, with the journals still open."""
 
     @property
     @abstractmethod
-    def output(self) -> object:
+    def output_path(self) -> object:
         """What the summary names as written to."""
 
 
 def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
     """Do what is missing of a stage; returns the exit status, 1 if any slide failed."""
     dataset, versions = stage.dataset, stage_versions(*stage.packages)
-    if claims := stage.claims():
+    if claims := stage.identity_claims():
         stage.identity = claim_identity(dataset, claims, stage=stage.name, versions=versions)
     summary = Summary(stage.label)
     with ExitStack() as stack:
@@ -132,33 +134,35 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
             stack.enter_context(Run(dataset, name, versions, device=stage.device))
             for name in stage.journals
         ]
-        tasks, lines = _plan(stage, runs[0].run_id, summary)
+        tasks, lines = _plan_stage(stage, runs[0].run_id, summary)
         tasks = [task for task in tasks if engine.includes(task.slide_id)]
         _record_lines(stage, runs, [e for e in lines if engine.includes(e.slide_id)], summary)
-        stage.prepare(runs[0], tasks)
+        stage.before_tasks(runs[0], tasks)
         _run_tasks(stage, runs, tasks, engine, summary)
-        stage.finish(runs, summary, engine)
-    return report_summary(summary, stage.output, stage.rate_of)
+        stage.after_tasks(runs, summary, engine)
+    return report_summary(summary, stage.output_path, stage.rate_of)
 
 
-def _plan(stage: Stage[Item], run_id: str, summary: Summary) -> tuple[list[SlideTask], list[Entry]]:
+def _plan_stage(
+    stage: Stage[Item], run_id: str, summary: Summary
+) -> tuple[list[SlideTask], list[Entry]]:
     """What is to be done, and the lines to journal before: refusals, and files that are lost."""
     ledger = Ledger.read(stage.dataset, stage.name)
     tasks: list[SlideTask] = []
     lines: list[Entry] = []
-    for item in stage.items():
-        fingerprint = stage.fingerprint(item)
-        if refusal := stage.refusal(item, fingerprint, ledger):
+    for item in stage.list_items():
+        fingerprint = stage.item_fingerprint(item)
+        if refusal := stage.reason_to_refuse(item, fingerprint, ledger):
             outcome, reason = refusal
             lines += [
                 Entry(item.slide_id, outcome, fingerprint, reason, scope=scope)
                 for scope in stage.scopes
             ]
             continue
-        missing = stage.missing(item, fingerprint, ledger)
+        missing = stage.find_missing(item, fingerprint, ledger)
         lines += missing.withdrawn
         if missing:
-            tasks.append(stage.task(item, fingerprint, missing, run_id))
+            tasks.append(stage.make_task(item, fingerprint, missing, run_id))
             continue
         summary.skipped += 1
         if missing.done is not None and missing.done.outcome == "rejected":
@@ -170,7 +174,7 @@ def _record_lines(
     stage: Stage[Any], runs: Sequence[Run], lines: list[Entry], summary: Summary
 ) -> None:
     if lines:
-        stage.record(runs, lines)
+        stage.journal_entries(runs, lines)
     for entry in lines:
         # A withdrawn file is no result of this run.
         if entry.outcome != "pruned":
@@ -189,12 +193,12 @@ def _run_tasks(
     if tasks:
         runs[0].event("tasks", slides=len(tasks), total=total, unit=stage.unit,
                       engine=engine.description)  # fmt: skip
-    bundles, work = stage.bundles(tasks, engine), stage.work
+    bundles, work = stage.make_bundles(tasks, engine), stage.work
     if bundles is None:
         bundles, work = [[task] for task in sort_dearest_first(tasks)], OneByOne(work)
 
     def on_entries(entries: list[Entry]) -> None:
-        stage.record(runs, entries)
+        stage.journal_entries(runs, entries)
         for entry in entries:
             summary.add(entry)
 

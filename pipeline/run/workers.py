@@ -64,7 +64,7 @@ class EngineConfig:
         }
 
     def worker_count(self, tasks: int) -> int:
-        """Local workers: as asked, else one a core, never more than tasks."""
+        """Local workers: as asked, else one per core, never more than tasks."""
         cores = len(os.sched_getaffinity(0))
         return max(1, min(self.workers or cores, tasks))
 
@@ -83,7 +83,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
     import dask
     from distributed import Client
 
-    # Dask's profiler looks at every worker's stack a hundred times a second and keeps an hour.
+    # Dask's profiler looks at every worker's stack a hundred times per second and keeps an hour.
     options = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": False,
@@ -120,7 +120,7 @@ def _check_scheduler(client: Any, address: str) -> None:
     """Refuse a scheduler that would itself wait for a task's dead worker.
 
     A task is bound to its worker's address, which never comes back: only where no failure is
-    allowed does the engine hear of the death, and can count it.
+    allowed does the engine learn of the death, and can count it.
     """
     start = "start it with DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0 in its environment"
     try:

@@ -59,16 +59,18 @@ class _Curation:
 
 def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     """Train, score, write the deny-list and the selections without its tiles."""
-    _check(config)
+    _check_config(config)
     tissue = read_tissue(dataset)
-    selections = _selections(dataset, config)
+    selections = _selections_to_clean(dataset, config)
     tile_px = int(identity_value(dataset, "tile_px"))
     store = FeatureStore(dataset, tile_px=tile_px, encoder=config.encoder, view=config.view)
     count_of = dict(
         zip(tissue.cohort.slide_id.tolist(), tissue.cohort.candidates.tolist(), strict=True)
     )
     labels = read_labels(config.labels, {s: n for s, n in count_of.items() if n})
-    trained = _train(config, labels, store, tissue.cohort, int(identity_value(dataset, "seed")))
+    trained = _train_on_labels(
+        config, labels, store, tissue.cohort, int(identity_value(dataset, "seed"))
+    )
     print_trained(config, labels, trained, bool(store.record.get("random_weights")))
     scope = feature_scope(tile_px, config.encoder, config.view, "cls")
     cached = Ledger.read(dataset, "cache")[scope]
@@ -85,18 +87,18 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     _write_result(work, labels, store.record)
     for name in selections:
         stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
-        select(dataset, _cleaned(config, name, stratify))
+        select(dataset, _cleaned_selection(config, name, stratify))
     return EXIT_OK
 
 
-def _check(config: CurateConfig) -> None:
+def _check_config(config: CurateConfig) -> None:
     if config.folds < 2:
         raise UserError(f"--folds {config.folds}: expected 2 or more")
     if not 0 < config.usable_recall <= 1:
         raise UserError(f"--recall {config.usable_recall}: expected a number above 0, at most 1")
 
 
-def _selections(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
+def _selections_to_clean(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
     """The selections to clean: those named, or all that no deny-list was applied to."""
     known = read_ties(dataset)
     names = config.selections or tuple(
@@ -110,11 +112,11 @@ def _selections(dataset: Dataset, config: CurateConfig) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def _cleaned(config: CurateConfig, name: str, stratify: str = "site") -> SelectConfig:
+def _cleaned_selection(config: CurateConfig, name: str, stratify: str = "site") -> SelectConfig:
     return SelectConfig(f"{name}-{config.name}", None, stratify, parent=name, deny=(config.name,))
 
 
-def _train(
+def _train_on_labels(
     config: CurateConfig, labels: Labels, store: FeatureStore, cohort: Cohort, seed: int
 ) -> Trained:
     family = dict(zip(cohort.slide_id.tolist(), cohort.family.tolist(), strict=True))
@@ -156,7 +158,7 @@ class _ScoreStage(Stage[_CachedSlide]):
         self.curation, self.curation_name = curation, curation.config.name
         self.scopes = (scores_scope(self.curation_name),)
 
-    def items(self) -> Iterator[_CachedSlide]:
+    def list_items(self) -> Iterator[_CachedSlide]:
         """The slides of the selections, each with all its selected tiles in the cache."""
         for slide_id in _require_features(self.curation):
             entries = self.curation.shards[slide_id]
@@ -166,12 +168,12 @@ class _ScoreStage(Stage[_CachedSlide]):
                 [entry.files[0].sha256 for entry in entries],
             )
 
-    def fingerprint(self, item: _CachedSlide) -> str:
+    def item_fingerprint(self, item: _CachedSlide) -> str:
         """Of the classifier and the features."""
         classifier = self.curation.fingerprint
         return fingerprint_of(classifier=classifier, shards=item.shards, sums=item.sums)
 
-    def task(
+    def make_task(
         self, item: _CachedSlide, fingerprint: str, missing: Missing, run_id: str
     ) -> SlideTask:
         """Score the tiles of one slide."""
@@ -183,7 +185,7 @@ class _ScoreStage(Stage[_CachedSlide]):
         return SlideTask(item.slide_id, fingerprint, arguments, tiles, tiles, scopes=self.scopes)
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of the scores."""
         return curation_dir(self.dataset, self.curation_name) / "scores"
 
@@ -207,14 +209,14 @@ def _require_features(work: _Curation) -> list[str]:
 
 
 def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) -> None:
-    """Deny-list, classifier and report, unless they stand."""
+    """Deny-list, classifier and report, unless they are done already."""
     dataset, config = work.dataset, work.config
-    denied, scored = _denied(work)
+    denied, scored = _denied_ranks(work)
     plan = {"deny_list": config.name, "threshold": work.trained.threshold, "scored": scored}
     rows = make_selection(config.name, denied, plan)
     fingerprint = fingerprint_of(
         classifier=work.fingerprint, threshold=plan["threshold"], rows=rows.content_hash,
-        selections=_hashes(work),
+        selections=_selection_hashes(work),
     )  # fmt: skip
     scope = f"{config.name}/result"
     if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
@@ -227,10 +229,12 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) ->
         path = deny_file(dataset, config.name)
         files = (
             commit_file(dataset, run.run_id, path, lambda file: write_rows(file, rows)),
-            commit_json(dataset, run.run_id, folder / "classifier.json", _classifier(work, record)),
+            commit_json(
+                dataset, run.run_id, folder / "classifier.json", _classifier_record(work, record),
+            ),
             commit_json(
                 dataset, run.run_id, folder / "report.json",
-                _report(work, labels, rows, scored, removed),
+                _curation_report(work, labels, rows, scored, removed),
             ),
         )  # fmt: skip
         counts = {"tiles denied": rows.rows}
@@ -243,11 +247,11 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) ->
     say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
 
 
-def _hashes(work: _Curation) -> dict[str, str]:
+def _selection_hashes(work: _Curation) -> dict[str, str]:
     return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
 
 
-def _denied(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
+def _denied_ranks(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
     """Ranks above the threshold by slide, and how many tiles were scored; a slide at a time."""
     scored, denied = 0, {}
     for slide_id in _require_features(work):
@@ -262,7 +266,7 @@ def _check_dependents(
 ) -> None:
     """Refuse to change a deny-list under selections that this run does not make again."""
     known = read_ties(dataset)
-    own = {_cleaned(config, name).name for name in selections}
+    own = {_cleaned_selection(config, name).name for name in selections}
     other = sorted(
         name for name, ties in known.items()
         if ties.deny.get(config.name, content_hash) != content_hash and name not in own
@@ -290,7 +294,7 @@ def _removed_by_site(
     return dict(sorted(table.items()))
 
 
-def _classifier(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
+def _classifier_record(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "logistic regression on CLS features, mean of the folds' probabilities",
         "encoder": work.config.encoder, "view": work.config.view,
@@ -302,7 +306,7 @@ def _classifier(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _report(
+def _curation_report(
     work: _Curation,
     labels: Labels,
     rows: Selection,

@@ -59,7 +59,7 @@ def score_shards(
 ) -> tuple[Ranks, Scores]:
     """Ranks (ascending) and scores of all tiles in the files; of two files the later counts.
 
-    A few thousand tiles are in memory at a time, whatever the files hold.
+    A few thousand tiles are in memory at a time, however large the files are.
     """
     scores = np.full(max((stop for _, _, stop in shards), default=0), np.nan, np.float32)
     for path, _, _ in shards:

@@ -44,7 +44,9 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
     """Write slides.parquet from the stage's journals, if it does not say the same already."""
     ledger = Ledger.read(dataset, STAGE)
     rows = {
-        slide_id: _row(entry) for slide_id in ledger[""] for entry in ledger[""].entries(slide_id)
+        slide_id: _slide_of_entry(entry)
+        for slide_id in ledger[""]
+        for entry in ledger[""].entries(slide_id)
     }
     fingerprint = fingerprint_of(rows=[asdict(rows[key]) for key in sorted(rows)])
     name = dataset.slides_file.name
@@ -54,7 +56,7 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
         summary.files, summary.bytes = 1, record.bytes
 
 
-def _row(entry: Entry) -> Slide:
+def _slide_of_entry(entry: Entry) -> Slide:
     """The slide of a journal line; one whose worker died has only what was known before."""
     values = dict(entry.values)
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
@@ -74,13 +76,13 @@ def slide_values(slide: Slide) -> dict[str, Any]:
     return values
 
 
-def _state(source: SlideEntry) -> tuple[int, int]:
+def _bytes_and_time(source: SlideEntry) -> tuple[int, int]:
     """Bytes and modification time (0 for a slide that is no local file)."""
     return (source.bytes, 0) if source.uri else _file_state(source.path)
 
 
 def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
-    size, mtime_ns = _state(source)
+    size, mtime_ns = _bytes_and_time(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint_of(
         stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.parameters()
@@ -101,24 +103,24 @@ def scan_slide(
     source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str
 ) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason."""
-    slide = _named(source)
+    slide = _slide_before_opening(source)
     note = ""
     try:
         if source.taken_by:
             raise SlideOpenError(
-                f"{source.location} bears the name of {source.taken_by}; rename one of them, "
+                f"{source.location} has the name of {source.taken_by}; rename one of them, "
                 "or give a CSV with a slide_id column"
             )
         with local_slide(slide, config.stage_in, Path(scratch)) as path:
             if source.uri:
                 slide = replace(slide, bytes=_file_state(path)[0])
             if config.sha256:
-                slide = replace(slide, sha256=_sha256(path))
+                slide = replace(slide, sha256=_hash_slide(path))
             _require_whole(path)
-            reader, note = _open(path, config.reader)
+            reader, note = _open_with_reader(path, config.reader)
             with reader:
-                _probe(reader)
-                slide = _described(slide, reader, source, config)
+                _probe_levels(reader)
+                slide = _describe_slide(slide, reader, source, config)
     except ResolutionError as error:
         slide = replace(slide, status="rejected", reason=str(error))
     except (SlideOpenError, SlideReadError, StageInError, OSError) as error:
@@ -130,9 +132,9 @@ def scan_slide(
     return [entry]
 
 
-def _named(source: SlideEntry) -> Slide:
+def _slide_before_opening(source: SlideEntry) -> Slide:
     """What is known of a slide before it is opened: from the table, or from its barcode."""
-    size, mtime_ns = _state(source)
+    size, mtime_ns = _bytes_and_time(source)
     barcode = parse_barcode(source.slide_id) or Barcode("", "", "", "")
     return Slide(
         source.slide_id,
@@ -157,7 +159,7 @@ def _require_whole(path: Path) -> None:
         raise SlideOpenError(f"the file is cut off: {missing}; fetch it again")
 
 
-def _open(path: Path, name: str) -> tuple[SlideReader, str]:
+def _open_with_reader(path: Path, name: str) -> tuple[SlideReader, str]:
     """The slide with the reader that was asked for, and why it is not the native one."""
     if name != "auto":
         return open_slide(path, name), ""
@@ -165,7 +167,9 @@ def _open(path: Path, name: str) -> tuple[SlideReader, str]:
     return reader, f"read by {reader.name}: {why}" if why else ""
 
 
-def _described(slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig) -> Slide:
+def _describe_slide(
+    slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig
+) -> Slide:
     base = reader.levels[0]
     slide = replace(
         slide,
@@ -192,7 +196,7 @@ def _described(slide: Slide, reader: SlideReader, source: SlideEntry, config: Sc
     return slide
 
 
-def _probe(reader: SlideReader) -> None:
+def _probe_levels(reader: SlideReader) -> None:
     """Read the middle and the corners of every level: some files open and then cannot be read."""
     for index, level in enumerate(reader.levels):
         width, height = min(_PROBE_PX, level.width), min(_PROBE_PX, level.height)
@@ -202,7 +206,7 @@ def _probe(reader: SlideReader) -> None:
             reader.read(index, x, y, width, height)
 
 
-def _sha256(path: Path) -> str:
+def _hash_slide(path: Path) -> str:
     sha = hashlib.sha256()
     files: Sequence[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
@@ -229,35 +233,37 @@ class ScanStage(Stage[SlideEntry]):
                 ".ndpi, .mrxs, .dcm or the like, or a CSV with a path column"
             )
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """Resolution, grid and seed of the tiles to come."""
         return self.config.identity()
 
-    def items(self) -> list[SlideEntry]:
+    def list_items(self) -> list[SlideEntry]:
         """The slides that were named."""
         return self.sources
 
-    def fingerprint(self, item: SlideEntry) -> str:
+    def item_fingerprint(self, item: SlideEntry) -> str:
         """Of the slide's file, its row of a table and the configuration."""
         return _source_fingerprint(item, self.config)
 
-    def task(self, item: SlideEntry, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def make_task(
+        self, item: SlideEntry, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
         """Open one slide; of one whose worker dies, what was known before is journalled."""
         scratch = str(self.dataset.staging_dir(run_id))
         return SlideTask(
             item.slide_id, fingerprint, (item, self.config, fingerprint, scratch),
-            _state(item)[0], values=slide_values(_named(item)),
+            _bytes_and_time(item)[0], values=slide_values(_slide_before_opening(item)),
         )  # fmt: skip
 
-    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Write slides.parquet; the elements of a job array leave it to one more scan."""
         if engine.is_part:
-            say(f"{self.output} is written by one more `scan`, without --array, at the end")
+            say(f"{self.output_path} is written by one more `scan`, without --array, at the end")
         else:
             record_slides(self.dataset, runs[0], summary)
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """slides.parquet."""
         return self.dataset.slides_file
 

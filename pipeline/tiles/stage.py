@@ -60,19 +60,19 @@ def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:
     """Imported tiles are there from the start, and no larger ones can be cut."""
     if config.tile_px not in (None, read_identity(dataset)["tile_px"]):
         raise UserError(
-            f"--tile-px {config.tile_px}: {dataset.root} holds imported tiles, no slides"
+            f"--tile-px {config.tile_px}: {dataset.root} contains imported tiles, no slides"
         )
-    say(f"tile: {dataset.root} holds imported tiles: nothing to cut (lost ones: `import tiles`)")
+    say(f"tile: {dataset.root} contains imported tiles: nothing to cut (lost ones: `import tiles`)")
     return EXIT_OK
 
 
 def _output_px(dataset: Dataset, config: TileConfig) -> int:
-    own = int(read_identity(dataset)["tile_px"])
-    tile_px = config.tile_px or own
-    if tile_px < own or (tile_px - own) % 2:
+    dataset_px = int(read_identity(dataset)["tile_px"])
+    tile_px = config.tile_px or dataset_px
+    if tile_px < dataset_px or (tile_px - dataset_px) % 2:
         raise UserError(
-            f"--tile-px {tile_px}: expected {own}, the dataset's tile size, or more by an even "
-            f"number of pixels (such as {own + 32}), so that the centres coincide"
+            f"--tile-px {tile_px}: expected {dataset_px}, the dataset's tile size, or more by an even "
+            f"number of pixels (such as {dataset_px + 32}), so that the centres coincide"
         )
     return tile_px
 
@@ -86,7 +86,7 @@ class _Need:
     selection: str = ""
 
 
-def _needs(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
+def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
     names = selections or tuple(dataset.selection_names())
     if not names:
         raise UserError(f"{dataset.root} has no selection; run `python -m pipeline select` first")
@@ -101,18 +101,20 @@ def _needs(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks that hold a selected rank."""
-    return {slide_id: need.blocks for slide_id, need in _needs(dataset, selections).items()}
+    """Per slide, the blocks that contain a selected rank."""
+    return {
+        slide_id: need.blocks for slide_id, need in _needs_by_slide(dataset, selections).items()
+    }
 
 
-def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
+def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
     """Why a slide's candidates must not be cut from, "" where they may.
 
-    `parent` is the standing line of `tissue` for the slide as it is now. Without one the
+    `parent` is the current line of `tissue` for the slide as it is now. Without one the
     candidates on disk are of a former slide or resolution, and the fingerprint would hide that.
     """
     if slide.status != "ok":
-        return f"{slide.status} by scan ({slide.reason}): mend that and scan, or `select` again"
+        return f"{slide.status} by scan ({slide.reason}): fix that and scan, or `select` again"
     if parent is None:
         return (
             f"{dataset.candidates_file(slide.slide_id)} is not of the slide as it is now: "
@@ -120,7 +122,7 @@ def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) ->
         )
     if parent.outcome != "done":
         return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
-    # The line that stands says it: the footers of 100,000 files take minutes.
+    # The journal line states it: the footers of 100,000 files take minutes.
     rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
     if need.last >= rows:
         return (
@@ -201,16 +203,16 @@ class _TileJob:
             open_slide(path, self.slide.reader) as reader,
         ):
             done = 0
-            for done, (index, image) in enumerate(self._tiles(reader, x, y), 1):
+            for done, (index, image) in enumerate(self._cut_tiles(reader, x, y), 1):
                 spool.put(int(ranks[index]), encode(image))
                 if done % _PROGRESS_TILES == 0:
                     report_progress(self.slide.slide_id, _PROGRESS_TILES)
         return spans
 
-    def _tiles(
+    def _cut_tiles(
         self, reader: SlideReader, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
     ) -> Iterator[tuple[int, Tile]]:
-        plan, border = self._plan(reader)
+        plan, border = self._plan_with_border(reader)
         tiles = cut_tiles(reader, plan, x - border, y - border, self.tile_px, self.config.resampler)
         if self.config.icc == "ignore":
             yield from tiles
@@ -219,15 +221,15 @@ class _TileJob:
         for index, image in tiles:
             yield index, recolour(image)
 
-    def _plan(self, reader: SlideReader) -> tuple[ReadPlan, float]:
+    def _plan_with_border(self, reader: SlideReader) -> tuple[ReadPlan, float]:
         """How to read, and how far, in level-0 pixels, a tile reaches beyond its grid cell."""
         identity = read_identity(self.dataset)
-        own = int(identity["tile_px"])
+        dataset_px = int(identity["tile_px"])
         plan = plan_read(
             reader.levels, float(self.slide.mpp or 0), identity["mpp"],
-            identity["mpp_tolerance"], own,
+            identity["mpp_tolerance"], dataset_px,
         )  # fmt: skip
-        border = (self.tile_px - own) / 2 * plan.factor * plan.downsample
+        border = (self.tile_px - dataset_px) / 2 * plan.factor * plan.downsample
         return replace(plan, window=self.tile_px * plan.factor), border
 
     def write_shard(self, spool: Spool, span: range) -> Entry:
@@ -243,7 +245,7 @@ class _TileJob:
         )  # fmt: skip
 
     def _write_tar(self, span: range, pngs: Iterator[bytes]) -> tuple[FileRecord, ...]:
-        tar = self._path(span, "tar")
+        tar = self._shard_path(span, "tar")
         index = bytearray()
 
         def write(file: HashingFile) -> None:
@@ -254,10 +256,10 @@ class _TileJob:
         return shard, idx
 
     def _write_zarr(self, span: range, chunks: Iterator[bytes]) -> tuple[FileRecord, ...]:
-        final = self._path(span, "zarr")
+        final = self._shard_path(span, "zarr")
         return commit_zarr(self.dataset, self.run_id, final, self.tile_px, chunks)
 
-    def _path(self, span: range, kind: str) -> Path:
+    def _shard_path(self, span: range, kind: str) -> Path:
         name = ShardName(self.slide.slide_id, span.start, span.stop, kind)
         return self.dataset.tiles_dir(self.tile_px) / str(name)
 
@@ -284,17 +286,17 @@ class TileStage(Stage[_SlideNeed]):
 
     def __init__(self, dataset: Dataset, config: TileConfig) -> None:
         super().__init__(dataset)
-        self.needs = _needs(dataset, config.selections)
+        self.needs = _needs_by_slide(dataset, config.selections)
         # Workers get the size: their lines have its scope even where they can read no identity.
         self.tile_px = _output_px(dataset, config)
         self.config = replace(config, tile_px=self.tile_px)
         self.scopes = (str(self.tile_px),)
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """Resampler, colour handling and codec."""
         return self.config.identity()
 
-    def items(self) -> Iterator[_SlideNeed]:
+    def list_items(self) -> Iterator[_SlideNeed]:
         """The slides of the selections."""
         slides = {slide.slide_id: slide for slide in read_slides(self.dataset)}
         self.parents = Ledger.read(self.dataset, "tissue")[""]
@@ -306,25 +308,25 @@ class TileStage(Stage[_SlideNeed]):
                 )
             yield _SlideNeed(slides[slide_id], need)
 
-    def _source(self, slide_id: str) -> str:
+    def _imported_source(self, slide_id: str) -> str:
         return imported_source(self.parents.entries(slide_id))
 
-    def fingerprint(self, item: _SlideNeed) -> str:
+    def item_fingerprint(self, item: _SlideNeed) -> str:
         """Of the candidates and of how tiles are cut from them."""
-        source = self._source(item.slide_id)
+        source = self._imported_source(item.slide_id)
         return tile_fingerprint(item.slide, self.identity, self.tile_px, source)
 
-    def refusal(
+    def reason_to_refuse(
         self, item: _SlideNeed, fingerprint: str, ledger: Ledger
     ) -> tuple[Outcome, str] | None:
         """Where the candidates are not those of the slide or selection as they are now."""
-        source = self._source(item.slide_id)
+        source = self._imported_source(item.slide_id)
         of_now = tissue_fingerprint(item.slide, self.identity, source)
         parent = self.parents.done(item.slide_id, of_now)
-        reason = _unfit(self.dataset, item.slide, parent, item.need)
+        reason = _reason_to_refuse(self.dataset, item.slide, parent, item.need)
         return ("failed", reason) if reason else None
 
-    def missing(self, item: _SlideNeed, fingerprint: str, ledger: Ledger) -> Missing:
+    def find_missing(self, item: _SlideNeed, fingerprint: str, ledger: Ledger) -> Missing:
         """The blocks to cut; where there are none, a slide's failures are taken back.
 
         It may have failed for its selection or tissue alone: no tile will be cut that settles it.
@@ -335,7 +337,9 @@ class TileStage(Stage[_SlideNeed]):
         settled = ledger[self.scopes[0]].settled_failures(item.slide_id)
         return replace(missing, withdrawn=(*missing.withdrawn, *settled))
 
-    def task(self, item: _SlideNeed, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def make_task(
+        self, item: _SlideNeed, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
         """Cut the missing tiles of one slide."""
         rows = candidate_count(self.dataset, item.slide_id)
         tiles = sum(len(ranks_of_blocks(span, rows)) for span in missing.spans)
@@ -347,7 +351,7 @@ class TileStage(Stage[_SlideNeed]):
         return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of the tile shards."""
         return self.dataset.tiles_dir(self.tile_px)
 

@@ -84,7 +84,7 @@ def usable_slides(dataset: Dataset) -> list[Slide]:
     """The slides that scan found fit for tiling."""
     slides = [slide for slide in read_slides(dataset) if slide.status == "ok"]
     if not slides:
-        raise UserError(f"{dataset.slides_file} holds no usable slide; see the reasons of `scan`")
+        raise UserError(f"{dataset.slides_file} has no usable slide; see the reasons of `scan`")
     return slides
 
 
@@ -123,21 +123,22 @@ def record_tissue(
             reader.levels, mpp, identity["mpp"], identity["mpp_tolerance"], identity["tile_px"]
         )
         overview, um_per_px = read_overview(reader, mpp, detector.um_per_px)
-        picture, picture_um_per_px = _picture(reader, mpp, overview, um_per_px)
+        picture, picture_um_per_px = _read_picture(reader, mpp, overview, um_per_px)
         try:
             detection = detector.detect(overview, um_per_px)
         except NotHematoxylinEosinError as error:
-            return _refused(dataset, run_id, slide, fingerprint, picture, str(error))
+            return _refused_entry(dataset, run_id, slide, fingerprint, picture, str(error))
         detection = _with_focus(detector, detection, reader, mpp, um_per_px)
     grid = TileGrid.of_slide(slide, plan)
     judgement = grid.judge_tiles(detection.mask, um_per_px / mpp, config, detector)
     to_picture = mpp / picture_um_per_px
     overlay = draw_overlay(
         picture, detection.mask, grid.x * to_picture, grid.y * to_picture,
-        grid.size_level0 * to_picture, judgement.verdict, _title(slide, detection, um_per_px),
+        grid.size_level0 * to_picture, judgement.verdict,
+        _overlay_title(slide, detection, um_per_px),
     )  # fmt: skip
     files = _write_pictures(dataset, run_id, slide.slide_id, overlay, detection.mask)
-    table = _candidates(identity["seed"], slide.slide_id, grid, judgement)
+    table = _candidates_table(identity["seed"], slide.slide_id, grid, judgement)
     files.append(write_candidates(dataset, run_id, slide.slide_id, table))
     counts = {"grid tiles": len(grid.x), "candidate tiles": table.num_rows}
     values = {
@@ -157,7 +158,7 @@ def record_tissue(
     )
 
 
-def _refused(
+def _refused_entry(
     dataset: Dataset, run_id: str, slide: Slide, fingerprint: str, picture: npt.NDArray[np.uint8],
     reason: str,
 ) -> Entry:  # fmt: skip
@@ -204,7 +205,7 @@ def _class_areas(mask: npt.NDArray[np.uint8], um_per_px: float) -> dict[str, flo
     }
 
 
-def _title(slide: Slide, detection: Detection, um_per_px: float) -> str:
+def _overlay_title(slide: Slide, detection: Detection, um_per_px: float) -> str:
     areas = _class_areas(detection.mask, um_per_px)
     parts = [f"{name} {area:.3g} mm2" for name, area in areas.items()] or ["nothing found"]
     glass = "/".join(f"{value:.0f}" for value in detection.glass)
@@ -246,7 +247,7 @@ class TileGrid:
         )  # fmt: skip
 
 
-def _candidates(seed: int, slide_id: str, grid: TileGrid, judgement: Judgement) -> pa.Table:
+def _candidates_table(seed: int, slide_id: str, grid: TileGrid, judgement: Judgement) -> pa.Table:
     chosen = np.flatnonzero(judgement.kept)
     order = chosen[rank_order(seed, slide_id, grid.x[chosen], grid.y[chosen])]
     columns = [
@@ -259,7 +260,7 @@ def _candidates(seed: int, slide_id: str, grid: TileGrid, judgement: Judgement) 
     return pa.table([pa.array(column) for column in columns], schema=CANDIDATES_SCHEMA)
 
 
-def _picture(
+def _read_picture(
     reader: SlideReader, mpp: float, overview: npt.NDArray[np.uint8], um_per_px: float
 ) -> tuple[npt.NDArray[np.uint8], float]:
     """The slide at a size to look at: finer than the mask where the slide is small."""
@@ -299,25 +300,25 @@ class TissueStage(Stage[Slide]):
         self.um_per_px = open_detector(self.config.detector).um_per_px
         self.slides = usable_slides(dataset)
 
-    def claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, Any]:
         """The detector and its thresholds."""
         return self.config.identity()
 
-    def items(self) -> list[Slide]:
+    def list_items(self) -> list[Slide]:
         """The slides that scan found fit for tiling."""
         return self.slides
 
-    def fingerprint(self, item: Slide) -> str:
+    def item_fingerprint(self, item: Slide) -> str:
         """Of the slide and the detector."""
         return tissue_fingerprint(item, self.identity)
 
-    def task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+    def make_task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
         """Mask, overlay and candidates of one slide."""
         arguments = (str(self.dataset.root), run_id, item, self.config, fingerprint)
         return SlideTask(item.slide_id, fingerprint, arguments, overview_cost(item, self.um_per_px))
 
     @property
-    def output(self) -> Path:
+    def output_path(self) -> Path:
         """The folder of masks and overlays."""
         return self.dataset.root / "tissue"
 

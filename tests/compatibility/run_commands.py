@@ -31,7 +31,12 @@ def run_command(module: str, arguments: list[str]) -> dict[str, object]:
         except Exception:
             traceback.print_exc()
             status = 1
-    return {"command": [module, *arguments], "status": status, "output": output.getvalue(), "seconds": time.process_time()-began}
+    return {
+        "command": [module, *arguments],
+        "status": status,
+        "output": output.getvalue(),
+        "seconds": time.process_time() - began,
+    }
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class _Sources:
         self._overlay = dataset.root / "tissue" / ".overlay"
         large = cv2.imread(str(tiled.overlay_file(template.slide_id)), cv2.IMREAD_REDUCED_COLOR_8)
         self._overlay.write_bytes(cv2.imencode(".jpg", large)[1].tobytes())
-        self._candidates = read_candidates(tiled, template.slide_id)
+        self._candidates_table = read_candidates(tiled, template.slide_id)
         (entry,) = read_journal(tiled, "tissue")
         self._values = entry.values
         # Files of equal size are one file under many names: quick to make.
@@ -168,7 +168,9 @@ class _Sources:
     def _files(self, slide_id: str, rows: int) -> tuple[FileRecord, ...]:
         dataset = self._dataset
         if rows not in self._tables:
-            table = self._candidates.take(pa.array(np.arange(rows) % self._candidates.num_rows))
+            table = self._candidates_table.take(
+                pa.array(np.arange(rows) % self._candidates_table.num_rows)
+            )
             table = table.set_column(0, "rank", pa.array(np.arange(rows, dtype=np.int32)))
             pq.write_table(table, dataset.candidates_file(slide_id))
             self._tables[rows] = dataset.candidates_file(slide_id)

@@ -353,11 +353,11 @@ def test_lost_features_hide_none_that_hold_their_blocks_since(dataset: Dataset) 
     ranks = {"a": np.arange(ROWS, dtype=np.int32)}
     write_selection(dataset, "run", make_selection("all", ranks, {}))
     stage = CacheStage(dataset, config, EngineConfig(1))
-    (slide,) = stage.items()
-    mark = stage.fingerprint(slide)
+    (slide,) = stage.list_items()
+    mark = stage.item_fingerprint(slide)
 
     def missing() -> Missing:
-        return stage.missing(slide, mark, Ledger.read(dataset, "cache"))
+        return stage.find_missing(slide, mark, Ledger.read(dataset, "cache"))
 
     gone = (FileRecord("features/28/h0-mini/cls/a.16-40.parquet", 1, "0"),)
     lost = Entry("a", "done", mark, scope=scope, start=16, stop=40, files=gone)

@@ -146,9 +146,9 @@ def test_a_line_from_the_future_is_read_for_what_is_known():
     record = json.loads(encode_line(entry(), VERSIONS))
     record.pop("crc")
     record["unheard_of"] = 1
-    from pipeline.dataset.journal import _crc
+    from pipeline.dataset.journal import _checksum_of
 
-    record["crc"] = _crc(record)
+    record["crc"] = _checksum_of(record)
     assert decode_line(json.dumps(record)) == entry()
 
 

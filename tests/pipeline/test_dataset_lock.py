@@ -112,13 +112,13 @@ def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
 def test_a_successors_lock_is_never_broken(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with exclusive(path):
-        dead = lock._mark(path)
+        dead = lock._holder_text(path)
     with exclusive(path):
         os.utime(path, ns=(1, 1))
-        lock._break(path, dead)
+        lock._break_lock(path, dead)
         assert path.exists()
-        (tmp_path / f"lock.{lock._mark(path)}").touch()
-        lock._break(path, lock._mark(path))
+        (tmp_path / f"lock.{lock._holder_text(path)}").touch()
+        lock._break_lock(path, lock._holder_text(path))
         assert path.exists(), "another waiter has the right to break it"
 
 

@@ -24,7 +24,7 @@ from pipeline.dataset import (
 from pipeline.dataset.ledger import current_entries
 from pipeline.run.summary import Summary
 from pipeline.slides.entries import find_slides
-from pipeline.slides.scan import _named, record_slides
+from pipeline.slides.scan import _slide_before_opening, record_slides
 from pipeline.slides.tiff_extent import what_is_missing
 from tests.pipeline.faults import ROOT, contents, pipeline
 
@@ -203,7 +203,7 @@ def test_an_unreadable_file_fails_alone(tmp_path: Path) -> None:
 def test_a_slide_that_kills_scan_is_in_the_table_with_its_reason(tmp_path: Path) -> None:
     dataset, (source,) = Dataset(tmp_path), find_slides([str(SLIDE)])
     killed = Entry(source.slide_id, "failed", "f", "killed its worker 3 times",
-                   values=asdict(_named(source)))  # fmt: skip
+                   values=asdict(_slide_before_opening(source)))  # fmt: skip
     with Run(dataset, "scan", {}) as run:
         run.append([killed])
         record_slides(dataset, run, Summary("scan"))

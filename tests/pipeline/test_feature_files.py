@@ -108,7 +108,7 @@ def test_a_file_of_another_layout_is_refused_and_never_misread(tmp_path: Path) -
     pq.write_table(token_table(TOKENS), path, compression="zstd")
     with pytest.raises(UserError, match="damaged"):
         FeatureShard(path).read_block(0)
-    with pytest.raises(UserError, match="int8 was asked for"):
+    with pytest.raises(UserError, match="int8 was requested"):
         FeatureShard(write(tmp_path, "float16")).read_quantised(2)
 
 

@@ -16,7 +16,7 @@ from pipeline.run.summary import Summary, report_summary
 from pipeline.slides import staging
 from pipeline.slides.config import StageIn
 from pipeline.slides.entries import find_slides
-from pipeline.slides.scan import _row
+from pipeline.slides.scan import _slide_of_entry
 from pipeline.slides.staging import StageInError, local_slide
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
@@ -228,4 +228,7 @@ def test_reasons_of_older_journals_are_shown_without_secrets(
     report_summary(summary, tmp_path)
     assert "curl -H 'X-Auth-Token: ***' [/x] [red] failed" in capsys.readouterr().out
     slide = {"slide_id": "s", "path": "p", "status": "rejected", "reason": "--token GDC"}
-    assert _row(Entry("s", "rejected", "f", "--token GDC", values=slide)).reason == "--token ***"
+    assert (
+        _slide_of_entry(Entry("s", "rejected", "f", "--token GDC", values=slide)).reason
+        == "--token ***"
+    )

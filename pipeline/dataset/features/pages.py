@@ -62,7 +62,9 @@ class PlainPages:
         values_bytes = rows * int(np.prod(shape)) * dtype.itemsize
         if not start < body <= len(self._map) - page_bytes or values_bytes > page_bytes:
             raise ValueError(f"column {column} is not one plain page")
-        if crc is not None and crc != _crc32(memoryview(self._map)[body : body + page_bytes]):
+        if crc is not None and crc != _checksum_crc32(
+            memoryview(self._map)[body : body + page_bytes]
+        ):
             raise ValueError(f"checksum of column {column}")
         first = body + page_bytes - values_bytes
         # A null among the rows is one value to the count and none in the page.
@@ -87,14 +89,14 @@ def _page_header(data: mmap.mmap, at: int) -> tuple[int, int | None]:
     """Bytes of the page and its CRC-32 (None where the writer took none)."""
     numbers: list[int] = []
     while len(numbers) < 4 and data[at] == _INT32_FIELD:
-        value, at = _varint(data, at + 1)
+        value, at = _read_varint(data, at + 1)
         numbers.append((value >> 1) ^ -(value & 1))
     if len(numbers) < 3 or numbers[0] != 0 or numbers[1] != numbers[2]:
         raise ValueError("not the header of a plain data page")
     return numbers[2], numbers[3] & 0xFFFFFFFF if len(numbers) == 4 else None
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
@@ -107,7 +109,7 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
             raise ValueError("a number in the page's header does not end")
 
 
-def _crc32(data: memoryview) -> int:
+def _checksum_crc32(data: memoryview) -> int:
     """CRC-32 of the bytes; ISA-L's, four times as fast, where it is installed."""
     try:
         from isal import isal_zlib

@@ -44,13 +44,13 @@ def token_table(
     count, grid, dim = tokens.shape
     dtype = "float16" if scale is None else "int8"
     meta = {"kind": "tokens", "shape": [grid, dim], "dtype": dtype}
-    columns = {"tokens": _binary(tokens.astype(DTYPES[dtype], copy=False), count)}
+    columns = {"tokens": _binary_column(tokens.astype(DTYPES[dtype], copy=False), count)}
     if scale is not None:
-        columns["scale"] = _binary(scale.astype("<f2", copy=False), count)
+        columns["scale"] = _binary_column(scale.astype("<f2", copy=False), count)
     return pa.table(columns).replace_schema_metadata({_META_KEY: json.dumps(meta)})
 
 
-def _binary(values: npt.NDArray[Any], count: int) -> pa.Array:
+def _binary_column(values: npt.NDArray[Any], count: int) -> pa.Array:
     width = values.nbytes // count if count else values.itemsize * int(np.prod(values.shape[1:]))
     data = pa.py_buffer(np.ascontiguousarray(values))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, data])
@@ -91,7 +91,7 @@ class FeatureShard:
             self.shape: tuple[int, ...] = tuple(meta["shape"])
             self.dtype: str = meta["dtype"]
             self._pages = PlainPages(path, metadata)
-            self._check(meta, schema)
+            self._check_layout(meta, schema)
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -99,8 +99,8 @@ class FeatureShard:
                 "remove it and run `python -m pipeline cache` again"
             ) from error
 
-    def _check(self, meta: dict[str, Any], schema: pa.Schema) -> None:
-        """What the metadata states must be what the columns hold."""
+    def _check_layout(self, meta: dict[str, Any], schema: pa.Schema) -> None:
+        """What the metadata states must be what the columns contain."""
         known = {("cls", "float32", 1), ("tokens", "float16", 2), ("tokens", "int8", 2)}
         if (self.kind, self.dtype, len(self.shape)) not in known:
             raise ValueError(f"its features are stated as {meta}")
@@ -121,34 +121,36 @@ class FeatureShard:
         float16.
         """
         if self.kind == "cls":
-            return self._page(block, "cls", self.shape, is_list=True)
-        tokens = self._page(block, "tokens", self.shape)
+            return self._page_of_group(block, "cls", self.shape, is_list=True)
+        tokens = self._page_of_group(block, "tokens", self.shape)
         if self.dtype == "float16":
             return tokens
-        return dequantise(tokens, self._page(block, "scale", self.shape[:1]))
+        return dequantise(tokens, self._page_of_group(block, "scale", self.shape[:1]))
 
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
         """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
         if self.dtype != "int8":
-            raise UserError(f"{self.path} holds {self.dtype} {self.kind}, int8 was asked for")
+            raise UserError(f"{self.path} contains {self.dtype} {self.kind}, int8 was requested")
         return (
-            self._page(block, "tokens", self.shape),
-            self._page(block, "scale", self.shape[:1]),
+            self._page_of_group(block, "tokens", self.shape),
+            self._page_of_group(block, "scale", self.shape[:1]),
         )
 
-    def _page(
+    def _page_of_group(
         self, block: int, column: str, shape: tuple[int, ...], *, is_list: bool = False
     ) -> npt.NDArray[Any]:
         dtype = np.dtype("<f2" if column == "scale" else DTYPES[self.dtype])
         try:
-            return self._pages.values(self._group(block), column, dtype, shape, is_list=is_list)
+            return self._pages.values(
+                self._read_group(block), column, dtype, shape, is_list=is_list
+            )
         except (ValueError, IndexError) as error:
-            raise self._damaged(block, error) from error
+            raise self._damaged_error(block, error) from error
 
-    def _group(self, block: int) -> int:
+    def _read_group(self, block: int) -> int:
         return block - self.start // BLOCK_ROWS
 
-    def _damaged(self, block: int, error: Exception) -> UserError:
+    def _damaged_error(self, block: int, error: Exception) -> UserError:
         return UserError(
             f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
             "run `python -m pipeline verify`"

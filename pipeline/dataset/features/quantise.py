@@ -18,7 +18,7 @@ def quantise(tokens: npt.NDArray[np.floating]) -> tuple[Int8, Half]:
     values = np.asarray(tokens, np.float32)
     largest = np.abs(values).max(-1)
     if not np.isfinite(largest).all() or (largest > np.finfo(np.float16).max).any():
-        raise ValueError("tokens hold values that are not finite or exceed float16's range")
+        raise ValueError("tokens contain values that are not finite or exceed float16's range")
     scale = largest.astype(np.float16)
     scale = np.where(
         scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale

@@ -44,28 +44,28 @@ def read_encoder_record(
 ) -> dict[str, Any]:
     """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
 
-    `selection` is whose features are wanted, for the command that a missing file is told by.
+    `selection` is whose features are wanted, for the command that the error of a missing file names.
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise UserError(_missing(dataset, encoder, kind, view, selection)) from error
+        raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
 
-def refuse_other_features(path: Path, stood: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_other_features(path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse features that were made with other values than are wanted, with both of them."""
     for key, value in wanted.items():
-        if key in stood and stood[key] != value:
+        if key in written and written[key] != value:
             raise UserError(
-                f"{path}: these features were made with {key} {stood[key]!r}, "
+                f"{path}: these features were made with {key} {written[key]!r}, "
                 f"{value!r} was asked for; use the former or another --dataset"
             )
 
 
-def _missing(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
+def _missing_message(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
     chosen = f" --selection {selection}" if selection else ""
     seen = f" under view {view}" if view else ""
     return (
@@ -78,7 +78,7 @@ class FeatureStore:
     """Random access to one kind of features. Safe to share between threads.
 
     `kind` is `cls` (float32 [d]), `tokens-float16` or `tokens-int8` (both float16 [t, d] when
-    read). `expect` names values that encoder.json must hold, such as weights_sha256 or
+    read). `expect` names values that encoder.json must have, such as weights_sha256 or
     compute_dtype: features made otherwise are refused with both values. `selection` is whose
     features are wanted: the `cache` command in messages names it.
     """
@@ -110,7 +110,7 @@ class FeatureStore:
 
     def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
         """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
-        return self._shard(slide_id, block).read_block(block)
+        return self._shard_of_block(slide_id, block).read_block(block)
 
     def block_tensor(self, slide_id: str, block: int) -> "Tensor":
         """`read_block` as a torch tensor of the same memory, which is not to be written to."""
@@ -140,20 +140,22 @@ class FeatureStore:
         for entry in self._ledger.written.get(slide_id, ()):
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
         if not cached.all():
-            raise self._absent(slide_id, int(ranks[np.argmin(cached)]))
+            raise self._absent_error(slide_id, int(ranks[np.argmin(cached)]))
 
-    def _absent(self, slide_id: str, rank: int) -> UserError:
-        missing = _missing(self.dataset, self.encoder, self.kind, self.view, self._selection)
+    def _absent_error(self, slide_id: str, rank: int) -> UserError:
+        missing = _missing_message(
+            self.dataset, self.encoder, self.kind, self.view, self._selection
+        )
         return UserError(f"slide {slide_id}, rank {rank}: {missing}")
 
-    def _shard(self, slide_id: str, block: int) -> FeatureShard:
+    def _shard_of_block(self, slide_id: str, block: int) -> FeatureShard:
         rank = block * BLOCK_ROWS
         entry = self._ledger.file_of(slide_id, rank)
         if entry is None:
-            raise self._absent(slide_id, rank)
-        return self._opened(entry.files[0].path)
+            raise self._absent_error(slide_id, rank)
+        return self._open_shard(entry.files[0].path)
 
-    def _opened(self, path: str) -> FeatureShard:
+    def _open_shard(self, path: str) -> FeatureShard:
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)

@@ -102,7 +102,7 @@ def png_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def member_name(slide_id: str, rank: int) -> str:
-    """The tar key: the slide is a folder, since its id may hold dots."""
+    """The tar key: the slide is a folder, since its id may contain dots."""
     return f"{slide_id}/{rank:08d}.png"
 
 
@@ -153,7 +153,7 @@ class TarShard:
 
     @classmethod
     def open(cls, path: Path) -> "TarShard":
-        """Read the index beside the tar; keeps one number a block."""
+        """Read the index next to the tar; keeps one number per block."""
         name = parse_shard_name(path.name)
         index = path.with_suffix(".idx")
         try:
@@ -181,7 +181,7 @@ class TarShard:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
-        members = dict(_members(data, self.path))
+        members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):
             raise UserError(f"{self.path}: block {block} has not its tiles: run `verify`")
@@ -197,7 +197,7 @@ def _check_starts(starts: npt.NDArray[np.int64], name: ShardName, size: int) -> 
         raise ValueError("its offsets are not those of the tar")
 
 
-def _members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
+def _read_members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
     at, slide_id = 0, parse_shard_name(path.name).slide_id
     while at < len(data):
         header = data[at : at + _HEADER]

@@ -1,4 +1,4 @@
-"""Reading tiles by (slide, rank), whatever shard holds them."""
+"""Reading tiles by (slide, rank), whatever shard they are in."""
 
 import threading
 from collections import OrderedDict
@@ -41,8 +41,8 @@ class TileStore:
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
         """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
-        shard = self._shard(slide_id, block)
-        return shard.read_block(block, self._handle(shard))
+        shard = self._shard_of_block(slide_id, block)
+        return shard.read_block(block, self._open_handle(shard))
 
     def read_block(self, slide_id: str, block: int) -> dict[int, npt.NDArray[np.uint8]]:
         """RGB tiles uint8 [px, px, 3] by rank of a block."""
@@ -56,12 +56,12 @@ class TileStore:
 
         A `UserError` names slide, rank and file where it is damaged.
         """
-        zarr = isinstance(self._shard(slide_id, rank // BLOCK_ROWS), ZarrShard)
+        zarr = isinstance(self._shard_of_block(slide_id, rank // BLOCK_ROWS), ZarrShard)
         try:
             decode = decode_chunk if zarr else decode_png
             tile = decode(data, self.tile_px)
         except ValueError as error:
-            where = self._shard(slide_id, rank // BLOCK_ROWS).path
+            where = self._shard_of_block(slide_id, rank // BLOCK_ROWS).path
             raise UserError(
                 f"{where}: tile {rank} of slide {slide_id} is damaged ({error}); "
                 "run `python -m pipeline verify`, then tile again"
@@ -77,7 +77,7 @@ class TileStore:
         }
         return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
 
-    def _shard(self, slide_id: str, block: int) -> TarShard | ZarrShard:
+    def _shard_of_block(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
         entry = self._ledger.file_of(slide_id, rank)
         if entry is None:
@@ -95,7 +95,7 @@ class TileStore:
                 self._shards[path] = shard
         return shard
 
-    def _handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
+    def _open_handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
         key = str(shard.path)
         with self._lock:
             if key in self._handles:
@@ -113,7 +113,7 @@ class TileStore:
 
 
 def _shard_path(entry: Entry) -> str:
-    """The tar, or the folder of the Zarr array, that holds an entry's tiles."""
+    """The tar, or the folder of the Zarr array, that contains an entry's tiles."""
     for record in entry.files:
         if record.path.endswith(".tar"):
             return record.path

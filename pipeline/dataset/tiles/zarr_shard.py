@@ -1,6 +1,6 @@
 """Tiles in a Zarr v3 array a shard: one tile a chunk, all chunks in one sharded file.
 
-`c/0/0/0/0` holds the chunks in rank order, then the shard index (offset and size of each chunk,
+`c/0/0/0/0` contains the chunks in rank order, then the shard index (offset and size of each chunk,
 little-endian uint64, then their crc32c), as the sharding codec of the Zarr v3 specification has
 it. A chunk is planar (transpose), delta-coded along the rows (numcodecs), zstd, CRC-32 in front
 (numcodecs). Stock zarr reads it; reading and encoding here need no zarr.
@@ -39,7 +39,7 @@ def encode_chunk(tile: npt.NDArray[np.uint8]) -> bytes:
     delta = np.empty_like(flat)
     delta[0] = flat[0]
     np.subtract(flat[1:], flat[:-1], out=delta[1:])
-    data: bytes = _zstd().compress(delta, asbytes=True)
+    data: bytes = _zstd_codec().compress(delta, asbytes=True)
     return struct.pack("<I", zlib.crc32(data)) + data
 
 
@@ -49,14 +49,14 @@ def decode_chunk(data: bytes | memoryview, tile_px: int) -> npt.NDArray[np.uint8
         raise ValueError("the chunk's CRC-32 does not match")
     size = tile_px * tile_px * 3
     try:
-        flat = np.frombuffer(_zstd().decompress(data[_CRC:], size), np.uint8)
+        flat = np.frombuffer(_zstd_codec().decompress(data[_CRC:], size), np.uint8)
     except OSError as error:
         raise ValueError(f"the chunk cannot be decompressed ({error})") from error
     planar = np.cumsum(flat, dtype=np.uint8).reshape(3, tile_px, tile_px)
     return np.ascontiguousarray(planar.transpose(1, 2, 0))
 
 
-def _zstd() -> Any:
+def _zstd_codec() -> Any:
     # One a call: threads decode at the same time.
     return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
 
@@ -106,13 +106,13 @@ def commit_zarr(
         body = staged.joinpath(*_CHUNK_FILE)
         body.parent.mkdir(parents=True)
         sizes = [
-            _write(staged / "zarr.json", [head]),
-            _write(body, _with_index(chunks, name.stop - name.start)),
+            _write_parts(staged / "zarr.json", [head]),
+            _write_parts(body, _with_index(chunks, name.stop - name.start)),
         ]
         for folder in [*body.parents][: len(_CHUNK_FILE)]:
             sync_directory(folder)
         final.parent.mkdir(parents=True, exist_ok=True)
-        _replace(staged, final)
+        _replace_folder(staged, final)
     except OSError as error:
         raise UserError(
             f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
@@ -125,8 +125,8 @@ def commit_zarr(
     )
 
 
-def _replace(staged: Path, final: Path) -> None:
-    """Rename the folder into place; a damaged one that stands there goes first."""
+def _replace_folder(staged: Path, final: Path) -> None:
+    """Rename the folder into place; a damaged one at that place goes first."""
     if final.exists():
         old = staged.with_name(f"{staged.name}.old")
         final.rename(old)
@@ -135,7 +135,7 @@ def _replace(staged: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> tuple[int, str]:
+def _write_parts(path: Path, parts: Iterable[bytes]) -> tuple[int, str]:
     with path.open("wb") as raw:
         file = HashingFile(raw)
         for part in parts:
@@ -169,7 +169,7 @@ def _check_index(index: npt.NDArray[np.uint64], size: int) -> None:
 
 @dataclass(frozen=True)
 class ZarrShard:
-    """An open Zarr shard: where each of its chunks lies."""
+    """An open Zarr shard: where each of its chunks is."""
 
     path: Path
     start: int
