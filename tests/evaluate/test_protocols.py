@@ -29,6 +29,7 @@ from common.errors import UserError
 from common.record import Record
 from evaluate.__main__ import main, parse
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.metrics.registry import METRICS
 from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
@@ -590,7 +591,7 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
         pair = measurer._pair(cell, opened)
         assert pair.device == device
         names[device] = [
-            measurer._inputs(metric, pair, opened, protocol.settings)
+            measurer._inputs(METRICS[metric], pair, opened, protocol.settings)
             for metric in ("precision_recall", "feature_likelihood")
         ]
     assert names["cpu"][0] == names["cuda"][0]
