@@ -16,101 +16,113 @@ from evaluate.figures.options import add_figure_options
 from evaluate.generate.options import add_generate_options
 from evaluate.protocols.options import add_protocol_options
 
-_WIDE = argparse.ArgumentDefaultsHelpFormatter
+_WITH_DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
 
 
 def parser() -> argparse.ArgumentParser:
     """All options of the commands."""
     top = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands)
-    _add_figure(commands)
-    _add_measure(commands)
-    _add_protocol(commands)
-    _add_report(commands)
+    for name, run, add_options, summary, description in (
+        (
+            "generate",
+            _generate,
+            add_generate_options,
+            "make a synthetic dataset with a model",
+            "Make a synthetic dataset with a model. The same command goes on where an "
+            "interrupted one stopped; a larger --limit adds images.",
+        ),
+        (
+            "figure",
+            _figure,
+            add_figure_options,
+            "draw a figure of generated tiles",
+            "Draw a figure of generated tiles, as PNG and PDF.",
+        ),
+        (
+            "measure",
+            _measure,
+            _add_measure_options,
+            "compare a synthetic dataset with a real one",
+            "Compare a synthetic dataset with a real one, from the CLS features that "
+            "`python -m pipeline cache` made of both.",
+        ),
+        (
+            "protocol",
+            _protocol,
+            add_protocol_options,
+            "run one of the paper's protocols",
+            "Run one of the paper's protocols: make the images and features that are missing, "
+            "measure, and write results.json, a page and tables. The same command goes on where "
+            "an interrupted one stopped.",
+        ),
+        (
+            "report",
+            _report,
+            _add_report_options,
+            "write a page that shows the results",
+            "Write one HTML page that contains everything it shows and needs no network.",
+        ),
+    ):
+        # Defaults of figures and protocols are in their texts.
+        shown = argparse.HelpFormatter if name in ("figure", "protocol") else _WITH_DEFAULTS
+        command = commands.add_parser(
+            name, help=summary, description=description, formatter_class=shown
+        )
+        command.set_defaults(run=run)
+        add_options(command)
     return top
 
 
-def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "generate",
-        help="make a synthetic dataset with a model",
-        description="Make a synthetic dataset with a model. The same command goes on where an "
-        "interrupted one stopped; a larger --limit adds images.",
-        formatter_class=_WIDE,
+def _add_measure_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--real", type=Path, required=True, metavar="DATASET", help="real dataset")
+    add("--real-selection", required=True, metavar="NAME", help="selection of the real dataset")
+    add("--generated", type=Path, required=True, metavar="SYN", help="synthetic dataset")
+    add(
+        "--generated-selection",
+        default="generated",
+        metavar="NAME",
+        help="selection of the synthetic dataset",
     )
-    it.set_defaults(run=_generate)
-    add_generate_options(it)
+    add(
+        "--guidance",
+        type=Path,
+        metavar="DATASET",
+        help="dataset of the tiles that guided, if it is not --real",
+    )
+    add("--encoder", default="h0-mini", help="encoder whose features are compared")
+    add("--view", default="", help="view of the features that are compared")
+    add(
+        "--tile-px",
+        type=int,
+        metavar="PX",
+        help="side of the tiles in pixels; by default that of the dataset's own tiles",
+    )
+    add(
+        "--train-selection",
+        metavar="NAME",
+        help="training tiles, a selection of the guidance's dataset: also measures FLD",
+    )
+    add("--draws", type=int, default=50, help="resamples for the intervals; 0 leaves them out")
+    add("--seed", type=int, default=0, help="seed of all random draws")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where distances are computed",
+    )
+    add("--out", type=Path, default=Path("results.json"), help="results file to write")  # fmt: skip
 
 
-def _add_figure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "figure",
-        help="draw a figure of generated tiles",
-        description="Draw a figure of generated tiles, as PNG and PDF.",
-    )
-    it.set_defaults(run=_figure)
-    add_figure_options(it)
-
-
-def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "measure",
-        help="compare a synthetic dataset with a real one",
-        description="Compare a synthetic dataset with a real one, from the CLS features that "
-        "`python -m pipeline cache` made of both.",
-        formatter_class=_WIDE,
-    )
-    it.set_defaults(run=_measure)
-    it.add_argument("--real", type=Path, required=True, metavar="DATASET", help="real dataset")
-    it.add_argument("--real-selection", required=True, metavar="NAME", help="its selection")
-    it.add_argument("--generated", type=Path, required=True, metavar="SYN", help="synthetic one")
-    it.add_argument("--generated-selection", default="generated", metavar="NAME", help=" ")
-    it.add_argument(
-        "--guidance", type=Path, metavar="DATASET", help="holds the source tiles, if not --real"
-    )
-    it.add_argument("--encoder", default="h0-mini", help="whose features are compared")
-    it.add_argument("--view", default="", help="view of the features that are compared")
-    it.add_argument("--tile-px", type=int, metavar="PX", help="of tiles of this size")
-    it.add_argument(
-        "--train-selection", metavar="NAME", help="of the guidance's dataset: also measures FLD"
-    )
-    it.add_argument("--draws", type=int, default=50, help="resamples for the widths; 0 is none")
-    it.add_argument("--seed", type=int, default=0, help="of all random draws")
-    it.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="computes distances"
-    )
-    it.add_argument("--out", type=Path, default=Path("results.json"), help="results file")
-
-
-def _add_protocol(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "protocol",
-        help="run one of the paper's protocols",
-        description="Run one of the paper's protocols: make the images and features that are "
-        "missing, measure, and write results.json, a page and tables. The same command goes on "
-        "where an interrupted one stopped.",
-    )
-    it.set_defaults(run=_protocol)
-    add_protocol_options(it)
-
-
-def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "report",
-        help="write a page that shows it all",
-        description="Write one HTML page that holds everything it shows and needs no network.",
-        formatter_class=_WIDE,
-    )
-    it.set_defaults(run=_report)
-    it.add_argument(
-        "--results", type=Path, required=True, help="results.json of measure or of a protocol"
-    )
-    it.add_argument("--run", type=Path, dest="run_dir", metavar="RUN", help="training run")
-    it.add_argument("--dataset", type=Path, metavar="DATASET", help="real dataset (of measure)")
-    it.add_argument("--generated", type=Path, metavar="SYN", help="synthetic one (of measure)")
-    it.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
-    it.add_argument("--picture", type=Path, metavar="FILE.png", help="also a small picture of it")
+def _add_report_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--results", type=Path, required=True, help="results.json of measure or of a protocol")
+    add("--run", type=Path, dest="run_dir", metavar="RUN", help="training run")
+    add("--dataset", type=Path, metavar="DATASET", help="real dataset (for results of measure)")
+    add("--generated", type=Path, metavar="SYN", help="synthetic dataset (for results of measure)")
+    add("--out", type=Path, default=Path("report.html"), help="page to write")
+    add("--picture", type=Path, metavar="FILE.png", help="small picture to write as well")
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -180,29 +192,28 @@ def _report(options: argparse.Namespace) -> int:
     if protocol is not None:
         from evaluate.report.protocol_files import write_protocol_files
 
-        for path in write_protocol_files(protocol, options.out.parent, options.out):
-            say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
-        return EXIT_OK
-    if options.dataset is None or options.generated is None:
+        written = write_protocol_files(protocol, options.out.parent, options.out)
+    elif options.dataset is None or options.generated is None:
         raise UserError("results of `measure` need --dataset DATASET and --generated SYN")
-    written = write_report(
-        results_file=options.results,
-        run_dir=options.run_dir,
-        real=options.dataset,
-        generated=options.generated,
-        out=options.out,
-        picture_file=options.picture,
-    )
+    else:
+        written = write_report(
+            results_file=options.results,
+            run_dir=options.run_dir,
+            real=options.dataset,
+            generated=options.generated,
+            out=options.out,
+            picture_file=options.picture,
+        )
     for path in written:
         say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
     return EXIT_OK
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; a protocol's key=value texts may stand before and after them."""
+    """The options; a protocol's key=value texts may come before and after them."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
-    if options.command == "protocol" and all("=" in one and one[0] != "-" for one in rest):
+    if options.command == "protocol" and all("=" in text and text[0] != "-" for text in rest):
         options.overrides += rest
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -212,7 +223,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _refuse_many_processes(command: str) -> None:
     """Every process of a `torchrun` would do all the work and write the same files.
 
-    The first one says so, for all: the others leave silently.
+    The first one reports that for all; the others leave silently.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":

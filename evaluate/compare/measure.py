@@ -23,7 +23,7 @@ from evaluate.metrics.registry import METRICS, compute_floors, compute_metrics
 from pipeline.dataset import Dataset, read_identity, software_versions
 
 FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
-"""One split of few tiles says little: of at most 4,096 tiles the mean of 8 splits is taken."""
+"""A single split of few tiles is noisy: of at most 4,096 tiles the mean of 8 splits is taken."""
 _MIN_ROWS = 8
 """Fewer rows per side make no half with three neighbours per tile."""
 _SAMPLER_KEYS = (

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.compare.provenance import dataset_tile_px, tile_provenance
+from evaluate.compare.provenance import tile_provenance
 from evaluate.generate.condition_source import foreign_guidance
 from pipeline.dataset import (
     Dataset,
     Selection,
+    identity_value,
     open_dataset,
     read_candidates,
     read_selection,
@@ -107,7 +108,7 @@ class SourceTiles:
 def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
     """A column of slides.parquet (patient, site, project) for each of these slides.
 
-    A slide without an entry stands for itself where a patient is asked for, else it is ''.
+    A slide without an entry is its own patient; its other attributes are ''.
     """
     known = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
     names, member = np.unique(slides, return_inverse=True)
@@ -127,7 +128,7 @@ def open_store(
     weights: str | None = None,
 ) -> FeatureStore:
     """The CLS features; where there are none, the message is the command that makes them."""
-    tile_px = tile_px or dataset_tile_px(dataset)
+    tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
         more = f" --weights {weights}" if weights else ""
         more += f" --view {view}" if view else ""
@@ -174,7 +175,7 @@ def _read_sources(side: FeatureSide) -> SourceTiles | None:
 def source_features(
     generated: FeatureSide, store: FeatureStore
 ) -> tuple[Features | None, str | None]:
-    """Features ``[m, d]`` of each generated tile's own source tile, or None and the reason why."""
+    """Features ``[m, d]`` of each generated tile's source tile, or None and the reason."""
     sources = generated.sources
     if sources is None:
         return None, "the tiles were generated without guidance: no cosine to a source tile"

@@ -49,7 +49,7 @@ def set_warnings(
 
 
 def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:
-    """What the synthetic dataset's identity says against the model that made it."""
+    """What makes the model doubtful, by the identity of the synthetic dataset."""
     warnings = []
     if identity.get("model_encoder_random"):
         message = (
@@ -114,7 +114,7 @@ def metric_warnings(
 
 
 def _sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """(metric or part, sentence) of everything that results say against themselves."""
+    """(metric or part, sentence) of all warnings within results."""
     for name, result in metrics.items():
         if not isinstance(result, Mapping):
             continue

@@ -64,7 +64,7 @@ def frechet_infinity(
     """Least squares of Fréchet distances on 1/N (Chong & Forsyth, arXiv 1911.07023).
 
     The subsets are prefixes of one random order, so that their moments come from one pass
-    instead of one a size.
+    instead of one per size.
 
     Args:
         real: ``[n, d]``, used whole.
@@ -76,6 +76,11 @@ def frechet_infinity(
     Raises:
         UserError: fewer than three different sizes, too few rows, NaN or infinity, differing
             dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((2000, 4))
+    >>> line = frechet_infinity(rows[:1000], rows[1000:])
+    >>> len(line.sizes), line.value < line.values[0]
+    (15, True)
     """
     real_rows, generated_rows = checked_pair(real, generated)
     n, d = generated_rows.shape
@@ -121,9 +126,9 @@ def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
 
 
 def _warnings(value: float, smallest: int, n_real: int, dim: int) -> tuple[str, ...]:
-    holds = {_NOT_LINEAR: smallest <= dim, _BIASED: n_real <= dim, _NEGATIVE: value < 0}
+    applies = {_NOT_LINEAR: smallest <= dim, _BIASED: n_real <= dim, _NEGATIVE: value < 0}
     values = {"smallest": smallest, "n_real": n_real, "dim": dim}
-    return tuple(kind.format(**values) for kind, is_true in holds.items() if is_true)
+    return tuple(kind.format(**values) for kind, is_true in applies.items() if is_true)
 
 
 def infinity_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object] | None:

@@ -56,7 +56,7 @@ class FrechetDistance:
         mean_term: ``|m_r - m_g|^2``.
         covariance_term: ``tr S_r + tr S_g - 2 tr (S_r S_g)^(1/2)``.
         noise_floor: the value to expect of two sets of these sizes from one Gaussian with the
-            real set's covariance; a value near it says "indistinguishable", not "n better".
+            real set's covariance; a value near it means "indistinguishable".
         n_real: real rows used.
         n_generated: generated rows used, after the cap.
         dim: feature dimension.
@@ -84,7 +84,7 @@ def frechet_distance(
 
     Sets of at most d rows have singular covariances: the distance is still exact for what was
     measured (the factors are then the centred rows themselves), but is dominated by the missing
-    rows, and a warning says so. Constant features contribute only their mean and are named in a
+    rows, with a warning. Constant features contribute only their mean and are named in a
     warning.
 
     Args:
@@ -96,9 +96,19 @@ def frechet_distance(
 
     Raises:
         UserError: fewer than two rows, NaN or infinity, differing dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((500, 8))
+    >>> result = frechet_distance(rows, 2 * rows + 1)
+    >>> result.value > result.noise_floor
+    True
     """
     real_rows, generated_rows = checked_pair(real, generated)
-    generated_rows = _capped(generated_rows, max_generated, seed)
+    if max_generated is not None and len(generated_rows) > max_generated:
+        if max_generated < 2:
+            raise UserError(
+                f"max_generated is {max_generated}, but a Fréchet distance needs at least 2 rows"
+            )
+        generated_rows = generated_rows[random_subset(len(generated_rows), max_generated, seed)]
     first, second = Moments.of(real_rows), Moments.of(generated_rows)
     warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
         generated_rows, "generated"
@@ -110,7 +120,7 @@ def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDis
     """The Fréchet distance from moments alone, where the rows are gone or never met in memory.
 
     Raises:
-        UserError: a side has fewer than two rows, or the dimensions differ.
+        UserError: either side has fewer than two rows, or the dimensions differ.
     """
     if real.dim != generated.dim:
         raise UserError(
@@ -150,7 +160,7 @@ class FrechetReference:
 
     @cached_property
     def _spectrum(self) -> Matrix:
-        # Sums over the spectrum to a few digits are all that is asked of it: float32 will do.
+        # Its sums are needed to a few digits only: float32 will do.
         return _eigenvalues((self._covariance / _largest(self._covariance)).astype(np.float32))
 
     def noise_floor(self, n_generated: int) -> float:
@@ -175,7 +185,13 @@ class FrechetReference:
         if root is None:
             product = self._factor.T @ _factor(generated, covariance, rows)
             root = float(np.linalg.svd(product, compute_uv=False).sum())
-        return float(difference @ difference), _at_least_zero(traces - 2 * root, traces)
+        covariance_term = traces - 2 * root
+        # Rounding alone may leave it just below zero; more than that is a fault, not a number.
+        if covariance_term < -_ROUNDING * traces:
+            raise ArithmeticError(
+                f"covariance term {covariance_term} of traces {traces} is negative"
+            )
+        return float(difference @ difference), max(covariance_term, 0.0)
 
     @cached_property
     def _factor(self) -> Matrix:
@@ -266,21 +282,6 @@ def _graded_cholesky(covariance: Matrix) -> tuple[Matrix, NDArray[np.int64]]:
     return np.asfortranarray(np.tril(factor)[:, :rank]), np.asarray(pivots, dtype=np.int64) - 1
 
 
-def _at_least_zero(difference: float, scale: float) -> float:
-    """Zero for what rounding alone left below zero; more than that is a fault, not a number."""
-    if difference < -_ROUNDING * scale:
-        raise ArithmeticError(f"covariance term {difference} of traces {scale} is negative")
-    return max(difference, 0.0)
-
-
-def _capped(rows: NDArray[np.floating], limit: int | None, seed: int) -> NDArray[np.floating]:
-    if limit is None or len(rows) <= limit:
-        return rows
-    if limit < 2:
-        raise UserError(f"max_generated is {limit}, but a Fréchet distance needs at least 2 rows")
-    return rows[random_subset(len(rows), limit, seed)]
-
-
 def _size_warnings(moments: Moments, side: str) -> tuple[str, ...]:
     if moments.n > moments.dim:
         return ()
@@ -292,20 +293,21 @@ def _constant_warnings(rows: NDArray[np.floating], side: str) -> tuple[str, ...]
     return (_CONSTANT.format(count=count, dim=rows.shape[1], side=side),) if count else ()
 
 
-def _compute_distance(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def distance_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The distance and its two terms alone, as plain values."""
     distance = frechet_distance(
         pair.real, pair.generated, max_generated=settings.max_generated, seed=settings.seed
     )
     return plain_fields(distance)
 
 
-def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def frechet_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
     """The distance, its spread over resamples, and the line through its values at growing n."""
     # Both are built on this module, which therefore cannot import them when it is loaded.
     from evaluate.metrics.extrapolation import infinity_result
     from evaluate.metrics.resampling import resampled_widths
 
-    return _compute_distance(pair, settings) | {
+    return distance_result(pair, settings) | {
         "seed": settings.seed,
         "max_generated": settings.max_generated,
         "dtype": "float64",
@@ -314,8 +316,9 @@ def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
     }
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
-    size = f"real halves, {format_number(halves.optional('n_real'))} a side"
+def frechet_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the distance."""
+    size = f"real halves, {format_number(halves.optional('n_real'))} per side"
     reference = (size if halves else "too few real tiles", size if halves else "")
     terms = [
         f"{format_number(one.optional('mean_term'))} / "
@@ -329,16 +332,16 @@ def _rows(result: Record, halves: Record) -> list[MetricRow]:
             reference[0],
             "How far the generated tiles are from the real ones as two clouds of features: the "
             "difference of their means plus that of their spreads. 0 is identical. Its unit is "
-            "the encoder's own and it falls with the number of tiles, so it is read against the "
-            "numbers beside it, never against another encoder's.",
+            "the encoder's own and it falls with the number of tiles, so it is compared with the "
+            "numbers next to it, never with another encoder's.",
         ),
         MetricRow(
             "… noise floor", "",
             format_number(result.number("noise_floor")),
             format_number(halves.optional("noise_floor")), reference[1],
             "What two sets of exactly these sizes, drawn from one and the same distribution, "
-            "would show by chance (closed form). A distance near it cannot be told from a "
-            "perfect one.",
+            "would show by chance (closed form). A distance near it is no worse than "
+            "a perfect one.",
         ),
         MetricRow(
             "… of means / of spreads", "lower", terms[0], terms[1], reference[1],
@@ -353,7 +356,7 @@ def _rows(result: Record, halves: Record) -> list[MetricRow]:
             f"{format_number(interval.number('low'))} to {format_number(interval.number('high'))}",
             format_number(interval.count("draws")), "draws of whole slides",
             "How far the distance would move with other slides of the same kind, tiles of a "
-            "slide being alike. Two models whose intervals overlap are not told apart.",
+            "slide being alike. Two models whose intervals overlap are not distinguished.",
         ))  # fmt: skip
     if line:
         rows.append(MetricRow(
@@ -366,20 +369,22 @@ def _rows(result: Record, halves: Record) -> list[MetricRow]:
     return rows
 
 
-def _half_interval(result: Record) -> float | None:
+def half_interval(result: Record) -> float | None:
     """Half the 95% interval of the cluster bootstrap by slide, else of the subsampling."""
     widths = result.part("widths")
     interval = widths.part("slide") or widths.part("subsample")
     return (interval.number("high") - interval.number("low")) / 2 if interval else None
 
 
-def _noise_floor(result: Record) -> ContextEntry:
+def floor_context(result: Record) -> ContextEntry:
+    """The closed-form floor, a row of controls in tables."""
     counts = {key: result.count(key) for key in ("n_real", "n_generated")}
     label = "Noise floor of these sizes (closed form)"
     return ContextEntry(label, result.number("noise_floor"), counts)
 
 
-def _summary(result: Record) -> str:
+def frechet_summary(result: Record) -> str:
+    """The distance in a few words."""
     value, floor = (format_number(result.number(key)) for key in ("value", "noise_floor"))
     return f"Fréchet distance {value} (noise floor {floor})"
 
@@ -390,14 +395,14 @@ METRIC = Metric(
     name="frechet_distance",
     title="Fréchet distance",
     place=10,
-    compute=_compute,
-    compute_floor=_compute_distance,
-    rows=_rows,
+    compute=frechet_result,
+    compute_floor=distance_result,
+    rows=frechet_rows,
     reads_clusters=True,
     quantities=(
         TableQuantity(
-            "fd", "Fréchet distance", "lower", value_at("value"), _half_interval,
-            context=_noise_floor,
+            "fd", "Fréchet distance", "lower", value_at("value"), half_interval,
+            context=floor_context,
         ),
         # Near zero the line through a control's distances says nothing.
         TableQuantity(
@@ -407,5 +412,5 @@ METRIC = Metric(
     ),
     warnings=(_SINGULAR, _CONSTANT),
     parts=(MetricPart("infinity", "frechet_infinity", _INFINITY_TITLE),),
-    summary=_summary,
+    summary=frechet_summary,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Kernel distances: unbiased in the number of images, where the Fréchet distance is not.
 
 Being unbiased they fall below zero about half the time where two sets are alike; such a value
-says "indistinguishable" and is reported as it is.
+means "indistinguishable" and is reported as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import UserError
 from common.record import Record
 from common.text import format_number, format_share
-from evaluate.metrics.features import checked_pair
+from evaluate.metrics.features import checked_pair, refuse_zero_rows, unit_rows
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
@@ -45,7 +45,7 @@ class KernelInceptionDistance:
         std: their standard deviation, divisor n - 1; None for one subset.
         standard_error: std / sqrt(subsets); the subsets overlap, so it is a lower bound.
         values: ``[subsets]`` float64.
-        subset_size: rows a side in each subset.
+        subset_size: rows per side in each subset.
         n_real: real rows drawn from.
         n_generated: generated rows drawn from.
         dim: feature dimension.
@@ -98,11 +98,16 @@ def kid(
         real: ``[n, d]``.
         generated: ``[m, d]``.
         subsets: pairs of subsets, each drawn without replacement.
-        subset_size: rows a side; of smaller sets all rows are taken, with a warning.
+        subset_size: rows per side; of smaller sets all rows are taken, with a warning.
         seed: of the draws.
 
     Raises:
         UserError: fewer than two rows, NaN or infinity, differing dimensions, sizes too small.
+
+    >>> rows = np.random.default_rng(0).standard_normal((64, 4))
+    >>> result = kid(rows, rows + 3, subsets=4)
+    >>> result.value > 1, result.subset_size, result.warnings
+    (True, 64, ('subsets of 64 rows in place of 1000, as no more are there',))
     """
     first, second = checked_pair(real, generated)
     if subsets < 1 or subset_size < 2:
@@ -158,19 +163,27 @@ def mmd(
     Raises:
         UserError: fewer than two rows, NaN or infinity, differing dimensions, rows of zeros to
             be normalised, sigma not positive, a median distance of zero.
+
+    >>> result = mmd(np.eye(3), np.eye(3)[::-1])
+    >>> round(result.sigma, 6), result.biased
+    (1.414214, 0.0)
     """
     first, second = checked_pair(real, generated, any_scale=unit_norm)
     if unit_norm:
-        _refuse_zeros(first, "real")
-        _refuse_zeros(second, "generated")
-    prepare = _unit if unit_norm else _widened
+        refuse_zero_rows(first, "real")
+        refuse_zero_rows(second, "generated")
+    prepare = unit_rows if unit_norm else _widened
     width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):
         raise UserError(
             f"the kernel width is {width}: give a positive sigma (the median distance is zero "
             f"where most real rows are copies)"
         )
-    sums = _kernel_sums(first, second, lambda a, b: _gaussian(a, b, width), prepare)
+
+    def gaussian(a: Rows, b: Rows) -> Rows:
+        return np.exp(_squared_distances(a, b) / (-2 * width**2))
+
+    sums = _kernel_sums(first, second, gaussian, prepare)
     return MaximumMeanDiscrepancy(
         value=sums.unbiased(len(first), len(second)),
         biased=max(0.0, sums.biased(len(first), len(second))),
@@ -183,13 +196,6 @@ def mmd(
 
 def _widened(rows: NDArray[np.floating]) -> Rows:
     return rows.astype(np.float64)
-
-
-def _unit(rows: NDArray[np.floating]) -> Rows:
-    """Rows in float64, scaled to length 1."""
-    wide = rows.astype(np.float64)
-    wide /= np.abs(wide).max(axis=1, keepdims=True)  # so that no square over- or underflows
-    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -250,10 +256,6 @@ def _cubic(a: Rows, b: Rows) -> Rows:
     return base * base * base
 
 
-def _gaussian(a: Rows, b: Rows, sigma: float) -> Rows:
-    return np.exp(_squared_distances(a, b) / (-2 * sigma**2))
-
-
 def _squared_distances(a: Rows, b: Rows) -> Rows:
     squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
     return np.maximum(squared, 0.0)
@@ -267,16 +269,8 @@ def _median_distance(rows: NDArray[np.floating], seed: int, prepare: Prepare) ->
     return float(np.median(np.sqrt(_squared_distances(ready, ready)[upper])))
 
 
-def _refuse_zeros(rows: NDArray[np.floating], name: str) -> None:
-    zero = int((~rows.any(axis=1)).sum())
-    if zero:
-        raise UserError(
-            f"{name} features: {zero} rows hold only zeros and cannot be scaled to length 1; "
-            f"leave them out or set unit_norm to false"
-        )
-
-
-def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def kid_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
     distance = kid(
         pair.real, pair.generated, subsets=settings.kid_subsets,
         subset_size=settings.kid_subset_size, seed=settings.seed,
@@ -284,7 +278,8 @@ def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
     return plain_fields(distance) | {"subsets": settings.kid_subsets, "seed": settings.seed}
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def kid_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the kernel distance."""
     return [
         MetricRow(
             _TITLE, "lower", format_number(result.number("value")), format_share(0.0),
@@ -301,8 +296,8 @@ METRIC = Metric(
     name="kernel_distance",
     title=_TITLE,
     place=40,
-    compute=_compute,
-    rows=_rows,
+    compute=kid_result,
+    rows=kid_rows,
     quantities=(TableQuantity("kid", _TITLE, "lower", value_at("value")),),
     warnings=(_SMALL_SUBSETS,),
 )

@@ -123,7 +123,7 @@ def feature_likelihood_divergence(
         generated: ``[g, d]``.
         mode: which likelihoods are compared, see the result's `value`.
         dtype: of the fit; float32 halves time and memory and moves the value by about 0.001.
-        seeds: each draws its own generated subset, row order and baseline split.
+        seeds: each draws another generated subset, row order and baseline split.
         max_generated: of more generated rows this many are drawn.
         baseline: a former result's, which halves the work.
         device: where the fit is computed.
@@ -277,7 +277,7 @@ def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
 def likelihood_result(
     pair: FeaturePair, settings: MetricSettings, baseline: LikelihoodBaseline | None = None
 ) -> dict[str, object]:
-    """The divergence against held-out rows as plain values, with its baseline for later calls.
+    """The divergence against held-out rows as plain values, and its baseline for later calls.
 
     Raises:
         UserError: the pair has no training features.
@@ -298,7 +298,8 @@ def likelihood_result(
     return plain_fields(result) | {"baseline": kept}
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def likelihood_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the divergence."""
     std = result.optional("std")
     spread = "" if std is None else f" ± {format_number(std, 2)}"
     return [
@@ -318,7 +319,7 @@ METRIC = Metric(
     title=_TITLE,
     place=30,
     compute=likelihood_result,
-    rows=_rows,
+    rows=likelihood_rows,
     quantities=(TableQuantity("fld", _TITLE, "lower", value_at("value"), value_at("std")),),
     needs=("train",),
     depends_on_device=True,

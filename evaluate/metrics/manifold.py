@@ -30,11 +30,11 @@ from evaluate.metrics.neighbours import (
     Nearest,
     Neighbours,
     Pairs,
-    Side,
+    ScreenedRows,
     exact_pairs,
     in_sets,
+    neighbours_within,
     open_pairs,
-    own_neighbours,
 )
 
 Semantics = Literal["fld", "kynkaanniemi", "prdc"]
@@ -92,13 +92,13 @@ def precision_recall(
     semantics: Semantics = "fld",
     device: str = "cpu",
 ) -> PrecisionRecall:
-    """Precision and recall, and what the same distances also tell.
+    """Precision and recall, and what else the same distances give.
 
     The rules of the known implementations differ only on a ball's surface, which duplicated
     images reach: "fld" (Jiralerspong et al., the paper's) and "prdc" (Naeem et al.) count it as
     outside, "kynkaanniemi" as inside. Constant features change nothing. On a CPU
-    memory is that of two tiles of 2048 rows, a few blocks of 2048 x 2048 and k neighbours a row;
-    another device holds the rows in float32 too.
+    memory is that of two tiles of 2048 rows, a few blocks of 2048 x 2048 and k neighbours per row;
+    another device has the rows in float32 too.
 
     Args:
         real: ``[n, d]``.
@@ -110,17 +110,28 @@ def precision_recall(
     Raises:
         UserError: k below 1 or not below both row counts, unknown semantics, NaN or infinity,
             differing dimensions.
+
+    >>> rows = np.arange(10.0)[:, None]
+    >>> result = precision_recall(rows, rows + 0.25, k=1)
+    >>> result.precision, result.recall, result.coverage
+    (1.0, 1.0, 1.0)
     """
     first, second = checked_pair(real, generated)
-    _check_arguments(k, semantics, len(first), len(second))
+    _refuse_arguments(k, semantics, len(first), len(second))
     centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
-    real_side, generated_side = Side(first, centre, device), Side(second, centre, device)
-    own_real, own_generated = own_neighbours(real_side, k), own_neighbours(generated_side, k)
-    cross = _CrossPass(real_side, generated_side, own_real, own_generated).run()
-    return _collect(cross, own_real, own_generated, semantics)
+    real_rows, generated_rows = (
+        ScreenedRows(first, centre, device),
+        ScreenedRows(second, centre, device),
+    )
+    real_neighbours, generated_neighbours = (
+        neighbours_within(real_rows, k),
+        neighbours_within(generated_rows, k),
+    )
+    cross = _CrossPass(real_rows, generated_rows, real_neighbours, generated_neighbours).run()
+    return _collect(cross, real_neighbours, generated_neighbours, semantics)
 
 
-def _check_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
+def _refuse_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
     if semantics not in get_args(Semantics):
         raise UserError(
             f"semantics {semantics!r} is unknown, expected one of {', '.join(get_args(Semantics))}"
@@ -134,15 +145,17 @@ def _check_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> N
 
 
 class _Balls:
-    """The balls around one side's rows, and which points of the other side lie in them."""
+    """The balls around one set's rows, and which points of the other set are in them."""
 
-    def __init__(self, side: Side, own: Neighbours, points: Side) -> None:
+    def __init__(self, side: ScreenedRows, neighbours: Neighbours, points: ScreenedRows) -> None:
         self._side, self._points = side, points
-        self.radii = own.distances[:, -1]
+        self.radii = neighbours.distances[:, -1]
         # Recomputed rather than squared, so that a point at the same distance ties exactly.
-        self._exact = exact_pairs(side.exact, np.arange(len(side)), side.exact, own.indices[:, -1])
+        self._exact = exact_pairs(
+            side.exact, np.arange(len(side)), side.exact, neighbours.indices[:, -1]
+        )
         self._squared = torch.from_numpy(self._exact).to(side.device)
-        self._holding = torch.zeros(len(points), dtype=torch.int64, device=side.device)
+        self._counts = torch.zeros(len(points), dtype=torch.int64, device=side.device)
         self._on_surface = np.zeros(len(points), dtype=bool)
 
     def limits(self, span: slice, error: float) -> torch.Tensor:
@@ -164,28 +177,28 @@ class _Balls:
         slack = error * (self._side.squares[ball] + self._points.squares[point])
         beyond = squared[found].double() - self._squared[ball]
         surely = beyond < -slack
-        self._holding += torch.bincount(point[surely], minlength=len(self._points))
+        self._counts += torch.bincount(point[surely], minlength=len(self._points))
         doubtful = ~surely & (beyond <= slack)
         if bool(doubtful.any()):
             self._decide(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
 
     def _decide(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
-        # A ball of radius 0 holds nothing and touches copies only; one such touch is enough.
+        # A ball of radius 0 contains nothing and touches copies only; one such touch is enough.
         useful = (self._exact[balls] > 0) | ~self._on_surface[points]
         balls, points = balls[useful], points[useful]
         squared = exact_pairs(self._side.exact, balls, self._points.exact, points)
         within = points[squared < self._exact[balls]]
         counts = np.bincount(within, minlength=len(self._points))
-        self._holding += torch.from_numpy(counts).to(self._holding.device)
+        self._counts += torch.from_numpy(counts).to(self._counts.device)
         self._on_surface[points[squared == self._exact[balls]]] = True
 
-    def holding(self) -> NDArray[np.int64]:
-        """How many open balls hold each point."""
-        return self._holding.cpu().numpy()
+    def count_balls(self) -> NDArray[np.int64]:
+        """How many open balls contain each point."""
+        return self._counts.cpu().numpy()
 
     def covers(self, semantics: str) -> NDArray[np.bool_]:
-        """Which points lie in a ball, by the rule of `semantics` for its surface."""
-        inside = self.holding() > 0
+        """Which points are in a ball, by the rule of `semantics` for its surface."""
+        inside = self.count_balls() > 0
         return inside | self._on_surface if semantics == "kynkaanniemi" else inside
 
 
@@ -196,7 +209,9 @@ class _Realism:
     and decided at the end.
     """
 
-    def __init__(self, real: Side, radii: NDArray[np.float64], generated: Side) -> None:
+    def __init__(
+        self, real: ScreenedRows, radii: NDArray[np.float64], generated: ScreenedRows
+    ) -> None:
         self._real, self._generated, self._radii = real, generated, radii
         self._small = radii <= np.median(radii)
         self._usable = torch.from_numpy(self._small & (radii > 0)).to(real.device)
@@ -254,16 +269,20 @@ class _Realism:
 
 
 class _CrossPass:
-    """All real-to-generated blocks, each computed once and shown to everyone who asks."""
+    """All real-to-generated blocks, each computed once for all of its readers."""
 
     def __init__(
-        self, real: Side, generated: Side, own_real: Neighbours, own_generated: Neighbours
+        self,
+        real: ScreenedRows,
+        generated: ScreenedRows,
+        real_neighbours: Neighbours,
+        generated_neighbours: Neighbours,
     ) -> None:
-        k = own_real.indices.shape[1]
+        k = real_neighbours.indices.shape[1]
         self.dim = real.dim
         self._real, self._generated = real, generated
-        self.real_balls = _Balls(real, own_real, generated)
-        self.generated_balls = _Balls(generated, own_generated, real)
+        self.real_balls = _Balls(real, real_neighbours, generated)
+        self.generated_balls = _Balls(generated, generated_neighbours, real)
         self._realism = _Realism(real, self.real_balls.radii, generated)
         self._to_real = Nearest(generated, real, k)
         self._to_generated = Nearest(real, generated, k)
@@ -304,16 +323,16 @@ class _CrossPass:
 
 
 def _collect(
-    cross: _CrossPass, own_real: Neighbours, own_generated: Neighbours, semantics: str
+    cross: _CrossPass, real_neighbours: Neighbours, generated_neighbours: Neighbours, semantics: str
 ) -> PrecisionRecall:
-    n, k = own_real.indices.shape
+    n, k = real_neighbours.indices.shape
     nearest = cross.nearest_real
-    authentic = nearest.distances[:, 0] > own_real.distances[nearest.indices[:, 0], 0]
+    authentic = nearest.distances[:, 0] > real_neighbours.distances[nearest.indices[:, 0], 0]
     covered = cross.nearest_generated.distances[:, 0] < cross.real_balls.radii
     return PrecisionRecall(
         precision=float(cross.real_balls.covers(semantics).mean()),
         recall=float(cross.generated_balls.covers(semantics).mean()),
-        density=float(cross.real_balls.holding().mean() / k),
+        density=float(cross.real_balls.count_balls().mean() / k),
         coverage=float(covered.mean()),
         authenticity=float(authentic.mean()),
         k=k,
@@ -323,8 +342,8 @@ def _collect(
         dim=cross.dim,
         authentic=authentic,
         realism=cross.realism,
-        real_radii=own_real.distances[:, -1],
-        generated_radii=own_generated.distances[:, -1],
+        real_radii=real_neighbours.distances[:, -1],
+        generated_radii=generated_neighbours.distances[:, -1],
         nearest_real=nearest,
         nearest_generated=cross.nearest_generated,
     )
@@ -343,7 +362,8 @@ _SHOWN = {
 """Numbers that reports and tables show, with their meaning."""
 
 
-def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def manifold_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
     most = min(len(pair.real), len(pair.generated)) - 1
     result = precision_recall(
         pair.real, pair.generated, k=min(settings.k, most), device=pair.device
@@ -351,7 +371,8 @@ def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
     return plain_fields(result)
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def manifold_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on precision, recall, density and coverage."""
     return [
         MetricRow(
             key.capitalize(), "higher",
@@ -364,7 +385,8 @@ def _rows(result: Record, halves: Record) -> list[MetricRow]:
     ]  # fmt: skip
 
 
-def _summary(result: Record) -> str:
+def manifold_summary(result: Record) -> str:
+    """Precision, recall, density and coverage in a few words."""
     return ", ".join(f"{key} {result.number(key):.3f}" for key in ("precision", "recall"))
 
 
@@ -372,11 +394,11 @@ METRIC = Metric(
     name="precision_recall",
     title="Precision and recall",
     place=20,
-    compute=_compute,
-    compute_floor=_compute,
-    rows=_rows,
+    compute=manifold_result,
+    compute_floor=manifold_result,
+    rows=manifold_rows,
     quantities=tuple(
         TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True) for key in _SHOWN
     ),
-    summary=_summary,
+    summary=manifold_summary,
 )

@@ -40,7 +40,7 @@ class Mixture:
         """Fit to the rows ``[n, d]``, which Adam meets in the order given.
 
         Distances are kept for all epochs, ``n M`` numbers of the rows' dtype; above 4 GiB they
-        lie in an unnamed temporary file, mapped, so that memory stays bounded.
+        are in an unnamed temporary file, mapped, so that memory stays bounded.
         """
         self._centres = centres
         squared = _all_squared_distances(fitted_to, centres)
@@ -141,7 +141,7 @@ def _all_squared_distances(rows: torch.Tensor, centres: torch.Tensor) -> torch.T
 
 
 def _mapped(shape: tuple[int, int], number_type: np.dtype[np.floating]) -> NDArray[np.floating]:
-    """An array in an unnamed temporary file that holds all its bytes already.
+    """An array in an unnamed temporary file whose bytes are allocated already.
 
     A sparse file on a disk that fills up ends the process with SIGBUS, without a word.
     Raises `UserError` where the disk has too little room.

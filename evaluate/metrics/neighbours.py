@@ -23,7 +23,7 @@ _TILE = 2048  # rows and columns of a block: 16 MB of float32
 _EXACT_ROWS = 32  # pairs compared at a time in float64: what stays in a core's cache
 _EXACT_TASK = 64 * _EXACT_ROWS  # and by one thread in a row
 _POOL_PAIRS = 1 << 22  # candidates in hand before those overtaken are dropped
-MANY = 32  # open pairs a row in one block; beyond, a finer screen is cheaper than deciding them
+MANY = 32  # open pairs per row in one block; beyond, a finer screen is cheaper than deciding them
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Screen:
     error: float
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """``left right^T`` float32; the user's own setting stands again afterwards."""
+        """``left right^T`` float32; the user's setting is restored afterwards."""
         if self.precision == "bfloat16":
             return (left.bfloat16() @ right.bfloat16().T).float()
         before = torch.get_float32_matmul_precision()
@@ -52,7 +52,7 @@ class Screen:
 
 
 def screens(dim: int, device: torch.device) -> list[Screen]:
-    """The screens worth using for rows of this dimension, coarsest first.
+    """The screens that pay for rows of this dimension, coarsest first.
 
     Float32 sums err like sqrt(d) eps; four times that is beyond what any order of summation
     shows. Rounding both factors to u adds at most ``2 u |x||y|`` to a product (Cauchy-Schwarz),
@@ -64,26 +64,20 @@ def screens(dim: int, device: torch.device) -> list[Screen]:
     exact = Screen("highest", full)
     if device.type == "cuda":
         return [Screen("high", full + 1.01 * 2**-10), exact]
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if amx() and torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
+        return [exact]
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         return [Screen("medium", full + 1.01 * 2**-7), exact]
-    if _has_bfloat16_products():
+    # AVX-512 multiplies bfloat16 twice as fast as float32; of that "medium" gains a fifth only
+    # (docs/performance/metrics.md), factors of the type the rest.
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return [Screen("bfloat16", full + 2.02 * 2**-7), exact]
     return [exact]
 
 
-def _has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 by itself: twice as fast as float32 (AVX-512).
-
-    "medium" gains a fifth there (docs/performance/metrics.md), factors of the type the rest.
-    """
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(supported()) and torch.backends.mkldnn.is_available()
-
-
 @dataclass(frozen=True)
 class Neighbours:
-    """The k nearest rows of another set, or of the own set without the row itself.
+    """The k nearest rows of another set, or of the same set without the row itself.
 
     Attributes:
         indices: ``[n, k]`` int64, nearest first.
@@ -94,15 +88,15 @@ class Neighbours:
     distances: NDArray[np.float64]
 
 
-class Side:
-    """One feature set as a side of the block products: tiles of centred rows in float32.
+class ScreenedRows:
+    """A feature set as a factor of the block products: tiles of centred rows in float32.
 
-    Both sides of a product must be centred on the same point; near the data it keeps the lengths,
-    and so the errors, small. On a CPU tiles are made when asked for, which costs a twentieth of
-    a product and saves a copy of the set; other devices hold the copy.
+    Both factors of a product must be centred on the same point; near the data it keeps the
+    lengths, and so the errors, small. On a CPU tiles are made when they are needed, which costs a
+    twentieth of a product and saves a copy of the set; other devices keep the copy.
 
     Attributes:
-        exact: the rows as they came.
+        exact: the rows ``[n, d]`` as they came.
         squares: ``[n]`` float32, squared lengths of the centred rows.
         screens: the arithmetics that blocks are tried in, coarsest first.
     """
@@ -187,7 +181,7 @@ def in_sets(found: Pairs, block: tuple[slice, slice], by_columns: bool) -> Pairs
 class Nearest:
     """The k nearest base rows of each query, from all pairs that their bounds leave open."""
 
-    def __init__(self, queries: Side, base: Side, k: int) -> None:
+    def __init__(self, queries: ScreenedRows, base: ScreenedRows, k: int) -> None:
         self._queries, self._base, self._k = queries, base, k
         # The k smallest upper bounds seen: no true neighbour is beyond the last of them.
         self._upper = torch.full((len(queries), k), torch.inf, device=queries.device)
@@ -227,7 +221,7 @@ class Nearest:
     ) -> None:
         """Take in entries of a block, whose rows, or with `by_columns` columns, are queries.
 
-        Not to `tighten` is for a block that `seed` has seen: a bound must not count twice.
+        A block that `seed` has seen must not `tighten`: a bound would count twice.
         """
         query, base = in_sets(found, block, by_columns)
         slack = error * (self._queries.squares[query] + self._base.squares[base])
@@ -307,37 +301,21 @@ def _float32(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]
     return np.nextafter(values.astype(np.float32), np.float32(towards))
 
 
-def own_neighbours(side: Side, k: int) -> Neighbours:
+def neighbours_within(rows: ScreenedRows, k: int) -> Neighbours:
     """The k nearest other rows of each row; the symmetric half of the blocks is not computed."""
-    nearest = Nearest(side, side, k)
-    spans = side.spans()
-    for i in spans:  # the diagonal first, as it bounds all rows
-        _own_block(nearest, side, side.left(i), i, i)
+    nearest, spans = Nearest(rows, rows, k), rows.spans()
+    # The diagonal first, as it bounds all rows.
+    for i in spans:
+        _search_block(nearest, rows, rows, rows.left(i), i, i)
     for number, i in enumerate(spans):
-        left = side.left(i)
+        left = rows.left(i)
         for j in spans[number + 1 :]:
-            _own_block(nearest, side, left, i, j)
+            _search_block(nearest, rows, rows, left, i, j)
     return nearest.finish()
 
 
-def _own_block(nearest: Nearest, side: Side, left: torch.Tensor, i: slice, j: slice) -> None:
-    right = side.right(j)
-    for screen in side.screens:
-        squared, seeded = screen.product(left, right), False
-        if i == j:
-            squared.fill_diagonal_(torch.inf)
-            seeded = nearest.seed(i, squared, j, screen.error)
-        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
-        turned = open_pairs(squared, nearest.limits(j, screen.error))
-        if len(found[0]) + len(turned[0]) <= MANY * sum(squared.shape):
-            break
-    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
-    if i != j:
-        nearest.update(turned, squared, (i, j), screen.error, by_columns=True)
-
-
-def other_neighbours(queries: Side, base: Side, k: int) -> Neighbours:
-    """The k nearest rows of another set to each query; both sides are centred on one point.
+def neighbours_between(queries: ScreenedRows, base: ScreenedRows, k: int) -> Neighbours:
+    """The k nearest rows of another set to each query; both sets are centred on one point.
 
     `base` has at least k rows.
     """
@@ -345,21 +323,36 @@ def other_neighbours(queries: Side, base: Side, k: int) -> Neighbours:
     for i in queries.spans():
         left = queries.left(i)
         for j in base.spans():
-            _other_block(nearest, queries, base, left, i, j)
+            _search_block(nearest, queries, base, left, i, j)
     return nearest.finish()
 
 
-def _other_block(
-    nearest: Nearest, queries: Side, base: Side, left: torch.Tensor, i: slice, j: slice
+def _search_block(
+    nearest: Nearest,
+    queries: ScreenedRows,
+    base: ScreenedRows,
+    left: torch.Tensor,
+    i: slice,
+    j: slice,
 ) -> None:
-    right = base.right(j)
+    """Take in the block of queries i and base rows j; within one set it serves both."""
+    right, within = base.right(j), base is queries
     for screen in queries.screens:
         squared = screen.product(left, right)
-        seeded = not j.start and nearest.seed(i, squared, j, screen.error)
-        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
-        if len(found[0]) <= MANY * sum(squared.shape):
+        if within and i == j:
+            squared.fill_diagonal_(torch.inf)
+        # Bounds come from the first block that has each query.
+        is_first = i == j if within else not j.start
+        seeded = is_first and nearest.seed(i, squared, j, screen.error)
+        found = [open_pairs(squared, nearest.limits(i, screen.error)[:, None])]
+        if within and i != j:
+            found.append(open_pairs(squared, nearest.limits(j, screen.error)))
+        # A coarse screen that leaves much open costs more than a finer one.
+        if sum(len(pairs[0]) for pairs in found) <= MANY * sum(squared.shape):
             break
-    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
+    nearest.update(found[0], squared, (i, j), screen.error, tighten=not seeded)
+    for pairs in found[1:]:
+        nearest.update(pairs, squared, (i, j), screen.error, by_columns=True)
 
 
 def exact_pairs(

@@ -74,8 +74,8 @@ def bootstrap(
     """The paper's subsampling, or with `clusters` a cluster bootstrap.
 
     A cluster draw's covariance is the weighted sum of the clusters' second moments. These are
-    taken in tiles of columns, so that 4 GB suffice beside the features and one sorted copy,
-    whatever the number of clusters.
+    computed in tiles of columns, so that 4 GB are enough next to the features and one sorted
+    copy, for any number of clusters.
 
     Args:
         real: ``[n, d]``.
@@ -89,6 +89,11 @@ def bootstrap(
     Raises:
         UserError: labels not of the rows' number, fewer than two clusters, sizes out of range,
             NaN or infinity, differing dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((400, 4))
+    >>> result = bootstrap(rows[:200], rows[200:], draws=8, size=100)
+    >>> result.low < result.value < result.high, result.kind, result.size
+    (True, 'subsample', 100)
     """
     first, second = checked_pair(real, generated)
     if draws < 2:
@@ -231,7 +236,7 @@ class _ClusteredRows:
         return random.multinomial(c, np.full(c, 1 / c), size=draws).astype(np.float64)
 
     def resampled(self, weights: NDArray[np.float64]) -> list[Moments]:
-        """The moments of the rows with each cluster repeated as `weights` says, a draw each."""
+        """The moments of the rows with each cluster repeated by its weight, for each draw."""
         scatter = self._weighted_squares(weights)
         result = []
         for draw, weight in enumerate(weights):

@@ -58,6 +58,10 @@ def mind(
 
     Raises:
         UserError: fewer than two rows or directions, NaN or infinity, differing dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((100, 2))
+    >>> mind(rows, rows).value, mind(rows, rows + 1).value > 3
+    (0.0, True)
     """
     first, second = checked_pair(real, generated)
     if directions < 2:
@@ -100,12 +104,14 @@ def _projected(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray
     return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
 
 
-def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def mind_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
     distance = mind(pair.real, pair.generated, seed=settings.seed)
     return plain_fields(distance) | {"seed": settings.seed}
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def mind_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the sliced distance."""
     return [
         MetricRow(
             _TITLE, "lower", format_number(result.number("value")), format_share(0.0), "equal sets",
@@ -121,7 +127,7 @@ METRIC = Metric(
     name="sliced_distance",
     title=_TITLE,
     place=50,
-    compute=_compute,
-    rows=_rows,
+    compute=mind_result,
+    rows=mind_rows,
     quantities=(TableQuantity("mind", _TITLE, "lower", value_at("value")),),
 )

@@ -186,7 +186,7 @@ def cosine_plots(results: Record) -> list[ProtocolPlot]:
     """Cosines to the sources with the null and two ceilings: the VAE's and a tile of the slide."""
     caption = (
         "Cosines of generated tiles to the tiles that guided them. What the model keeps of "
-        "its source lies between the shuffled pairing and the reconstruction."
+        "its source is between the shuffled pairing and the reconstruction."
     )
     plots = []
     for title, cells in _by_column(_cells_with(results, "cosine_similarity", "model")):

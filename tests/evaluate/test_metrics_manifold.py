@@ -132,7 +132,7 @@ def test_a_screen_of_coarse_arithmetic_changes_nothing(
 def test_a_screens_error_stays_within_its_bound(d, seed, offset):
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((40, d)) * rng.exponential(2.0, (1, d)) + offset
-    side = neighbours.Side(rows.astype(np.float32), rows.mean(axis=0))
+    side = neighbours.ScreenedRows(rows.astype(np.float32), rows.mean(axis=0))
     span = slice(0, 40)
     exact = squared(rows.astype(np.float32), rows.astype(np.float32))
     scale = (side.squares[:, None] + side.squares).double().numpy()
