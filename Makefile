@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-slurm lint bench docs clean
+.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-slurm lint house bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -121,8 +121,11 @@ lint: setup ## ruff (lint and format) and mypy, all clean
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+house: ## lines, names, helpers, comments and docstrings, against the design's targets; ARGS=
+	@$(PYTHON) bench/house.py $(ARGS)
+
 bench: setup ## speed as ratios to a floor or a peer in the same run
-	@missed=; for script in $(filter-out bench/bench_%.py,$(wildcard bench/*.py)); do \
+	@missed=; for script in $(filter-out bench/bench_%.py bench/house.py,$(wildcard bench/*.py)); do \
 		echo "== $$script"; $(PY) $$script || missed="$$missed $$script"; done; \
 	[ -z "$$missed" ] || { echo "goals missed or not measured:$$missed" >&2; exit 1; }
 

@@ -36,7 +36,7 @@ from pipeline.dataset import (  # noqa: E402
     software_versions,
     write_selection,
 )
-from train.metrics import read_metrics  # noqa: E402
+from train.metrics_log import read_metrics  # noqa: E402
 
 HELD_OUT_SHARE = 5  # a patient in so many
 ARMS: dict[str, tuple[str, ...]] = {

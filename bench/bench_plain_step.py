@@ -20,9 +20,9 @@ from model.losses import (
     l1_reconstruction,
 )
 from train.config import Config
+from train.losses import draw_randomness
 from train.networks import Parts
 from train.reader import Batch
-from train.step import draw
 
 
 class PlainStep:
@@ -52,7 +52,7 @@ class PlainStep:
         assert batch.cls is not None
         assert batch.tokens is not None
         condition, tokens = batch.cls.to(self.device), batch.tokens.to(self.device)
-        draws = draw(self.config, batch.step, batch.slots, self.device)
+        draws = draw_randomness(self.config, batch.step, batch.slots, self.device)
         metrics: dict[str, Tensor] = {}
 
         with self._autocast():

@@ -51,10 +51,10 @@ from pipeline.dataset import (  # noqa: E402
 from pipeline.dataset.features import FeatureShard, bundle, open_writer, token_table, write_blocks  # noqa: E402
 from pipeline.dataset.features.quantise import dequantise, quantise  # noqa: E402
 from pipeline.features.compute import (  # noqa: E402
-    Decoder,
     Features,
     Span,
     SpanWriter,
+    TileDecoder,
     batches,
     decode_threads,
     lanes_for,
@@ -158,15 +158,18 @@ def measure_cache(
             torch.cuda.synchronize()
 
     def stage() -> None:
-        work = {(blocks.start, blocks.stop): kinds}
-        root, weights = str(dataset.root), encoder.weights_sha256
-        jobs = [(root, "bench", name, config, 224, work, "f", weights) for name in slides]
+        work, weights = {blocks: tuple(kinds)}, encoder.weights_sha256
+        root = str(dataset.root)
+        jobs = [
+            (bundle.SlideWork(root, "bench", name, config, 224, work, "f", weights),)
+            for name in slides
+        ]
         with in_this_process(encoder):
             for entries in bundle.cache_bundle(jobs):
                 assert all(entry.outcome == "done" for entry in entries), entries
 
     def decode() -> None:
-        decoder = Decoder(store, view_function(""), decode_threads(threads))
+        decoder = TileDecoder(store, view_function(""), decode_threads(threads))
         for part in decoder.run(batches(spans, batch)):
             part.tiles.result()
         decoder.close()

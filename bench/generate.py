@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from common.torch_processes import ALONE  # noqa: E402
 from evaluate.generate.conditions import Condition, ConditionList  # noqa: E402
 from evaluate.generate.run import Request, generate  # noqa: E402
 from evaluate.generators.cytosyn import CytoSynGenerator, with_cast_weights  # noqa: E402
-from evaluate.processes import Processes  # noqa: E402
 from model import CytoSyn  # noqa: E402
-from model.noise import Stream, derive_seeds, normal, seed_tensor  # noqa: E402
+from model.noise import RandomStream, derive_seeds, normal, seed_tensor  # noqa: E402
 from model.sampler import Guidance, integrate, time_nodes  # noqa: E402
 from model.sampler_settings import SamplerSettings  # noqa: E402
 from model.sit import SiT, SiTConfig  # noqa: E402
@@ -135,7 +135,7 @@ def stage(bench: Bench, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         request = Request(out=Path(folder) / "syn", micro_batch=bench.scale.batch)
         generator = bench.generator(steps=steps)
-        generate(generator, guidance(bench.scale.images), request, Processes(0, 1, 0))
+        generate(generator, guidance(bench.scale.images), request, ALONE)
 
 
 @torch.no_grad()
@@ -177,12 +177,12 @@ def doubled(bench: Bench, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         conditional, null = out.chunk(2)
         return torch.lerp(null, conditional, rule.scale) if rule.active(t) else conditional
 
-    def noise(index: int, stream: Stream = Stream.SAMPLE_STEP) -> Tensor:
+    def noise(index: int, stream: RandomStream = RandomStream.SAMPLE_STEP) -> Tensor:
         return normal(
             keys, shape, stream=stream, step=index, device=bench.device, dtype=torch.float64
         )
 
-    start = noise(0, Stream.SAMPLE_START)
+    start = noise(0, RandomStream.SAMPLE_START)
     latents = integrate(velocity, start, steps=bench.scale.steps, solver="sde", noise=noise)
     cast = None if bench.dtype == "float32" else getattr(torch, bench.dtype)
     bench.model.decode(latents.float(), dtype=cast)

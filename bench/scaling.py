@@ -44,17 +44,20 @@ from pipeline.dataset import (  # noqa: E402
 )
 from pipeline.dataset.journal import encode_line  # noqa: E402
 from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks  # noqa: E402
+from pipeline.run.drain import run_tasks  # noqa: E402
 from pipeline.run.stage import stage_versions  # noqa: E402
-from pipeline.slides.open import find_sources  # noqa: E402
+from pipeline.run.tasks import SlideTask  # noqa: E402
+from pipeline.run.workers import EngineConfig  # noqa: E402
+from pipeline.slides.config import ScanConfig  # noqa: E402
+from pipeline.slides.entries import find_slides  # noqa: E402
 from pipeline.slides.scan import (  # noqa: E402
-    ScanConfig,
     _named,
     _source_fingerprint,
     scan_slide,
 )
 from pipeline.tiles.stage import tile_fingerprint  # noqa: E402
-from pipeline.tissue.stage import TissueConfig, tissue_fingerprint, tissue_slide  # noqa: E402
+from pipeline.tissue.config import TissueConfig  # noqa: E402
+from pipeline.tissue.stage import tissue_fingerprint, tissue_slide  # noqa: E402
 
 OUT = HERE / "out"
 SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
@@ -74,7 +77,7 @@ def rates() -> dict[str, float]:
         dataset, config = Dataset(root), ScanConfig((str(path),))
         claim_identity(dataset, config.identity(), stage="scan", versions={})
         claim_identity(dataset, TissueConfig().identity(), stage="tissue", versions={})
-        (source,) = find_sources([str(path)])
+        (source,) = find_slides([str(path)])
         began = time.process_time()
         (scanned,) = scan_slide(source, config, "", str(root))
         scan_s = time.process_time() - began
@@ -122,7 +125,7 @@ def make_tables(root: Path, slides: int, candidates: int) -> dict[str, float]:
     journals = {stage: _journal(dataset, stage) for stage in ("scan", "tissue", "tile")}
     versions = stage_versions("tifffile", "imagecodecs")
     total = 0
-    for number, source in enumerate(find_sources([str(table)])):
+    for number, source in enumerate(find_slides([str(table)])):
         slide = _scanned(source)
         mark = _source_fingerprint(source, config)
         values = {**slide.__dict__}

@@ -53,10 +53,11 @@ from pipeline.dataset import (  # noqa: E402
     write_slides,
 )
 from pipeline.dataset.grid import grid_positions, rank_order  # noqa: E402
-from pipeline.run.engine import EngineConfig, dask_client  # noqa: E402
+from pipeline.run.workers import EngineConfig, dask_client  # noqa: E402
 from pipeline.slides.native_reader import NativeReader  # noqa: E402
 from pipeline.slides.open import best_reader  # noqa: E402
-from pipeline.tiles.stage import TileConfig, tile, tile_slide  # noqa: E402
+from pipeline.tiles.config import TileConfig  # noqa: E402
+from pipeline.tiles.stage import tile, tile_slide  # noqa: E402
 from pipeline.tissue.stage import tissue_fingerprint  # noqa: E402
 
 OUT = HERE / "out"

@@ -38,6 +38,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # in this order: bench/model.py is
 
 from bench_plain_step import PlainStep  # noqa: E402
 
+from common.torch_processes import Processes, choose_device  # noqa: E402
 from pipeline.dataset import (  # noqa: E402
     BLOCK_ROWS,
     Dataset,
@@ -65,9 +66,9 @@ from pipeline.dataset.features import (  # noqa: E402
 )
 from train.config import Config, load_config  # noqa: E402
 from train.networks import build_parts  # noqa: E402
-from train.ranks import Ranks, choose_device  # noqa: E402
+from train.processes import prepare_device  # noqa: E402
 from train.reader import Batch, BatchReader  # noqa: E402
-from train.setup import open_inputs  # noqa: E402
+from train.setup import open_data  # noqa: E402
 from train.speed import matrix_rate, peak_memory_gb, step_flop  # noqa: E402
 from train.step import TrainingStep  # noqa: E402
 
@@ -141,7 +142,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
     overrides = [f"data.dataset={dataset.root}", f"data.batch_size={SLOTS}"]
     overrides += [f"data.cursors={CURSORS}"]
     config = load_config(CONFIGS / "cytosyn-40m.yaml", [*overrides, "run.device=cpu"])
-    inputs = open_inputs(config)
+    inputs = open_data(config)
     steps = inputs.stream.steps_per_epoch
     store = TileStore(dataset, 224)
     pngs = [
@@ -155,7 +156,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
         [*overrides, "run.device=cpu", "model.sit.conditioning=none", "loss.vae_align=0",
          "loss.sit_align=0"],
     )  # fmt: skip
-    without = open_inputs(pixels_only)
+    without = open_data(pixels_only)
 
     def read(source: Any) -> None:
         reader = BatchReader(
@@ -233,7 +234,7 @@ def make_batch(config: Config, step: int) -> Batch:
 
 def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[[Batch], object]:
     """The step of a version, with fresh networks; zero initialisations stirred."""
-    ranks, parts = Ranks(0, 1, device), build_parts(config, device)
+    processes, parts = Processes(device=device), build_parts(config, device)
     for parameter in parts.networks.sit.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
@@ -241,7 +242,7 @@ def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[
         return PlainStep(config, device, parts)
     return TrainingStep(
         config,
-        ranks,
+        processes,
         parts.networks,
         parts.optimizers,
         sit_average=parts.sit_average,
@@ -375,6 +376,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("data", "step"), help="default: both")
     options = parser.parse_args()
     device = choose_device(options.device)
+    prepare_device(device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     result: dict[str, Any] = {"device": name, "torch": torch.__version__}

@@ -29,7 +29,7 @@ from bench_slide import make_slide, make_wide_slide  # noqa: E402
 
 from pipeline.__main__ import main as pipeline  # noqa: E402
 from pipeline.dataset import Dataset, read_journal  # noqa: E402
-from pipeline.run.engine import EngineConfig, dask_client  # noqa: E402
+from pipeline.run.workers import EngineConfig, dask_client  # noqa: E402
 
 OUT = HERE / "out"
 SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"

@@ -74,6 +74,12 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     return _section(cls, values, "", dotted_keys(cls))
 
 
+def check_setting(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise `UserError` naming the dotted key, its value and what is expected, unless it holds."""
+    if not condition:
+        raise _mismatch(key, expected, value)
+
+
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every key of nested dataclasses, dotted: `run.steps`, `model.sit.depth`, ..."""
     keys: list[str] = []

@@ -1,5 +1,6 @@
 """Files that appear under their final name whole and synced, or not at all."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -50,6 +51,14 @@ def replacing(final: Path, staged: Path | None = None) -> Iterator[IO[bytes]]:
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """The hex digest of a file's bytes, such as "sha256" or "md5"; raises `OSError`."""
+    with path.open("rb") as file:
+        # Not for security: machines that forbid MD5 for that still compare copies by it.
+        digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
+    return digest.hexdigest()
 
 
 def write_bytes(final: Path, data: bytes) -> None:

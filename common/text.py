@@ -1,7 +1,7 @@
 """Text for people: one-line reasons, suggestions, durations and sizes."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def one_line(reason: object, most: int = 200) -> str:
@@ -13,6 +13,16 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known word that is most like the given one, "" where none is like it."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
+
+
+def list_some(names: Sequence[str], most: int = 20) -> str:
+    """The first names, and how many more there are.
+
+    >>> list_some(["a", "b", "c"], 2), list_some([])
+    ('a, b and 1 more', 'none')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def format_seconds(seconds: float) -> str:

@@ -139,12 +139,12 @@ def _figure(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     from common.record import Record
+    from common.torch_processes import choose_device
     from evaluate.compare.measure import measure
     from evaluate.compare.results import write_results
     from evaluate.compare.sides import FeatureSide
     from evaluate.metrics.metric import MetricSettings
     from evaluate.metrics.registry import summarise_metrics
-    from evaluate.processes import choose_device
     from pipeline.dataset import open_dataset
 
     settings = MetricSettings(draws=options.draws, seed=options.seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import write_text
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.noise import derive_seeds, seed_tensor
@@ -32,7 +33,6 @@ from model.weights import (
     read_tensors,
     tensors_sha256,
     write_tensors,
-    write_text,
 )
 
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.interpolant import Interpolant
-from model.noise import Stream, normal, seed_tensor
+from model.noise import RandomStream, normal, seed_tensor
 from model.sit import SiT
 
 Solver = Literal["sde", "ode", "heun", "dpm"]
@@ -297,10 +297,17 @@ def sample(
 
     def step_noise(index: int) -> Tensor:
         return normal(
-            keys, shape, stream=Stream.SAMPLE_STEP, step=index, device=device, dtype=torch.float64
+            keys,
+            shape,
+            stream=RandomStream.SAMPLE_STEP,
+            step=index,
+            device=device,
+            dtype=torch.float64,
         )
 
-    start = normal(keys, shape, stream=Stream.SAMPLE_START, device=device, dtype=torch.float64)
+    start = normal(
+        keys, shape, stream=RandomStream.SAMPLE_START, device=device, dtype=torch.float64
+    )
     y = None if features is None else features.to(device)
     branches = _SiTVelocity(sit, y, network or sit.forward_from_condition, dtype)
     return integrate(

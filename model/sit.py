@@ -6,9 +6,9 @@ arXiv 2504.10483). Names and shapes of the state are REPA-E's, so that its check
 Time runs from 0 (data) to 1 (noise).
 """
 
-import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from common.config import build, plain
 from common.errors import UserError
 from model.latent_norm import LatentNorm
 
@@ -111,19 +112,13 @@ class SiTConfig:
         return cls.from_dict({**SIT_PRESETS[name], **overrides})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`; raises UserError for an unknown key, naming the nearest."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-                raise UserError(f"unknown SiT configuration key {key!r}; {hint}")
-        return cls(**values)
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """The inverse of `to_dict`; raises UserError for an unknown key or a wrong type."""
+        return build(cls, values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as plain values, ready for JSON."""
-        return asdict(self)
+        return plain(self)
 
 
 def position_embedding(grid_size: int, width: int) -> Tensor:

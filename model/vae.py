@@ -6,9 +6,8 @@ are the CompVis ones; `model.vae_keys` translates to and from diffusers. There i
 scale factor: the latent norm inside the SiT takes its place.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.config import build, plain
 from common.errors import UserError
 from model.losses import kl_loss
 from model.vae_keys import VAELayout, from_native, to_native
@@ -99,25 +99,14 @@ class VAEConfig:
             raise UserError(f"VAE preset is {name!r}; expected one of {', '.join(VAE_PRESETS)}")
         return cls(**{**VAE_PRESETS[name], **overrides})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
+        return plain(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote; an unknown key raises UserError with the nearest one."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-                raise UserError(f"VAE has no setting {key!r}; did you mean {near[0]!r}?")
-        fitted: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**fitted)
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """The inverse of `to_dict`; raises UserError for an unknown key or a wrong type."""
+        return build(cls, values)
 
 
 class Posterior(NamedTuple):
@@ -251,7 +240,7 @@ def _norm(channels: int, config: VAEConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
 
 
-class Level(nn.Module):
+class VAELevel(nn.Module):
     """The blocks of one resolution, each with attention where the level has it, then a resampling.
 
     `resample` leads to the next level: "down" in the encoder, "up" in the decoder, or None.
@@ -306,7 +295,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Images to the 2 C channels of a posterior, before the 1x1 `quant_conv`."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -315,7 +304,7 @@ class Encoder(nn.Module):
         before = (config.base_channels, *channels[:-1])
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(
+            VAELevel(
                 channels_before,
                 channels_here,
                 config.num_res_blocks,
@@ -339,7 +328,7 @@ class Encoder(nn.Module):
         return self.conv_out(group_norm_silu(self.mid(x), self.norm_out))
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents, after the 1x1 `post_quant_conv`, to images."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -349,7 +338,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid = Middle(channels[-1], config)
         self.up = nn.ModuleList(
-            Level(
+            VAELevel(
                 channels_before,
                 channels_here,
                 config.num_res_blocks + 1,
@@ -384,8 +373,8 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config or VAEConfig()
         channels = self.config.latent_channels
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        self.encoder = VAEEncoder(self.config)
+        self.decoder = VAEDecoder(self.config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 

@@ -287,12 +287,6 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(packed, temporary)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file that appears whole or not at all."""
-    with _appearing_whole(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 @contextmanager
 def _appearing_whole(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well."""

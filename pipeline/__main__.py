@@ -1,4 +1,4 @@
-"""The only door of the room: `python -m pipeline COMMAND --dataset DIR ...`."""
+"""The command line: `python -m pipeline COMMAND --dataset DIR ...`."""
 
 import argparse
 import sys
@@ -21,9 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
         module = import_module(f"pipeline.commands.{name}")
         # `import` is a keyword: its module is import_; plan_cohort is `plan-cohort`.
         word = name.rstrip("_").replace("_", "-")
-        one = commands.add_parser(word, help=module.HELP, description=module.HELP)
-        module.add_options(one)
-        one.set_defaults(run=module.run)
+        command = commands.add_parser(word, help=module.HELP, description=module.HELP)
+        module.add_options(command)
+        command.set_defaults(run=module.run)
     return parser
 
 

@@ -1,9 +1,12 @@
 """The rules of the house: imports run one way, and light rooms import without heavy libraries."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,67 @@ def test_no_function_unpickles() -> None:
                 if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("pickle.load"):
                     wrong.append(f"{path.name}:{node.lineno}")
     assert not wrong
+
+
+NOT_FROM_AN_INDEX = {"conch"}
+"""Imported where it is installed; docs/encoders.md names the repository it comes from."""
+
+
+def _project() -> dict[str, list[str]]:
+    """Declared requirements by extra; those of everybody under ''."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {"": project["dependencies"], **project["optional-dependencies"]}
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[\[<>=~! ]", requirement)[0].lower().replace("_", "-")
+
+
+def _imported_distributions() -> dict[str, str]:
+    """Distributions that product code imports from, and a file that does."""
+    own = {*ROOMS, *sys.stdlib_module_names}
+    providers = packages_distributions()
+    importers = {}
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for name in {module.partition(".")[0] for module in _imports(path)} - own:
+                distribution = _distribution(providers.get(name, [name])[0])
+                importers[distribution] = str(path.relative_to(ROOT))
+    return importers
+
+
+def test_what_is_imported_is_declared() -> None:
+    offered = {extra: texts for extra, texts in _project().items() if extra not in ("dev", "test")}
+    declared = {_distribution(text) for texts in offered.values() for text in texts}
+    # `dask[distributed]` declares the scheduler with it.
+    declared |= {"distributed", *NOT_FROM_AN_INDEX}
+    undeclared = {
+        name: path for name, path in _imported_distributions().items() if name not in declared
+    }
+    assert not undeclared
+
+
+def test_a_dependency_that_is_not_imported_says_what_it_is_for() -> None:
+    imported = _imported_distributions()
+    needed = {
+        extra: texts for extra, texts in _project().items() if extra not in ("dev", "test", "docs")
+    }
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    for requirement in (text for texts in needed.values() for text in texts):
+        if _distribution(requirement) not in imported:
+            (line,) = [line for line in lines if f'"{requirement}"' in line]
+            assert "# not imported: " in line, requirement
+
+
+def test_constraints_pin_what_is_declared() -> None:
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    # What `make setup` does not install is not pinned.
+    tested = {
+        extra: texts for extra, texts in _project().items() if extra not in ("wandb", "diffusers")
+    }
+    declared = {_distribution(text) for texts in tested.values() for text in texts}
+    assert declared - {"histogen"} <= set(pins)

@@ -1,4 +1,4 @@
-"""The configuration of a training run: typed, complete, written beside the result.
+"""The configuration of a training run: typed, complete, written into the run directory.
 
 Defaults are REPA-E's (arXiv 2504.10483 and its public training script), which the CytoSyn
 report (arXiv 2603.18089, section 3.3) follows. Every key can be set in YAML or as
@@ -7,28 +7,32 @@ report (arXiv 2603.18089, section 3.3) follows. Every key can be set in YAML or 
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import build, plain, read_yaml, with_overrides, write_yaml
+from common.config import build, check_setting, plain, read_yaml, with_overrides, write_yaml
 from common.errors import UserError
 from model.discriminator import DiscriminatorConfig
 from model.interpolant import PathName
 from model.sit import SiTConfig
 from model.vae import VAEConfig
+from train.losses import LossConfig, LossName
+from train.modes import MODES, Mode, ModeName
 
 CONFIG_VERSION = 1
 
-Mode = Literal["repa-e", "repa", "ldm"]
 Weights = Literal["ema", "raw"]
 Compile = Literal["off", "inductor", "aot_eager", "eager"]
 
 
-def _check(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        raise UserError(f"configuration key '{key}': expected {expected}, got '{value}'")
+def _check_at_least(
+    least: int, config: object, section: str, *names: str, expected: str = "{} or more"
+) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check_setting(value >= least, f"{section}.{name}", value, expected.format(least))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class RunConfig:
     """Where, how long and on what the run trains."""
 
     dir: str = ""  # the run directory
-    mode: Mode = "repa-e"  # repa: frozen VAE, aligned; ldm: frozen VAE, no alignment
+    mode: ModeName = "repa-e"  # repa: frozen VAE, aligned; ldm: frozen VAE, no alignment
     seed: int = 0
     steps: int = 400_000
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -46,8 +50,10 @@ class RunConfig:
     sync_discriminator: bool = False  # its batch norm over all processes; REPA-E: each its own
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
-        _check(0 < self.steps < 2**32, "run.steps", self.steps, "a whole number in [1, 2^32)")
+        check_setting(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
+        check_setting(
+            0 < self.steps < 2**32, "run.steps", self.steps, "a whole number in [1, 2^32)"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,8 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = "stop"  # what a damaged tile does
 
     def __post_init__(self) -> None:
-        for name in ("tile_px", "batch_size", "cursors", "threads", "prefetch"):
-            value = getattr(self, name)
-            _check(value >= 1, f"data.{name}", value, "a whole number of 1 or more")
+        names = ("tile_px", "batch_size", "cursors", "threads", "prefetch")
+        _check_at_least(1, self, "data", *names, expected="a whole number of {} or more")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         same = self.sit.latent_channels == self.vae.latent_channels
         expected = f"model.vae.latent_channels, {self.vae.latent_channels}"
-        _check(same, "model.sit.latent_channels", self.sit.latent_channels, expected)
+        check_setting(same, "model.sit.latent_channels", self.sit.latent_channels, expected)
 
 
 @dataclass(frozen=True)
@@ -102,30 +107,6 @@ class InitConfig:
 
     vae: str = ""
     sit: str = ""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and switches of the loss terms (model.md, section 2)."""
-
-    reconstruction: float = 1.0  # mean |x - reconstruction| in [-1, 1]
-    perceptual: float = 1.0
-    perceptual_weights: str = "hub"  # hub, a file, random:SEED, or none to switch the term off
-    legacy_lpips_range: bool = False  # REPA-E's first release scaled LPIPS' input twice
-    kl: float = 1e-6
-    generator: float = 0.1
-    generator_start: int = 0  # step at which the discriminator and its loss begin
-    vae_align: float = 1.5
-    sit_align: float = 0.5
-    condition_dropout: float = 0.1
-    time: Literal["uniform", "lognormal"] = "uniform"
-
-    def __post_init__(self) -> None:
-        for name in ("reconstruction", "perceptual", "kl", "generator", "vae_align", "sit_align"):
-            value = getattr(self, name)
-            _check(value >= 0, f"loss.{name}", value, "a number of 0 or more")
-        dropout = self.condition_dropout
-        _check(0 <= dropout <= 1, "loss.condition_dropout", dropout, "a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -145,13 +126,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr_vae", "lr_discriminator", "lr_sit", "eps", "clip"):
             value = getattr(self, name)
-            _check(value > 0, f"optim.{name}", value, "a number above 0")
-        decay = self.weight_decay
-        _check(decay >= 0, "optim.weight_decay", decay, "a number of 0 or more")
+            check_setting(value > 0, f"optim.{name}", value, "a number above 0")
+        _check_at_least(0, self, "optim", "weight_decay", expected="a number of {} or more")
         good = all(0 <= beta < 1 for beta in self.betas)
-        _check(good, "optim.betas", list(self.betas), "two numbers in [0, 1)")
-        for name in ("accumulate", "max_bad_steps"):
-            _check(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "1 or more")
+        check_setting(good, "optim.betas", list(self.betas), "two numbers in [0, 1)")
+        _check_at_least(1, self, "optim", "accumulate", "max_bad_steps")
 
 
 @dataclass(frozen=True)
@@ -165,7 +144,7 @@ class EmaConfig:
     def __post_init__(self) -> None:
         for name in ("sit", "vae"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"ema.{name}", value, "a number in [0, 1)")
+            check_setting(0 <= value < 1, f"ema.{name}", value, "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -188,15 +167,11 @@ class LogConfig:
     validation_draws: int = 4  # times and noises a tile
 
     def __post_init__(self) -> None:
-        for name in ("every", "samples", "sample_steps", "fixed_tiles"):
-            _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
-        for name in ("validation_every", "validation_tiles", "validation_draws"):
-            _check(getattr(self, name) >= 1, f"log.{name}", getattr(self, name), "1 or more")
-        rate = self.matrix_tflop_per_s
-        _check(rate >= 0, "log.matrix_tflop_per_s", rate, "a number of 0 or more")
-        scale = self.guidance_scale
-        _check(scale >= 0, "log.guidance_scale", scale, "a number of 0 or more")
-        _check(self.samples_every >= 0, "log.samples_every", self.samples_every, "0 or more")
+        _check_at_least(1, self, "log", "every", "samples", "sample_steps", "fixed_tiles")
+        _check_at_least(1, self, "log", "validation_every", "validation_tiles", "validation_draws")
+        numbers = ("matrix_tflop_per_s", "guidance_scale")
+        _check_at_least(0, self, "log", *numbers, expected="a number of {} or more")
+        _check_at_least(0, self, "log", "samples_every")
 
 
 @dataclass(frozen=True)
@@ -207,13 +182,12 @@ class CheckpointConfig:
     keep: int = 3  # newest checkpoints that stay
 
     def __post_init__(self) -> None:
-        _check(self.every >= 1, "checkpoint.every", self.every, "1 or more")
-        _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        _check_at_least(1, self, "checkpoint", "every", "keep")
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Which weights `python -m train export` and the sample grids take unless told otherwise."""
+    """Which weights the sample grids and, by default, `python -m train export` take."""
 
     sit: Weights = "ema"
     vae: Weights = "raw"
@@ -238,13 +212,21 @@ class Config:
 
     def __post_init__(self) -> None:
         version = self.config_version
-        _check(version == CONFIG_VERSION, "config_version", version, str(CONFIG_VERSION))
+        check_setting(version == CONFIG_VERSION, "config_version", version, str(CONFIG_VERSION))
         self._check_sizes()
-        if self.run.mode != "repa-e" and not self.init.vae:
-            raise UserError(
-                f"run.mode={self.run.mode} keeps the VAE frozen: set init.vae to a VAE's weights "
-                "(an exported model's vae folder or file)"
-            )
+        flat = _flatten(self.to_dict())
+        for key, meaning in self.mode.required.items():
+            if not flat[key]:
+                raise UserError(f"run.mode={self.run.mode}: set {key} to {meaning}")
+
+    @property
+    def mode(self) -> Mode:
+        """Which networks train, and by which losses."""
+        return MODES[self.run.mode]
+
+    def uses_loss(self, name: LossName) -> bool:
+        """Whether the mode has that loss and its weight is above 0."""
+        return name in self.mode.losses and getattr(self.loss, name, 1.0) > 0
 
     @property
     def fixed_selection(self) -> str:
@@ -253,7 +235,7 @@ class Config:
 
     def _check_sizes(self) -> None:
         latent, down = self.model.sit.latent_size, self.model.vae.downsampling
-        _check(
+        check_setting(
             self.data.tile_px == latent * down,
             "model.sit.latent_size",
             latent,
@@ -268,7 +250,7 @@ class Config:
     @property
     def uses_alignment(self) -> bool:
         """Whether a loss needs the encoder's patch tokens."""
-        return self.run.mode != "ldm" and (self.loss.sit_align > 0 or self.loss.vae_align > 0)
+        return self.uses_loss("vae_align") or self.uses_loss("sit_align")
 
     @property
     def reads_tokens(self) -> bool:
@@ -279,11 +261,6 @@ class Config:
     def tokens_kind(self) -> str:
         """The kind of features that holds them."""
         return f"tokens-{self.data.tokens}"
-
-    @property
-    def trains_alignment(self) -> bool:
-        """Whether the SiT's projector learns the encoder's tokens."""
-        return self.uses_alignment and self.loss.sit_align > 0
 
     @property
     def uses_condition(self) -> bool:
@@ -303,10 +280,10 @@ class Config:
         """sha256 of what decides the weights: two runs of one hash and one selection are one.
 
         Left out is what may change when a run goes on: its length, its machine, its dataset's
-        folder (the selection's own hash is compared instead), logging and checkpoints.
+        folder (the selection's hash is compared instead), logging and checkpoints.
         """
         values = self.to_dict()
-        for section in ("log", "checkpoint", "export"):
+        for section in _FREE_SECTIONS:
             del values[section]
         for section, keys in _FREE_KEYS.items():
             for key in keys:
@@ -314,6 +291,7 @@ class Config:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+_FREE_SECTIONS = ("log", "checkpoint", "export")
 _FREE_KEYS = {
     "run": ("dir", "steps", "device", "recompute", "compile"),
     "data": ("dataset", "selection", "threads", "prefetch"),
@@ -334,26 +312,21 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 def differing_keys(ours: Config, theirs: Config) -> list[str]:
     """Dotted keys by which two configurations are different runs, with both values."""
     free = {f"{section}.{key}" for section, keys in _FREE_KEYS.items() for key in keys}
-    a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
+    here, there = _flatten(ours.to_dict()), _flatten(theirs.to_dict())
     return [
-        f"{key} is {b[key]!r} there, {a[key]!r} here"
-        for key in a
-        if a[key] != b.get(key)
+        f"{key} is {there[key]!r} there, {value!r} here"
+        for key, value in here.items()
+        if value != there.get(key)
         and key not in free
-        and key.partition(".")[0] not in ("log", "checkpoint", "export")
+        and key.partition(".")[0] not in _FREE_SECTIONS
     ]
 
 
-def with_device(config: Config, device: Literal["auto", "cpu", "cuda"]) -> Config:
-    """The configuration on another device."""
-    return replace(config, run=replace(config.run, device=device))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

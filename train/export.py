@@ -39,7 +39,9 @@ def export_run(
         records=_records(config, run_dir, checkpoint, chosen_sit, chosen_vae),
     )
     load_network(checkpoint, _part("sit", chosen_sit), model.sit)
-    load_network(checkpoint, _vae_part(config, chosen_vae), model.vae)
+    # A frozen VAE is its average.
+    kept_vae = chosen_vae if config.mode.trains_vae else "raw"
+    load_network(checkpoint, _part("vae", kept_vae), model.vae)
     _check_finite(model, checkpoint)
     model.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
@@ -89,11 +91,6 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
 
 def _part(network: str, weights: Weights) -> str:
     return f"{network}_ema" if weights == "ema" else network
-
-
-def _vae_part(config: Config, weights: Weights) -> str:
-    """A frozen VAE is its own average."""
-    return _part("vae", weights if config.run.mode == "repa-e" else "raw")
 
 
 def _check_finite(model: CytoSyn, checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
 from train.initial import initialise, set_latent_statistics
-from train.step import Networks
+from train.losses import Networks
 from train.sync_norm import synchronise_norms
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a step works on: the networks, an AdamW a trained one, and the moving averages."""
+    """What a step works on: networks, an AdamW per trained one in the order of the updates, and
+    moving averages."""
 
     networks: Networks
     optimizers: dict[str, torch.optim.Optimizer]
@@ -49,40 +50,38 @@ def build_parts(config: Config, device: torch.device, tiles: Tensor | None = Non
     With `init.vae` alone the latent statistics begin at those of `tiles` uint8 [n, px, px, 3].
     Raises `UserError` for weights that are missing or do not fit.
     """
-    networks = build_networks(config, device)
-    rates = {"vae": config.optim.lr_vae, "discriminator": config.optim.lr_discriminator}
-    rates["sit"] = config.optim.lr_sit
-    optimizers = {
-        name: _adamw(config, network, rates[name])
-        for name in ("vae", "discriminator", "sit")  # the order of the updates
-        if (network := getattr(networks, name)) is not None
-        and any(parameter.requires_grad for parameter in network.parameters())
-    }
+    networks, optim = build_networks(config, device), config.optim
+    optimizers = {}
+    if config.mode.trains_vae:
+        optimizers["vae"] = _adamw(config, networks.vae, optim.lr_vae)
+    if networks.discriminator is not None:
+        optimizers["discriminator"] = _adamw(config, networks.discriminator, optim.lr_discriminator)
+    optimizers["sit"] = _adamw(config, networks.sit, optim.lr_sit)
     if config.init.vae and not config.init.sit and tiles is not None:
         set_latent_statistics(networks.sit.bn, networks.vae, tiles)
-    warmup = config.ema.warmup
-    frozen = "vae" not in optimizers  # then the latents' statistics do not move
-    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup, copy_buffers=frozen)
-    vae_average = None if frozen else Ema(networks.vae, config.ema.vae, warmup=warmup)
+    # The latents' statistics do not move where the VAE is frozen.
+    trains_vae, warmup = config.mode.trains_vae, config.ema.warmup
+    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup, copy_buffers=not trains_vae)
+    vae_average = Ema(networks.vae, config.ema.vae, warmup=warmup) if trains_vae else None
     return Parts(networks, optimizers, sit_average, vae_average)
 
 
 def build_networks(config: Config, device: torch.device) -> Networks:
-    """SiT and VAE, and in mode repa-e the discriminator and LPIPS where their terms are on."""
-    end_to_end = config.run.mode == "repa-e"
+    """SiT and VAE, and the discriminator and LPIPS where the run uses their losses."""
+    # The seed decides the weights by the order in which networks are built.
     with seeded_init(config.run.seed):
         sit, vae = SiT(config.model.sit), VAE(config.model.vae)
         discriminator = None
-        if end_to_end and config.loss.generator > 0:
+        if config.uses_loss("generator"):
             discriminator = Discriminator(config.model.discriminator).to(device)
             if config.run.sync_discriminator:
                 synchronise_norms(discriminator)
     perceptual = None
-    if end_to_end and config.loss.perceptual > 0 and config.loss.perceptual_weights != "none":
+    if config.uses_loss("perceptual") and config.loss.perceptual_weights != "none":
         perceptual = _perceptual(config).to(device)
     initialise(sit, vae, config)
-    sit.projectors.requires_grad_(config.trains_alignment)
-    vae.requires_grad_(end_to_end)
+    sit.projectors.requires_grad_(config.uses_loss("sit_align"))
+    vae.requires_grad_(config.mode.trains_vae)
     sit.recompute = vae.recompute = config.run.recompute
     vae = vae.to(device).to(memory_format=torch.channels_last)
     if device.type == "cuda":  # where channels last is what the tensor cores read

@@ -1,8 +1,8 @@
-"""What a person looks at: reconstruction on fixed tiles, grids of samples beside their guides."""
+"""Previews of a run: reconstruction of fixed tiles, grids of samples under their guides."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from common.files import replacing
 from model.cytosyn import CytoSyn
 from model.images import from_uint8
 from model.interpolant import Interpolant
@@ -20,7 +21,7 @@ from pipeline.dataset import BLOCK_ROWS
 from train.config import Config
 from train.source import BlockSource
 
-_AT_ONCE = 8  # tiles of a forward pass: previews must fit beside a training step
+_AT_ONCE = 8  # tiles of a forward pass: previews must fit into memory next to a training step
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class FixedTiles:
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """How well a VAE gives tiles back, on the grey scale [0, 1].
+class ReconstructionQuality:
+    """How well a VAE reconstructs tiles, on the grey scale [0, 1].
 
     `l1` is the mean absolute error, `psnr` the mean over tiles of the peak signal-to-noise ratio
     in dB, of posterior means decoded and clamped.
@@ -44,10 +45,6 @@ class Reconstruction:
     tiles: int
     l1: float
     psnr: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain values."""
-        return asdict(self)
 
 
 def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> FixedTiles:
@@ -65,7 +62,7 @@ def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> Fi
 
 
 @torch.no_grad()
-def measure_reconstruction(vae: VAE, tiles: Tensor) -> Reconstruction:
+def measure_reconstruction(vae: VAE, tiles: Tensor) -> ReconstructionQuality:
     """L1 and PSNR of tiles uint8 [n, px, px, 3] through posterior mean and decoder."""
     errors, psnrs = [], []
     with evaluating(vae):
@@ -76,7 +73,7 @@ def measure_reconstruction(vae: VAE, tiles: Tensor) -> Reconstruction:
             errors.append(difference.abs().mean(dim=(1, 2, 3)))
             mse = difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
             psnrs.append(-10 * torch.log10(mse))
-    return Reconstruction(
+    return ReconstructionQuality(
         len(tiles), float(torch.cat(errors).mean()), float(torch.cat(psnrs).mean())
     )
 
@@ -104,10 +101,8 @@ def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.N
 
 def save_picture(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     """Write an RGB picture uint8 [h, w, 3] as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}")
-    Image.fromarray(pixels).save(staged, format="PNG")
-    staged.replace(path)
+    with replacing(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")
 
 
 @contextmanager

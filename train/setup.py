@@ -1,10 +1,13 @@
 """Opening a run: every check that can fail is made before the first network is built."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
+from common.files import write_json, write_text
+from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
     open_dataset,
@@ -14,8 +17,6 @@ from pipeline.dataset import (
 )
 from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unfinished
 from train.config import Config, differing_keys, load_config
-from train.metrics import write_json, write_text
-from train.ranks import Ranks
 from train.source import BlockSource, check_coverage
 from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_blocks
 
@@ -31,9 +32,9 @@ Rows = list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The data of a run: its stream, where it reads, the fixed tiles, and those of validation by
-    selection."""
+class TrainingData:
+    """The data of a run: its stream and where it is read, and the rows of the fixed tiles and of
+    each validation selection."""
 
     dataset: Dataset
     stream: Stream
@@ -50,16 +51,16 @@ class Start:
     checkpoint: Path | None
 
 
-def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
+def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
     """The run's data; raises `UserError` with the command to run for whatever is missing.
 
-    Of several `ranks` the main one alone reads the selection, of which there may be 100 million
+    Of several processes the main one alone reads the selection, of which there may be 100 million
     rows, and checks that all of it is there.
     """
     if not config.data.dataset:
         raise UserError("data.dataset is not set: add data.dataset=DIR, a dataset directory")
-    dataset, data = open_dataset(Path(config.data.dataset)), config.data
-    table = _shared_table(config, dataset, ranks)
+    dataset, data, log = open_dataset(Path(config.data.dataset)), config.data, config.log
+    table = _share_table(config, dataset, processes)
     stream = Stream(table, seed=config.run.seed, batch_size=data.batch_size, cursors=data.cursors)
     source = BlockSource(
         dataset,
@@ -71,40 +72,39 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         tokens_kind=config.tokens_kind,
     )
     _check_features(config, source)
-    log = config.log
     others = {log.fixed_selection, *log.validation} - {"", data.selection}
     tables = {name: compile_blocks(read_selection(dataset, name)) for name in sorted(others)}
     tables[data.selection] = table
+    kinds = ["cls"] * config.uses_condition + [config.tokens_kind] * config.reads_tokens
 
     def check() -> None:
         for wanted in tables.values():
-            _check_tables(config, dataset, wanted)
+            check_coverage(
+                dataset,
+                wanted,
+                tile_px=data.tile_px,
+                encoder=data.encoder,
+                view=data.view,
+                kinds=kinds,
+            )
 
-    ranks.main_does(check) if ranks is not None else check()
+    processes.on_main(check)
     fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
     validation = {name: tables[name].spread_rows(log.validation_tiles) for name in log.validation}
-    return Inputs(dataset, stream, source, fixed, validation)
+    return TrainingData(dataset, stream, source, fixed, validation)
 
 
-def _shared_table(config: Config, dataset: Dataset, ranks: Ranks | None) -> BlockTable:
+def _share_table(config: Config, dataset: Dataset, processes: Processes) -> BlockTable:
     """The selection's blocks: compiled by the main process, mapped by the others."""
-    if ranks is None or ranks.size == 1:
+
+    def compile_selection() -> BlockTable:
         return compile_blocks(read_selection(dataset, config.data.selection))
+
+    if processes.size == 1:
+        return compile_selection()
     folder = run_directory(config) / BLOCKS_DIR
-
-    def compile_() -> None:
-        write_blocks(compile_blocks(read_selection(dataset, config.data.selection)), folder)
-
-    ranks.main_does(compile_)
+    processes.on_main(lambda: write_blocks(compile_selection(), folder))
     return map_blocks(folder)
-
-
-def _check_tables(config: Config, dataset: Dataset, table: BlockTable) -> None:
-    data = config.data
-    kinds = ["cls"] * config.uses_condition + [config.tokens_kind] * config.reads_tokens
-    check_coverage(
-        dataset, table, tile_px=data.tile_px, encoder=data.encoder, view=data.view, kinds=kinds
-    )
 
 
 def _check_features(config: Config, source: BlockSource) -> None:
@@ -125,18 +125,18 @@ def _check_features(config: Config, source: BlockSource) -> None:
         )
 
 
-def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> Start:
+def open_run(config: Config, data: TrainingData, processes: Processes, resume: Resume) -> Start:
     """Claim the run directory and find where to begin.
 
     Raises `UserError` for the directory of another configuration or selection, and with
-    resume="never" for one that holds checkpoints.
+    resume="never" for one that has checkpoints.
     """
     run_dir = run_directory(config)
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and resume == "never":
-        raise UserError(f"{run_dir} holds checkpoints: use --resume auto, or another run.dir")
+        raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
     _check_same_configuration(config, run_dir)
-    table = inputs.stream.table
+    table = data.stream.table
     state = RunState(0, table.content_hash, config.hash)
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -145,13 +145,13 @@ def open_run(config: Config, inputs: Inputs, ranks: Ranks, resume: Resume) -> St
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now holds: restore that selection, or use another run.dir"
             )
-    ranks.wait()  # all have read before the main process writes
+    processes.wait()  # all have read before the main process writes
 
     def claim() -> None:
         remove_unfinished(run_dir)
-        _write_claim(config, inputs, run_dir)
+        _write_claim(config, data, run_dir)
 
-    ranks.main_does(claim)
+    processes.on_main(claim)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
 
 
@@ -163,7 +163,7 @@ def run_directory(config: Config) -> Path:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether this very run stands complete in its directory; refuses another configuration."""
+    """Whether this very run is complete in its directory; refuses another configuration."""
     run_dir = run_directory(config)
     _check_same_configuration(config, run_dir)
     checkpoint = latest_checkpoint(run_dir)
@@ -174,8 +174,6 @@ def is_finished(config: Config) -> bool:
 
 def read_records(run_dir: Path) -> dict[str, Any]:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
-    import json
-
     path = run_dir / RECORDS_FILE
     try:
         return dict(json.loads(path.read_text()))
@@ -193,19 +191,19 @@ def _check_same_configuration(config: Config, run_dir: Path) -> None:
         )
 
 
-def _write_claim(config: Config, inputs: Inputs, run_dir: Path) -> None:
+def _write_claim(config: Config, data: TrainingData, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    record = inputs.source.encoder_record
+    record = data.source.encoder_record
     header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
     if record.get("random_weights"):
         header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
     write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
     records = {
         "encoder": record,
-        "dataset": read_identity(inputs.dataset),
-        "rows": inputs.stream.table.num_rows,
-        "steps_per_epoch": inputs.stream.steps_per_epoch,
-        "blocks_sha256": inputs.stream.table.content_hash,
+        "dataset": read_identity(data.dataset),
+        "rows": data.stream.table.num_rows,
+        "steps_per_epoch": data.stream.steps_per_epoch,
+        "blocks_sha256": data.stream.table.content_hash,
         "config_sha256": config.hash,
         "versions": software_versions("torch", "numpy"),
     }

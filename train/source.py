@@ -8,15 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset import (
-    Dataset,
-    Entry,
-    TileStore,
-    committed_shards,
-    covered_blocks,
-    read_journal,
-    standing,
-)
+from pipeline.dataset import Dataset, Ledger, ScopeLedger, TileStore
 from pipeline.dataset.features import FeatureStore, feature_scope
 from train.stream import BlockTable
 
@@ -114,21 +106,21 @@ def check_coverage(
     A training run must not find out after days that its last slides were never cached.
     """
     root = dataset.root
-    tiles = committed_shards(dataset, tile_px)
+    tiles = Ledger.read(dataset, "tile")[str(tile_px)]
     _require(table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}")
-    journal = read_journal(dataset, "cache")
+    caches = Ledger.read(dataset, "cache")
     for kind in kinds:
-        done = standing(journal, feature_scope(tile_px, encoder, view, kind))
+        done = caches[feature_scope(tile_px, encoder, view, kind)]
         command = f"python -m pipeline cache --dataset {root} --encoder {encoder}"
         _require(table, done, f"{kind} features of {encoder}", command)
 
 
-def _require(table: BlockTable, entries: dict[str, list[Entry]], what: str, command: str) -> None:
+def _require(table: BlockTable, ledger: ScopeLedger, what: str, command: str) -> None:
     missing = 0
     first = ""
     starts = np.searchsorted(table.blocks["slide"], np.arange(len(table.slide_ids) + 1))
     for index, slide_id in enumerate(table.slide_ids):
-        done = covered_blocks(e for e in entries.get(slide_id, ()) if e.outcome == "done")
+        done = ledger.recorded_blocks(slide_id)
         needed = table.blocks["block"][starts[index] : starts[index + 1]].tolist()
         gaps = [block for block in needed if block not in done]
         missing += len(gaps)

@@ -24,10 +24,10 @@ from model.latent_norm import LatentStatistics
 from model.sit import SiT
 from model.vae import VAE
 from train.config import Config
-from train.step import (
+from train.losses import (
     Draws,
-    Inputs,
     Networks,
+    StepInputs,
     discriminator_loss,
     sit_losses,
     vae_alignment,
@@ -60,9 +60,9 @@ def _counted(config: Config, perceptual: "PerceptualLoss | None") -> dict[str, i
         vae, sit, path = networks.vae, networks.sit, Interpolant(config.model.path)
         z = torch.empty_like(inputs.draws.noise)
         counted: dict[str, Callable[[], Tensor]] = {}
-        if config.run.mode == "repa-e":
+        if config.mode.trains_vae:
             counted["vae"] = lambda: _vae_total(config, networks, inputs)
-            if config.uses_alignment and config.loss.vae_align > 0:
+            if config.uses_loss("vae_align"):
                 latents = z.clone().requires_grad_()
                 counted["align"] = lambda: vae_alignment(sit, path, latents, inputs)
             if (judge := networks.discriminator) is not None:
@@ -111,7 +111,7 @@ def _clock(device: torch.device) -> float:
 
 def _networks(config: Config, perceptual: "PerceptualLoss | None") -> Networks:
     """The networks without values."""
-    judges = config.run.mode == "repa-e" and config.loss.generator > 0
+    judges = config.uses_loss("generator")
     return Networks(
         SiT(config.model.sit),
         VAE(config.model.vae),
@@ -120,7 +120,7 @@ def _networks(config: Config, perceptual: "PerceptualLoss | None") -> Networks:
     )
 
 
-def _inputs(config: Config) -> Inputs:
+def _inputs(config: Config) -> StepInputs:
     """One tile without values."""
     sit, px = config.model.sit, config.data.tile_px
     latent = (1, sit.latent_channels, sit.latent_size, sit.latent_size)
@@ -128,21 +128,22 @@ def _inputs(config: Config) -> Inputs:
     condition = torch.empty(1, sit.condition_dim) if config.uses_condition else None
     drop = torch.empty(1, dtype=torch.bool)
     draws = Draws(torch.empty(1), torch.empty(latent), torch.empty(latent), drop)
-    return Inputs(torch.empty(1, 3, px, px), condition, tokens, draws)
+    return StepInputs(torch.empty(1, 3, px, px), condition, tokens, draws)
 
 
-def _vae_total(config: Config, networks: Networks, inputs: Inputs) -> Tensor:
+def _vae_total(config: Config, networks: Networks, inputs: StepInputs) -> Tensor:
     output = networks.vae(inputs.images, inputs.draws.posterior_noise)
     generate = networks.discriminator is not None
     return vae_losses(inputs.images, output, networks, config.loss, generate=generate)[0]
 
 
-def _sit_total(config: Config, sit: SiT, path: Interpolant, z: Tensor, inputs: Inputs) -> Tensor:
+def _sit_total(
+    config: Config, sit: SiT, path: Interpolant, z: Tensor, inputs: StepInputs
+) -> Tensor:
     # Given statistics: those of the batch would ask the other processes.
     still = LatentStatistics(sit.bn.running_mean, sit.bn.running_var, torch.empty(()))
-    align = config.trains_alignment
-    terms = sit_losses(sit, sit, path, z, inputs, align=align, statistics=still)
-    return torch.stack(list(terms.values())).sum()
+    align = config.uses_loss("sit_align")
+    return sit_losses(sit, sit, path, z, inputs, config.loss, align=align, statistics=still)[0]
 
 
 def _operations(loss: Callable[[], Tensor]) -> int:

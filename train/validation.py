@@ -14,7 +14,7 @@ from torch import Tensor
 from model.images import from_uint8
 from model.interpolant import Interpolant
 from model.losses import alignment_loss, denoising_loss
-from model.noise import Stream, normal, uniform
+from model.noise import RandomStream, normal, uniform
 from model.sit import SiT
 from model.vae import VAE
 from train.config import Config
@@ -48,11 +48,11 @@ def fixed_noise(config: Config, count: int, draws: int, index: int) -> FixedNois
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
     slots = list(range(index * count, (index + 1) * count))
     seed, step = VALIDATION_SEED, VALIDATION_STEP
-    part = uniform(seed, (), stream=Stream.TIME, step=step, slot=slots)
+    part = uniform(seed, (), stream=RandomStream.TIME, step=step, slot=slots)
     return FixedNoise(
         (index + part) / draws,
-        normal(seed, shape, stream=Stream.NOISE, step=step, slot=slots),
-        normal(seed, shape, stream=Stream.POSTERIOR, step=step, slot=slots),
+        normal(seed, shape, stream=RandomStream.NOISE, step=step, slot=slots),
+        normal(seed, shape, stream=RandomStream.POSTERIOR, step=step, slot=slots),
     )
 
 

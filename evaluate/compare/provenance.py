@@ -15,9 +15,9 @@ from evaluate.metrics.blockiness import blockiness
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
+    Ledger,
     Selection,
     TileStore,
-    committed_shards,
     read_identity,
 )
 
@@ -70,7 +70,7 @@ def mean_blockiness(
 
 def _files_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
     digest = hashlib.sha256()
-    shards = committed_shards(dataset, tile_px)
+    shards = Ledger.read(dataset, "tile")[str(tile_px)].written
     for slide_id, ranks in selection.items():
         for entry in sorted(shards.get(slide_id, []), key=lambda one: (one.start, one.stop)):
             if ((ranks >= entry.start) & (ranks < entry.stop)).any():

@@ -5,18 +5,13 @@ from pathlib import Path
 
 from common.console import EXIT_OK, say
 from common.errors import UserError
+from common.torch_processes import Processes, joined_processes, make_sums_independent_of_threads
 from evaluate.generate.condition_source import ConditionSource, check_fit
 from evaluate.generate.open import check_dataset, check_guidance_options, open_conditions
 from evaluate.generate.run import Request, final_line, generate
 from evaluate.generate.sweep import SweepPoint, parse_sweep, write_table
 from evaluate.generators import Generator
 from evaluate.generators.open import ModelSource, OpenedModel, open_generator, settings_for
-from evaluate.processes import (
-    Processes,
-    choose_device,
-    joined_processes,
-    same_sums_for_any_threads,
-)
 from model.sampler_settings import FIELD_OF_OPTION, SamplerSettings
 
 
@@ -26,14 +21,13 @@ def generate_command(options: argparse.Namespace) -> int:
     check_guidance_options(options)
     points = _requested_points(options)
     check_dataset(options)
-    same_sums_for_any_threads()
-    with joined_processes() as processes:
-        device = choose_device(options.device, processes.local_rank)
+    make_sums_independent_of_threads()
+    with joined_processes(options.device) as processes:
         opened = open_generator(
             ModelSource(
                 options.generator,
                 options.model,
-                device,
+                processes.device,
                 dtype=options.dtype,
                 compiles=options.compile,
                 trust_remote_code=options.trust_remote_code,
@@ -42,9 +36,9 @@ def generate_command(options: argparse.Namespace) -> int:
             )
         )
         first = opened.make(points[0][1])
-        source, warnings = open_conditions(options, first, device)
+        source, warnings = open_conditions(options, first, processes.device)
         warnings += check_fit(source, first, force=options.force)
-        if processes.is_first:
+        if processes.is_main:
             for message in [*opened.notices, *warnings, *_encoder_warnings(source, first)]:
                 say(f"warning: {message}")
         forced = "; ".join(warnings) or None
@@ -52,7 +46,7 @@ def generate_command(options: argparse.Namespace) -> int:
             out: Path = options.out if point is None else options.out / point.name
             generator = opened.make(settings)
             _generate_point(options, generator, source, out, forced, processes)
-        if options.sweep and processes.is_first:
+        if options.sweep and processes.is_main:
             _finish_sweep(options.out, points, opened)
     return EXIT_OK
 
@@ -104,7 +98,7 @@ def _generate_point(
         forced=forced,
     )
     outcome = generate(generator, source, request, processes)
-    if processes.is_first:
+    if processes.is_main:
         say(final_line(outcome, out))
 
 

@@ -15,7 +15,7 @@ from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
     Selection,
-    fingerprint,
+    fingerprint_of,
     identity_value,
     read_identity,
     read_selection,
@@ -36,7 +36,7 @@ def guiding_fingerprint(dataset: Dataset) -> str:
     A selection's sum is of slides and ranks, and which tile a rank is depends on the dataset's
     seed, grid, detector and resolution.
     """
-    return fingerprint(**read_identity(dataset))
+    return fingerprint_of(**read_identity(dataset))
 
 
 def foreign_guidance(synthetic: Dataset, guidance: Dataset) -> str:

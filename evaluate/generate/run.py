@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from common.console import meter, say
 from common.text import format_bytes, format_seconds
+from common.torch_processes import Processes
 from evaluate.generate.condition_source import GUIDING_FINGERPRINT, ConditionSource
 from evaluate.generate.plan import (
     Unit,
@@ -28,14 +30,13 @@ from evaluate.generate.write import (
     write_tables,
 )
 from evaluate.generators import Generator
-from evaluate.processes import Processes
 from model.noise import derive_seeds
 from pipeline.dataset import (
     Dataset,
     Run,
     claim_identity,
     encode_png,
-    fingerprint,
+    fingerprint_of,
     read_identity,
     software_versions,
 )
@@ -88,14 +89,14 @@ def generate(
     # says which dataset guided.
     if dataset.identity_file.exists() and GUIDING_FINGERPRINT not in read_identity(dataset):
         claims.pop(GUIDING_FINGERPRINT, None)
-    unit_fingerprint = fingerprint(stage="generate", version=_STAGE_VERSION, **claims)
+    unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
         claim_identity(dataset, claims, stage="generate", versions=_versions())
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
-    units = [Unit(*row) for row in processes.agree(prepare)][processes.rank :: processes.size]
+    units = [Unit(*row) for row in processes.on_main(prepare)][processes.rank :: processes.size]
     started = time.monotonic()
     written = 0
     with _show_progress(processes, sum(unit.count for unit in units)) as advance:
@@ -107,7 +108,8 @@ def generate(
                 for unit in units:
                     writer.write(unit, _sample_unit(generator, source, request, unit, advance))
             written = writer.bytes
-    made, written = processes.total(sum(unit.count for unit in units), written)
+    made = sum(unit.count for unit in units)
+    made, written = processes.total(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started
     return Outcome(made, count_planned_images(dataset), written, seconds)
 
@@ -175,7 +177,7 @@ _Advance = Callable[[int, str], None]
 @contextmanager
 def _show_progress(processes: Processes, total: int) -> Iterator[_Advance]:
     """Progress of the first process, on behalf of the others: they have as much to do."""
-    if not processes.is_first or not total:
+    if not processes.is_main or not total:
         yield lambda count, note: None
         return
     label = "generate" if processes.size == 1 else f"generate (1 of {processes.size} processes)"

@@ -13,18 +13,15 @@ from pipeline.dataset import (
     Entry,
     FileRecord,
     HashingFile,
+    Ledger,
     Run,
     Slide,
     commit_bytes,
     commit_file,
-    committed_shards,
-    files_present,
-    fingerprint,
+    fingerprint_of,
     make_selection,
-    read_journal,
     read_selection,
     software_versions,
-    standing,
     write_candidates,
     write_selection,
     write_slides,
@@ -66,7 +63,7 @@ def write_tables(
     """
     if count_planned_images(dataset) >= selected and _tables_are_valid(dataset):
         return
-    table_fingerprint = fingerprint(stage=STAGE, plan=plan)
+    table_fingerprint = fingerprint_of(stage=STAGE, plan=plan)
 
     def done(name: str, scope: str, *files: FileRecord) -> Entry:
         return Entry(name, "done", table_fingerprint, scope=scope, files=files)
@@ -97,16 +94,14 @@ def write_tables(
 
 def _tables_are_valid(dataset: Dataset) -> bool:
     """Whether all journalled tables are on disk; tables older than their journal are trusted."""
-    journal = read_journal(dataset, STAGE)
-    if not journal:
+    ledger = Ledger.read(dataset, STAGE)
+    if not ledger.lines:
         return True
-    scopes = {s: standing(journal, s) for s in (TABLE_SCOPE, SELECTION_SCOPE, GUIDANCE_SCOPE)}
-    return bool(scopes[SELECTION_SCOPE]) and all(
-        files_present(dataset, entry)
-        for by_item in scopes.values()
-        for entries in by_item.values()
-        for entry in entries
-        if entry.outcome == "done"
+    scopes = [ledger[scope] for scope in (TABLE_SCOPE, SELECTION_SCOPE, GUIDANCE_SCOPE)]
+    return len(ledger[SELECTION_SCOPE]) > 0 and all(
+        len(scope.on_disk(slide_id)) == len(entries)
+        for scope in scopes
+        for slide_id, entries in scope.written.items()
     )
 
 
@@ -152,13 +147,12 @@ def candidates_table(
 
 def committed_spans(dataset: Dataset, tile_px: int, unit_fingerprint: str) -> dict[str, list[Span]]:
     """Per pseudo-slide, the ranks that are committed with this fingerprint and still on disk."""
+    ledger = Ledger.read(dataset, "tile")[str(tile_px)]
     return {
         slide_id: [
-            (entry.start, entry.stop)
-            for entry in entries
-            if entry.fingerprint == unit_fingerprint and files_present(dataset, entry)
+            (entry.start, entry.stop) for entry in ledger.on_disk(slide_id, unit_fingerprint)
         ]
-        for slide_id, entries in committed_shards(dataset, tile_px).items()
+        for slide_id in ledger.written
     }
 
 

@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError
+from common.torch_processes import choose_device
 from evaluate.compare.measure import make_pair, real_halves
 from evaluate.compare.sides import FeatureSide, slide_attribute, source_features
 from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
 from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
 from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
 from evaluate.metrics.registry import METRICS, needed_features
-from evaluate.processes import choose_device
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
@@ -40,7 +40,7 @@ class Measurer:
 
     def __init__(self, protocol: Protocol, sources: ProtocolSources, store: ResultStore) -> None:
         self.protocol, self.sources, self.store = protocol, sources, store
-        self._device = choose_device(protocol.device).type
+        self._device = choose_device(protocol.device, setting="device=").type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
 
     def side(self, seen: Seen, encoder: str) -> OpenSide:

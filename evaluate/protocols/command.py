@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from common.console import EXIT_OK, say
 from common.text import format_bytes, format_seconds
+from common.torch_processes import joined_processes, make_sums_independent_of_threads
 from evaluate.compare.results import write_results
-from evaluate.processes import joined_processes, same_sums_for_any_threads
 from evaluate.protocols.config import Protocol, load, names
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import expand_names, plan_cells
@@ -19,7 +19,7 @@ def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> i
 
     `arguments` are the command line, for a launcher to repeat.
     """
-    same_sums_for_any_threads()  # images that it makes are those of `generate`
+    make_sums_independent_of_threads()  # images that it makes are those of `generate`
     if options.name == "list":
         for name in names():
             say(f"{name:14} {load(name).title}")
@@ -27,7 +27,7 @@ def protocol_command(options: argparse.Namespace, arguments: Sequence[str]) -> i
     protocol = load(options.name, options.config, options.overrides)
     if options.generate:
         sources = SourceMaker(protocol)
-        with joined_processes() as processes:
+        with joined_processes(protocol.device, setting="device=") as processes:
             for source in expand_names(protocol, options.generate):
                 sources.generate(source, processes)
     elif options.dry_run:

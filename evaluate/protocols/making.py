@@ -13,6 +13,7 @@ import torch
 
 from common.console import say
 from common.errors import UserError
+from common.torch_processes import Processes, joined_processes
 from evaluate.generate.condition_source import (
     ConditionSource,
     SelectionConditions,
@@ -22,7 +23,6 @@ from evaluate.generate.condition_source import (
 from evaluate.generate.run import Request, final_line, generate
 from evaluate.generators import Generator
 from evaluate.generators.open import ModelSource, OpenedModel, open_generator
-from evaluate.processes import Processes, choose_device, joined_processes
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.plan import Images, Seen, parse_vae
 from evaluate.protocols.reconstruct import Reconstruction, TileConditions
@@ -57,24 +57,23 @@ class SourceMaker(ProtocolSources):
             _run_command([*launcher, "-m", "evaluate", *self._command, "--generate", source])
             self.forget_tiles(source)
             return
-        with joined_processes() as processes:
+        with joined_processes(self.protocol.device, setting="device=") as processes:
             self.generate(source, processes)
 
     def generate(self, source: str, processes: Processes) -> None:
         """Make a source's images in this process, or in this process's share of many."""
-        device = choose_device(self.protocol.device, processes.local_rank)
         vae = parse_vae(source)
         conditions: ConditionSource
         generator: Generator
         if vae:
             tiles = self.tiles(vae[1])
-            network = CytoSyn.from_pretrained(self.model(vae[0]).model).to(device)
+            network = CytoSyn.from_pretrained(self.model(vae[0]).model).to(processes.device)
             generator = Reconstruction(network, tiles.px)
             conditions = TileConditions(tiles.dataset, tiles.whole, tiles.px)
             seed, batch = 0, _RECONSTRUCTION_BATCH
         else:
             images = self.images[source]
-            generator = self._generator(images, device)
+            generator = self._generator(images, processes.device)
             conditions = self._conditions(images)
             check_fit(conditions, generator)  # a protocol forces nothing
             seed, batch = images.spec.seed[0], images.spec.batch
@@ -86,7 +85,7 @@ class SourceMaker(ProtocolSources):
             mpp=conditions.mpp if generator.mpp is None else generator.mpp,
         )
         outcome = generate(generator, conditions, request, processes)
-        if processes.is_first:
+        if processes.is_main:
             say(f"{source}: {final_line(outcome, request.out)}")
         self.forget_tiles(source)
 

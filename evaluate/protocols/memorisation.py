@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from common.console import meter
 from common.errors import UserError
+from common.torch_processes import choose_device
 from evaluate.generate.condition_source import guiding_fingerprint
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
 from evaluate.metrics.neighbours import Neighbours
-from evaluate.processes import choose_device
 from evaluate.protocols.cells import Measurer, OpenSide
 from evaluate.protocols.nearest import copying_test, distance_ratios, nearest_in_blocks
 from evaluate.protocols.plan import Seen, all_images
@@ -64,7 +64,8 @@ class CopySearch:
 
     def __init__(self, measurer: Measurer, encoder: str, source: str) -> None:
         self._measurer, self._protocol, self._encoder = measurer, measurer.protocol, encoder
-        self._source, self._device = source, choose_device(self._protocol.device).type
+        self._source = source
+        self._device = choose_device(self._protocol.device, setting="device=").type
         train = Seen(self._protocol.train)
         self._selection = measurer.sources.tiles(train.source).used
         self._store = measurer.sources.feature_store(train, encoder)

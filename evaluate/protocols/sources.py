@@ -6,7 +6,6 @@ everything that is valid is reused: a killed protocol goes on where it was.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +20,13 @@ from evaluate.protocols.config import GenerationSpec, ModelSpec, Protocol
 from evaluate.protocols.plan import Features, Seen, all_images, parse_vae
 from model.sampler_settings import SamplerSettings
 from pipeline.dataset import (
-    BLOCK_ROWS,
     Dataset,
-    Entry,
+    Ledger,
     Selection,
-    committed_shards,
-    covered_blocks,
-    files_present,
     identity_value,
     make_selection,
     open_dataset,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.dataset.features import FeatureStore, encoder_file, feature_scope, read_encoder_record
 
@@ -159,7 +152,7 @@ class ProtocolSources:
         if whole.rows < count:
             return count - whole.rows
         used = first_images(whole, count, source)
-        return _count_missing(dataset, used, committed_shards(dataset, _tile_px(dataset)))
+        return Ledger.read(dataset, "tile")[str(_tile_px(dataset))].uncovered_rows(used.items())
 
     def feature_store(self, seen: Seen, encoder: str) -> FeatureStore:
         """The features of a source as seen."""
@@ -199,7 +192,7 @@ class ProtocolSources:
                     "or use another dataset"
                 )
         scope = feature_scope(px, encoder, seen.view, "cls")
-        return _count_missing(dataset, wanted, standing(read_journal(dataset, "cache"), scope))
+        return Ledger.read(dataset, "cache")[scope].uncovered_rows(wanted.items())
 
 
 def sampler_settings(kind: str, spec: GenerationSpec) -> SamplerSettings:
@@ -217,23 +210,6 @@ def sampler_settings(kind: str, spec: GenerationSpec) -> SamplerSettings:
 
 def _tile_px(dataset: Dataset) -> int:
     return int(identity_value(dataset, "tile_px"))
-
-
-def _count_missing(
-    dataset: Dataset, wanted: Selection, entries: Mapping[str, Sequence[Entry]]
-) -> int:
-    """Rows of a selection whose block is in no journalled file on disk."""
-    missing = 0
-    for slide_id, ranks in wanted.items():
-        present = covered_blocks(
-            [
-                entry
-                for entry in entries.get(slide_id, [])
-                if entry.outcome == "done" and files_present(dataset, entry)
-            ]
-        )
-        missing += int(np.isin(ranks // BLOCK_ROWS, list(present), invert=True).sum())
-    return missing
 
 
 def first_tiles(whole: Selection, count: int, name: str) -> Selection:

@@ -1,4 +1,4 @@
-"""The room's commands: one light module each, with its options and how it is run.
+"""The commands of `pipeline`: one light module each, with its options and how it is run.
 
 A module has `HELP` (one line), `add_options(parser)` and `run(options) -> exit status`; what the
 command needs is imported in `run`, so that `--help` and one-line errors come at once.
@@ -23,4 +23,4 @@ COMMANDS = (
     "doctor",
     "run",
 )
-"""In the order of a dataset's life; the modules bear these names (`import`, a keyword, import_)."""
+"""In the order of a dataset's life; modules have these names (`import`, a keyword, import_)."""

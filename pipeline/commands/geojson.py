@@ -1,26 +1,25 @@
 """`pipeline geojson`."""
 
 import argparse
-from pathlib import Path
 
-from pipeline.commands.options import add_dataset, add_engine, add_selections, engine_config
+from common.options import add_config_options, config_from_options
+from pipeline.commands.options import add_dataset, add_engine, engine_config
+from pipeline.imports.config import CoordinatesExport
 
 HELP = "write masks and tiles as GeoJSON for QuPath"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
+    add_config_options(parser, CoordinatesExport)
     add_dataset(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: DATASET/geojson")
-    parser.add_argument("--tiles", action="store_true", help="with the tiles that were kept")
-    add_selections(parser)
     add_engine(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the files."""
+    """Run the stage."""
     from pipeline.dataset import open_dataset
-    from pipeline.imports.export import ExportConfig, export_geojson
+    from pipeline.imports.export import export_geojson
 
-    config = ExportConfig(options.out, options.tiles, tuple(options.selections))
+    config = config_from_options(CoordinatesExport, options)
     return export_geojson(open_dataset(options.dataset), config, engine_config(options))

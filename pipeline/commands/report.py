@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands.options import add_dataset, count
+from common.options import parse_count
+from pipeline.commands.options import add_dataset
 
 HELP = "write the dataset's QC page, to be opened in a browser"
 
@@ -13,8 +14,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: DATASET/report)")
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="threads that make small pictures (cores)"
-    )
+        "--workers", type=parse_count, metavar="N",
+        help="threads that make small pictures (default: cores)",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands.options import byte_count
+from common.options import parse_byte_count
 
 HELP = "all stages from one YAML file; run again to go on, --dry-run to plan"
 
@@ -16,13 +16,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="print each step's bytes, files and hours that are left, and do nothing",
     )  # fmt: skip
     parser.add_argument(
-        "--max-bytes", type=byte_count, metavar="N",
+        "--max-bytes", type=parse_byte_count, metavar="N",
         help="refuse a plan that would write more, such as 2TB or 500GB",
     )  # fmt: skip
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=int, metavar="N", help="over the file's own")
-    where.add_argument("--cluster", metavar="FILE.yaml", help="over the file's own")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="over the file's own")
+    where.add_argument(
+        "--workers", type=int, metavar="N", help="local processes, over the recipe's"
+    )
+    where.add_argument("--cluster", metavar="FILE.yaml", help="batch jobs, over the recipe's")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask cluster, over the recipe's")
 
 
 def run(options: argparse.Namespace) -> int:

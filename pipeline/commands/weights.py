@@ -9,7 +9,7 @@ HELP = "list the encoders, and fetch published weights on a machine with a netwo
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="encoders and weights: size, input, licence, where they lie")
+    actions.add_parser("list", help="encoders and weights: size, input, licence, where they are")
     fetch = actions.add_parser(
         "fetch", help="fetch weights into a folder, as safetensors with their sums and licences"
     )
@@ -17,17 +17,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--to", required=True, type=Path, metavar="DIR", help="the folder")
     fetch.add_argument(
         "--mirror", default="", metavar="ADDRESS",
-        help="a place (https://..., file:///...) that holds the files that are not on the hub",
+        help="address (https://..., file:///...) of the files that are not on the hub",
     )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the action."""
     from common.console import EXIT_OK, say
-    from pipeline.upkeep.weights import fetch, table_rows
+    from pipeline.upkeep.weights import fetch_weights, table_rows
 
     if options.action == "fetch":
-        return fetch(options.names, options.to, mirror=options.mirror)
+        return fetch_weights(options.names, options.to, mirror=options.mirror)
     rows = table_rows()
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -11,7 +11,7 @@ from pipeline.dataset.commit import (
     commit_json,
     new_run_id,
 )
-from pipeline.dataset.fingerprint import fingerprint
+from pipeline.dataset.fingerprint import fingerprint_of
 from pipeline.dataset.identity import (
     claim_identity,
     identity_value,
@@ -19,7 +19,7 @@ from pipeline.dataset.identity import (
     read_identity,
     software_versions,
 )
-from pipeline.dataset.journal import Entry, Run, files_present, mends, read_journal, standing
+from pipeline.dataset.journal import Entry, Run, files_present, read_journal
 from pipeline.dataset.layout import (
     BLOCK_ROWS,
     Dataset,
@@ -30,6 +30,7 @@ from pipeline.dataset.layout import (
     parse_shard_name,
     safe_slide_id,
 )
+from pipeline.dataset.ledger import Ledger, Missing, ScopeLedger
 from pipeline.dataset.tables import (
     CANDIDATES_SCHEMA,
     GENERATED_SCHEMA,
@@ -45,7 +46,7 @@ from pipeline.dataset.tables import (
     write_slides,
 )
 from pipeline.dataset.tiles.png_tar import decode_png, encode_png, write_tar
-from pipeline.dataset.tiles.store import TileStore, committed_shards, covered_blocks
+from pipeline.dataset.tiles.store import TileStore
 
 __all__ = [
     "BLOCK_ROWS",
@@ -55,7 +56,10 @@ __all__ = [
     "Entry",
     "FileRecord",
     "HashingFile",
+    "Ledger",
+    "Missing",
     "Run",
+    "ScopeLedger",
     "Selection",
     "ShardName",
     "Slide",
@@ -67,16 +71,13 @@ __all__ = [
     "commit_bytes",
     "commit_file",
     "commit_json",
-    "committed_shards",
-    "covered_blocks",
     "covering_blocks",
     "decode_png",
     "encode_png",
     "files_present",
-    "fingerprint",
+    "fingerprint_of",
     "identity_value",
     "make_selection",
-    "mends",
     "new_run_id",
     "open_dataset",
     "parse_shard_name",
@@ -87,7 +88,6 @@ __all__ = [
     "read_slides",
     "safe_slide_id",
     "software_versions",
-    "standing",
     "write_candidates",
     "write_selection",
     "write_slides",

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 
-def fingerprint(**parts: Any) -> str:
+def fingerprint_of(**parts: Any) -> str:
     """Hash of the named parts (JSON values); equal parts give equal fingerprints.
 
     A stage's fingerprint holds the slide's bytes, the stage's parameters and version and the

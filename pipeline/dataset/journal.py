@@ -21,7 +21,6 @@ from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
 from pipeline.dataset.layout import Dataset, is_inside
 
-_NO_RANGE = (-1, -1)
 Outcome = Literal["done", "rejected", "failed", "pruned"]
 """`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
 
@@ -206,42 +205,6 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     if outside:
         return entries
     return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]
-
-
-def standing(entries: Iterable[Entry], scope: str = "") -> dict[str, list[Entry]]:
-    """Per slide, the entries that hold: those with the fingerprint of the slide's latest line.
-
-    Lines of an older fingerprint (the slide or a parameter changed since) are superseded; of two
-    lines for the same rank range the later one holds. A failure has no range: any later `done` of
-    the slide supersedes it (`mends`). Slides of which no line is left are left out.
-    """
-    latest: dict[str, dict[tuple[int, int], Entry]] = {}
-    current: dict[str, str] = {}
-    for entry in entries:
-        rows = latest.get(entry.slide_id, {})
-        if _NO_RANGE in rows and mends(entry, rows[_NO_RANGE]):
-            del rows[_NO_RANGE]
-        if entry.scope != scope:
-            continue
-        if current.get(entry.slide_id) != entry.fingerprint:
-            current[entry.slide_id] = entry.fingerprint
-            latest[entry.slide_id] = {}
-        latest[entry.slide_id][entry.start, entry.stop] = entry
-    return {
-        slide: sorted(rows.values(), key=lambda e: e.start)
-        for slide, rows in latest.items()
-        if rows
-    }
-
-
-def mends(later: Entry, failure: Entry) -> bool:
-    """Whether a later line of the same slide and stage says that what failed has succeeded.
-
-    Older releases wrote some failures without their scope: a `done` of any scope mends those.
-    """
-    if later.outcome != "done" or failure.outcome != "failed":
-        return False
-    return failure.scope in ("", later.scope)
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:

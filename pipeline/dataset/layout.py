@@ -136,6 +136,15 @@ class Dataset:
         return path.relative_to(self.root).as_posix()
 
 
+def ranks_of_blocks(blocks: range, rows: int) -> range:
+    """The ranks of a span of blocks of a slide with `rows` candidates; its last block may be short.
+
+    >>> ranks_of_blocks(range(1, 3), rows=40)
+    range(16, 40)
+    """
+    return range(blocks.start * BLOCK_ROWS, min(blocks.stop * BLOCK_ROWS, rows))
+
+
 def covering_blocks(ranks_start: int, ranks_stop: int) -> range:
     """The blocks that ranks [start, stop) touch."""
     return range(ranks_start // BLOCK_ROWS, -(-ranks_stop // BLOCK_ROWS))

@@ -1,14 +1,13 @@
 """The worker of the `cache` stage: the missing features of a bundle of slides."""
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +25,14 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.parquet import cls_table, open_writer, token_table, write_blocks
-from pipeline.dataset.layout import ShardName
+from pipeline.dataset.layout import ShardName, ranks_of_blocks
 from pipeline.features.compute import (
-    Batch,
-    Decoder,
     Features,
     Forward,
     Span,
     SpanWriter,
+    TileBatch,
+    TileDecoder,
     batches,
     decode_threads,
     lanes_for,
@@ -42,70 +41,124 @@ from pipeline.features.compute import (
 from pipeline.features.config import CacheConfig
 from pipeline.features.device import worker_device
 from pipeline.features.views import view_function
-from pipeline.run.engine import report_note, report_progress
+from pipeline.run.tasks import report_note, report_progress
 
 if TYPE_CHECKING:
     from model.encoders import Encoder
 
-Work: TypeAlias = dict[tuple[int, int], list[str]]
-"""Runs of missing blocks [first, stop) of a slide, and the kinds of features that each lacks."""
-Arguments: TypeAlias = tuple[str, str, str, CacheConfig, int, Work, str, str]
-"""Root, run id, slide, configuration, tile size, missing spans, fingerprint, sum of weights."""
+
+@dataclass(frozen=True)
+class SlideWork:
+    """One slide's missing features, as a worker receives them.
+
+    `spans` are the runs of blocks to compute, each with the kinds of features that it lacks.
+    """
+
+    root: str
+    run_id: str
+    slide_id: str
+    config: CacheConfig
+    tile_px: int
+    spans: Mapping[range, tuple[str, ...]]
+    fingerprint: str
+    weights_sha256: str
+
+    def failed(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
+        """The lines of a failure, of the kinds that some span lacks and a later run writes.
+
+        No other scope will have a line that says that the slide is done.
+        """
+        lacking = set(chain.from_iterable(kinds_left))
+        return [
+            Entry(self.slide_id, "failed", self.fingerprint, reason,
+                  scope=self.config.scope(self.tile_px, kind))
+            for kind in self.config.kinds
+            if kind in lacking
+        ]  # fmt: skip
 
 
-def cache_bundle(bundle: list[Arguments]) -> Iterator[list[Entry]]:
+def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
     """Compute and write the missing features of several slides; one slide's entries at a time."""
-    root, _, _, config, tile_px, _, _, weights_sha256 = bundle[0]
+    works = [work for (work,) in bundle]
+    first = works[0]
+    config = first.config
     try:
         encoder = loaded(config.encoder, config.weights, worker_device(config.device), config.dtype)
-        if encoder.weights_sha256 != weights_sha256:
+        if encoder.weights_sha256 != first.weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
-        for _, _, slide_id, _, _, work, mark, _ in bundle:
-            scopes = lacking_scopes(config, tile_px, work.values())
-            yield [Entry(slide_id, "failed", mark, str(error), scope=scope) for scope in scopes]
+        for work in works:
+            yield work.failed(str(error), work.spans.values())
         return
-    store = TileStore(Dataset(Path(root)), tile_px)
-    with _Bundle(bundle, encoder, store) as slides:
+    store = TileStore(Dataset(Path(first.root)), first.tile_px)
+    with _Bundle(works, encoder, store) as slides:
         yield from slides.run()
 
 
-def lacking_scopes(
-    config: CacheConfig, tile_px: int, spans: Iterable[Iterable[str]]
-) -> tuple[str, ...]:
-    """Scopes of a failure's lines: of the kinds that some span lacks, and a later run writes.
+class _StoppedError(UserError):
+    """Ends a writer because another one of the same slide failed, which says why."""
 
-    No other scope will have a line that says that the slide is done.
-    """
-    lacking = set(chain.from_iterable(spans))
-    return tuple(config.scope(tile_px, kind) for kind in config.kinds if kind in lacking)
+
+class _SlideWriters:
+    """The files of one slide that are being written, and why it stopped, if it did."""
+
+    def __init__(self, job: "_FeatureJob") -> None:
+        self.job = job
+        self.by_span: dict[range, SpanWriter] = {}
+        self.unended_spans = len(job.work.spans)
+        self.is_stopped = False
+        self.error: UserError | None = None
+
+    def stop(self, error: UserError | None = None) -> None:
+        """No further features come: of a damaged tile, or as a writer failed (which says why)."""
+        self.is_stopped, self.error = True, error
+        for writer in self.by_span.values():
+            writer.put(error or _StoppedError("another file of the slide could not be written"))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all spans were computed and their files written, or failed."""
+        return not self.unended_spans and all(
+            writer.result.done() for writer in self.by_span.values()
+        )
+
+    def entries(self) -> list[Entry]:
+        """The slide's entries; waits for its files."""
+        entries: list[Entry] = []
+        written: set[range] = set()
+        failure, stopped = self.error, None
+        for blocks, writer in sorted(self.by_span.items(), key=lambda item: item[0].start):
+            try:
+                entries += writer.result.result()
+                written.add(blocks)
+            except _StoppedError as error:
+                stopped = error
+            except UserError as error:
+                failure = failure or error
+        failure = failure or stopped
+        if failure is not None:
+            spans = self.job.work.spans.items()
+            left = [kinds for blocks, kinds in spans if blocks not in written]
+            entries += self.job.work.failed(str(failure), left)
+        return entries
 
 
 class _Bundle:
     """The slides of a bundle on their way through decoder, encoder and writer."""
 
-    def __init__(self, bundle: list[Arguments], encoder: "Encoder", store: TileStore) -> None:
-        self._config = bundle[0][3]
-        self._encoder, self._store = encoder, store
-        self._jobs = [
-            _Job(Dataset(Path(root)), run_id, slide_id, config, tile_px, encoder, mark)
-            for root, run_id, slide_id, config, tile_px, _, mark, _ in bundle
-        ]
+    def __init__(self, works: list[SlideWork], encoder: "Encoder", store: TileStore) -> None:
+        self._config = works[0].config
+        self._encoder = encoder
+        self._slides = [_SlideWriters(_FeatureJob(work, encoder)) for work in works]
         self._spans = [
-            Span(index, arguments[2], range(*blocks), tuple(kinds))
-            for index, arguments in enumerate(bundle)
-            for blocks, kinds in sorted(arguments[5].items())
+            Span(index, work.slide_id, blocks, kinds)
+            for index, work in enumerate(works)
+            for blocks, kinds in sorted(work.spans.items(), key=lambda item: item[0].start)
         ]
-        self._kinds: list[dict[range, tuple[str, ...]]] = [{} for _ in bundle]
-        for span in self._spans:
-            self._kinds[span.slide][span.blocks] = span.kinds
-        self._unended = Counter(span.slide for span in self._spans)
-        self._failed: dict[int, UserError] = {}
-        self._writers: list[dict[range, SpanWriter]] = [{} for _ in bundle]
         threads = worker_threads(self._config.threads)
         self._lanes = lanes_for(encoder.device.type, threads) if self._config.stores_tokens else 1
         view = view_function(self._config.view)
-        self._decoder = Decoder(store, view, decode_threads(threads))
+        self._decoder = TileDecoder(store, view, decode_threads(threads))
         # One more than are fed: a file that is being synced keeps no other waiting.
         self._pool = ThreadPoolExecutor(self._lanes + 1, "write")
 
@@ -113,96 +166,62 @@ class _Bundle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in (one for writers in self._writers for one in writers.values()):
-            writer.put(UserError("interrupted"))
+        for slide in self._slides:
+            slide.stop(UserError("interrupted"))
         self._decoder.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self) -> Iterator[list[Entry]]:
         """The entries of each slide, in order, as soon as its last file is committed."""
         forward = Forward(self._encoder, self._config.batch, self._config.tokens, report_note)
-        told = 0
-        work = self._decoder.run(batches(self._spans, self._config.batch, self._lanes))
-        for batch in work:
-            self._advance(batch, forward)
-            self._unended[batch.span.slide] -= batch.last
-            while told < batch.span.slide and self._ended(told):
-                yield self._entries(told)
-                told += 1
-        for index in range(told, len(self._jobs)):
-            yield self._entries(index)
+        yielded = 0
+        for batch in self._decoder.run(batches(self._spans, self._config.batch, self._lanes)):
+            slide = self._slides[batch.span.slide]
+            if not slide.is_stopped:
+                self._advance(slide, batch, forward)
+            slide.unended_spans -= batch.last
+            while yielded < batch.span.slide and self._slides[yielded].has_ended:
+                yield self._slides[yielded].entries()
+                yielded += 1
+        for slide in self._slides[yielded:]:
+            yield slide.entries()
 
-    def _advance(self, batch: Batch, forward: Forward) -> None:
-        index, span = batch.span.slide, batch.span
-        if index in self._failed:
-            return
-        writers = self._writers[index]
-        if span.blocks not in writers:
-            write = partial(self._jobs[index].write, span, self._lanes)
-            writers[span.blocks] = SpanWriter(self._pool, write)
-        writer = writers[span.blocks]
+    def _advance(self, slide: _SlideWriters, batch: TileBatch, forward: Forward) -> None:
+        """Compute one batch and hand its features to the writer of its span."""
+        span = batch.span
+        if span.blocks not in slide.by_span:
+            write = partial(slide.job.write, span, self._lanes)
+            slide.by_span[span.blocks] = SpanWriter(self._pool, write)
+        writer = slide.by_span[span.blocks]
         try:
             tiles = batch.tiles.result()
-            going = writer.put(forward(tiles, tokens=span.wants_tokens))
+            goes_on = writer.put(forward(tiles, tokens=span.wants_tokens))
             report_progress(span.slide_id, len(tiles))
         except UserError as error:
-            self._failed[index] = error
-            for one in writers.values():
-                one.put(error)
+            slide.stop(error)
             return
-        if not going or (batch.last and not writer.put(None)):
-            # Disk full, say: what the writer raised is told with the slide's entries.
-            self._failed[index] = UserError("")
-            for one in writers.values():
-                one.put(UserError(""))
-
-    def _ended(self, index: int) -> bool:
-        return not self._unended[index] and all(
-            writer.result.done() for writer in self._writers[index].values()
-        )
-
-    def _entries(self, index: int) -> list[Entry]:
-        """A slide's entries; waits for its files."""
-        job, entries = self._jobs[index], []
-        failure = self._failed.get(index)
-        written: set[range] = set()
-        for blocks, writer in sorted(self._writers[index].items(), key=lambda one: one[0].start):
-            try:
-                entries += writer.result.result()
-                written.add(blocks)
-            except UserError as error:
-                failure = error if failure is None or not str(failure) else failure
-        if failure is not None:
-            left = [kinds for blocks, kinds in self._kinds[index].items() if blocks not in written]
-            entries += job.failed(str(failure), left)
-        return entries
+        if not goes_on or (batch.last and not writer.put(None)):
+            slide.stop()
 
 
 @dataclass(frozen=True)
-class _Job:
+class _FeatureJob:
     """One slide's features with everything that writing them needs."""
 
-    dataset: Dataset
-    run_id: str
-    slide_id: str
-    config: CacheConfig
-    tile_px: int
+    work: SlideWork
     encoder: "Encoder"
-    mark: str
 
-    def failed(self, reason: str, left: Iterable[Iterable[str]]) -> list[Entry]:
-        """The lines of a failure: after those of what was written, which do not take it back."""
-        return [
-            Entry(self.slide_id, "failed", self.mark, reason, scope=scope)
-            for scope in lacking_scopes(self.config, self.tile_px, left)
-        ]
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset that the features are written to."""
+        return Dataset(Path(self.work.root))
 
     def write(self, span: Span, lanes: int, parts: Iterator[Features]) -> list[Entry]:
         """Write the files of a span from its features; tokens stream, CLS waits in memory.
 
         The encoder's time is shared by `lanes` spans, and the entries state this one's part.
         """
-        began = time.monotonic()
+        work, began = self.work, time.monotonic()
         cls: list[npt.NDArray[np.float32]] = []
         staged: list[tuple[str, FileRecord]] = []
         token_kind = next((kind for kind in span.kinds if kind != "cls"), None)
@@ -215,16 +234,17 @@ class _Job:
             stop = self._stop(span)
             path = self._path(token_kind, start, stop)
             write = partial(self._write_tokens, parts, cls)
-            staged.append((token_kind, commit_file(self.dataset, self.run_id, path, write)))
+            staged.append((token_kind, commit_file(self.dataset, self.work.run_id, path, write)))
         if "cls" in span.kinds:
             table = cls_table(start, np.concatenate(cls))
             path = self._path("cls", start, stop)
             write = partial(_write_table, table)
-            staged.insert(0, ("cls", commit_file(self.dataset, self.run_id, path, write)))
+            staged.insert(0, ("cls", commit_file(self.dataset, self.work.run_id, path, write)))
         seconds = (time.monotonic() - began) / lanes
         return [
             Entry(
-                self.slide_id, "done", self.mark, scope=self.config.scope(self.tile_px, kind),
+                work.slide_id, "done", work.fingerprint,
+                scope=work.config.scope(work.tile_px, kind),
                 start=start, stop=stop, files=(record,), seconds=seconds,
                 counts={"tiles": stop - start} if place == 0 else {},
             )
@@ -246,14 +266,14 @@ class _Job:
         return token_table(part.tokens, part.scale)
 
     def _path(self, kind: str, start: int, stop: int) -> Path:
-        config = self.config
-        folder = self.dataset.features_dir(self.tile_px, config.encoder, config.view) / kind
-        return folder / str(ShardName(self.slide_id, start, stop, "parquet"))
+        config = self.work.config
+        folder = self.dataset.features_dir(self.work.tile_px, config.encoder, config.view) / kind
+        return folder / str(ShardName(self.work.slide_id, start, stop, "parquet"))
 
     def _stop(self, span: Span) -> int:
         """The rank after the last tile of the span."""
-        rows = candidate_count(self.dataset, self.slide_id)
-        return min(span.blocks.stop * BLOCK_ROWS, rows)
+        rows = candidate_count(self.dataset, self.work.slide_id)
+        return ranks_of_blocks(span.blocks, rows).stop
 
 
 def _write_table(table: pa.Table, file: HashingFile) -> None:

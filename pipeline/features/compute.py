@@ -63,7 +63,7 @@ class Features:
 
 
 @dataclass
-class Batch:
+class TileBatch:
     """Whole blocks of one span; `last` ends the span."""
 
     span: Span
@@ -106,7 +106,7 @@ def lanes_for(device: str, threads: int) -> int:
     return max(1, min(_MOST_LANES, threads // _CORES_A_LANE))
 
 
-class Decoder:
+class TileDecoder:
     """Decodes batches ahead, in order, on a few threads."""
 
     def __init__(self, store: TileStore, view: View, threads: int) -> None:
@@ -114,18 +114,18 @@ class Decoder:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "decode")
 
-    def run(self, work: Iterator[tuple[Span, range, bool]]) -> Iterator[Batch]:
+    def run(self, work: Iterator[tuple[Span, range, bool]]) -> Iterator[TileBatch]:
         """Batches whose `tiles` are being decoded; a damaged tile raises on `.result()`."""
-        waiting: deque[Batch] = deque()
+        waiting: deque[TileBatch] = deque()
         for span, blocks, last in work:
             waiting.append(self._begin(span, blocks, last))
             if len(waiting) > _DECODED_AHEAD * self._threads:
                 yield waiting.popleft()
         yield from waiting
 
-    def _begin(self, span: Span, blocks: range, last: bool) -> Batch:
+    def _begin(self, span: Span, blocks: range, last: bool) -> TileBatch:
         tiles = self._pool.submit(self._decode, span.slide_id, blocks)
-        return Batch(span, blocks, last, tiles)
+        return TileBatch(span, blocks, last, tiles)
 
     def _decode(self, slide_id: str, blocks: range) -> Tiles:
         tiles: list[Tiles] = []

@@ -1,37 +1,67 @@
-"""What the `cache` stage is asked for."""
+"""What `cache` is asked for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from pipeline.dataset import Dataset
-from pipeline.dataset.features.store import encoder_file, feature_scope
+from common.options import option
+from pipeline.options import SELECTIONS
+
+if TYPE_CHECKING:
+    from pipeline.dataset import Dataset
 
 STAGE, VERSION = "cache", 2
-TOKENS = ("auto", "none", "float16", "int8")
-DTYPES = ("float32", "bfloat16")
 ALIGNED_ENCODER = "h0-mini"
+"""The encoder whose patch tokens training aligns to."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Which encoder, with which weights, for which selections (all, where none is named).
 
-    `weights` is "hub", "hub:ID", a local file, or explicitly "random:SEED"; `tokens` is how
-    patch tokens are stored (see `resolved`); `dtype` is that of the forward pass; `view` is what
-    is done to a tile first (`pipeline.features.views`); `tile_px` is the size of the tiles that
-    are read, by default the dataset's; `threads` are a worker's, by default all cores.
+    `tokens` "auto" is decided by `resolved`; `dtype` is that of the forward pass; `view` is what
+    is done to a tile first (`pipeline.features.views`); `tile_px` is the size in pixels of the
+    tiles that are read, by default the dataset's; `threads` are a worker's, by default all cores.
     """
 
-    encoder: str
-    weights: str = "hub"
-    selections: tuple[str, ...] = ()
-    tokens: str = "auto"
-    dtype: str = "float32"
-    batch: int = 32
-    device: str = "auto"
-    view: str = ""
-    tile_px: int | None = None
+    encoder: str = field(
+        default=ALIGNED_ENCODER, metadata=option("name in the table of encoders (`weights list`)")
+    )
+    weights: str = field(
+        default="hub",
+        metadata=option("hub, hub:ID, a local .safetensors or .pt file, or explicitly random:SEED"),
+    )
+    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
+    tokens: str = field(
+        default="auto",
+        metadata=option(
+            f"how patch tokens are stored; auto: float16 for {ALIGNED_ENCODER}, none for others",
+            choices=("auto", "none", "float16", "int8"),
+        ),
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata=option("number format of the forward pass")
+    )
+    batch: int = field(default=32, metadata=option("tiles per forward pass"))
+    device: str = field(
+        default="auto",
+        metadata=option(
+            "where the encoder runs; auto: a GPU where there is one",
+            choices=("auto", "cpu", "cuda"),
+        ),
+    )
+    view: str = field(
+        default="",
+        metadata=option(
+            "applied to each tile first: crop224, resize224, jpeg70 or a chain (jpeg70+crop224)",
+            metavar="VIEW",
+        ),
+    )
+    tile_px: int | None = field(
+        default=None,
+        metadata=option("tile side in pixels (default: the dataset's)"),
+    )
     threads: int | None = None
 
     @property
@@ -41,15 +71,23 @@ class CacheConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of features to store."""
-        return ("cls",) if self.tokens == "none" else ("cls", f"tokens-{self.tokens}")
+        """The kinds of features to store.
+
+        >>> CacheConfig(tokens="int8").kinds
+        ('cls', 'tokens-int8')
+        """
+        return ("cls", f"tokens-{self.tokens}") if self.stores_tokens else ("cls",)
 
     def scope(self, tile_px: int, kind: str) -> str:
         """The journal's scope of a kind of these features."""
+        from pipeline.dataset.features.store import feature_scope
+
         return feature_scope(tile_px, self.encoder, self.view, kind)
 
-    def file(self, dataset: Dataset, tile_px: int, kind: str) -> Path:
+    def file(self, dataset: "Dataset", tile_px: int, kind: str) -> Path:
         """The encoder.json of a kind of these features."""
+        from pipeline.dataset.features.store import encoder_file
+
         return encoder_file(dataset, tile_px, self.encoder, self.view, kind)
 
     def resolved(self) -> "CacheConfig":

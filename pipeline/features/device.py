@@ -1,4 +1,4 @@
-"""Where the `cache` stage computes: what `--device` means, and which GPU is a worker's own."""
+"""Where the `cache` stage computes: what `--device` means, and which GPU a worker takes."""
 
 import os
 import socket
@@ -7,7 +7,8 @@ from functools import lru_cache
 from itertools import product
 
 from common.errors import UserError
-from pipeline.run.engine import EngineConfig, UnfitWorkerError, report_note
+from pipeline.run.tasks import UnfitWorkerError, report_note
+from pipeline.run.workers import EngineConfig
 
 _MOST_SHARES = 64
 """Workers that may share one GPU and still be counted."""
@@ -20,7 +21,7 @@ def stage_device(device: str, engine: EngineConfig) -> str:
     """What `--device` means for a stage: `cuda`, `cpu`, or `auto` where only workers can see.
 
     This machine's CUDA counts only where the workers are here: a login node has none. Jobs that
-    ask for GPUs are to compute on them. Raises `UserError` for a local `cuda` that is missing.
+    request GPUs are to compute on them. Raises `UserError` for a local `cuda` that is missing.
     """
     if device == "cpu" or engine.scheduler:
         return device
@@ -45,14 +46,22 @@ def worker_device(device: str) -> str:
     """The device of this worker process, for as long as it lives.
 
     Workers of one host take different GPUs while there are any. Where this host shows none,
-    `cuda` raises `UnfitWorkerError`, and `auto` takes the CPU and says so.
+    `cuda` raises `UnfitWorkerError`, and `auto` takes the CPU and reports it.
     """
     if device == "cpu":
         return "cpu"
+    import torch
+
     if _has_cuda():
-        return f"cuda:{claim_gpu(_visible_gpus())}"
+        gpus = [torch.cuda.get_device_properties(index).uuid for index in range(gpu_count())]
+        return f"cuda:{claim_gpu([str(uuid) for uuid in gpus])}"
     if device == "cuda":
-        raise UnfitWorkerError(_no_cuda())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise UnfitWorkerError(
+            f"no CUDA device for the worker on {socket.gethostname()} (PyTorch "
+            f"{torch.__version__}, CUDA_VISIBLE_DEVICES: {visible}): its job must request a GPU, "
+            "its node have a driver that `nvidia-smi` shows working; or use --device cpu"
+        )
     report_note(f"cache: the worker on {socket.gethostname()} sees no CUDA device, uses its CPU")
     return "cpu"
 
@@ -81,20 +90,3 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _visible_gpus() -> list[str]:
-    import torch
-
-    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(gpu_count())]
-
-
-def _no_cuda() -> str:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-    return (
-        f"no CUDA device for the worker on {socket.gethostname()} (PyTorch {torch.__version__}, "
-        f"CUDA_VISIBLE_DEVICES: {visible}): its job must ask for a GPU, its node have a driver "
-        "that `nvidia-smi` shows working; or use --device cpu"
-    )

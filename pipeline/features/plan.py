@@ -13,19 +13,23 @@ _FILE_OVERHEAD = 4_000
 _BLOCK_OVERHEAD = {"cls": 300, "tokens": 250}
 """Bytes of Parquet's own: a footer, and a page header and its description for every block."""
 _H0_MINI_GFLOP, _STEP_GFLOP = 47.1, 2890.0
-"""A tile's forward pass of H0-mini, and a whole training step of SiT-XL/2 and VAE with it."""
+"""Per tile: a forward pass of H0-mini, and a whole training step of SiT-XL/2 and VAE with it."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Tiles a second of one worker, and where the figure is from."""
+    """Tiles per second of one worker, and where the figure is from."""
 
     tiles_per_s: float
     source: str
 
 
 def bytes_per_tile(kind: str, dim: int, tokens_shape: tuple[int, int]) -> int:
-    """Bytes that a tile's features take, without Parquet's overhead."""
+    """Bytes that a tile's features take, without Parquet's overhead.
+
+    >>> bytes_per_tile("cls", 768, (196, 768)), bytes_per_tile("tokens-int8", 768, (196, 768))
+    (3076, 150920)
+    """
     count, width = tokens_shape
     return {
         "cls": 4 * dim + 4,
@@ -44,7 +48,7 @@ def stored_bytes(kind: str, tiles: int, files: int, dim: int, tokens_shape: tupl
 
 
 def journal_rate(entries: list[Entry], scope: str) -> Rate | None:
-    """Tiles a second of one worker over the journal's lines of the scope, or None."""
+    """Tiles per second of one worker over the journal's lines of the scope, or None."""
     done = [e for e in entries if e.scope == scope and e.outcome == "done" and e.seconds > 0]
     tiles = sum(entry.stop - entry.start for entry in done)
     seconds = sum(entry.seconds for entry in done)
@@ -62,7 +66,7 @@ def print_plan(
     *,
     workers: int,
 ) -> None:
-    """Say what would be written and how long it would take; beside it the way without tokens."""
+    """Print what would be written and how long it would take, and the way without tokens."""
     from model.encoders import encoder_spec
 
     spec = encoder_spec(config.encoder)
@@ -90,6 +94,6 @@ def print_plan(
         again = f"{format_seconds(most / rate.tiles_per_s)} of one worker" if rate else "that time"
         say(
             f"instead of storing tokens, training can compute them (alignment.source=online): "
-            f"no bytes, {_H0_MINI_GFLOP:.0f} of {_STEP_GFLOP:,.0f} GFLOP a tile ({share:.1f} % of "
-            f"a step's operations), {again} for every epoch"
+            f"no bytes, {_H0_MINI_GFLOP:.0f} of {_STEP_GFLOP:,.0f} GFLOP per tile ({share:.1f} % "
+            f"of a step's operations), {again} for every epoch"
         )

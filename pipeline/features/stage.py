@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,122 +10,41 @@ from typing import TYPE_CHECKING, Any
 from common.console import say
 from common.errors import UserError
 from pipeline.dataset import (
-    BLOCK_ROWS,
     Dataset,
     Entry,
+    Ledger,
+    Missing,
     Run,
     candidate_count,
     commit_json,
-    committed_shards,
-    covered_blocks,
-    fingerprint,
+    fingerprint_of,
     identity_value,
-    read_journal,
-    standing,
 )
 from pipeline.dataset.features.store import refuse_other_features
-from pipeline.features.bundle import Work, cache_bundle, lacking_scopes, loaded
+from pipeline.dataset.layout import ranks_of_blocks
+from pipeline.features.bundle import SlideWork, cache_bundle, loaded
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.device import gpu_count, stage_device
 from pipeline.features.plan import print_plan
 from pipeline.features.views import check_view, view_software
-from pipeline.run.engine import EngineConfig, SlideTask, bundled, count_workers, dearest_first
-from pipeline.run.stage import Summary, report_summary, run_bundled_stage, stage_versions, stands
-from pipeline.tiles.stage import missing_runs, needed_blocks, on_disk, withdrawn
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
+from pipeline.run.tasks import SlideTask, bundle_tasks, sort_dearest_first
+from pipeline.run.workers import EngineConfig, count_workers
+from pipeline.tiles.stage import needed_blocks
 
 if TYPE_CHECKING:
     from model.encoders import Encoder
 
-_TILES_A_BUNDLE = {"cpu": 256, "cuda": 100_000}
+_TILES_PER_BUNDLE = {"cpu": 256, "cuda": 100_000}
 """About two minutes' work, so that a GPU never waits for the scheduler between slides."""
-_BUNDLES_A_WORKER = 4
+_BUNDLES_PER_WORKER = 4
 
 
 _FIXED = frozenset(
     {"weights_sha256", "compute_dtype", "view", "dim", "tokens_shape", "resize", "mean", "std"}
 )
 """What of encoder.json must stay as it is; hub id and software versions may differ."""
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A slide's missing features: its fingerprint, the runs of blocks, how many tiles.
-
-    `lost` are the lines that take back files which are gone and whose blocks others hold.
-    """
-
-    slide_id: str
-    mark: str
-    work: Work
-    tiles: int
-    lost: tuple[Entry, ...] = ()
-
-
-def cache(
-    dataset: Dataset, config: CacheConfig, engine: EngineConfig, *, dry_run: bool = False
-) -> int:
-    """Compute and store the features that are missing; returns the exit status.
-
-    `dry_run` computes nothing and prints what would be: files, bytes, hours.
-    """
-    config = config.resolved()
-    check_view(config.view)
-    tile_px = config.tile_px or int(identity_value(dataset, "tile_px"))
-    needs = needed_blocks(dataset, config.selections)
-    config = replace(config, device=stage_device(config.device, engine))
-    engine = _on_devices(engine, config.device)
-    config = replace(config, threads=_worker_threads(engine))
-    shards = committed_shards(dataset, tile_px)
-    if dry_run:
-        return _plan(dataset, config, engine, tile_px, needs, shards)
-    _require_tiles(dataset, tile_px, needs, shards)
-    record = _encoder_record(dataset, tile_px, config)
-    summary = Summary(STAGE)
-    weights = record["weights_sha256"]
-    versions = stage_versions("torch", "torchvision", "timm")
-    with Run(dataset, STAGE, versions, device=config.device) as run:
-        missing = _missing(dataset, config, tile_px, needs, shards, weights)
-        missing = _withdraw(run, missing, engine)
-        summary.skipped = len(needs) - len(missing)
-        _claim_encoder(dataset, run, tile_px, config, record)
-        mine = [one for one in missing if engine.takes(one.slide_id)]
-        tasks = [_task(dataset, run, config, tile_px, one, weights) for one in mine]
-        if tasks:
-            say(f"cache: device: {config.device}, workers: {engine.workers}")
-        bundles = bundled(dearest_first(tasks), _bundle_tiles(tasks, config, engine))
-        run_bundled_stage(run, cache_bundle, bundles, engine, summary, "tiles")
-    if record["random_weights"]:
-        summary.stage += f" ({config.encoder} with RANDOM weights)"
-    folder = dataset.features_dir(tile_px, config.encoder, config.view)
-    return report_summary(summary, folder, "tiles")
-
-
-def _plan(
-    dataset: Dataset,
-    config: CacheConfig,
-    engine: EngineConfig,
-    tile_px: int,
-    needs: dict[str, set[int]],
-    shards: dict[str, list[Entry]],
-) -> int:
-    """Print what the stage would write; nothing is written, weights need not be at hand."""
-    stood = _standing_record(config.file(dataset, tile_px, "cls"))
-    weights = str(stood["weights_sha256"]) if stood else ""
-    missing = _missing(dataset, config, tile_px, needs, shards, weights)
-    tiles = {kind: sum(_tiles_of(one, kind, dataset) for one in missing) for kind in config.kinds}
-    files = {kind: sum(kind in k for one in missing for k in one.work.values())
-             for kind in config.kinds}  # fmt: skip
-    print_plan(dataset, config, tile_px, tiles, files, workers=engine.workers or 1)
-    return 0
-
-
-def _tiles_of(missing: Missing, kind: str, dataset: Dataset) -> int:
-    rows = candidate_count(dataset, missing.slide_id)
-    return sum(
-        min(stop * BLOCK_ROWS, rows) - start * BLOCK_ROWS
-        for (start, stop), kinds in missing.work.items()
-        if kind in kinds
-    )
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
@@ -141,46 +61,27 @@ def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
     return replace(engine, workers=workers, threads=max(1, threads))
 
 
-def _worker_threads(engine: EngineConfig) -> int | None:
-    """A worker's share of its host's cores; None where others started the workers."""
-    return None if engine.scheduler else engine.threads
-
-
-def _bundle_tiles(tasks: list[SlideTask], config: CacheConfig, engine: EngineConfig) -> int:
-    """Tiles a bundle: some minutes' work, but several bundles for every worker."""
-    most = _TILES_A_BUNDLE["cuda" if config.device == "cuda" else "cpu"]
-    share = sum(task.units for task in tasks) // (_BUNDLES_A_WORKER * (engine.workers or 1))
+def _tiles_per_bundle(tasks: Sequence[SlideTask], device: str, engine: EngineConfig) -> int:
+    """Some minutes' work, but several bundles for every worker."""
+    most = _TILES_PER_BUNDLE["cuda" if device == "cuda" else "cpu"]
+    share = sum(task.units for task in tasks) // (_BUNDLES_PER_WORKER * (engine.workers or 1))
     return max(1, min(most, share))
 
 
-def _require_tiles(
-    dataset: Dataset,
-    tile_px: int,
-    needs: dict[str, set[int]],
-    shards: dict[str, list[Entry]],
-) -> None:
-    for slide_id, blocks in needs.items():
-        if not blocks <= covered_blocks(shards.get(slide_id, ())):
-            raise UserError(
-                f"slide {slide_id}: selected tiles are not in {dataset.tiles_dir(tile_px)}; "
-                f"run `python -m pipeline tile --dataset {dataset.root} --tile-px {tile_px}` first"
-            )
-
-
 def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict[str, Any]:
-    """encoder.json for these features; from the one that stands where that is certain."""
+    """encoder.json for these features; from the one that was written where that is certain."""
     for kind in config.kinds:
         path = config.file(dataset, tile_px, kind)
-        stood = _standing_record(path)
-        if stood is not None:
-            refuse_other_features(path, stood, {"compute_dtype": config.dtype})
-            if stood["weights"] == config.weights and not Path(config.weights).exists():
-                return stood
+        written = _written_record(path)
+        if written is not None:
+            refuse_other_features(path, written, {"compute_dtype": config.dtype})
+            if written["weights"] == config.weights and not Path(config.weights).exists():
+                return written
     return _describe(loaded(config.encoder, config.weights, "cpu", "float32"), tile_px, config)
 
 
-def _standing_record(path: Path) -> dict[str, Any] | None:
-    """encoder.json as it stands, or None."""
+def _written_record(path: Path) -> dict[str, Any] | None:
+    """encoder.json as it was written, or None."""
     try:
         return dict(json.loads(path.read_text())) if path.exists() else None
     except (ValueError, TypeError) as error:
@@ -208,75 +109,156 @@ def _describe(encoder: "Encoder", tile_px: int, config: CacheConfig) -> dict[str
     }
 
 
-def _claim_encoder(
+def claim_encoder(
     dataset: Dataset, run: Run, tile_px: int, config: CacheConfig, record: dict[str, Any]
 ) -> None:
     """Write and journal encoder.json of each kind, or refuse features made otherwise."""
-    journal = read_journal(dataset, STAGE)
+    ledger = Ledger.read(dataset, STAGE)
     for kind in config.kinds:
         path = config.file(dataset, tile_px, kind)
         scope = f"{config.scope(tile_px, kind)}/{path.name}"
-        mark = fingerprint(stage=STAGE, version=VERSION, record=record)
-        named = stands(dataset, standing(journal, scope).get(path.name, []), mark)
-        stood = _standing_record(path)
+        fingerprint = fingerprint_of(stage=STAGE, version=VERSION, record=record)
+        is_journalled = ledger[scope].done(path.name, fingerprint) is not None
+        written = _written_record(path)
         # The same record with no line: a run was killed in between, or an older release wrote it.
-        if stood is None or (stood == record and named is None):
+        if written is None or (written == record and not is_journalled):
             file = commit_json(dataset, run.run_id, path, record)
-            run.append([Entry(path.name, "done", mark, scope=scope, files=(file,))])
+            run.append([Entry(path.name, "done", fingerprint, scope=scope, files=(file,))])
         else:
-            refuse_other_features(path, stood, {k: v for k, v in record.items() if k in _FIXED})
+            refuse_other_features(path, written, {k: v for k, v in record.items() if k in _FIXED})
 
 
-def _withdraw(run: Run, missing: list[Missing], engine: EngineConfig) -> list[Missing]:
-    """Journal the lines that take back lost files; returns the slides that lack something."""
-    lines = [line for one in missing if engine.takes(one.slide_id) for line in one.lost]
-    if lines:
-        run.append(lines)
-    return [one for one in missing if one.work]
+@dataclass(frozen=True)
+class _SlideBlocks:
+    """A slide and the blocks of it that selections need."""
+
+    slide_id: str
+    blocks: set[int]
 
 
-def _missing(
-    dataset: Dataset,
-    config: CacheConfig,
-    tile_px: int,
-    needs: dict[str, set[int]],
-    shards: dict[str, list[Entry]],
-    weights_sha256: str,
-) -> list[Missing]:
-    """What each slide lacks; slides that lack nothing and lost nothing are left out."""
-    journal = read_journal(dataset, STAGE)
-    scopes = {kind: standing(journal, config.scope(tile_px, kind)) for kind in config.kinds}
-    found = []
-    for slide_id, blocks in needs.items():
-        parent = shards[slide_id][-1].fingerprint if slide_id in shards else ""
-        mark = fingerprint(
-            stage=STAGE, version=VERSION, parent=parent, weights=weights_sha256,
-            compute_dtype=config.dtype, view=config.view,
+class CacheStage(Stage[_SlideBlocks]):
+    """Compute and store the features that are missing for the named selections."""
+
+    name = label = STAGE
+    unit = rate_of = "tiles"
+    packages = ("torch", "torchvision", "timm")
+    work = staticmethod(cache_bundle)
+
+    def __init__(self, dataset: Dataset, config: CacheConfig, engine: EngineConfig) -> None:
+        super().__init__(dataset)
+        config = config.resolved()
+        check_view(config.view)
+        self.tile_px = config.tile_px or int(identity_value(dataset, "tile_px"))
+        needs = needed_blocks(dataset, config.selections)
+        self.slides = [_SlideBlocks(slide_id, blocks) for slide_id, blocks in needs.items()]
+        self.device = stage_device(config.device, engine)
+        self.engine = _on_devices(engine, self.device)
+        # A worker's share of its host's cores; unknown where others started the workers.
+        threads = None if engine.scheduler else self.engine.threads
+        self.config = replace(config, device=self.device, threads=threads)
+        self.kind_of_scope = {config.scope(self.tile_px, kind): kind for kind in config.kinds}
+        self.scopes = tuple(self.kind_of_scope)
+        self.tiles = Ledger.read(dataset, "tile")[str(self.tile_px)]
+        written = _written_record(self.config.file(dataset, self.tile_px, "cls"))
+        self.weights_sha256 = str(written["weights_sha256"]) if written else ""
+        self.encoder_record: dict[str, Any] = {}
+
+    def check_inputs(self) -> None:
+        """Raise `UserError` where tiles are missing, or features were made otherwise."""
+        for slide in self.slides:
+            if not slide.blocks <= self.tiles.recorded_blocks(slide.slide_id):
+                raise UserError(
+                    f"slide {slide.slide_id}: selected tiles are not in "
+                    f"{self.dataset.tiles_dir(self.tile_px)}; run `python -m pipeline tile "
+                    f"--dataset {self.dataset.root} --tile-px {self.tile_px}` first"
+                )
+        self.encoder_record = _encoder_record(self.dataset, self.tile_px, self.config)
+        self.weights_sha256 = str(self.encoder_record["weights_sha256"])
+
+    def items(self) -> list[_SlideBlocks]:
+        """The slides of the selections."""
+        return self.slides
+
+    def fingerprint(self, item: _SlideBlocks) -> str:
+        """Of the tiles, the encoder's weights, its arithmetic and the view."""
+        shards = self.tiles.written.get(item.slide_id)
+        return fingerprint_of(
+            stage=STAGE, version=VERSION, parent=shards[-1].fingerprint if shards else "",
+            weights=self.weights_sha256, compute_dtype=self.config.dtype, view=self.config.view,
         )  # fmt: skip
-        work: Work = {}
-        gone: list[Entry] = []
-        for kind in config.kinds:
-            stood, lost = on_disk(dataset, scopes[kind].get(slide_id, []), mark)
-            runs = missing_runs(blocks, stood)
-            gone += withdrawn(lost, stood | blocks, runs)
-            for span in runs:
-                work.setdefault((span.start, span.stop), []).append(kind)
-        if work or gone:
-            rows = candidate_count(dataset, slide_id)
-            spans = [(start * BLOCK_ROWS, min(stop * BLOCK_ROWS, rows)) for start, stop in work]
-            tiles = sum(b - a for a, b in spans)
-            found.append(Missing(slide_id, mark, work, tiles, tuple(gone)))
-    return found
+
+    def missing(self, item: _SlideBlocks, fingerprint: str, ledger: Ledger) -> Missing:
+        """The blocks that lack some kind of features."""
+        return ledger.missing(item.slide_id, item.blocks, fingerprint, self.scopes)
+
+    def count_tiles(self, slide_id: str, spans: Iterable[range]) -> int:
+        """Tiles in spans of blocks of a slide."""
+        rows = candidate_count(self.dataset, slide_id)
+        return sum(len(ranks_of_blocks(span, rows)) for span in spans)
+
+    def task(
+        self, item: _SlideBlocks, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
+        """Compute the missing features of one slide."""
+        spans = {
+            span: tuple(self.kind_of_scope[scope] for scope in scopes)
+            for span, scopes in missing.spans.items()
+        }
+        work = SlideWork(
+            str(self.dataset.root), run_id, item.slide_id, self.config, self.tile_px, spans,
+            fingerprint, self.weights_sha256,
+        )  # fmt: skip
+        tiles = self.count_tiles(item.slide_id, spans)
+        scopes = tuple(scope for scope in self.scopes if scope in missing.scopes)
+        return SlideTask(item.slide_id, fingerprint, (work,), tiles, tiles, scopes=scopes)
+
+    def prepare(self, run: Run, tasks: Sequence[SlideTask]) -> None:
+        """Write encoder.json, or refuse features made otherwise."""
+        claim_encoder(self.dataset, run, self.tile_px, self.config, self.encoder_record)
+        if tasks:
+            say(f"cache: device: {self.config.device}, workers: {self.engine.workers}")
+
+    def bundles(self, tasks: Sequence[SlideTask], engine: EngineConfig) -> list[list[SlideTask]]:
+        """See `_tiles_per_bundle`."""
+        most_tiles = _tiles_per_bundle(tasks, self.device, engine)
+        return bundle_tasks(sort_dearest_first(tasks), most_tiles)
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Say so where the weights are random."""
+        if self.encoder_record["random_weights"]:
+            summary.stage += f" ({self.config.encoder} with RANDOM weights)"
+
+    @property
+    def output(self) -> Path:
+        """The folder of the encoder's features."""
+        return self.dataset.features_dir(self.tile_px, self.config.encoder, self.config.view)
 
 
-def _task(
-    dataset: Dataset, run: Run, config: CacheConfig, tile_px: int, missing: Missing, weights: str
-) -> SlideTask:
-    arguments = (
-        str(dataset.root), run.run_id, missing.slide_id, config, tile_px, missing.work,
-        missing.mark, weights,
-    )  # fmt: skip
-    return SlideTask(
-        missing.slide_id, missing.mark, arguments, missing.tiles, missing.tiles,
-        scopes=lacking_scopes(config, tile_px, missing.work.values()),
-    )  # fmt: skip
+def cache(
+    dataset: Dataset, config: CacheConfig, engine: EngineConfig, *, dry_run: bool = False
+) -> int:
+    """Compute and store the features that are missing; returns the exit status.
+
+    `dry_run` computes nothing, needs no weights, and prints what would be: files, bytes, hours.
+    """
+    stage = CacheStage(dataset, config, engine)
+    if dry_run:
+        return _print_missing(stage)
+    stage.check_inputs()
+    return run_stage(stage, stage.engine)
+
+
+def _print_missing(stage: CacheStage) -> int:
+    """Print what the stage would write, by kind of features."""
+    ledger = Ledger.read(stage.dataset, STAGE)
+    tiles, files = dict.fromkeys(stage.config.kinds, 0), dict.fromkeys(stage.config.kinds, 0)
+    for slide in stage.slides:
+        missing = stage.missing(slide, stage.fingerprint(slide), ledger)
+        for span, scopes in missing.spans.items():
+            for scope in scopes:
+                kind = stage.kind_of_scope[scope]
+                tiles[kind] += stage.count_tiles(slide.slide_id, [span])
+                files[kind] += 1
+    workers = stage.engine.workers or 1
+    print_plan(stage.dataset, stage.config, stage.tile_px, tiles, files, workers=workers)
+    return 0

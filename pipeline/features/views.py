@@ -9,7 +9,7 @@ A view is a short string, steps chained by `+`, applied from left to right:
 - `jpeg70`: written and read back as JPEG of quality 70, RGB, chroma 4:2:0 (Pillow on
   libjpeg-turbo), as the tiles were that PixCell was trained on
 
-The features of a view lie beside the plain ones: a view is no copy of the tiles.
+The features of a view are next to the plain ones: a view is no copy of the tiles.
 """
 
 import io
@@ -33,15 +33,18 @@ def view_function(view: str) -> Callable[[Tile], Tile]:
 
     Raises `UserError` for a view that is not known. The function raises it for a tile smaller
     than a crop.
-    """
-    steps = [_step(text) for text in view.split("+")] if view else []
 
-    def apply(tile: Tile) -> Tile:
+    >>> view_function("crop2")(np.zeros((5, 4, 3), np.uint8)).shape
+    (2, 2, 3)
+    """
+    steps = [_parse_step(text) for text in view.split("+")] if view else []
+
+    def apply_steps(tile: Tile) -> Tile:
         for step in steps:
             tile = step(tile)
         return tile
 
-    return apply
+    return apply_steps
 
 
 def check_view(view: str) -> str:
@@ -63,7 +66,7 @@ def view_software(view: str) -> dict[str, str]:
     return versions
 
 
-def _step(text: str) -> Callable[[Tile], Tile]:
+def _parse_step(text: str) -> Callable[[Tile], Tile]:
     match = _STEP.match(text)
     if match is None or (match["filter"] and match["name"] != "resize"):
         raise UserError(f"view step '{text}' is not known; expected {_KNOWN}")
@@ -71,7 +74,7 @@ def _step(text: str) -> Callable[[Tile], Tile]:
     if match["name"] == "crop":
         return lambda tile: centre_crop(tile, number)
     if match["name"] == "resize":
-        return lambda tile: _resized(tile, number, bicubic=bool(match["filter"]))
+        return lambda tile: _resize_tile(tile, number, bicubic=bool(match["filter"]))
     if number > 95:
         raise UserError(f"view step '{text}': JPEG quality is 1 to 95")
     return lambda tile: through_jpeg(tile, number)
@@ -97,7 +100,7 @@ def through_jpeg(tile: Tile, quality: int) -> Tile:
     return np.array(Image.open(buffer), np.uint8)
 
 
-def _resized(tile: Tile, size: int, *, bicubic: bool) -> Tile:
+def _resize_tile(tile: Tile, size: int, *, bicubic: bool) -> Tile:
     from PIL import Image
 
     kernel = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR

@@ -1,36 +1,36 @@
 """Imported positions become candidates in place of detection, and selections of exactly them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from common.console import Meter, meter, say
+from common.console import meter, say
 from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
     Entry,
+    Ledger,
     Run,
+    ScopeLedger,
     Selection,
     Slide,
     check_name,
     claim_identity,
-    fingerprint,
+    fingerprint_of,
     make_selection,
-    read_journal,
     read_selection,
     read_slides,
-    standing,
     write_candidates,
     write_selection,
 )
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
-from pipeline.run.stage import Summary, report_summary, stage_versions, stands
+from pipeline.run.stage import stage_versions
+from pipeline.run.summary import Summary, report_summary
 from pipeline.selection.cohort import Cohort
 from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
 from pipeline.selection.select import family_patients
@@ -41,14 +41,14 @@ from pipeline.tissue.stage import tissue_fingerprint
 
 SELECT = "select"
 _VERSION = 2
-"""Of the selections' plans: 2 states ties."""
+"""Of the selections' plans: 2 records ties."""
 _WRITERS = 8
 _BATCH_SLIDES = 64
 _NO_ROWS = "no tile of this slide was imported"
 
 
 @dataclass(frozen=True)
-class Part:
+class ImportedTiles:
     """The tiles that one selection names: slide indices int32 [n], x and y float64 [n] (level 0).
 
     `origin` says in the selection's plan where they came from.
@@ -58,119 +58,119 @@ class Part:
     codes: Ints
     x: Floats
     y: Floats
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
 
 
 def record_candidates(
-    dataset: Dataset, slides: Sequence[Slide], parts: Sequence[Part], parameters: dict[str, Any]
+    dataset: Dataset,
+    slides: Sequence[Slide],
+    imported: Sequence[ImportedTiles],
+    parameters: Mapping[str, object],
 ) -> int:
-    """Write the union of the parts as candidates and each part as a selection; the exit status.
+    """Write all imported tiles as candidates, and each part as a selection; the exit status.
 
     `parameters` identify what was imported: the dataset's detector from now on.
     """
-    for part in parts:
-        check_name(part.name, "selection")
-    detector = f"{parameters['name']} {fingerprint(**parameters)}"
-    claims = {"detector": detector, "detector_parameters": parameters}
+    for tiles in imported:
+        check_name(tiles.name, "selection")
+    detector = f"{parameters['name']} {fingerprint_of(**parameters)}"
+    claims = {"detector": detector, "detector_parameters": dict(parameters)}
     identity = claim_identity(dataset, claims, stage=TISSUE, versions=stage_versions())
-    marks = {slide.slide_id: tissue_fingerprint(slide, identity) for slide in slides}
+    fingerprints = {slide.slide_id: tissue_fingerprint(slide, identity) for slide in slides}
     summary = Summary("import")
-    ranks: list[dict[str, Ints]] = [{} for _ in parts]
-    duplicates = np.zeros(len(parts), np.int64)
+    ranks: list[dict[str, Ints]] = [{} for _ in imported]
+    duplicates = np.zeros(len(imported), np.int64)
     shared = 0
     with (
         Run(dataset, TISSUE, stage_versions()) as run,
         meter("import", len(slides), "slides") as progress,
     ):
-        job = _Writer(dataset, run, marks, summary, progress)
-        for batch in _batches(_unions(identity["seed"], slides, parts)):
+        writer = CandidatesWriter(dataset, run, fingerprints, summary)
+        unions = _union_by_slide(identity["seed"], slides, imported)
+        # In batches, so that files wait for the disk together and few slides are in memory.
+        while batch := list(islice(unions, _BATCH_SLIDES)):
             for slide, union in batch:
-                for k, own in enumerate(union.ranks):
-                    ranks[k][slide.slide_id] = own
+                for ranks_by_slide, slide_ranks in zip(ranks, union.ranks, strict=True):
+                    ranks_by_slide[slide.slide_id] = slide_ranks
                 shared += sum(map(len, union.ranks)) - len(union.x)
-            duplicates += np.sum([union.duplicates for _, union in batch], 0, dtype=np.int64)
-            job.write(batch)
+                duplicates += union.duplicates
+            writer.write_batch(batch)
+            progress.advance(len(batch))
         summary.seconds = progress.seconds
-    _write_selections(dataset, parts, ranks, marks, identity, summary)
-    _say_what_was_dropped(parts, duplicates, shared)
+    _write_selections(dataset, imported, ranks, fingerprints, identity["seed"], detector, summary)
+    for tiles, count in zip(imported, duplicates.tolist(), strict=True):
+        if count:
+            say(f"import: {count:,} rows of '{tiles.name}' repeat a tile of it and were dropped")
+    if shared:
+        say(f"import: {shared:,} tiles are in more than one of these selections: do they overlap?")
     return report_summary(summary, dataset.root / "candidates")
 
 
-def _unions(
-    seed: int, slides: Sequence[Slide], parts: Sequence[Part]
+def _union_by_slide(
+    seed: int, slides: Sequence[Slide], imported: Sequence[ImportedTiles]
 ) -> Iterator[tuple[Slide, RankedUnion]]:
-    codes = np.concatenate([part.codes for part in parts])
-    x = np.concatenate([part.x for part in parts])
-    y = np.concatenate([part.y for part in parts])
-    member = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part.x) for part in parts])
+    codes = np.concatenate([tiles.codes for tiles in imported])
+    x = np.concatenate([tiles.x for tiles in imported])
+    y = np.concatenate([tiles.y for tiles in imported])
+    count = len(imported)
+    member = np.repeat(np.arange(count, dtype=np.int16), [len(tiles.x) for tiles in imported])
+    # Sorted once: a slide's rows are then a slice.
     order = np.argsort(codes, kind="stable")
     bounds = np.searchsorted(codes[order], np.arange(len(slides) + 1))
     for index, slide in enumerate(slides):
         rows = order[bounds[index] : bounds[index + 1]]
-        yield slide, ranked_union(seed, slide.slide_id, x[rows], y[rows], member[rows], len(parts))
+        yield slide, ranked_union(seed, slide.slide_id, x[rows], y[rows], member[rows], count)
 
 
-def _batches(
-    pairs: Iterator[tuple[Slide, RankedUnion]],
-) -> Iterator[list[tuple[Slide, RankedUnion]]]:
-    batch = []
-    for pair in pairs:
-        batch.append(pair)
-        if len(batch) == _BATCH_SLIDES:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+class CandidatesWriter:
+    """Writes the candidates that are not current; one journal line per slide, one sync per batch.
 
-
-class _Writer:
-    """Writes the candidates that do not stand; a journal line a slide, one sync a batch."""
+    `fingerprints` are the slides' by their ids.
+    """
 
     def __init__(
-        self, dataset: Dataset, run: Run, marks: dict[str, str], summary: Summary, progress: Meter
+        self, dataset: Dataset, run: Run, fingerprints: Mapping[str, str], summary: Summary
     ) -> None:
-        self.dataset, self.run, self.marks = dataset, run, marks
-        self.summary, self.progress = summary, progress
-        self.known = standing(read_journal(dataset, TISSUE))
+        self.dataset, self.run, self.fingerprints = dataset, run, fingerprints
+        self.summary = summary
+        self.ledger = Ledger.read(dataset, TISSUE)[""]
 
-    def write(self, batch: Sequence[tuple[Slide, RankedUnion]]) -> None:
+    def write_batch(self, batch: Sequence[tuple[Slide, RankedUnion]]) -> None:
         """Write one batch; its files wait for the disk together."""
-        todo = []
+        missing = []
         for slide, union in batch:
-            mark = self.marks[slide.slide_id]
-            stood = stands(self.dataset, self.known.get(slide.slide_id, []), mark)
-            if stood is None:
-                todo.append((slide, union))
+            current = self.ledger.done(slide.slide_id, self.fingerprints[slide.slide_id])
+            if current is None:
+                missing.append((slide, union))
             else:
-                self.summary.skipped += stood.outcome == "done"
+                self.summary.skipped += current.outcome == "done"
         with ThreadPoolExecutor(_WRITERS) as pool:
-            entries = list(pool.map(self._entry, todo))
+            entries = list(pool.map(self._write_slide, missing))
         if entries:
             self.run.append(entries)
         for entry in entries:
             if entry.outcome != "rejected":
                 self.summary.add(entry)
-        self.progress.advance(len(batch))
 
-    def _entry(self, pair: tuple[Slide, RankedUnion]) -> Entry:
+    def _write_slide(self, pair: tuple[Slide, RankedUnion]) -> Entry:
         slide, union = pair
-        mark = self.marks[slide.slide_id]
+        slide_id, slide_fingerprint = slide.slide_id, self.fingerprints[slide.slide_id]
         if not len(union.x):
-            return Entry(slide.slide_id, "rejected", mark, _NO_ROWS)
+            return Entry(slide_id, "rejected", slide_fingerprint, _NO_ROWS)
         try:
             table = candidates_table(union.x, union.y)
-            record = write_candidates(self.dataset, self.run.run_id, slide.slide_id, table)
+            record = write_candidates(self.dataset, self.run.run_id, slide_id, table)
         except UserError as error:
-            return Entry(slide.slide_id, "failed", mark, str(error))
+            return Entry(slide_id, "failed", slide_fingerprint, str(error))
         counts = {"candidate tiles": len(union.x)}
-        return Entry(slide.slide_id, "done", mark, files=(record,), counts=counts)
+        return Entry(slide_id, "done", slide_fingerprint, files=(record,), counts=counts)
 
 
 def candidates_table(x: Floats | pa.Array, y: Floats | pa.Array) -> pa.Table:
-    """Candidates in rank order whose tissue and artifacts nobody measured: null."""
-    nothing = pa.nulls(len(x), pa.float32())
+    """Candidates in rank order whose shares of tissue and artifact were not measured: null."""
+    unknown = pa.nulls(len(x), pa.float32())
     ranks = pa.array(np.arange(len(x), dtype=np.int32))
-    columns = [ranks, pa.array(x, pa.float64()), pa.array(y, pa.float64()), nothing, nothing]
+    columns = [ranks, pa.array(x, pa.float64()), pa.array(y, pa.float64()), unknown, unknown]
     return pa.table(columns, schema=CANDIDATES_SCHEMA)
 
 
@@ -180,65 +180,73 @@ class _Draft:
 
     selection: Selection
     ties: Ties
-    mark: str
+    fingerprint: str
 
 
 def _write_selections(
     dataset: Dataset,
-    parts: Sequence[Part],
-    ranks: Sequence[dict[str, Ints]],
-    marks: dict[str, str],
-    identity: dict[str, Any],
+    imported: Sequence[ImportedTiles],
+    ranks: Sequence[Mapping[str, Ints]],
+    fingerprints: Mapping[str, str],
+    seed: int,
+    detector: str,
     summary: Summary,
 ) -> None:
-    known = standing(read_journal(dataset, SELECT))
-    drafts = list(_drafts(dataset, parts, ranks, marks, identity, summary, known))
-    _check_dependents(dataset, drafts, known)
-    with Run(dataset, SELECT, stage_versions()) as run:
-        for draft in drafts:
-            one = draft.selection
-            record = write_selection(dataset, run.run_id, one)
-            counts, values = {"tiles": one.rows}, {"ties": ties_to_json(draft.ties)}
-            done = Entry(one.name, "done", draft.mark, files=(record,), counts=counts,
-                         values=values)  # fmt: skip
-            run.append([done])
-            summary.files += 1
-            summary.bytes += record.bytes
-            where = f"selection '{one.name}': {one.rows:,} tiles of {len(one.slide_ids):,} slides"
-            say(f"import: {where}, wrote {dataset.selection_file(one.name)}")
-
-
-def _drafts(
-    dataset: Dataset,
-    parts: Sequence[Part],
-    ranks: Sequence[dict[str, Ints]],
-    marks: dict[str, str],
-    identity: dict[str, Any],
-    summary: Summary,
-    known: dict[str, list[Entry]],
-) -> Iterator[_Draft]:
-    """The parts that do not stand, as selections; says of the others that they do."""
+    """Write the selections that are not current; refuses first what others rely on."""
+    ledger = Ledger.read(dataset, SELECT)[""]
     failed = {slide_id for slide_id, _ in summary.failed}
     all_slides = read_slides(dataset)
     cohort = cohort_of_slides(all_slides, np.zeros(len(all_slides), np.int64))
-    for part, own in zip(parts, ranks, strict=True):
-        mine = {slide: rows for slide, rows in own.items() if len(rows) and slide not in failed}
-        parents = sorted((slide_id, marks[slide_id]) for slide_id in mine)
-        role = role_of_name(part.name)
-        # Where the name says nothing it is taken for training, the one that must share nothing.
-        ties = Ties(role or TRAIN, held_patients(cohort, mine) if role == VAL_OUT else ())
-        mark = fingerprint(
-            stage="import", version=_VERSION, name=part.name, detector=identity["detector"],
-            parents=parents, patients=ties.patients_mark,
-        )  # fmt: skip
-        if stands(dataset, known.get(part.name, []), mark) is not None:
-            rows = sum(map(len, mine.values()))
-            where = f"selection '{part.name}': {rows:,} tiles of {len(mine):,} slides"
-            say(f"import: {where} already there, nothing to redo")
-            continue
-        plan = {"rule": IMPORTED, "seed": identity["seed"], **part.origin}
-        plan |= {"ties": ties_to_json(ties)} | ({"role": role} if role else {})
-        yield _Draft(make_selection(part.name, mine, plan), ties, mark)
+    drafts = []
+    for tiles, ranks_by_slide in zip(imported, ranks, strict=True):
+        rows = {s: r for s, r in ranks_by_slide.items() if len(r) and s not in failed}
+        draft = _draft_selection(tiles, rows, cohort, fingerprints, seed, detector)
+        if ledger.done(tiles.name, draft.fingerprint) is None:
+            drafts.append(draft)
+        else:
+            say(f"import: {_describe(draft.selection)} already there, nothing to redo")
+    _check_dependents(dataset, drafts, ledger)
+    with Run(dataset, SELECT, stage_versions()) as run:
+        for draft in drafts:
+            selection = draft.selection
+            record = write_selection(dataset, run.run_id, selection)
+            entry = Entry(
+                selection.name, "done", draft.fingerprint, files=(record,),
+                counts={"tiles": selection.rows}, values={"ties": ties_to_json(draft.ties)},
+            )  # fmt: skip
+            run.append([entry])
+            summary.files += 1
+            summary.bytes += record.bytes
+            file = dataset.selection_file(selection.name)
+            say(f"import: {_describe(selection)}, wrote {file}")
+
+
+def _describe(selection: Selection) -> str:
+    count = len(selection.slide_ids)
+    return f"selection '{selection.name}': {selection.rows:,} tiles of {count:,} slides"
+
+
+def _draft_selection(
+    tiles: ImportedTiles,
+    ranks_by_slide: dict[str, Ints],
+    cohort: Cohort,
+    fingerprints: Mapping[str, str],
+    seed: int,
+    detector: str,
+) -> _Draft:
+    role = role_of_name(tiles.name)
+    # Where the name says nothing it is taken for training, the one that must share nothing.
+    patients = held_patients(cohort, ranks_by_slide) if role == VAL_OUT else ()
+    ties = Ties(role or TRAIN, patients)
+    selection_fingerprint = fingerprint_of(
+        stage="import", version=_VERSION, name=tiles.name, detector=detector,
+        parents=sorted((slide_id, fingerprints[slide_id]) for slide_id in ranks_by_slide),
+        patients=ties.patients_mark,
+    )  # fmt: skip
+    plan = {"rule": IMPORTED, "seed": seed, **tiles.origin}
+    plan |= {"ties": ties_to_json(ties)} | ({"role": role} if role else {})
+    selection = make_selection(tiles.name, ranks_by_slide, plan)
+    return _Draft(selection, ties, selection_fingerprint)
 
 
 def held_patients(cohort: Cohort, slides: Iterable[str]) -> tuple[str, ...]:
@@ -246,32 +254,20 @@ def held_patients(cohort: Cohort, slides: Iterable[str]) -> tuple[str, ...]:
     return family_patients(cohort, cohort.take(np.isin(cohort.slide_id, sorted(slides))))
 
 
-def _check_dependents(
-    dataset: Dataset, drafts: Sequence[_Draft], known: dict[str, list[Entry]]
-) -> None:
+def _check_dependents(dataset: Dataset, drafts: Sequence[_Draft], ledger: ScopeLedger) -> None:
     """Refuse, before any is written, what would change a selection that others rely on."""
-    there = read_ties(dataset, whole=False) if drafts else {}
+    ties = read_ties(dataset, whole=False) if drafts else {}
     for draft in drafts:
         name = draft.selection.name
-        check_honoured(there, name, draft.ties.patients)
+        check_honoured(ties, name, draft.ties.patients)
         # One whose file was lost is written again as it was.
-        same = any(entry.fingerprint == draft.mark for entry in known.get(name, []))
-        if name in there and not same and not _has_rows(dataset, draft.selection):
-            check_may_change(there, name, "import")
+        same = any(entry.fingerprint == draft.fingerprint for entry in ledger.entries(name))
+        if name in ties and not same and not _has_same_rows(dataset, draft.selection):
+            check_may_change(ties, name, "import")
 
 
-def _has_rows(dataset: Dataset, selection: Selection) -> bool:
-    """Whether the file of that name holds these very rows: only its plan would change."""
+def _has_same_rows(dataset: Dataset, selection: Selection) -> bool:
+    """Whether the file of that name has these very rows: only its plan would change."""
     if selection.name not in dataset.selection_names():
         return False
     return read_selection(dataset, selection.name).content_hash == selection.content_hash
-
-
-def _say_what_was_dropped(
-    parts: Sequence[Part], duplicates: npt.NDArray[np.int64], shared: int
-) -> None:
-    for part, count in zip(parts, duplicates.tolist(), strict=True):
-        if count:
-            say(f"import: {count:,} rows of '{part.name}' repeat a tile of it and were dropped")
-    if shared:
-        say(f"import: {shared:,} tiles are in more than one of these selections: do they overlap?")

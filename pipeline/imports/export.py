@@ -1,6 +1,6 @@
 """`geojson`: masks and tiles of slides as GeoJSON files that QuPath opens."""
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,36 +10,32 @@ import numpy.typing as npt
 
 from common.console import meter
 from common.errors import UserError
+from common.files import write_bytes
 from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
-    Slide,
+    Ledger,
     read_candidates,
-    read_journal,
     read_selection,
-    standing,
 )
+from pipeline.imports.config import CoordinatesExport
 from pipeline.imports.coordinates import dataset_frames
-from pipeline.imports.geojson import encode, mask_features, tile_features
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
-from pipeline.run.stage import Summary, report_summary
+from pipeline.imports.geojson import encode_features, mask_features, tile_features
+from pipeline.run.drain import run_tasks
+from pipeline.run.summary import Summary, report_summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import usable_slides
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """Where to write, and whether tiles go with the masks (of selections, where named)."""
+class SlideExport:
+    """A slide to write: level-0 pixels per mask pixel (0: no mask), ranks and size of its tiles.
 
-    out: Path | None = None
-    tiles: bool = False
-    selections: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One slide: level-0 pixels a mask pixel (0: no mask), and its tiles' ranks and size."""
+    `ranks` is int64 [n], None without tiles; `size` is a tile's side in level-0 pixels.
+    """
 
     slide_id: str
     scale: float
@@ -47,87 +43,87 @@ class _Work:
     size: float = 0.0
 
 
-def export_geojson(dataset: Dataset, config: ExportConfig, engine: EngineConfig) -> int:
+def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineConfig) -> int:
     """Write `<slide_id>.geojson` for every slide with a mask or tiles; returns the exit status."""
     out = (config.out or dataset.root / "geojson").absolute()
-    works = _works(dataset, config)
-    if not works:
+    exports = plan_exports(dataset, config)
+    if not exports:
         raise UserError(
             f"{dataset.root} has no masks to export"
             + ("" if config.tiles else "; its tiles alone: --tiles")
         )
-    tasks = [SlideTask(w.slide_id, "", (str(dataset.root), w, str(out))) for w in works]
+    tasks = [SlideTask(e.slide_id, "", (str(dataset.root), e, str(out))) for e in exports]
     summary = Summary("geojson")
 
-    def count(entries: list[Entry]) -> None:
+    def add_entries(entries: list[Entry]) -> None:
         for entry in entries:
             summary.add(entry)
 
     with meter("geojson", len(tasks), "slides") as progress:
-        run_tasks(export_slide, tasks, engine, count, progress)
+        run_tasks(export_slide, tasks, engine, add_entries, progress)
         summary.seconds = progress.seconds
     return report_summary(summary, out)
 
 
-def _works(dataset: Dataset, config: ExportConfig) -> list[_Work]:
-    known = standing(read_journal(dataset, TISSUE))
-    slides = [slide for slide in usable_slides(dataset) if known.get(slide.slide_id)]
-    works = []
+def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExport]:
+    """What to write of each slide that has a mask, or tiles that are wanted."""
+    ledger = Ledger.read(dataset, TISSUE)[""]
+    slides = [slide for slide in usable_slides(dataset) if ledger.entries(slide.slide_id)]
+    entries = {slide.slide_id: ledger.entries(slide.slide_id)[-1] for slide in slides}
+    exports = []
     for slide in slides:
-        entry = known[slide.slide_id][-1]
+        entry = entries[slide.slide_id]
         mask = dataset.relative(dataset.mask_file(slide.slide_id))
         has_mask = any(record.path == mask for record in entry.files)
         scale = entry.values["um_per_px"] / float(slide.mpp or 1) if has_mask else 0.0
-        works.append(_Work(slide.slide_id, scale))
+        exports.append(SlideExport(slide.slide_id, scale))
     if config.tiles or config.selections:
-        works = _with_tiles(dataset, config, slides, works, known)
-    return [work for work in works if work.scale or work.ranks is not None]
+        if any(not slide.levels for slide in slides):
+            raise UserError(f"{dataset.root} has imported tiles, which have no slide to be on")
+        sizes = dataset_frames(dataset, slides).size.tolist()
+        ranks = _tile_ranks(dataset, config, entries)
+        exports = [
+            replace(export, ranks=ranks.get(export.slide_id), size=size)
+            for export, size in zip(exports, sizes, strict=True)
+        ]
+    return [export for export in exports if export.scale or export.ranks is not None]
 
 
-def _with_tiles(
-    dataset: Dataset,
-    config: ExportConfig,
-    slides: list[Slide],
-    works: list[_Work],
-    known: dict[str, list[Entry]],
-) -> list[_Work]:
-    """The slides' work with the ranks of all candidates, or of those that are selected."""
-    if any(not slide.levels for slide in slides):
-        raise UserError(f"{dataset.root} holds imported tiles, which have no slide to lie on")
-    sizes = dataset_frames(dataset, slides).size
+def _tile_ranks(
+    dataset: Dataset, config: CoordinatesExport, entries: Mapping[str, Entry]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """By slide, the ranks of all candidates, or of those that are selected."""
+    if not config.selections:
+        return {
+            slide_id: np.arange(entry.counts["candidate tiles"], dtype=np.int64)
+            for slide_id, entry in entries.items()
+            if entry.outcome == "done"
+        }
     chosen: dict[str, list[npt.NDArray[np.int32]]] = {}
     for name in config.selections:
-        for slide_id, own in read_selection(dataset, name).items():
-            chosen.setdefault(slide_id, []).append(own)
-    found = []
-    for work, size in zip(works, sizes.tolist(), strict=True):
-        entry = known[work.slide_id][-1]
-        ranks: npt.NDArray[np.int64] | None = None
-        if work.slide_id in chosen:
-            ranks = np.unique(np.concatenate(chosen[work.slide_id])).astype(np.int64)
-        elif not config.selections and entry.outcome == "done":
-            ranks = np.arange(entry.counts["candidate tiles"], dtype=np.int64)
-        found.append(replace(work, ranks=ranks, size=size))
-    return found
+        for slide_id, ranks in read_selection(dataset, name).items():
+            chosen.setdefault(slide_id, []).append(ranks)
+    return {s: np.unique(np.concatenate(parts)).astype(np.int64) for s, parts in chosen.items()}
 
 
-def export_slide(root: str, work: _Work, out: str) -> list[Entry]:
+def export_slide(root: str, export: SlideExport, out: str) -> list[Entry]:
     """Write one slide's file; the same dataset gives the same bytes."""
-    dataset = Dataset(Path(root))
+    dataset, path = Dataset(Path(root)), Path(out) / f"{export.slide_id}.geojson"
+    regions, tiles = [], []
     try:
-        regions = (
-            mask_features(_read_mask(dataset, work.slide_id), work.scale) if work.scale else []
-        )
-        tiles = []
-        if work.ranks is not None:
-            table = read_candidates(dataset, work.slide_id).take(work.ranks)
+        if export.scale:
+            regions = mask_features(_read_mask(dataset, export.slide_id), export.scale)
+        if export.ranks is not None:
+            table = read_candidates(dataset, export.slide_id).take(export.ranks)
             x, y = table["x_level0"].to_numpy(), table["y_level0"].to_numpy()
-            tiles = tile_features(work.ranks, x, y, work.size)
-        record = _write(Path(out) / f"{work.slide_id}.geojson", encode([*regions, *tiles]))
+            tiles = tile_features(export.ranks, x, y, export.size)
+        data = encode_features([*regions, *tiles])
+        write_bytes(path, data)
     except UserError as error:
-        return [Entry(work.slide_id, "failed", "", str(error))]
+        return [Entry(export.slide_id, "failed", "", str(error))]
     counts = {"regions": len(regions), "tiles": len(tiles)}
-    return [Entry(work.slide_id, "done", "", files=(record,), counts=counts)]
+    record = FileRecord(str(path), len(data), "")
+    return [Entry(export.slide_id, "done", "", files=(record,), counts=counts)]
 
 
 def _read_mask(dataset: Dataset, slide_id: str) -> npt.NDArray[np.uint8]:
@@ -139,18 +135,3 @@ def _read_mask(dataset: Dataset, slide_id: str) -> npt.NDArray[np.uint8]:
     if mask is None or mask.ndim != 2:
         raise UserError(f"{path} cannot be read as a mask; run the stage that made it again")
     return np.asarray(mask, np.uint8)
-
-
-def _write(path: Path, data: bytes) -> FileRecord:
-    """Write beside, then rename: nothing half-written under the final name."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose --out") from (
-            error
-        )
-    return FileRecord(str(path), len(data), "")

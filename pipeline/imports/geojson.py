@@ -6,64 +6,81 @@ Coordinates are level-0 pixels from the upper left corner of the slide, as QuPat
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.imports.polygons import Polygon, area, paint, trace
+from common.text import one_line
+from pipeline.imports.polygons import Polygon, paint_polygon, polygon_area, trace_polygons
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.overlay import CLASS_COLOURS
 
 UNCLASSIFIED = "unclassified"
-_SYNONYMS = {
+_CLASS_OF_NAME = {name: value for value, name in CLASS_NAMES.items()} | {
     "other": TissueClass.OTHER,
     "artifact": TissueClass.OTHER,
     "blur": TissueClass.OUT_OF_FOCUS,
 }
+_CLASSES_TEXT = ", ".join(CLASS_NAMES.values())
 _DECIMALS = 3
 _FARTHEST_PX = 1e8
 """Of a point from the slide's corner: no slide is a hundred times as large as the largest."""
 
-Feature = dict[str, Any]
+Feature: TypeAlias = dict[str, Any]
+"""A GeoJSON feature, as `json` reads it: anything may be in it."""
 
 
-def class_of(name: str, own: Mapping[str, TissueClass]) -> TissueClass | None:
-    """The class that a name means: as `own` says, else ours in any case; None where unknown."""
-    if name in own:
-        return own[name]
-    plain = " ".join(name.lower().replace("-", " ").replace("_", " ").split())
-    known = {text: one for one, text in CLASS_NAMES.items()} | _SYNONYMS
-    return known.get(plain)
+def class_of(name: str, class_names: Mapping[str, TissueClass]) -> TissueClass | None:
+    """The class that a name means: as `class_names` has it, else ours in any case, or None.
+
+    >>> class_of("Out-of-focus", {}).name
+    'OUT_OF_FOCUS'
+    """
+    if name in class_names:
+        return class_names[name]
+    return _CLASS_OF_NAME.get(" ".join(name.lower().replace("-", " ").replace("_", " ").split()))
 
 
 def parse_classes(pairs: Iterable[str]) -> dict[str, TissueClass]:
-    """`NAME=CLASS` pairs of the command line."""
-    own = {}
+    """The classes of names by `NAME=CLASS` pairs; raises `UserError` for an unknown class.
+
+    >>> parse_classes(["Tumor=tissue"])["Tumor"].name
+    'TISSUE'
+    """
+    class_names = {}
     for pair in pairs:
-        name, _, ours = pair.rpartition("=")
-        meant = class_of(ours, {})
-        if not name or meant is None:
+        name, _, meaning = pair.rpartition("=")
+        value = class_of(meaning, {})
+        if not name or value is None:
             raise UserError(
-                f"--class '{pair}': expected NAME=CLASS, where CLASS is one of "
-                f"{', '.join(CLASS_NAMES.values())}"
+                f"--class '{pair}': expected NAME=CLASS, where CLASS is one of {_CLASSES_TEXT}"
             )
-        own[name] = meant
-    return own
+        class_names[name] = value
+    return class_names
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raise `UserError` where there are names of classes that mean none of ours."""
+    if unknown := sorted(names):
+        raise UserError(
+            f"unknown classes {', '.join(map(repr, unknown))}: map each with --class NAME=CLASS, "
+            f"where CLASS is one of {_CLASSES_TEXT}"
+        )
 
 
 def mask_features(mask: npt.NDArray[np.uint8], scale: float) -> list[Feature]:
-    """A feature a region of each class but background; `scale` is level-0 pixels a mask pixel."""
-    features = []
-    for one in TissueClass:
-        where = mask == one
-        if one != TissueClass.BACKGROUND and where.any():
-            features += [
-                _feature(polygon.scaled(scale), CLASS_NAMES[one], CLASS_COLOURS[one])
-                for polygon in trace(where)
-            ]
-    return features
+    """A feature per region of each class but background, of a mask [h, w] of `TissueClass`.
+
+    `scale` is level-0 pixels per mask pixel.
+    """
+    return [
+        _make_feature(polygon.scaled(scale), CLASS_NAMES[value], CLASS_COLOURS[value])
+        for value in TissueClass
+        if value != TissueClass.BACKGROUND
+        for polygon in trace_polygons(mask == value)
+    ]
 
 
 def tile_features(
@@ -72,21 +89,21 @@ def tile_features(
     y: npt.NDArray[np.float64],
     size: float,
 ) -> list[Feature]:
-    """A square a tile, named by its rank; corners and size in level-0 pixels."""
+    """A square per tile, named by its rank; corners x, y [n] and size in level-0 pixels."""
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * size
     colour = CLASS_COLOURS[TissueClass.TISSUE]
     features = []
     for rank, left, top in zip(ranks.tolist(), x.tolist(), y.tolist(), strict=True):
-        feature = _feature(Polygon(corners + np.array([left, top])), "tile", colour)
+        feature = _make_feature(Polygon(corners + np.array([left, top])), "tile", colour)
         feature["properties"] |= {"objectType": "tile", "name": f"rank {rank}"}
         features.append(feature)
     return features
 
 
-def _feature(polygon: Polygon, name: str, colour: tuple[int, int, int]) -> Feature:
+def _make_feature(polygon: Polygon, name: str, colour: tuple[int, int, int]) -> Feature:
     return {
         "type": "Feature",
-        "geometry": {"type": "Polygon", "coordinates": [_closed(r) for r in polygon.rings]},
+        "geometry": {"type": "Polygon", "coordinates": [_close_ring(r) for r in polygon.rings]},
         "properties": {
             "objectType": "annotation",
             "classification": {"name": name, "color": list(colour)},
@@ -94,18 +111,15 @@ def _feature(polygon: Polygon, name: str, colour: tuple[int, int, int]) -> Featu
     }
 
 
-def _closed(ring: npt.NDArray[np.float64]) -> list[list[float]]:
+def _close_ring(ring: npt.NDArray[np.float64]) -> list[list[float]]:
     points = np.round(np.concatenate([ring, ring[:1]]), _DECIMALS)
-    return [[_short(x), _short(y)] for x, y in points.tolist()]
+    # Whole numbers without ".0": a large mask's file is a third smaller.
+    return [[int(v) if v.is_integer() else v for v in point] for point in points.tolist()]
 
 
-def _short(value: float) -> float:
-    return int(value) if value.is_integer() else value
-
-
-def encode(features: Sequence[Feature]) -> bytes:
-    """The bytes of a FeatureCollection, one feature a line."""
-    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in features)
+def encode_features(features: Sequence[Feature]) -> bytes:
+    """The bytes of a FeatureCollection, one feature per line."""
+    lines = ",\n".join(json.dumps(feature, separators=(",", ":")) for feature in features)
     return f'{{"type":"FeatureCollection","features":[\n{lines}\n]}}\n'.encode()
 
 
@@ -118,12 +132,12 @@ def read_features(path: Path) -> list[Feature]:
         document = json.loads(path.read_bytes())
         if isinstance(document, dict):
             document = document.get("features", [document])
-        found = [one for one in document if _is_annotation(one)]
-        for one in found:
-            class_name(one)
-        return found
+        features = [feature for feature in document if _is_annotation(feature)]
+        for feature in features:
+            class_name(feature)
+        return features
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(f"{path.name} is not GeoJSON with features: {reason}") from error
 
 
@@ -135,66 +149,60 @@ def _is_annotation(feature: Feature) -> bool:
 
 def class_name(feature: Feature) -> str:
     """The name of a feature's classification, `unclassified` without one."""
-    found = (feature.get("properties") or {}).get("classification") or {}
-    names = found.get("names") or [found.get("name")]
+    classification = (feature.get("properties") or {}).get("classification") or {}
+    names = classification.get("names") or [classification.get("name")]
     return ": ".join(str(name) for name in names if name) or UNCLASSIFIED
 
 
-def unknown_classes(features: Iterable[Feature], own: Mapping[str, TissueClass]) -> list[str]:
-    """Names of classes that mean none of ours, sorted."""
+def unknown_classes(
+    features: Iterable[Feature], class_names: Mapping[str, TissueClass]
+) -> set[str]:
+    """Names of classes that mean none of ours."""
     names = {class_name(feature) for feature in features}
-    return sorted(name for name in names if class_of(name, own) is None)
+    return {name for name in names if class_of(name, class_names) is None}
 
 
 def features_mask(
     features: Sequence[Feature],
     shape: tuple[int, int],
     scale: float,
-    own: Mapping[str, TissueClass],
+    class_names: Mapping[str, TissueClass],
 ) -> npt.NDArray[np.uint8]:
-    """Mask of `shape` (h, w) from annotations; `scale` is level-0 pixels a mask pixel.
+    """Mask of `shape` (h, w) from annotations; `scale` is level-0 pixels per mask pixel.
 
     Where annotations overlap, of tissue and background the smaller covers the larger (an island
     in a cut-out, a cut-out in tissue), and artifacts cover both. Raises `UserError` for unknown
     classes and for what is no area.
     """
-    unknown = unknown_classes(features, own)
-    if unknown:
-        raise UserError(
-            f"unknown classes {', '.join(map(repr, unknown))}: map each with --class NAME=CLASS, "
-            f"where CLASS is one of {', '.join(CLASS_NAMES.values())}"
-        )
+    refuse_unknown(unknown_classes(features, class_names))
     areas = [
-        (class_of(class_name(feature), own) or TissueClass.BACKGROUND, polygon)
+        (class_of(class_name(feature), class_names) or TissueClass.BACKGROUND, polygon)
         for feature in features
         for polygon in polygons_of(feature)
     ]
-    areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -area(pair[1])))
+    areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -polygon_area(pair[1])))
     mask = np.zeros(shape, np.uint8)
     for value, polygon in areas:
-        paint(mask, [polygon.scaled(1 / scale)], int(value))
+        paint_polygon(mask, polygon.scaled(1 / scale), int(value))
     return mask
 
 
 def polygons_of(feature: Feature) -> list[Polygon]:
     """The polygons of a feature, in level-0 pixels."""
     geometry = feature.get("geometry") or {}
+    subject = f"an annotation '{class_name(feature)}'"
     if not isinstance(geometry, dict):
-        raise UserError(f"an annotation '{class_name(feature)}' has no geometry")
+        raise UserError(f"{subject} has no geometry")
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
     if kind not in ("Polygon", "MultiPolygon"):
-        raise UserError(
-            f"an annotation '{class_name(feature)}' is a {kind}, expected Polygon or MultiPolygon"
-        )
+        raise UserError(f"{subject} is a {kind}, expected Polygon or MultiPolygon")
     try:
         parts = [coordinates] if kind == "Polygon" else list(coordinates or ())
         rings = [[np.asarray(ring, np.float64)[:, :2] for ring in part] for part in parts if part]
     except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"an annotation '{class_name(feature)}' has malformed coordinates") from (
-            error
-        )
+        raise UserError(f"{subject} has malformed coordinates") from error
     if any(not (np.abs(ring) < _FARTHEST_PX).all() for part in rings for ring in part):
-        raise UserError(f"an annotation '{class_name(feature)}' has coordinates of no slide")
+        raise UserError(f"{subject} has coordinates of no slide")
     return [
         Polygon(part[0], tuple(ring for ring in part[1:] if len(ring)))
         for part in rings

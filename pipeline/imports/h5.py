@@ -1,11 +1,11 @@
-"""`import h5`: coordinate files of CLAM and TRIDENT, one a slide.
+"""`import h5`: coordinate files of CLAM and TRIDENT, one per slide.
 
-Both keep `coords` [n, 2], upper left corners in level-0 pixels, and say in its attributes how
+Both keep `coords` [n, 2], upper left corners in level-0 pixels, and state in its attributes how
 large a patch is: TRIDENT as `patch_size_level0`, CLAM as `patch_size` at `patch_level`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,17 @@ import numpy.typing as npt
 
 from common.console import say
 from common.errors import UserError
-from pipeline.dataset import Dataset, Slide, fingerprint, read_slides
-from pipeline.imports.candidates import Part, record_candidates
-from pipeline.imports.coordinates import dataset_frames, file_sha256
-from pipeline.imports.positions import Floats, SlideFrames, inside, match_slides, place
+from common.files import hash_file
+from common.text import list_some, one_line
+from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
+from pipeline.imports.candidates import ImportedTiles, record_candidates
+from pipeline.imports.config import H5Config
+from pipeline.imports.coordinates import dataset_frames
+from pipeline.imports.positions import Floats, SlideFrames, match_slides, place_tiles
 from pipeline.tissue.stage import usable_slides
 
-SUFFIXES = (".h5", ".hdf5")
+_SUFFIXES = (".h5", ".hdf5")
 _TRIDENT_SUFFIX = "_patches"
-_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class H5Config:
-    """The folder, the selection's name, and how tiles lie in the patches.
-
-    `anchor` "corner" puts a tile's upper left corner on the patch's, "center" their centres on
-    each other.
-    """
-
-    folder: Path
-    name: str
-    anchor: str = "corner"
-    drop_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,63 +40,58 @@ class Patches:
 
 def import_h5(dataset: Dataset, config: H5Config) -> int:
     """Candidates and one selection from a folder of h5 files; returns the exit status."""
-    _require_h5py()
-    slides = usable_slides(dataset)
-    frames = dataset_frames(dataset, slides)
-    files = find_files(config.folder, slides, [one.slide_id for one in read_slides(dataset)])
-    patches = {index: read_patches(path, slides[index]) for index, path in sorted(files.items())}
-    part = _part(config, slides, frames, patches)
-    _say_sizes(slides, frames, patches)
-    listed = {path.name: file_sha256(path) for path in files.values()}
-    parameters: dict[str, Any] = {
-        "name": "imported h5",
-        "selection": config.name,
-        "files": fingerprint(files=listed),
-        "anchor": config.anchor,
-        "drop_outside": config.drop_outside,
-    }
-    return record_candidates(dataset, slides, [part], parameters)
-
-
-def _require_h5py() -> None:
     try:
         import h5py  # noqa: F401
     except ImportError as error:
         raise UserError(
             "import h5 needs the package h5py, which is not installed: pip install '.[h5]'"
         ) from error
+    slides = usable_slides(dataset)
+    frames = dataset_frames(dataset, slides)
+    files = find_files(config.folder, slides, [slide.slide_id for slide in read_slides(dataset)])
+    patches = {index: read_patches(path, slides[index]) for index, path in sorted(files.items())}
+    tiles = _place_patches(config, slides, frames, patches)
+    _report_sizes(slides, frames, patches)
+    sums = {path.name: hash_file(path) for path in files.values()}
+    parameters = {
+        "name": "imported h5",
+        "selection": config.name,
+        "files": fingerprint_of(files=sums),
+        "anchor": config.anchor,
+        "drop_outside": config.drop_outside,
+    }
+    return record_candidates(dataset, slides, [tiles], parameters)
 
 
 def find_files(folder: Path, slides: Sequence[Slide], known: Sequence[str]) -> dict[int, Path]:
-    """The h5 file of each slide that has one, by the slide's index; strangers are listed.
+    """The h5 file of each slide that has one, by the slide's index; files of no slide are listed.
 
     `known` are the ids of all slides of the dataset, as in `match_slides`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of h5 files, as CLAM's `patches`")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     names = [path.stem.removesuffix(_TRIDENT_SUFFIX) for path in paths]
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     unknown = []
     for path, index in zip(paths, match_slides(names, slides, known).tolist(), strict=True):
         if index < 0:
             unknown.append(path.name)
-        elif index in found:
-            raise UserError(f"{path} and {found[index].name} are of one slide; leave one of them")
+        elif index in files:
+            raise UserError(f"{path} and {files[index].name} are of one slide; leave one of them")
         else:
-            found[index] = path
-    if not found:
+            files[index] = path
+    if not files:
         raise UserError(
-            f"{folder} holds no h5 file of a usable slide; expected names such as "
+            f"{folder} has no h5 file of a usable slide; expected names such as "
             f"{slides[0].slide_id}.h5, there: {', '.join(unknown[:3]) or 'none'}"
         )
     if unknown:
-        more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
         say(
             f"import: {len(unknown):,} h5 files are of no usable slide of this dataset: "
-            f"{', '.join(unknown[:_SHOWN])}{more}"
+            f"{list_some(unknown)}"
         )
-    return found
+    return files
 
 
 def read_patches(path: Path, slide: Slide) -> Patches:
@@ -122,8 +105,7 @@ def read_patches(path: Path, slide: Slide) -> Patches:
             corners = np.asarray(file["coords"], np.float64)
             attributes = {key: np.asarray(value) for key, value in file["coords"].attrs.items()}
     except OSError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read as HDF5: {reason}") from error
+        raise UserError(f"{path} cannot be read as HDF5: {one_line(error, 120)}") from error
     if corners.size == 0:
         corners = corners.reshape(0, 2)
     if corners.ndim != 2 or corners.shape[1] != 2:
@@ -133,7 +115,7 @@ def read_patches(path: Path, slide: Slide) -> Patches:
 
 
 def patch_size(
-    path: Path, attributes: dict[str, npt.NDArray[Any]], slide: Slide
+    path: Path, attributes: Mapping[str, npt.NDArray[Any]], slide: Slide
 ) -> tuple[str, float]:
     """The tool that wrote the attributes, and a patch's side in level-0 pixels."""
     if "patch_size_level0" in attributes:
@@ -153,56 +135,46 @@ def patch_size(
     return "CLAM", float(attributes["patch_size"]) * downsample
 
 
-def _part(
-    config: H5Config, slides: Sequence[Slide], frames: SlideFrames, patches: dict[int, Patches]
-) -> Part:
-    counts = [len(one.corners) for one in patches.values()]
+def _place_patches(
+    config: H5Config, slides: Sequence[Slide], frames: SlideFrames, patches: Mapping[int, Patches]
+) -> ImportedTiles:
+    counts = [len(slide_patches.corners) for slide_patches in patches.values()]
     codes = np.repeat(np.fromiter(patches, np.int32, len(patches)), counts)
-    corners = np.concatenate([one.corners for one in patches.values()])
-    sides = np.repeat([one.size for one in patches.values()], counts)
+    corners = np.concatenate([slide_patches.corners for slide_patches in patches.values()])
     if config.anchor == "center":
+        sides = np.repeat([slide_patches.size for slide_patches in patches.values()], counts)
         corners = corners + ((sides - frames.size[codes]) / 2)[:, None]
-    step = frames.step[codes]
-    x, y = place(corners[:, 0], step), place(corners[:, 1], step)
-    kept = inside(frames, codes, x, y)
-    if not kept.all():
-        _refuse_outside(config, slides, patches, codes[~kept])
-    if not kept.any():
+    x, y, is_inside = place_tiles(frames, codes, corners[:, 0], corners[:, 1])
+    if not is_inside.all():
+        # Patches at a border are padded by both tools; our tiles must lie on the slide.
+        outside = Counter(codes[~is_inside].tolist())
+        worst, count = outside.most_common(1)[0]
+        what = (
+            f"{config.folder}: {outside.total():,} tiles would reach over the edge of "
+            f"{len(outside):,} slides, most ({count:,}) in {patches[worst].path.name} "
+            f"(slide {slides[worst].width}x{slides[worst].height})"
+        )
+        if not config.drop_outside:
+            raise UserError(f"{what}; --drop-outside leaves them out")
+        say(f"import: {what}; left out")
+    if not is_inside.any():
         raise UserError(f"{config.folder}: no tile lies on its slide; nothing was written")
     origin = {"folder": config.folder.name, "anchor": config.anchor, "files": len(patches)}
-    return Part(config.name, codes[kept], x[kept], y[kept], origin)
+    return ImportedTiles(config.name, codes[is_inside], x[is_inside], y[is_inside], origin)
 
 
-def _refuse_outside(
-    config: H5Config,
-    slides: Sequence[Slide],
-    patches: dict[int, Patches],
-    codes: npt.NDArray[np.int32],
+def _report_sizes(
+    slides: Sequence[Slide], frames: SlideFrames, patches: Mapping[int, Patches]
 ) -> None:
-    """Patches at a border are padded by both tools; our tiles must lie on the slide."""
-    worst, count = Counter(codes.tolist()).most_common(1)[0]
-    slide = slides[worst]
-    what = (
-        f"{config.folder}: {len(codes):,} tiles would reach over the edge of "
-        f"{len(np.unique(codes)):,} slides, most ({count:,}) in {patches[worst].path.name} "
-        f"(slide {slide.width}x{slide.height})"
-    )
-    if not config.drop_outside:
-        raise UserError(f"{what}; --drop-outside leaves them out")
-    say(f"import: {what}; left out")
-
-
-def _say_sizes(slides: Sequence[Slide], frames: SlideFrames, patches: dict[int, Patches]) -> None:
-    """State how many slides have patches of another size than our tiles."""
-    differ = {i: one for i, one in patches.items() if abs(one.size - frames.size[i]) > 1}
-    tools = " and ".join(sorted({one.tool for one in patches.values()}))
-    total = sum(len(one.corners) for one in patches.values())
+    """Report how many slides have patches of another size than our tiles."""
+    tools = " and ".join(sorted({slide_patches.tool for slide_patches in patches.values()}))
+    total = sum(len(slide_patches.corners) for slide_patches in patches.values())
     say(f"import: {total:,} patches of {len(patches):,} slides, written by {tools}")
-    if differ:
-        index, one = next(iter(differ.items()))
-        side = frames.size[index]
+    different = [i for i, found in patches.items() if abs(found.size - frames.size[i]) > 1]
+    if different:
+        index = different[0]
         say(
-            f"import: on {len(differ):,} of {len(patches):,} slides a patch is not as large as a "
-            f"tile of this dataset: {slides[index].slide_id} {one.size:g} against {side:g} level-0 "
-            "px; see --anchor"
+            f"import: on {len(different):,} of {len(patches):,} slides a patch is not as large as "
+            f"a tile of this dataset: {slides[index].slide_id} {patches[index].size:g} against "
+            f"{frames.size[index]:g} level-0 px; see --anchor"
         )

@@ -1,7 +1,8 @@
-"""`import masks`: masks that others made stand in for the tissue detector."""
+"""`import masks`: masks that others made take the place of the tissue detector."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,27 +12,28 @@ from PIL import Image
 
 from common.console import say
 from common.errors import UserError
-from pipeline.dataset import (
-    Dataset,
-    Entry,
-    Run,
-    Slide,
-    claim_identity,
-    fingerprint,
-    read_journal,
-    standing,
+from common.files import hash_file
+from common.text import list_some, one_line
+from pipeline.dataset import Dataset, Entry, Ledger, Missing, Run, Slide, fingerprint_of
+from pipeline.dataset.journal import Outcome
+from pipeline.imports.config import MasksConfig
+from pipeline.imports.geojson import (
+    features_mask,
+    parse_classes,
+    read_features,
+    refuse_unknown,
+    unknown_classes,
 )
-from pipeline.imports.coordinates import file_sha256
-from pipeline.imports.geojson import features_mask, read_features, unknown_classes
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
-from pipeline.slides.staging import StageIn
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
+from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection, DetectorConfig
 from pipeline.tissue.stage import (
     STAGE,
-    TissueConfig,
     imported_source,
     record_tissue,
     tissue_fingerprint,
@@ -42,56 +44,21 @@ SUFFIXES = (".geojson", ".png")
 _DETECTOR = "imported masks"
 _VERSION = 1
 _NO_MASK = "no mask was imported for this slide"
-_SHOWN = 20
 _CHECKED_FIRST = 8
-_BINARY = {0: TissueClass.BACKGROUND, 255: TissueClass.TISSUE}
 _MAX_STRETCH = 0.02
-
-
-@dataclass(frozen=True)
-class MasksConfig:
-    """The folder of masks, the thresholds of candidates, and names of classes as ours."""
-
-    folder: Path
-    min_tissue: float = 0.5
-    max_artifact: float = 0.1
-    classes: Mapping[str, TissueClass] | None = None
-    stage_in: StageIn = field(default_factory=StageIn)
-
-    @property
-    def own(self) -> dict[str, TissueClass]:
-        """The user's names for our classes."""
-        return dict(self.classes or {})
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other; masks may be added and mended."""
-        um_per_px = DetectorConfig().um_per_px
-        parameters = {"name": _DETECTOR, "version": _VERSION, "um_per_px": um_per_px}
-        return {
-            "detector": f"{_DETECTOR} {fingerprint(**parameters)}",
-            "detector_parameters": parameters,
-            "min_tissue": self.min_tissue,
-            "max_artifact": self.max_artifact,
-        }
-
-    def source(self, mask: Path) -> str:
-        """What a slide's candidates are made from: the mask's bytes and what its names mean."""
-        return fingerprint(
-            sha256=file_sha256(mask), classes={name: int(one) for name, one in self.own.items()}
-        )
 
 
 @dataclass(frozen=True)
 class MaskFile:
     """A mask of one slide as a detector: it looks at the file, not at the slide.
 
-    What a person marked as a fold is an artifact: no class is experimental.
+    What somebody annotated as a fold is an artifact: no class is experimental.
     """
 
     experimental: ClassVar[frozenset[TissueClass]] = frozenset()
     path: Path
     slide: Slide
-    own: Mapping[str, TissueClass]
+    class_names: Mapping[str, TissueClass]
 
     @property
     def um_per_px(self) -> float:
@@ -100,119 +67,106 @@ class MaskFile:
 
     def identity(self) -> dict[str, Any]:
         """The mask's file."""
-        return {"name": _DETECTOR, "sha256": file_sha256(self.path)}
+        return {"name": _DETECTOR, "sha256": hash_file(self.path)}
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
-        """The mask at the size of the overview."""
+        """The mask, uint8 [h, w], at the size of the overview uint8 [h, w, 3]."""
         shape = (rgb.shape[0], rgb.shape[1])
         scale = um_per_px / float(self.slide.mpp or 1)
         if self.path.suffix == ".png":
             mask = read_png_mask(self.path, shape, scale, (self.slide.width, self.slide.height))
         else:
-            mask = features_mask(read_features(self.path), shape, scale, self.own)
+            mask = features_mask(read_features(self.path), shape, scale, self.class_names)
         return Detection(mask, glass_level(rgb))
 
 
-def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) -> int:
-    """Masks, overlays and candidates from a folder of masks; returns the exit status."""
-    slides = usable_slides(dataset)
-    masks = find_masks(config.folder, slides)
-    _refuse_unknown_early(list(masks.values()), config.own)
-    versions = stage_versions()
-    identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
-    known = standing(read_journal(dataset, STAGE))
-    summary = Summary("import")
-    tasks, without = [], []
-    for slide in slides:
-        entries = known.get(slide.slide_id, [])
-        path = masks.get(slide.slide_id)
-        source = config.source(path) if path else imported_source(entries)
-        mark = tissue_fingerprint(slide, identity, source)
-        stood = stands(dataset, entries, mark)
-        if stood is not None:
-            summary.skipped += stood.reason != _NO_MASK
-            if stood.outcome == "rejected":
-                summary.rejected.append((slide.slide_id, stood.reason))
-        elif path is None:
-            without.append(Entry(slide.slide_id, "rejected", mark, _NO_MASK))
-        else:
-            arguments = (str(dataset.root), slide, path.absolute(), config, mark, source)
-            tasks.append(SlideTask(slide.slide_id, mark, arguments, slide.bytes))
-    with Run(dataset, STAGE, versions) as run:
-        if without:
-            run.append(without)
-        summary.rejected += [(entry.slide_id, entry.reason) for entry in without]
-        tasks = [replace(task, arguments=(run.run_id, *task.arguments)) for task in tasks]
-        run_stage(run, mask_slide, tasks, engine, summary)
-    if summary.done_slides and dataset.selection_names():
-        say("import: candidates changed; make the selections again, they name the former ones")
-    return report_summary(summary, dataset.root / "tissue", "candidate tiles")
+def masks_identity(config: MasksConfig) -> dict[str, Any]:
+    """The values that make it this dataset and no other; masks may be added and changed."""
+    parameters = {
+        "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
+    }  # fmt: skip
+    return {
+        "detector": f"{_DETECTOR} {fingerprint_of(**parameters)}",
+        "detector_parameters": parameters,
+        "min_tissue": config.min_tissue,
+        "max_artifact": config.max_artifact,
+    }
+
+
+def mask_source(mask: Path, class_names: Mapping[str, TissueClass]) -> str:
+    """What a slide's candidates are made from: the mask's bytes and what its names mean."""
+    classes = {name: int(value) for name, value in class_names.items()}
+    try:
+        return fingerprint_of(sha256=hash_file(mask), classes=classes)
+    except OSError as error:
+        raise UserError(f"{mask} cannot be read: {error.strerror}") from error
 
 
 def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
-    """The mask of each slide that has one; what belongs to no slide is said."""
+    """The mask of each slide that has one, by slide_id; masks of no slide are reported."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of <slide_id>.geojson or .png")
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
-    found = {}
+    masks = {}
     for slide in slides:
-        mine = [files.pop(slide.slide_id + s) for s in SUFFIXES if slide.slide_id + s in files]
-        if len(mine) > 1:
-            raise UserError(f"{folder}: two masks of {slide.slide_id} ({mine[0].name}, "
-                            f"{mine[1].name}); leave one of them")  # fmt: skip
-        if mine:
-            found[slide.slide_id] = mine[0]
-    if not found:
+        names = [slide.slide_id + suffix for suffix in SUFFIXES]
+        paths = [files.pop(name) for name in names if name in files]
+        if len(paths) > 1:
+            raise UserError(
+                f"{folder}: two masks of {slide.slide_id} ({paths[0].name}, {paths[1].name}); "
+                "leave one of them"
+            )
+        if paths:
+            masks[slide.slide_id] = paths[0]
+    if not masks:
         raise UserError(
-            f"{folder} holds no mask of a usable slide; expected names such as "
+            f"{folder} has no mask of a usable slide; expected names such as "
             f"{slides[0].slide_id}.geojson or .png, there: {', '.join([*files][:3]) or 'none'}"
         )
     if files:
-        shown = ", ".join([*files][:_SHOWN]) + (", ..." if len(files) > _SHOWN else "")
-        say(f"import: {len(files):,} masks are of no usable slide of this dataset: {shown}")
-    return found
+        strangers = list_some([*files])
+        say(f"import: {len(files):,} masks are of no usable slide of this dataset: {strangers}")
+    return masks
 
 
-def _refuse_unknown_early(masks: list[Path], own: Mapping[str, TissueClass]) -> None:
+def _refuse_unknown_early(masks: list[Path], class_names: Mapping[str, TissueClass]) -> None:
     """Before anything is written, look for unknown names in a few small files."""
-    texts = sorted(
-        (path for path in masks if path.suffix != ".png"), key=lambda p: p.stat().st_size
-    )
+    texts = [path for path in masks if path.suffix != ".png"]
     unknown: set[str] = set()
-    for path in texts[:_CHECKED_FIRST]:
-        try:
-            unknown |= set(unknown_classes(read_features(path), own))
-        except UserError:
-            continue
-    if unknown:
-        raise UserError(
-            f"{texts[0].parent}: unknown classes {', '.join(map(repr, sorted(unknown)))}: map each "
-            f"with --class NAME=CLASS, where CLASS is one of {', '.join(CLASS_NAMES.values())}"
-        )
+    for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
+        with suppress(UserError):
+            unknown |= unknown_classes(read_features(path), class_names)
+    refuse_unknown(unknown)
 
 
 def mask_slide(
-    run_id: str, root: str, slide: Slide, path: Path, config: MasksConfig, mark: str, source: str
+    run_id: str,
+    root: str,
+    slide: Slide,
+    path: Path,
+    config: MasksConfig,
+    fingerprint: str,
+    source: str,
 ) -> list[Entry]:
     """Mask, overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
-    detector = MaskFile(path, slide, config.own)
+    detector = MaskFile(path, slide, parse_classes(config.classes))
     try:
-        entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, mark, detector)
+        entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, fingerprint, detector)
     except UserError as error:
-        return [Entry(slide.slide_id, "failed", mark, f"{path.name}: {error}")]
+        return [Entry(slide.slide_id, "failed", fingerprint, f"{path.name}: {error}")]
     return [replace(entry, values={**entry.values, "source": source})]
 
 
 def read_png_mask(
     path: Path, shape: tuple[int, int], scale: float, size_level0: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """Mask of `shape` (h, w) from a picture of the whole slide, nearest pixels.
+    """Mask uint8 of `shape` (h, w) from a picture of the whole slide, nearest pixels.
 
-    `scale` is level-0 pixels a mask pixel, `size_level0` the slide's (width, height). A picture
+    `scale` is level-0 pixels per mask pixel, `size_level0` the slide's (width, height). A picture
     of just that shape is taken pixel by pixel: it is one of ours.
     """
-    picture = _classes(_read_picture(path))
+    picture = _to_classes(_read_picture(path))
     if picture.shape == shape:
         return picture
     width, height = size_level0
@@ -236,21 +190,85 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
                 return np.array(image.convert("L"), np.uint8)
             if image.mode not in ("L", "P"):
                 raise UserError(
-                    f"the picture is {image.mode}; expected one grey or palette value a pixel"
+                    f"the picture is {image.mode}; expected one grey or palette value per pixel"
                 )
             return np.array(image, np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"cannot be read as a PNG: {reason}") from error
+        raise UserError(f"cannot be read as a PNG: {one_line(error, 120)}") from error
 
 
-def _classes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
-    if set(found) <= set(_BINARY):
+def _to_classes(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+    if set(present) <= {0, 255}:
         return np.where(values == 255, np.uint8(TissueClass.TISSUE), np.uint8(0))
-    if max(found) <= max(TissueClass):
+    if max(present) <= max(TissueClass):
         return values
     raise UserError(
-        f"pixel values {', '.join(map(str, found[:8]))}; expected 0 and 255, or our classes: "
-        + ", ".join(f"{one.value} {name}" for one, name in CLASS_NAMES.items())
+        f"pixel values {', '.join(map(str, present[:8]))}; expected 0 and 255, or our classes: "
+        + ", ".join(f"{value} {name}" for value, name in CLASS_NAMES.items())
     )
+
+
+class ImportMasksStage(Stage[Slide]):
+    """Masks, overlays and candidates from a folder of masks, in place of detection."""
+
+    name, label = STAGE, "import"
+    rate_of = "candidate tiles"
+    work = staticmethod(mask_slide)
+
+    def __init__(self, dataset: Dataset, config: MasksConfig) -> None:
+        super().__init__(dataset)
+        self.config = config
+        self.class_names = parse_classes(config.classes)
+        self.slides = usable_slides(dataset)
+        self.masks = find_masks(config.folder, self.slides)
+        _refuse_unknown_early(list(self.masks.values()), self.class_names)
+
+    def claims(self) -> dict[str, Any]:
+        """Where the masks came from and the thresholds."""
+        return masks_identity(self.config)
+
+    def items(self) -> list[Slide]:
+        """The slides that scan found fit for tiling."""
+        self.tissue = Ledger.read(self.dataset, STAGE)[""]
+        return self.slides
+
+    def _source(self, slide: Slide) -> str:
+        path = self.masks.get(slide.slide_id)
+        if path is None:
+            return imported_source(self.tissue.entries(slide.slide_id))
+        return mask_source(path, self.class_names)
+
+    def fingerprint(self, item: Slide) -> str:
+        """Of the slide and its mask."""
+        return tissue_fingerprint(item, self.identity, self._source(item))
+
+    def refusal(self, item: Slide, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
+        """A slide without a mask, unless an earlier import had one."""
+        if item.slide_id in self.masks or ledger[""].done(item.slide_id, fingerprint) is not None:
+            return None
+        return "rejected", _NO_MASK
+
+    def task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """Read one mask and write what tissue detection would."""
+        path = self.masks[item.slide_id].absolute()
+        arguments = (
+            run_id, str(self.dataset.root), item, path, self.config, fingerprint,
+            self._source(item),
+        )  # fmt: skip
+        return SlideTask(item.slide_id, fingerprint, arguments, item.bytes)
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Remind of selections that name former candidates."""
+        if summary.done_slides and self.dataset.selection_names():
+            say("import: candidates changed; make the selections again, they name the former ones")
+
+    @property
+    def output(self) -> Path:
+        """The folder of masks and overlays."""
+        return self.dataset.root / "tissue"
+
+
+def import_masks(dataset: Dataset, config: MasksConfig, engine: EngineConfig) -> int:
+    """Masks, overlays and candidates from a folder of masks; returns the exit status."""
+    return run_stage(ImportMasksStage(dataset, config), engine)

@@ -9,9 +9,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.errors import UserError
-from pipeline.slides.colour import Recolour, to_srgb
+from common.text import one_line
+from pipeline.slides.colour import to_srgb
 from pipeline.slides.reader import over_white
 
+_cached_recolour = lru_cache(maxsize=8)(to_srgb)
+"""A folder's pictures mostly have one profile between them."""
 _OPAQUE, _CLEAR = ("RGB", "L"), ("RGBA", "LA", "P", "PA")
 
 
@@ -35,33 +38,28 @@ def read_picture(path: Path, tile_px: int, *, crop: bool = False, icc: str = "ig
             profile = image.info.get("icc_profile")
             if image.mode not in _OPAQUE + _CLEAR:
                 raise UserError(f"{path}: its pixels are {image.mode}, expected 8-bit RGB or grey")
-            see_through = image.mode in _CLEAR
-            rgb = np.asarray(image.convert("RGBA" if see_through else "RGB"))
+            is_clear = image.mode in _CLEAR
+            rgb = np.asarray(image.convert("RGBA" if is_clear else "RGB"))
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever they meet in damaged bytes
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = one_line(error, 120) or type(error).__name__
         raise UserError(f"{path} cannot be read as PNG or JPEG ({reason})") from error
-    rgb = _sized(path, over_white(rgb) if see_through else rgb, tile_px, crop)
+    rgb = _crop_to_size(path, over_white(rgb) if is_clear else rgb, tile_px, crop)
     if icc == "srgb":
-        rgb = _recolour(profile)(rgb)
+        rgb = _cached_recolour(profile)(rgb)
     return Picture(np.ascontiguousarray(rgb), codec)
 
 
-@lru_cache(maxsize=8)
-def _recolour(profile: bytes | None) -> Recolour:
-    return to_srgb(profile)
-
-
-def _sized(
+def _crop_to_size(
     path: Path, rgb: npt.NDArray[np.uint8], tile_px: int, crop: bool
 ) -> npt.NDArray[np.uint8]:
     height, width = rgb.shape[:2]
     if (height, width) == (tile_px, tile_px):
         return rgb
-    if not crop or min(height, width) < tile_px:
-        larger = min(height, width) >= tile_px
-        hint = ", or --crop to take the centre" if larger else ""
+    is_larger = min(height, width) >= tile_px
+    if not crop or not is_larger:
+        hint = ", or --crop to take the centre" if is_larger else ""
         raise UserError(
             f"{path} is {width}x{height} px, expected {tile_px}x{tile_px}: give --tile-px{hint}"
         )

@@ -1,10 +1,10 @@
 """Polygons of a mask and masks of polygons: pure functions, exact to the pixel both ways.
 
-A traced polygon runs along pixel edges, a filled one holds the pixels whose centres lie in it,
+A traced polygon runs along pixel edges, a filled one has the pixels whose centres are in it,
 so that filling what was traced gives the same mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -33,8 +33,8 @@ class Polygon:
         return Polygon(self.shell * factor, tuple(hole * factor for hole in self.holes))
 
 
-def fill(polygon: Polygon, shape: tuple[int, int]) -> tuple[Bools, int, int]:
-    """The pixels of a mask of `shape` (h, w) whose centres lie in the polygon (even-odd rule).
+def fill_polygon(polygon: Polygon, shape: tuple[int, int]) -> tuple[Bools, int, int]:
+    """The pixels of a mask of `shape` (h, w) whose centres are in the polygon (even-odd rule).
 
     Returns the pixels of the polygon's bounding box and the box's top and left in the mask.
     """
@@ -65,17 +65,19 @@ def _crossings(ring: Floats, height: int, width: int) -> Ints:
     return row * (width + 1) + column
 
 
-def trace(mask: Bools) -> list[Polygon]:
+def trace_polygons(mask: Bools) -> list[Polygon]:
     """The regions of a mask [h, w] as polygons along pixel edges, in pixels of the mask.
 
     Pixels that touch only at a corner are two regions. No ring touches itself; a hole may touch
     its shell or another hole in a point, as the OGC's simple features allow.
     """
+    if not mask.any():
+        return []
     labels = np.asarray(cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1], np.int32)
     shells: dict[int, Floats] = {}
     holes: dict[int, list[Floats]] = {}
-    for ring in _rings(mask):
-        region, is_shell = _side(ring, labels)
+    for ring in _trace_rings(mask):
+        region, is_shell = _bounded_region(ring, labels)
         if is_shell:
             shells[region] = ring.astype(np.float64)
         else:
@@ -83,10 +85,10 @@ def trace(mask: Bools) -> list[Polygon]:
     return [Polygon(shells[key], tuple(holes.get(key, ()))) for key in sorted(shells)]
 
 
-def _rings(mask: Bools) -> Iterator[Ints]:
+def _trace_rings(mask: Bools) -> Iterator[Ints]:
     """Boundary rings int64 [n, 2] (x, y) of corners, none of which passes a point twice."""
-    points, across, down = _corners(mask)
-    links = (_partners(points, across, (1, 0)), _partners(points, down, (0, 1)))
+    points, across, down = _find_corners(mask)
+    links = (_edge_partners(points, across, (1, 0)), _edge_partners(points, down, (0, 1)))
     seen = np.zeros(len(points), bool)
     for start in range(len(points)):
         if seen[start]:
@@ -99,32 +101,32 @@ def _rings(mask: Bools) -> Iterator[Ints]:
             seen[at] = True
             ring.append(at)
             at = int(links[1][at])
-        yield from _simple(points[ring])
+        yield from _split_ring(points[ring])
 
 
-def _corners(mask: Bools) -> tuple[Ints, Ints, Ints]:
+def _find_corners(mask: Bools) -> tuple[Ints, Ints, Ints]:
     """Corners of the boundary [n, 2] (x, y), and which way their edges go.
 
-    `across` is 0 where a corner's horizontal edge lies to its left, 1 to its right; `down` is 0
-    where the vertical edge lies above, 1 below. Where two pixels touch at a corner there are
+    `across` is 0 where a corner's horizontal edge is to its left, 1 to its right; `down` is 0
+    where the vertical edge is above, 1 below. Where two pixels touch at a corner there are
     two corners, one round each pixel.
     """
     padded = np.pad(mask, 1).astype(np.int8)
     quarters = [padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]]
     count = sum(quarters)
-    found = []
+    corners_by_quarter = []
     for index, quarter in enumerate(quarters):
         opposite = quarters[3 - index]
         alone = (quarter == 1) & ((count == 1) | ((count == 2) & (opposite == 1)))
         missing = (quarter == 0) & (count == 3)
         y, x = np.nonzero(alone | missing)
         across, down = np.full(len(x), index % 2), np.full(len(x), index // 2)
-        found.append(np.stack([x, y, across, down], 1))
-    corners = np.concatenate(found).astype(np.int64)
+        corners_by_quarter.append(np.stack([x, y, across, down], 1))
+    corners = np.concatenate(corners_by_quarter).astype(np.int64)
     return corners[:, :2], corners[:, 2], corners[:, 3]
 
 
-def _partners(points: Ints, side: Ints, axis: tuple[int, int]) -> Ints:
+def _edge_partners(points: Ints, side: Ints, axis: tuple[int, int]) -> Ints:
     """The corner at the other end of each corner's edge along an axis."""
     along, other = (points[:, 0], points[:, 1]) if axis[0] else (points[:, 1], points[:, 0])
     order = np.lexsort((side, along, other))
@@ -133,7 +135,7 @@ def _partners(points: Ints, side: Ints, axis: tuple[int, int]) -> Ints:
     return partner
 
 
-def _simple(ring: Ints) -> Iterator[Ints]:
+def _split_ring(ring: Ints) -> Iterator[Ints]:
     """The ring cut where it passes a point twice."""
     place: dict[tuple[int, int], int] = {}
     kept: list[tuple[int, int]] = []
@@ -151,7 +153,7 @@ def _simple(ring: Ints) -> Iterator[Ints]:
     yield np.array(kept, np.int64)
 
 
-def _side(ring: Ints, labels: npt.NDArray[np.int32]) -> tuple[int, bool]:
+def _bounded_region(ring: Ints, labels: npt.NDArray[np.int32]) -> tuple[int, bool]:
     """The region that a ring bounds, and whether from outside: a shell and no hole."""
     following = np.roll(ring, -1, 0)
     level = np.flatnonzero(ring[:, 1] == following[:, 1])
@@ -163,20 +165,20 @@ def _side(ring: Ints, labels: npt.NDArray[np.int32]) -> tuple[int, bool]:
     return (below, True) if below else (above, False)
 
 
-def area(polygon: Polygon) -> float:
-    """Area within the shell and outside the holes."""
-    shell, *holes = (_ring_area(ring) for ring in polygon.rings)
-    return shell - sum(holes)
+def polygon_area(polygon: Polygon) -> float:
+    """Area within the shell and outside the holes, in square pixels (shoelace formula).
+
+    >>> polygon_area(Polygon(np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 3.0], [0.0, 3.0]])))
+    6.0
+    """
+    areas = [
+        float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+        for x, y in (ring.T for ring in polygon.rings)
+    ]
+    return areas[0] - sum(areas[1:])
 
 
-def _ring_area(ring: Floats) -> float:
-    x, y = ring.T
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
-
-
-def paint(mask: npt.NDArray[np.uint8], polygons: Sequence[Polygon], value: int) -> None:
-    """Set the pixels of the polygons, one after another, in place."""
-    for polygon in polygons:
-        inside, top, left = fill(polygon, (mask.shape[0], mask.shape[1]))
-        part = mask[top : top + inside.shape[0], left : left + inside.shape[1]]
-        part[inside] = value
+def paint_polygon(mask: npt.NDArray[np.uint8], polygon: Polygon, value: int) -> None:
+    """Set the pixels of the polygon in a mask [h, w], in place."""
+    inside, top, left = fill_polygon(polygon, (mask.shape[0], mask.shape[1]))
+    mask[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = value

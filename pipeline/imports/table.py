@@ -1,11 +1,11 @@
-"""Tables of tile positions that others made: CSV or Parquet, columns by name, columns in memory.
+"""Tables of tile positions that others made: CSV or Parquet, columns by name.
 
 Ten million rows are a few hundred megabytes here: slide names are dictionary codes, positions
 are arrays, no row becomes a Python object.
 """
 
 import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.text import one_line
+from pipeline.imports.config import Columns
 
-UNITS = ("level0", "level", "mpp")
-SYNONYMS = {
+_SYNONYMS = {
     "slide": (
         "slide_id", "slide", "slide_name", "wsi", "wsi_id", "filename", "file_name", "slide_path",
         "path",
@@ -39,27 +40,12 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns' names in the table; '' where the synonyms or nothing will do."""
-
-    slide: str = ""
-    x: str = ""
-    y: str = ""
-    level: str = ""
-    mpp: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """By role."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class PositionTable:
     """Positions as a table has them.
 
     `codes` int32 [n] point into `slides` (the names as written), `x` and `y` are float64 [n] in
     pixels of `units`: "level0", "level" (`scale` is the row's level) or "mpp" (`scale` is its
-    µm per pixel). Row i stands in line `first_line + i` of the file.
+    µm per pixel). Row i is in line `first_line + i` of the file.
     """
 
     path: Path
@@ -81,24 +67,24 @@ class PositionTable:
 def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTable:
     """Read a CSV or Parquet table of positions.
 
-    `units` is one of `UNITS`; '' takes level 0 where the x column's name says so or no level and
-    mpp column is there, else what that column says. Raises `UserError` naming file, column and
+    `units` '' takes level 0 where the x column's name says so or no level and mpp column is there,
+    else what that column says. Raises `UserError` naming file, column and
     lines where a value is missing or no number.
     """
     is_csv = path.suffix.lower() not in (".parquet", ".pq")
     try:
         header = _csv_header(path) if is_csv else pq.read_schema(path).names
-        found = _resolve(path, header, columns)
-        units = _units(path, found, units)
-        names = [found.slide, found.x, found.y]
-        names += [getattr(found, units)] if units != "level0" else []
+        resolved = _resolve_columns(path, header, columns)
+        units = _resolve_units(path, resolved, units)
+        names = [resolved.slide, resolved.x, resolved.y]
+        names += [getattr(resolved, units)] if units != "level0" else []
         table = _read_csv(path, names) if is_csv else _read_parquet(path, names)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path} cannot be read as a table of positions: {reason}") from error
     first_line = 2 if is_csv else 1
-    numbers = [_floats(path, table, name, first_line) for name in names[1:]]
-    slides, codes = _codes(path, table, found.slide, first_line)
+    numbers = [_read_floats(path, table, name, first_line) for name in names[1:]]
+    slides, codes = _read_codes(path, table, resolved.slide, first_line)
     scale = numbers[2] if units != "level0" else None
     return PositionTable(path, slides, codes, numbers[0], numbers[1], units, scale, first_line)
 
@@ -114,39 +100,39 @@ def _delimiter(path: Path) -> str:
     return "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
 
 
-def _resolve(path: Path, header: list[str], columns: Columns) -> Columns:
+def _resolve_columns(path: Path, header: list[str], columns: Columns) -> Columns:
     """The columns that are there; slide, x and y must be."""
     by_lower = {name.lower(): name for name in reversed(header)}
-    found = {}
-    for field in fields(Columns):
-        role, asked = field.name, getattr(columns, field.name)
-        if asked and asked not in header:
-            raise UserError(f"{path}: no column '{asked}'; there: {', '.join(header) or 'none'}")
-        names = (by_lower[name] for name in SYNONYMS[role] if name in by_lower)
-        found[role] = asked or next(names, "")
-        if not found[role] and role in ("slide", "x", "y"):
+    there = ", ".join(header) or "none"
+    resolved = {}
+    for role, requested in columns.as_dict().items():
+        if requested and requested not in header:
+            raise UserError(f"{path}: no column '{requested}'; there: {there}")
+        names = (by_lower[name] for name in _SYNONYMS[role] if name in by_lower)
+        resolved[role] = requested or next(names, "")
+        if not resolved[role] and role in ("slide", "x", "y"):
             raise UserError(
-                f"{path}: no {role} column; expected one of {', '.join(SYNONYMS[role])} or "
-                f"--{role}-column, there: {', '.join(header) or 'none'}"
+                f"{path}: no {role} column; expected one of {', '.join(_SYNONYMS[role])} or "
+                f"--{role}-column, there: {there}"
             )
-    return Columns(**found)
+    return Columns(**resolved)
 
 
-def _units(path: Path, found: Columns, units: str) -> str:
+def _resolve_units(path: Path, columns: Columns, units: str) -> str:
     if units:
-        if units != "level0" and not getattr(found, units):
+        if units != "level0" and not getattr(columns, units):
             raise UserError(
                 f"{path}: --units {units} needs a {units} column; give --{units}-column"
             )
         return units
-    if found.x.lower().endswith(_LEVEL0_SUFFIX):
+    if columns.x.lower().endswith(_LEVEL0_SUFFIX):
         return "level0"
-    if found.level and found.mpp:
+    if columns.level and columns.mpp:
         raise UserError(
-            f"{path}: has both a level column '{found.level}' and an mpp column '{found.mpp}'; "
+            f"{path}: has both a level column '{columns.level}' and an mpp column '{columns.mpp}'; "
             "say which the coordinates are in: --units level0, level or mpp"
         )
-    return "level" if found.level else "mpp" if found.mpp else "level0"
+    return "level" if columns.level else "mpp" if columns.mpp else "level0"
 
 
 def _read_csv(path: Path, names: list[str]) -> pa.Table:
@@ -170,13 +156,13 @@ def _read_parquet(path: Path, names: list[str]) -> pa.Table:
     return table
 
 
-def _floats(path: Path, table: pa.Table, name: str, first_line: int) -> Floats:
+def _read_floats(path: Path, table: pa.Table, name: str, first_line: int) -> Floats:
     try:
         values = table[name].cast(pa.float64()).to_numpy()
     except (pa.ArrowException, ValueError) as error:
         raise UserError(
-            f"{path}: column '{name}' holds {table[name].type}, expected numbers"
-        ) from (error)
+            f"{path}: column '{name}' is {table[name].type}, expected numbers"
+        ) from error
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise UserError(
@@ -186,7 +172,7 @@ def _floats(path: Path, table: pa.Table, name: str, first_line: int) -> Floats:
     return np.asarray(values, np.float64)
 
 
-def _codes(
+def _read_codes(
     path: Path, table: pa.Table, name: str, first_line: int
 ) -> tuple[list[str], npt.NDArray[np.int32]]:
     column = table[name].unify_dictionaries().combine_chunks()

@@ -1,10 +1,10 @@
-"""Finding pictures of tiles: a folder a slide, or a CSV; positions from their names."""
+"""Finding pictures of tiles: one folder per slide, or a CSV; positions from their names."""
 
 import csv
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset import check_slide_id, fingerprint, safe_slide_id
+from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
 from pipeline.slides.barcode import parse_barcode
-from pipeline.slides.open import check_below
+from pipeline.slides.entries import TableRow
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg"})
-NAMES = ("none", "x_y", "col_row")
+_PICTURES = frozenset({".png", ".jpg", ".jpeg"})
 _PATHS = ("path", "tile_path", "file", "filename", "file_name", "image")
 _SLIDES = ("slide_id", "slide", "wsi")
 _POSITION = re.compile(r"^(?:.*[^0-9])?(\d+)_(\d+)$")
@@ -28,9 +27,9 @@ _POSITION = re.compile(r"^(?:.*[^0-9])?(\d+)_(\d+)$")
 class TileFolder:
     """The pictures of one slide: paths relative to `root`, sorted.
 
-    `positions` are (x, y) or (column, row) a picture as a table states them, empty where names
+    `positions` are (x, y) or (column, row) per picture as a table states them, empty where names
     are to be read; `cells` says that they are columns and rows. `taken_by` is the other folder
-    that bears the same name: this one cannot be taken.
+    that has the same name: this one cannot be imported.
     """
 
     slide_id: str
@@ -62,27 +61,30 @@ def find_tile_folders(source: Path) -> list[TileFolder]:
 
     A slide is named after its folder (DSMIL's `<class>/<slide>/<col>_<row>.jpeg` and plain
     `<slide>/*.png` alike). Raises `UserError` where there is no picture, or a folder with
-    pictures holds another one: two magnifications are two datasets.
+    pictures has another one inside: two magnifications are two datasets.
     """
     if source.is_file():
         return _from_csv(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or CSV; expected folders of PNG or JPEG tiles")
-    found = [
-        TileFolder(safe_slide_id(f.name), f, files) for f, files in _folders(source.absolute())
-    ]
-    if not found:
-        raise UserError(f"{source} holds no pictures; expected <slide>/<tile>.png, .jpg or .jpeg")
-    _refuse_nested(found)
-    return _named_once([_with_barcode(folder) for folder in found])
-
-
-def _folders(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    for folder, inside, names in os.walk(root):
-        inside.sort()
-        files = tuple(sorted(name for name in names if Path(name).suffix.lower() in PICTURES))
+    folders = []
+    for root, _, names in sorted(os.walk(source.absolute())):
+        files = tuple(sorted(name for name in names if Path(name).suffix.lower() in _PICTURES))
         if files:
-            yield Path(folder), files
+            slide_id = safe_slide_id(Path(root).name)
+            folders.append(_with_barcode(TileFolder(slide_id, Path(root), files)))
+    if not folders:
+        raise UserError(f"{source} has no pictures; expected <slide>/<tile>.png, .jpg or .jpeg")
+    _refuse_nested(folders)
+    by_id: dict[str, TileFolder] = {}
+    for folder in sorted(folders, key=lambda folder: folder.root):
+        if (first := by_id.get(folder.slide_id)) is not None:
+            # Under a name of its own, so that the refusal is recorded and the first is kept.
+            digest = hashlib.sha256(str(folder.root).encode()).hexdigest()[:8]
+            slide_id = f"{folder.slide_id}.{digest}"
+            folder = replace(folder, slide_id=slide_id, taken_by=str(first.root))
+        by_id[folder.slide_id] = folder
+    return [by_id[slide_id] for slide_id in sorted(by_id)]
 
 
 def _refuse_nested(folders: Sequence[TileFolder]) -> None:
@@ -91,22 +93,9 @@ def _refuse_nested(folders: Sequence[TileFolder]) -> None:
         above = next((parent for parent in folder.root.parents if parent in roots), None)
         if above is not None:
             raise UserError(
-                f"{above} holds pictures and so does {folder.root} inside it (two "
+                f"{above} has pictures and so does {folder.root} inside it (two "
                 "magnifications?): give the folder of one of them, or a CSV with path and slide"
             )
-
-
-def _named_once(folders: Iterable[TileFolder]) -> list[TileFolder]:
-    """Sorted by slide id; of two folders of one name the second is marked, under another id."""
-    found: dict[str, TileFolder] = {}
-    for folder in sorted(folders, key=lambda f: f.root):
-        other = found.get(folder.slide_id)
-        if other is not None:
-            mark = hashlib.sha256(str(folder.root).encode()).hexdigest()[:8]
-            name = f"{folder.slide_id}.{mark}"
-            folder = replace(folder, slide_id=name, taken_by=str(other.root))
-        found[folder.slide_id] = folder
-    return [found[key] for key in sorted(found)]
 
 
 def _with_barcode(folder: TileFolder) -> TileFolder:
@@ -124,16 +113,15 @@ def _with_barcode(folder: TileFolder) -> TileFolder:
 
 
 @dataclass
-class _Rows:
+class _SlideRows:
     """Rows of a CSV for one slide, as they are read.
 
-    `name` is the slide's name as its first row, in line `line`, has it; `lines` are those of the
-    pictures, by their path without detours.
+    `name` is the slide's name as the first row has it; `lines` are those of the pictures, by
+    their path without detours.
     """
 
-    first: dict[str, str]
+    first: TableRow
     name: str
-    line: int
     files: list[str] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
     positions: list[tuple[float, float]] = field(default_factory=list)
@@ -141,86 +129,80 @@ class _Rows:
 
 def _from_csv(table: Path) -> list[TileFolder]:
     """Slides of a CSV with path and slide, and perhaps x and y or col and row, patient, site ..."""
+    slides: dict[str, _SlideRows] = {}
     try:
-        return _read_csv(table)
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            path_column = _find_column(table, columns, _PATHS)
+            slide_column = _find_column(table, columns, _SLIDES)
+            pairs = (("x", "y"), ("col", "row"))
+            pair = next((pair for pair in pairs if set(pair) <= set(columns)), None)
+            for number, values in enumerate(reader, 2):
+                row = TableRow(table, number, values)
+                _add_row(slides, row, path_column, slide_column, pair)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read as a table of tiles: {error}") from error
-
-
-def _read_csv(table: Path) -> list[TileFolder]:
-    slides: dict[str, _Rows] = {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        path_column = _column(table, columns, _PATHS)
-        slide_column = _column(table, columns, _SLIDES)
-        pair = next((p for p in (("x", "y"), ("col", "row")) if set(p) <= set(columns)), None)
-        for number, row in enumerate(reader, 2):
-            name = (row[slide_column] or "").strip()
-            if not name or not row[path_column]:
-                raise UserError(f"{table}, line {number}: needs {path_column} and {slide_column}")
-            path = row[path_column].strip()
-            check_below(table, number, path)
-            rows = slides.setdefault(safe_slide_id(name), _Rows(row, name, number))
-            _check_row(table, number, name, path, rows)
-            rows.files.append(path)
-            if pair:
-                rows.positions.append(_position(table, number, row, pair))
     if not slides:
-        raise UserError(f"{table} has no rows; expected one a tile, with path and slide")
-    cells = pair == ("col", "row")
-    return [_csv_folder(table, name, slides[name], cells) for name in sorted(slides)]
+        raise UserError(f"{table} has no rows; expected one per tile, with path and slide")
+    is_cells = pair == ("col", "row")
+    return [_csv_folder(slide_id, slides[slide_id], is_cells) for slide_id in sorted(slides)]
 
 
-def _check_row(table: Path, number: int, name: str, path: str, rows: _Rows) -> None:
-    """Refuse a row that would merge two slides, or count a picture twice."""
+def _add_row(
+    slides: dict[str, _SlideRows],
+    row: TableRow,
+    path_column: str,
+    slide_column: str,
+    pair: tuple[str, str] | None,
+) -> None:
+    """Add a picture; refuse one that would merge two slides, or count a picture twice."""
+    name, path = row.text(slide_column), row.text(path_column)
+    if not name or not path:
+        raise row.error(f"needs {path_column} and {slide_column}")
+    row.check_below(path)
+    slide_id = safe_slide_id(name)
+    rows = slides.setdefault(slide_id, _SlideRows(row, name))
     if name != rows.name:
-        raise UserError(
-            f"{table}, line {number}: slide '{name}' and '{rows.name}' of line {rows.line} would "
-            f"both be called {safe_slide_id(name)}; rename one of them"
+        raise row.error(
+            f"slide '{name}' and '{rows.name}' of line {rows.first.number} would both be called "
+            f"{slide_id}; rename one of them"
         )
-    line = rows.lines.setdefault(os.path.normpath(path), number)
-    if line != number:
-        raise UserError(
-            f"{table}, line {number}: {path} of slide '{name}' is there in line {line} already; "
-            "leave one of the two lines"
+    line = rows.lines.setdefault(os.path.normpath(path), row.number)
+    if line != row.number:
+        raise row.error(
+            f"{path} of slide '{name}' is there in line {line} already; leave one of the two lines"
         )
+    rows.files.append(path)
+    if pair:
+        try:
+            rows.positions.append((float(row.text(pair[0])), float(row.text(pair[1]))))
+        except ValueError as error:
+            raise row.error(f"{pair[0]} and {pair[1]} are no numbers") from error
 
 
-def _column(table: Path, columns: Sequence[str], names: Sequence[str]) -> str:
-    found = next((name for name in names if name in columns), None)
-    if found is None:
+def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> str:
+    column = next((name for name in names if name in columns), None)
+    if column is None:
         raise UserError(
             f"{table}: expected a column {' or '.join(names)}, there: "
             f"{', '.join(columns) or 'none'}"
         )
-    return found
+    return column
 
 
-def _position(
-    table: Path, number: int, row: dict[str, str], pair: tuple[str, str]
-) -> tuple[float, float]:
-    try:
-        return float(row[pair[0]]), float(row[pair[1]])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{table}, line {number}: {pair[0]} and {pair[1]} are no numbers"
-        ) from error
-
-
-def _csv_folder(table: Path, slide_id: str, rows: _Rows, cells: bool) -> TileFolder:
+def _csv_folder(slide_id: str, rows: _SlideRows, is_cells: bool) -> TileFolder:
     order = sorted(range(len(rows.files)), key=lambda i: rows.files[i])
-    row = rows.first
     folder = TileFolder(
         check_slide_id(slide_id),
-        table.absolute().parent,
+        rows.first.table.absolute().parent,
         tuple(rows.files[i] for i in order),
         tuple(rows.positions[i] for i in order) if rows.positions else (),
-        cells,
-        (row.get("patient") or "").strip(),
-        (row.get("site") or row.get("tss") or "").strip(),
-        (row.get("project") or "").strip(),
-        (row.get("sample_type") or "").strip(),
+        is_cells,
+        rows.first.text("patient"),
+        rows.first.text("site", "tss"),
+        rows.first.text("project"),
+        rows.first.text("sample_type"),
     )
     return _with_barcode(folder)
 
@@ -236,13 +218,13 @@ def list_files(folder: TileFolder) -> Listing:
             raise UserError(f"{folder.root / name}: {error.strerror}") from error
         total, newest = total + stat.st_size, max(newest, stat.st_mtime_ns)
         states.append((name, stat.st_size, stat.st_mtime_ns))
-    return Listing(total, newest, fingerprint(files=states, positions=folder.positions))
+    return Listing(total, newest, fingerprint_of(files=states, positions=folder.positions))
 
 
 def tile_positions(
     folder: TileFolder, names: str, tile_px: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
-    """Positions (x, y) of the pictures in the order of `files`, or None where none are stated.
+    """Positions (x, y), float64 [n] each, in the order of `files`; None where none are stated.
 
     `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's own
     columns come first. Raises `UserError` for a name without, and for two pictures of one place.
@@ -250,7 +232,9 @@ def tile_positions(
     cells = folder.cells if folder.positions else names == "col_row"
     if not folder.positions and names == "none":
         return None
-    pairs = folder.positions or tuple(_from_name(folder, name, names) for name in folder.files)
+    pairs = folder.positions or tuple(
+        _position_in_name(folder, name, names) for name in folder.files
+    )
     xy = np.array(pairs, np.float64).reshape(len(pairs), 2) * (tile_px if cells else 1)
     distinct, first = np.unique(xy, axis=0, return_index=True)
     if len(distinct) < len(xy):
@@ -259,7 +243,7 @@ def tile_positions(
     return xy[:, 0], xy[:, 1]
 
 
-def _from_name(folder: TileFolder, name: str, names: str) -> tuple[float, float]:
+def _position_in_name(folder: TileFolder, name: str, names: str) -> tuple[float, float]:
     match = _POSITION.match(Path(name).stem)
     if match is None:
         what = "<x>_<y>" if names == "x_y" else "<col>_<row>"

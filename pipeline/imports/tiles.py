@@ -6,8 +6,7 @@ a picture that cannot be read leaves nothing but that row and its reason.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.console import meter
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
+    Ledger,
+    Missing,
     Run,
     Slide,
-    claim_identity,
     commit_bytes,
     commit_file,
     encode_png,
-    fingerprint,
-    read_journal,
-    standing,
+    fingerprint_of,
     write_candidates,
     write_tar,
 )
 from pipeline.dataset.commit import HashingFile
-from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
+from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName
 from pipeline.imports.candidates import candidates_table
+from pipeline.imports.config import TilesConfig
 from pipeline.imports.picture import read_picture
 from pipeline.imports.tile_folder import (
     TileFolder,
@@ -46,10 +44,12 @@ from pipeline.imports.tile_folder import (
     tile_order,
     tile_positions,
 )
-from pipeline.run.engine import EngineConfig, SlideTask, report_progress, run_tasks
-from pipeline.run.stage import Summary, report_summary, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
+from pipeline.run.tasks import SlideTask, report_progress
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.scan import STAGE as SCAN
-from pipeline.slides.scan import ScanConfig, record_slides, slide_values
+from pipeline.slides.scan import record_slides, slide_values
 from pipeline.tiles.stage import IMPORTED_TILES, tile_fingerprint
 from pipeline.tiles.stage import STAGE as TILE
 from pipeline.tissue.stage import STAGE as TISSUE
@@ -58,49 +58,11 @@ from pipeline.tissue.stage import tissue_fingerprint
 VERSION = 1
 _PROGRESS_TILES = 64
 _READER = "tiles"
-_CODEC = {"small": "png", "fast": "png-fast"}
 
 
 @dataclass(frozen=True)
-class TilesConfig:
-    """Where pictures are and what they are: µm per pixel, size, what their names say."""
-
-    source: Path
-    mpp: float
-    tile_px: int = 224
-    seed: int = 0
-    names: str = "none"
-    crop: bool = False
-    icc: str = "ignore"
-    png: str = "small"
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        parameters = {
-            "name": IMPORTED_TILES,
-            "version": VERSION,
-            "names": self.names,
-            "crop": self.crop,
-        }
-        return {
-            "mpp": self.mpp,
-            # Nothing is cut, so only `scan` would compare it: it shall find the grid first.
-            "mpp_tolerance": ScanConfig.mpp_tolerance,
-            "tile_px": self.tile_px,
-            "grid": IMPORTED_TILES,
-            "seed": self.seed,
-            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-            "detector": f"{IMPORTED_TILES} {fingerprint(**parameters)}",
-            "detector_parameters": parameters,
-            "resampler": "none",
-            "icc": self.icc,
-            "codec": _CODEC[self.png],
-        }
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Fingerprints of a folder's row, candidates and tiles, and of its list of files."""
+class _Fingerprints:
+    """Of a folder's row, candidates and tiles, and the hash of its list of files."""
 
     row: str
     candidates: str
@@ -108,39 +70,8 @@ class _Marks:
     source: str
 
 
-def import_tiles(dataset: Dataset, config: TilesConfig, engine: EngineConfig) -> int:
-    """Write shards, candidates and slides.parquet of the folders; returns the exit status."""
-    folders = find_tile_folders(config.source)
-    versions = stage_versions("pillow")
-    identity = claim_identity(dataset, config.identity(), stage=SCAN, versions=versions)
-    summary = Summary("import")
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(Run(dataset, name, versions)) for name in _STAGES}
-        journals = _Journals(dataset, runs, summary, str(config.tile_px))
-        tasks = []
-        for folder in folders:
-            try:
-                slide, marks = _describe(folder, config, identity)
-            except UserError as error:
-                slide = replace(_row(folder, config), status="failed", reason=str(error))
-                journals.fail(slide, fingerprint(stage=IMPORTED_TILES, reason=str(error)))
-                continue
-            if journals.stand(slide.slide_id, marks):
-                summary.skipped += 1
-                continue
-            arguments = (str(dataset.root), runs[TILE].run_id, folder, slide, marks, config)
-            units = len(folder.files)
-            tasks.append(SlideTask(slide.slide_id, marks.row, arguments, slide.bytes, units))
-            journals.slides[slide.slide_id] = slide
-        with meter("import", sum(task.units for task in tasks), "tiles") as progress:
-            run_tasks(import_folder, tasks, engine, journals.append, progress)
-            summary.seconds = progress.seconds
-        record_slides(dataset, runs[SCAN], Summary(SCAN))
-    return report_summary(summary, dataset.tiles_dir(config.tile_px), "tiles")
-
-
-_STAGES = (TILE, TISSUE, SCAN)
-"""In the order of journalling: a row of slides.parquet stands on what was before it."""
+_JOURNALS = (TILE, TISSUE, SCAN)
+"""In the order of journalling: a row of slides.parquet relies on what was before it."""
 
 
 def _row(folder: TileFolder, config: TilesConfig) -> Slide:
@@ -151,67 +82,50 @@ def _row(folder: TileFolder, config: TilesConfig) -> Slide:
     )  # fmt: skip
 
 
-def _describe(
+@dataclass(frozen=True)
+class _ListedFolder:
+    """A folder with its row before any picture is read; `refusal` says why it cannot be taken."""
+
+    folder: TileFolder
+    slide: Slide
+    fingerprints: _Fingerprints
+    refusal: str = ""
+
+    @property
+    def slide_id(self) -> str:
+        return self.slide.slide_id
+
+
+def _list_folder(
     folder: TileFolder, config: TilesConfig, identity: dict[str, Any]
-) -> tuple[Slide, _Marks]:
-    """The folder's row before any picture is read, and what its results are made from."""
-    if folder.taken_by:
-        raise UserError(
-            f"{folder.root} bears the name of {folder.taken_by}; rename one, or give a CSV"
-        )
-    listing = list_files(folder)
+) -> _ListedFolder:
+    """The folder's row, and the fingerprints of what is made from it."""
+    try:
+        if folder.taken_by:
+            raise UserError(
+                f"{folder.root} has the name of {folder.taken_by}; rename one, or give a CSV"
+            )
+        listing = list_files(folder)
+    except UserError as error:
+        reason = str(error)
+        slide = replace(_row(folder, config), status="failed", reason=reason)
+        failed = _Fingerprints(fingerprint_of(stage=IMPORTED_TILES, reason=reason), "", "", "")
+        return _ListedFolder(folder, slide, failed, reason)
     slide = replace(_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
     tiles = tile_fingerprint(slide, identity, config.tile_px, listing.sha256)
-    row = fingerprint(stage=IMPORTED_TILES, row=asdict(slide), candidates=candidates, tiles=tiles)
-    return slide, _Marks(row, candidates, tiles, listing.sha256)
-
-
-class _Journals:
-    """Writes what became of a folder to the journals of the stages whose work it is."""
-
-    def __init__(
-        self, dataset: Dataset, runs: dict[str, Run], summary: Summary, scope: str
-    ) -> None:
-        self.dataset, self.runs, self.summary, self.scope = dataset, runs, summary, scope
-        self.slides: dict[str, Slide] = {}
-        self.known = {
-            TILE: standing(read_journal(dataset, TILE), scope),
-            TISSUE: standing(read_journal(dataset, TISSUE)),
-            SCAN: standing(read_journal(dataset, SCAN)),
-        }
-
-    def stand(self, slide_id: str, marks: _Marks) -> bool:
-        """Whether row, candidates and tiles of a folder stand."""
-        pairs = ((TILE, marks.tiles), (TISSUE, marks.candidates), (SCAN, marks.row))
-        return all(
-            stands(self.dataset, self.known[stage].get(slide_id, []), mark) is not None
-            for stage, mark in pairs
-        )
-
-    def append(self, entries: list[Entry]) -> None:
-        """Journal what a task gave: one entry a stage, or one failure."""
-        for entry in entries:
-            if entry.outcome == "failed":
-                slide = self.slides[entry.slide_id]
-                self.fail(replace(slide, status="failed", reason=entry.reason), entry.fingerprint)
-        done = [entry for entry in entries if entry.outcome == "done"]
-        for stage, entry in zip(_STAGES, done, strict=False):
-            self.runs[stage].append([entry])
-            self.summary.add(entry)
-
-    def fail(self, slide: Slide, mark: str) -> None:
-        """Journal a folder that could not be taken as a slide that `scan` would refuse."""
-        entry = Entry(slide.slide_id, "failed", mark, slide.reason, values=slide_values(slide))
-        self.runs[SCAN].append([entry])
-        self.summary.add(entry)
+    row = fingerprint_of(
+        stage=IMPORTED_TILES, row=asdict(slide), candidates=candidates, tiles=tiles
+    )
+    return _ListedFolder(folder, slide, _Fingerprints(row, candidates, tiles, listing.sha256))
 
 
 def import_folder(
-    root: str, run_id: str, folder: TileFolder, slide: Slide, marks: _Marks, config: TilesConfig
+    root: str, run_id: str, listed: _ListedFolder, config: TilesConfig
 ) -> list[Entry]:
     """Write one folder's shard and candidates; entries of tile, tissue and scan, in this order."""
-    job = _Job(Dataset(Path(root)), run_id, folder, config)
+    folder, slide, fingerprints = listed.folder, listed.slide, listed.fingerprints
+    job = _FolderJob(Dataset(Path(root)), run_id, folder, config)
     began = time.monotonic()
     try:
         positions = tile_positions(folder, config.names, config.tile_px)
@@ -219,24 +133,25 @@ def import_folder(
         shard, codec = job.write_shard(order)
         candidates = job.write_candidates(order, positions)
     except UserError as error:
-        return [Entry(slide.slide_id, "failed", marks.row, str(error))]
+        return [Entry(slide.slide_id, "failed", fingerprints.row, str(error))]
     count = len(order)
     row = slide_values(replace(slide, codec=codec))
     return [
         Entry(
-            slide.slide_id, "done", marks.tiles, scope=str(config.tile_px), start=0, stop=count,
-            files=shard, counts={"tiles": count}, seconds=time.monotonic() - began,
+            slide.slide_id, "done", fingerprints.tiles, scope=str(config.tile_px),
+            start=0, stop=count, files=shard, counts={"tiles": count},
+            seconds=time.monotonic() - began,
         ),
         Entry(
-            slide.slide_id, "done", marks.candidates, files=(candidates,),
-            counts={"candidate tiles": count}, values={"source": marks.source},
+            slide.slide_id, "done", fingerprints.candidates, files=(candidates,),
+            counts={"candidate tiles": count}, values={"source": fingerprints.source},
         ),
-        Entry(slide.slide_id, "done", marks.row, values=row),
+        Entry(slide.slide_id, "done", fingerprints.row, values=row),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Job:
+class _FolderJob:
     """One folder's pictures with what writing them needs."""
 
     dataset: Dataset
@@ -291,3 +206,88 @@ class _Job:
             .append_column("source_rank", pa.array(np.full(len(order), -1, np.int32)))
         )
         return write_candidates(self.dataset, self.run_id, self.folder.slide_id, table)
+
+
+class ImportTilesStage(Stage[_ListedFolder]):
+    """Folders of pictures as shards, candidates and slides.parquet."""
+
+    name, label = SCAN, "import"
+    journals = _JOURNALS
+    unit = rate_of = "tiles"
+    packages = ("pillow",)
+    work = staticmethod(import_folder)
+
+    def __init__(self, dataset: Dataset, config: TilesConfig) -> None:
+        super().__init__(dataset)
+        self.config = config
+        self.folders = find_tile_folders(config.source)
+        self.slides: dict[str, Slide] = {}
+
+    def claims(self) -> dict[str, Any]:
+        """All values of the identity: no other stage has any to add."""
+        return self.config.identity()
+
+    def items(self) -> Iterator[_ListedFolder]:
+        """The folders, listed."""
+        self.ledgers = {
+            TILE: Ledger.read(self.dataset, TILE)[str(self.config.tile_px)],
+            TISSUE: Ledger.read(self.dataset, TISSUE)[""],
+        }
+        for folder in self.folders:
+            listed = _list_folder(folder, self.config, self.identity)
+            self.slides[listed.slide_id] = listed.slide
+            yield listed
+
+    def fingerprint(self, item: _ListedFolder) -> str:
+        """Of the folder's row in slides.parquet, and with it of all that is made from it."""
+        return item.fingerprints.row
+
+    def refusal(
+        self, item: _ListedFolder, fingerprint: str, ledger: Ledger
+    ) -> tuple[Outcome, str] | None:
+        """A folder whose name or files cannot be used."""
+        return ("failed", item.refusal) if item.refusal else None
+
+    def missing(self, item: _ListedFolder, fingerprint: str, ledger: Ledger) -> Missing:
+        """Everything, unless row, candidates and tiles of the folder are done."""
+        done = (
+            self.ledgers[TILE].done(item.slide_id, item.fingerprints.tiles)
+            and self.ledgers[TISSUE].done(item.slide_id, item.fingerprints.candidates)
+            and ledger[""].done(item.slide_id, fingerprint)
+        )
+        return Missing.of_slide(done)
+
+    def task(
+        self, item: _ListedFolder, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
+        """Read and write one folder's pictures."""
+        arguments = (str(self.dataset.root), run_id, item, self.config)
+        units = len(item.folder.files)
+        return SlideTask(item.slide_id, fingerprint, arguments, item.slide.bytes, units)
+
+    def record(self, runs: Sequence[Run], entries: list[Entry]) -> None:
+        """Journal a folder under the stages whose work was done, or as a slide that scan refuses.
+
+        A folder gives one entry per journal, in their order, or one failure.
+        """
+        failed = [entry for entry in entries if entry.outcome == "failed"]
+        for entry in failed:
+            slide = replace(self.slides[entry.slide_id], status="failed", reason=entry.reason)
+            runs[-1].append([replace(entry, values=slide_values(slide))])
+        done = [entry for entry in entries if entry.outcome == "done"]
+        for run, entry in zip(runs, done, strict=False):
+            run.append([entry])
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Write slides.parquet."""
+        record_slides(self.dataset, runs[-1], Summary(SCAN))
+
+    @property
+    def output(self) -> Path:
+        """The folder of the tile shards."""
+        return self.dataset.tiles_dir(self.config.tile_px)
+
+
+def import_tiles(dataset: Dataset, config: TilesConfig, engine: EngineConfig) -> int:
+    """Write shards, candidates and slides.parquet of the folders; returns the exit status."""
+    return run_stage(ImportTilesStage(dataset, config), engine)

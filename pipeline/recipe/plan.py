@@ -13,10 +13,9 @@ from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
     Entry,
-    covered_blocks,
     read_journal,
-    standing,
 )
+from pipeline.dataset.ledger import covered_blocks, current_entries
 from pipeline.recipe.cost import (
     Cost,
     Rates,
@@ -77,8 +76,8 @@ def _amounts(root: Path, recipe: Recipe) -> Amounts:
     dataset = Dataset(root)
     own = [step for step in recipe.steps if step.dataset == root]
     sizes = _slide_sizes(own)
-    scanned = standing(read_journal(dataset, "scan"))
-    tissue = standing(read_journal(dataset, "tissue"))
+    scanned = current_entries(read_journal(dataset, "scan"))
+    tissue = current_entries(read_journal(dataset, "tissue"))
     known = {
         slide: sum(entry.counts.get("candidate tiles", 0) for entry in entries)
         for slide, entries in tissue.items()
@@ -109,7 +108,7 @@ def _whole(value: Any) -> int | None:
 
 def _slide_sizes(steps: list[Step]) -> dict[str, int]:
     """Bytes of the slides that the recipe's scan would find."""
-    from pipeline.slides.open import find_sources
+    from pipeline.slides.entries import find_slides
 
     inputs = []
     for step in steps:
@@ -117,7 +116,7 @@ def _slide_sizes(steps: list[Step]) -> dict[str, int]:
             slides = step.values["slides"]
             inputs += slides if isinstance(slides, list) else [slides]
     sizes = {}
-    for source in find_sources(map(str, inputs)):
+    for source in find_slides(map(str, inputs)):
         try:
             sizes[source.slide_id] = source.bytes or source.path.stat().st_size
         except OSError:
@@ -214,7 +213,7 @@ def tile_rates(entries: Iterable[Entry], rates: Rates) -> tuple[Rates, str]:
 def _tile(step: Step, amounts: Amounts) -> Cost:
     px = int(step.values.get("tile-px", amounts.tile_px))
     journal = read_journal(amounts.dataset, "tile")
-    held = standing(journal, str(px))
+    held = current_entries(journal, str(px))
     rates, measured = tile_rates((e for rows in held.values() for e in rows), Rates())
     tiles, slides, known = _needed(step, amounts, held)
     cost = tile_cost(slides, tiles, rates) if tiles else Cost("tile")
@@ -240,7 +239,7 @@ def _cache(step: Step, amounts: Amounts) -> Cost:
     journal = read_journal(amounts.dataset, "cache")
     size, files, most, known = 0.0, 0, 0, ""
     for kind in config.kinds:
-        held = standing(journal, config.scope(px, kind))
+        held = current_entries(journal, config.scope(px, kind))
         tiles, slides, known = _needed(step, amounts, held)
         if tiles:
             shape = (spec.num_tokens, spec.token_dim)

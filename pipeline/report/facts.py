@@ -12,11 +12,11 @@ from pipeline.dataset import (
     Slide,
     check_slide_id,
     files_present,
-    mends,
     read_identity,
     read_journal,
     read_slides,
 )
+from pipeline.dataset.ledger import supersedes_failure
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.detector import ClassicalDetector
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
@@ -114,12 +114,12 @@ def stages_begun(dataset: Dataset) -> list[str]:
 def last_entries(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
     """The latest line of every scope and slide; entries come oldest first.
 
-    A failure without a scope (see `mends`) is left out where the slide was done since.
+    A failure without a scope is left out where the slide was done since.
     """
     last: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         before = last.get("", {}).get(entry.slide_id)
-        if before is not None and mends(entry, before):
+        if before is not None and supersedes_failure(entry, before):
             del last[""][entry.slide_id]
         last.setdefault(entry.scope, {})[entry.slide_id] = entry
     return {scope: slides for scope, slides in last.items() if slides}

@@ -1,20 +1,46 @@
-"""What every stage shares: what stands already, journalling, the summary at the end."""
+"""The stage driver: what every stage of the pipeline does the same way.
 
+A stage is an object that knows its slides: their fingerprints, which of them it must refuse, what
+each lacks, and the task that makes it. The driver does the rest: it claims the identity, reads the
+ledger, skips what is done, journals refusals and withdrawn files, bundles tasks and sends them to
+workers, journals what comes back, and sums up. Whether a run resumes is decided in `_plan` below.
+
+A new stage is one file with a subclass of `Stage`, and a command that calls `run_stage`.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Generic, Protocol, TypeVar
 
-from rich.table import Table
-from rich.text import Text
+from common.console import meter
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    Ledger,
+    Missing,
+    Run,
+    claim_identity,
+    software_versions,
+)
+from pipeline.dataset.journal import Outcome
+from pipeline.run.drain import run_bundles
+from pipeline.run.summary import Summary, report_summary
+from pipeline.run.tasks import OneByOne, SlideTask, sort_dearest_first
+from pipeline.run.workers import EngineConfig
 
-from common.console import EXIT_FAILURES, EXIT_OK, meter, say, stdout
-from common.redact import redact
-from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Run, files_present, software_versions
-from pipeline.run.engine import BundleFunction, EngineConfig, SlideTask, run_bundles, run_tasks
-
-_ROWS_SHOWN = 40
 _PACKAGES = ("numpy", "opencv-python-headless", "openslide-python", "openslide-bin", "tiffslide")
+
+
+class HasSlideId(Protocol):
+    """Anything that a stage works on: a slide, a row of a table, a folder of pictures."""
+
+    @property
+    def slide_id(self) -> str:
+        """The slide that journal lines about it name."""
+
+
+Item = TypeVar("Item", bound=HasSlideId)
 
 
 def stage_versions(*more: str) -> dict[str, str]:
@@ -22,133 +48,156 @@ def stage_versions(*more: str) -> dict[str, str]:
     return software_versions(*_PACKAGES, *more)
 
 
-@dataclass
-class Summary:
-    """How a stage ended, slide by slide."""
+class Stage(ABC, Generic[Item]):
+    """One stage on one dataset. Its constructor checks what can be wrong before anything is done.
 
-    stage: str
-    done_slides: set[str] = field(default_factory=set)
-    skipped: int = 0
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    files: int = 0
-    bytes: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    `name` is that of its journal; `label` is the first word of what it prints, `unit` what the
+    progress bar counts (slides or tiles), `rate_of` the count that is stated per second, and
+    `packages` those whose versions are recorded. `work` is the worker's function: of one task's
+    arguments, or of a list of them (see `bundles`). `identity` is set by the driver.
+    """
 
-    def add(self, entry: Entry) -> None:
-        """Count one entry."""
-        if entry.outcome == "rejected":
-            self.rejected.append((entry.slide_id, entry.reason))
-        elif entry.outcome == "failed":
-            row = (entry.slide_id, entry.reason)
-            if self.failed[-1:] != [row]:  # a slide's lines, one a scope, come together
-                self.failed.append(row)
-        else:
-            self.done_slides.add(entry.slide_id)
-        self.files += len(entry.files)
-        self.bytes += sum(record.bytes for record in entry.files)
-        for name, count in entry.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+    name: str
+    label: str
+    work: Callable[..., Any]
+    unit = "slides"
+    rate_of = ""
+    packages: tuple[str, ...] = ()
+    device = ""
+    scopes: tuple[str, ...] = ("",)
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.identity: dict[str, Any] = {}
 
     @property
-    def status(self) -> int:
-        """Exit status: 1 if any slide failed."""
-        return EXIT_FAILURES if self.failed else EXIT_OK
+    def journals(self) -> tuple[str, ...]:
+        """The stages whose journals it writes: its own, or several whose work it does at once."""
+        return (self.name,)
+
+    def claims(self) -> dict[str, Any]:
+        """Identity values that every stage must agree with; {} for none."""
+        return {}
+
+    @abstractmethod
+    def items(self) -> Iterable[Item]:
+        """What the stage works on."""
+
+    @abstractmethod
+    def fingerprint(self, item: Item) -> str:
+        """Of all that determines the item's output."""
+
+    def refusal(self, item: Item, fingerprint: str, ledger: Ledger) -> tuple[Outcome, str] | None:
+        """Outcome and reason of an item that cannot be worked on; None where it can."""
+        return None
+
+    def missing(self, item: Item, fingerprint: str, ledger: Ledger) -> Missing:
+        """What the item lacks: all or nothing, unless a stage asks the ledger for blocks."""
+        return Missing.of_slide(ledger[self.scopes[0]].done(item.slide_id, fingerprint))
+
+    @abstractmethod
+    def task(self, item: Item, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """The task that makes what is missing."""
+
+    def bundles(
+        self, tasks: Sequence[SlideTask], engine: EngineConfig
+    ) -> list[list[SlideTask]] | None:
+        """Tasks in bundles, in the order in which they begin; None where each goes alone."""
+        return None
+
+    def prepare(self, run: Run, tasks: Sequence[SlideTask]) -> None:
+        """Called before the first task begins."""
+
+    def record(self, runs: Sequence[Run], entries: list[Entry]) -> None:
+        """Journal entries; `runs` are those of `journals`, in that order."""
+        runs[0].append(entries)
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Called after the last task has ended, with the journals still open."""
+
+    @property
+    @abstractmethod
+    def output(self) -> object:
+        """What the summary names as written to."""
 
 
-def stands(dataset: Dataset, entries: Iterable[Entry], fingerprint: str) -> Entry | None:
-    """The entry that makes the work needless: done or rejected, with the files that it names."""
-    for entry in entries:
-        judged = entry.fingerprint == fingerprint and entry.outcome in ("done", "rejected")
-        if judged and files_present(dataset, entry):
-            return entry
-    return None
+def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
+    """Do what is missing of a stage; returns the exit status, 1 if any slide failed."""
+    dataset, versions = stage.dataset, stage_versions(*stage.packages)
+    if claims := stage.claims():
+        stage.identity = claim_identity(dataset, claims, stage=stage.name, versions=versions)
+    summary = Summary(stage.label)
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(Run(dataset, name, versions, device=stage.device))
+            for name in stage.journals
+        ]
+        tasks, lines = _plan(stage, runs[0].run_id, summary)
+        tasks = [task for task in tasks if engine.includes(task.slide_id)]
+        _record_lines(stage, runs, [e for e in lines if engine.includes(e.slide_id)], summary)
+        stage.prepare(runs[0], tasks)
+        _run_tasks(stage, runs, tasks, engine, summary)
+        stage.finish(runs, summary, engine)
+    return report_summary(summary, stage.output, stage.rate_of)
 
 
-def run_stage(
-    run: Run,
-    function: Callable[..., list[Entry]],
-    tasks: Sequence[SlideTask],
+def _plan(stage: Stage[Item], run_id: str, summary: Summary) -> tuple[list[SlideTask], list[Entry]]:
+    """What is to be done, and the lines to journal before: refusals, and files that are lost."""
+    ledger = Ledger.read(stage.dataset, stage.name)
+    tasks: list[SlideTask] = []
+    lines: list[Entry] = []
+    for item in stage.items():
+        fingerprint = stage.fingerprint(item)
+        if refusal := stage.refusal(item, fingerprint, ledger):
+            outcome, reason = refusal
+            lines += [
+                Entry(item.slide_id, outcome, fingerprint, reason, scope=scope)
+                for scope in stage.scopes
+            ]
+            continue
+        missing = stage.missing(item, fingerprint, ledger)
+        lines += missing.withdrawn
+        if missing:
+            tasks.append(stage.task(item, fingerprint, missing, run_id))
+            continue
+        summary.skipped += 1
+        if missing.done is not None and missing.done.outcome == "rejected":
+            summary.rejected.append((item.slide_id, missing.done.reason))
+    return tasks, lines
+
+
+def _record_lines(
+    stage: Stage[Any], runs: Sequence[Run], lines: list[Entry], summary: Summary
+) -> None:
+    if lines:
+        stage.record(runs, lines)
+    for entry in lines:
+        # A withdrawn file is no result of this run.
+        if entry.outcome != "pruned":
+            summary.add(entry)
+
+
+def _run_tasks(
+    stage: Stage[Any],
+    runs: Sequence[Run],
+    tasks: list[SlideTask],
     engine: EngineConfig,
     summary: Summary,
-    unit: str = "slides",
-) -> Summary:
-    """Run the tasks, journal every entry as it comes, and fill the summary."""
-    tasks = [task for task in tasks if engine.takes(task.slide_id)]
-    _log_tasks(run, tasks, engine, unit)
-    with meter(summary.stage, sum(task.units for task in tasks), unit) as progress:
-        run_tasks(function, tasks, engine, _journal(run, summary), progress, run)
-        summary.seconds = progress.seconds
-    return summary
-
-
-def run_bundled_stage(
-    run: Run,
-    function: BundleFunction,
-    bundles: Sequence[list[SlideTask]],
-    engine: EngineConfig,
-    summary: Summary,
-    unit: str = "slides",
-) -> Summary:
-    """`run_stage` for a function of several slides: every slide is journalled as it ends."""
-    tasks = [task for bundle in bundles for task in bundle]
-    _log_tasks(run, tasks, engine, unit)
-    with meter(summary.stage, sum(task.units for task in tasks), unit) as progress:
-        run_bundles(function, bundles, engine, _journal(run, summary), progress, run)
-        summary.seconds = progress.seconds
-    return summary
-
-
-def _log_tasks(run: Run, tasks: Sequence[SlideTask], engine: EngineConfig, unit: str) -> None:
-    """The first event of a run that has something to do."""
+) -> None:
+    """Send the tasks to workers; journal and count every slide as it ends."""
+    total = sum(task.units for task in tasks)
     if tasks:
-        total = sum(task.units for task in tasks)
-        run.event("tasks", slides=len(tasks), total=total, unit=unit, engine=engine.described)
+        runs[0].event("tasks", slides=len(tasks), total=total, unit=stage.unit,
+                      engine=engine.description)  # fmt: skip
+    bundles, work = stage.bundles(tasks, engine), stage.work
+    if bundles is None:
+        bundles, work = [[task] for task in sort_dearest_first(tasks)], OneByOne(work)
 
-
-def _journal(run: Run, summary: Summary) -> Callable[[list[Entry]], None]:
-    def journal(entries: list[Entry]) -> None:
-        run.append(entries)
+    def on_entries(entries: list[Entry]) -> None:
+        stage.record(runs, entries)
         for entry in entries:
             summary.add(entry)
 
-    return journal
-
-
-def report_summary(summary: Summary, where: Any, rate_of: str = "") -> int:
-    """Print refused slides with their reasons and the final line; returns the exit status."""
-    _print_reasons(summary)
-    parts = [f"{len(summary.done_slides)} done"]
-    if summary.skipped:
-        parts.append(f"{summary.skipped} already done, nothing to redo")
-    if summary.rejected:
-        parts.append(f"{len(summary.rejected)} rejected")
-    if summary.failed:
-        parts.append(f"{len(summary.failed)} failed")
-    counts = ", ".join(f"{count:,} {name}" for name, count in summary.counts.items())
-    line = f"{summary.stage}: slides: {', '.join(parts)}"
-    if counts:
-        line += f"; {counts}"
-    if summary.files:
-        line += f"; wrote {summary.files} files, {format_bytes(summary.bytes)} to {where}"
-    line += f" in {format_seconds(summary.seconds)}"
-    total = summary.counts.get(rate_of, 0)
-    if total and summary.seconds > 0:
-        line += f" ({total / summary.seconds:.1f} {rate_of}/s)"
-    say(line)
-    return summary.status
-
-
-def _print_reasons(summary: Summary) -> None:
-    rows = [("failed", *row) for row in summary.failed]
-    rows += [("rejected", *row) for row in summary.rejected]
-    if not rows:
-        return
-    table = Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
-    for outcome, slide_id, reason in rows[:_ROWS_SHOWN]:
-        # As plain text: a reason quotes what others wrote, and may hold rich's brackets.
-        table.add_row(Text(slide_id), outcome, Text(redact(reason)))
-    stdout.print(table)
-    if len(rows) > _ROWS_SHOWN:
-        say(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")
+    with meter(summary.stage, total, stage.unit) as progress:
+        run_bundles(work, bundles, engine, on_entries, progress, runs[0])
+        summary.seconds = progress.seconds

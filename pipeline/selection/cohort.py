@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from pipeline.selection.config import Rules
 
 Text = npt.NDArray[np.str_]
 
@@ -49,15 +50,6 @@ class Cohort:
         if stratify == "project+site":
             return np.array([f"{a}/{b}" for a, b in zip(self.project, self.site, strict=True)])
         return self.site if stratify == "site" else self.project
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Which slides of a cohort are eligible; `sample_types` () takes all."""
-
-    sample_types: tuple[str, ...] = ()
-    min_candidates: int = 1
-    frozen: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pipeline.dataset import Selection
 from pipeline.selection.plan import COLUMNS, TRAIN, VAL_IN, VAL_OUT, count_exclusions
 
 if TYPE_CHECKING:
-    from pipeline.selection.plan_cohort import PlanConfig, Planned
+    from pipeline.selection.config import PlanConfig
+    from pipeline.selection.plan_cohort import Planned
 
 Ranks = npt.NDArray[np.int32]
 

@@ -12,7 +12,7 @@ from common.errors import UserError
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
-from pipeline.slides.open import slide_id_of
+from pipeline.slides.entries import slide_id_of
 
 _SITE, _BYTES = ("site", "tss"), ("size_bytes", "bytes", "size", "file_size")
 _PATH, _MD5 = ("file_name", "filename", "path"), ("md5", "md5sum")

@@ -1,6 +1,6 @@
 """The `curate` stage: tiles with artifacts found by a linear classifier on cached features."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,27 @@ from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
+    Missing,
     Run,
     Selection,
     commit_file,
     commit_json,
-    files_present,
-    fingerprint,
+    fingerprint_of,
     identity_value,
     make_selection,
-    read_journal,
     read_selection,
-    standing,
 )
 from pipeline.dataset.features import FeatureStore, feature_scope
 from pipeline.dataset.tables import read_plan, write_rows
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage, stage_versions
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.selection.classifier import Trained, train_classifier
 from pipeline.selection.cohort import Cohort
+from pipeline.selection.config import CurateConfig, SelectConfig
 from pipeline.selection.denied import curation_dir, deny_file
 from pipeline.selection.labels import Labels, read_labels
-from pipeline.selection.plan import SelectConfig
 from pipeline.selection.scores import read_scores, score_slide, scores_scope
 from pipeline.selection.select import select
 from pipeline.selection.slides import read_tissue
@@ -45,25 +45,7 @@ _SITES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class CurateConfig:
-    """Labels, the features to classify by, and what becomes of the selections.
-
-    `name` is that of the deny-list; a selection S is cleaned as S-<name>. `selections` () takes
-    all that were drawn without a deny-list. `usable_recall` is the share of usable labelled
-    tiles that the threshold keeps.
-    """
-
-    labels: Path
-    encoder: str
-    name: str = "curated"
-    view: str = ""
-    selections: tuple[str, ...] = ()
-    folds: int = 5
-    usable_recall: float = 0.99
-
-
-@dataclass(frozen=True)
-class _Work:
+class _Curation:
     """What a run of the stage works on."""
 
     dataset: Dataset
@@ -72,7 +54,7 @@ class _Work:
     selections: tuple[str, ...]
     shards: Mapping[str, list[Entry]]
     trained: Trained
-    mark: str
+    fingerprint: str
 
 
 def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
@@ -88,16 +70,17 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     labels = read_labels(config.labels, {s: n for s, n in count_of.items() if n})
     trained = _train(config, labels, store, tissue.cohort, int(identity_value(dataset, "seed")))
     print_trained(config, labels, trained, bool(store.record.get("random_weights")))
-    shards = _cached(dataset, tile_px, config)
-    mark = fingerprint(
+    scope = feature_scope(tile_px, config.encoder, config.view, "cls")
+    cached = Ledger.read(dataset, "cache")[scope]
+    shards = {slide_id: cached.on_disk(slide_id) for slide_id in cached}
+    fingerprint = fingerprint_of(
         stage=STAGE, version=VERSION, weights=trained.model.weights.tolist(),
         offsets=trained.model.offsets.tolist(), features=store.record.get("weights_sha256", ""),
     )  # fmt: skip
-    work = _Work(dataset, config, tissue.cohort, selections, shards, trained, mark)
-    summary = _score(work, engine)
-    status = report_summary(summary, curation_dir(dataset, config.name) / "scores", "tiles")
+    work = _Curation(dataset, config, tissue.cohort, selections, shards, trained, fingerprint)
+    status = run_stage(_ScoreStage(work), engine)
     if status != EXIT_OK:
-        say("curate: without all scores no deny-list is written; mend the slides and run again")
+        say("curate: without all scores no deny-list is written; fix the slides and run again")
         return status
     _write_result(work, labels, store.record)
     for name in selections:
@@ -151,41 +134,61 @@ def _labelled_features(labels: Labels, store: FeatureStore) -> npt.NDArray[np.fl
     )
 
 
-def _cached(dataset: Dataset, tile_px: int, config: CurateConfig) -> dict[str, list[Entry]]:
-    """The CLS files of each slide, oldest first."""
-    scope = feature_scope(tile_px, config.encoder, config.view, "cls")
-    found = standing(read_journal(dataset, "cache"), scope)
-    return {
-        slide_id: [e for e in entries if e.outcome == "done" and files_present(dataset, e)]
-        for slide_id, entries in found.items()
-    }
+@dataclass(frozen=True)
+class _CachedSlide:
+    """A slide and its CLS files, as (path, first rank, rank after the last), with their sums."""
+
+    slide_id: str
+    shards: list[tuple[str, int, int]]
+    sums: list[str]
 
 
-def _score(work: _Work, engine: EngineConfig) -> Summary:
+class _ScoreStage(Stage[_CachedSlide]):
     """Score every cached tile of the slides that the selections touch."""
-    dataset, name = work.dataset, work.config.name
-    known = standing(read_journal(dataset, STAGE), scores_scope(name))
-    summary = Summary(STAGE)
-    tasks = []
-    with Run(dataset, STAGE, stage_versions("scikit-learn")) as run:
-        for slide_id in _require_features(work):
-            shards = [(e.files[0].path, e.start, e.stop) for e in work.shards[slide_id]]
-            sums = [e.files[0].sha256 for e in work.shards[slide_id]]
-            mark = fingerprint(classifier=work.mark, shards=shards, sums=sums)
-            if stands(dataset, known.get(slide_id, []), mark) is not None:
-                summary.skipped += 1
-                continue
-            units = sum(stop - start for _, start, stop in shards)
-            arguments = (
-                str(dataset.root), run.run_id, name, slide_id, shards, work.trained.model, mark,
-            )  # fmt: skip
-            scopes = (scores_scope(name),)
-            tasks.append(SlideTask(slide_id, mark, arguments, units, units, scopes=scopes))
-        run_stage(run, score_slide, tasks, engine, summary, "tiles")
-    return summary
+
+    name = label = STAGE
+    unit = rate_of = "tiles"
+    packages = ("scikit-learn",)
+    work = staticmethod(score_slide)
+
+    def __init__(self, curation: _Curation) -> None:
+        super().__init__(curation.dataset)
+        self.curation, self.curation_name = curation, curation.config.name
+        self.scopes = (scores_scope(self.curation_name),)
+
+    def items(self) -> Iterator[_CachedSlide]:
+        """The slides of the selections, each with all its selected tiles in the cache."""
+        for slide_id in _require_features(self.curation):
+            entries = self.curation.shards[slide_id]
+            yield _CachedSlide(
+                slide_id,
+                [(entry.files[0].path, entry.start, entry.stop) for entry in entries],
+                [entry.files[0].sha256 for entry in entries],
+            )
+
+    def fingerprint(self, item: _CachedSlide) -> str:
+        """Of the classifier and the features."""
+        classifier = self.curation.fingerprint
+        return fingerprint_of(classifier=classifier, shards=item.shards, sums=item.sums)
+
+    def task(
+        self, item: _CachedSlide, fingerprint: str, missing: Missing, run_id: str
+    ) -> SlideTask:
+        """Score the tiles of one slide."""
+        tiles = sum(stop - start for _, start, stop in item.shards)
+        arguments = (
+            str(self.dataset.root), run_id, self.curation_name, item.slide_id, item.shards,
+            self.curation.trained.model, fingerprint,
+        )  # fmt: skip
+        return SlideTask(item.slide_id, fingerprint, arguments, tiles, tiles, scopes=self.scopes)
+
+    @property
+    def output(self) -> Path:
+        """The folder of the scores."""
+        return curation_dir(self.dataset, self.curation_name) / "scores"
 
 
-def _require_features(work: _Work) -> list[str]:
+def _require_features(work: _Curation) -> list[str]:
     """The slides of the selections, each with all its selected tiles in the cache."""
     slides: set[str] = set()
     for name in work.selections:
@@ -203,16 +206,18 @@ def _require_features(work: _Work) -> list[str]:
     return sorted(slides)
 
 
-def _write_result(work: _Work, labels: Labels, record: Mapping[str, Any]) -> None:
+def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) -> None:
     """Deny-list, classifier and report, unless they stand."""
     dataset, config = work.dataset, work.config
     denied, scored = _denied(work)
     plan = {"deny_list": config.name, "threshold": work.trained.threshold, "scored": scored}
     rows = make_selection(config.name, denied, plan)
-    mark = fingerprint(classifier=work.mark, threshold=plan["threshold"], rows=rows.content_hash,
-                       selections=_hashes(work))  # fmt: skip
-    known = standing(read_journal(dataset, STAGE), f"{config.name}/result")
-    if stands(dataset, known.get(config.name, []), mark) is not None:
+    fingerprint = fingerprint_of(
+        classifier=work.fingerprint, threshold=plan["threshold"], rows=rows.content_hash,
+        selections=_hashes(work),
+    )  # fmt: skip
+    scope = f"{config.name}/result"
+    if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
         say(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
         return
     _check_dependents(dataset, config, work.selections, rows.content_hash)
@@ -229,19 +234,20 @@ def _write_result(work: _Work, labels: Labels, record: Mapping[str, Any]) -> Non
             ),
         )  # fmt: skip
         counts = {"tiles denied": rows.rows}
-        scope = f"{config.name}/result"
-        run.append([Entry(config.name, "done", mark, scope=scope, files=files, counts=counts)])
+        run.append(
+            [Entry(config.name, "done", fingerprint, scope=scope, files=files, counts=counts)]
+        )
     for name, table in removed.items():
         print_removed(name, table)
     share = rows.rows / max(1, scored)
     say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
 
 
-def _hashes(work: _Work) -> dict[str, str]:
+def _hashes(work: _Curation) -> dict[str, str]:
     return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
 
 
-def _denied(work: _Work) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
+def _denied(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
     """Ranks above the threshold by slide, and how many tiles were scored; a slide at a time."""
     scored, denied = 0, {}
     for slide_id in _require_features(work):
@@ -272,7 +278,7 @@ def _check_dependents(
 
 
 def _removed_by_site(
-    work: _Work, name: str, denied: Mapping[str, npt.NDArray[np.int32]]
+    work: _Curation, name: str, denied: Mapping[str, npt.NDArray[np.int32]]
 ) -> dict[str, dict[str, int]]:
     """Tiles of a selection and how many of them are denied, by site."""
     site = dict(zip(work.cohort.slide_id.tolist(), work.cohort.site.tolist(), strict=True))
@@ -284,7 +290,7 @@ def _removed_by_site(
     return dict(sorted(table.items()))
 
 
-def _classifier(work: _Work, record: Mapping[str, Any]) -> dict[str, Any]:
+def _classifier(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "logistic regression on CLS features, mean of the folds' probabilities",
         "encoder": work.config.encoder, "view": work.config.view,
@@ -297,7 +303,7 @@ def _classifier(work: _Work, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _report(
-    work: _Work,
+    work: _Curation,
     labels: Labels,
     rows: Selection,
     scored: int,

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset import Selection
-from pipeline.selection.cohort import Cohort, Exclusion, Rules
+from pipeline.selection.cohort import Cohort, Exclusion
+from pipeline.selection.config import SelectConfig
 from pipeline.selection.distribution import Spread, spread
 from pipeline.selection.draw import Division
 
@@ -18,42 +19,6 @@ TRAIN, VAL_IN, VAL_OUT, ALL = "train", "val-in", "val-out", "all"
 """What a selection is for; a part of another has the role of the whole."""
 IMPORTED = "imported"
 """The `rule` in the plan of a selection that others made."""
-
-
-@dataclass(frozen=True)
-class SelectConfig:
-    """What is asked of a selection; `tiles` None takes all there is.
-
-    Pool `train` is every rank above the validation reserve, `reserve` the reserve, `all` both.
-    `hold_out` chooses that many slides by whole patients and takes tiles of them alone, covering
-    what `cover` names (`project`, `site`, `site=N`). `parent` draws from the rows of another
-    selection, `deny` leaves out the ranks of those deny-lists, `split` deals the rows to several
-    disjoint selections of `tiles` each, named <name>-<part>.
-    """
-
-    name: str
-    tiles: int | None = None
-    stratify: str = "site"
-    pool: str = "train"
-    share: str = "tiles"
-    hold_out: int | None = None
-    cover: tuple[str, ...] = ()
-    parent: str = ""
-    deny: tuple[str, ...] = ()
-    split: tuple[str, ...] = ()
-    sample_types: tuple[str, ...] = ()
-    min_candidates: int = 1
-    frozen: bool = False
-
-    @property
-    def rules(self) -> Rules:
-        """Which slides are eligible."""
-        return Rules(self.sample_types, self.min_candidates, self.frozen)
-
-    @property
-    def names(self) -> list[str]:
-        """The selections that are written."""
-        return [f"{self.name}-{part}" for part in self.split] or [self.name]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`plan-cohort`: all selections of a cohort planned from a CSV list, before any slide is opened."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,15 @@ from pipeline.dataset import (
     write_slides,
 )
 from pipeline.dataset.commit import clean_staging
-from pipeline.selection.cohort import Cohort, Exclusion, Rules, eligible, without_patients
+from pipeline.selection.cohort import Cohort, Exclusion, eligible, without_patients
 from pipeline.selection.cohort_table import CohortTable, read_cohort_csv
+from pipeline.selection.config import PlanConfig, SelectConfig
 from pipeline.selection.draw import PoolSource, RowSource, Source, pool_bounds
 from pipeline.selection.hold_out import choose_hold_out
 from pipeline.selection.outcome import excluded_csv, print_exclusions, print_outcomes
-from pipeline.selection.plan import TRAIN, VAL_IN, VAL_OUT, SelectConfig, Ties, patients_mark
+from pipeline.selection.plan import TRAIN, VAL_IN, VAL_OUT, Ties, patients_mark
 from pipeline.selection.select import Drawing, family_patients, make_selections, parse_cover
 from pipeline.selection.slides import cohort_of_slides
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What to plan for a cohort: budgets in tiles, the hold-out in slides.
-
-    `candidates` is the simulated number of candidate tiles in all. The first of `train` is also
-    what guidance is drawn from.
-    """
-
-    train: tuple[int, ...] = (40_000_000, 108_000_000)
-    val_tiles: int = 100_000
-    guidance: int = 100_000
-    hold_out: int = 1012
-    cover: tuple[str, ...] = ("project", "site")
-    candidates: int = 125_000_000
-    stratify: str = "site"
-    share: str = "tiles"
-    rules: Rules = field(default_factory=Rules)
-    seed: int = 0
-
-    def select(self, name: str, tiles: int, **more: Any) -> SelectConfig:
-        """One selection's configuration, as `select` would have it."""
-        return SelectConfig(
-            name, tiles, self.stratify, share=self.share, sample_types=self.rules.sample_types,
-            min_candidates=self.rules.min_candidates, frozen=self.rules.frozen, **more,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, FileRecord, HashingFile, commit_file
 from pipeline.dataset.tables import read_table
+from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
 from pipeline.selection.denied import curation_dir
 
@@ -34,17 +35,18 @@ def score_slide(
     slide_id: str,
     shards: list[tuple[str, int, int]],
     model: LinearModel,
-    mark: str,
+    fingerprint: str,
 ) -> list[Entry]:
     """Score the tiles of a slide's CLS files, given as (path, start, stop), and commit them."""
     dataset, scope = Dataset(Path(root)), scores_scope(name)
-    try:
+
+    def make_entry() -> Iterator[Entry]:
         ranks, scores = score_shards(dataset.root, shards, model)
         record = write_scores(dataset, run_id, name, slide_id, ranks, scores)
-    except UserError as error:
-        return [Entry(slide_id, "failed", mark, str(error), scope=scope)]
-    counts = {"tiles": len(ranks)}
-    return [Entry(slide_id, "done", mark, scope=scope, files=(record,), counts=counts)]
+        counts = {"tiles": len(ranks)}
+        yield Entry(slide_id, "done", fingerprint, scope=scope, files=(record,), counts=counts)
+
+    return collect_entries(make_entry(), slide_id, fingerprint, scope)
 
 
 def scores_scope(name: str) -> str:

@@ -12,18 +12,18 @@ from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
     Run,
+    ScopeLedger,
     Selection,
     commit_bytes,
-    fingerprint,
+    fingerprint_of,
     read_identity,
-    read_journal,
     read_selection,
-    standing,
     write_selection,
 )
 from pipeline.dataset.tables import read_plan
-from pipeline.run.stage import stage_versions, stands
+from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import (
     Cohort,
     Exclusion,
@@ -100,8 +100,8 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     tissue = read_tissue(dataset)
     known = read_ties(dataset)
     marks = _marks(dataset, config, tissue)
-    journal = standing(read_journal(dataset, STAGE))
-    stood = [stands(dataset, journal.get(name, []), marks[name]) for name in config.names]
+    journal = Ledger.read(dataset, STAGE)[""]
+    stood = [journal.done(name, marks[name]) for name in config.names]
     if all(entry is not None for entry in stood):
         for name in config.names:
             rows = read_selection(dataset, name).rows
@@ -113,7 +113,7 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     for name in config.names:
         held = slides_of_patients(tissue.cohort, drawing.ties.patients)
         check_hold_out_may_be(dataset, name, drawing.ties.patients, held)
-        if name in known and _stood_mark(journal, name) != marks[name]:
+        if name in known and _written_fingerprint(journal, name) != marks[name]:
             check_may_change(known, name, "--name")
     division, selections = make_selections(
         config, drawing, int(read_identity(dataset).get("seed", 0)), slides_sha256(dataset)
@@ -192,7 +192,7 @@ def _marks(dataset: Dataset, config: SelectConfig, tissue: Tissue) -> dict[str, 
     parent = read_selection(dataset, config.parent).content_hash if config.parent else ""
     deny = read_denied(dataset, config.deny)[1]
     return {
-        name: fingerprint(
+        name: fingerprint_of(
             stage=STAGE, version=VERSION, config=asdict(config), name=name, cohort=rows,
             parents=sorted(tissue.marks.items()), held_out=held, parent=parent, deny=deny,
         )
@@ -318,9 +318,9 @@ def make_selections(
     return division, selections
 
 
-def _stood_mark(journal: dict[str, list[Entry]], name: str) -> str:
-    entries = journal.get(name, [])
-    return entries[-1].fingerprint if entries and entries[-1].outcome == "done" else ""
+def _written_fingerprint(journal: ScopeLedger, name: str) -> str:
+    entry = journal.latest(name)
+    return entry.fingerprint if entry is not None and entry.outcome == "done" else ""
 
 
 def _write(

@@ -8,16 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset import (
-    Dataset,
-    Slide,
-    candidate_count,
-    read_identity,
-    read_journal,
-    read_slides,
-    standing,
-)
-from pipeline.run.stage import stands
+from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
@@ -37,16 +28,16 @@ class Tissue:
 def read_tissue(dataset: Dataset) -> Tissue:
     """All slides of slides.parquet with their candidates, and why some have none."""
     identity = read_identity(dataset)
-    known = standing(read_journal(dataset, "tissue"))
+    known = Ledger.read(dataset, "tissue")[""]
     slides, barred, marks = read_slides(dataset), {}, {}
     counts = np.zeros(len(slides), np.int64)
     for index, slide in enumerate(slides):
         if slide.status != "ok":
             barred[slide.slide_id] = (f"{slide.status} by scan", slide.reason)
             continue
-        entries = known.get(slide.slide_id, [])
+        entries = known.entries(slide.slide_id)
         mark = tissue_fingerprint(slide, identity, imported_source(entries))
-        entry = stands(dataset, entries, mark)
+        entry = known.done(slide.slide_id, mark)
         if entry is None:
             barred[slide.slide_id] = ("no tissue result", "run `tissue`")
         elif entry.outcome == "rejected":

@@ -34,7 +34,13 @@ class Barcode:
 
 
 def parse_barcode(slide_id: str) -> Barcode | None:
-    """Read a TCGA slide barcode, or None for any other name."""
+    """Read a TCGA slide barcode, or None for any other name.
+
+    >>> parse_barcode("TCGA-CV-7438-01Z-00-DX1.9F2C").patient
+    'TCGA-CV-7438'
+    >>> parse_barcode("slide-1") is None
+    True
+    """
     match = _BARCODE.match(slide_id)
     if match is None:
         return None
@@ -53,19 +59,25 @@ def project_of_site(site: str) -> str:
 
 @cache
 def _study_of_site() -> dict[str, str]:
-    return {row["TSS Code"]: _key(row["Study Name"]) for row in _rows("tissue_source_sites.tsv")}
+    return {
+        row["TSS Code"]: _normalise_name(row["Study Name"])
+        for row in _read_rows("tissue_source_sites.tsv")
+    }
 
 
 @cache
 def _study_codes() -> dict[str, str]:
-    return {_key(row["Study Name"]): row["Study Abbreviation"] for row in _rows("tcga_studies.tsv")}
+    return {
+        _normalise_name(row["Study Name"]): row["Study Abbreviation"]
+        for row in _read_rows("tcga_studies.tsv")
+    }
 
 
-def _key(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return " ".join(name.lower().replace("-", " ").split())
 
 
-def _rows(name: str) -> list[dict[str, str]]:
+def _read_rows(name: str) -> list[dict[str, str]]:
     with (_TABLES / name).open(newline="", encoding="utf-8") as file:
         return [
             {key: (value or "").strip() for key, value in row.items() if key}

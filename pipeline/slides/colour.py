@@ -1,4 +1,4 @@
-"""A slide's ICC profile applied to its tiles, where that was asked for."""
+"""A slide's ICC profile applied to its tiles, where that was requested."""
 
 import io
 from collections.abc import Callable
@@ -9,15 +9,17 @@ from PIL import Image, ImageCms
 
 from common.errors import UserError
 
-ICC_HANDLING = ("ignore", "srgb")
 Recolour = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 
 
 def to_srgb(profile: bytes | None) -> Recolour:
     """A function that takes RGB uint8 [h, w, 3] from the profile's colours to sRGB.
 
-    The rendering intent is the profile's own. A slide without a profile is taken to be sRGB.
-    Raises `UserError` for a profile that LittleCMS does not accept.
+    The rendering intent is the profile's. A slide without a profile is taken to be sRGB. Raises
+    `UserError` for a profile that LittleCMS does not accept.
+
+    >>> to_srgb(None)(np.full((1, 1, 3), 200, np.uint8)).ravel().tolist()
+    [200, 200, 200]
     """
     if profile is None:
         return lambda tile: tile

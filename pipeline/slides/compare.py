@@ -1,4 +1,4 @@
-"""Does the native reader show a slide as OpenSlide does? 16 native tiles say."""
+"""Whether the native reader shows a slide as OpenSlide does, by 16 native tiles."""
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ def disagreement(native: NativeReader, reference: SlideReader) -> str:
         return f"resolution is {reference.resolution}, native {native.resolution}"
     try:
         for level, row, column in sampled_tiles(native):
-            difference = _difference(native, reference, level, row, column)
+            difference = _largest_difference(native, reference, level, row, column)
             if difference:
                 return f"native tile {column}, {row} of level {level} differs by {difference}"
     except SlideReadError as error:
@@ -67,15 +67,17 @@ def sampled_tiles(native: NativeReader) -> list[tuple[int, int, int]]:
     return chosen
 
 
-def _difference(
+def _largest_difference(
     native: NativeReader, reference: SlideReader, level: int, row: int, column: int
 ) -> int:
     """Largest difference in grey levels over one native tile."""
     width, height = native.native_tiles[level]
     window = (level, column * width, row * height, width, height)
-    ours, theirs = _pixels(native, window), _pixels(reference, window)
+    ours, theirs = _read_pixels(native, window), _read_pixels(reference, window)
     return int(np.abs(ours - theirs).max())
 
 
-def _pixels(reader: SlideReader, window: tuple[int, int, int, int, int]) -> npt.NDArray[np.int16]:
+def _read_pixels(
+    reader: SlideReader, window: tuple[int, int, int, int, int]
+) -> npt.NDArray[np.int16]:
     return reader.read(*window).astype(np.int16)

@@ -14,16 +14,13 @@ _MS_PER_OVERVIEW_MPX = 240.0
 
 
 def tile_cost(slide: Slide, target_mpp: float, tile_px: int) -> float:
-    """Milliseconds a tile: decoding, and resizing, encoding and writing."""
+    """Milliseconds per tile: decoding, and resizing, encoding and writing."""
     side = tile_px * max(1.0, target_mpp / slide.mpp) if slide.mpp else tile_px
     return side * side / 1e6 * _decode_rate(slide) + _MS_PER_TILE
 
 
 def overview_cost(slide: Slide, um_per_px: float) -> float:
-    """Milliseconds of a look at the whole slide at that resolution.
-
-    The level it is read from is decoded, the overview is judged.
-    """
+    """Milliseconds to decode and segment the whole slide at that resolution."""
     if not slide.mpp or not slide.levels:
         return float(slide.bytes)
     levels = [Level(*level) for level in slide.levels]

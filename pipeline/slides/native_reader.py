@@ -19,7 +19,7 @@ import tifffile
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
 CACHE_BYTES = 192 << 20
-"""Most that decoded native tiles of one open slide may hold."""
+"""Most memory for the decoded native tiles of one open slide."""
 
 _JPEG, _JPEG_2000_RGB = 7, 33005
 _COLORSPACE = {2: "RGB", 6: "YCBCR"}
@@ -34,7 +34,7 @@ _MCU = 8
 
 @dataclass(frozen=True)
 class NativeLevel:
-    """Where a level's native tiles lie in the file; [rows, columns] in row-major order."""
+    """Where a level's native tiles are in the file: offsets and sizes int64 [rows * columns]."""
 
     codec: str
     colorspace: str
@@ -98,7 +98,7 @@ class NativeReader(SlideReader):
         self.codec = self.native[0].codec
         self.native_tiles = tuple((n.tile_width, n.tile_height) for n in self.native)
         self.resolution = _resolution(base, self.vendor)
-        self.icc_profile = _tag(base, 34675)
+        self.icc_profile = _tag_value(base, 34675)
 
     def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:
         """Keep each native tile of the level until the last of these windows has been read."""
@@ -244,17 +244,17 @@ def _resolution(page: Any, vendor: str) -> ResolutionTags:
         match = _APERIO_MPP.search(str(page.description))
         value = float(match[1]) if match else 0.0
         return ResolutionTags(vendor=(value, value)) if value > 0 else ResolutionTags()
-    unit = _UNIT_IN_UM.get(int(_tag(page, 296) or 2))
-    x, y = (_rational(_tag(page, code)) for code in (282, 283))
+    unit = _UNIT_IN_UM.get(int(_tag_value(page, 296) or 2))
+    x, y = (_to_float(_tag_value(page, code)) for code in (282, 283))
     if unit is None or not x or not y:
         return ResolutionTags()
     return ResolutionTags(tiff=(unit / x, unit / y))
 
 
-def _tag(page: Any, code: int) -> Any:
+def _tag_value(page: Any, code: int) -> Any:
     tag = page.tags.get(code)
     return None if tag is None else tag.value
 
 
-def _rational(value: Any) -> float:
+def _to_float(value: Any) -> float:
     return value[0] / value[1] if isinstance(value, tuple) and value[1] else 0.0

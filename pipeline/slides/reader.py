@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.text import one_line
 
 
 class SlideOpenError(UserError):
@@ -16,7 +17,7 @@ class SlideOpenError(UserError):
 
 
 class SlideReadError(UserError):
-    """A region of an open slide could not be read; the message holds its coordinates."""
+    """A region of an open slide could not be read; the message has its coordinates."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,21 @@ class SlideReader(ABC):
     native_tiles: tuple[tuple[int, int], ...] = ()
     """(width, height) of each level's native tiles; empty where the reader does not say."""
     cache_bytes: ClassVar[int] = 64 << 20
-    """Most that decoded native tiles hold in memory."""
+    """Most memory that decoded native tiles take."""
 
     @abstractmethod
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
-        """RGB of a window that lies inside the level; any exception means it cannot be read."""
+        """RGB uint8 [height, width, 3] of a window inside the level; raises where it cannot."""
 
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
 
     def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
-        """Hear which windows [n, 4] (x, y, w, h) of a level will be read, each once.
+        """Receive the windows int64 [n, 4] (x, y, w, h) of a level that will be read, each once.
 
-        A reader that can keeps what several of them share until the last is read; for the
-        others this is nothing to be done.
+        A reader that can keeps what several of them share until the last is read; others do
+        nothing here.
         """
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -87,9 +88,10 @@ class SlideReader(ABC):
                 canvas[top - y : bottom - y, left - x : right - x] = part
             return canvas
         except Exception as error:
+            reason = one_line(error, 160) or type(error).__name__
             raise SlideReadError(
                 f"slide {self.path.name}: cannot read level {level} at x={x}, y={y}, "
-                f"{width}x{height} px ({_one_line(error)}); the file is damaged, fetch it again"
+                f"{width}x{height} px ({reason}); the file is damaged, fetch it again"
             ) from error
 
     def __enter__(self) -> Self:
@@ -100,15 +102,14 @@ class SlideReader(ABC):
 
 
 def over_white(rgba: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """RGB of RGBA [h, w, 4] over white: beyond the scanned area OpenSlide gives clear black."""
+    """RGB of RGBA uint8 [h, w, 4] over white: OpenSlide gives clear black beyond the scan.
+
+    >>> over_white(np.array([[[0, 0, 0, 0], [9, 9, 9, 255]]], np.uint8)).tolist()
+    [[[255, 255, 255], [9, 9, 9]]]
+    """
     alpha = rgba[..., 3:]
     if alpha.min() == 255:
         return np.ascontiguousarray(rgba[..., :3])
     weight = alpha.astype(np.uint16)
     blended = rgba[..., :3] * weight + 255 * (255 - weight)
     return ((blended + 127) // 255).astype(np.uint8)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

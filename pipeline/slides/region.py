@@ -11,7 +11,6 @@ from PIL import Image
 from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.resolution import ReadPlan, area_resample, level_downsamples, plan_read
 
-RESAMPLERS = ("area", "lanczos", "bicubic")
 _KERNELS = {
     "lanczos": (Image.Resampling.LANCZOS, 3.0),
     "bicubic": (Image.Resampling.BICUBIC, 2.0),
@@ -60,7 +59,7 @@ def read_tile(
     """
     x, y = np.array([x_level0]), np.array([y_level0])
     windows = tile_windows(reader.levels[plan.level], plan, x, y, resampler)
-    return _cut(reader, plan, windows[0], x_level0, y_level0, tile_px, resampler)
+    return _cut_tile(reader, plan, windows[0], x_level0, y_level0, tile_px, resampler)
 
 
 def cut_tiles(
@@ -81,7 +80,7 @@ def cut_tiles(
     native = reader.native_tiles[plan.level] if reader.native_tiles else _UNKNOWN_NATIVE_TILE
     for index in reading_order(windows, native, reader.cache_bytes):
         x, y = float(x_level0[index]), float(y_level0[index])
-        yield int(index), _cut(reader, plan, windows[index], x, y, tile_px, resampler)
+        yield int(index), _cut_tile(reader, plan, windows[index], x, y, tile_px, resampler)
 
 
 def tile_windows(
@@ -117,6 +116,10 @@ def reading_order(
     """Order in which to read windows [n, 4] so that decoded native tiles fit the cache.
 
     Row by row; a slide so wide that its rows overflow the cache is read in vertical bands.
+
+    >>> windows = np.array([[300, 0, 9, 9], [0, 0, 9, 9], [0, 300, 9, 9]])
+    >>> reading_order(windows, (256, 256), 64 << 20).tolist()
+    [1, 0, 2]
     """
     if len(windows) == 0:
         return np.zeros(0, np.int64)
@@ -129,7 +132,7 @@ def reading_order(
     return np.lexsort((x, y, x // band_px))
 
 
-def _cut(
+def _cut_tile(
     reader: SlideReader,
     plan: ReadPlan,
     window: npt.NDArray[np.int64],

@@ -17,7 +17,7 @@ from pipeline.slides.reader import Level, ResolutionTags
 TIFF_MPP_WINDOW = (0.1, 1.0)
 MAX_ANISOTROPY = 0.02
 _VENDOR_WINDOW = (0.02, 50.0)
-_CELLS_A_BLOCK = 16
+_CELLS_PER_BLOCK = 16
 _ROUNDED_PX = 1.5
 
 
@@ -34,7 +34,11 @@ class Mpp:
 
 
 def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | None) -> Mpp:
-    """The first of: the CSV's column, the vendor's metadata, TIFF tags in [0.1, 1], `assumed`."""
+    """The first of: the CSV's column, the vendor's metadata, TIFF tags in [0.1, 1], `assumed`.
+
+    >>> resolve_mpp(ResolutionTags(vendor=(0.25, 0.25)), table=None, assumed=None)
+    Mpp(value=0.25, source='vendor')
+    """
     if table is not None:
         return Mpp(table, "table")
     notes = []
@@ -93,6 +97,10 @@ def plan_read(
     tiles are integer reductions and their true mpp is recorded; else they are resampled to the
     target exactly. Raises `ResolutionError` when level 0 is coarser than the target: nothing is
     ever enlarged.
+
+    >>> plan = plan_read([Level(8000, 6000, 1.0), Level(2000, 1500, 4.0)], 0.25, 0.5, 0.02, 224)
+    >>> plan.level, plan.factor, plan.mpp, plan.stride_level0
+    (0, 2.0, 0.5, 448.0)
     """
     if mpp_level0 > target_mpp * (1 + tolerance) + 1e-12:
         raise ResolutionError(
@@ -124,10 +132,10 @@ def level_downsamples(levels: Sequence[Level]) -> list[float]:
     A whole number is meant where it explains the level's size to within 1.5 of its pixels, so
     that nothing at the far edge of the slide is misplaced by more.
     """
-    return [_meant(level, levels[0]) for level in levels]
+    return [_intended_downsample(level, levels[0]) for level in levels]
 
 
-def _meant(level: Level, base: Level) -> float:
+def _intended_downsample(level: Level, base: Level) -> float:
     whole = max(1, round(level.downsample))
     off = max(abs(base.width / whole - level.width), abs(base.height / whole - level.height))
     return float(whole) if off <= _ROUNDED_PX else level.downsample
@@ -156,15 +164,15 @@ def _cell_means(
     A cell touches few rows, so the matrix of shares is a band: it is applied in blocks.
     """
     step = window / cells
-    blocks = -(-cells // _CELLS_A_BLOCK)
-    edges = start + np.arange(blocks * _CELLS_A_BLOCK + 1) * step
-    first = np.floor(edges[:-1:_CELLS_A_BLOCK]).astype(np.int64)
-    index = first[:, None] + np.arange(math.ceil(_CELLS_A_BLOCK * step) + 1)
-    upper = edges[:-1].reshape(blocks, _CELLS_A_BLOCK, 1)
-    lower = edges[1:].reshape(blocks, _CELLS_A_BLOCK, 1)
+    blocks = -(-cells // _CELLS_PER_BLOCK)
+    edges = start + np.arange(blocks * _CELLS_PER_BLOCK + 1) * step
+    first = np.floor(edges[:-1:_CELLS_PER_BLOCK]).astype(np.int64)
+    index = first[:, None] + np.arange(math.ceil(_CELLS_PER_BLOCK * step) + 1)
+    upper = edges[:-1].reshape(blocks, _CELLS_PER_BLOCK, 1)
+    lower = edges[1:].reshape(blocks, _CELLS_PER_BLOCK, 1)
     inside = np.minimum(index + 1, len(rows))[:, None]
     share = np.clip(np.minimum(lower, inside) - np.maximum(upper, index[:, None]), 0, None)
     share /= np.maximum(share.sum(2, keepdims=True), np.finfo(np.float64).tiny)
     taken = rows[np.minimum(index, len(rows) - 1)].astype(np.float32, copy=False)
     means = share.astype(np.float32) @ taken
-    return np.asarray(means.reshape(blocks * _CELLS_A_BLOCK, -1)[:cells])
+    return np.asarray(means.reshape(blocks * _CELLS_PER_BLOCK, -1)[:cells])

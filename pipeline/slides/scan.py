@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,25 @@ from common.redact import redact
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
+    Missing,
     Run,
     Slide,
-    claim_identity,
-    fingerprint,
-    read_journal,
-    standing,
+    fingerprint_of,
     write_slides,
 )
-from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 from pipeline.dataset.journal import Outcome
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.barcode import Barcode, parse_barcode
-from pipeline.slides.open import Source, best_reader, find_sources, open_slide
+from pipeline.slides.config import ScanConfig
+from pipeline.slides.entries import SlideEntry, find_slides
+from pipeline.slides.open import best_reader, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
-from pipeline.slides.staging import IN_PLACE, StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing
 
 STAGE, VERSION = "scan", 4
@@ -38,91 +40,17 @@ _PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
-class ScanConfig:
-    """What to scan and at which resolution tiles will be cut."""
-
-    inputs: tuple[str, ...]
-    mpp: float = 0.5
-    mpp_tolerance: float = 0.02
-    tile_px: int = 224
-    seed: int = 0
-    assume_mpp: float | None = None
-    reader: str = "auto"
-    sha256: bool = False
-    stage_in: StageIn = IN_PLACE
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {
-            "mpp": self.mpp,
-            "mpp_tolerance": self.mpp_tolerance,
-            "tile_px": self.tile_px,
-            "grid": "adjacent",
-            "seed": self.seed,
-            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-        }
-
-    def parameters(self) -> dict[str, Any]:
-        """What a scanned row depends on beside the slide's bytes."""
-        return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}
-
-
-def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
-    """Scan slides into the dataset; returns the exit status (1 if any slide failed)."""
-    sources = find_sources(config.inputs)
-    if not sources:
-        raise UserError(
-            f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
-            ".ndpi, .mrxs, .dcm or the like, or a CSV with a path column"
-        )
-    versions = stage_versions("tifffile", "imagecodecs")
-    claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
-    known = standing(read_journal(dataset, STAGE))
-    summary = Summary(STAGE)
-    todo = []
-    for source in sources:
-        mark = _source_fingerprint(source, config)
-        stood = [e for e in known.get(source.slide_id, []) if e.fingerprint == mark]
-        if stood and stood[-1].outcome != "failed":
-            summary.skipped += 1
-            if stood[-1].outcome == "rejected":
-                summary.rejected.append((source.slide_id, stood[-1].reason))
-        else:
-            todo.append((source, mark))
-    with Run(dataset, STAGE, versions) as run:
-        folder = str(dataset.staging_dir(run.run_id))
-        tasks = [
-            SlideTask(
-                source.slide_id,
-                mark,
-                (source, config, mark, folder),
-                _state(source)[0],
-                values=slide_values(_named(source)),
-            )
-            for source, mark in todo
-        ]
-        run_stage(run, scan_slide, tasks, engine, summary)
-        if engine.is_part:
-            say(f"{dataset.slides_file} is written by one more `scan`, without --array, at the end")
-        else:
-            record_slides(dataset, run, summary)
-    return report_summary(summary, dataset.slides_file)
-
-
 def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
     """Write slides.parquet from the stage's journals, if it does not say the same already."""
+    ledger = Ledger.read(dataset, STAGE)
     rows = {
-        slide_id: _row(entry)
-        for slide_id, entries in standing(read_journal(dataset, STAGE)).items()
-        for entry in entries
+        slide_id: _row(entry) for slide_id in ledger[""] for entry in ledger[""].entries(slide_id)
     }
-    mark = fingerprint(rows=[asdict(rows[key]) for key in sorted(rows)])
-    tables = standing(read_journal(dataset, STAGE), TABLE_SCOPE)
-    if stands(dataset, tables.get(dataset.slides_file.name, []), mark) is None:
+    fingerprint = fingerprint_of(rows=[asdict(rows[key]) for key in sorted(rows)])
+    name = dataset.slides_file.name
+    if ledger[TABLE_SCOPE].done(name, fingerprint) is None:
         record = write_slides(dataset, run.run_id, rows.values())
-        name = dataset.slides_file.name
-        run.append([Entry(name, "done", mark, scope=TABLE_SCOPE, files=(record,))])
+        run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
 
 
@@ -146,15 +74,15 @@ def slide_values(slide: Slide) -> dict[str, Any]:
     return values
 
 
-def _state(source: Source) -> tuple[int, int]:
+def _state(source: SlideEntry) -> tuple[int, int]:
     """Bytes and modification time (0 for a slide that is no local file)."""
     return (source.bytes, 0) if source.uri else _file_state(source.path)
 
 
-def _source_fingerprint(source: Source, config: ScanConfig) -> str:
+def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     size, mtime_ns = _state(source)
     row = {key: str(value) for key, value in asdict(source).items()}
-    return fingerprint(
+    return fingerprint_of(
         stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.parameters()
     )
 
@@ -169,7 +97,9 @@ def _file_state(path: Path) -> tuple[int, int]:
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
-def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> list[Entry]:
+def scan_slide(
+    source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str
+) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason."""
     slide = _named(source)
     note = ""
@@ -194,10 +124,13 @@ def scan_slide(source: Source, config: ScanConfig, mark: str, scratch: str) -> l
     except (SlideOpenError, SlideReadError, StageInError, OSError) as error:
         slide = replace(slide, status="failed", reason=str(error))
     outcome: Outcome = "done" if slide.status == "ok" else slide.status  # type: ignore[assignment]
-    return [Entry(slide.slide_id, outcome, mark, slide.reason or note, values=slide_values(slide))]
+    entry = Entry(
+        slide.slide_id, outcome, fingerprint, slide.reason or note, values=slide_values(slide)
+    )
+    return [entry]
 
 
-def _named(source: Source) -> Slide:
+def _named(source: SlideEntry) -> Slide:
     """What is known of a slide before it is opened: from the table, or from its barcode."""
     size, mtime_ns = _state(source)
     barcode = parse_barcode(source.slide_id) or Barcode("", "", "", "")
@@ -232,7 +165,7 @@ def _open(path: Path, name: str) -> tuple[SlideReader, str]:
     return reader, f"read by {reader.name}: {why}" if why else ""
 
 
-def _described(slide: Slide, reader: SlideReader, source: Source, config: ScanConfig) -> Slide:
+def _described(slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig) -> Slide:
     base = reader.levels[0]
     slide = replace(
         slide,
@@ -277,3 +210,58 @@ def _sha256(path: Path) -> str:
             while chunk := data.read(_HASH_CHUNK):
                 sha.update(chunk)
     return sha.hexdigest()
+
+
+class ScanStage(Stage[SlideEntry]):
+    """Open every slide once."""
+
+    name = label = STAGE
+    packages = ("tifffile", "imagecodecs")
+    work = staticmethod(scan_slide)
+
+    def __init__(self, dataset: Dataset, config: ScanConfig) -> None:
+        super().__init__(dataset)
+        self.config = config
+        self.sources = find_slides(config.inputs)
+        if not self.sources:
+            raise UserError(
+                f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
+                ".ndpi, .mrxs, .dcm or the like, or a CSV with a path column"
+            )
+
+    def claims(self) -> dict[str, Any]:
+        """Resolution, grid and seed of the tiles to come."""
+        return self.config.identity()
+
+    def items(self) -> list[SlideEntry]:
+        """The slides that were named."""
+        return self.sources
+
+    def fingerprint(self, item: SlideEntry) -> str:
+        """Of the slide's file, its row of a table and the configuration."""
+        return _source_fingerprint(item, self.config)
+
+    def task(self, item: SlideEntry, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """Open one slide; of one whose worker dies, what was known before is journalled."""
+        scratch = str(self.dataset.staging_dir(run_id))
+        return SlideTask(
+            item.slide_id, fingerprint, (item, self.config, fingerprint, scratch),
+            _state(item)[0], values=slide_values(_named(item)),
+        )  # fmt: skip
+
+    def finish(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Write slides.parquet; the elements of a job array leave it to one more scan."""
+        if engine.is_part:
+            say(f"{self.output} is written by one more `scan`, without --array, at the end")
+        else:
+            record_slides(self.dataset, runs[0], summary)
+
+    @property
+    def output(self) -> Path:
+        """slides.parquet."""
+        return self.dataset.slides_file
+
+
+def scan(dataset: Dataset, config: ScanConfig, engine: EngineConfig) -> int:
+    """Scan slides into the dataset; returns the exit status (1 if any slide failed)."""
+    return run_stage(ScanStage(dataset, config), engine)

@@ -5,9 +5,7 @@ A command of the user's brings a slide (`aws s3 cp {uri} {dest}`, `rsync {uri} {
 """
 
 import ctypes
-import hashlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,77 +15,26 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
 
 from common.errors import UserError
+from common.files import hash_file
+from common.processes import is_process_alive
 from common.redact import HIDDEN, redact, secrets_in
 from pipeline.dataset import Slide
+from pipeline.slides.config import JOB_SCRATCH, StageIn
 
-PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
-JOB_SCRATCH = "$SLURM_TMPDIR"
-"""The default scratch folder, where the batch system gives one."""
 _PREFIX = "histogen-stage-in"
 _FIRST_PAUSE_S = 2.0
-_HASH_CHUNK = 1 << 22
-_SAID_CHARACTERS = 200
+_REASON_CHARACTERS = 200
+_PR_SET_PDEATHSIG = 1
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+"""Looked up here: between fork and exec nothing may be imported or allocated at length."""
 
 
 class StageInError(UserError):
     """A slide could not be fetched, or what came is not the slide."""
-
-
-@dataclass(frozen=True)
-class StageIn:
-    """How slides are fetched: no command means that they are read where they lie.
-
-    In `command`, {uri} is the slide as the table names it, {id} what stands before its last '/'
-    (the UUID of a row of a GDC manifest), {name} what stands behind it, {dest} the file to write
-    and {dir} its folder. It is run without a shell. `scratch` is a local folder, $NAMES in it are
-    the worker's; each slide has a folder of its own there while it is in use. `retries` fetches
-    are tried after the first, with doubling pauses.
-    """
-
-    command: str = field(default="", repr=False)  # Dask logs the arguments of what raises
-    scratch: str = ""
-    retries: int = 3
-    timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if self.command and not {"{dest}", "{dir}"} & set(_placeholders(self.command)):
-            raise UserError(
-                f"--stage-in '{self.command}': expected a command that writes the file {{dest}} "
-                "or into the folder {dir}, such as 'cp {uri} {dest}'"
-            )
-
-    def argv(self, uri: str, dest: Path) -> list[str]:
-        """The command for one slide, as a list of arguments."""
-        values = {
-            "{uri}": uri, "{id}": uri.rpartition("/")[0], "{name}": dest.name,
-            "{dest}": str(dest), "{dir}": str(dest.parent),
-        }  # fmt: skip
-        return [_filled(part, values) for part in _split(self.command)]
-
-
-IN_PLACE = StageIn()
-"""Slides are read where they lie."""
-
-
-def _split(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--stage-in '{command}': {error}") from error
-
-
-def _placeholders(command: str) -> list[str]:
-    return [one for one in PLACEHOLDERS if any(one in part for part in _split(command))]
-
-
-def _filled(part: str, values: dict[str, str]) -> str:
-    """The placeholders replaced in one pass: a slide's name may itself hold braces."""
-    return re.sub(r"\{\w+\}", lambda found: values.get(found[0], found[0]), part)
 
 
 @contextmanager
@@ -105,74 +52,60 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
             )
         yield path
         return
-    scratch = _scratch(stage_in, folder)
-    _make_folder(scratch)
-    _remove_abandoned(scratch)
-    own = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{_host()}-{os.getpid()}-", dir=scratch))
+    scratch = _make_scratch(stage_in, folder)
+    prefix = f"{_PREFIX}-{_host()}-"
+    # Copies of processes that were killed on this machine: nothing else would remove them.
+    for abandoned in scratch.glob(f"{prefix}*"):
+        pid = abandoned.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not is_process_alive(int(pid)):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    slide_folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=scratch))
     try:
-        yield _fetch(slide, stage_in, own)
+        yield _fetch_slide(slide, stage_in, slide_folder)
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(slide_folder, ignore_errors=True)
 
 
-def _scratch(stage_in: StageIn, folder: Path) -> Path:
-    """The scratch folder on this machine: a batch job's own is known to the job alone."""
+def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
+    """The scratch folder on this machine: a batch job's is known to the job alone."""
     named = os.path.expandvars(stage_in.scratch)
     if not named or named == JOB_SCRATCH:
-        return folder
-    if "$" in named:
+        named = str(folder)
+    elif "$" in named:
         raise StageInError(f"--scratch {stage_in.scratch}: no such variable on {_host()}")
-    return Path(named)
-
-
-def _make_folder(scratch: Path) -> None:
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
+        Path(named).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StageInError(
-            f"--scratch {scratch}: {error.strerror}; choose a folder that can be written"
+            f"--scratch {named}: {error.strerror}; choose a folder that can be written"
         ) from error
+    return Path(named)
 
 
 def _host() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:24]
 
 
-def _remove_abandoned(scratch: Path) -> None:
-    """Copies of processes that were killed on this machine: nobody else would remove them."""
-    for left in scratch.glob(f"{_PREFIX}-{_host()}-*"):
-        pid = left.name.removeprefix(f"{_PREFIX}-{_host()}-").split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _fetch(slide: Slide, stage_in: StageIn, own: Path) -> Path:
+def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     name = slide.path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         name = slide.slide_id
-    dest, problem, pause = own / name, "", _FIRST_PAUSE_S
+    dest, problem = folder / name, ""
+    argv = stage_in.argv(slide.path, dest)
     for attempt in range(stage_in.retries + 1):
         if attempt:
-            sleep(pause)
-            pause *= 2
-            _empty(own)
-        problem = _run(stage_in.argv(slide.path, dest), stage_in.timeout_s)
+            sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+            # Half a file of the attempt before must not be taken for the slide.
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        problem = _run_command(argv, stage_in.timeout_s)
         if not problem:
-            found = _fetched(own, dest)
-            problem = _wrong(found, slide) if found else f"it ended well but wrote no {name}"
-            if found and not problem:
-                return found
-    argv = stage_in.argv(slide.path, dest)
+            # Some tools write the file into a folder that they make.
+            fetched = dest if dest.exists() else min(folder.rglob(name), default=None)
+            if not fetched:
+                problem = f"it ended well but wrote no {name}"
+            elif not (problem := _copy_problem(fetched, slide)):
+                return fetched
     raise StageInError(
         f"slide {slide.slide_id}: `{_without_secrets(argv, shlex.join(argv))}` failed "
         f"{stage_in.retries + 1} times, last: {_without_secrets(argv, problem)}"
@@ -180,7 +113,7 @@ def _fetch(slide: Slide, stage_in: StageIn, own: Path) -> Path:
 
 
 def _without_secrets(argv: list[str], text: str) -> str:
-    """The command, or what it said, without the secrets of its arguments.
+    """The command, or what it printed, without the secrets of its arguments.
 
     Hidden here, where it is known where an argument ends.
     """
@@ -189,12 +122,7 @@ def _without_secrets(argv: list[str], text: str) -> str:
     return redact(text)
 
 
-def _empty(folder: Path) -> None:
-    for one in folder.iterdir():
-        shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
-
-
-def _run(argv: list[str], timeout_s: float) -> str:
+def _run_command(argv: list[str], timeout_s: float) -> str:
     """Run the command; why it failed, or ''."""
     try:
         done = subprocess.run(
@@ -207,51 +135,29 @@ def _run(argv: list[str], timeout_s: float) -> str:
         return f"{argv[0]}: {error.strerror}"
     if done.returncode == 0:
         return ""
-    said = (done.stderr or done.stdout).strip().splitlines()
+    lines = (done.stderr or done.stdout).strip().splitlines()
     # Hidden before it is cut: a half of a secret would not be recognised.
-    last = _without_secrets(argv, said[-1].strip())[:_SAID_CHARACTERS] if said else ""
+    last = _without_secrets(argv, lines[-1].strip())[:_REASON_CHARACTERS] if lines else ""
     return f"exit status {done.returncode}" + (f": {last}" if last else "")
 
 
-_PR_SET_PDEATHSIG = 1
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
-"""Looked up here: between fork and exec nothing may be imported or allocated at length."""
-
-
 def _end_with_worker() -> None:
-    """In the command's process: end when the worker ends, whatever ends it (Linux only).
+    """In the command's process: end when the worker ends, however it ends (Linux only).
 
-    A download that went on after Ctrl-C would fill the scratch disk for nobody.
+    A download that went on after Ctrl-C would fill the scratch disk for nothing.
     """
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _fetched(own: Path, dest: Path) -> Path | None:
-    """What came: the file asked for, or one of its name in a folder of the tool's own making."""
-    if dest.exists():
-        return dest
-    return next(iter(sorted(own.rglob(dest.name))), None)
-
-
-def _wrong(path: Path, slide: Slide) -> str:
+def _copy_problem(path: Path, slide: Slide) -> str:
     """Why what came is not the slide, or ''."""
     if path.is_dir():
         return ""
     size = path.stat().st_size
     if slide.bytes and size != slide.bytes:
         return f"{size:,} bytes came, {slide.bytes:,} were expected"
-    if slide.md5:
-        found = file_md5(path)
-        if found != slide.md5:
-            return f"md5 is {found}, {slide.md5} was expected"
+    # To recognise a damaged copy, not against forgery.
+    if slide.md5 and (md5 := hash_file(path, "md5")) != slide.md5:
+        return f"md5 is {md5}, {slide.md5} was expected"
     return ""
-
-
-def file_md5(path: Path) -> str:
-    """md5 of a file in hex: to recognise a damaged copy, not against forgery."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as data:
-        while chunk := data.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

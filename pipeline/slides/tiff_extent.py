@@ -34,17 +34,17 @@ def what_is_missing(path: Path) -> str:
         if kind not in (42, 43):
             return ""
         size = path.stat().st_size
-        return _Walk(file, order, kind == 43, size).run(header)
+        return _DirectoryWalk(file, order, kind == 43, size).find_missing(header)
 
 
-class _Walk:
+class _DirectoryWalk:
     """One pass over the chain of directories."""
 
     def __init__(self, file: BinaryIO, order: str, big: bool, size: int) -> None:
         self._file, self._order, self._big, self._size = file, order, big, size
         self._word = "Q" if big else "I"
 
-    def run(self, header: bytes) -> str:
+    def find_missing(self, header: bytes) -> str:
         start = header[8:16] if self._big else header[4:8]
         offset = self._unpack(self._word, start)
         for page in range(_MAX_PAGES):
@@ -92,7 +92,7 @@ class _Walk:
         return values
 
     def _field_end(self, field: tuple[int, int, bytes]) -> int:
-        """First byte behind the field's values, 0 where they stand in the entry itself."""
+        """First byte behind the field's values, 0 where they are in the entry itself."""
         kind, count, value = field
         length = count * _BYTES.get(kind, 0)
         return self._unpack(self._word, value) + length if length > len(value) else 0
@@ -100,11 +100,11 @@ class _Walk:
     def _fields(self, entries: bytes) -> dict[int, tuple[int, int, bytes]]:
         """(type, count, value field) by tag."""
         form, step = (self._order + "HHQ8s", 20) if self._big else (self._order + "HHI4s", 12)
-        found = {}
+        fields = {}
         for at in range(0, len(entries), step):
             tag, kind, count, value = struct.unpack_from(form, entries, at)
-            found[tag] = (kind, count, value)
-        return found
+            fields[tag] = (kind, count, value)
+        return fields
 
     def _values(self, field: tuple[int, int, bytes]) -> npt.NDArray[np.int64] | None:
         """The field's numbers; None where they lie beyond the end of the file."""

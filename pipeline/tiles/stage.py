@@ -1,9 +1,8 @@
 """The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,125 +17,43 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
-    Run,
+    Ledger,
+    Missing,
     Slide,
     candidate_count,
-    claim_identity,
     commit_bytes,
     commit_file,
-    covered_blocks,
-    covering_blocks,
-    encode_png,
-    files_present,
-    fingerprint,
+    fingerprint_of,
     read_candidates,
     read_identity,
-    read_journal,
     read_selection,
     read_slides,
-    standing,
     write_tar,
 )
 from pipeline.dataset.commit import HashingFile
-from pipeline.dataset.layout import ShardName
-from pipeline.dataset.tiles.zarr_shard import CODEC as ZARR_CODEC
-from pipeline.dataset.tiles.zarr_shard import commit_zarr, encode_chunk
-from pipeline.run.engine import EngineConfig, SlideTask, report_progress
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.dataset.journal import Outcome
+from pipeline.dataset.layout import ShardName, ranks_of_blocks
+from pipeline.dataset.tiles.zarr_shard import commit_zarr
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.tasks import SlideTask, collect_entries, report_progress
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
 from pipeline.slides.cost import tile_cost
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
-from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
+from pipeline.slides.staging import local_slide
+from pipeline.tiles.config import TileConfig
 from pipeline.tiles.spool import Spool
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
-FORMATS = ("png", "zarr")
 IMPORTED_TILES = "imported tiles"
 """Grid, in the identity, of a dataset whose slides are folders of pictures."""
 _PROGRESS_TILES = 256
-_PNG_CODEC = {"small": "png", "fast": "png-fast"}
 
 Tile = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Which selections to write tiles for (all that stand, where none is named), and how.
-
-    `tile_px` asks for larger tiles around the same ranks: the centre of each is the tile of the
-    dataset's own size, what lies beyond the slide is white. `png` is "small" or "fast";
-    `spool` is a folder for tiles that wait, by default inside the dataset.
-    """
-
-    selections: tuple[str, ...] = ()
-    resampler: str = "area"
-    icc: str = "ignore"
-    format: str = "png"
-    png: str = "small"
-    tile_px: int | None = None
-    spool: str = ""
-    stage_in: StageIn = IN_PLACE
-
-    @property
-    def codec(self) -> str:
-        """The name under which the identity knows the tiles' encoding."""
-        return ZARR_CODEC if self.format == "zarr" else _PNG_CODEC[self.png]
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
-
-    def encoder(self) -> Callable[[Tile], bytes]:
-        """From an RGB tile to its lossless bytes."""
-        return encode_chunk if self.format == "zarr" else partial(encode_png, effort=self.png)
-
-
-def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
-    """Write the tile shards that are missing; returns the exit status."""
-    if read_identity(dataset).get("grid") == IMPORTED_TILES:
-        return _nothing_to_cut(dataset, config)
-    versions = stage_versions("imagecodecs", "isal")
-    needs = _needs(dataset, config.selections)
-    tile_px = _output_px(dataset, config)
-    identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
-    slides = {slide.slide_id: slide for slide in read_slides(dataset)}
-    known = standing(read_journal(dataset, STAGE), str(tile_px))
-    parents = standing(read_journal(dataset, "tissue"))
-    # Workers are told the size, the scope of their lines even where they can read no identity.
-    told = replace(config, tile_px=tile_px)
-    summary = Summary(STAGE)
-    tasks: list[SlideTask] = []
-    lines: list[Entry] = []
-    with Run(dataset, STAGE, versions) as run:
-        for slide_id, need in needs.items():
-            slide = _slide(dataset, slides, slide_id)
-            entries = parents.get(slide_id, [])
-            source = imported_source(entries)
-            mark = tile_fingerprint(slide, identity, tile_px, source)
-            parent = stands(dataset, entries, tissue_fingerprint(slide, identity, source))
-            if reason := _unfit(dataset, slide, parent, need):
-                lines.append(Entry(slide_id, "failed", mark, reason, scope=str(tile_px)))
-                continue
-            stood, lost = on_disk(dataset, known.get(slide_id, []), mark)
-            runs = missing_runs(need.blocks, stood)
-            lines += withdrawn(lost, stood | need.blocks, runs)
-            if not runs:
-                lines += _settled(known.get(slide_id, []))
-                summary.skipped += 1
-                continue
-            arguments = (str(dataset.root), run.run_id, slide, runs, mark, told)
-            rows = candidate_count(dataset, slide_id)
-            units = sum(min(s.stop * BLOCK_ROWS, rows) - s.start * BLOCK_ROWS for s in runs)
-            cost = units * tile_cost(slide, identity["mpp"], tile_px)
-            scopes = (str(tile_px),)
-            tasks.append(SlideTask(slide_id, mark, arguments, cost, units, scopes=scopes))
-        _journal(run, [one for one in lines if engine.takes(one.slide_id)], summary)
-        run_stage(run, tile_slide, tasks, engine, summary, "tiles")
-    return report_summary(summary, dataset.tiles_dir(tile_px), "tiles")
 
 
 def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:
@@ -188,15 +105,6 @@ def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, se
     return {slide_id: need.blocks for slide_id, need in _needs(dataset, selections).items()}
 
 
-def _slide(dataset: Dataset, slides: dict[str, Slide], slide_id: str) -> Slide:
-    if slide_id not in slides:
-        raise UserError(
-            f"slide {slide_id} of a selection is not in {dataset.slides_file}: run `scan` with it, "
-            "or `select` again"
-        )
-    return slides[slide_id]
-
-
 def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) -> str:
     """Why a slide's candidates must not be cut from, "" where they may.
 
@@ -222,63 +130,6 @@ def _unfit(dataset: Dataset, slide: Slide, parent: Entry | None, need: _Need) ->
     return ""
 
 
-def _settled(entries: list[Entry]) -> list[Entry]:
-    """The lines that take back a slide's failures, where nothing is missing any more.
-
-    It may have been refused for its selection or tissue alone; no tile will be cut that mends it.
-    """
-    failed = (entry for entry in entries if entry.outcome == "failed")
-    return [replace(one, outcome="pruned", reason="nothing is missing") for one in failed]
-
-
-def _journal(run: Run, lines: list[Entry], summary: Summary) -> None:
-    """Journal, before any tile is cut, the slides that may not be and what is taken back."""
-    if lines:
-        run.append(lines)
-    for entry in lines:
-        if entry.outcome == "failed":
-            summary.add(entry)
-
-
-def on_disk(dataset: Dataset, entries: list[Entry], mark: str) -> tuple[set[int], list[Entry]]:
-    """Blocks of a slide and scope on disk with that fingerprint, and the lines of lost shards."""
-    there: list[Entry] = []
-    lost: list[Entry] = []
-    for entry in entries:
-        if entry.outcome == "done" and entry.fingerprint == mark:
-            (there if files_present(dataset, entry) else lost).append(entry)
-    return covered_blocks(there), lost
-
-
-def withdrawn(lost: list[Entry], held: set[int], runs: list[range]) -> list[Entry]:
-    """The `pruned` lines of lost shards whose blocks others hold, or will once `runs` are written.
-
-    Readers take the last shard by first rank: a lost one's line would hide the shard that holds
-    its blocks now. None is due where a run writes the very same shard, nor where nothing else
-    holds a block: that loss stays for `verify` to tell.
-    """
-    lines = []
-    for entry in lost:
-        own = covering_blocks(entry.start, entry.stop)
-        if own not in runs and not held.isdisjoint(own):
-            lines.append(
-                Entry(entry.slide_id, "pruned", entry.fingerprint, "its files are lost",
-                      scope=entry.scope, start=entry.start, stop=entry.stop)
-            )  # fmt: skip
-    return lines
-
-
-def missing_runs(needed: set[int], stood: set[int]) -> list[range]:
-    """The missing blocks as contiguous runs: each becomes one shard."""
-    runs: list[range] = []
-    for block in sorted(needed - stood):
-        if runs and runs[-1].stop == block:
-            runs[-1] = range(runs[-1].start, block + 1)
-        else:
-            runs.append(range(block, block + 1))
-    return runs
-
-
 def tile_fingerprint(
     slide: Slide, identity: dict[str, Any], tile_px: int | None = None, source: str = ""
 ) -> str:
@@ -290,50 +141,56 @@ def tile_fingerprint(
     if tile_px not in (None, identity["tile_px"]):
         values["around"] = tile_px
     parent = tissue_fingerprint(slide, identity, source)
-    return fingerprint(stage=STAGE, version=VERSION, parent=parent, **values)
+    return fingerprint_of(stage=STAGE, version=VERSION, parent=parent, **values)
 
 
 def tile_slide(
-    root: str, run_id: str, slide: Slide, runs: list[range], mark: str, config: TileConfig
+    root: str, run_id: str, slide: Slide, spans: list[range], fingerprint: str, config: TileConfig
 ) -> list[Entry]:
-    """Write one slide's missing shards; a read error fails the slide with its coordinates."""
+    """Write one slide's missing shards, on a worker; `spans` are runs of blocks.
+
+    A read error fails the slide with its coordinates.
+    """
     cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    scope = str(config.tile_px or "")
-    entries: list[Entry] = []
+    shards = _write_shards(dataset, run_id, slide, spans, fingerprint, config)
+    return collect_entries(shards, slide.slide_id, fingerprint, str(config.tile_px or ""))
+
+
+def _write_shards(
+    dataset: Dataset, run_id: str, slide: Slide, spans: list[range], fingerprint: str,
+    config: TileConfig,
+) -> Iterator[Entry]:  # fmt: skip
+    """One entry per shard: those written before a later one fails are journalled."""
+    job = _TileJob(dataset, run_id, slide, fingerprint, config, _output_px(dataset, config))
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
-    try:
-        job = _Job(dataset, run_id, slide, mark, config, _output_px(dataset, config))
-        scope = str(job.tile_px)
-        with Spool(folder) as spool:
-            began = time.monotonic()
-            spans = job.fill(spool, runs)
-            read_seconds = time.monotonic() - began
-            # A loop, not a list: shards that stand before a later one fails are journalled.
-            for span in spans:
-                entries += [job.write_shard(spool, span)]
-            entries[0] = replace(entries[0], seconds=entries[0].seconds + read_seconds)
-    except UserError as error:
-        entries.append(Entry(slide.slide_id, "failed", mark, str(error), scope=scope))
-    return entries
+    with Spool(folder) as spool:
+        began = time.monotonic()
+        rank_spans = job.fill(spool, spans)
+        # All tiles are read in one pass, whose time counts for the first shard.
+        read_seconds = time.monotonic() - began
+        for span in rank_spans:
+            entry = job.write_shard(spool, span)
+            yield replace(entry, seconds=entry.seconds + read_seconds)
+            read_seconds = 0.0
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TileJob:
     """One slide's tiles with everything that making them needs."""
 
     dataset: Dataset
     run_id: str
     slide: Slide
-    mark: str
+    fingerprint: str
     config: TileConfig
     tile_px: int
 
-    def fill(self, spool: Spool, runs: list[range]) -> list[range]:
-        """Encode the tiles of all runs of blocks, in one pass; returns the runs of ranks."""
+    def fill(self, spool: Spool, block_spans: list[range]) -> list[range]:
+        """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
         candidates = read_candidates(self.dataset, self.slide.slide_id)
         rows = candidates.num_rows
-        spans = [range(s.start * BLOCK_ROWS, min(s.stop * BLOCK_ROWS, rows)) for s in runs]
+        spans = [ranks_of_blocks(blocks, rows) for blocks in block_spans]
         ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         x = candidates["x_level0"].to_numpy()[ranks]
         y = candidates["y_level0"].to_numpy()[ranks]
@@ -379,8 +236,9 @@ class _Job:
         encoded = (spool.take(rank) for rank in span)
         write = self._write_zarr if self.config.format == "zarr" else self._write_tar
         return Entry(
-            self.slide.slide_id, "done", self.mark, scope=str(self.tile_px), start=span.start,
-            stop=span.stop, files=write(span, encoded), counts={"tiles": len(span)},
+            self.slide.slide_id, "done", self.fingerprint, scope=str(self.tile_px),
+            start=span.start, stop=span.stop, files=write(span, encoded),
+            counts={"tiles": len(span)},
             seconds=time.monotonic() - began,
         )  # fmt: skip
 
@@ -402,3 +260,100 @@ class _Job:
     def _path(self, span: range, kind: str) -> Path:
         name = ShardName(self.slide.slide_id, span.start, span.stop, kind)
         return self.dataset.tiles_dir(self.tile_px) / str(name)
+
+
+@dataclass(frozen=True)
+class _SlideNeed:
+    """A slide and what selections need of it."""
+
+    slide: Slide
+    need: _Need
+
+    @property
+    def slide_id(self) -> str:
+        return self.slide.slide_id
+
+
+class TileStage(Stage[_SlideNeed]):
+    """Write the tile shards that the named selections need."""
+
+    name = label = STAGE
+    unit = rate_of = "tiles"
+    packages = ("imagecodecs", "isal")
+    work = staticmethod(tile_slide)
+
+    def __init__(self, dataset: Dataset, config: TileConfig) -> None:
+        super().__init__(dataset)
+        self.needs = _needs(dataset, config.selections)
+        # Workers get the size: their lines have its scope even where they can read no identity.
+        self.tile_px = _output_px(dataset, config)
+        self.config = replace(config, tile_px=self.tile_px)
+        self.scopes = (str(self.tile_px),)
+
+    def claims(self) -> dict[str, Any]:
+        """Resampler, colour handling and codec."""
+        return self.config.identity()
+
+    def items(self) -> Iterator[_SlideNeed]:
+        """The slides of the selections."""
+        slides = {slide.slide_id: slide for slide in read_slides(self.dataset)}
+        self.parents = Ledger.read(self.dataset, "tissue")[""]
+        for slide_id, need in self.needs.items():
+            if slide_id not in slides:
+                raise UserError(
+                    f"slide {slide_id} of a selection is not in {self.dataset.slides_file}: run "
+                    "`scan` with it, or `select` again"
+                )
+            yield _SlideNeed(slides[slide_id], need)
+
+    def _source(self, slide_id: str) -> str:
+        return imported_source(self.parents.entries(slide_id))
+
+    def fingerprint(self, item: _SlideNeed) -> str:
+        """Of the candidates and of how tiles are cut from them."""
+        source = self._source(item.slide_id)
+        return tile_fingerprint(item.slide, self.identity, self.tile_px, source)
+
+    def refusal(
+        self, item: _SlideNeed, fingerprint: str, ledger: Ledger
+    ) -> tuple[Outcome, str] | None:
+        """Where the candidates are not those of the slide or selection as they are now."""
+        source = self._source(item.slide_id)
+        of_now = tissue_fingerprint(item.slide, self.identity, source)
+        parent = self.parents.done(item.slide_id, of_now)
+        reason = _unfit(self.dataset, item.slide, parent, item.need)
+        return ("failed", reason) if reason else None
+
+    def missing(self, item: _SlideNeed, fingerprint: str, ledger: Ledger) -> Missing:
+        """The blocks to cut; where there are none, a slide's failures are taken back.
+
+        It may have failed for its selection or tissue alone: no tile will be cut that settles it.
+        """
+        missing = ledger.missing(item.slide_id, item.need.blocks, fingerprint, self.scopes)
+        if missing:
+            return missing
+        settled = ledger[self.scopes[0]].settled_failures(item.slide_id)
+        return replace(missing, withdrawn=(*missing.withdrawn, *settled))
+
+    def task(self, item: _SlideNeed, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """Cut the missing tiles of one slide."""
+        rows = candidate_count(self.dataset, item.slide_id)
+        tiles = sum(len(ranks_of_blocks(span, rows)) for span in missing.spans)
+        arguments = (
+            str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
+            self.config,
+        )  # fmt: skip
+        cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)
+        return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
+
+    @property
+    def output(self) -> Path:
+        """The folder of the tile shards."""
+        return self.dataset.tiles_dir(self.tile_px)
+
+
+def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
+    """Write the tile shards that are missing; returns the exit status."""
+    if read_identity(dataset).get("grid") == IMPORTED_TILES:
+        return _nothing_to_cut(dataset, config)
+    return run_stage(TileStage(dataset, config), engine)

@@ -38,7 +38,7 @@ def glass_level(rgb: Rgb) -> tuple[float, float, float]:
     """
     step = _sample_step(rgb.shape[:2])
     planes = [np.ascontiguousarray(rgb[::step, ::step, c]) for c in range(3)]
-    darkest, brightest = _range(planes)
+    darkest, brightest = _least_and_greatest(planes)
     empty = (darkest > 200) & (darkest < 255) & (brightest - darkest < 16)
     if empty.sum() < 0.005 * empty.size:
         return GLASS_WITHOUT_GLASS
@@ -47,10 +47,14 @@ def glass_level(rgb: Rgb) -> tuple[float, float, float]:
 
 
 def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
-    """log10((glass + 1) / (I + 1)) a channel, not below 0 (Beer-Lambert).
+    """log10((glass + 1) / (I + 1)) per channel, not below 0 (Beer-Lambert).
 
     `rgb` is uint8 [h, w, 3]; the result is float32 [3, h, w], planes one after another, because
     what follows compares channels pixel by pixel.
+
+    >>> white = np.full((1, 1, 3), 245, np.uint8)
+    >>> optical_density(white, (245.0, 245.0, 245.0)).max()
+    np.float32(0.0)
     """
     levels = np.arange(256, dtype=np.float64) + 1
     density = np.zeros((3, *rgb.shape[:2]), np.float32)
@@ -61,8 +65,8 @@ def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
     return density
 
 
-def smooth(density: Floats, sigma_px: float) -> Floats:
-    """Gaussian mean of a density [3, h, w]; below a third of a pixel nothing is done."""
+def smooth_density(density: Floats, sigma_px: float) -> Floats:
+    """Gaussian mean of a density float32 [3, h, w]; below a third of a pixel nothing is done."""
     if sigma_px < 1 / 3:
         return density
     return np.stack([cv2.GaussianBlur(plane, (0, 0), sigma_px) for plane in density])
@@ -78,7 +82,7 @@ def is_coloured(density: Floats) -> Bools:
 
     For a density [3, ...]; bool [...].
     """
-    low, high = _range(density)
+    low, high = _least_and_greatest(density)
     return np.asarray(low < 0.8 * high)
 
 
@@ -101,11 +105,11 @@ def _any_above(density: Floats, least: float) -> Bools:
 
 
 def _sample_step(shape: tuple[int, ...]) -> int:
-    """Stride at which about a million pixels of a picture are looked at."""
+    """Stride at which about a million pixels of a picture are sampled."""
     return max(1, int((shape[0] * shape[1] / _SAMPLE_PIXELS) ** 0.5))
 
 
-def _range(
+def _least_and_greatest(
     planes: Sequence[npt.NDArray[Number]] | npt.NDArray[Number],
 ) -> tuple[npt.NDArray[Number], npt.NDArray[Number]]:
     """Least and greatest of three planes."""

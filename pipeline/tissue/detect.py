@@ -1,7 +1,7 @@
 """Tissue, ink and artifacts on a brightfield H&E overview, by optical density and colour.
 
 No weights, no tuning per cohort: the glass level is estimated on each slide (it is 241 to 246
-on real scanners, while padding is exactly 255), the density asked for follows the strength of
+on real scanners, while padding is exactly 255), the density required follows the strength of
 the slide's stain, and sizes are in micrometres.
 """
 
@@ -15,7 +15,6 @@ from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import (
     Bools,
     Floats,
-    NotHematoxylinEosinError,
     glass_level,
     ink_colour,
     is_coloured,
@@ -23,10 +22,8 @@ from pipeline.tissue.colour import (
     optical_density,
     refuse_dark,
     refuse_wrong_colour,
-    smooth,
+    smooth_density,
 )
-
-__all__ = ["Detection", "DetectorConfig", "NotHematoxylinEosinError", "detect_tissue"]
 
 
 @dataclass(frozen=True)
@@ -78,18 +75,23 @@ def detect_tissue(
     """
     refuse_dark(rgb)
     glass = glass_level(rgb)
-    density = smooth(optical_density(rgb, glass), config.sigma_um / um_per_px)
+    density = smooth_density(optical_density(rgb, glass), config.sigma_um / um_per_px)
     refuse_wrong_colour(density, config.max_density)
-    return Detection(classify(density, um_per_px, config), glass)
+    return Detection(classify_density(density, um_per_px, config), glass)
 
 
-def classify(density: Floats, um_per_px: float, config: DetectorConfig) -> npt.NDArray[np.uint8]:
+def classify_density(
+    density: Floats, um_per_px: float, config: DetectorConfig
+) -> npt.NDArray[np.uint8]:
     """Mask uint8 [h, w] of a smoothed optical density [3, h, w]; also of a part of a slide."""
     mean = mean_density(density)
     ink, specks = find_ink(density, um_per_px, config)
     stained = mean >= density_threshold(mean[~ink], config)
     coloured = is_coloured(density)
-    tissue = _clean(stained & coloured & ~ink, um_per_px, config)
+    # Close narrow gaps, drop small objects, fill small holes.
+    tissue = _morph(stained & coloured & ~ink, cv2.MORPH_CLOSE, config.close_um / um_per_px)
+    tissue = _drop_small(tissue, config.min_object_um2 / um_per_px**2)
+    tissue = ~_drop_small(~tissue, config.max_hole_um2 / um_per_px**2)
     mask = np.zeros(mean.shape, np.uint8)
     # Faint grey is dirty glass or a shadow: only what is as dense as any stain is an artifact.
     mask[(specks | ~coloured) & (mean >= config.max_density) & ~tissue] = TissueClass.OTHER
@@ -119,12 +121,12 @@ def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple
     """
     sure, margin = ink_colour(density)
     px2, wide_px = um_per_px**2, config.ink_margin_um / um_per_px
-    core = _drop_small(
-        _opened(sure, config.min_ink_width_um / um_per_px), config.min_ink_core_um2 / px2
-    )
-    strokes = _drop_small(_touching(margin | sure, core), config.min_ink_um2 / px2)
+    wide_enough = _morph(sure, cv2.MORPH_OPEN, config.min_ink_width_um / um_per_px)
+    core = _drop_small(wide_enough, config.min_ink_core_um2 / px2)
+    strokes = _drop_small(_keep_touching(margin | sure, core), config.min_ink_um2 / px2)
     if strokes.any():
-        strokes = _dilated(_closed(strokes, wide_px), wide_px)
+        closed = _morph(strokes, cv2.MORPH_CLOSE, wide_px)
+        strokes = _morph(closed, cv2.MORPH_DILATE, wide_px)
         strokes = ~_drop_small(~strokes, config.max_ink_gap_um2 / px2)
     return strokes, sure & ~strokes
 
@@ -139,41 +141,19 @@ def find_folds(density: Floats, tissue: Bools, um_per_px: float, config: Detecto
     return _drop_small(dark, config.min_fold_um2 / um_per_px**2)
 
 
-def _clean(tissue: Bools, um_per_px: float, config: DetectorConfig) -> Bools:
-    """Close narrow gaps, drop small objects, fill small holes."""
-    closed = _closed(tissue, config.close_um / um_per_px)
-    kept = _drop_small(closed, config.min_object_um2 / um_per_px**2)
-    return ~_drop_small(~kept, config.max_hole_um2 / um_per_px**2)
-
-
-def _disk(width_px: float) -> npt.NDArray[np.uint8] | None:
+def _morph(mask: Bools, operation: int, width_px: float) -> Bools:
+    """The morphological operation with a disk of that width; below three pixels there is none."""
     side = 2 * round(width_px / 2) + 1
-    return (
-        None if side < 3 else np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
-    )
-
-
-def _morphed(mask: Bools, operation: int, width_px: float) -> Bools:
-    disk = _disk(width_px)
-    if disk is None:
+    if side < 3:
         return mask
-    return np.asarray(cv2.morphologyEx(mask.astype(np.uint8), operation, disk)).astype(bool)
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    result = np.asarray(cv2.morphologyEx(mask.astype(np.uint8), operation, disk)).astype(bool)
+    # Closing only ever adds pixels, also at the picture's edge.
+    return result | mask if operation == cv2.MORPH_CLOSE else result
 
 
-def _closed(mask: Bools, width_px: float) -> Bools:
-    return _morphed(mask, cv2.MORPH_CLOSE, width_px) | mask
-
-
-def _opened(mask: Bools, width_px: float) -> Bools:
-    return _morphed(mask, cv2.MORPH_OPEN, width_px)
-
-
-def _dilated(mask: Bools, width_px: float) -> Bools:
-    return _morphed(mask, cv2.MORPH_DILATE, width_px)
-
-
-def _touching(mask: Bools, seeds: Bools) -> Bools:
-    """The connected regions of `mask` that hold a seed."""
+def _keep_touching(mask: Bools, seeds: Bools) -> Bools:
+    """The connected regions of `mask` that have a seed in them."""
     if not seeds.any():
         return np.zeros_like(mask)
     count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)

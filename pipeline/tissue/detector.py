@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,7 @@ from pipeline.tissue.focus import FocusConfig
 
 
 class Detector(Protocol):
-    """What makes a mask of an overview.
-
-    `experimental` are classes that it marks and that no tile is refused for.
-    """
+    """What makes a mask of an overview; `experimental` classes refuse no tile."""
 
     experimental: ClassVar[frozenset[TissueClass]]
 
@@ -25,7 +22,7 @@ class Detector(Protocol):
     def um_per_px(self) -> float:
         """Resolution of the overview that `detect` wants."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What makes its masks: another value is another dataset."""
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
@@ -45,7 +42,7 @@ class ClassicalDetector:
         """Resolution of the overview that `detect` wants."""
         return self.config.um_per_px
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Name and thresholds."""
         return {**self.config.as_dict(), "focus": asdict(self.focus)}
 

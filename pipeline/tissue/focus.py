@@ -24,7 +24,7 @@ _FINE_UM, _COARSE_UM = (0.7, 1.4), (2.8, 5.6)
 
 @dataclass(frozen=True)
 class FocusConfig:
-    """Where patches lie and how sharp is sharp; lengths in µm.
+    """Where patches are and how sharp is sharp; lengths in µm.
 
     `min_sharpness` was set on H&E tiles at 1 µm per pixel (see docs/tissue.md); a patch with
     less contrast than `min_contrast` (optical density) is not judged.
@@ -45,11 +45,11 @@ def sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float)
     About 1 on sharp H&E at 0.8 to 1.2 µm per pixel, 0.3 where points spread over 4 µm around.
     """
     density = -np.log10((rgb[..., 1].astype(np.float32) + 1) / 256)
-    fine, coarse = (_band(density, band, um_per_px) for band in (_FINE_UM, _COARSE_UM))
+    fine, coarse = (_band_detail(density, band, um_per_px) for band in (_FINE_UM, _COARSE_UM))
     return fine / coarse if coarse >= min_contrast else float("nan")
 
 
-def _band(density: Floats, band_um: tuple[float, float], um_per_px: float) -> float:
+def _band_detail(density: Floats, band_um: tuple[float, float], um_per_px: float) -> float:
     inner, outer = (cv2.GaussianBlur(density, (0, 0), sigma / um_per_px) for sigma in band_um)
     return float(np.sqrt(np.square(inner - outer).mean(dtype=np.float64)))
 
@@ -87,14 +87,16 @@ def slide_patches(
 def mark_out_of_focus(
     mask: npt.NDArray[np.uint8], um_per_px: float, patches: PatchSource, config: FocusConfig
 ) -> npt.NDArray[np.uint8]:
-    """The mask with blurred tissue as `OUT_OF_FOCUS`.
+    """The mask uint8 [h, w] with blurred tissue as `OUT_OF_FOCUS`.
 
-    A cell of the lattice is blurred if the median
-    sharpness of it and its eight neighbours is too low: one smooth spot is not yet blur.
+    A cell of the lattice is blurred if the median sharpness of it and its eight neighbours is too
+    low: one smooth spot is not yet blur.
     """
     tissue = mask == TissueClass.TISSUE
-    pitch_px = _pitch_px(int(tissue.sum()), um_per_px, config)
-    values = _probe(tissue, pitch_px, um_per_px, patches, config)
+    # The lattice is wider where the tissue would need too many patches.
+    spread = (int(tissue.sum()) / config.max_probes) ** 0.5
+    pitch_px = float(max(spread, config.pitch_um / um_per_px, 1.0))
+    values = _probe_sharpness(tissue, pitch_px, um_per_px, patches, config)
     blurred = _neighbourhood_median(values) < config.min_sharpness
     rows = np.minimum(np.arange(mask.shape[0]) // pitch_px, blurred.shape[0] - 1).astype(np.int64)
     columns = np.minimum(np.arange(mask.shape[1]) // pitch_px, blurred.shape[1] - 1).astype(
@@ -105,33 +107,27 @@ def mark_out_of_focus(
     return marked
 
 
-def _pitch_px(tissue_px: int, um_per_px: float, config: FocusConfig) -> float:
-    """Lattice pitch in mask pixels: wider where the tissue would need too many patches."""
-    spread = (tissue_px / config.max_probes) ** 0.5
-    return float(max(spread, config.pitch_um / um_per_px, 1.0))
-
-
-def _probe(
+def _probe_sharpness(
     tissue: npt.NDArray[np.bool_],
     pitch_px: float,
     um_per_px: float,
     patches: PatchSource,
     config: FocusConfig,
 ) -> npt.NDArray[np.float64]:
-    """Sharpness a cell of the lattice; NaN where its middle is not tissue."""
+    """Sharpness per cell of the lattice [rows, columns]; NaN where its middle is not tissue."""
     side = config.patch_um / um_per_px
     rows, columns = (max(1, int(length // pitch_px)) for length in tissue.shape)
     values = np.full((rows, columns), np.nan)
     for row in range(rows):
         for column in range(columns):
             top, left = ((i + 0.5) * pitch_px - side / 2 for i in (row, column))
-            if _share(tissue, top, left, side) >= config.min_patch_tissue:
+            if _tissue_share(tissue, top, left, side) >= config.min_patch_tissue:
                 patch = patches.read(left * um_per_px, top * um_per_px)
                 values[row, column] = sharpness(patch, patches.um_per_px, config.min_contrast)
     return values
 
 
-def _share(tissue: npt.NDArray[np.bool_], top: float, left: float, side: float) -> float:
+def _tissue_share(tissue: npt.NDArray[np.bool_], top: float, left: float, side: float) -> float:
     edges = [max(0, round(v)) for v in (top, top + side, left, left + side)]
     window = tissue[edges[0] : max(edges[1], edges[0] + 1), edges[2] : max(edges[3], edges[2] + 1)]
     return float(window.mean()) if window.size else 0.0

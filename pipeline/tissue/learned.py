@@ -1,4 +1,4 @@
-"""A segmentation network as tissue detector: an ONNX file with a small JSON beside it.
+"""A segmentation network as tissue detector: an ONNX file with a small JSON file next to it.
 
 `model.onnx` takes float32 [1, 3, h, w] and gives class scores [1, classes, h', w'] for the same
 field; `model.json` says at which resolution it wants to see the slide, how colours are
@@ -12,19 +12,20 @@ seen in windows of `window_px` (default 512) of which the outer `margin_px` (def
 discarded, so that memory does not grow with the slide.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.text import nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
 from pipeline.tissue.detect import Detection
@@ -38,7 +39,7 @@ class DetectorFileError(UserError):
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """What the JSON beside a network says; `classes[i]` is what channel i means."""
+    """What the JSON file of a network says; `classes[i]` is what channel i means."""
 
     um_per_px: float
     mean: tuple[float, float, float]
@@ -47,10 +48,9 @@ class NetworkDescription:
     window_px: int = 512
     margin_px: int = 32
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For the dataset's identity."""
-        names = [CLASS_NAMES[one] for one in self.classes]
-        return {**self.__dict__, "classes": names}
+        return {**self.__dict__, "classes": [CLASS_NAMES[value] for value in self.classes]}
 
 
 def read_description(path: Path) -> NetworkDescription:
@@ -66,16 +66,16 @@ def read_description(path: Path) -> NetworkDescription:
     if not isinstance(values, dict):
         raise DetectorFileError(f"{path}: expected an object with {', '.join(_KEYS[:4])}")
     for key in values.keys() - set(_KEYS):
-        close = difflib.get_close_matches(key, _KEYS, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(_KEYS)}"
+        close = nearest(key, _KEYS)
+        hint = f"; did you mean '{close}'?" if close else f"; known: {', '.join(_KEYS)}"
         raise DetectorFileError(f"{path}: unknown key '{key}'{hint}")
     description = NetworkDescription(
-        um_per_px=_number(path, values, "um_per_px", 0.2, 64),
-        mean=_triple(path, values, "mean"),
-        std=_triple(path, values, "std"),
-        classes=_classes(path, values.get("classes")),
-        window_px=int(_number(path, {"window_px": 512, **values}, "window_px", 16, 8192)),
-        margin_px=int(_number(path, {"margin_px": 32, **values}, "margin_px", 0, 4096)),
+        um_per_px=_parse_number(path, values, "um_per_px", 0.2, 64),
+        mean=_parse_triple(path, values, "mean"),
+        std=_parse_triple(path, values, "std"),
+        classes=_parse_classes(path, values.get("classes")),
+        window_px=int(_parse_number(path, {"window_px": 512, **values}, "window_px", 16, 8192)),
+        margin_px=int(_parse_number(path, {"margin_px": 32, **values}, "margin_px", 0, 4096)),
     )
     if 2 * description.margin_px >= description.window_px:
         raise DetectorFileError(
@@ -87,25 +87,28 @@ def read_description(path: Path) -> NetworkDescription:
     return description
 
 
-def _number(path: Path, values: dict[str, Any], key: str, low: float, high: float) -> float:
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parse_number(
+    path: Path, values: Mapping[str, object], key: str, low: float, high: float
+) -> float:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not _is_number(value) or not low <= value <= high:
         raise DetectorFileError(f"{path}: {key} is {value!r}, expected a number of {low} to {high}")
     return float(value)
 
 
-def _triple(path: Path, values: dict[str, Any], key: str) -> tuple[float, float, float]:
+def _parse_triple(path: Path, values: Mapping[str, object], key: str) -> tuple[float, float, float]:
     value = values.get(key)
-    numbers = isinstance(value, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in value
-    )
-    if not isinstance(value, list) or not numbers or len(value) != 3:
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
         raise DetectorFileError(f"{path}: {key} is {value!r}, expected three numbers (R, G, B)")
     return (float(value[0]), float(value[1]), float(value[2]))
 
 
-def _classes(path: Path, names: object) -> tuple[TissueClass, ...]:
-    known = {name: one for one, name in CLASS_NAMES.items()}
+def _parse_classes(path: Path, names: object) -> tuple[TissueClass, ...]:
+    known = {name: value for value, name in CLASS_NAMES.items()}
     if not isinstance(names, list) or not names or any(name not in known for name in names):
         raise DetectorFileError(
             f"{path}: classes is {names!r}, expected a list of channel names out of "
@@ -127,7 +130,7 @@ class OnnxDetector:
         except OSError as error:
             raise DetectorFileError(f"{path} cannot be read ({error.strerror})") from error
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.session = _session(path, data)
+        self.session = _open_session(path, data)
         self.input_name = self.session.get_inputs()[0].name
 
     @property
@@ -135,7 +138,7 @@ class OnnxDetector:
         """Resolution of the overview that `detect` wants."""
         return self.description.um_per_px
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What makes its masks: the network's bytes and its description."""
         return {"name": "onnx-1", "sha256": self.sha256, **self.description.as_dict()}
 
@@ -146,22 +149,24 @@ class OnnxDetector:
         if abs(scale - 1) > 0.02:
             size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
             kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            seen = np.asarray(cv2.resize(rgb, size, interpolation=kind), np.uint8)
+            overview = np.asarray(cv2.resize(rgb, size, interpolation=kind), np.uint8)
         else:
-            seen = rgb
-        mask = np.zeros(seen.shape[:2], np.uint8)
+            overview = rgb
+        height, width = overview.shape[:2]
+        mask = np.zeros((height, width), np.uint8)
         step = self.description.window_px - 2 * self.description.margin_px
-        for top, left in _corners(mask.shape, step):
-            part = self._classify(seen, top, left)
-            height, width = mask[top : top + step, left : left + step].shape
-            mask[top : top + step, left : left + step] = part[:height, :width]
+        for top, left in product(range(0, height, step), range(0, width, step)):
+            part = self._classify_window(overview, top, left)
+            mask[top : top + step, left : left + step] = part[: height - top, : width - left]
         back = cv2.resize(mask, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
         return Detection(np.asarray(back, np.uint8), glass_level(rgb))
 
-    def _classify(self, rgb: npt.NDArray[np.uint8], top: int, left: int) -> npt.NDArray[np.uint8]:
+    def _classify_window(
+        self, rgb: npt.NDArray[np.uint8], top: int, left: int
+    ) -> npt.NDArray[np.uint8]:
         """Classes of the inner part of the window whose inner corner is (top, left)."""
         window, margin = self.description.window_px, self.description.margin_px
-        field = _window(rgb, top - margin, left - margin, window)
+        field = _cut_window(rgb, top - margin, left - margin, window)
         scores = self._scores(field)
         if scores.shape[1:] != (window, window):
             planes = [cv2.resize(plane, (window, window)) for plane in scores]
@@ -189,14 +194,10 @@ class OnnxDetector:
         return scores[0]
 
 
-def _corners(shape: tuple[int, ...], step: int) -> Iterator[tuple[int, int]]:
-    for top in range(0, shape[0], step):
-        for left in range(0, shape[1], step):
-            yield top, left
-
-
-def _window(rgb: npt.NDArray[np.uint8], top: int, left: int, side: int) -> npt.NDArray[np.uint8]:
-    """A window that may reach over the edge: what lies outside is white."""
+def _cut_window(
+    rgb: npt.NDArray[np.uint8], top: int, left: int, side: int
+) -> npt.NDArray[np.uint8]:
+    """A window that may reach over the edge: what is outside is white."""
     canvas = np.full((side, side, 3), 255, np.uint8)
     rows = slice(max(top, 0), min(top + side, rgb.shape[0]))
     columns = slice(max(left, 0), min(left + side, rgb.shape[1]))
@@ -206,7 +207,7 @@ def _window(rgb: npt.NDArray[np.uint8], top: int, left: int, side: int) -> npt.N
     return canvas
 
 
-def _session(path: Path, data: bytes) -> Any:
+def _open_session(path: Path, data: bytes) -> Any:
     try:
         import onnxruntime
     except ImportError as error:

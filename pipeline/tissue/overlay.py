@@ -1,4 +1,4 @@
-"""The picture a person looks at: the slide, its mask, the tiles kept and refused by reason."""
+"""The picture to look at: the slide, its mask, the tiles kept and refused by reason."""
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ VERDICT_COLOURS: dict[Verdict, Colour] = {
     Verdict.NO_TISSUE: (205, 205, 205),
     Verdict.KEPT: CLASS_COLOURS[TissueClass.TISSUE],
     Verdict.LITTLE_TISSUE: (197, 160, 40),
-    **{Verdict(one): CLASS_COLOURS[one] for one in TissueClass if one > TissueClass.TISSUE},
+    **{Verdict(value): CLASS_COLOURS[value] for value in TissueClass if value > TissueClass.TISSUE},
 }
 _ORDER = (Verdict.NO_TISSUE, *(one for one in Verdict if one > Verdict.KEPT), Verdict.KEPT)
 _OUTLINE: Colour = (20, 20, 20)
@@ -49,10 +49,10 @@ def draw_overlay(
     `x`, `y` and `size` are in pixels of `rgb`; `mask` may be of another size and is stretched.
     """
     scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
-    canvas = _resized(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
-    large = _resized(mask, canvas.shape[1], canvas.shape[0], cv2.INTER_NEAREST)
-    tint(canvas, large, 0.45)
-    _outline(canvas, large)
+    canvas = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
+    large = _resize_image(mask, canvas.shape[1], canvas.shape[0], cv2.INTER_NEAREST)
+    tint_artifacts(canvas, large, 0.45)
+    _draw_outline(canvas, large)
     _draw_tiles(canvas, x * scale, y * scale, size * scale, verdict)
     counts = np.bincount(verdict, minlength=len(Verdict))
     entries = [
@@ -60,41 +60,40 @@ def draw_overlay(
         for one in reversed(_ORDER)
         if counts[one] or one == Verdict.KEPT
     ]
-    return _with_legend(canvas, title, entries)
+    return _add_legend(canvas, title, entries)
 
 
 def draw_plain(rgb: Rgb, title: str) -> Rgb:
     """RGB picture of a slide that was refused as a whole: nothing drawn on it, the title below."""
     scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
-    return _with_legend(
-        _resized(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA), title, []
-    )
+    picture = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
+    return _add_legend(picture, title, [])
 
 
-def tint(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) -> None:
+def tint_artifacts(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) -> None:
     """Colour the artifacts of a mask of the canvas's size into it, in place."""
-    for one, colour in CLASS_COLOURS.items():
-        where = mask == one
-        if one > TissueClass.TISSUE and where.any():
+    for value, colour in CLASS_COLOURS.items():
+        where = mask == value
+        if value > TissueClass.TISSUE and where.any():
             mixed = (1 - strength) * canvas[where] + strength * np.array(colour)
             canvas[where] = mixed.astype(np.uint8)
 
 
-def _with_legend(picture: Rgb, title: str, entries: list[tuple[Colour, str]]) -> Rgb:
-    """The picture over a white strip with a title and as many swatches a line as fit."""
+def _add_legend(picture: Rgb, title: str, entries: list[tuple[Colour, str]]) -> Rgb:
+    """The picture over a white strip with a title and as many swatches per line as fit."""
     width = max(picture.shape[1], _MIN_WIDTH_PX)
     lines = _legend_lines(entries, width)
     height = picture.shape[0] + _LINE_PX * (1 + len(lines)) + 8
     canvas = np.full((height, width, 3), 255, np.uint8)
     canvas[: picture.shape[0], : picture.shape[1]] = picture
     baseline = picture.shape[0] + _LINE_PX - 4
-    _write(canvas, title, 6, baseline)
+    _write_text(canvas, title, 6, baseline)
     for line in lines:
         baseline += _LINE_PX
         for left, colour, text in line:
             corner = (left + _SWATCH_PX, baseline - _SWATCH_PX)
             cv2.rectangle(canvas, (left, baseline), corner, colour, cv2.FILLED)
-            _write(canvas, text, left + _SWATCH_PX + 5, baseline)
+            _write_text(canvas, text, left + _SWATCH_PX + 5, baseline)
     return canvas
 
 
@@ -124,16 +123,16 @@ def _legend_lines(
     return lines
 
 
-def _write(canvas: Rgb, text: str, left: int, baseline: int) -> None:
-    # OpenCV's built-in font has ASCII only; a slide's name may hold anything.
+def _write_text(canvas: Rgb, text: str, left: int, baseline: int) -> None:
+    # OpenCV's built-in font has ASCII only; a slide's name may have anything in it.
     plain = text.replace("µ", "u").encode("ascii", "replace").decode()
     cv2.putText(canvas, plain, (left, baseline), _FONT, _FONT_SCALE, _OUTLINE, 1, cv2.LINE_AA)
 
 
-def _outline(canvas: Rgb, mask: npt.NDArray[np.uint8]) -> None:
+def _draw_outline(canvas: Rgb, mask: npt.NDArray[np.uint8]) -> None:
     tissue = (mask > TissueClass.BACKGROUND) & (mask != TissueClass.PEN)
-    found = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
-    cv2.drawContours(canvas, found, -1, _OUTLINE, 1, cv2.LINE_AA)
+    contours = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
+    cv2.drawContours(canvas, contours, -1, _OUTLINE, 1, cv2.LINE_AA)
 
 
 def _draw_tiles(
@@ -146,20 +145,20 @@ def _draw_tiles(
     """Boxes of all tiles, kept ones last and on top; sizes in pixels of the canvas."""
     boxed = size >= _MIN_BOX_PX
     target = canvas if boxed else canvas.copy()
-    for one in _ORDER:
-        if not boxed and one == Verdict.NO_TISSUE:
+    for value in _ORDER:
+        if not boxed and value == Verdict.NO_TISSUE:
             continue
-        thin = 1 if one == Verdict.NO_TISSUE or size < 24 else 2
-        inset = 0 if one == Verdict.NO_TISSUE or not boxed else thin
-        for index in np.flatnonzero(verdict == one):
+        thin = 1 if value == Verdict.NO_TISSUE or size < 24 else 2
+        inset = 0 if value == Verdict.NO_TISSUE or not boxed else thin
+        for index in np.flatnonzero(verdict == value):
             corner = (round(x[index]) + inset, round(y[index]) + inset)
             other = (round(x[index] + size) - 1 - inset, round(y[index] + size) - 1 - inset)
             thickness = thin if boxed else cv2.FILLED
-            cv2.rectangle(target, corner, other, VERDICT_COLOURS[one], thickness)
+            cv2.rectangle(target, corner, other, VERDICT_COLOURS[value], thickness)
     if not boxed:
         canvas[:] = cv2.addWeighted(canvas, 0.65, target, 0.35, 0)
 
 
-def _resized(image: Rgb, width: float, height: float, interpolation: int) -> Rgb:
+def _resize_image(image: Rgb, width: float, height: float, interpolation: int) -> Rgb:
     whole = (max(1, round(width)), max(1, round(height)))
     return np.array(cv2.resize(image, whole, interpolation=interpolation), np.uint8)

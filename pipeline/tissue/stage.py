@@ -1,6 +1,6 @@
 """The `tissue` stage: a mask, an overlay and the ranked candidates of every slide."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,28 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
-    Run,
+    Missing,
     Slide,
-    claim_identity,
     commit_bytes,
-    fingerprint,
+    fingerprint_of,
     read_identity,
-    read_journal,
     read_slides,
-    standing,
     write_candidates,
 )
 from pipeline.dataset.grid import grid_positions, rank_order
 from pipeline.dataset.journal import Outcome
-from pipeline.run.engine import EngineConfig, SlideTask
-from pipeline.run.stage import Summary, report_summary, run_stage, stage_versions, stands
+from pipeline.run.stage import Stage, run_stage
+from pipeline.run.tasks import SlideTask, collect_entries
+from pipeline.run.workers import EngineConfig
 from pipeline.slides.cost import overview_cost
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
-from pipeline.slides.staging import IN_PLACE, StageIn, local_slide
+from pipeline.slides.staging import local_slide
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import NotHematoxylinEosinError
+from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection
 from pipeline.tissue.detector import ClassicalDetector, Detector, detector_name, open_detector
 from pipeline.tissue.focus import mark_out_of_focus, slide_patches
@@ -51,31 +50,10 @@ _GRID_KEYS = ("mpp", "mpp_tolerance", "tile_px", "grid", "seed")
 _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
 
 
-@dataclass(frozen=True)
-class TissueConfig:
-    """Which tiles become candidates, and the detector that judges them.
-
-    `detector` is `classical` or `onnx:FILE` (see `pipeline.tissue.learned`).
-    """
-
-    min_tissue: float = 0.5
-    max_artifact: float = 0.1
-    detector: str = "classical"
-    stage_in: StageIn = IN_PLACE
-
-    def identity(self) -> dict[str, Any]:
-        """The values that make it this dataset and no other."""
-        return {
-            **detector_identity(open_detector(self.detector)),
-            "min_tissue": self.min_tissue,
-            "max_artifact": self.max_artifact,
-        }
-
-
 def detector_identity(detector: Detector) -> dict[str, Any]:
     """The detector's hash and, for a person, what was hashed."""
     parameters = detector.identity()
-    return {"detector": fingerprint(**parameters), "detector_parameters": parameters}
+    return {"detector": fingerprint_of(**parameters), "detector_parameters": parameters}
 
 
 def slide_key(slide: Slide) -> dict[str, Any]:
@@ -92,13 +70,13 @@ def tissue_fingerprint(slide: Slide, identity: dict[str, Any], source: str = "")
     values = {f"identity_{key}": identity[key] for key in _IDENTITY_KEYS if key in identity}
     if source:
         values["source"] = source
-    return fingerprint(
+    return fingerprint_of(
         stage=STAGE, version=VERSION, slide_id=slide.slide_id, slide=slide_key(slide), **values
     )
 
 
 def imported_source(entries: Iterable[Entry]) -> str:
-    """What a slide's standing candidates were imported from, '' where they were detected."""
+    """What a slide's current candidates were imported from, '' where they were detected."""
     return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
@@ -110,52 +88,26 @@ def usable_slides(dataset: Dataset) -> list[Slide]:
     return slides
 
 
-def tissue(dataset: Dataset, config: TissueConfig, engine: EngineConfig) -> int:
-    """Detect tissue on every usable slide; returns the exit status."""
-    config = replace(config, detector=detector_name(config.detector))
-    um_per_px = open_detector(config.detector).um_per_px
-    versions = stage_versions("onnxruntime")
-    slides = usable_slides(dataset)
-    identity = claim_identity(dataset, config.identity(), stage=STAGE, versions=versions)
-    known = standing(read_journal(dataset, STAGE))
-    summary = Summary(STAGE)
-    tasks = []
-    with Run(dataset, STAGE, versions) as run:
-        for slide in slides:
-            mark = tissue_fingerprint(slide, identity)
-            stood = stands(dataset, known.get(slide.slide_id, []), mark)
-            if stood is None:
-                arguments = (str(dataset.root), run.run_id, slide, config, mark)
-                cost = overview_cost(slide, um_per_px)
-                tasks.append(SlideTask(slide.slide_id, mark, arguments, cost))
-            else:
-                summary.skipped += 1
-                if stood.outcome == "rejected":
-                    summary.rejected.append((slide.slide_id, stood.reason))
-        run_stage(run, tissue_slide, tasks, engine, summary)
-    return report_summary(summary, dataset.root / "tissue", "candidate tiles")
-
-
 def tissue_slide(
-    root: str, run_id: str, slide: Slide, config: TissueConfig, mark: str
+    root: str, run_id: str, slide: Slide, config: TissueConfig, fingerprint: str
 ) -> list[Entry]:
-    """Mask, overlay and candidates of one slide."""
+    """Mask, overlay and candidates of one slide, on a worker."""
     dataset = Dataset(Path(root))
-    try:
-        return [_tissue_slide(dataset, run_id, slide, config, mark)]
-    except UserError as error:
-        return [Entry(slide.slide_id, "failed", mark, str(error))]
 
+    def make_entry() -> Iterator[Entry]:
+        detector = _same_detector(config.detector, read_identity(dataset)["detector"])
+        yield record_tissue(dataset, run_id, slide, config, fingerprint, detector)
 
-def _tissue_slide(
-    dataset: Dataset, run_id: str, slide: Slide, config: TissueConfig, mark: str
-) -> Entry:
-    detector = _same_detector(config.detector, read_identity(dataset)["detector"])
-    return record_tissue(dataset, run_id, slide, config, mark, detector)
+    return collect_entries(make_entry(), slide.slide_id, fingerprint)
 
 
 def record_tissue(
-    dataset: Dataset, run_id: str, slide: Slide, config: TissueConfig, mark: str, detector: Detector
+    dataset: Dataset,
+    run_id: str,
+    slide: Slide,
+    config: TissueConfig,
+    fingerprint: str,
+    detector: Detector,
 ) -> Entry:
     """Write mask, overlay and candidates of one slide, as the detector sees it.
 
@@ -175,10 +127,10 @@ def record_tissue(
         try:
             detection = detector.detect(overview, um_per_px)
         except NotHematoxylinEosinError as error:
-            return _refused(dataset, run_id, slide, mark, picture, str(error))
+            return _refused(dataset, run_id, slide, fingerprint, picture, str(error))
         detection = _with_focus(detector, detection, reader, mpp, um_per_px)
-    grid = _Grid.cut(slide, plan)
-    judgement = grid.judged(detection.mask, um_per_px / mpp, config, detector)
+    grid = TileGrid.of_slide(slide, plan)
+    judgement = grid.judge_tiles(detection.mask, um_per_px / mpp, config, detector)
     to_picture = mpp / picture_um_per_px
     overlay = draw_overlay(
         picture, detection.mask, grid.x * to_picture, grid.y * to_picture,
@@ -195,12 +147,18 @@ def record_tissue(
     outcome: Outcome = "done" if table.num_rows else "rejected"
     reason = "" if table.num_rows else _why_none(judgement)
     return Entry(
-        slide.slide_id, outcome, mark, reason, files=tuple(files), counts=counts, values=values
+        slide.slide_id,
+        outcome,
+        fingerprint,
+        reason,
+        files=tuple(files),
+        counts=counts,
+        values=values,
     )
 
 
 def _refused(
-    dataset: Dataset, run_id: str, slide: Slide, mark: str, picture: npt.NDArray[np.uint8],
+    dataset: Dataset, run_id: str, slide: Slide, fingerprint: str, picture: npt.NDArray[np.uint8],
     reason: str,
 ) -> Entry:  # fmt: skip
     """The entry of a slide that is no H&E, with its picture: a person may judge the judgement."""
@@ -208,7 +166,7 @@ def _refused(
     if picture.size:
         jpeg = encode_jpeg(draw_plain(picture, f"{slide.slide_id}   {reason}"), _OVERLAY_BYTES)
         files = (commit_bytes(dataset, run_id, dataset.overlay_file(slide.slide_id), jpeg),)
-    return Entry(slide.slide_id, "rejected", mark, reason, files=files)
+    return Entry(slide.slide_id, "rejected", fingerprint, reason, files=files)
 
 
 def _same_detector(name: str, expected: str) -> Detector:
@@ -263,7 +221,7 @@ def _why_none(judgement: Judgement) -> str:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class TileGrid:
     """Tiles of a slide: corners and size in level-0 px."""
 
     x: npt.NDArray[np.float64]
@@ -271,15 +229,16 @@ class _Grid:
     size_level0: float
 
     @classmethod
-    def cut(cls, slide: Slide, plan: ReadPlan) -> "_Grid":
+    def of_slide(cls, slide: Slide, plan: ReadPlan) -> "TileGrid":
+        """The grid of a slide whose tiles are read by that plan."""
         size = plan.window * plan.downsample
         x, y = grid_positions(slide.width, slide.height, plan.stride_level0, size)
         return cls(x, y, size)
 
-    def judged(
+    def judge_tiles(
         self, mask: npt.NDArray[np.uint8], scale: float, config: TissueConfig, detector: Detector
     ) -> Judgement:
-        """`scale` is level-0 pixels a pixel of the mask."""
+        """The verdict on each tile; `scale` is level-0 pixels per pixel of the mask."""
         return judge(
             mask, self.x / scale, self.y / scale, self.size_level0 / scale,
             min_tissue=config.min_tissue, max_artifact=config.max_artifact,
@@ -287,7 +246,7 @@ class _Grid:
         )  # fmt: skip
 
 
-def _candidates(seed: int, slide_id: str, grid: _Grid, judgement: Judgement) -> pa.Table:
+def _candidates(seed: int, slide_id: str, grid: TileGrid, judgement: Judgement) -> pa.Table:
     chosen = np.flatnonzero(judgement.kept)
     order = chosen[rank_order(seed, slide_id, grid.x[chosen], grid.y[chosen])]
     columns = [
@@ -324,3 +283,45 @@ def _write_pictures(
         commit_bytes(dataset, run_id, dataset.mask_file(slide_id), mask_png),
         commit_bytes(dataset, run_id, dataset.overlay_file(slide_id), jpeg),
     ]
+
+
+class TissueStage(Stage[Slide]):
+    """Detect tissue on every usable slide."""
+
+    name = label = STAGE
+    rate_of = "candidate tiles"
+    packages = ("onnxruntime",)
+    work = staticmethod(tissue_slide)
+
+    def __init__(self, dataset: Dataset, config: TissueConfig) -> None:
+        super().__init__(dataset)
+        self.config = replace(config, detector=detector_name(config.detector))
+        self.um_per_px = open_detector(self.config.detector).um_per_px
+        self.slides = usable_slides(dataset)
+
+    def claims(self) -> dict[str, Any]:
+        """The detector and its thresholds."""
+        return self.config.identity()
+
+    def items(self) -> list[Slide]:
+        """The slides that scan found fit for tiling."""
+        return self.slides
+
+    def fingerprint(self, item: Slide) -> str:
+        """Of the slide and the detector."""
+        return tissue_fingerprint(item, self.identity)
+
+    def task(self, item: Slide, fingerprint: str, missing: Missing, run_id: str) -> SlideTask:
+        """Mask, overlay and candidates of one slide."""
+        arguments = (str(self.dataset.root), run_id, item, self.config, fingerprint)
+        return SlideTask(item.slide_id, fingerprint, arguments, overview_cost(item, self.um_per_px))
+
+    @property
+    def output(self) -> Path:
+        """The folder of masks and overlays."""
+        return self.dataset.root / "tissue"
+
+
+def tissue(dataset: Dataset, config: TissueConfig, engine: EngineConfig) -> int:
+    """Detect tissue on every usable slide; returns the exit status."""
+    return run_stage(TissueStage(dataset, config), engine)

@@ -68,27 +68,29 @@ def judge(
     together. A tile with too much of them is named after the largest, any other after its lack
     of tissue. Classes in `experimental` count as tissue: no tile is refused for them.
     """
-    spared = [TissueClass.TISSUE, *sorted(experimental)]
-    refusing = [one for one in TissueClass if one > TissueClass.TISSUE and one not in experimental]
-    tissue = _share(mask, spared, x, y, size)
-    artifact = _share(mask, refusing, x, y, size)
+    counted = [TissueClass.TISSUE, *sorted(experimental)]
+    artifacts = [c for c in TissueClass if c > TissueClass.TISSUE and c not in experimental]
+    tissue = _class_shares(mask, counted, x, y, size)
+    artifact = _class_shares(mask, artifacts, x, y, size)
     verdict = np.where(tissue >= _FAINT_TISSUE, Verdict.LITTLE_TISSUE, Verdict.NO_TISSUE)
     verdict[(tissue >= min_tissue) & (artifact <= max_artifact)] = Verdict.KEPT
     spoiled = artifact > max_artifact
     if spoiled.any():
-        parts = np.stack([_share(mask, [one], x[spoiled], y[spoiled], size) for one in refusing])
-        verdict[spoiled] = np.array(refusing)[parts.argmax(0)]
+        # Named after the largest of its artifacts.
+        x, y = x[spoiled], y[spoiled]
+        shares = np.stack([_class_shares(mask, [value], x, y, size) for value in artifacts])
+        verdict[spoiled] = np.array(artifacts)[shares.argmax(0)]
     return Judgement(tissue, artifact, verdict.astype(np.uint8))
 
 
-def _share(
+def _class_shares(
     mask: npt.NDArray[np.uint8],
     classes: list[TissueClass],
     x: npt.NDArray[np.float64],
     y: npt.NDArray[np.float64],
     size: float,
 ) -> npt.NDArray[np.float32]:
-    chosen = np.isin(mask, [int(one) for one in classes])
+    chosen = np.isin(mask, [int(value) for value in classes])
     if not chosen.any():
         return np.zeros(len(x), np.float32)
     return window_means(chosen.astype(np.float32), x, y, size)

@@ -178,7 +178,7 @@ def _plan_stage(
 ) -> None:
     """The stage's standing shards that no need touches, scope by scope."""
     by_scope: dict[str, list[Entry]] = {}
-    for entry in inventory.standing(stage):
+    for entry in inventory.current(stage):
         if entry.outcome == "done":
             by_scope.setdefault(entry.scope, []).append(entry)
     chosen: list[Entry] = []

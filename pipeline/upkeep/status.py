@@ -17,7 +17,8 @@ from rich.table import Table
 from common.console import say, stdout
 from common.redact import redact
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection, standing
+from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection
+from pipeline.dataset.ledger import current_entries
 from pipeline.upkeep.activity import Running, running
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
@@ -81,7 +82,7 @@ def read_status(dataset: Dataset) -> Status:
     for stage in _STAGES:
         entries = read_journal(dataset, stage)
         for scope in sorted({entry.scope for entry in entries}):
-            held = standing(entries, scope)
+            held = current_entries(entries, scope)
             _count_bytes(held, kinds)
             if not held or is_bookkeeping(scope):
                 continue

@@ -1,10 +1,9 @@
-"""Published weights fetched into a folder, for machines that have no network of their own.
+"""Published weights fetched into a folder, for machines without a network.
 
 Each item becomes DIR/<name>.safetensors, with the tensors under their published names, and a
 record in DIR/weights.json: where it came from, its sums, its licence.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,21 +11,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torchvision
 
 from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
 from common.errors import UserError
-from common.files import json_bytes, sync_directory
+from common.files import hash_file, sync_directory, write_json
 from common.text import format_bytes
 from model.encoders import MissingPackageError, published_sha256, table
 from model.encoders.published import Published, ReleaseFile, local_copy
 from model.perceptual import PerceptualLoss
-from model.weights import Tensors, WeightsError, read_tensors, write_tensors, write_text
+from model.weights import Tensors, WeightsError, read_tensors, write_tensors
 
 RECORDS = "weights.json"
-_CHUNK = 1 << 20
+
+
+class WeightsRecord(TypedDict):
+    """What weights.json states of one item."""
+
+    file: str
+    bytes: int
+    sha256: str
+    weights_sha256: str | None
+    source: str
+    published_file: str
+    published_sha256: str
+    licence: str
+    gating: str
 
 
 @dataclass(frozen=True)
@@ -45,27 +57,25 @@ class Item:
     check: Callable[[Path], str]
 
 
-def items() -> Mapping[str, Item]:
+def known_items() -> Mapping[str, Item]:
     """Everything `weights fetch` knows, by name; variants of an encoder share one item."""
     encoders = [
-        _encoder_item(spec) for spec in table.ENCODERS.values() if spec.weights_name == spec.name
+        Item(
+            spec.name,
+            spec.published,
+            spec.licence,
+            spec.gating,
+            tensors=partial(read_tensors, containers=spec.containers, mapped=True),
+            check=partial(published_sha256, spec),
+        )
+        for spec in table.ENCODERS.values()
+        if spec.weights_name == spec.name
     ]
     return {item.name: item for item in (*encoders, _LPIPS)}
 
 
-def _encoder_item(spec: table.EncoderSpec) -> Item:
-    return Item(
-        spec.name,
-        spec.published,
-        spec.licence,
-        spec.gating,
-        tensors=partial(read_tensors, containers=spec.containers, mapped=True),
-        check=partial(published_sha256, spec),
-    )
-
-
 def _lpips_tensors(vgg16: Path) -> Tensors:
-    """VGG16's features and the heads that the `lpips` package carries, by published names."""
+    """VGG16's features and the heads that the `lpips` package has, by published names."""
     loss = PerceptualLoss(str(vgg16))
     heads = {
         f"lin{number}.model.1.weight": head.view(1, -1, 1, 1)
@@ -85,38 +95,21 @@ _LPIPS = Item(
 )
 
 
-def fetch(names: list[str], folder: Path, *, mirror: str = "") -> int:
+def fetch_weights(names: list[str], folder: Path, *, mirror: str = "") -> int:
     """Fetch the named weights into `folder`; returns the exit status.
 
     One that is refused or broken leaves nothing behind and does not keep the others from being
     fetched. Raises `UserError` for an unknown name before anything is fetched.
     """
-    wanted = {item.name: item for item in map(_item, names)}
-    failed = [item.name for item in wanted.values() if not _have(item, folder, mirror)]
+    wanted = {item.name: item for item in map(_find_item, names)}
+    failed = [item.name for item in wanted.values() if not _ensure_item(item, folder, mirror)]
     failures = f", {len(failed)} failed ({', '.join(failed)})" if failed else ""
     say(f"weights: {len(wanted) - len(failed)} in {folder}{failures}; use them as --weights FILE")
     return EXIT_FAILURES if failed else EXIT_OK
 
 
-def _have(item: Item, folder: Path, mirror: str) -> bool:
-    """Fetch an item that does not stand yet; says what came of it and whether it is there."""
-    record = _read_records(folder).get(item.name)
-    if record is not None and _stands(folder, record):
-        say(f"{item.name}: stands in {folder / record['file']}")
-        return True
-    try:
-        record = _fetch(item, folder, mirror)
-        records = {**_read_records(folder), item.name: record}
-        write_text(folder / RECORDS, json_bytes(records).decode())
-    except UserError as error:
-        say(f"{item.name}: failed: {error}")
-        return False
-    say(f"{item.name}: wrote {folder / record['file']}, {format_bytes(record['bytes'])}")
-    return True
-
-
-def _item(name: str) -> Item:
-    known = items()
+def _find_item(name: str) -> Item:
+    known = known_items()
     if name in known:
         return known[name]
     try:
@@ -128,7 +121,27 @@ def _item(name: str) -> Item:
         ) from error
 
 
-def _fetch(item: Item, folder: Path, mirror: str) -> dict[str, Any]:
+def _ensure_item(item: Item, folder: Path, mirror: str) -> bool:
+    """Fetch an item that is not there yet, and report it; whether it is there now."""
+    record = _read_records(folder).get(item.name)
+    if record is not None:
+        path = folder / record["file"]
+        if path.is_file() and hash_file(path) == record["sha256"]:
+            say(f"{item.name}: is in {path}")
+            return True
+    try:
+        record = _fetch_item(item, folder, mirror)
+        # Read again: another process may have fetched another item meanwhile.
+        records = {**_read_records(folder), item.name: record}
+        write_json(folder / RECORDS, records)
+    except UserError as error:
+        say(f"{item.name}: failed: {error}")
+        return False
+    say(f"{item.name}: wrote {folder / record['file']}, {format_bytes(record['bytes'])}")
+    return True
+
+
+def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
     """Fetch one item, check that it fits, and only then give it its name."""
     gating = f"; gated: {item.gating}" if item.gating else ""
     say(f"{item.name}: from {item.published.id}; licence: {item.licence}{gating}")
@@ -140,24 +153,28 @@ def _fetch(item: Item, folder: Path, mirror: str) -> dict[str, Any]:
             item.published, name=item.name, folder=staging, mirror=mirror,
             progress=stdout.is_terminal,
         )  # fmt: skip
-        published_sha256 = _sha256(source)
+        published_sha256 = hash_file(source)
         staged = staging / final.name
         if source.suffix == staged.suffix:
             source.resolve().replace(staged)  # the hub's client gives a link into its cache
         else:
             write_tensors(staged, item.tensors(source))
-        record = {
+        record: WeightsRecord = {
             "file": final.name,
             "bytes": staged.stat().st_size,
-            "sha256": _sha256(staged),
-            "weights_sha256": _checked(item, staged),
+            "sha256": hash_file(staged),
+            "weights_sha256": _sum_of_run(item, staged),
             "source": item.published.id,
             "published_file": source.name,
             "published_sha256": published_sha256,
             "licence": item.licence,
             "gating": item.gating,
         }
-        _publish(staged, final)
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        staged.chmod(0o644)
+        staged.replace(final)
+        sync_directory(folder)
     except OSError as error:
         raise WeightsError(
             f"weights of {item.name}: cannot write {folder} ({error.strerror or error}); free "
@@ -168,7 +185,7 @@ def _fetch(item: Item, folder: Path, mirror: str) -> dict[str, Any]:
     return record
 
 
-def _checked(item: Item, staged: Path) -> str | None:
+def _sum_of_run(item: Item, staged: Path) -> str | None:
     """The sum a run will record; None where this machine lacks the package to build it."""
     try:
         return item.check(staged)
@@ -177,29 +194,7 @@ def _checked(item: Item, staged: Path) -> str | None:
         return None
 
 
-def _publish(staged: Path, final: Path) -> None:
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
-    staged.chmod(0o644)
-    staged.replace(final)
-    sync_directory(final.parent)
-
-
-def _stands(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the recorded file is there with the recorded bytes."""
-    path = folder / record["file"]
-    return path.is_file() and _sha256(path) == record["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_records(folder: Path) -> dict[str, Any]:
+def _read_records(folder: Path) -> dict[str, WeightsRecord]:
     path = folder / RECORDS
     if not path.exists():
         return {}
@@ -230,7 +225,7 @@ def table_rows() -> list[tuple[str, ...]]:
     ]
     others = [
         (item.name, "-", "-", "-", "-", item.licence, item.gating or "no", item.published.id)
-        for item in items().values()
+        for item in known_items().values()
         if item.name not in table.ENCODERS
     ]
     return [head, *rows, *others]

@@ -1,6 +1,7 @@
 """Every command that the documentation shows is one that the programs understand."""
 
 import argparse
+import pkgutil
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pipeline.__main__ as pipeline_door
 import train.__main__ as train_door
 from common.errors import UserError
 from evaluate.protocols.config import load as load_protocol
-from tests.docs.doc_commands import ROOT, Block, blocks, call_of, words
+from tests.docs.doc_commands import PAGES, ROOT, Block, blocks, call_of, words
 from train.config import load_config
 
 SHOWN = [
@@ -115,3 +116,24 @@ def test_pages_are_reachable_and_links_lead_somewhere() -> None:
     nav = (ROOT / "mkdocs.yml").read_text()
     for found in sorted((ROOT / "docs").rglob("*.md")):
         assert str(Path(found).relative_to(ROOT / "docs")) in nav, f"{found.name} is in no menu"
+
+
+_PACKAGES = "common|pipeline|model|train|evaluate"
+_PATH = re.compile(rf"(?<![\w./])(?:{_PACKAGES}|tests|bench)/[\w./-]*\w(?!\w)")
+_TEST = re.compile(r"(?<![\w./])tests/[\w/]+\.(?:py|sh)")
+_DOTTED = re.compile(rf"`((?:{_PACKAGES})(?:\.\w+)+)")
+_NOT_A_MODULE = (".md", ".sbatch", ".csv", ".yaml")
+
+
+def test_code_that_is_named_exists() -> None:
+    """Paths such as `model/encoders/table.py`, and dotted names such as `pipeline.dataset.grid`."""
+    for page in PAGES:
+        text = page.read_text()
+        # Comments above a block may name a module that the reader is to write.
+        shown = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+        for path in _PATH.findall(shown) + _TEST.findall(text):
+            if not path.startswith("bench/out/"):
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in _DOTTED.findall(shown):
+            if not name.endswith(_NOT_A_MODULE):
+                pkgutil.resolve_name(name)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from common.torch_processes import ALONE
 from evaluate.generate.condition_source import ConditionSource
 from evaluate.generate.run import Request, generate
-from evaluate.processes import Processes
 from model import CytoSyn, SiT, SiTConfig
 from model.cytosyn import Records
 from model.vae import VAE, VAEConfig
@@ -50,7 +50,6 @@ from pipeline.dataset.features import (
 
 DIM = 12
 PX = 64  # small tiles: nothing here depends on their size
-ALONE = Processes(0, 1, 0)
 
 RECORD: dict[str, Any] = {
     "encoder": "h0-mini",

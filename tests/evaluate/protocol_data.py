@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from evaluate_data import RECORD, make_real, random_features, write_features
 
-from evaluate.processes import Processes
+from common.torch_processes import ALONE
 from evaluate.protocols.config import Protocol, load
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import Seen, all_features, made_sources, plan_cells
@@ -32,7 +32,6 @@ from pipeline.dataset import (
 from pipeline.dataset.features import FeatureStore
 
 PX, COUNT, DIM = 32, 64, RECORD["dim"]
-ALONE = Processes(0, 1, 0)
 _SLIDES, _TILES = 24, 12
 
 

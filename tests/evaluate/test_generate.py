@@ -22,9 +22,9 @@ from evaluate.generate.run import Outcome, Request, generate
 from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
+    Ledger,
     TileStore,
     claim_identity,
-    committed_shards,
     read_candidates,
     read_identity,
     read_selection,
@@ -212,7 +212,7 @@ def test_shards_are_journalled_like_those_of_the_tile_stage(
 ) -> None:
     run(variations=3)
     dataset = Dataset(tmp_path / "syn")
-    entries = committed_shards(dataset, PX)["gen-00000"]
+    entries = Ledger.read(dataset, "tile")[str(PX)].written["gen-00000"]
     assert [(e.start, e.stop, e.scope) for e in entries] == [(0, 128, str(PX)), (128, 186, str(PX))]
     names = [[Path(f.path).name for f in e.files] for e in entries]
     assert names[0] == ["gen-00000.0-128.tar", "gen-00000.0-128.idx"]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from model.noise import Stream, derive_seeds, normal, philox, seed_tensor, uniform
+from model.noise import RandomStream, derive_seeds, normal, philox, seed_tensor, uniform
 
 # The known answers published with Random123 for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -68,35 +68,42 @@ def test_layout_of_counter_and_key_is_the_documented_one() -> None:
     seed, step, slot = 2**63 + 5, 7, 11
     words = []
     for block in range(2):
-        words += philox_by_hand([block, step, slot, int(Stream.NOISE)], [seed % 2**32, seed >> 32])
+        words += philox_by_hand(
+            [block, step, slot, int(RandomStream.NOISE)], [seed % 2**32, seed >> 32]
+        )
     drawn = uniform(
-        seed, (2, 3), stream=Stream.NOISE, step=step, slot=slot, dtype=torch.float64
+        seed, (2, 3), stream=RandomStream.NOISE, step=step, slot=slot, dtype=torch.float64
     ).flatten()
     expected = [((word >> 9) + 0.5) / 2**23 for word in words[:6]]
     assert drawn.tolist() == expected
 
 
 def test_golden_values() -> None:
-    drawn = normal([0, 1], (2, 2), stream=Stream.SAMPLE_STEP, step=3, dtype=torch.float64)
+    drawn = normal([0, 1], (2, 2), stream=RandomStream.SAMPLE_STEP, step=3, dtype=torch.float64)
     assert torch.allclose(
         drawn.flatten(), torch.tensor(GOLDEN_NORMAL, dtype=torch.float64), atol=1e-12
     )
-    assert uniform(42, (3,), stream=Stream.TIME, step=1, slot=2)[0].tolist() == GOLDEN_UNIFORM
+    assert uniform(42, (3,), stream=RandomStream.TIME, step=1, slot=2)[0].tolist() == GOLDEN_UNIFORM
     assert derive_seeds(0, [0, 1]).tolist() == GOLDEN_SEEDS
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    together = normal([3, 9, 4], (4, 5, 5), stream=Stream.SAMPLE_START)
-    alone = normal(9, (4, 5, 5), stream=Stream.SAMPLE_START)
+    together = normal([3, 9, 4], (4, 5, 5), stream=RandomStream.SAMPLE_START)
+    alone = normal(9, (4, 5, 5), stream=RandomStream.SAMPLE_START)
     assert torch.equal(together[1:2], alone)
-    slots = normal(1, (7,), stream=Stream.NOISE, step=5, slot=torch.arange(6))
-    assert torch.equal(slots[4:], normal(1, (7,), stream=Stream.NOISE, step=5, slot=[4, 5]))
+    slots = normal(1, (7,), stream=RandomStream.NOISE, step=5, slot=torch.arange(6))
+    assert torch.equal(slots[4:], normal(1, (7,), stream=RandomStream.NOISE, step=5, slot=[4, 5]))
 
 
 def test_every_part_of_the_address_matters() -> None:
-    base = {"seed": 1, "stream": Stream.NOISE, "step": 2, "slot": 3}
+    base = {"seed": 1, "stream": RandomStream.NOISE, "step": 2, "slot": 3}
     first = uniform(shape=(8,), **base)
-    for name, value in {"seed": 2**32 + 1, "stream": Stream.TIME, "step": 3, "slot": 2}.items():
+    for name, value in {
+        "seed": 2**32 + 1,
+        "stream": RandomStream.TIME,
+        "step": 3,
+        "slot": 2,
+    }.items():
         other = uniform(shape=(8,), **{**base, name: value})
         assert not (first == other).any(), name
 
@@ -108,7 +115,7 @@ def test_a_shape_is_filled_from_the_same_words_whatever_its_size() -> None:
 
 
 def test_normal_moments_and_tails() -> None:
-    values = normal(torch.arange(50), (4, 28, 28), stream=Stream.NOISE, dtype=torch.float64)
+    values = normal(torch.arange(50), (4, 28, 28), stream=RandomStream.NOISE, dtype=torch.float64)
     x = values.flatten().numpy()
     n = x.size
     assert abs(x.mean()) < 4 / n**0.5
@@ -120,13 +127,13 @@ def test_normal_moments_and_tails() -> None:
 
 
 def test_uniform_is_open_flat_and_exact_in_float32() -> None:
-    wide = uniform(range(20), (5000,), stream=Stream.TIME, dtype=torch.float64)
+    wide = uniform(range(20), (5000,), stream=RandomStream.TIME, dtype=torch.float64)
     assert wide.min() > 0
     assert wide.max() < 1
     counts = torch.histc(wide.flatten(), bins=20, min=0, max=1)
     chi_square = ((counts - 5000) ** 2 / 5000).sum()
     assert chi_square < 43.8  # the 0.1 % point for 19 degrees of freedom
-    assert torch.equal(uniform(range(20), (5000,), stream=Stream.TIME).double(), wide)
+    assert torch.equal(uniform(range(20), (5000,), stream=RandomStream.TIME).double(), wide)
 
 
 def test_derived_seeds_do_not_overlap_between_neighbouring_runs() -> None:

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from common.errors import UserError
 from model.interpolant import Interpolant
-from model.noise import Stream, normal
+from model.noise import RandomStream, normal
 from model.sampler import Guidance, GuidedVelocity, Solver, integrate, sample, time_nodes
 from model.sit import SiT, SiTConfig
 
@@ -101,9 +101,11 @@ def test_sde_draws_have_the_moments_of_the_recursion() -> None:
     shape = (5000,)
 
     def noise(index: int) -> Tensor:
-        return normal(seeds, shape, stream=Stream.SAMPLE_STEP, step=index, dtype=torch.float64)
+        return normal(
+            seeds, shape, stream=RandomStream.SAMPLE_STEP, step=index, dtype=torch.float64
+        )
 
-    start = normal(seeds, shape, stream=Stream.SAMPLE_START, dtype=torch.float64)
+    start = normal(seeds, shape, stream=RandomStream.SAMPLE_START, dtype=torch.float64)
     ends = integrate(
         gaussian_velocity(MEAN, STD, Interpolant()), start, steps=40, noise=noise
     ).flatten()
@@ -299,7 +301,7 @@ def test_sample_equals_the_doubled_batch_loop(sit: SiT, features: Tensor) -> Non
     seeds = [3, 4, 2**64 - 1]
     fast = sample(sit, features, seeds=seeds, **SETTINGS)
     shape = (4, 8, 8)
-    x = normal(seeds, shape, stream=Stream.SAMPLE_START, dtype=torch.float64)
+    x = normal(seeds, shape, stream=RandomStream.SAMPLE_START, dtype=torch.float64)
     nodes = [*torch.linspace(1, 0.04, 6, dtype=torch.float64).tolist(), 0.0]
     for index in range(6):
         t, dt = nodes[index], nodes[index + 1] - nodes[index]
@@ -311,7 +313,9 @@ def test_sample_equals_the_doubled_batch_loop(sit: SiT, features: Tensor) -> Non
         v = null + 2.5 * (cond - null) if t <= 0.75 else cond
         x = x + dt * ((2 - t) * v + x)
         if index < 5:
-            eps = normal(seeds, shape, stream=Stream.SAMPLE_STEP, step=index, dtype=torch.float64)
+            eps = normal(
+                seeds, shape, stream=RandomStream.SAMPLE_STEP, step=index, dtype=torch.float64
+            )
             x = x + math.sqrt(2 * t * -dt) * eps
     assert torch.allclose(fast, x.float(), atol=1e-5)
 

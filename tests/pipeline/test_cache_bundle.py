@@ -18,26 +18,29 @@ from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
+    Ledger,
+    Missing,
     Run,
     TileStore,
     commit_bytes,
     commit_file,
     commit_json,
-    committed_shards,
     encode_png,
-    standing,
+    make_selection,
     write_candidates,
+    write_selection,
     write_tar,
 )
 from pipeline.dataset.features import FeatureStore, cls_table
 from pipeline.dataset.features.quantise import quantise
+from pipeline.dataset.ledger import current_entries
 from pipeline.features import bundle
-from pipeline.features.bundle import _write_table, cache_bundle
+from pipeline.features.bundle import SlideWork, _write_table, cache_bundle
 from pipeline.features.compute import Forward, Span, batches, lanes_for
 from pipeline.features.config import CacheConfig
 from pipeline.features.plan import bytes_per_tile, journal_rate, stored_bytes
-from pipeline.features.stage import Missing, _missing, _withdraw
-from pipeline.run.engine import EngineConfig
+from pipeline.features.stage import CacheStage
+from pipeline.run.workers import EngineConfig
 
 PX, ROWS = 28, 40
 SLIDES = ("a", "b", "c")
@@ -87,11 +90,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Encoder:
 
 def arguments(
     dataset: Dataset, slide: str, encoder: Encoder, config: CacheConfig,
-    work: dict[tuple[int, int], list[str]] | None = None,
-):  # fmt: skip
-    spans = work or {(0, 3): list(config.kinds)}
-    root = str(dataset.root)
-    return (root, "run", slide, config, PX, spans, "mark", encoder.weights_sha256)
+    work: dict[range, tuple[str, ...]] | None = None,
+) -> tuple[SlideWork]:  # fmt: skip
+    spans = work or {range(3): config.kinds}
+    return (
+        SlideWork(
+            str(dataset.root), "run", slide, config, PX, spans, "mark", encoder.weights_sha256
+        ),
+    )
 
 
 def compute(
@@ -159,8 +165,9 @@ def test_files_written_by_turns_are_the_same(
 ) -> None:
     """Three lanes, as on a GPU, over slides of one and of two runs of blocks."""
     config = CacheConfig("h0-mini", tokens="float16", batch=16)
-    kinds = list(config.kinds)
-    work = {"a": {(0, 1): kinds, (2, 3): kinds}, "b": {(0, 3): kinds}, "c": {(0, 3): kinds}}
+    kinds = config.kinds
+    whole = {range(3): kinds}
+    work = {"a": {range(1): kinds, range(2, 3): kinds}, "b": whole, "c": whole}
     bundle_of = [arguments(dataset, slide, small, config, work[slide]) for slide in SLIDES]
 
     def files() -> list[list[tuple[str, int, object]]]:
@@ -229,16 +236,18 @@ def test_a_failure_names_the_kinds_that_were_not_written(
         return commit_file(dataset, run_id, final, write)
 
     config = CacheConfig("h0-mini", tokens="float16")
-    work = {(0, 1): ["cls"], (2, 3): ["tokens-float16"]}
+    work = {range(1): ("cls",), range(2, 3): ("tokens-float16",)}
     given = [arguments(dataset, "c", small, config, work)]
     with monkeypatch.context() as patch:
         patch.setattr(bundle, "commit_file", full)
         (first,) = cache_bundle(given)
     assert [e.outcome for e in first] == ["done", "failed"]
     assert scopes_of(first, "failed") == ["tokens-float16"]
-    (second,) = cache_bundle([arguments(dataset, "c", small, config, {(2, 3): work[2, 3]})])
+    (second,) = cache_bundle(
+        [arguments(dataset, "c", small, config, {range(2, 3): work[range(2, 3)]})]
+    )
     for kind in config.kinds:
-        stood = standing([*first, *second], config.scope(PX, kind))["c"]
+        stood = current_entries([*first, *second], config.scope(PX, kind))["c"]
         assert [e.outcome for e in stood] == ["done"]
 
 
@@ -246,8 +255,9 @@ def test_weights_that_changed_fail_every_scope_that_lacks_something(
     dataset: Dataset, small: Encoder
 ) -> None:
     config = CacheConfig("h0-mini", tokens="float16")
-    given = (*arguments(dataset, "a", small, config)[:-1], "another sum")
-    (entries,) = cache_bundle([given])
+    (work,) = arguments(dataset, "a", small, config)
+    changed = dataclasses.replace(work, weights_sha256="another sum")
+    (entries,) = cache_bundle([(changed,)])
     assert scopes_of(entries, "failed") == ["cls", "tokens-float16"]
 
 
@@ -256,7 +266,7 @@ def test_tokens_can_be_added_later(dataset: Dataset, small: Encoder) -> None:
     cls = dataset.features_dir(PX, "h0-mini") / "cls" / f"a.0-{ROWS}.parquet"
     before = cls.stat().st_mtime_ns
     config = CacheConfig("h0-mini", tokens="int8")
-    only = arguments(dataset, "a", small, config, {(0, 3): ["tokens-int8"]})
+    only = arguments(dataset, "a", small, config, {range(3): ("tokens-int8",)})
     ((entry,),) = cache_bundle([only])
     assert entry.scope == f"{PX}/h0-mini/tokens-int8"
     assert cls.stat().st_mtime_ns == before
@@ -264,7 +274,7 @@ def test_tokens_can_be_added_later(dataset: Dataset, small: Encoder) -> None:
 
 def test_several_runs_of_blocks_make_a_file_each(dataset: Dataset, small: Encoder) -> None:
     config = CacheConfig("h0-mini", tokens="float16")
-    work = {(2, 3): ["cls", "tokens-float16"], (0, 1): ["cls"]}
+    work = {range(2, 3): ("cls", "tokens-float16"), range(1): ("cls",)}
     (entries,) = cache_bundle([arguments(dataset, "c", small, config, work)])
     spans = [(entry.scope.rpartition("/")[2], entry.start, entry.stop) for entry in entries]
     assert spans == [("cls", 0, 16), ("cls", 32, 40), ("tokens-float16", 32, 40)]
@@ -339,20 +349,22 @@ def test_the_rate_is_that_of_the_journal() -> None:
 
 def test_lost_features_hide_none_that_hold_their_blocks_since(dataset: Dataset) -> None:
     """A lost file [16, 40) must not be read in place of [0, 40), which was written for it."""
-    config, scope = CacheConfig("h0-mini", tokens="none"), f"{PX}/h0-mini/cls"
-    shards, needs = committed_shards(dataset, PX), {"a": {0, 1, 2}}
+    config, scope = CacheConfig("h0-mini", tokens="none", tile_px=PX), f"{PX}/h0-mini/cls"
+    ranks = {"a": np.arange(ROWS, dtype=np.int32)}
+    write_selection(dataset, "run", make_selection("all", ranks, {}))
+    stage = CacheStage(dataset, config, EngineConfig(1))
+    (slide,) = stage.items()
+    mark = stage.fingerprint(slide)
 
-    def missing() -> list[Missing]:
-        return _missing(dataset, config, PX, needs, shards, "weights")
+    def missing() -> Missing:
+        return stage.missing(slide, mark, Ledger.read(dataset, "cache"))
 
-    mark = missing()[0].mark
     gone = (FileRecord("features/28/h0-mini/cls/a.16-40.parquet", 1, "0"),)
     lost = Entry("a", "done", mark, scope=scope, start=16, stop=40, files=gone)
     with Run(dataset, "cache", {}) as run:
         run.append([lost])
-        (one,) = missing()
-        assert one.work == {(0, 3): ["cls"]}
-        assert [(line.outcome, line.start) for line in one.lost] == [("pruned", 16)]
+        assert missing().spans == {range(3): (scope,)}
+        assert [(line.outcome, line.start) for line in missing().withdrawn] == [("pruned", 16)]
         folder, cls = dataset.features_dir(PX, "h0-mini") / "cls", np.ones((ROWS, 24), np.float32)
         commit_json(dataset, run.run_id, folder / "encoder.json", {"encoder": "h0-mini"})
         write = partial(_write_table, cls_table(0, cls))
@@ -360,6 +372,7 @@ def test_lost_features_hide_none_that_hold_their_blocks_since(dataset: Dataset) 
         run.append([replace(lost, start=0, files=(record,))])
         with pytest.raises(UserError):
             FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", [20])
-        assert _withdraw(run, missing(), EngineConfig()) == []
+        assert not missing()
+        run.append(list(missing().withdrawn))
     assert FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", [20]).shape == (1, 24)
-    assert missing() == []
+    assert missing() == Missing()

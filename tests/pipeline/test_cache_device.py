@@ -16,16 +16,11 @@ from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry
 from pipeline.dataset.events import read_events
 from pipeline.features import device, stage
-from pipeline.features.config import CacheConfig
 from pipeline.features.device import stage_device, worker_device
 from pipeline.run.cluster import ClusterConfig
-from pipeline.run.engine import (
-    EngineConfig,
-    SlideTask,
-    UnfitWorkerError,
-    count_workers,
-    run_bundles,
-)
+from pipeline.run.drain import run_bundles
+from pipeline.run.tasks import SlideTask, UnfitWorkerError
+from pipeline.run.workers import EngineConfig, count_workers
 
 GPU_JOBS = ClusterConfig(workers=4, cores=4, directives=("--gres=gpu:4",), max_jobs=3)
 
@@ -155,10 +150,9 @@ def test_bundles_and_workers_of_gpu_jobs_are_planned_as_such() -> None:
     engine = stage._on_devices(EngineConfig(cluster=GPU_JOBS), "cuda")
     assert engine.workers == 12
     tasks = [SlideTask(str(i), "f", (), units=10_000) for i in range(1000)]
-    on = CacheConfig("h0-mini", device="cuda")
-    assert stage._bundle_tiles(tasks, on, engine) == 100_000
-    assert stage._bundle_tiles(tasks[:48], on, engine) == 10_000, "four bundles a worker"
-    assert stage._bundle_tiles(tasks, CacheConfig("h0-mini", device="cpu"), engine) == 256
+    assert stage._tiles_per_bundle(tasks, "cuda", engine) == 100_000
+    assert stage._tiles_per_bundle(tasks[:48], "cuda", engine) == 10_000, "four bundles per worker"
+    assert stage._tiles_per_bundle(tasks, "cpu", engine) == 256
 
 
 @pytest.mark.usefixtures("unasked")

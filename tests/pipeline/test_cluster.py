@@ -20,7 +20,7 @@ from pipeline.run.cluster import (
     load_cluster,
     walltime_seconds,
 )
-from pipeline.run.engine import EngineConfig
+from pipeline.run.workers import EngineConfig
 
 BATCH = Path(cluster.__file__).parent / "batch"
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
@@ -146,7 +146,7 @@ def test_no_job_is_given_up_where_squeue_does_not_answer(
 
 def test_parts_of_an_array_are_disjoint_and_whole() -> None:
     names = [f"TCGA-{i:04d}" for i in range(2000)]
-    parts = [[n for n in names if EngineConfig(array=(i, 7)).takes(n)] for i in range(7)]
+    parts = [[n for n in names if EngineConfig(array=(i, 7)).includes(n)] for i in range(7)]
     assert sorted(name for part in parts for name in part) == names
     # 2,000 / 7 = 286; a fair draw has a standard deviation of 16.
     assert all(220 < len(part) < 350 for part in parts)
@@ -158,7 +158,7 @@ def test_an_array_leaves_what_one_run_leaves(tmp_path: Path) -> None:
     names = ["slide-1", "slide-2", "slide-3"]
     for name in names:
         shutil.copy(SLIDE, slides / f"{name}.svs")
-    assert [EngineConfig(array=(0, 2)).takes(name) for name in names] == [True, True, False]
+    assert [EngineConfig(array=(0, 2)).includes(name) for name in names] == [True, True, False]
     one, many = tmp_path / "one", tmp_path / "many"
 
     def run(root: Path, stage: str, *options: str) -> None:

@@ -25,12 +25,12 @@ from pipeline.dataset import (
     read_selection,
     read_slides,
     safe_slide_id,
-    standing,
     write_selection,
     write_slides,
 )
 from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import check_name, check_slide_id
+from pipeline.dataset.ledger import current_entries
 from pipeline.dataset.tables import Slide
 
 VERSIONS = {"python": "3"}
@@ -159,10 +159,10 @@ def test_what_stands_is_what_the_latest_fingerprint_says():
         entry(mark="g", start=0, stop=16),
         entry("t", start=0, stop=16),
     ]
-    stood = standing(rows)
+    stood = current_entries(rows)
     assert [(e.fingerprint, e.start) for e in stood["s"]] == [("g", 0)]
     assert len(stood["t"]) == 1
-    assert standing(rows, "other scope") == {}
+    assert current_entries(rows, "other scope") == {}
 
 
 def _line(outcome, scope="224", start=-1, stop=-1, mark="f", slide="s"):
@@ -172,25 +172,27 @@ def _line(outcome, scope="224", start=-1, stop=-1, mark="f", slide="s"):
 def test_a_failure_stands_until_its_slide_is_done_in_its_scope():
     failed, done = _line("failed"), _line("done", start=0, stop=16)
     others = [_line("done", "448", 0, 16), _line("done", start=0, stop=16, slide="t")]
-    assert standing([failed, done], "224") == {"s": [done]}
-    assert standing([done, failed], "224")["s"] == [failed, done], "what is done may fail later"
-    assert standing([failed, done, failed], "224")["s"] == [failed, done]
-    assert standing([failed, *others], "224")["s"] == [failed]
-    assert standing([failed, _line("pruned", start=0, stop=16)], "224")["s"][0] == failed
+    assert current_entries([failed, done], "224") == {"s": [done]}
+    assert current_entries([done, failed], "224")["s"] == [failed, done], (
+        "what is done may fail later"
+    )
+    assert current_entries([failed, done, failed], "224")["s"] == [failed, done]
+    assert current_entries([failed, *others], "224")["s"] == [failed]
+    assert current_entries([failed, _line("pruned", start=0, stop=16)], "224")["s"][0] == failed
     kept = [_line("done", start=16, stop=32), failed, done]
-    assert standing(kept, "224")["s"] == [done, kept[0]], "other ranges are as they were"
+    assert current_entries(kept, "224")["s"] == [done, kept[0]], "other ranges are as they were"
 
 
 def test_a_failure_without_a_scope_stands_until_its_slide_is_done_in_any():
     """As older releases wrote those of `cache`, and of slides that killed their workers."""
     failed, done = _line("failed", ""), _line("done", "224/h0-mini/cls", 0, 16, "g")
-    assert standing([failed]) == {"s": [failed]}
-    assert standing([failed, done]) == {}
-    assert standing([failed, done], done.scope) == {"s": [done]}
-    assert standing([done, failed]) == {"s": [failed]}
-    assert standing([failed, _line("done", "224", 0, 16, slide="t")]) == {"s": [failed]}
+    assert current_entries([failed]) == {"s": [failed]}
+    assert current_entries([failed, done]) == {}
+    assert current_entries([failed, done], done.scope) == {"s": [done]}
+    assert current_entries([done, failed]) == {"s": [failed]}
+    assert current_entries([failed, _line("done", "224", 0, 16, slide="t")]) == {"s": [failed]}
     whole = _line("done", "")
-    assert standing([whole, done]) == {"s": [whole]}
+    assert current_entries([whole, done]) == {"s": [whole]}
 
 
 def test_a_failure_of_newer_parameters_leaves_older_ranges_superseded():
@@ -199,7 +201,7 @@ def test_a_failure_of_newer_parameters_leaves_older_ranges_superseded():
         _line("failed", mark="new"),
         _line("done", start=16, stop=32, mark="old"),
     ]
-    assert standing(lines, "224") == {"s": [lines[2]]}
+    assert current_entries(lines, "224") == {"s": [lines[2]]}
 
 
 def test_a_file_of_another_size_is_not_present(tmp_path):

@@ -13,9 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipeline.__main__ import main
-from pipeline.slides import open as opening
+from pipeline.slides.readers import ReaderEntry
 from pipeline.upkeep.doctor import machine, reading, storage
-from pipeline.upkeep.doctor.check import DoctorConfig, doctor
+from pipeline.upkeep.doctor.check import doctor
+from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
 
 
@@ -43,23 +44,23 @@ def test_a_reader_that_shows_other_pixels_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert {one.state for one in reading.reader_findings(tmp_path)} == {"ok"}
-    real = opening._reader
+    real = ReaderEntry.open
 
-    def broken(name: str, path: Path) -> object:
-        if name == "tiffslide":
+    def broken(entry: ReaderEntry, path: Path) -> object:
+        if "tiffslide" in entry.location:
             raise ImportError("libsomething.so.1: cannot open shared object file")
-        reader = real(name, path)
-        if name == "openslide":
+        reader = real(entry, path)
+        if "openslide" in entry.location:
             read = reader.read
             monkeypatch.setattr(reader, "read", lambda *a: np.zeros_like(read(*a)), raising=False)
         return reader
 
-    monkeypatch.setattr(opening, "_reader", broken)
+    monkeypatch.setattr(ReaderEntry, "open", broken)
     found = by_subject(reading.reader_findings(tmp_path))
     assert found["reader native"].state == "ok"
-    assert "grey levels" in found["reader openslide"].found
-    assert "libsomething" in found["reader tiffslide"].found
-    assert found["reader tiffslide"].mend
+    assert "grey levels" in found["reader openslide"].result
+    assert "libsomething" in found["reader tiffslide"].result
+    assert found["reader tiffslide"].fix
 
 
 def test_a_codec_that_loses_pixels_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_versions_are_compared(text: str, problem: str) -> None:
 def test_a_folder_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (found,) = storage.storage_findings(tmp_path / "file" / "dataset", 1 << 20)
-    assert (found.state, bool(found.mend)) == ("bad", True)
+    assert (found.state, bool(found.fix)) == ("bad", True)
 
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -130,23 +131,21 @@ def test_a_file_systems_faults_are_found(
 ) -> None:
     fault(monkeypatch)
     checks = {
-        "locking": storage.lock_problem,
-        "rename": storage.rename_problem,
-        "clock": storage.clock_problem,
+        "locking": storage.check_locks,
+        "rename": storage.check_rename,
+        "clock": storage.check_clock,
     }
     found = checks[subject](tmp_path)
     assert found.subject == subject
     assert found.state != "ok"
-    assert found.mend
+    assert found.fix
 
 
 def test_tasks_of_other_nodes_meet_or_miss_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = (
-        "import sys; from pathlib import Path; from pipeline.upkeep.doctor.storage import meeting; "
-    )
-    call += "print(meeting(Path(sys.argv[1]), int(sys.argv[2]), 2, 'job').state)"
+    call = "import sys; from pathlib import Path; from pipeline.upkeep.doctor import storage; "
+    call += "print(storage.meet_other_tasks(Path(sys.argv[1]), int(sys.argv[2]), 2, 'job').state)"
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", call, str(tmp_path), str(i)], stdout=subprocess.PIPE
@@ -156,8 +155,8 @@ def test_tasks_of_other_nodes_meet_or_miss_each_other(
     assert [task.communicate(timeout=120)[0].strip() for task in tasks] == [b"ok", b"ok"]
     assert not (tmp_path / ".tmp" / "doctor-meeting-job").exists()
     monkeypatch.setattr(storage, "_MEET_WITHIN_S", 0.2)
-    alone = storage.meeting(tmp_path, 0, 2, "other")
-    assert (alone.state, "[1]" in alone.found) == ("bad", True)
+    alone = storage.meet_other_tasks(tmp_path, 0, 2, "other")
+    assert (alone.state, "[1]" in alone.result) == ("bad", True)
 
 
 def test_a_driver_whose_gpu_pytorch_does_not_see_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +180,7 @@ def test_the_hubs_token_is_never_shown(
     (tmp_path / "token").write_text("hf_abcdefghijklmnopqrst")
     found = machine.hub_finding()
     assert found.state == "ok"
-    assert "hf_" not in found.found
+    assert "hf_" not in found.result
 
 
 def test_something_bad_is_exit_status_1(
@@ -190,14 +189,14 @@ def test_something_bad_is_exit_status_1(
     from pipeline.upkeep.doctor import check
 
     bad = Finding("disk", "bad", "broken", "buy another")
-    monkeypatch.setattr(check, "find", lambda config: [bad])
+    monkeypatch.setattr(check, "_collect_findings", lambda config: [bad])
     assert doctor(DoctorConfig()) == 1
     said = capsys.readouterr().out
     assert "BAD      disk: broken" in said
-    assert "mend: buy another" in said
+    assert "fix: buy another" in said
 
 
 def test_slurm_that_does_not_answer_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "shutil", SimpleNamespace(which=lambda name: "/usr/bin/sbatch"))
-    monkeypatch.setattr(machine, "_said", lambda *command: None)
+    monkeypatch.setattr(machine, "_command_output", lambda *command: None)
     assert machine.batch_finding().state == "warning"

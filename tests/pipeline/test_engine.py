@@ -14,16 +14,11 @@ import pytest
 from common.console import Meter
 from common.errors import UserError
 from pipeline.dataset import Entry
-from pipeline.run import engine
-from pipeline.run.engine import (
-    EngineConfig,
-    SlideTask,
-    bundled,
-    report_note,
-    report_progress,
-    run_bundles,
-    run_tasks,
-)
+from pipeline.run import drain, give_up, workers
+from pipeline.run.drain import run_bundles, run_tasks
+from pipeline.run.progress import SlideProgress
+from pipeline.run.tasks import SlideTask, bundle_tasks, report_note, report_progress
+from pipeline.run.workers import EngineConfig
 
 
 def work(slide_id: str, what: str) -> list[Entry]:
@@ -112,7 +107,7 @@ def work_on_bundle(bundle: list[tuple[str, str]]) -> Iterator[list[Entry]]:
 def test_a_killed_bundle_costs_only_what_it_had_not_finished(capsys):
     kinds = ["ok", "note", "die", "ok", "ok", "raise", "ok"]
     tasks = [SlideTask(f"s{i}", "f", (f"s{i}", kind), units=4) for i, kind in enumerate(kinds)]
-    bundles = bundled(tasks, 20)
+    bundles = bundle_tasks(tasks, 20)
     assert [len(bundle) for bundle in bundles] == [5, 2]
     entries: list[Entry] = []
     meter = Meter("test", 4 * len(kinds), "tiles")
@@ -130,13 +125,13 @@ def test_a_killed_bundle_costs_only_what_it_had_not_finished(capsys):
 def test_bundles_hold_every_task_once_in_order():
     sizes = [5, 1, 30, 4, 4, 4, 10, 1]
     tasks = [SlideTask(str(i), "f", (), units=size) for i, size in enumerate(sizes)]
-    bundles = bundled(tasks, 10)
+    bundles = bundle_tasks(tasks, 10)
     assert [task for bundle in bundles for task in bundle] == tasks
     assert all(len(b) == 1 or sum(task.units for task in b) <= 10 for b in bundles)
 
 
 def test_a_scheduler_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(engine, "_CONNECT_WITHIN_S", 1.0)
+    monkeypatch.setattr(workers, "_CONNECT_WITHIN_S", 1.0)
     with pytest.raises(UserError, match="no Dask scheduler answers"):
         run_tasks(
             work,
@@ -215,10 +210,10 @@ class Fleet:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lifetime_s: float) -> None:
         self.now, self.there, self.given = 1000.0, set[str](), list[str]()
         self.entries: dict[str, Entry] = {}
-        monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.drain = engine._Drain(
+        monkeypatch.setattr(drain, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.drain = drain.Drain(
             self, work, lambda rows: self.entries.update({row.slide_id: row for row in rows}),
-            engine._Progress(Meter("test", 1, "slides"), 1), engine._Nobody(), external=True,
+            SlideProgress(Meter("test", 1, "slides"), 1), drain.SilentObserver(), external=True,
             lifetime_s=lifetime_s,
         )  # type: ignore[arg-type]  # fmt: skip
 
@@ -239,7 +234,7 @@ class Fleet:
 
     def look(self, after: float = 0.0) -> None:
         self.now += after
-        self.drain._fill()
+        self.drain._fill_workers()
 
     def live(self, name: str, idle: float, busy: float) -> None:
         """A worker that is there, has the waiting slide after a while, and leaves."""
@@ -302,7 +297,7 @@ def test_of_a_bundle_only_the_slide_in_progress_is_charged(
         if number == 0:
             (flight,) = fleet.drain._flights.values()
             fleet.now += 1800.0
-            fleet.drain._take_next(flight, [Entry("short", "done", "f")])
+            fleet.drain._take_entries(flight, [Entry("short", "done", "f")])
         fleet.there = set()
         fleet.look(1800.0 if number == 0 else 3600.0)
         fleet.look(3.0)
@@ -326,7 +321,7 @@ def test_what_waits_goes_to_the_youngest_worker(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.full
 def test_workers_of_too_short_a_life_do_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real workers that leave in good order while the slide is in progress."""
-    monkeypatch.setattr(engine, "MAX_LIVES", 2.0)
+    monkeypatch.setattr(give_up, "MAX_WASTED_LIVES", 2.0)
     with cluster_of(0, n_workers=1, lifetime="3s") as cluster:
         left: list[str] = []
 

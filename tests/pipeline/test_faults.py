@@ -20,10 +20,10 @@ from pipeline.dataset import (
     TileStore,
     read_journal,
     read_slides,
-    standing,
 )
-from pipeline.run.stage import Summary
-from pipeline.slides.open import find_sources
+from pipeline.dataset.ledger import current_entries
+from pipeline.run.summary import Summary
+from pipeline.slides.entries import find_slides
 from pipeline.slides.scan import _named, record_slides
 from pipeline.slides.tiff_extent import what_is_missing
 from tests.pipeline.faults import ROOT, contents, pipeline
@@ -42,7 +42,8 @@ def aperio(path: Path, rgb: np.ndarray) -> None:
 
 
 def outcomes(root: Path, stage: str) -> dict[str, tuple[str, str]]:
-    rows = standing(read_journal(Dataset(root), stage), "224" if stage == "tile" else "")
+    scope = "224" if stage == "tile" else ""
+    rows = current_entries(read_journal(Dataset(root), stage), scope)
     return {slide: (entries[-1].outcome, entries[-1].reason) for slide, entries in rows.items()}
 
 
@@ -200,7 +201,7 @@ def test_an_unreadable_file_fails_alone(tmp_path: Path) -> None:
 
 
 def test_a_slide_that_kills_scan_is_in_the_table_with_its_reason(tmp_path: Path) -> None:
-    dataset, (source,) = Dataset(tmp_path), find_sources([str(SLIDE)])
+    dataset, (source,) = Dataset(tmp_path), find_slides([str(SLIDE)])
     killed = Entry(source.slide_id, "failed", "f", "killed its worker 3 times",
                    values=asdict(_named(source)))  # fmt: skip
     with Run(dataset, "scan", {}) as run:

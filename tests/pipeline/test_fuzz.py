@@ -33,7 +33,6 @@ from pipeline.dataset import (
     read_journal,
     read_selection,
     read_slides,
-    standing,
     write_selection,
     write_tar,
 )
@@ -42,17 +41,19 @@ from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.identity import read_identity
 from pipeline.dataset.journal import decode_line, encode_line
 from pipeline.dataset.layout import parse_shard_name
+from pipeline.dataset.ledger import current_entries
 from pipeline.dataset.tiles.png_tar import TarShard
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, commit_zarr, encode_chunk
+from pipeline.imports.config import Columns
 from pipeline.imports.geojson import features_mask, read_features
 from pipeline.imports.masks import read_png_mask
-from pipeline.imports.table import Columns, read_positions
+from pipeline.imports.table import read_positions
 from pipeline.imports.tile_folder import find_tile_folders
 from pipeline.recipe.steps import load_recipe
 from pipeline.run.cluster import load_cluster
 from pipeline.selection.cohort_table import read_cohort_csv
 from pipeline.selection.labels import read_labels
-from pipeline.slides.open import find_sources
+from pipeline.slides.entries import find_slides
 from train.config import load_config
 
 FEW = settings(
@@ -309,7 +310,7 @@ def test_any_journal_line_is_an_entry_or_none(values: dict, text: str) -> None:
         record["crc"] = f"{zlib.crc32(line.encode(errors='surrogatepass')):08x}"
         entry = decode_line(json.dumps(record))
         if entry is not None:
-            standing([entry])
+            current_entries([entry])
 
 
 @FEW
@@ -375,7 +376,7 @@ def test_any_csv(tmp_path_factory: pytest.TempPathFactory, head, rows, ways) -> 
     path = tmp_path_factory.getbasetemp() / "fuzz.csv"
     text = "\n".join(",".join(cells) for cells in [head, *rows])
     path.write_bytes(damaged(text.encode(errors="replace"), ways[:1]))
-    refused_or_read(lambda: find_sources([str(path)]))
+    refused_or_read(lambda: find_slides([str(path)]))
     refused_or_read(lambda: find_tile_folders(path))
     refused_or_read(lambda: read_labels(path, {"a": 3}))
     refused_or_read(lambda: read_cohort_csv(path, 1000))

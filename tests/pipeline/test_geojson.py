@@ -26,10 +26,17 @@ from pipeline.dataset import (
     read_slides,
     write_slides,
 )
-from pipeline.imports.export import ExportConfig, _Work, _works, export_slide
-from pipeline.imports.geojson import features_mask, mask_features, parse_classes, read_features
-from pipeline.imports.masks import MasksConfig, mask_slide, read_png_mask
-from pipeline.imports.polygons import Polygon, area, fill, paint, trace
+from pipeline.imports.config import CoordinatesExport, MasksConfig
+from pipeline.imports.export import SlideExport, export_slide, plan_exports
+from pipeline.imports.geojson import features_mask, mask_features, read_features
+from pipeline.imports.masks import mask_slide, mask_source, masks_identity, read_png_mask
+from pipeline.imports.polygons import (
+    Polygon,
+    fill_polygon,
+    paint_polygon,
+    polygon_area,
+    trace_polygons,
+)
 from pipeline.tissue.classes import TissueClass
 
 SLIDE = "CMU-1-Small-Region"
@@ -61,11 +68,12 @@ def save(path: Path, *features: dict) -> Path:
 
 @given(small_masks)
 def test_what_is_traced_fills_the_same_pixels(mask):
-    polygons = trace(mask)
+    polygons = trace_polygons(mask)
     again = np.zeros(mask.shape, np.uint8)
-    paint(again, polygons, 1)
+    for polygon in polygons:
+        paint_polygon(again, polygon, 1)
     assert np.array_equal(again == 1, mask)
-    assert sum(map(area, polygons)) == mask.sum()
+    assert sum(map(polygon_area, polygons)) == mask.sum()
     count = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
     assert len(polygons) == count
     for ring in (ring for polygon in polygons for ring in polygon.rings):
@@ -79,7 +87,7 @@ def test_what_is_traced_fills_the_same_pixels(mask):
 )
 def test_filling_takes_the_pixels_whose_centres_are_inside(points, height, width):
     ring = np.array(points)
-    inside, top, left = fill(Polygon(ring), (height, width))
+    inside, top, left = fill_polygon(Polygon(ring), (height, width))
     filled = np.zeros((height, width), bool)
     filled[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     for row in range(height):
@@ -101,12 +109,12 @@ def test_a_hole_and_an_island_in_it():
     mask[1:6, 1:7] = True
     mask[2:5, 2:6] = False
     mask[3, 3] = True
-    outer, island = sorted(trace(mask), key=area, reverse=True)
+    outer, island = sorted(trace_polygons(mask), key=polygon_area, reverse=True)
     assert [sorted(map(tuple, ring.tolist())) for ring in outer.rings] == [
         [(1, 1), (1, 6), (7, 1), (7, 6)],
         [(2, 2), (2, 5), (6, 2), (6, 5)],
     ]
-    assert (area(outer), area(island), island.holes) == (18, 1, ())
+    assert (polygon_area(outer), polygon_area(island), island.holes) == (18, 1, ())
 
 
 # GeoJSON
@@ -191,12 +199,12 @@ def test_the_detectors_mask_comes_back_and_so_do_its_candidates(tiled, dataset, 
     capsys.readouterr()
     assert import_masks(dataset, out) == 0
     assert "1 already done, nothing to redo" in capsys.readouterr().out
-    import_slide(dataset, file, classes=parse_classes(["fold=tissue"]))
+    import_slide(dataset, file, classes=("fold=tissue",))
     assert positions(dataset) == positions(tiled)
     before = file.read_bytes()
     (entry,) = read_journal(tiled, "tissue")
     ranks = np.arange(entry.counts["candidate tiles"])
-    export_slide(str(tiled.root), _Work(SLIDE, 16.0, ranks, 224.0), str(out))
+    export_slide(str(tiled.root), SlideExport(SLIDE, 16.0, ranks, 224.0), str(out))
     assert file.read_bytes() == before
 
 
@@ -206,7 +214,7 @@ def positions(dataset: Dataset) -> set[tuple[float, float]]:
 
 
 def test_tiles_of_a_selection_lie_where_they_were_cut(tiled, tmp_path):
-    (work,) = _works(tiled, ExportConfig(selections=("train",)))
+    (work,) = plan_exports(tiled, CoordinatesExport(selections=("train",)))
     (entry,) = export_slide(str(tiled.root), work, str(tmp_path))
     assert entry.counts["tiles"] == read_selection(tiled, "train").rows
     features = json.loads((tmp_path / f"{SLIDE}.geojson").read_text())["features"]
@@ -257,7 +265,7 @@ def test_png_masks_of_any_size_and_of_ours(tiled, dataset, tmp_path):
     shutil.copy(tiled.mask_file(SLIDE), folder / f"{SLIDE}.png")
     file, full = folder / f"{SLIDE}.png", ((185, 138), 16.0, (2220, 2967))
     assert np.array_equal(read_png_mask(file, *full), mask_of(tiled))
-    source = MasksConfig(folder).source(file)
+    source = mask_source(file, {})
     large = np.zeros((2967, 2220), np.uint8)
     large[500:2000, 300:700] = 255
     Image.fromarray(large).save(file)
@@ -266,7 +274,7 @@ def test_png_masks_of_any_size_and_of_ours(tiled, dataset, tmp_path):
     (entry,) = import_slide(dataset, file)
     assert entry.outcome == "done"
     assert np.array_equal(mask_of(dataset), mask)
-    assert MasksConfig(folder).source(file) != source, "a mask that was mended is taken again"
+    assert mask_source(file, {}) != source, "a mask that was mended is taken again"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +297,7 @@ def import_slide(dataset: Dataset, mask: Path, **options) -> list[Entry]:
     """What the worker does, without a cluster."""
     (slide,) = read_slides(dataset)
     config = MasksConfig(mask.parent, **options)
-    claim_identity(dataset, config.identity(), stage="tissue", versions={})
+    claim_identity(dataset, masks_identity(config), stage="tissue", versions={})
     return mask_slide("run", str(dataset.root), slide, mask, config, "mark", "source")
 
 
@@ -306,8 +314,7 @@ def test_mistakes_in_masks_are_one_line_and_write_nothing(dataset, tmp_path):
     with pytest.raises(UserError, match="expected NAME=CLASS"):
         import_masks(dataset, folder, "--class", "Tumor=cancer")
     assert "detector" not in read_identity(dataset)
-    own = parse_classes(["Tumor=tissue"])
-    (entry,) = import_slide(dataset, folder / f"{SLIDE}.geojson", classes=own)
+    (entry,) = import_slide(dataset, folder / f"{SLIDE}.geojson", classes=("Tumor=tissue",))
     assert entry.outcome == "done"
     (folder / f"{SLIDE}.geojson").write_text("{")
     with pytest.raises(UserError, match="is not GeoJSON"):

@@ -33,12 +33,12 @@ from pipeline.dataset.grid import rank_keys
 from pipeline.imports.h5 import read_patches
 from pipeline.imports.picture import read_picture
 from pipeline.imports.positions import (
-    inside,
     level_factors,
     match_slides,
-    place,
+    place_tiles,
     ranked_union,
     slide_frames,
+    snap_position,
 )
 from pipeline.imports.tile_folder import (
     TileFolder,
@@ -116,10 +116,10 @@ def slides_of_two_levels(mpp: float = 0.25) -> list[Slide]:
 )
 def test_positions_are_placed_on_whole_pixels_or_256ths(values, step):
     asked = np.array(values)
-    placed = place(asked, np.full(len(asked), step))
+    placed = snap_position(asked, np.full(len(asked), step))
     assert np.array_equal(placed * 256, np.rint(placed * 256))
     assert np.abs(placed - asked).max() <= max(step, 1 / 256) / 2 + 1 / 512 + 1e-9
-    assert np.array_equal(place(placed, np.full(len(asked), step)), placed)
+    assert np.array_equal(snap_position(placed, np.full(len(asked), step)), placed)
     if step in (1.0, 4.0):
         assert np.array_equal(placed % step, np.zeros_like(placed))
 
@@ -158,7 +158,7 @@ def test_levels_and_edges_of_a_slide():
     assert np.isnan(factors[2:]).all()
     x = np.array([0, 40000 - 448, 40000 - 447, -1, 10.0])
     y = np.array([0, 30000 - 448, 0, 0, 30000 - 447.0])
-    assert inside(frames, codes, x, y).tolist() == [True, True, False, False, False]
+    assert place_tiles(frames, codes, x, y)[2].tolist() == [True, True, False, False, False]
     resampled = slide_frames(slides_of_two_levels(0.23), 0.5, 0.02, 224)
     assert resampled.step[0] == 0
     assert resampled.size[0] == pytest.approx(224 * 0.5 / 0.23)
@@ -519,7 +519,7 @@ def test_slides_of_a_table_may_share_a_picture_s_path_and_have_unsafe_names(tmp_
 def test_mistakes_in_folders(tile_folders, tmp_path):
     with pytest.raises(UserError, match="no such folder or CSV"):
         find_tile_folders(tmp_path / "nothing")
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="has no pictures"):
         find_tile_folders(tmp_path)
     source = tmp_path / "pictures"
     shutil.copytree(tile_folders, source)

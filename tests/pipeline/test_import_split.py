@@ -20,7 +20,7 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.tables import read_plan
 from pipeline.selection.ties import held_out, read_ties
-from pipeline.slides.scan import ScanConfig
+from pipeline.slides.config import ScanConfig
 
 SLIDES = (
     ("a", "p0", "01", ""), ("b", "p1", "11", "f" * 32), ("c", "p1", "11", ""),

@@ -16,17 +16,16 @@ from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
     Run,
     TileStore,
-    committed_shards,
     make_selection,
     new_run_id,
     read_journal,
     write_selection,
 )
 from pipeline.dataset.features import FeatureStore
-from pipeline.features.stage import _claim_encoder
-from pipeline.run.stage import stands
+from pipeline.features.stage import claim_encoder
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -122,7 +121,7 @@ def test_pruned_then_needed_again_is_as_never_pruned(two_shards, capsys):
 def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, capsys):
     other = two_shards
     with Run(other, "cache", {}) as one:  # killed before its first features
-        _claim_encoder(other, one, 224, replace(CONFIG, tokens="int8"), RECORD)
+        claim_encoder(other, one, 224, replace(CONFIG, tokens="int8"), RECORD)
     lost = other.selection_file("train").read_bytes()
     other.selection_file("train").unlink()
     ranks = {"another-slide": np.arange(3, dtype=np.int32)}
@@ -136,11 +135,11 @@ def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, 
     assert prune(other, "--yes") == 0
     assert list(other.root.rglob("*.tar")) == []
     assert not (other.root / "features").exists()
-    assert committed_shards(other, 224) == {}
+    assert Ledger.read(other, "tile")["224"].written == {}
     assert run(other, "verify") == 0
     # Another weight is not refused for the sake of features that are gone.
     with Run(other, "cache", {}) as one:
-        _claim_encoder(other, one, 224, CONFIG, RECORD | {"weights_sha256": "other"})
+        claim_encoder(other, one, 224, CONFIG, RECORD | {"weights_sha256": "other"})
     assert run(other, "verify") == 0
 
 
@@ -258,4 +257,4 @@ def test_without_its_journal_nothing_is_a_leftover(two_shards, capsys):
 
 def test_a_pruned_line_makes_nothing_stand(two_shards):
     line = Entry(SLIDE, "pruned", "f", start=0, stop=16)
-    assert stands(two_shards, [line], "f") is None
+    assert Ledger([line], lambda entry: True)[""].done(SLIDE, "f") is None

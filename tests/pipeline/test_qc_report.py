@@ -41,7 +41,8 @@ from pipeline.report.page import selection_part, totals
 from pipeline.report.selections import read_selections, shares, shortfalls
 from pipeline.report.stages import stage_outcomes
 from pipeline.report.write import write_report
-from pipeline.selection.select import SelectConfig, select
+from pipeline.selection.config import SelectConfig
+from pipeline.selection.select import select
 from pipeline.tissue.stage import tissue_fingerprint
 
 SLIDE = "CMU-1-Small-Region"

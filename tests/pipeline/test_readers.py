@@ -3,7 +3,8 @@ import openslide
 import pytest
 
 from common.errors import UserError
-from pipeline.slides.open import find_sources, open_slide, slide_id_of
+from pipeline.slides.entries import find_slides, slide_id_of
+from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
 from pipeline.slides.region import read_overview, read_region, read_tile
 from pipeline.slides.resolution import ResolutionError, plan_read
@@ -137,7 +138,7 @@ def test_two_slides_of_one_name_do_not_stop_the_others(tmp_path):
     for name in ("a/x.svs", "b/x.svs", "b/y.svs"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    sources = find_sources([str(tmp_path)])
+    sources = find_slides([str(tmp_path)])
     assert [bool(source.taken_by) for source in sources] == [False, True, False]
     assert sources[1].taken_by == str(tmp_path / "a/x.svs")
 
@@ -145,7 +146,7 @@ def test_two_slides_of_one_name_do_not_stop_the_others(tmp_path):
 def test_a_table_gives_path_id_mpp_and_site(tmp_path):
     table = tmp_path / "slides.csv"
     table.write_text("path,slide_id,mpp,tss,patient\nx.svs,S1,0.25,NA,P1\ny.svs,S2,,02,P2\n")
-    first, second = find_sources([str(table)])
+    first, second = find_slides([str(table)])
     assert (first.slide_id, first.mpp, first.site) == ("S1", 0.25, "NA")
     assert (second.mpp, second.site, second.path) == (None, "02", tmp_path / "y.svs")
 
@@ -156,7 +157,7 @@ def test_a_table_s_row_holds_wherever_else_the_path_is_given(tmp_path, inputs):
     for name in ("x.svs", "y.svs"):
         (tmp_path / "slides" / name).touch()
     (tmp_path / "t.csv").write_text("path,slide_id,patient,mpp,md5\nslides/x.svs,S,P1,0.25,AB\n")
-    one, other = find_sources([str(tmp_path / text) for text in inputs])
+    one, other = find_slides([str(tmp_path / text) for text in inputs])
     assert (one.slide_id, one.patient, one.mpp, one.md5) == ("S", "P1", 0.25, "ab")
     assert (other.slide_id, other.patient, other.mpp, other.md5) == ("y", "", None, "")
 
@@ -165,18 +166,18 @@ def test_two_rows_of_one_path_say_the_same_or_are_refused(tmp_path):
     one, two = tmp_path / "one.csv", tmp_path / "two.csv"
     one.write_text("path,patient,mpp\na.svs,P0,\nx.svs,P1,0.25\n")
     two.write_text("path,patient,mpp\n./x.svs,P1,0.250\n")
-    assert len(find_sources([str(one), str(two), str(one)])) == 2
+    assert len(find_slides([str(one), str(two), str(one)])) == 2
     for row, words in (
         ("P2,0.25", r"two.csv, line 2: patient 'P2' of .*x.svs, but 'P1' in .*one.csv, line 3"),
         ("P1,", r"two.csv, line 2: mpp '' of .*x.svs, but '0.25' in"),
     ):
         two.write_text(f"path,patient,mpp\nx.svs,{row}\n")
         with pytest.raises(UserError, match=words) as caught:
-            find_sources([str(one), str(tmp_path), str(two)])
+            find_slides([str(one), str(tmp_path), str(two)])
         assert "\n" not in str(caught.value)
     one.write_text("path,patient\nx.svs,P1\nx.svs,P2\n")
     with pytest.raises(UserError, match="line 3: patient 'P2'"):
-        find_sources([str(one)])
+        find_slides([str(one)])
 
 
 def test_a_region_is_asked_for_in_mpp(cmu_slide):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.options import parse_byte_count
 from pipeline.__main__ import main
-from pipeline.commands.options import byte_count
 from pipeline.dataset import Dataset
 from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total
 from pipeline.recipe.plan import recipe_costs
@@ -159,7 +159,7 @@ def test_what_is_left_of_training_is_at_its_own_rate(tmp_path: Path) -> None:
     ("text", "value"), [("500GB", 5e11), ("1.5 TB", 1.5e12), ("1_000", 1000), ("2kb", 2000)]
 )
 def test_bytes_are_read_as_disks_are_sold(text: str, value: float) -> None:
-    assert byte_count(text) == value
+    assert parse_byte_count(text) == value
 
 
 COUNTS = st.integers(1, 10**9)

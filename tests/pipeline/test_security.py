@@ -32,8 +32,9 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.layout import ShardName, check_slide_id, is_inside
 from pipeline.dataset.tiles.png_tar import TarShard
-from pipeline.slides.open import find_sources
-from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.slides.config import StageIn
+from pipeline.slides.entries import find_slides
+from pipeline.slides.staging import StageInError, local_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("pipeline", "model", "train", "evaluate")
@@ -167,7 +168,7 @@ def slides_csv(folder: Path, row: dict[str, str]) -> Path:
 )
 def test_a_table_names_nothing_outside_its_folder(row: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"table\.csv, line 2|not usable"):
-        find_sources([str(slides_csv(tmp_path, row))])
+        find_slides([str(slides_csv(tmp_path, row))])
 
 
 def test_tables_of_tiles_stay_below_their_folder(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from common.errors import UserError
 from pipeline.dataset import Slide
 from pipeline.dataset.grid import reserve_size
 from pipeline.selection.allocate import sainte_lague
-from pipeline.selection.cohort import Rules, eligible, make_cohort, without_patients
+from pipeline.selection.cohort import eligible, make_cohort, without_patients
+from pipeline.selection.config import Rules
 from pipeline.selection.distribution import jensen_shannon, spread
 from pipeline.selection.draw import (
     PoolSource,

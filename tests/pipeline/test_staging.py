@@ -12,11 +12,12 @@ import pytest
 from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
-from pipeline.run.stage import Summary, report_summary
+from pipeline.run.summary import Summary, report_summary
 from pipeline.slides import staging
-from pipeline.slides.open import find_sources
+from pipeline.slides.config import StageIn
+from pipeline.slides.entries import find_slides
 from pipeline.slides.scan import _row
-from pipeline.slides.staging import StageIn, StageInError, local_slide
+from pipeline.slides.staging import StageInError, local_slide
 
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 MD5 = hashlib.md5(SLIDE.read_bytes(), usedforsecurity=False).hexdigest()
@@ -134,7 +135,7 @@ def test_a_manifest_of_the_gdc_is_understood(tmp_path: Path) -> None:
     manifest.write_text(
         f"id\tfilename\tmd5\tsize\tstate\n1f-2e\t{name}\t{MD5.upper()}\t42\treleased\n"
     )
-    (source,) = find_sources([str(manifest)])
+    (source,) = find_slides([str(manifest)])
     assert source.location == f"1f-2e/{name}"
     assert (source.md5, source.bytes) == (MD5, 42)
     argv = StageIn("curl -o {dest} https://host/data/{id}").argv(source.location, Path("/d/x"))

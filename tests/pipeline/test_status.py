@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, FileRecord, Run
-from pipeline.run.stage import Summary
+from pipeline.run.summary import Summary
 from pipeline.upkeep.status import count_covered, read_status
 
 SPANS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=6)

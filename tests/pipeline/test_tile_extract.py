@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Slide, TileStore, read_candidates, read_journal
 from pipeline.slides.colour import to_srgb
+from pipeline.slides.config import Resampler
 from pipeline.slides.cost import overview_cost, tile_cost
 from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import open_slide
-from pipeline.slides.region import RESAMPLERS, cut_tiles, read_tile, reading_order, tile_windows
+from pipeline.slides.region import cut_tiles, read_tile, reading_order, tile_windows
 from pipeline.slides.resolution import plan_read
+from pipeline.tiles.config import TileConfig
 from pipeline.tiles.spool import Spool
-from pipeline.tiles.stage import TileConfig
 
 SLIDE = "CMU-1-Small-Region"
 
@@ -32,7 +34,7 @@ def positions(plan, columns=4, rows=5):
     return np.tile(x, rows)[order], np.repeat(y, columns)[order]
 
 
-@pytest.mark.parametrize("resampler", RESAMPLERS)
+@pytest.mark.parametrize("resampler", get_args(Resampler))
 @pytest.mark.parametrize("mpp", [0.499, 0.25, 0.2325])
 def test_tiles_cut_together_equal_tiles_read_one_by_one(cmu_slide, mpp, resampler):
     with NativeReader(cmu_slide) as native, open_slide(cmu_slide, "openslide") as other:
@@ -48,7 +50,7 @@ def test_tiles_cut_together_equal_tiles_read_one_by_one(cmu_slide, mpp, resample
         assert native.decoded <= touched
 
 
-@pytest.mark.parametrize("resampler", RESAMPLERS)
+@pytest.mark.parametrize("resampler", get_args(Resampler))
 def test_neighbours_are_parts_of_one_picture(cmu_slide, resampler):
     """No kernel stops at a tile's edge: two tiles are the halves of one twice as wide."""
     with NativeReader(cmu_slide) as slide:

@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 from pipeline.dataset import (
     Dataset,
     Entry,
+    Ledger,
     Run,
     TileStore,
     candidate_count,
@@ -22,7 +23,8 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
-from pipeline.tiles.stage import TileConfig, tile_slide, withdrawn
+from pipeline.tiles.config import TileConfig
+from pipeline.tiles.stage import tile_slide
 from pipeline.tissue.stage import tissue_fingerprint
 from pipeline.upkeep.status import read_status
 from tests.pipeline.faults import ROOT
@@ -165,8 +167,16 @@ def test_a_lost_shard_hides_none_that_holds_its_blocks_since(own_tiled: Dataset)
 
 def test_only_a_hiding_line_is_taken_back() -> None:
     lost = Entry("s", "done", "f", scope="224", start=16, stop=60)
-    blocks = set(range(1, 4))
-    (line,) = withdrawn([lost], {0, 1}, [])
+
+    def withdrawn(blocks_on_disk: set[int], wanted: set[int]) -> list[Entry]:
+        there = [
+            Entry("s", "done", "f", scope="224", start=16 * block, stop=16 * block + 16)
+            for block in blocks_on_disk
+        ]
+        ledger = Ledger([*there, lost], lambda entry: entry != lost)
+        return list(ledger.missing("s", wanted, "f", ["224"]).withdrawn)
+
+    (line,) = withdrawn({0, 1}, set())
     assert (line.outcome, line.start, line.stop, line.scope) == ("pruned", 16, 60, "224")
-    assert withdrawn([lost], blocks, [range(1, 4)]) == [], "the same shard is written again"
-    assert withdrawn([lost], {0, 4}, [range(5)]) == [], "nothing else holds it: verify tells"
+    assert withdrawn(set(), {1, 2, 3}) == [], "the same shard is written again"
+    assert withdrawn({0, 4}, set()) == [], "nothing else has it: that is verify's to report"

@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.tissue.classes import TissueClass
-from pipeline.tissue.colour import glass_level, ink_colour, is_coloured, optical_density, smooth
-from pipeline.tissue.detect import DetectorConfig, classify, density_threshold, detect_tissue
+from pipeline.tissue.colour import (
+    glass_level,
+    ink_colour,
+    is_coloured,
+    optical_density,
+    smooth_density,
+)
+from pipeline.tissue.detect import (
+    DetectorConfig,
+    classify_density,
+    density_threshold,
+    detect_tissue,
+)
 from pipeline.tissue.verdict import Verdict, judge
 
 CONFIG = DetectorConfig()
@@ -130,8 +141,8 @@ def test_sizes_are_in_micrometres():
 def test_the_same_picture_gives_the_same_mask_and_is_left_alone():
     image = np.random.default_rng(1).integers(0, 256, (80, 90, 3)).astype(np.uint8)
     before = image.copy()
-    density = smooth(optical_density(image, (243, 243, 243)), 1.0)
-    first, second = (classify(density, 8.0, CONFIG) for _ in range(2))
+    density = smooth_density(optical_density(image, (243, 243, 243)), 1.0)
+    first, second = (classify_density(density, 8.0, CONFIG) for _ in range(2))
     assert np.array_equal(first, second)
     assert np.array_equal(image, before)
 

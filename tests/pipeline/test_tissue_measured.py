@@ -15,8 +15,13 @@ import pytest
 from PIL import Image
 
 from pipeline.tissue.classes import TissueClass
-from pipeline.tissue.colour import NotHematoxylinEosinError, glass_level, optical_density, smooth
-from pipeline.tissue.detect import DetectorConfig, classify, detect_tissue
+from pipeline.tissue.colour import (
+    NotHematoxylinEosinError,
+    glass_level,
+    optical_density,
+    smooth_density,
+)
+from pipeline.tissue.detect import DetectorConfig, classify_density, detect_tissue
 from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, sharpness
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +136,10 @@ def tile_shares(shared_data: Path, name: str) -> np.ndarray:
     """Share of each class on a labelled tile, taken to be 1 µm per pixel and seen at 8."""
     image = picture(shared_data / "labelled_tiles" / f"{name}.png")
     small, um_per_px = shrunk(image, 1.0)
-    density = smooth(optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px)
-    mask = classify(density, um_per_px, CONFIG)
+    density = smooth_density(
+        optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px
+    )
+    mask = classify_density(density, um_per_px, CONFIG)
     return np.bincount(mask.ravel(), minlength=len(TissueClass)) / mask.size
 
 
@@ -168,8 +175,10 @@ def test_real_tiles_of_many_hospitals_are_tissue_and_never_pen(shared_data):
         tiles = [picture(path) for path in paths]
         region = np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])
         small, um_per_px = shrunk(region, 0.5)
-        density = smooth(optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px)
-        mask = classify(density, um_per_px, CONFIG)
+        density = smooth_density(
+            optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px
+        )
+        mask = classify_density(density, um_per_px, CONFIG)
         shares.append(np.bincount(mask.ravel(), minlength=len(TissueClass)) / mask.size)
     mean = np.mean(shares, 0)
     assert mean[TissueClass.TISSUE] + mean[TissueClass.FOLD] > 0.99

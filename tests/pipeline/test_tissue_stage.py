@@ -16,7 +16,8 @@ from pipeline.dataset import (
     read_journal,
 )
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
-from pipeline.tissue.stage import TissueConfig, _same_detector
+from pipeline.tissue.config import TissueConfig
+from pipeline.tissue.stage import _same_detector
 from pipeline.tissue.verdict import judge
 
 SLIDE = "CMU-1-Small-Region"

@@ -30,7 +30,7 @@ from pipeline.dataset.features import (
 )
 from pipeline.dataset.journal import encode_line
 from pipeline.features.config import CacheConfig
-from pipeline.features.stage import _claim_encoder
+from pipeline.features.stage import claim_encoder
 from pipeline.upkeep.verify import repair, sums
 from pipeline.upkeep.verify.journal_lines import damage_of
 from pipeline.upkeep.verify.runs import may_be_alive
@@ -52,7 +52,7 @@ def add_features(dataset: Dataset) -> None:
         "tokens-float16": token_table(rng.normal(size=(rows, 4, 6)).astype(np.float16)),
     }
     with Run(dataset, "cache", {}) as run:
-        _claim_encoder(dataset, run, 224, CONFIG, RECORD)
+        claim_encoder(dataset, run, 224, CONFIG, RECORD)
         for kind, table in tables.items():
             final = dataset.features_dir(224, "h0-mini") / kind / f"{SLIDE}.0-{rows}.parquet"
 
@@ -368,7 +368,7 @@ def test_what_no_line_names_is_listed_and_no_error(whole, capsys):
 
 def test_encoder_json_of_an_older_release_is_not_covered_then_journalled(whole, capsys):
     with Run(whole, "cache", {}) as run:
-        assert _claim_encoder(whole, run, 224, CONFIG, RECORD) is None
+        assert claim_encoder(whole, run, 224, CONFIG, RECORD) is None
         assert not run.journal_file.exists(), "it stands: nothing to write"
     for journal in whole.status_dir("cache").glob("*.jsonl"):
         lines = journal.read_text().splitlines(keepends=True)
@@ -378,7 +378,7 @@ def test_encoder_json_of_an_older_release_is_not_covered_then_journalled(whole, 
     assert "not covered" in out
     assert "encoder.json" in out
     with Run(whole, "cache", {}) as run:
-        _claim_encoder(whole, run, 224, CONFIG, RECORD)
+        claim_encoder(whole, run, 224, CONFIG, RECORD)
     assert "not covered" not in verify(whole, capsys)[1]
 
 

@@ -16,20 +16,29 @@ from slide_work import work, work_or_die
 from common.console import Meter
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry
-from pipeline.run import cluster, engine
+from pipeline.run import cluster, drain, workers
 from pipeline.run.cluster import ClusterConfig
-from pipeline.run.engine import EngineConfig, SlideTask, run_tasks
+from pipeline.run.drain import run_tasks
+from pipeline.run.give_up import MAX_WORKER_DEATHS
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
 
 pytestmark = pytest.mark.slurm
 
 SLIDES = HOME / "tests" / "data" / "slides"
 
 
+def return_within(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """How long a worker that died is waited for."""
+    for module in (drain, workers):
+        monkeypatch.setattr(module, "RETURNS_WITHIN_S", seconds)
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs here last seconds, not hours."""
     monkeypatch.setattr(cluster, "_ASK_QUEUE_EVERY_S", 3.0)
-    monkeypatch.setattr(engine, "_RETURNS_WITHIN_S", 25.0)
+    return_within(monkeypatch, 25.0)
 
 
 def small_jobs(tmp_path: Path, **more: object) -> ClusterConfig:
@@ -76,12 +85,12 @@ def test_a_cancelled_job_is_replaced_and_its_slide_not_charged(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Here no worker comes back: how long one is waited for is the test's time.
-    monkeypatch.setattr(engine, "_RETURNS_WITHIN_S", 5.0)
+    return_within(monkeypatch, 5.0)
     names, folder = ["s0", "s1", "s2"], tmp_path / "work"
     cancelled: list[str] = []
 
     def cancel() -> None:
-        for _ in range(engine.MAX_WORKER_DEATHS):
+        for _ in range(MAX_WORKER_DEATHS):
             known = set(cancelled)
 
             def begun(known: set[str] = known) -> bool:
@@ -99,7 +108,7 @@ def test_a_cancelled_job_is_replaced_and_its_slide_not_charged(
     entries = run_on(small_jobs(tmp_path), work, names, folder, 6.0)
     thread.join()
     assert [entries[name].outcome for name in names] == ["done"] * 3
-    assert len(cancelled) >= engine.MAX_WORKER_DEATHS
+    assert len(cancelled) >= MAX_WORKER_DEATHS
     ends = [what for name in names for what, _ in lines(folder, name)].count("end")
     assert ends == 3, "no slide is done twice"
 
@@ -108,7 +117,7 @@ def test_a_slide_that_kills_its_worker_is_failed_and_the_rest_goes_on(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its worker always comes back, but late where the machine is loaded.
-    monkeypatch.setattr(engine, "_RETURNS_WITHIN_S", 120.0)
+    return_within(monkeypatch, 120.0)
     names, folder = ["s0", "killer", "s1"], tmp_path / "work"
     entries = run_on(small_jobs(tmp_path, max_jobs=2), work_or_die, names, folder, 1.0)
     assert {name: entries[name].outcome for name in names} == {

@@ -52,7 +52,7 @@ def test_frozen_presets_train_the_papers_sit(name: str, mode: str) -> None:
         load_config(CONFIGS / f"{name}.yaml")
     config, paper = load_config(CONFIGS / f"{name}.yaml", NEEDED[name]), load_config(PAPER)
     assert config.run.mode == mode
-    assert config.uses_alignment is config.trains_alignment is (mode == "repa")
+    assert config.uses_alignment is config.uses_loss("sit_align") is (mode == "repa")
     assert (config.model, config.optim, config.ema) == (paper.model, paper.optim, paper.ema)
     assert (config.data, config.checkpoint) == (paper.data, paper.checkpoint)
 

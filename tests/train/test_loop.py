@@ -23,8 +23,9 @@ from train.__main__ import main
 from train.checkpoint import list_checkpoints
 from train.config import Config, load_config
 from train.loop import Training, TrainingDivergedError, train
-from train.metrics import read_metrics
-from train.setup import open_inputs
+from train.metrics_log import read_metrics
+from train.reporter import Reporter
+from train.setup import open_data
 from train.signals import EXIT_REQUEUE
 from train.speed import step_flop
 
@@ -121,8 +122,8 @@ def test_a_preview_that_fails_is_a_warning(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Long advice")
 
     with monkeypatch.context() as broken:
-        broken.setattr("train.loop.draw_samples", fail)
-        broken.setattr("train.loop.measure_validation", fail)
+        broken.setattr("train.reporter.draw_samples", fail)
+        broken.setattr("train.reporter.measure_validation", fail)
         assert train(small_config(train_dataset, run_dir, *options)) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 5
@@ -161,7 +162,7 @@ def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
     whole = tmp_path / "whole"
     assert train(small_config(train_dataset, whole, *options)) == 0
 
-    for place in ("_save_checkpoint", "_preview", "_save_samples", "_validate"):
+    for place in ("_save_checkpoint", "preview", "_save_samples", "_validate"):
         run_dir = tmp_path / place
         config = small_config(train_dataset, run_dir, *options)
         with monkeypatch.context() as broken:
@@ -180,14 +181,15 @@ def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
 
 
 def die_at_step_3(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    real = getattr(Training, place)
+    owner = Training if place == "_save_checkpoint" else Reporter
+    real = getattr(owner, place)
 
-    def run(self: Training, *arguments: object) -> object:
+    def run(self: Training | Reporter, *arguments: object) -> object:
         if self.state.step == 3:
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(Training, place, run)
+    monkeypatch.setattr(owner, place, run)
 
 
 def names_of_lines(run_dir: Path) -> list[tuple[int, list[str]]]:
@@ -459,11 +461,12 @@ def test_mistakes_get_one_line_that_says_what_to_do(
 
 
 def test_more_processes_than_tiles_are_refused(train_dataset: Dataset, tmp_path: Path) -> None:
-    from train.ranks import Ranks
+    from common.torch_processes import Processes
+    from train.processes import batch_slots
 
     with pytest.raises(UserError, match=r"8 processes, but data.batch_size is 5"):
-        Ranks(7, 8, torch.device("cpu")).slots(5)
-    assert open_inputs(small_config(train_dataset, tmp_path)).stream.batch_size == 5
+        batch_slots(Processes(7, 8), 5)
+    assert open_data(small_config(train_dataset, tmp_path)).stream.batch_size == 5
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])

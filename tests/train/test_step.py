@@ -7,31 +7,31 @@ import torch
 from conftest import small_config
 from torch import Tensor, nn
 
+from common.torch_processes import ALONE
 from model.interpolant import Interpolant
 from model.losses import alignment_loss
-from model.noise import Stream, normal
+from model.noise import RandomStream, normal
 from pipeline.dataset import Dataset
 from train.config import Config
-from train.networks import Parts, build_parts
-from train.ranks import Ranks
-from train.reader import Batch, BatchReader
-from train.setup import open_inputs
-from train.step import (
-    Inputs,
-    TrainingStep,
+from train.losses import (
+    LossConfig,
+    StepInputs,
     discriminator_loss,
-    draw,
+    draw_randomness,
     sit_losses,
     vae_alignment,
     vae_losses,
 )
+from train.networks import Parts, build_parts
+from train.reader import Batch, BatchReader
+from train.setup import open_data
+from train.step import TrainingStep
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
 
 
 def make_batch(config: Config, step: int = 0) -> Batch:
-    inputs = open_inputs(config)
+    inputs = open_data(config)
     slots = range(config.data.batch_size)
     reader = BatchReader(inputs.stream, inputs.source, slots, first_step=step, stop_step=step + 1)
     with reader:
@@ -71,7 +71,7 @@ def config(train_dataset: Dataset, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def prepared(config: Config) -> tuple[Parts, Inputs]:
+def prepared(config: Config) -> tuple[Parts, StepInputs]:
     parts = build_parts(config, CPU)
     wake(parts.networks.sit)
     return parts, make_step(config, parts).inputs(make_batch(config))
@@ -86,7 +86,7 @@ def reached(network: nn.Module) -> set[str]:
     }
 
 
-def test_alignment_of_the_vae_reaches_its_encoder_alone(prepared: tuple[Parts, Inputs]) -> None:
+def test_alignment_of_the_vae_reaches_its_encoder_alone(prepared: tuple[Parts, StepInputs]) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     output = networks.vae(inputs.images, inputs.draws.posterior_noise)
     before = {name: value.clone() for name, value in networks.sit.named_buffers()}
@@ -100,7 +100,7 @@ def test_alignment_of_the_vae_reaches_its_encoder_alone(prepared: tuple[Parts, I
 
 
 def test_alignment_of_the_vae_uses_running_statistics_and_the_full_condition(
-    prepared: tuple[Parts, Inputs],
+    prepared: tuple[Parts, StepInputs],
 ) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     sit, (t, noise, *_) = networks.sit, inputs.draws
@@ -116,7 +116,7 @@ def test_alignment_of_the_vae_uses_running_statistics_and_the_full_condition(
 
 
 def test_losses_of_the_vae_reach_the_vae_alone(
-    config: Config, prepared: tuple[Parts, Inputs]
+    config: Config, prepared: tuple[Parts, StepInputs]
 ) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     output = networks.vae(inputs.images, inputs.draws.posterior_noise)
@@ -135,7 +135,7 @@ def test_losses_of_the_vae_reach_the_vae_alone(
     assert reached(networks.discriminator) == reached(networks.sit) == set()
 
 
-def test_the_discriminators_loss_reaches_it_alone(prepared: tuple[Parts, Inputs]) -> None:
+def test_the_discriminators_loss_reaches_it_alone(prepared: tuple[Parts, StepInputs]) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     assert networks.discriminator is not None
     output = networks.vae(inputs.images, inputs.draws.posterior_noise)
@@ -144,11 +144,11 @@ def test_the_discriminators_loss_reaches_it_alone(prepared: tuple[Parts, Inputs]
     assert reached(networks.vae) == reached(networks.sit) == set()
 
 
-def test_the_diffusion_loss_never_reaches_the_vae(prepared: tuple[Parts, Inputs]) -> None:
+def test_the_diffusion_loss_never_reaches_the_vae(prepared: tuple[Parts, StepInputs]) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     sit = networks.sit
     z = networks.vae(inputs.images, inputs.draws.posterior_noise).latents
-    terms = sit_losses(sit, sit, Interpolant(), z, inputs, align=True)
+    _, terms = sit_losses(sit, sit, Interpolant(), z, inputs, LossConfig(), align=True)
     terms["align"].backward(retain_graph=True)
     aligned = reached(sit)
     assert any(name.startswith("projectors.") for name in aligned)
@@ -159,14 +159,14 @@ def test_the_diffusion_loss_never_reaches_the_vae(prepared: tuple[Parts, Inputs]
 
 
 def test_the_sit_pass_normalises_by_the_batch_and_moves_the_running_statistics(
-    prepared: tuple[Parts, Inputs],
+    prepared: tuple[Parts, StepInputs],
 ) -> None:
     networks, inputs = prepared[0].networks, prepared[1]
     sit = networks.sit
     z = 3 + 2 * torch.randn(inputs.draws.noise.shape)
     seen: list[Tensor] = []
     hook = sit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    sit_losses(sit, sit, Interpolant(), z, inputs, align=False)
+    sit_losses(sit, sit, Interpolant(), z, inputs, LossConfig(), align=False)
     hook.remove()
     batch = (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True, correction=0)
     t = inputs.draws.t[:, None, None, None]
@@ -296,11 +296,11 @@ def test_randomness_belongs_to_step_and_slot(
     train_dataset: Dataset, tmp_path: Path, time: str
 ) -> None:
     config = small_config(train_dataset, tmp_path, f"loss.time={time}")
-    whole = draw(config, 7, range(6))
-    parts = [draw(config, 7, range(0, 2)), draw(config, 7, range(2, 6))]
+    whole = draw_randomness(config, 7, range(6))
+    parts = [draw_randomness(config, 7, range(0, 2)), draw_randomness(config, 7, range(2, 6))]
     for field, value in enumerate(whole):
         assert value.equal(torch.cat([part[field] for part in parts]))
-    assert not draw(config, 8, range(6)).t.equal(whole.t)
+    assert not draw_randomness(config, 8, range(6)).t.equal(whole.t)
     assert bool(((whole.t > 0) & (whole.t < 1)).all())
 
 
@@ -310,7 +310,7 @@ def test_randomness_is_drawn_without_a_copy_to_the_device(
     """On a GPU such a copy waits for all that is queued, four times a step."""
     config = small_config(train_dataset, tmp_path)
     expected = normal(
-        config.run.seed, (4, 4, 4), stream=Stream.NOISE, step=7, slot=list(range(2, 6))
+        config.run.seed, (4, 4, 4), stream=RandomStream.NOISE, step=7, slot=list(range(2, 6))
     )
 
     def refuse(*arguments: object, **named: object) -> None:
@@ -318,10 +318,10 @@ def test_randomness_is_drawn_without_a_copy_to_the_device(
 
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.setattr(torch, name, refuse)
-    assert draw(config, 7, range(2, 6)).noise.equal(expected)
+    assert draw_randomness(config, 7, range(2, 6)).noise.equal(expected)
 
 
 def test_the_condition_is_dropped_as_often_as_asked(train_dataset: Dataset, tmp_path: Path) -> None:
     config = small_config(train_dataset, tmp_path)
-    drops = torch.cat([draw(config, step, range(100)).drop for step in range(30)])
+    drops = torch.cat([draw_randomness(config, step, range(100)).drop for step in range(30)])
     assert abs(float(drops.float().mean()) - 0.1) < 4 * (0.1 * 0.9 / 3000) ** 0.5

@@ -17,10 +17,11 @@ from model.encoders.construct import TimmConstruction, frozen
 from pipeline.dataset import Dataset
 from train.config import Config
 from train.loop import train
-from train.metrics import read_metrics
+from train.losses import encode_frozen
+from train.metrics_log import read_metrics
 from train.networks import Parts, build_parts
 from train.online import open_encoder
-from train.step import TrainingStep, frozen_latents, parts_of
+from train.step import TrainingStep, parts_of
 from train.sync_norm import SyncedBatchNorm2d, synchronise_norms
 
 
@@ -179,7 +180,7 @@ def test_a_frozen_vae_is_compiled_too(train_dataset: Dataset, tmp_path: Path) ->
         return graph.forward
 
     def compile_encoder(call: Callable[..., object], **named: object) -> Callable[..., object]:
-        return real(call, backend=count, dynamic=False) if call is frozen_latents else call
+        return real(call, backend=count, dynamic=False) if call is encode_frozen else call
 
     real, metrics = torch.compile, []
     torch._dynamo.reset()

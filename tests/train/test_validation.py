@@ -12,10 +12,10 @@ from torch import nn
 from model.interpolant import Interpolant
 from pipeline.dataset import Dataset
 from train.loop import train
-from train.metrics import read_metrics
+from train.metrics_log import read_metrics
 from train.networks import build_parts
 from train.preview import read_fixed_tiles
-from train.setup import open_inputs
+from train.setup import open_data
 from train.validation import (
     fixed_noise,
     gaussian_velocity,
@@ -68,7 +68,7 @@ def test_no_constant_token_is_nearer_than_the_mean() -> None:
 
 def test_the_same_networks_give_the_same_losses(train_dataset: Dataset, tmp_path: Path) -> None:
     config = small_config(train_dataset, tmp_path, "log.validation_draws=2")
-    inputs = open_inputs(config)
+    inputs = open_data(config)
     fixed = read_fixed_tiles(inputs.source, inputs.stream.table.spread_rows(11))
     networks = build_parts(config, CPU).networks
     nn.init.normal_(networks.sit.final_layer.linear.weight, std=0.1)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from pipeline.dataset.features.parquet import FeatureShard
-from pipeline.dataset.journal import Entry, read_journal, standing
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.ledger import Ledger
 from pipeline.dataset.tables import Selection
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ class FeatureStore:
             {"view": view} | dict(expect or {}),
         )  # fmt: skip
         scope = feature_scope(tile_px, encoder, view, kind)
-        rows = standing(read_journal(dataset, "cache"), scope)
-        self._entries: dict[str, list[Entry]] = {
-            slide: [e for e in entries if e.outcome == "done"] for slide, entries in rows.items()
-        }
+        self._ledger = Ledger.read(dataset, "cache")[scope]
         self._open: OrderedDict[str, FeatureShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -140,7 +137,7 @@ class FeatureStore:
     def require(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
         """Raise `UserError`, with the `cache` command, where a rank of a slide is not cached."""
         cached = np.zeros(len(ranks), bool)
-        for entry in self._entries.get(slide_id, []):
+        for entry in self._ledger.written.get(slide_id, ()):
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
         if not cached.all():
             raise self._absent(slide_id, int(ranks[np.argmin(cached)]))
@@ -151,10 +148,10 @@ class FeatureStore:
 
     def _shard(self, slide_id: str, block: int) -> FeatureShard:
         rank = block * BLOCK_ROWS
-        for entry in reversed(self._entries.get(slide_id, [])):
-            if entry.start <= rank < entry.stop:
-                return self._opened(entry.files[0].path)
-        raise self._absent(slide_id, rank)
+        entry = self._ledger.file_of(slide_id, rank)
+        if entry is None:
+            raise self._absent(slide_id, rank)
+        return self._opened(entry.files[0].path)
 
     def _opened(self, path: str) -> FeatureShard:
         with self._lock:

@@ -8,28 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from pipeline.dataset.journal import Entry, read_journal, standing
+from pipeline.dataset.journal import Entry
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
+from pipeline.dataset.ledger import Ledger
 from pipeline.dataset.tiles.png_tar import ShardHandle, TarShard, decode_png
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, decode_chunk
 
 _OPEN_FILES = 128
-
-
-def committed_shards(dataset: Dataset, tile_px: int) -> dict[str, list[Entry]]:
-    """Per slide, the journal entries of its standing tile shards, by first rank."""
-    entries = standing(read_journal(dataset, "tile"), str(tile_px))
-    done = {slide: [e for e in rows if e.outcome == "done"] for slide, rows in entries.items()}
-    return {slide: rows for slide, rows in done.items() if rows}
-
-
-def covered_blocks(entries: Iterable[Entry]) -> set[int]:
-    """The blocks that the entries' rank ranges hold."""
-    return {
-        block
-        for entry in entries
-        for block in range(entry.start // BLOCK_ROWS, -(-entry.stop // BLOCK_ROWS))
-    }
 
 
 class TileStore:
@@ -41,18 +26,18 @@ class TileStore:
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
         self.dataset, self.tile_px = dataset, tile_px
-        self._entries = committed_shards(dataset, tile_px)
+        self._ledger = Ledger.read(dataset, "tile")[str(tile_px)]
         self._shards: dict[str, TarShard | ZarrShard] = {}
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._lock = threading.Lock()
 
     def slide_ids(self) -> list[str]:
         """Slides with at least one shard, sorted."""
-        return sorted(self._entries)
+        return sorted(self._ledger.written)
 
     def blocks(self, slide_id: str) -> set[int]:
         """Blocks of the slide that are on disk."""
-        return covered_blocks(self._entries.get(slide_id, ()))
+        return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
         """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
@@ -94,21 +79,21 @@ class TileStore:
 
     def _shard(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
-        for entry in reversed(self._entries.get(slide_id, [])):
-            if entry.start <= rank < entry.stop:
-                path = _shard_path(entry)
-                with self._lock:
-                    shard = self._shards.get(path)
-                if shard is None:
-                    kind = TarShard if path.endswith(".tar") else ZarrShard
-                    shard = kind.open(self.dataset.root / path)
-                    with self._lock:
-                        self._shards[path] = shard
-                return shard
-        raise UserError(
-            f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
-            f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
-        )
+        entry = self._ledger.file_of(slide_id, rank)
+        if entry is None:
+            raise UserError(
+                f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
+                f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
+            )
+        path = _shard_path(entry)
+        with self._lock:
+            shard = self._shards.get(path)
+        if shard is None:
+            kind = TarShard if path.endswith(".tar") else ZarrShard
+            shard = kind.open(self.dataset.root / path)
+            with self._lock:
+                self._shards[path] = shard
+        return shard
 
     def _handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
         key = str(shard.path)

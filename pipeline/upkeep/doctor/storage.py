@@ -11,14 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.files import sync_directory
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, new_run_id
-from pipeline.upkeep.doctor.finding import Finding, judged
+from pipeline.upkeep.doctor.finding import Finding, make_finding
 
 _SLOW_WRITE_BYTES_PER_S, _SLOW_READ_BYTES_PER_S = 100e6, 200e6
 _SLOW_COMMIT_S = 0.2
@@ -38,45 +38,39 @@ with open(sys.argv[1], "r+b") as file:
 
 
 @contextmanager
-def workshop(root: Path) -> Iterator[Path]:
+def temporary_folder(root: Path) -> Iterator[Path]:
     """An empty folder on the dataset's file system, gone afterwards with all that it made."""
     folder = Dataset(root).staging_dir(f"doctor-{new_run_id()}")
-    made = [one for one in (folder.parent, *folder.parent.parents) if not one.exists()]
+    new = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for one in made:
-            try:
-                one.rmdir()
-            except OSError:
-                break
+        with suppress(OSError):
+            for parent in new:
+                parent.rmdir()
 
 
 def storage_findings(root: Path, size_bytes: int) -> list[Finding]:
-    """All findings about the file system that holds, or would hold, a dataset."""
+    """All findings about the file system where a dataset is or would be."""
     subject = f"folder {root}"
     try:
-        with workshop(root) as folder:
-            found = [_space(folder), _inodes(folder)]
-            checks = (rename_problem, append_problem, case_problem, lock_problem, clock_problem)
-            found += [_safely(check, folder) for check in checks]
-            return [*found, _speed(folder, size_bytes), _commits(folder)]
+        with temporary_folder(root) as folder:
+            findings = [_check_space(folder), _check_inodes(folder)]
+            for check in (check_rename, check_append, check_case, check_locks, check_clock):
+                try:
+                    findings.append(check(folder))
+                except OSError as error:
+                    fix = "use another file system for the dataset"
+                    findings.append(Finding(check.__name__, "bad", error.strerror or "", fix))
+            return [*findings, _check_speed(folder, size_bytes), _check_commits(folder)]
     except OSError as error:
-        mend = "choose a folder that this account may write, or ask for the right to"
-        return [Finding(subject, "bad", f"cannot be written: {error.strerror or error}", mend)]
+        fix = "choose a folder that this account may write, or ask for the right to"
+        return [Finding(subject, "bad", f"cannot be written: {error.strerror or error}", fix)]
 
 
-def _safely(check: Callable[[Path], Finding], folder: Path) -> Finding:
-    try:
-        return check(folder)
-    except OSError as error:
-        mend = "use another file system for the dataset"
-        return Finding(check.__name__, "bad", f"{error.strerror or error}", mend)
-
-
-def rename_problem(folder: Path) -> Finding:
+def check_rename(folder: Path) -> Finding:
     """Files and folders are replaced in one step, and a reader of the old one is not disturbed."""
     old, new = folder / "final", folder / "staged"
     old.write_bytes(b"old")
@@ -95,13 +89,13 @@ def rename_problem(folder: Path) -> Finding:
     sync_directory(folder)
     if (folder / "final-folder" / "chunk").read_bytes() != b"1":
         problem = "a renamed folder lost a file"
-    return judged(
+    return make_finding(
         "rename", "atomic for files and folders, and synced", problem,
         "results there may be seen half-written: use another file system for the dataset",
     )  # fmt: skip
 
 
-def append_problem(folder: Path) -> Finding:
+def check_append(folder: Path) -> Finding:
     """A journal's lines, appended and synced through another handle than they are read by."""
     path = folder / "journal"
     lines = [f"line {number}\n".encode() for number in range(50)]
@@ -113,24 +107,24 @@ def append_problem(folder: Path) -> Finding:
         finally:
             os.close(handle)
     problem = "" if path.read_bytes() == b"".join(lines) else "appended lines are lost or torn"
-    return judged(
+    return make_finding(
         "append", "lines appended and synced are all there", problem,
         "journals would lose lines: use another file system for the dataset",
     )  # fmt: skip
 
 
-def case_problem(folder: Path) -> Finding:
+def check_case(folder: Path) -> Finding:
     """Slides named A and a are two."""
     (folder / "Case").write_bytes(b"1")
     problem = "names that differ in case alone are one file" if (folder / "case").exists() else ""
-    return judged(
+    return make_finding(
         "names", "upper and lower case are told apart", problem,
         "make sure that no two slides' names differ in case alone", "warning",
     )  # fmt: skip
 
 
-def lock_problem(folder: Path) -> Finding:
-    """A lock that this process holds is refused to another one."""
+def check_locks(folder: Path) -> Finding:
+    """A lock that this process has is refused to another one."""
     path = folder / "lock"
     path.write_bytes(b"1")
     problem = ""
@@ -143,49 +137,49 @@ def lock_problem(folder: Path) -> Finding:
         except OSError as error:
             name = errno.errorcode.get(error.errno or 0, "")
             problem = f"files cannot be locked ({name or error})"
-    return judged(
+    return make_finding(
         "locking", "a lock is refused to a second process", problem,
         "stages need no locks, but the hub's cache does: set HF_HOME to a file system that locks "
         "(Lustre: mount with -o flock)", "warning",
     )  # fmt: skip
 
 
-def clock_problem(folder: Path) -> Finding:
-    """Of two runs' lines the later one holds, by each machine's clock."""
+def check_clock(folder: Path) -> Finding:
+    """Of two runs' lines the later one is valid, by each machine's clock."""
     path = folder / "clock"
     before = time.time()
     path.write_bytes(b"1")
     stamp = path.stat().st_mtime
     skew = max(before - stamp, stamp - time.time(), 0.0)
     problem = f"its time differs from this machine's by {skew:.0f} s" if skew > _CLOCK_S else ""
-    return judged(
+    return make_finding(
         "clock", f"agrees with the file system's within {max(skew, 1.0):.0f} s", problem,
-        "set the clocks by NTP: of two runs on one slide the later one holds", "warning",
+        "set the clocks by NTP: of two runs on one slide the later one is valid", "warning",
     )  # fmt: skip
 
 
-def _space(folder: Path) -> Finding:
+def _check_space(folder: Path) -> Finding:
     usage = shutil.disk_usage(folder)
     problem = "" if usage.free > 10e9 else f"{format_bytes(usage.free)} free"
-    return judged(
+    return make_finding(
         "space", f"{format_bytes(usage.free)} free of {format_bytes(usage.total)}", problem,
         "`pipeline run --dry-run` says what a dataset needs; `pipeline prune` frees what none does",
         "warning",
     )  # fmt: skip
 
 
-def _inodes(folder: Path) -> Finding:
+def _check_inodes(folder: Path) -> Finding:
     stats = os.statvfs(folder)
     if not stats.f_files:
         return Finding("inodes", "ok", "not limited by the file system")
     problem = "" if stats.f_favail > _FEW_INODES else f"{stats.f_favail:,} free"
-    return judged(
+    return make_finding(
         "inodes", f"{stats.f_favail:,} free", problem,
         "a slide takes 8 to 10 files; `pipeline run --dry-run` counts them", "warning",
     )  # fmt: skip
 
 
-def _speed(folder: Path, size_bytes: int) -> Finding:
+def _check_speed(folder: Path, size_bytes: int) -> Finding:
     """Sequential writing with a sync, and reading back what the page cache has let go."""
     path, chunk = folder / "speed", os.urandom(_CHUNK)
     count = max(1, size_bytes // _CHUNK)
@@ -202,17 +196,17 @@ def _speed(folder: Path, size_bytes: int) -> Finding:
             pass
     read = count * _CHUNK / (time.monotonic() - began)
     path.unlink()
-    found = f"writes {format_bytes(written)}/s, reads {format_bytes(read)}/s, one process"
-    slow = written < _SLOW_WRITE_BYTES_PER_S or read < _SLOW_READ_BYTES_PER_S
-    return judged(
-        "disk speed", found, found if slow else "",
-        "tiling writes 10 MB/s a core and training reads 300 kB a tile: use the cluster's fast "
+    result = f"writes {format_bytes(written)}/s, reads {format_bytes(read)}/s, one process"
+    is_slow = written < _SLOW_WRITE_BYTES_PER_S or read < _SLOW_READ_BYTES_PER_S
+    return make_finding(
+        "disk speed", result, result if is_slow else "",
+        "tiling writes 10 MB/s per core and training reads 300 kB per tile: use the cluster's fast "
         "file system for the dataset", "warning",
     )  # fmt: skip
 
 
-def _commits(folder: Path) -> Finding:
-    """Small commits a second: what a slide of `scan` or `tissue` costs beside its work."""
+def _check_commits(folder: Path) -> Finding:
+    """Small commits: what a slide of `scan` or `tissue` costs in addition to its work."""
     began = time.monotonic()
     for number in range(_COMMITS):
         staged = folder / f"staged-{number}"
@@ -223,18 +217,18 @@ def _commits(folder: Path) -> Finding:
         staged.replace(folder / f"final-{number}")
         sync_directory(folder)
     each = (time.monotonic() - began) / _COMMITS
-    found = f"a file is committed (written, synced, renamed) in {1000 * each:.1f} ms"
-    return judged(
-        "commits", found, found if each > _SLOW_COMMIT_S else "",
+    result = f"a file is committed (written, synced, renamed) in {1000 * each:.1f} ms"
+    return make_finding(
+        "commits", result, result if each > _SLOW_COMMIT_S else "",
         f"100,000 slides of 8 files would spend {format_seconds(each * 8e5)} in commits alone: "
         "ask for a file system with faster metadata", "warning",
     )  # fmt: skip
 
 
-def meeting(root: Path, task: int, tasks: int, job: str) -> Finding:
+def meet_other_tasks(root: Path, task: int, tasks: int, job: str) -> Finding:
     """Whether the tasks of one `srun` see each other's commits, and how soon.
 
-    Each task commits a file and waits for those of the others. Call it once a task.
+    Each task commits a file and waits for those of the others. Call it once per task.
     """
     folder = Dataset(root).staging_dir(f"doctor-meeting-{job}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,27 +239,23 @@ def meeting(root: Path, task: int, tasks: int, job: str) -> Finding:
     sync_directory(folder)
     missing = set(range(tasks))
     while missing and time.monotonic() - began < _MEET_WITHIN_S:
-        missing = {one for one in missing if not _reads(folder / str(one), str(one))}
+        missing = {other for other in missing if not _has_text(folder / str(other), str(other))}
         time.sleep(0.05 if missing else 0)
     waited = time.monotonic() - began
     problem = f"files of tasks {sorted(missing)} are not seen here" if missing else ""
-    _leave(folder, task, tasks)
-    return judged(
+    # The last task removes the folder: no file may go while another task still looks for it.
+    (folder / f"{task}.left").touch()
+    if len(list(folder.glob("*.left"))) == tasks:
+        shutil.rmtree(folder, ignore_errors=True)
+    return make_finding(
         "other nodes", f"{tasks} tasks see each other's files ({waited:.1f} s)", problem,
         "the nodes do not share this folder, or cache its names for too long: use a file system "
         "that all nodes mount",
     )  # fmt: skip
 
 
-def _reads(path: Path, text: str) -> bool:
+def _has_text(path: Path, text: str) -> bool:
     try:
         return path.read_text() == text
     except OSError:
         return False
-
-
-def _leave(folder: Path, task: int, tasks: int) -> None:
-    """The last one out removes the folder: nobody's file goes while another still looks."""
-    (folder / f"{task}.left").touch()
-    if len(list(folder.glob("*.left"))) == tasks:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.dataset import Dataset, Entry, FileRecord, read_journal, standing
+from pipeline.dataset import Dataset, Entry, FileRecord, read_journal
+from pipeline.dataset.ledger import current_entries
 from pipeline.tiles.stage import IMPORTED_TILES
 
 _OWNERS = {"tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue"}
@@ -62,11 +63,11 @@ class Inventory:
         stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         return cls(dataset, {stage: read_journal(dataset, stage, outside=True) for stage in stages})
 
-    def standing(self, stage: str) -> Iterator[Entry]:
+    def current(self, stage: str) -> Iterator[Entry]:
         """The entries of a stage that stand, in all its scopes."""
         entries = self.journals.get(stage, [])
         for scope in sorted({entry.scope for entry in entries}):
-            by_slide = standing(entries, scope)
+            by_slide = current_entries(entries, scope)
             for slide_id in sorted(by_slide):
                 yield from by_slide[slide_id]
 
@@ -75,7 +76,7 @@ class Inventory:
         """By path, the standing lines that name it: more than one where stages share a file."""
         found: dict[str, list[Named]] = {}
         for stage in self.journals:
-            for entry in self.standing(stage):
+            for entry in self.current(stage):
                 for record in entry.files:
                     found.setdefault(record.path, []).append(Named(stage, entry, record))
         return found

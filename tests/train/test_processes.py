@@ -15,7 +15,7 @@ from pipeline.dataset import Dataset
 from train import lock
 from train.loop import train
 from train.networks import build_networks
-from train.slurm import first_host, slurm_ranks
+from train.processes import first_host, slurm_variables
 
 
 def free_port() -> int:
@@ -68,14 +68,14 @@ def test_a_mistake_of_several_processes_is_told_once(
 _BREAKS_LATER = """
 import sys
 from common.errors import UserError
-from train import loop
+from train.reporter import Reporter
 from train.__main__ import main
 from common.console import run_door
 
 def damaged(self, batch):
-    if self.ranks.rank == WHO and batch.step == 2:
+    if self.processes.rank == WHO and batch.step == 2:
         raise ERROR
-loop.Training._note_damage = damaged
+Reporter.note_damage = damaged
 run_door(lambda: main(sys.argv[1:]), ("train",))
 """
 
@@ -115,14 +115,14 @@ def test_srun_starts_one_training_of_its_tasks(train_dataset: Dataset, tmp_path:
 
 def test_only_a_step_of_several_tasks_is_several_processes() -> None:
     batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
-    assert slurm_ranks({}) == {}
-    assert slurm_ranks(batch) == {}, "one process of a batch script"
+    assert slurm_variables({}) == {}
+    assert slurm_variables(batch) == {}, "one process of a batch script"
     step = batch | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
-    assert slurm_ranks(step) == {}
+    assert slurm_variables(step) == {}
     step |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
     step |= {"SLURM_STEP_NODELIST": "gpu[07-08]"}
-    assert slurm_ranks(step | {"WORLD_SIZE": "8"}) == {}, "torchrun knows better"
-    assert slurm_ranks(step) == {
+    assert slurm_variables(step | {"WORLD_SIZE": "8"}) == {}, "torchrun knows better"
+    assert slurm_variables(step) == {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
         "MASTER_PORT": "20104",
     }  # fmt: skip
@@ -179,11 +179,11 @@ _SMALL_BUCKETS = """
 import sys
 from functools import partial
 import torch.distributed as dist
-from train import ranks
+from train import processes
 from train.__main__ import main
 
 dist._DEFAULT_FIRST_BUCKET_BYTES = 4096
-ranks.DistributedDataParallel = partial(ranks.DistributedDataParallel, bucket_cap_mb=0.01)
+processes.DistributedDataParallel = partial(processes.DistributedDataParallel, bucket_cap_mb=0.01)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,0 +1,182 @@
+"""The processes that `torchrun` started for one command, or a single one, and their devices."""
+
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from common.errors import UserError
+
+Outcome = TypeVar("Outcome")
+_CPU = torch.device("cpu")
+
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
+"""Words in gloo's plain RuntimeErrors when another process has gone."""
+
+
+class ReportedElsewhereError(Exception):
+    """Ends this process of several: the main one reports the mistake."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, number `rank` of `size`, and the device that it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prepares the work, writes shared files and reports."""
+        return self.rank == 0
+
+    def agree_on_any(self, flags: Sequence[bool | Tensor]) -> list[bool]:
+        """Whether each flag is set on any process; the host waits for the device here."""
+        values = torch.stack(
+            [torch.as_tensor(flag, device=self.device).to(torch.float32) for flag in flags]
+        )
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [value > 0 for value in values.tolist()]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place; on the CPU for gloo, on `device` for nccl."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def on_main(self, work: Callable[[], Outcome]) -> Outcome:
+        """What `work` returns on the main process, on every process; the others wait for it.
+
+        Its `UserError` ends all of them; the others raise `ReportedElsewhereError`.
+        """
+        if self.size == 1:
+            return work()
+        mistake: UserError | None = None
+        results: list[Outcome] = []
+        if self.is_main:
+            try:
+                results.append(work())
+            except UserError as error:
+                mistake = error
+        message = [results]
+        dist.broadcast_object_list(message, src=0)
+        if mistake is not None:
+            raise mistake
+        if not message[0]:
+            raise ReportedElsewhereError
+        return message[0][0]
+
+
+ALONE = Processes()
+"""A single process on the CPU."""
+
+
+@contextmanager
+def joined_processes(
+    device: str,
+    *,
+    setting: str = "--device ",
+    gpu_backend: Literal["gloo", "nccl"] = "gloo",
+    patience: timedelta = timedelta(days=7),
+) -> Iterator[Processes]:
+    """Join the processes that torchrun's environment describes; alone where it describes none.
+
+    `device` and `setting` are those of `choose_device`. Processes on GPUs talk through
+    `gpu_backend`, those on CPUs through gloo, and wait `patience` for each other: generating a
+    large set takes days. An error inside the block ends one of several processes at once.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), setting=setting)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield Processes(device=chosen)
+        return
+    backend = gpu_backend if chosen.type == "cuda" else "gloo"
+    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    try:
+        yield Processes(rank, size, chosen)
+    except BaseException as error:
+        _exit_at_once(error, store, rank)
+    dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0, *, setting: str = "--device ") -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`: the GPU numbered `local_rank` on this machine.
+
+    Raises `UserError` where that GPU is missing; `setting` is how the user chose the device
+    (`--device `, `run.device=`).
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and available == 0):
+        return _CPU
+    if local_rank >= available:
+        raise UserError(
+            f"{setting}{name}: process {local_rank} of this machine needs a GPU, but PyTorch "
+            f"{torch.__version__} sees {available}: set {setting}cpu, start one process per GPU, "
+            "or install a CUDA build of PyTorch with a driver that `nvidia-smi` shows working"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def make_sums_independent_of_threads() -> None:
+    """Make a CPU's matrix products the same bits for any number of threads.
+
+    torchrun gives each of several processes one thread, a single process has all cores: without
+    this a SiT-S/2 in float32 differed between 1 and 2 threads. It is Intel MKL's switch, read at
+    its first product, so call this before any; a value the user has set is kept.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoReturn:
+    """Report an error and end at once, so that torchrun ends the other processes.
+
+    To leave the group in order would wait for processes that are themselves waiting for this one.
+    The first process reports what several meet alike, and what merely follows from another's end
+    is not reported, or it would bury the line that matters.
+    """
+    status = EXIT_FAILURES
+    lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+    if isinstance(error, ReportedElsewhereError):
+        status = EXIT_USAGE
+    elif lost or isinstance(error, dist.DistError):
+        if _is_first(store, "reported"):
+            reason = str(error).splitlines()[0][-200:]
+            stderr.print(f"error: process {rank} lost another process: {reason}", markup=False)
+    else:
+        first = _is_first(store, hashlib.sha256(repr(error).encode()).hexdigest())
+        _is_first(store, "reported")
+        if isinstance(error, UserError | KeyboardInterrupt):
+            status = tell(error) if first else EXIT_USAGE
+        elif first:
+            traceback.print_exception(error)
+    for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+def _is_first(store: dist.Store, key: str) -> bool:
+    """Whether no process has reported the key before; true where the store has gone."""
+    try:
+        return bool(store.add(f"histogen/{key}", 1) == 1)
+    except RuntimeError:  # the process that kept the store has ended
+        return True

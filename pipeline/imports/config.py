@@ -1,0 +1,186 @@
+"""What the kinds of `import`, and `geojson`, are asked for."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import UserError
+from common.options import option, parse_count
+from pipeline.options import (
+    MAX_ARTIFACT,
+    MIN_TISSUE,
+    PNG,
+    RANK_SEED,
+    SELECTIONS,
+    Icc,
+    PngEffort,
+    parse_mpp,
+)
+from pipeline.slides.config import IN_PLACE, ScanConfig, StageIn
+from pipeline.tiles.config import PNG_CODECS
+
+Anchor = Literal["corner", "center"]
+Units = Literal["", "level0", "level", "mpp"]
+
+_ANCHOR = option("what of the tile a position is: its upper left corner, or its centre")
+_DROP_OUTSIDE = option("leave out tiles that are not wholly on their slide (default: refuse)")
+
+
+def _column(of: str, role: str) -> Any:
+    text = f"name of the table's column of {of} (default: the first known name, see docs/import.md)"
+    return field(default="", metadata=option(text, flag=f"--{role}-column", metavar="NAME"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns' names in the table; '' where the synonyms or nothing will do."""
+
+    slide: str = _column("slide names", "slide")
+    x: str = _column("x positions", "x")
+    y: str = _column("y positions", "y")
+    level: str = _column("pyramid levels", "level")
+    mpp: str = _column("µm per pixel", "mpp")
+
+    def as_dict(self) -> dict[str, str]:
+        """By role."""
+        return asdict(self)
+
+
+def parse_named_file(text: str) -> tuple[str, Path]:
+    """The selection's name and the table of `NAME=FILE`.
+
+    >>> parse_named_file("train=train.csv")
+    ('train', PosixPath('train.csv'))
+    """
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise UserError(f"'{text}': expected NAME=FILE, such as train=train.csv")
+    return name, Path(path)
+
+
+@dataclass(frozen=True)
+class CoordinatesConfig:
+    """Which table makes which selection, and how its positions are meant.
+
+    `anchor` says whether (x, y) is a tile's upper left corner or its centre; `drop_outside`
+    leaves out rows that are not wholly on their slide instead of refusing the table.
+    """
+
+    files: tuple[tuple[str, Path], ...] = field(
+        metadata=option(
+            "a CSV or Parquet table and the selection that it becomes; all of them in one call",
+            metavar="NAME=FILE", positional=True, parse=parse_named_file,
+        )
+    )  # fmt: skip
+    columns: Columns = field(default_factory=Columns)
+    units: Units = field(
+        default="",
+        metadata=option("what the coordinates are pixels of (default: as the columns say)"),
+    )
+    anchor: Anchor = field(default="corner", metadata=_ANCHOR)
+    drop_outside: bool = field(default=False, metadata=_DROP_OUTSIDE)
+
+
+@dataclass(frozen=True)
+class H5Config:
+    """The folder, the selection's name, and how tiles are placed in the patches.
+
+    `anchor` "corner" puts a tile's upper left corner on the patch's, "center" their centres on
+    each other.
+    """
+
+    folder: Path = field(
+        metadata=option(
+            "folder of <slide_id>.h5 or <slide_id>_patches.h5", metavar="FOLDER", positional=True
+        )
+    )
+    name: str = field(metadata=option("the selection that they become"))
+    anchor: Anchor = field(default="corner", metadata=_ANCHOR)
+    drop_outside: bool = field(default=False, metadata=_DROP_OUTSIDE)
+
+
+@dataclass(frozen=True)
+class TilesConfig:
+    """Where pictures are and what they are: µm per pixel, size in pixels, what names say."""
+
+    source: Path = field(
+        metadata=option(
+            "folder of <slide>/<tile>.png or .jpeg, at any depth; or a CSV with path and slide",
+            metavar="FOLDER", positional=True,
+        )
+    )  # fmt: skip
+    mpp: float = field(metadata=option("µm per pixel of the pictures", parse=parse_mpp))
+    tile_px: int = field(
+        default=224, metadata=option("side of the pictures in pixels", parse=parse_count)
+    )
+    seed: int = field(default=0, metadata=RANK_SEED)
+    names: Literal["none", "x_y", "col_row"] = field(
+        default="none",
+        metadata=option("what names end in: the corner in pixels, or the cell of the grid"),
+    )
+    crop: bool = field(default=False, metadata=option("take the centre of larger pictures"))
+    icc: Icc = field(default="ignore", metadata=option("srgb: apply a picture's colour profile"))
+    png: PngEffort = field(default="small", metadata=PNG)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that make it this dataset and no other."""
+        from pipeline.dataset import fingerprint_of
+        from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
+        from pipeline.imports.tiles import VERSION
+        from pipeline.tiles.stage import IMPORTED_TILES
+
+        parameters = {
+            "name": IMPORTED_TILES,
+            "version": VERSION,
+            "names": self.names,
+            "crop": self.crop,
+        }
+        return {
+            "mpp": self.mpp,
+            # Nothing is cut, so only `scan` would compare it: it shall find the grid first.
+            "mpp_tolerance": ScanConfig.mpp_tolerance,
+            "tile_px": self.tile_px,
+            "grid": IMPORTED_TILES,
+            "seed": self.seed,
+            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
+            "detector": f"{IMPORTED_TILES} {fingerprint_of(**parameters)}",
+            "detector_parameters": parameters,
+            "resampler": "none",
+            "icc": self.icc,
+            "codec": PNG_CODECS[self.png],
+        }
+
+
+@dataclass(frozen=True)
+class MasksConfig:
+    """The folder of masks, the thresholds of candidates, and what names of classes mean.
+
+    `classes` are texts `NAME=CLASS`, such as `Tumor=tissue` (see `geojson.parse_classes`).
+    """
+
+    folder: Path = field(
+        metadata=option(
+            "folder of <slide_id>.geojson (QuPath) or .png", metavar="FOLDER", positional=True
+        )
+    )
+    min_tissue: float = field(default=0.5, metadata=MIN_TISSUE)
+    max_artifact: float = field(default=0.1, metadata=MAX_ARTIFACT)
+    classes: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "what a class of the annotations is here, such as Tumor=tissue; repeatable",
+            flag="--class", metavar="NAME=CLASS",
+        ),
+    )  # fmt: skip
+    stage_in: StageIn = IN_PLACE
+
+
+@dataclass(frozen=True)
+class CoordinatesExport:
+    """Where to write GeoJSON, and whether tiles go with the masks (of selections, where named)."""
+
+    out: Path | None = field(
+        default=None, metadata=option("folder to write (default: DATASET/geojson)", metavar="DIR")
+    )
+    tiles: bool = field(default=False, metadata=option("with the tiles that were kept"))
+    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)

@@ -1,0 +1,384 @@
+"""Work through bundles of slides: at most one on a worker, until none is left.
+
+A bundle is bound to its worker, so that a slide that kills its worker takes no innocent with it:
+left to itself, Dask may give two to one worker while another restarts, and a death would be
+charged to both. When a slide is given up is decided in `give_up`.
+"""
+
+import itertools
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from common.console import Meter, say
+from common.errors import UserError
+from common.redact import redact
+from common.text import format_seconds, one_line
+from pipeline.dataset import Entry
+from pipeline.dataset.journal import decode_line
+from pipeline.run.cluster import make_scaler
+from pipeline.run.give_up import Attempts
+from pipeline.run.progress import SlideProgress
+from pipeline.run.tasks import (
+    TOPIC,
+    BundleFunction,
+    OneByOne,
+    SlideTask,
+    UnfitWorkerError,
+    run_bundle,
+    sort_dearest_first,
+)
+from pipeline.run.workers import RETURNS_WITHIN_S, EngineConfig, dask_client
+
+_LOOK_AROUND_S = 0.5
+"""How often new and lost workers are looked for while no task ends."""
+_REPORTED_WITHIN_S = 2.0
+"""That a worker died is reported a moment after it is seen to be gone."""
+_HEARTBEAT_S = 30.0
+"""How often a run that goes on says so in its log."""
+
+
+class Observer(Protocol):
+    """What receives everything that happens beside results: a run's log."""
+
+    def begun(self, slide_id: str, worker: str) -> None:
+        """A slide was given to a worker."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something else: a heartbeat, a worker that died or left."""
+
+
+class SilentObserver:
+    """Logs nothing."""
+
+    def begun(self, slide_id: str, worker: str) -> None:
+        """Log nothing."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Log nothing."""
+
+
+def run_tasks(
+    function: Callable[..., Iterable[Entry]],
+    tasks: Sequence[SlideTask],
+    config: EngineConfig,
+    on_entries: Callable[[list[Entry]], None],
+    meter: Meter,
+    observer: Observer | None = None,
+) -> None:
+    """Run `function(*task.arguments)` for every task, the dearest first; see `run_bundles`."""
+    bundles = [[task] for task in sort_dearest_first(tasks)]
+    run_bundles(OneByOne(function), bundles, config, on_entries, meter, observer)
+
+
+def run_bundles(
+    function: BundleFunction,
+    bundles: Sequence[list[SlideTask]],
+    config: EngineConfig,
+    on_entries: Callable[[list[Entry]], None],
+    meter: Meter,
+    observer: Observer | None = None,
+) -> None:
+    """Run `function([task.arguments of a bundle])` for every bundle, in their order.
+
+    The function yields the entries of one slide after another, in the bundle's order;
+    `on_entries` is called here, in the coordinator, as each comes, so that a death costs no slide
+    that was finished. What a killed bundle left undone is tried slide by slide; only a slide that
+    is alone is charged.
+    """
+    if not bundles:
+        return
+    with dask_client(config, len(bundles)) as client:
+        progress = SlideProgress(meter, sum(len(bundle) for bundle in bundles))
+        drain = Drain(
+            client, function, on_entries, progress, observer or SilentObserver(),
+            external=bool(config.scheduler or config.cluster),
+            lifetime_s=config.cluster.lifetime_s if config.cluster else 0.0,
+        )  # fmt: skip
+        check = None
+        if config.cluster:
+            say(
+                f"{config.cluster.system}: jobs: up to {config.cluster.max_jobs}, workers in "
+                f"each: {config.cluster.workers}, logs in {config.cluster.log_dir}"
+            )
+            check = make_scaler(
+                client.cluster, config.cluster, drain.demand, drain.busy, drain.take_names_seen
+            ).check
+        drain.run(bundles, check)
+
+
+@dataclass
+class _Flight:
+    """A bundle on a worker; `received` counts the slides whose entries have arrived.
+
+    `worker_since` is when its worker was first seen, `began` when the slide in progress began.
+    """
+
+    future: Any
+    tasks: list[SlideTask]
+    number: int
+    nanny: str = ""
+    worker: str = ""
+    worker_since: float = 0.0
+    began: float = 0.0
+    received: int = 0
+
+    @property
+    def slide(self) -> SlideTask:
+        """The slide in progress."""
+        return self.tasks[self.received]
+
+    @property
+    def rest(self) -> list[SlideTask]:
+        """The slide in progress and those that wait behind it."""
+        return self.tasks[self.received :]
+
+
+@dataclass
+class _Fleet:
+    """Which workers are there and since when, as the scheduler has it."""
+
+    client: Any
+    since: dict[str, float] = field(default_factory=dict)
+    names_seen: set[str] = field(default_factory=set)
+
+    def look(self, now: float) -> dict[str, Any]:
+        """The workers by address."""
+        workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        self.names_seen |= {str(worker["name"]) for worker in workers.values()}
+        self.since = {address: self.since.get(address, now) for address in workers}
+        return workers
+
+    def youngest_first(self, addresses: Iterable[str]) -> list[str]:
+        """The youngest has the most time left, for what has waited longest."""
+        return sorted(addresses, key=lambda address: (-self.since[address], address))
+
+
+class Drain:
+    """Keeps one bundle on every worker that is there, until none is left."""
+
+    def __init__(
+        self,
+        client: Any,
+        function: BundleFunction,
+        on_entries: Callable[[list[Entry]], None],
+        progress: SlideProgress,
+        observer: Observer,
+        *,
+        external: bool = False,
+        lifetime_s: float = 0.0,
+    ) -> None:
+        """Args as of `run_bundles`.
+
+        `external`: workers are not restarted here, so that a death may be a lost job;
+        `lifetime_s`: after how long workers leave by themselves, 0 where that is unknown.
+        """
+        self._client, self._function = client, function
+        self._on_entries, self._progress, self._observer = on_entries, progress, observer
+        self._external, self._lifetime_s = external, lifetime_s
+        self._waiting: deque[list[SlideTask]] = deque()
+        self._flights: dict[str, _Flight] = {}
+        self._dead: list[tuple[float, _Flight]] = []
+        self._gone_since: dict[str, float] = {}
+        self._attempts: dict[str, Attempts] = {}
+        self._fleet = _Fleet(client)
+        self._numbers = itertools.count()
+        self._heartbeat, self._has_warned = time.monotonic(), False
+        # Dask calls back in its own thread; what changes state is queued for the coordinator's.
+        self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        client.subscribe_topic(TOPIC, self._receive)
+
+    def demand(self) -> int:
+        """How many workers would have something to do."""
+        return len(self._waiting) + len(self._flights) + len(self._dead)
+
+    def busy(self) -> set[str]:
+        """Addresses of the workers that have something to do."""
+        return set(self._flights)
+
+    def take_names_seen(self) -> set[str]:
+        """Names of the workers that were there since the last call."""
+        seen, self._fleet.names_seen = self._fleet.names_seen, set()
+        return seen
+
+    def run(
+        self, bundles: Sequence[list[SlideTask]], check: Callable[[], None] | None = None
+    ) -> None:
+        """Run all bundles, in their order as workers come free; `check` may raise meanwhile."""
+        self._waiting.extend(bundles)
+        while self._waiting or self._flights or self._dead:
+            self._fill_workers()
+            self._log_heartbeat()
+            if check is not None:
+                check()
+            try:
+                action = self._actions.get(timeout=_LOOK_AROUND_S)
+            except queue.Empty:
+                continue
+            action()
+
+    def _log_heartbeat(self) -> None:
+        if time.monotonic() - self._heartbeat >= _HEARTBEAT_S:
+            self._heartbeat = time.monotonic()
+            self._observer.event(
+                "progress", **self._progress.state(), workers=len(self._flights),
+                waiting=len(self._waiting),
+            )  # fmt: skip
+
+    def _receive(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Called in the client's thread: progress counts at once, all else is queued."""
+        message = event[1]
+        if "units" in message:
+            self._progress.report_units(message["slide_id"], message["units"])
+        elif "note" in message:
+            self._actions.put(partial(say, message["note"]))
+        else:
+            self._actions.put(partial(self._take_early, message))
+
+    def _take_early(self, message: dict[str, Any]) -> None:
+        """Entries of one slide of a bundle that goes on; those of a bundle that ended are known."""
+        for flight in self._flights.values():
+            if flight.number == message["bundle"] and flight.received == message["index"]:
+                lines = [decode_line(line) for line in message["lines"]]
+                self._take_entries(flight, [entry for entry in lines if entry is not None])
+
+    def _take_entries(self, flight: _Flight, entries: list[Entry]) -> None:
+        self._on_entries(entries)
+        self._progress.end_slide(flight.slide)
+        flight.received += 1
+        flight.began = time.monotonic()
+
+    def _fill_workers(self) -> None:
+        """Give every free worker a bundle; take back those of workers that left."""
+        now = time.monotonic()
+        workers = self._fleet.look(now)
+        for address in self._left_in_good_order(set(workers), now):
+            self._take_back(self._flights.pop(address), self._gone_since[address])
+        self._judge_deaths({str(worker.get("nanny")) for worker in workers.values()}, now)
+        for address in self._fleet.youngest_first(set(workers) - set(self._flights)):
+            if self._waiting:
+                self._submit(address, workers[address], self._waiting.popleft())
+
+    def _left_in_good_order(self, present: set[str], now: float) -> list[str]:
+        """Workers that are gone though nothing failed (their walltime): no slide is to blame."""
+        gone = {
+            address
+            for address, flight in self._flights.items()
+            if address not in present and not flight.future.done()
+        }
+        self._gone_since = {address: self._gone_since.get(address, now) for address in gone}
+        return [
+            address
+            for address, since in self._gone_since.items()
+            if now - since > _REPORTED_WITHIN_S
+        ]
+
+    def _submit(self, address: str, worker: dict[str, Any], tasks: list[SlideTask]) -> None:
+        name = f"{worker.get('name', '')} {address}"
+        for task in tasks:
+            self._progress.begin_slide(task)
+            self._observer.begun(task.slide_id, name)
+        number = next(self._numbers)
+        future = self._client.submit(
+            run_bundle, self._function, [task.arguments for task in tasks], number, pure=False,
+            retries=0, workers=[address], allow_other_workers=False,
+        )  # fmt: skip
+        self._flights[address] = _Flight(
+            future, tasks, number, str(worker.get("nanny")), name,
+            self._fleet.since[address], time.monotonic(),
+        )  # fmt: skip
+        future.add_done_callback(lambda _: self._actions.put(partial(self._land, address, number)))
+
+    def _land(self, address: str, number: int) -> None:
+        """A bundle has ended: take its entries, or judge what ended it."""
+        flight = self._flights.get(address)
+        if flight is None or flight.number != number:
+            return
+        del self._flights[address]
+        error = flight.future.exception()
+        if error is None:
+            for entries in flight.future.result()[flight.received :]:
+                self._take_entries(flight, entries)
+        elif isinstance(error, UnfitWorkerError):
+            raise UserError(str(error))
+        elif _is_death(error):
+            slide_id = flight.slide.slide_id if flight.rest else ""
+            self._observer.event("worker died", worker=flight.worker, slide=slide_id)
+            if self._external:
+                self._dead.append((time.monotonic() + RETURNS_WITHIN_S, flight))
+            else:
+                self._charge_death(flight)
+        elif len(flight.rest) > 1:
+            self._try_apart(flight)
+        else:
+            text = redact(one_line(error, 10_000))[:200]
+            reason = f"internal error: {type(error).__name__}: {text}"
+            self._take_entries(flight, flight.slide.failed(reason))
+
+    def _judge_deaths(self, nannies: set[str], now: float) -> None:
+        """A worker that died and came back was killed by its slide; a job that ended was not."""
+        for death in self._dead[:]:
+            deadline, flight = death
+            if flight.nanny in nannies:
+                self._charge_death(flight)
+            elif now > deadline:
+                attempts = self._attempts_of(flight.slide).after_job_loss()
+                self._requeue(flight, attempts)
+            else:
+                continue
+            self._dead.remove(death)
+
+    def _charge_death(self, flight: _Flight) -> None:
+        """The worker died and its job goes on: only a slide that was alone with it is charged."""
+        if len(flight.rest) > 1:
+            self._try_apart(flight)
+            return
+        attempts = self._attempts_of(flight.slide)
+        was_alone = len(flight.tasks) == 1
+        self._requeue(flight, attempts.after_death() if was_alone else attempts)
+
+    def _take_back(self, flight: _Flight, gone_since: float) -> None:
+        """What a worker that left has not finished goes back."""
+        flight.future.cancel()
+        slide_id = flight.slide.slide_id
+        self._observer.event("worker left", worker=flight.worker, slide=slide_id)
+        seconds = gone_since - flight.began
+        life_s = self._lifetime_s or gone_since - flight.worker_since
+        attempts = self._attempts_of(flight.slide).after_departure(seconds, life_s)
+        # Once per run: what one slide wastes, others may waste too.
+        if attempts.wasted_a_whole_life and not self._has_warned:
+            self._has_warned = True
+            say(
+                f"{slide_id}: workers ended before it did, up to "
+                f"{format_seconds(attempts.longest_s)} after it began: is the walltime long enough?"
+            )
+        self._requeue(flight, attempts)
+
+    def _requeue(self, flight: _Flight, attempts: Attempts) -> None:
+        """Try again what a flight left unfinished, or fail its slide in progress."""
+        self._attempts[flight.slide.slide_id] = attempts
+        reason = attempts.reason_to_give_up()
+        if not reason:
+            self._waiting.appendleft(flight.rest)
+            return
+        if behind := flight.rest[1:]:
+            self._waiting.appendleft(behind)
+        self._take_entries(flight, flight.slide.failed(reason))
+
+    def _try_apart(self, flight: _Flight) -> None:
+        """Any slide of the bundle may be to blame: each is tried alone."""
+        for task in reversed(flight.rest):
+            self._waiting.appendleft([task])
+
+    def _attempts_of(self, task: SlideTask) -> Attempts:
+        return self._attempts.get(task.slide_id, Attempts())
+
+
+def _is_death(error: BaseException) -> bool:
+    from distributed.scheduler import KilledWorker
+
+    return isinstance(error, KilledWorker)

@@ -1,0 +1,89 @@
+"""How a stage ended: counts, the slides that were not taken and why, what was written where."""
+
+from dataclasses import dataclass, field
+
+from rich.table import Table
+from rich.text import Text
+
+from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
+from common.redact import redact
+from common.text import format_bytes, format_seconds
+from pipeline.dataset import Entry
+
+_ROWS_SHOWN = 40
+
+
+@dataclass
+class Summary:
+    """How a stage ended, slide by slide."""
+
+    stage: str
+    done_slides: set[str] = field(default_factory=set)
+    skipped: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, entry: Entry) -> None:
+        """Count one entry."""
+        if entry.outcome == "rejected":
+            self.rejected.append((entry.slide_id, entry.reason))
+        elif entry.outcome == "failed":
+            row = (entry.slide_id, entry.reason)
+            if self.failed[-1:] != [row]:  # a slide's lines, one per scope, come together
+                self.failed.append(row)
+        else:
+            self.done_slides.add(entry.slide_id)
+        self.files += len(entry.files)
+        self.bytes += sum(record.bytes for record in entry.files)
+        for name, count in entry.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    @property
+    def status(self) -> int:
+        """Exit status: 1 if any slide failed."""
+        return EXIT_FAILURES if self.failed else EXIT_OK
+
+
+def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
+    """Print refused slides with their reasons and the final line; returns the exit status.
+
+    `where` is what the files were written to; `rate_of` is the count to state per second.
+    """
+    _print_reasons(summary)
+    parts = [f"{len(summary.done_slides)} done"]
+    if summary.skipped:
+        parts.append(f"{summary.skipped} already done, nothing to redo")
+    if summary.rejected:
+        parts.append(f"{len(summary.rejected)} rejected")
+    if summary.failed:
+        parts.append(f"{len(summary.failed)} failed")
+    counts = ", ".join(f"{count:,} {name}" for name, count in summary.counts.items())
+    line = f"{summary.stage}: slides: {', '.join(parts)}"
+    if counts:
+        line += f"; {counts}"
+    if summary.files:
+        line += f"; wrote {summary.files} files, {format_bytes(summary.bytes)} to {where}"
+    line += f" in {format_seconds(summary.seconds)}"
+    total = summary.counts.get(rate_of, 0)
+    if total and summary.seconds > 0:
+        line += f" ({total / summary.seconds:.1f} {rate_of}/s)"
+    say(line)
+    return summary.status
+
+
+def _print_reasons(summary: Summary) -> None:
+    rows = [("failed", *row) for row in summary.failed]
+    rows += [("rejected", *row) for row in summary.rejected]
+    if not rows:
+        return
+    table = Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
+    for outcome, slide_id, reason in rows[:_ROWS_SHOWN]:
+        # As plain text: a reason quotes what others wrote, and may contain rich's brackets.
+        table.add_row(Text(slide_id), outcome, Text(redact(reason)))
+    stdout.print(table)
+    if len(rows) > _ROWS_SHOWN:
+        say(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")

@@ -1,0 +1,171 @@
+"""Where tasks run: local processes, batch jobs, or a Dask scheduler that already runs."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.errors import UserError
+from common.text import one_line
+from pipeline.run.cluster import ClusterConfig, open_cluster
+
+RETURNS_WITHIN_S = 60.0
+"""A nanny that is alive has its worker back by then; else the job itself is gone."""
+_STARTS = 3
+_CONNECT_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where tasks run: local processes, batch jobs (`cluster`), or a running Dask scheduler.
+
+    `threads` is what numerical libraries may use inside a local worker: 1 where slides are cut,
+    more where a network runs on a CPU. `array` is (i, n): of all slides, the i-th of n parts.
+    """
+
+    workers: int | None = None
+    scheduler: str = ""
+    threads: int = 1
+    cluster: ClusterConfig | None = None
+    array: tuple[int, int] = (0, 1)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other elements of a job array do the rest."""
+        return self.array[1] > 1
+
+    @property
+    def description(self) -> str:
+        """In a few words, for the log."""
+        if self.cluster:
+            return f"{self.cluster.system}: up to {self.cluster.max_jobs} jobs"
+        if self.scheduler:
+            return f"scheduler {self.scheduler}"
+        part = f", part {self.array[0]} of {self.array[1]}" if self.is_part else ""
+        return f"local, {self.workers or 'all'} workers{part}"
+
+    def includes(self, slide_id: str) -> bool:
+        """Whether a slide is this array element's; it never depends on what is done already."""
+        element, elements = self.array
+        digest = hashlib.blake2b(slide_id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % elements == element
+
+    def job_environment(self) -> dict[str, str]:
+        """The same for a worker in a batch job, which reads Dask's settings from there too."""
+        threads = self.cluster.cores // self.cluster.workers if self.cluster else self.threads
+        variables = replace(self, threads=threads if self.threads > 1 else 1).environment()
+        return variables | {
+            "PYTHONSAFEPATH": "1",
+            "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
+            "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+        }
+
+    def worker_count(self, tasks: int) -> int:
+        """Local workers: as asked, else one a core, never more than tasks."""
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(self.workers or cores, tasks))
+
+    def environment(self) -> dict[str, str]:
+        """Variables that a worker's environment must have before it starts.
+
+        Freed memory goes back to the system above 64 KiB, or a worker keeps its peak for ever.
+        """
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        return {"MALLOC_TRIM_THRESHOLD_": "65536"} | dict.fromkeys(names, str(self.threads))
+
+
+@contextmanager
+def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
+    """A Dask client; a local cluster lives as long as the context."""
+    import dask
+    from distributed import Client
+
+    # Dask's profiler looks at every worker's stack a hundred times a second and keeps an hour.
+    options = {
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.worker.daemon": False,
+        "distributed.worker.profile.enabled": False,
+        "distributed.comm.timeouts.connect": "10s",
+        "distributed.admin.low-level-log-length": 1000,
+        "distributed.deploy.lost-worker-timeout": f"{RETURNS_WITHIN_S}s",
+        "distributed.nanny.pre-spawn-environ": config.environment(),
+    }
+    with dask.config.set(options):
+        if config.cluster:
+            with (
+                open_cluster(config.cluster, config.job_environment()) as cluster,
+                Client(cluster) as client,
+            ):
+                yield client
+            return
+        if config.scheduler:
+            try:
+                client = Client(config.scheduler, timeout=_CONNECT_WITHIN_S)
+            except (OSError, TimeoutError, ValueError) as error:
+                raise UserError(
+                    f"--scheduler {config.scheduler}: no Dask scheduler answers there"
+                ) from error
+            with client:
+                _check_scheduler(client, config.scheduler)
+                yield client
+            return
+        with _local_cluster(config, tasks) as cluster, Client(cluster) as client:
+            yield client
+
+
+def _check_scheduler(client: Any, address: str) -> None:
+    """Refuse a scheduler that would itself wait for a task's dead worker.
+
+    A task is bound to its worker's address, which never comes back: only where no failure is
+    allowed does the engine hear of the death, and can count it.
+    """
+    start = "start it with DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0 in its environment"
+    try:
+        # By value: the scheduler need not have this package.
+        allowed = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.allowed_failures)
+    except Exception as error:
+        reason = one_line(error)
+        raise UserError(
+            f"--scheduler {address}: does not say its allowed-failures ({reason}); {start}, and "
+            "let it run functions"
+        ) from error
+    if allowed != 0:
+        raise UserError(
+            f"--scheduler {address}: its allowed-failures is {allowed}, expected 0, or a slide "
+            f"that kills its worker is begun again for ever; {start}"
+        )
+
+
+def _local_cluster(config: EngineConfig, tasks: int) -> Any:
+    """A local cluster; a worker that is killed while it starts costs another try, not the stage."""
+    from distributed import LocalCluster
+
+    for _ in range(_STARTS):
+        try:
+            return LocalCluster(
+                n_workers=config.worker_count(tasks),
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+                env=config.environment(),
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            reason = one_line(error)
+    raise UserError(
+        f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
+        "Try fewer with --workers"
+    )
+
+
+def count_workers(config: EngineConfig) -> int:
+    """Workers that a running scheduler has now, at least one that is to come.
+
+    Raises `UserError` where no scheduler answers.
+    """
+    with dask_client(config, 0) as client:
+        return max(1, len(client.scheduler_info(n_workers=-1)["workers"]))

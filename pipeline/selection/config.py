@@ -1,0 +1,170 @@
+"""What `select`, `plan-cohort` and `curate` are asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common.options import option, parse_count
+from pipeline.options import SELECTIONS
+
+Share = Literal["tiles", "slides"]
+
+_STRATIFY = option(
+    "what the budget is divided among", choices=("site", "project", "project+site", "none")
+)
+_SHARE = option("whether a stratum's share is that of its candidate tiles or of its slides")
+_COVER = option(
+    "what a hold-out covers: project, site (in proportion), site=N (at least N)",
+    metavar="LIST", separator=",",
+)  # fmt: skip
+_SAMPLE_TYPES = option(
+    "TCGA sample types to take, such as 01,06 (default: all)", metavar="LIST", separator=","
+)
+_MIN_CANDIDATES = option(
+    "leave out slides with fewer candidate tiles", metavar="N", parse=parse_count
+)
+_FROZEN = option("take frozen sections as well")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which slides of a cohort are eligible; `sample_types` () takes all."""
+
+    sample_types: tuple[str, ...] = field(default=(), metadata=_SAMPLE_TYPES)
+    min_candidates: int = field(default=1, metadata=_MIN_CANDIDATES)
+    frozen: bool = field(default=False, metadata=_FROZEN)
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """What a selection is to be; `tiles` None takes all there is.
+
+    Pool `train` is every rank above the validation reserve, `reserve` the reserve, `all` both.
+    `hold_out` chooses that many slides by whole patients and takes tiles of them alone, covering
+    what `cover` names (`project`, `site`, `site=N`). `parent` draws from the rows of another
+    selection, `deny` leaves out the ranks of those deny-lists, `split` splits the rows into
+    several disjoint selections of `tiles` each, named <name>-<part>.
+    """
+
+    name: str = field(metadata=option("the selection's name", is_optional=True))
+    tiles: int | None = field(
+        default=None, metadata=option("number of tiles (default: all there are)", parse=parse_count)
+    )
+    stratify: str = field(default="site", metadata=_STRATIFY)
+    pool: Literal["train", "reserve", "all"] = field(
+        default="train",
+        metadata=option("ranks above the validation reserve, the reserve itself, or both"),
+    )
+    share: Share = field(default="tiles", metadata=_SHARE)
+    hold_out: int | None = field(
+        default=None,
+        metadata=option(
+            "hold out about so many slides by whole patients, and take tiles of those",
+            metavar="SLIDES", parse=parse_count,
+        ),
+    )  # fmt: skip
+    cover: tuple[str, ...] = field(default=(), metadata=_COVER)
+    parent: str = field(
+        default="",
+        metadata=option("draw from that selection's tiles", flag="--from", metavar="NAME"),
+    )
+    deny: tuple[str, ...] = field(
+        default=(),
+        metadata=option("leave out the tiles of deny-lists", metavar="LIST", separator=","),
+    )
+    split: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "split into disjoint sets NAME-<part> of --tiles each, e.g. conditioning,reference",
+            metavar="LIST", separator=",",
+        ),
+    )  # fmt: skip
+    sample_types: tuple[str, ...] = field(default=(), metadata=_SAMPLE_TYPES)
+    min_candidates: int = field(default=1, metadata=_MIN_CANDIDATES)
+    frozen: bool = field(default=False, metadata=_FROZEN)
+
+    @property
+    def rules(self) -> Rules:
+        """Which slides are eligible."""
+        return Rules(self.sample_types, self.min_candidates, self.frozen)
+
+    @property
+    def names(self) -> list[str]:
+        """The selections that are written."""
+        return [f"{self.name}-{part}" for part in self.split] or [self.name]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to plan for a cohort: budgets in tiles, the hold-out in slides.
+
+    `candidates` is the simulated number of candidate tiles in all. The first of `train` is also
+    what guidance is drawn from.
+    """
+
+    train: tuple[int, ...] = field(
+        default=(40_000_000, 108_000_000),
+        metadata=option(
+            "a training budget; may be given several times", metavar="TILES", parse=parse_count
+        ),
+    )
+    val_tiles: int = field(
+        default=100_000, metadata=option("tiles of val-in and val-out each", parse=parse_count)
+    )
+    guidance: int = field(default=100_000, metadata=option("tiles of guidance", parse=parse_count))
+    hold_out: int = field(
+        default=1012,
+        metadata=option(
+            "slides to hold out, by whole patients", metavar="SLIDES", parse=parse_count
+        ),
+    )
+    cover: tuple[str, ...] = field(default=("project", "site"), metadata=_COVER)
+    candidates: int = field(
+        default=125_000_000,
+        metadata=option(
+            "candidate tiles to simulate in all, where the list states none", parse=parse_count
+        ),
+    )
+    stratify: str = field(default="site", metadata=_STRATIFY)
+    share: Share = field(default="tiles", metadata=_SHARE)
+    rules: Rules = field(default_factory=Rules)
+    seed: int = field(default=0, metadata=option("seed of all draws"))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", tuple(sorted(set(self.train))))
+
+    def select(self, name: str, tiles: int, **more: Any) -> SelectConfig:
+        """One selection's configuration, as `select` would have it."""
+        return SelectConfig(
+            name, tiles, self.stratify, share=self.share, sample_types=self.rules.sample_types,
+            min_candidates=self.rules.min_candidates, frozen=self.rules.frozen, **more,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Labels, the features to classify by, and what becomes of the selections.
+
+    `name` is that of the deny-list; a selection S is cleaned as S-<name>. `selections` () takes
+    all that were drawn without a deny-list. `usable_recall` is the share (0 to 1) of usable
+    labelled tiles that the threshold keeps.
+    """
+
+    labels: Path = field(
+        metadata=option("columns slide_id, rank, label (usable or artifact)", metavar="CSV")
+    )
+    encoder: str = field(
+        metadata=option("whose cached CLS features to use", flag="--features", metavar="ENCODER")
+    )
+    name: str = field(
+        default="curated",
+        metadata=option("name of the deny-list; selection S is cleaned as S-NAME"),
+    )
+    view: str = field(
+        default="", metadata=option("preprocessing view of the features (default: none)")
+    )
+    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
+    folds: int = field(default=5, metadata=option("folds of the cross-validation"))
+    usable_recall: float = field(
+        default=0.99, metadata=option("share of usable tiles to keep", flag="--recall")
+    )

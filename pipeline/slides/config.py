@@ -1,0 +1,147 @@
+"""What `scan` is asked for, and how slides are fetched."""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import UserError
+from common.options import number_within, option, parse_count, parse_count_or_zero, parse_seconds
+from pipeline.options import RANK_SEED, parse_mpp
+from pipeline.slides.readers import reader_choices
+
+PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
+JOB_SCRATCH = "$SLURM_TMPDIR"
+"""The default scratch folder, where the batch system gives one."""
+Resampler = Literal["area", "lanczos", "bicubic"]
+
+_parse_tolerance = number_within(0.0, 0.3, "a relative tolerance from 0 to 0.3")
+
+
+@dataclass(frozen=True)
+class StageIn:
+    """How slides are fetched; without a command they are read where they are.
+
+    In `command`, {uri} is the slide as the table names it, {id} the part before its last '/' (the
+    UUID of a row of a GDC manifest), {name} the part after it, {dest} the file to write and {dir}
+    its folder. It is run without a shell. `scratch` is a local folder, $NAMES in it are the
+    worker's; each slide has a folder there while it is in use. `retries` fetches are tried after
+    the first, with doubling pauses.
+    """
+
+    command: str = field(
+        default="",
+        repr=False,  # Dask logs the arguments of what raises
+        metadata=option(
+            "fetch each slide to local scratch with this command, delete it after; also {id} "
+            "(before the last / of the uri), {name}, {dir}",
+            flag="--stage-in", metavar="'CMD {uri} {dest}'",
+        ),
+    )  # fmt: skip
+    scratch: str = field(
+        default=JOB_SCRATCH,
+        metadata=option(
+            "local folder for fetched slides, inside the dataset where that variable is not set; "
+            "$NAMES are the worker's",
+            metavar="DIR",
+        ),
+    )
+    retries: int = field(
+        default=3,
+        metadata=option(
+            "fetches to try after the first one failed", flag="--stage-in-retries", metavar="N",
+            parse=parse_count_or_zero,
+        ),
+    )  # fmt: skip
+    timeout_s: float = field(
+        default=3600.0,
+        metadata=option(
+            "seconds after which a fetch is given up", flag="--stage-in-timeout", metavar="S",
+            parse=parse_seconds,
+        ),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.command and not any("{dest}" in p or "{dir}" in p for p in self._parts()):
+            raise UserError(
+                f"--stage-in '{self.command}': expected a command that writes the file {{dest}} "
+                "or into the folder {dir}, such as 'cp {uri} {dest}'"
+            )
+
+    def argv(self, uri: str, dest: Path) -> list[str]:
+        """The command for one slide, as a list of arguments.
+
+        >>> StageIn("cp {uri} {dest}").argv("store/a.svs", Path("/tmp/a.svs"))
+        ['cp', 'store/a.svs', '/tmp/a.svs']
+        """
+        values = {
+            "{uri}": uri, "{id}": uri.rpartition("/")[0], "{name}": dest.name,
+            "{dest}": str(dest), "{dir}": str(dest.parent),
+        }  # fmt: skip
+        # In one pass, since a slide's name may itself have braces.
+        return [
+            re.sub(r"\{\w+\}", lambda match: values.get(match[0], match[0]), part)
+            for part in self._parts()
+        ]
+
+    def _parts(self) -> list[str]:
+        try:
+            return shlex.split(self.command)
+        except ValueError as error:
+            raise UserError(f"--stage-in '{self.command}': {error}") from error
+
+
+IN_PLACE = StageIn()
+"""Slides are read where they are."""
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """What to scan, and the resolution (µm per pixel) and size (pixels) of the tiles."""
+
+    inputs: tuple[str, ...] = field(
+        metadata=option(
+            "folders, files, globs, a CSV with a path column, or a GDC manifest",
+            metavar="SLIDES", positional=True,
+        )
+    )  # fmt: skip
+    mpp: float = field(default=0.5, metadata=option("target µm per pixel", parse=parse_mpp))
+    mpp_tolerance: float = field(
+        default=0.02,
+        metadata=option(
+            "how far, relatively, a tile's resolution may be from the target",
+            parse=_parse_tolerance,
+        ),
+    )
+    tile_px: int = field(default=224, metadata=option("tile side in pixels", parse=parse_count))
+    seed: int = field(default=0, metadata=RANK_SEED)
+    assume_mpp: float | None = field(
+        default=None, metadata=option("µm per pixel where a slide states none", parse=parse_mpp)
+    )
+    reader: str = field(
+        default="auto",
+        metadata=option(
+            "auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
+            choices=reader_choices,
+        ),
+    )
+    sha256: bool = field(default=False, metadata=option("recognise slides by their sha256"))
+    stage_in: StageIn = IN_PLACE
+
+    def identity(self) -> dict[str, Any]:
+        """The values that make it this dataset and no other."""
+        from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
+
+        return {
+            "mpp": self.mpp,
+            "mpp_tolerance": self.mpp_tolerance,
+            "tile_px": self.tile_px,
+            "grid": "adjacent",
+            "seed": self.seed,
+            "reserve_per_candidates": RESERVE_PER_CANDIDATES,
+        }
+
+    def parameters(self) -> dict[str, Any]:
+        """What a scanned row depends on in addition to the slide's bytes."""
+        return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}

@@ -1,0 +1,70 @@
+"""What `tile` is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.options import option, parse_count
+from pipeline.options import PNG, SELECTIONS, Icc, PngEffort
+from pipeline.slides.config import IN_PLACE, Resampler, StageIn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+PNG_CODECS = {"small": "png", "fast": "png-fast"}
+"""The codec in a dataset's identity, by the effort of `--png`."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Which selections to write tiles for (all, where none is named), and how.
+
+    `tile_px` requests larger tiles around the same ranks: the centre of each is the tile of the
+    dataset's size, what is beyond the slide is white. `spool` is a folder for tiles that wait, by
+    default inside the dataset.
+    """
+
+    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
+    resampler: Resampler = field(
+        default="area",
+        metadata=option("how pixels are resampled; area is the mean over each pixel's footprint"),
+    )
+    icc: Icc = field(
+        default="ignore", metadata=option("srgb: apply the slide's colour profile to its tiles")
+    )
+    format: Literal["png", "zarr"] = field(
+        default="png", metadata=option("shards as tar files of PNG, or as Zarr arrays")
+    )
+    png: PngEffort = field(default="small", metadata=PNG)
+    tile_px: int | None = field(
+        default=None,
+        metadata=option(
+            "side in pixels of larger tiles around the same ranks (default: the dataset's)",
+            parse=parse_count,
+        ),
+    )
+    spool: str = field(
+        default="",
+        metadata=option("folder where tiles wait (default: in the dataset)", metavar="DIR"),
+    )
+    stage_in: StageIn = IN_PLACE
+
+    @property
+    def codec(self) -> str:
+        """The name under which the identity knows the tiles' encoding."""
+        from pipeline.dataset.tiles.zarr_shard import CODEC
+
+        return CODEC if self.format == "zarr" else PNG_CODECS[self.png]
+
+    def identity(self) -> dict[str, Any]:
+        """The values that make it this dataset and no other."""
+        return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
+
+    def encoder(self) -> Callable[["npt.NDArray[np.uint8]"], bytes]:
+        """From an RGB tile uint8 [h, w, 3] to its lossless bytes."""
+        from pipeline.dataset import encode_png
+        from pipeline.dataset.tiles.zarr_shard import encode_chunk
+
+        return encode_chunk if self.format == "zarr" else partial(encode_png, effort=self.png)
