@@ -100,6 +100,7 @@ def make_pair(
     device: str = "cpu",
 ) -> FeaturePair:
     """Two sides as features with the slides and patients of their rows."""
+    # Generated rows are labelled by the slides of the tiles that guided them.
     slides = generated.slides()
     labelled = guidance if generated.is_generated else generated.dataset
     return FeaturePair(
@@ -122,6 +123,7 @@ def _paired_sources(
     generated: FeatureSide, real: FeatureSide, guidance: Dataset
 ) -> tuple[Features | None, str | None]:
     store = real.store
+    # Sources are compared with generated tiles, so their features must be made alike.
     if guidance.root != real.dataset.root:
         view, tile_px = str(store.record.get("view", "")), int(store.record["tile_px"])
         store = open_store(guidance, "NAME", store.encoder, view=view, tile_px=tile_px)
@@ -142,6 +144,7 @@ def real_halves(
     half = count // 2
     if half < least_rows(settings):
         return None
+    # Seeded by the selection: the same tiles always have the same halves.
     random = np.random.default_rng(int(real.selection.content_hash[:16], 16))
     orders = [
         random.permutation(count)

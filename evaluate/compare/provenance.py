@@ -57,6 +57,7 @@ def mean_blockiness(
     """
     if tile_px < 32:
         return None
+    # A fixed sample, in the order of slides: each shard is opened once.
     sample = np.sort(source_order(selection.rows, selection.content_hash)[:_BLOCKINESS_TILES])
     store = TileStore(dataset, tile_px)
     slides = np.searchsorted(selection.offsets, sample, side="right") - 1

@@ -111,6 +111,7 @@ def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
     A slide without an entry is its own patient; its other attributes are ''.
     """
     known = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
+    # One look-up per slide, not per tile.
     names, member = np.unique(slides, return_inverse=True)
     values = [
         known.get(str(name)) or (str(name) if attribute == "patient" else "") for name in names
@@ -167,6 +168,7 @@ def _read_sources(side: FeatureSide) -> SourceTiles | None:
         picked = table.take(rows)
         names.extend(picked["source_slide_id"].to_pylist())
         ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+    # A dataset is guided as a whole: one image without a source means none has one.
     if None in names:
         return None
     return SourceTiles(np.array(names, dtype=np.str_), np.concatenate(ranks))
@@ -184,6 +186,7 @@ def source_features(
         return None, f"no cosine to source tiles: {foreign}"
     rows = np.empty((len(sources.slides), generated.features.shape[1]), np.float32)
     try:
+        # Each slide is read once, whatever the order of the images.
         for name in np.unique(sources.slides):
             where = np.flatnonzero(sources.slides == name)
             rows[where] = store.read(str(name), sources.ranks[where])

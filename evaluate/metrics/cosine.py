@@ -103,6 +103,7 @@ def cosine_similarity(
     refuse_zero_rows(sources, "real")
     refuse_zero_rows(images, "generated")
     values = _paired(sources, images)
+    # The real set's mean: what all tissue shares, and would make any two tiles similar.
     centre = np.concatenate([b.sum(axis=0)[None] for b in chunks(sources)]).sum(0) / len(sources)
     pool = random_subset(len(sources), min(retrieval_pool, len(sources)), seed)
     return CosineSimilarity(
@@ -137,6 +138,7 @@ def _paired(
 
 def _derangement(n: int, seed: int) -> NDArray[np.int64]:
     """A random permutation of 0..n-1 that leaves nothing in place: one random cycle."""
+    # A random order read as a cycle: each row is paired with the one before it.
     cycle = np.random.RandomState(seed).permutation(n)
     partner = np.empty(n, dtype=np.int64)
     partner[cycle] = np.roll(cycle, 1)
@@ -152,6 +154,7 @@ def _retrieval_at_1(sources: NDArray[np.float64], images: NDArray[np.float64]) -
     for start in range(0, n, _BLOCK_ROWS):
         rows = np.arange(start, min(start + _BLOCK_ROWS, n))
         similarity = images[rows].astype(np.float32) @ gallery
+        # The source itself is no rival.
         similarity[rows - start, rows] = -np.inf
         rival[rows] = similarity.max(axis=1)
     for row in np.flatnonzero(np.abs(rival - to_source) < _NEAR_TIE):

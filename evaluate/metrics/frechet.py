@@ -109,6 +109,7 @@ def frechet_distance(
                 f"max_generated is {max_generated}, but a Fréchet distance needs at least 2 rows"
             )
         generated_rows = generated_rows[random_subset(len(generated_rows), max_generated, seed)]
+    # Sums in float64 in one pass: no copy of the features in that precision.
     first, second = Moments.of(real_rows), Moments.of(generated_rows)
     warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
         generated_rows, "generated"
@@ -137,6 +138,7 @@ def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
     with l the eigenvalues of the covariance S: the mean term's share and, by the second-order
     expansion of the covariance term, the covariances' own noise.
     """
+    # Rounding leaves a singular covariance with eigenvalues just below zero.
     spectrum = eigenvalues[eigenvalues > 0]
     if not len(spectrum):
         return 0.0
@@ -179,6 +181,7 @@ class FrechetReference:
         covariance = generated.covariance
         difference = self._moments.mean - generated.mean
         traces = float(np.trace(self._covariance) + np.trace(covariance))
+        # The cheap route first; where it cannot promise the accuracy, singular values decide.
         root = None
         if self._graded is not None and not self._few(generated, rows):
             root = _trace_by_eigenvalues(*self._graded, covariance)
@@ -237,6 +240,7 @@ def _trace_by_eigenvalues(
     if not product.size:
         return 0.0
     eigenvalues = _eigenvalues(product)
+    # The diagonal, in the order of the eigenvalues, is the scale at which each of them errs.
     scale = np.sort(np.maximum(np.diag(product), 0.0))
     error = np.finfo(np.float64).eps * np.maximum(scale, np.finfo(np.float64).tiny)
     roots = np.sqrt(np.maximum(eigenvalues, error))

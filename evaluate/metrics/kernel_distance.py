@@ -114,6 +114,7 @@ def kid(
         raise UserError(
             f"subsets is {subsets} and subset_size {subset_size}, expected at least 1 and 2"
         )
+    # Equal sizes on both sides, or the estimate would weigh the smaller set more.
     size = min(subset_size, len(first), len(second))
     random = np.random.RandomState(seed)
     values = np.empty(subsets)
@@ -241,6 +242,7 @@ def _within(rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare) -> tup
         diagonal = float(np.trace(square))
         on += diagonal
         off += float(square.sum()) - diagonal
+        # The kernel is symmetric: blocks below the diagonal are those above it.
         later = _blocks(rows[number * _BLOCK_ROWS :], prepare)
         off += 2 * sum(float(kernel(block, other).sum()) for other in later)
     return off, on
@@ -264,6 +266,7 @@ def _squared_distances(a: Rows, b: Rows) -> Rows:
 def _median_distance(rows: NDArray[np.floating], seed: int, prepare: Prepare) -> float:
     if len(rows) > _MEDIAN_ROWS:
         rows = rows[np.random.RandomState(seed).choice(len(rows), _MEDIAN_ROWS, replace=False)]
+    # Each pair once: the diagonal's zeros would lower the median.
     upper = np.triu_indices(len(rows), k=1)
     ready = prepare(rows)
     return float(np.median(np.sqrt(_squared_distances(ready, ready)[upper])))

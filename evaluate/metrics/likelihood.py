@@ -139,24 +139,31 @@ def feature_likelihood_divergence(
         raise UserError(f"train features: {len(train_rows)} rows, this metric needs at least 4")
     if constant_features(train_rows).all():
         raise UserError("train features are all constant: no likelihood can be fitted to copies")
+    # All rows are scaled by the test set alone, so that every model is seen in the same space.
     normalise = _Normaliser(test_rows, dtype, device)
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
-    if mode != "gap":
-        baseline = fits.baseline(seeds, baseline)
+    baseline = None if mode == "gap" else fits.baseline(seeds, baseline)
     first, values = None, []
     for seed in seeds:
         draw = fits.draw(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
         first = first or (mixture.memorisation(), draw.generated)
-        values.append(_value(mode, mixture, fits, 0.0 if baseline is None else baseline.nll[seed]))
+        nll = mixture.nll(fits.test if mode == "test" else fits.train)
+        # The gap needs no baseline: it compares train and test rows under the same mixture.
+        compared = mixture.nll(fits.test) if baseline is None else baseline.nll[seed]
+        values.append(100 * (nll - compared))
     assert first is not None
+    warnings = normalise.warnings
+    if max(np.abs(values)) > _SUSPICIOUS:
+        cause = "features far from the real ones" if mode == "train" else "copies of train rows"
+        warnings += (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         values=tuple(values),
         seeds=tuple(seeds),
         mode=mode,
-        baseline=None if mode == "gap" else baseline,
+        baseline=baseline,
         memorisation=first[0],
         memorisation_rows=first[1],
         n_train=len(train_rows),
@@ -164,7 +171,7 @@ def feature_likelihood_divergence(
         n_generated=len(first[1]),
         dim=fits.train.shape[1],
         dtype=dtype,
-        warnings=normalise.warnings + _value_warnings(values, mode),
+        warnings=warnings,
     )
 
 
@@ -190,9 +197,10 @@ class _Normaliser:
         moments = Moments.of(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings = (_DROPPED.format(count=dropped),) if dropped else ()
+        self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
+        # In chunks: a float64 copy of all rows would double the memory.
         scaled = torch.empty((len(rows), len(self._mean)), dtype=self._dtype)
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
@@ -221,6 +229,7 @@ class _Fits:
         self._centres = min(self._used, len(train) // 2)
 
     def draw(self, seed: int) -> _Draw:
+        # One stream for all four, in this order: the same seed gives the authors' numbers.
         random, n = np.random.RandomState(seed), len(self.train)
         everything = np.arange(self._n_generated)
         capped = self._used < self._n_generated
@@ -234,6 +243,7 @@ class _Fits:
     def baseline(
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
+        # A baseline of other rows would shift the value without a trace.
         fingerprint = self._fingerprint()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
@@ -259,19 +269,6 @@ class _Fits:
             )
             digest.update(rows.cpu().numpy().data)
         return digest.hexdigest()
-
-
-def _value(mode: str, mixture: Mixture, fits: _Fits, baseline_nll: float) -> float:
-    if mode == "gap":
-        return 100 * (mixture.nll(fits.train) - mixture.nll(fits.test))
-    return 100 * (mixture.nll(fits.train if mode == "train" else fits.test) - baseline_nll)
-
-
-def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
-    if max(np.abs(values)) <= _SUSPICIOUS:
-        return ()
-    cause = "copies of train rows" if mode != "train" else "features far from the real ones"
-    return (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
 
 
 def likelihood_result(

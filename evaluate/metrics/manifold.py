@@ -118,6 +118,7 @@ def precision_recall(
     """
     first, second = checked_pair(real, generated)
     _refuse_arguments(k, semantics, len(first), len(second))
+    # Both sets are centred on one point near the data: lengths, and so errors, stay small.
     centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
     real_rows, generated_rows = (
         ScreenedRows(first, centre, device),
@@ -176,6 +177,7 @@ class _Balls:
         ball, point = in_sets(found, block, by_columns)
         slack = error * (self._side.squares[ball] + self._points.squares[point])
         beyond = squared[found].double() - self._squared[ball]
+        # Well inside counts at once; what the error leaves open is decided in float64.
         surely = beyond < -slack
         self._counts += torch.bincount(point[surely], minlength=len(self._points))
         doubtful = ~surely & (beyond <= slack)
@@ -232,6 +234,7 @@ class _Realism:
             return
         ratio = squared[rows].sub_(3 * error * self._generated.squares[j])
         ratio.mul_(self._weights[i][rows, None])
+        # Columns without any bound yet get one from their best ball in this block.
         unseen = self._best[j].isinf()
         if bool(unseen.any()):
             column = torch.arange(len(unseen), device=unseen.device)
@@ -311,8 +314,10 @@ class _CrossPass:
             )
             by_row = open_pairs(squared, row_limits[:, None])
             by_column = open_pairs(squared, column_limits)
+            # A coarse screen that leaves much open costs more than a finer one.
             if len(by_row[0]) + len(by_column[0]) <= many:
                 break
+        # Five readers share the block: balls of both sets, nearest rows both ways, realism.
         self.real_balls.update(by_row, squared, (i, j), error)
         self._to_generated.update(by_row, squared, (i, j), error, tighten=not seeded_i)
         self.generated_balls.update(by_column, squared, (i, j), error, by_columns=True)

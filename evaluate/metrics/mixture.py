@@ -89,6 +89,7 @@ def _fit(
             scale = (second / (1 - _BETA2**step)).sqrt_().add_(_EPSILON)
             s -= _LEARNING_RATE / (1 - _BETA1**step) * first / scale
             s[:-1].clamp_(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+        # The authors' rule: stop when the last epochs' losses are within a two-thousandth.
         history.append(sum(losses) / len(losses))
         recent = history[-_PATIENCE:]
         if epoch >= _FIRST_STOP and max(abs(recent[-1] - loss) for loss in recent) < _SETTLED:
@@ -109,6 +110,7 @@ def _loss_and_gradient(
         near = squared[block].to(s.device)
         scores = torch.addcmul(constant, near, scale)
         origin = origin_squared[block] * origin_scale + origin_constant
+        # The largest score is taken out first, so that no exponential overflows.
         top = torch.maximum(scores.amax(dim=1), origin)
         scores.sub_(top[:, None]).exp_()
         origin.sub_(top).exp_()
@@ -174,6 +176,7 @@ def _squared_block(rows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """
     lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)
     squared = torch.addmm(lengths, rows, centres.T, alpha=-2)
+    # Where the product cancels more than half of the digits, the difference decides.
     doubtful = squared < math.sqrt(torch.finfo(rows.dtype).eps) * lengths
     i, j = (index.cpu().numpy() for index in doubtful.nonzero(as_tuple=True))
     if len(i):

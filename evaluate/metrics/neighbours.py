@@ -226,6 +226,7 @@ class Nearest:
         query, base = in_sets(found, block, by_columns)
         slack = error * (self._queries.squares[query] + self._base.squares[base])
         lower = squared[found] - slack
+        # Bounds have tightened since the limits were computed for the block.
         near = lower <= self._upper[query, -1]
         query, base, lower = query[near], base[near], lower[near]
         self._pool.append((query, base, lower))
@@ -236,6 +237,7 @@ class Nearest:
             self._shrink()
 
     def _tighten(self, query: torch.Tensor, upper: torch.Tensor) -> None:
+        # Per query the k smallest of the new bounds, merged with the k known ones.
         lower_than = upper < self._upper[query, -1]
         query, upper = query[lower_than], upper[lower_than]
         order = upper.argsort()
@@ -253,6 +255,7 @@ class Nearest:
     def _shrink(self) -> None:
         """Drop what was overtaken; if that is little, decide, and keep each query's k nearest."""
         query, base = self._near_pairs()
+        # Many ties (duplicated images) would fill the pool for ever.
         if len(query) > _POOL_PAIRS // 2:
             rows, indices, squared = self._decided(query, base)
             device = self._upper.device
@@ -279,6 +282,7 @@ class Nearest:
         Where a query has fewer pairs its last indices are -1, at infinite distance.
         """
         squared = exact_pairs(self._queries.exact, query, self._base.exact, base)
+        # By query, then by distance, equal distances by row number: ties have one order.
         order = np.lexsort((base, squared, query))
         rows, first, counts = np.unique(query[order], return_index=True, return_counts=True)
         rank = np.arange(len(order)) - np.repeat(first, counts)

@@ -151,6 +151,7 @@ def _subsample(
     reference = FrechetReference(Moments.of(real), real)
     values = np.empty(draws)
     for draw in range(draws):
+        # Sorted, so that memory is read in order; the set of rows is the same.
         rows = generated[np.sort(random.choice(n, size, replace=False))]
         values[draw] = sum(reference.terms(Moments.of(rows), rows))
     widening = 1 / np.sqrt(1 - size / n)
@@ -171,6 +172,7 @@ def _cluster(
     weights = side.draw(draws, random)
     real_weights = None if other is None else other.draw(draws, random)
     values = np.empty(draws)
+    # Covariances of many draws at once share one pass over the clusters, within 2 GB.
     group = max(1, _DRAW_BYTES // (8 * real.shape[1] ** 2 * (1 if other is None else 2)))
     for start in range(0, draws, group):
         part = slice(start, start + group)
@@ -192,6 +194,7 @@ def _result(
     size: int | None = None,
     n_clusters: int | None = None,
 ) -> FrechetBootstrap:
+    # Draws give the width, the centre is given: repeated rows raise a draw's distance.
     std = float(values.std(ddof=1))
     low, high = centre + widening * (np.quantile(values, _QUANTILES) - values.mean())
     return FrechetBootstrap(
@@ -224,6 +227,7 @@ class _ClusteredRows:
         self.n_clusters = len(names)
         if self.n_clusters < 2:
             raise UserError(f"{name} clusters: all rows have one label, expected 2 or more")
+        # Sorted by cluster, each cluster is one slice.
         self._rows = rows[np.argsort(member, kind="stable")]
         self._stops = np.cumsum(self._counts)
         # Second moments are taken about the common mean, so that nothing large cancels.

@@ -70,8 +70,10 @@ def mind(
     first, second = (
         x if len(x) == n else x[random_subset(len(x), n, seed)] for x in (first, second)
     )
+    # Normal vectors scaled to length 1 are uniform on the sphere.
     axes = np.random.RandomState(seed).standard_normal((directions, d))
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    # As many directions at a time as their projections fit in 256 MB.
     width = max(1, _BLOCK_BYTES // (8 * n))
     squared = np.concatenate(
         [

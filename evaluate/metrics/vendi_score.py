@@ -41,6 +41,7 @@ def vendi(features: ArrayLike) -> VendiScore:
     rows = checked_features(features, "given", min_rows=1, any_scale=True)
     n, d = rows.shape
     refuse_zero_rows(rows, "given")
+    # The smaller of the two products has the same non-zero eigenvalues.
     if n <= d:
         unit = unit_rows(rows)
         gram = unit @ unit.T
@@ -50,6 +51,7 @@ def vendi(features: ArrayLike) -> VendiScore:
             unit = unit_rows(block)
             gram += unit.T @ unit
     eigenvalues = np.linalg.eigvalsh(gram / n)
+    # Zero eigenvalues add nothing to the entropy, and rounding makes some of them negative.
     shares = eigenvalues[eigenvalues > np.finfo(np.float64).eps]
     entropy = -float((shares * np.log(shares)).sum())
     return VendiScore(value=float(np.exp(max(entropy, 0.0))), n=n, dim=d)
