@@ -31,31 +31,31 @@ class Command:
     formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _run_generate(options: argparse.Namespace) -> int:
     from evaluate.generate.command import generate_command
 
     return generate_command(options)
 
 
-def _figure(options: argparse.Namespace) -> int:
+def _run_figure(options: argparse.Namespace) -> int:
     from evaluate.figures.command import figure_command
 
     return figure_command(options)
 
 
-def _measure(options: argparse.Namespace) -> int:
+def _run_measure(options: argparse.Namespace) -> int:
     from evaluate.compare.command import measure_command
 
     return measure_command(config_from_options(MeasureConfig, options))
 
 
-def _protocol(options: argparse.Namespace) -> int:
+def _run_protocol(options: argparse.Namespace) -> int:
     from evaluate.protocols.command import protocol_command
 
     return protocol_command(options, options.arguments)
 
 
-def _report(options: argparse.Namespace) -> int:
+def _run_report(options: argparse.Namespace) -> int:
     from evaluate.report.command import report_command
 
     return report_command(config_from_options(ReportConfig, options))
@@ -63,7 +63,7 @@ def _report(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": Command(
-        _generate,
+        _run_generate,
         add_generate_options,
         "make a synthetic dataset with a model",
         "Make a synthetic dataset with a model. The same command goes on where an interrupted one "
@@ -71,20 +71,20 @@ COMMANDS = {
         argparse.ArgumentDefaultsHelpFormatter,
     ),
     "figure": Command(
-        _figure,
+        _run_figure,
         add_figure_options,
         "draw a figure of generated tiles",
         "Draw a figure of generated tiles, as PNG and PDF.",
     ),
     "measure": Command(
-        _measure,
+        _run_measure,
         partial(add_config_options, config=MeasureConfig),
         "compare a synthetic dataset with a real one",
         "Compare a synthetic dataset with a real one, from the CLS features that `python -m "
         "pipeline cache` made of both.",
     ),
     "protocol": Command(
-        _protocol,
+        _run_protocol,
         add_protocol_options,
         "run one of the paper's protocols",
         "Run one of the paper's protocols: make the images and features that are missing, "
@@ -92,7 +92,7 @@ COMMANDS = {
         "interrupted one stopped.",
     ),
     "report": Command(
-        _report,
+        _run_report,
         partial(add_config_options, config=ReportConfig),
         "write a page that shows the results",
         "Write one HTML page that contains everything it shows and needs no network.",
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; a protocol's key=value texts may come before and after them."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
@@ -143,7 +143,7 @@ def _refuse_many_processes(command: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
+    options = parse_arguments(given)
     options.arguments = given
     if options.command != "generate" and not getattr(options, "generate", None):
         _refuse_many_processes(options.command)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from common.errors import UserError
-from evaluate.compare.results import SCHEMA_VERSION, hardware, warning
+from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, warning
 from evaluate.compare.sides import (
     Features,
     FeatureSide,
@@ -87,7 +87,7 @@ def measure(
         + metric_warnings([("", metrics), ("real halves", halves or {})], warnings),
         "seconds": round(time.monotonic() - started, 3),
         "versions": software_versions("torch", "numpy", "scipy"),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
     }
 
 
@@ -106,15 +106,15 @@ def make_pair(
     return FeaturePair(
         real.features,
         generated.features,
-        clusters=None if slides is None else _clusters(labelled, slides),
-        real_clusters=_clusters(real.dataset, real.own_slides),
+        clusters=None if slides is None else _cluster_labels(labelled, slides),
+        real_clusters=_cluster_labels(real.dataset, real.row_slides),
         train=None if train is None else train.features,
         sources=sources,
         device=device,
     )
 
 
-def _clusters(dataset: Dataset, slides: Labels) -> dict[str, Labels]:
+def _cluster_labels(dataset: Dataset, slides: Labels) -> dict[str, Labels]:
     """The slide and the patient of each row, which resampling draws as wholes."""
     return {"slide": slides, "patient": slide_attribute(dataset, slides, "patient")}
 

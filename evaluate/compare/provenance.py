@@ -88,7 +88,7 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
         ThreadPoolExecutor(_DECODERS, "decode") as pool,
         meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
     ):
-        blocks = _blocks(selection)
+        blocks = _selected_blocks(selection)
         # A few blocks per thread at a time: the pool would read all of a selection ahead.
         while batch := list(islice(blocks, 4 * _DECODERS)):
             for tiles in pool.map(lambda block: store.read(*block), batch):
@@ -98,7 +98,7 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
     return digest.hexdigest()
 
 
-def _blocks(selection: Selection) -> Iterator[tuple[str, list[int]]]:
+def _selected_blocks(selection: Selection) -> Iterator[tuple[str, list[int]]]:
     for slide_id, ranks in selection.items():
         for block in np.unique(ranks // BLOCK_ROWS):
             yield slide_id, ranks[ranks // BLOCK_ROWS == block].tolist()

@@ -75,7 +75,7 @@ def read_results(path: Path) -> Record:
     return Record(results, str(path))
 
 
-def hardware() -> dict[str, object]:
+def describe_hardware() -> dict[str, object]:
     """The machine in a few words: processor, cores, GPU."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpu": gpu}

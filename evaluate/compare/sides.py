@@ -74,7 +74,7 @@ class FeatureSide:
         }
 
     @cached_property
-    def own_slides(self) -> Labels:
+    def row_slides(self) -> Labels:
         """The slide of each row."""
         counts = np.diff(self.selection.offsets)
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
@@ -87,7 +87,7 @@ class FeatureSide:
     def slides(self) -> Labels | None:
         """The real slide that each row is of or was made from; None where there is none."""
         if not self.is_generated:
-            return self.own_slides
+            return self.row_slides
         return None if self.sources is None else self.sources.slides
 
     @cached_property

@@ -102,7 +102,7 @@ def cosine_similarity(
         raise UserError(f"retrieval_pool is {retrieval_pool}, expected at least 2")
     refuse_zero_rows(sources, "real")
     refuse_zero_rows(images, "generated")
-    values = _paired(sources, images)
+    values = _pair_cosines(sources, images)
     # The real set's mean: what all tissue shares, and would make any two tiles similar.
     centre = np.concatenate([b.sum(axis=0)[None] for b in chunks(sources)]).sum(0) / len(sources)
     pool = random_subset(len(sources), min(retrieval_pool, len(sources)), seed)
@@ -110,8 +110,10 @@ def cosine_similarity(
         mean=float(values.mean()),
         std=float(values.std(ddof=1)),
         values=values,
-        null_mean=float(_paired(sources, images, order=_derangement(len(sources), seed)).mean()),
-        centred_mean=float(_paired(sources, images, centre).mean()),
+        null_mean=float(
+            _pair_cosines(sources, images, order=_draw_derangement(len(sources), seed)).mean()
+        ),
+        centred_mean=float(_pair_cosines(sources, images, centre).mean()),
         retrieval_at_1=_retrieval_at_1(unit_rows(sources[pool]), unit_rows(images[pool])),
         retrieval_pool=len(pool),
         n=len(values),
@@ -119,7 +121,7 @@ def cosine_similarity(
     )
 
 
-def _paired(
+def _pair_cosines(
     first: NDArray[np.floating],
     second: NDArray[np.floating],
     centre: NDArray[np.float64] | float = 0.0,
@@ -136,7 +138,7 @@ def _paired(
     return result
 
 
-def _derangement(n: int, seed: int) -> NDArray[np.int64]:
+def _draw_derangement(n: int, seed: int) -> NDArray[np.int64]:
     """A random permutation of 0..n-1 that leaves nothing in place: one random cycle."""
     # A random order read as a cycle: each row is paired with the one before it.
     cycle = np.random.RandomState(seed).permutation(n)

@@ -84,7 +84,7 @@ def frechet_infinity(
     """
     real_rows, generated_rows = checked_pair(real, generated)
     n, d = generated_rows.shape
-    sizes = _sizes(n, points, smallest)
+    sizes = _subset_sizes(n, points, smallest)
     order = np.random.RandomState(seed).permutation(n)
     reference = FrechetReference(Moments.of(real_rows), real_rows)
     # Each subset has the rows of the one before: only the new ones are added to its moments.
@@ -93,7 +93,7 @@ def frechet_infinity(
         moments.update(generated_rows[order[start:stop]])
         # Of at most d rows the covariance is singular: the rows themselves are its factor.
         rows = generated_rows[order[:stop]] if stop <= d else None
-        values.append(sum(reference.terms(moments, rows)))
+        values.append(sum(reference.distance_terms(moments, rows)))
     slope, intercept = np.polyfit(1 / sizes, values, 1)
     counts = {"smallest": int(sizes[0]), "n_real": len(real_rows), "dim": d}
     doubts = {_NOT_LINEAR: sizes[0] <= d, _BIASED: len(real_rows) <= d, _NEGATIVE: intercept < 0}
@@ -109,7 +109,7 @@ def frechet_infinity(
     )
 
 
-def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
+def _subset_sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
     if n < _MIN_ROWS:
         raise UserError(
             f"generated features: {n} rows, but a line through distances of 3 sizes needs at "

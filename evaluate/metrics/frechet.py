@@ -114,7 +114,7 @@ def frechet_distance(
     warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
         generated_rows, "generated"
     )
-    return _distance(first, second, (real_rows, generated_rows), warnings)
+    return _measure_moments(first, second, (real_rows, generated_rows), warnings)
 
 
 def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDistance:
@@ -128,7 +128,7 @@ def frechet_distance_of_moments(real: Moments, generated: Moments) -> FrechetDis
             f"real moments have {real.dim} dimensions, generated {generated.dim}: "
             f"compare features of one encoder and one feature definition"
         )
-    return _distance(real, generated, (None, None), ())
+    return _measure_moments(real, generated, (None, None), ())
 
 
 def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
@@ -158,19 +158,23 @@ class FrechetReference:
         """
         self._moments, self._rows = real, rows
         self._covariance = real.covariance
-        self._graded = None if self._few(real, rows) else _graded_cholesky(self._covariance)
+        self._graded = (
+            None if self._has_few_rows(real, rows) else _graded_cholesky(self._covariance)
+        )
 
     @cached_property
-    def _spectrum(self) -> Matrix:
+    def _scaled_spectrum(self) -> Matrix:
         # Its sums are needed to a few digits only: float32 will do.
-        return _eigenvalues((self._covariance / _largest(self._covariance)).astype(np.float32))
+        return _ascending_eigenvalues(
+            (self._covariance / _largest_variance(self._covariance)).astype(np.float32)
+        )
 
     def noise_floor(self, n_generated: int) -> float:
         """See `expected_noise`, of the real spectrum."""
-        floor = expected_noise(self._spectrum, self._moments.n, n_generated)
-        return floor * _largest(self._covariance)
+        floor = expected_noise(self._scaled_spectrum, self._moments.n, n_generated)
+        return floor * _largest_variance(self._covariance)
 
-    def terms(
+    def distance_terms(
         self, generated: Moments, rows: NDArray[np.floating] | None = None
     ) -> tuple[float, float]:
         """The mean and the covariance term of the distance to the generated moments.
@@ -183,10 +187,10 @@ class FrechetReference:
         traces = float(np.trace(self._covariance) + np.trace(covariance))
         # The cheap route first; where it cannot promise the accuracy, singular values decide.
         root = None
-        if self._graded is not None and not self._few(generated, rows):
+        if self._graded is not None and not self._has_few_rows(generated, rows):
             root = _trace_by_eigenvalues(*self._graded, covariance)
         if root is None:
-            product = self._factor.T @ _factor(generated, covariance, rows)
+            product = self._real_factor.T @ _covariance_factor(generated, covariance, rows)
             root = float(np.linalg.svd(product, compute_uv=False).sum())
         covariance_term = traces - 2 * root
         # Rounding alone may leave it just below zero; more than that is a fault, not a number.
@@ -197,22 +201,22 @@ class FrechetReference:
         return float(difference @ difference), max(covariance_term, 0.0)
 
     @cached_property
-    def _factor(self) -> Matrix:
-        return _factor(self._moments, self._covariance, self._rows)
+    def _real_factor(self) -> Matrix:
+        return _covariance_factor(self._moments, self._covariance, self._rows)
 
     @staticmethod
-    def _few(moments: Moments, rows: NDArray[np.floating] | None) -> bool:
+    def _has_few_rows(moments: Moments, rows: NDArray[np.floating] | None) -> bool:
         return rows is not None and moments.n <= moments.dim
 
 
-def _distance(
+def _measure_moments(
     real: Moments,
     generated: Moments,
     rows: tuple[NDArray[np.floating], NDArray[np.floating]] | tuple[None, None],
     warnings: tuple[str, ...],
 ) -> FrechetDistance:
     reference = FrechetReference(real, rows[0])
-    mean_term, covariance_term = reference.terms(generated, rows[1])
+    mean_term, covariance_term = reference.distance_terms(generated, rows[1])
     return FrechetDistance(
         value=mean_term + covariance_term,
         mean_term=mean_term,
@@ -236,10 +240,10 @@ def _trace_by_eigenvalues(
     reduction to tridiagonal form from there errs in each place relative to its own scale. None
     where even those errors could exceed the accuracy promised: the product is singular.
     """
-    product = _congruent(lower, covariance[np.ix_(pivots, pivots)])
+    product = _congruent_product(lower, covariance[np.ix_(pivots, pivots)])
     if not product.size:
         return 0.0
-    eigenvalues = _eigenvalues(product)
+    eigenvalues = _ascending_eigenvalues(product)
     # The diagonal, in the order of the eigenvalues, is the scale at which each of them errs.
     scale = np.sort(np.maximum(np.diag(product), 0.0))
     error = np.finfo(np.float64).eps * np.maximum(scale, np.finfo(np.float64).tiny)
@@ -247,7 +251,7 @@ def _trace_by_eigenvalues(
     return float(roots.sum()) if (error / (2 * roots)).sum() < _ACCURACY * roots.sum() else None
 
 
-def _congruent(lower: Matrix, symmetric: Matrix) -> Matrix:
+def _congruent_product(lower: Matrix, symmetric: Matrix) -> Matrix:
     """``L^T S L``; where L is a whole triangle, its zeros are not multiplied."""
     if lower.shape[0] != lower.shape[1]:
         return lower.T @ (symmetric @ lower)
@@ -256,17 +260,19 @@ def _congruent(lower: Matrix, symmetric: Matrix) -> Matrix:
     return np.asarray(multiply(1.0, lower, half, side=0, lower=1, trans_a=1, overwrite_b=1))
 
 
-def _eigenvalues(symmetric: NDArray[np.floating]) -> Matrix:
+def _ascending_eigenvalues(symmetric: NDArray[np.floating]) -> Matrix:
     """In ascending order. Torch's LAPACK takes two thirds of the time of numpy's."""
     return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).double().numpy()
 
 
-def _largest(covariance: Matrix) -> float:
+def _largest_variance(covariance: Matrix) -> float:
     """The largest variance, a scale at which float32 neither over- nor underflows; never 0."""
     return float(np.max(np.diag(covariance))) or 1.0
 
 
-def _factor(moments: Moments, covariance: Matrix, rows: NDArray[np.floating] | None) -> Matrix:
+def _covariance_factor(
+    moments: Moments, covariance: Matrix, rows: NDArray[np.floating] | None
+) -> Matrix:
     """Some F ``[d, r]`` with ``F F^T`` the covariance: the centred rows where they are few."""
     if rows is not None and moments.n <= moments.dim:
         return np.asarray((rows.astype(np.float64) - moments.mean).T / np.sqrt(moments.n - 1))

@@ -123,7 +123,7 @@ def kid(
             x[random.choice(len(x), size, replace=False)].astype(np.float64)
             for x in (first, second)
         )
-        values[draw] = _kernel_sums(a, b, _cubic).unbiased(size, size)
+        values[draw] = _kernel_sums(a, b, _cubic_kernel).unbiased_distance(size, size)
     std = float(values.std(ddof=1)) if subsets > 1 else None
     return KernelInceptionDistance(
         value=float(values.mean()),
@@ -173,7 +173,7 @@ def mmd(
     if unit_norm:
         refuse_zero_rows(first, "real")
         refuse_zero_rows(second, "generated")
-    prepare = unit_rows if unit_norm else _widened
+    prepare = unit_rows if unit_norm else _to_float64
     width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):
         raise UserError(
@@ -181,13 +181,13 @@ def mmd(
             f"where most real rows are copies)"
         )
 
-    def gaussian(a: Rows, b: Rows) -> Rows:
+    def gaussian_kernel(a: Rows, b: Rows) -> Rows:
         return np.exp(_squared_distances(a, b) / (-2 * width**2))
 
-    sums = _kernel_sums(first, second, gaussian, prepare)
+    sums = _kernel_sums(first, second, gaussian_kernel, prepare)
     return MaximumMeanDiscrepancy(
-        value=sums.unbiased(len(first), len(second)),
-        biased=max(0.0, sums.biased(len(first), len(second))),
+        value=sums.unbiased_distance(len(first), len(second)),
+        biased=max(0.0, sums.biased_distance(len(first), len(second))),
         sigma=width,
         n_real=len(first),
         n_generated=len(second),
@@ -195,7 +195,7 @@ def mmd(
     )
 
 
-def _widened(rows: NDArray[np.floating]) -> Rows:
+def _to_float64(rows: NDArray[np.floating]) -> Rows:
     return rows.astype(np.float64)
 
 
@@ -209,11 +209,11 @@ class _KernelSums:
     real_diagonal: float
     generated_diagonal: float
 
-    def unbiased(self, n: int, m: int) -> float:
+    def unbiased_distance(self, n: int, m: int) -> float:
         within = self.real / (n * (n - 1)) + self.generated / (m * (m - 1))
         return within - 2 * self.across / (n * m)
 
-    def biased(self, n: int, m: int) -> float:
+    def biased_distance(self, n: int, m: int) -> float:
         real, generated = self.real + self.real_diagonal, self.generated + self.generated_diagonal
         return real / n**2 + generated / m**2 - 2 * self.across / (n * m)
 
@@ -222,38 +222,42 @@ def _kernel_sums(
     first: NDArray[np.floating],
     second: NDArray[np.floating],
     kernel: Kernel,
-    prepare: Prepare = _widened,
+    prepare: Prepare = _to_float64,
 ) -> _KernelSums:
     """All pairs in blocks; `prepare` makes float64 of each, so that no set is copied whole."""
     (real, real_diagonal), (generated, generated_diagonal) = (
-        _within(rows, kernel, prepare) for rows in (first, second)
+        _sums_within(rows, kernel, prepare) for rows in (first, second)
     )
     across = sum(
-        float(kernel(a, b).sum()) for a in _blocks(first, prepare) for b in _blocks(second, prepare)
+        float(kernel(a, b).sum())
+        for a in _row_blocks(first, prepare)
+        for b in _row_blocks(second, prepare)
     )
     return _KernelSums(real, generated, across, real_diagonal, generated_diagonal)
 
 
-def _within(rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare) -> tuple[float, float]:
+def _sums_within(
+    rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare
+) -> tuple[float, float]:
     """The sum off the diagonal, whose symmetric half is not computed, and on it."""
     off, on = 0.0, 0.0
-    for number, block in enumerate(_blocks(rows, prepare), start=1):
+    for number, block in enumerate(_row_blocks(rows, prepare), start=1):
         square = kernel(block, block)
         diagonal = float(np.trace(square))
         on += diagonal
         off += float(square.sum()) - diagonal
         # The kernel is symmetric: blocks below the diagonal are those above it.
-        later = _blocks(rows[number * _BLOCK_ROWS :], prepare)
+        later = _row_blocks(rows[number * _BLOCK_ROWS :], prepare)
         off += 2 * sum(float(kernel(block, other).sum()) for other in later)
     return off, on
 
 
-def _blocks(rows: NDArray[np.floating], prepare: Prepare) -> Iterator[Rows]:
+def _row_blocks(rows: NDArray[np.floating], prepare: Prepare) -> Iterator[Rows]:
     starts = range(0, len(rows), _BLOCK_ROWS)
     return (prepare(rows[start : start + _BLOCK_ROWS]) for start in starts)
 
 
-def _cubic(a: Rows, b: Rows) -> Rows:
+def _cubic_kernel(a: Rows, b: Rows) -> Rows:
     base = a @ b.T / a.shape[1] + 1
     return base * base * base
 

@@ -142,10 +142,10 @@ def feature_likelihood_divergence(
     # All rows are scaled by the test set alone, so that every model is seen in the same space.
     normalise = _Normaliser(test_rows, dtype, device)
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
-    baseline = None if mode == "gap" else fits.baseline(seeds, baseline)
+    baseline = None if mode == "gap" else fits.complete_baseline(seeds, baseline)
     first, values = None, []
     for seed in seeds:
-        draw = fits.draw(seed)
+        draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
         first = first or (mixture.memorisation(), draw.generated)
         nll = mixture.nll(fits.test if mode == "test" else fits.train)
@@ -228,7 +228,7 @@ class _Fits:
         self._n_generated, self._used = n_generated, min(n_generated, max_generated)
         self._centres = min(self._used, len(train) // 2)
 
-    def draw(self, seed: int) -> _Draw:
+    def draw_orders(self, seed: int) -> _Draw:
         # One stream for all four, in this order: the same seed gives the authors' numbers.
         random, n = np.random.RandomState(seed), len(self.train)
         everything = np.arange(self._n_generated)
@@ -240,11 +240,11 @@ class _Fits:
             random.choice(n - self._centres, n - self._centres, replace=False),
         )
 
-    def baseline(
+    def complete_baseline(
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
         # A baseline of other rows would shift the value without a trace.
-        fingerprint = self._fingerprint()
+        fingerprint = self._hash_inputs()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
                 "the baseline given is of other train or test features, row counts or dtype; "
@@ -255,13 +255,13 @@ class _Fits:
         return LikelihoodBaseline(nll, fingerprint)
 
     def _baseline_nll(self, seed: int) -> float:
-        draw = self.draw(seed)
+        draw = self.draw_orders(seed)
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
         return Mixture(self.train[centres], fitted_to).nll(self.test)
 
-    def _fingerprint(self) -> str:
+    def _hash_inputs(self) -> str:
         digest = hashlib.sha256()
         for rows in (self.train, self.test):
             digest.update(

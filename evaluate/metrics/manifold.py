@@ -128,8 +128,10 @@ def precision_recall(
         neighbours_within(real_rows, k),
         neighbours_within(generated_rows, k),
     )
-    cross = _CrossPass(real_rows, generated_rows, real_neighbours, generated_neighbours).run()
-    return _collect(cross, real_neighbours, generated_neighbours, semantics)
+    cross = _CrossPass(
+        real_rows, generated_rows, real_neighbours, generated_neighbours
+    ).run_blocks()
+    return _collect_result(cross, real_neighbours, generated_neighbours, semantics)
 
 
 def _refuse_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
@@ -159,12 +161,12 @@ class _Balls:
         self._counts = torch.zeros(len(points), dtype=torch.int64, device=side.device)
         self._on_surface = np.zeros(len(points), dtype=bool)
 
-    def limits(self, span: slice, error: float) -> torch.Tensor:
+    def open_limits(self, span: slice, error: float) -> torch.Tensor:
         """What a block distance to these balls' centres may be and still be within, float32."""
         squared = self._squared[span].float()
         return squared + error * (3 * self._side.squares[span] + 2 * squared)
 
-    def update(
+    def add_pairs(
         self,
         found: Pairs,
         squared: torch.Tensor,
@@ -182,9 +184,9 @@ class _Balls:
         self._counts += torch.bincount(point[surely], minlength=len(self._points))
         doubtful = ~surely & (beyond <= slack)
         if bool(doubtful.any()):
-            self._decide(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
+            self._decide_exactly(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
 
-    def _decide(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
+    def _decide_exactly(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
         # A ball of radius 0 contains nothing and touches copies only; one such touch is enough.
         useful = (self._exact[balls] > 0) | ~self._on_surface[points]
         balls, points = balls[useful], points[useful]
@@ -198,7 +200,7 @@ class _Balls:
         """How many open balls contain each point."""
         return self._counts.cpu().numpy()
 
-    def covers(self, semantics: str) -> NDArray[np.bool_]:
+    def covered_points(self, semantics: str) -> NDArray[np.bool_]:
         """Which points are in a ball, by the rule of `semantics` for its surface."""
         inside = self.count_balls() > 0
         return inside | self._on_surface if semantics == "kynkaanniemi" else inside
@@ -223,7 +225,7 @@ class _Realism:
         self._best = torch.full((len(generated),), torch.inf, device=real.device)
         self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def update(self, i: slice, j: slice, squared: torch.Tensor, error: float) -> None:
+    def add_block(self, i: slice, j: slice, squared: torch.Tensor, error: float) -> None:
         """Take in a block of the real rows i and the generated rows j.
 
         A block distance is at most ``D + error (|x|^2 + |g|^2)`` with ``|x|^2`` at most
@@ -238,11 +240,11 @@ class _Realism:
         unseen = self._best[j].isinf()
         if bool(unseen.any()):
             column = torch.arange(len(unseen), device=unseen.device)
-            self._bound(rows[ratio.argmin(dim=0)] + i.start, column, j, squared, i, error)
+            self._bound_ratios(rows[ratio.argmin(dim=0)] + i.start, column, j, squared, i, error)
         row, column = open_pairs(ratio, self._best[j] * (1 + 2 * error))
-        self._pool.append(self._bound(rows[row] + i.start, column, j, squared, i, error))
+        self._pool.append(self._bound_ratios(rows[row] + i.start, column, j, squared, i, error))
 
-    def _bound(
+    def _bound_ratios(
         self,
         ball: torch.Tensor,
         column: torch.Tensor,
@@ -258,7 +260,7 @@ class _Realism:
         self._best.scatter_reduce_(0, point, (found + slack) * weight, "amin")
         return ball, point, (found - slack) * weight
 
-    def finish(self, nearest: Neighbours) -> NDArray[np.float64]:
+    def find_ratios(self, nearest: Neighbours) -> NDArray[np.float64]:
         """The ratios ``[n_generated]``, infinite for a copy of a row whose ball is small."""
         copied = ((nearest.distances == 0) & self._small[nearest.indices]).any(axis=1)
         realism = np.where(copied, np.inf, 0.0)
@@ -290,27 +292,29 @@ class _CrossPass:
         self._to_real = Nearest(generated, real, k)
         self._to_generated = Nearest(real, generated, k)
 
-    def run(self) -> "_CrossPass":
-        for i in self._real.spans():
-            left = self._real.left(i)
-            for j in self._generated.spans():
-                self._block(left, i, j)
-        self.nearest_real = self._to_real.finish()
-        self.nearest_generated = self._to_generated.finish()
-        self.realism = self._realism.finish(self.nearest_real)
+    def run_blocks(self) -> "_CrossPass":
+        for i in self._real.tile_spans():
+            left = self._real.left_factor(i)
+            for j in self._generated.tile_spans():
+                self._read_block(left, i, j)
+        self.nearest_real = self._to_real.find_nearest()
+        self.nearest_generated = self._to_generated.find_nearest()
+        self.realism = self._realism.find_ratios(self.nearest_real)
         return self
 
-    def _block(self, left: torch.Tensor, i: slice, j: slice) -> None:
-        right, many = self._generated.right(j), MANY * (i.stop - i.start + j.stop - j.start)
+    def _read_block(self, left: torch.Tensor, i: slice, j: slice) -> None:
+        right, many = self._generated.right_factor(j), MANY * (i.stop - i.start + j.stop - j.start)
         for screen in self._real.screens:
-            squared, error = screen.product(left, right), screen.error
-            seeded_i = not j.start and self._to_generated.seed(i, squared, j, error)
-            seeded_j = not i.start and self._to_real.seed(j, squared.T.contiguous(), i, error)
+            squared, error = screen.squared_distances(left, right), screen.error
+            seeded_i = not j.start and self._to_generated.seed_bounds(i, squared, j, error)
+            seeded_j = not i.start and self._to_real.seed_bounds(
+                j, squared.T.contiguous(), i, error
+            )
             row_limits = torch.maximum(
-                self.real_balls.limits(i, error), self._to_generated.limits(i, error)
+                self.real_balls.open_limits(i, error), self._to_generated.open_limits(i, error)
             )
             column_limits = torch.maximum(
-                self.generated_balls.limits(j, error), self._to_real.limits(j, error)
+                self.generated_balls.open_limits(j, error), self._to_real.open_limits(j, error)
             )
             by_row = open_pairs(squared, row_limits[:, None])
             by_column = open_pairs(squared, column_limits)
@@ -318,16 +322,16 @@ class _CrossPass:
             if len(by_row[0]) + len(by_column[0]) <= many:
                 break
         # Five readers share the block: balls of both sets, nearest rows both ways, realism.
-        self.real_balls.update(by_row, squared, (i, j), error)
-        self._to_generated.update(by_row, squared, (i, j), error, tighten=not seeded_i)
-        self.generated_balls.update(by_column, squared, (i, j), error, by_columns=True)
-        self._to_real.update(
+        self.real_balls.add_pairs(by_row, squared, (i, j), error)
+        self._to_generated.add_pairs(by_row, squared, (i, j), error, tighten=not seeded_i)
+        self.generated_balls.add_pairs(by_column, squared, (i, j), error, by_columns=True)
+        self._to_real.add_pairs(
             by_column, squared, (i, j), error, by_columns=True, tighten=not seeded_j
         )
-        self._realism.update(i, j, squared, error)
+        self._realism.add_block(i, j, squared, error)
 
 
-def _collect(
+def _collect_result(
     cross: _CrossPass, real_neighbours: Neighbours, generated_neighbours: Neighbours, semantics: str
 ) -> PrecisionRecall:
     n, k = real_neighbours.indices.shape
@@ -335,8 +339,8 @@ def _collect(
     authentic = nearest.distances[:, 0] > real_neighbours.distances[nearest.indices[:, 0], 0]
     covered = cross.nearest_generated.distances[:, 0] < cross.real_balls.radii
     return PrecisionRecall(
-        precision=float(cross.real_balls.covers(semantics).mean()),
-        recall=float(cross.generated_balls.covers(semantics).mean()),
+        precision=float(cross.real_balls.covered_points(semantics).mean()),
+        recall=float(cross.generated_balls.covered_points(semantics).mean()),
         density=float(cross.real_balls.count_balls().mean() / k),
         coverage=float(covered.mean()),
         authenticity=float(authentic.mean()),

@@ -170,7 +170,7 @@ class MetricPlot:
     alt: str
     caption: str
 
-    def drawer(self, result: Record) -> "Callable[[Axes], None]":
+    def bind_result(self, result: Record) -> "Callable[[Axes], None]":
         """What draws this result on axes."""
         return lambda axes: self.draw(axes, result)
 

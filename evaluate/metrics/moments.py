@@ -66,16 +66,16 @@ class Moments:
         for block in chunks(array):
             mean = block.mean(axis=0)
             block -= mean
-            self._join(len(block), mean, block.T @ block)
+            self._join_block(len(block), mean, block.T @ block)
         return self
 
     def merge(self, other: Moments) -> Self:
         """Take in all the rows that `other` has seen."""
         self._check_dim(other.dim)
-        self._join(other.n, other.mean, other.scatter)
+        self._join_block(other.n, other.mean, other.scatter)
         return self
 
-    def _join(self, n: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
+    def _join_block(self, n: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
         if n == 0:
             return
         total = self.n + n

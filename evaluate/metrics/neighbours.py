@@ -39,7 +39,7 @@ class Screen:
     precision: str
     error: float
 
-    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def squared_distances(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """``left right^T`` float32; the user's setting is restored afterwards."""
         if self.precision == "bfloat16":
             return (left.bfloat16() @ right.bfloat16().T).float()
@@ -51,7 +51,7 @@ class Screen:
             torch.set_float32_matmul_precision(before)
 
 
-def screens(dim: int, device: torch.device) -> list[Screen]:
+def choose_screens(dim: int, device: torch.device) -> list[Screen]:
     """The screens that pay for rows of this dimension, coarsest first.
 
     Float32 sums err like sqrt(d) eps; four times that is beyond what any order of summation
@@ -104,12 +104,12 @@ class ScreenedRows:
     def __init__(self, rows: Rows, centre: NDArray[np.float64], device: str = "cpu") -> None:
         self.exact = rows
         self.device = torch.device(device)
-        self.screens = screens(rows.shape[1], self.device)
+        self.screens = choose_screens(rows.shape[1], self.device)
         self._centre = centre.astype(np.float32)
         self._resident: torch.Tensor | None = None
         if self.device.type != "cpu":
-            self._resident = torch.cat([self._centred(span) for span in self.spans()])
-        squares = [self._centred(span).square_().sum(dim=1) for span in self.spans()]
+            self._resident = torch.cat([self._centred_tile(span) for span in self.tile_spans()])
+        squares = [self._centred_tile(span).square_().sum(dim=1) for span in self.tile_spans()]
         self.squares = torch.cat(squares)
 
     def __len__(self) -> int:
@@ -120,30 +120,30 @@ class ScreenedRows:
         """The features' dimension."""
         return self.exact.shape[1]
 
-    def spans(self) -> list[slice]:
+    def tile_spans(self) -> list[slice]:
         """The tiles' row ranges."""
         return [slice(a, min(a + _TILE, len(self))) for a in range(0, len(self), _TILE)]
 
-    def left(self, span: slice) -> torch.Tensor:
+    def left_factor(self, span: slice) -> torch.Tensor:
         """``[-2 x, |x|^2, 1]``, so that the product with `right` is the squared distance."""
-        tile = self._widened(span)
+        tile = self._widened_tile(span)
         tile[:, : self.dim].mul_(-2)
         tile[:, self.dim : -3] = _in_three(self.squares[span])
         return tile
 
-    def right(self, span: slice) -> torch.Tensor:
+    def right_factor(self, span: slice) -> torch.Tensor:
         """``[y, 1, |y|^2]``."""
-        tile = self._widened(span)
+        tile = self._widened_tile(span)
         tile[:, -3:] = _in_three(self.squares[span])
         return tile
 
-    def _widened(self, span: slice) -> torch.Tensor:
+    def _widened_tile(self, span: slice) -> torch.Tensor:
         tile = torch.empty((span.stop - span.start, self.dim + 6), device=self.device)
         tile[:, self.dim :] = 1
-        self._centred(span, out=tile[:, : self.dim])
+        self._centred_tile(span, out=tile[:, : self.dim])
         return tile
 
-    def _centred(self, span: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _centred_tile(self, span: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
             out = torch.empty((span.stop - span.start, self.dim), device=self.device)
         if self._resident is not None:
@@ -190,7 +190,7 @@ class Nearest:
         self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pooled = 0
 
-    def limits(self, span: slice, error: float) -> torch.Tensor:
+    def open_limits(self, span: slice, error: float) -> torch.Tensor:
         """What a block distance of these queries may be and still be of a neighbour.
 
         The other row's ``|y|^2`` is at most ``2 (|x|^2 + |x - y|^2)``.
@@ -200,7 +200,7 @@ class Nearest:
         limits[self._settled[span]] = -torch.inf
         return limits.clamp_(max=torch.finfo(limits.dtype).max)
 
-    def seed(self, span: slice, squared: torch.Tensor, base: slice, error: float) -> bool:
+    def seed_bounds(self, span: slice, squared: torch.Tensor, base: slice, error: float) -> bool:
         """First bounds for these queries from a block ``[queries, base rows]``, if k are in it."""
         if squared.shape[1] < self._k:
             return False
@@ -209,7 +209,7 @@ class Nearest:
         self._upper[span] = (near.values + error * far).sort(dim=1).values
         return True
 
-    def update(
+    def add_pairs(
         self,
         found: Pairs,
         squared: torch.Tensor,
@@ -232,11 +232,11 @@ class Nearest:
         self._pool.append((query, base, lower))
         self._pooled += len(query)
         if tighten:
-            self._tighten(query, lower + 2 * slack[near])
+            self._tighten_bounds(query, lower + 2 * slack[near])
         if self._pooled > _POOL_PAIRS:
-            self._shrink()
+            self._shrink_pool()
 
-    def _tighten(self, query: torch.Tensor, upper: torch.Tensor) -> None:
+    def _tighten_bounds(self, query: torch.Tensor, upper: torch.Tensor) -> None:
         # Per query the k smallest of the new bounds, merged with the k known ones.
         lower_than = upper < self._upper[query, -1]
         query, upper = query[lower_than], upper[lower_than]
@@ -252,17 +252,17 @@ class Nearest:
         merged = torch.cat([self._upper[rows], table], dim=1)
         self._upper[rows] = merged.sort(dim=1).values[:, : self._k]
 
-    def _shrink(self) -> None:
+    def _shrink_pool(self) -> None:
         """Drop what was overtaken; if that is little, decide, and keep each query's k nearest."""
         query, base = self._near_pairs()
-        # Many ties (duplicated images) would fill the pool for ever.
+        # Many ties (duplicated images) would fill the pool without end.
         if len(query) > _POOL_PAIRS // 2:
-            rows, indices, squared = self._decided(query, base)
+            rows, indices, squared = self._decide_pairs(query, base)
             device = self._upper.device
-            self._upper[rows] = torch.from_numpy(_float32(squared, np.inf)).to(device)
+            self._upper[rows] = torch.from_numpy(_round_towards(squared, np.inf)).to(device)
             self._settled[rows[squared[:, -1] == 0]] = True
             row, rank = np.nonzero(indices >= 0)
-            lower = _float32(squared[row, rank], -np.inf)
+            lower = _round_towards(squared[row, rank], -np.inf)
             kept = (rows[row], indices[row, rank], lower)
             query_kept, base_kept, lower_kept = (torch.from_numpy(x).to(device) for x in kept)
             self._pool = [(query_kept, base_kept, lower_kept)]
@@ -274,7 +274,7 @@ class Nearest:
         self._pool = [(query[near], base[near], lower[near])]
         return self._pool[0][0].cpu().numpy(), self._pool[0][1].cpu().numpy()
 
-    def _decided(
+    def _decide_pairs(
         self, query: NDArray[np.int64], base: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         """The queries met, and the k nearest of each's pairs by exact distance, nearest first.
@@ -293,29 +293,29 @@ class Nearest:
         distances[row[kept], rank[kept]] = squared[order][kept]
         return rows, indices, distances
 
-    def finish(self) -> Neighbours:
+    def find_nearest(self) -> Neighbours:
         """The k nearest by exact distance, equal ones in the order of their row numbers."""
-        _, indices, squared = self._decided(*self._near_pairs())
+        _, indices, squared = self._decide_pairs(*self._near_pairs())
         self._pool = []
         return Neighbours(indices=indices, distances=np.sqrt(squared))
 
 
-def _float32(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
+def _round_towards(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
     """Float32 values no nearer to the other end than these: rounding decides nothing."""
     return np.nextafter(values.astype(np.float32), np.float32(towards))
 
 
 def neighbours_within(rows: ScreenedRows, k: int) -> Neighbours:
     """The k nearest other rows of each row; the symmetric half of the blocks is not computed."""
-    nearest, spans = Nearest(rows, rows, k), rows.spans()
+    nearest, spans = Nearest(rows, rows, k), rows.tile_spans()
     # The diagonal first, as it bounds all rows.
     for i in spans:
-        _search_block(nearest, rows, rows, rows.left(i), i, i)
+        _search_block(nearest, rows, rows, rows.left_factor(i), i, i)
     for number, i in enumerate(spans):
-        left = rows.left(i)
+        left = rows.left_factor(i)
         for j in spans[number + 1 :]:
             _search_block(nearest, rows, rows, left, i, j)
-    return nearest.finish()
+    return nearest.find_nearest()
 
 
 def neighbours_between(queries: ScreenedRows, base: ScreenedRows, k: int) -> Neighbours:
@@ -324,11 +324,11 @@ def neighbours_between(queries: ScreenedRows, base: ScreenedRows, k: int) -> Nei
     `base` has at least k rows.
     """
     nearest = Nearest(queries, base, k)
-    for i in queries.spans():
-        left = queries.left(i)
-        for j in base.spans():
+    for i in queries.tile_spans():
+        left = queries.left_factor(i)
+        for j in base.tile_spans():
             _search_block(nearest, queries, base, left, i, j)
-    return nearest.finish()
+    return nearest.find_nearest()
 
 
 def _search_block(
@@ -340,23 +340,23 @@ def _search_block(
     j: slice,
 ) -> None:
     """Take in the block of queries i and base rows j; within one set it serves both."""
-    right, within = base.right(j), base is queries
+    right, within = base.right_factor(j), base is queries
     for screen in queries.screens:
-        squared = screen.product(left, right)
+        squared = screen.squared_distances(left, right)
         if within and i == j:
             squared.fill_diagonal_(torch.inf)
         # Bounds come from the first block that has each query.
         is_first = i == j if within else not j.start
-        seeded = is_first and nearest.seed(i, squared, j, screen.error)
-        found = [open_pairs(squared, nearest.limits(i, screen.error)[:, None])]
+        seeded = is_first and nearest.seed_bounds(i, squared, j, screen.error)
+        found = [open_pairs(squared, nearest.open_limits(i, screen.error)[:, None])]
         if within and i != j:
-            found.append(open_pairs(squared, nearest.limits(j, screen.error)))
+            found.append(open_pairs(squared, nearest.open_limits(j, screen.error)))
         # A coarse screen that leaves much open costs more than a finer one.
         if sum(len(pairs[0]) for pairs in found) <= MANY * sum(squared.shape):
             break
-    nearest.update(found[0], squared, (i, j), screen.error, tighten=not seeded)
+    nearest.add_pairs(found[0], squared, (i, j), screen.error, tighten=not seeded)
     for pairs in found[1:]:
-        nearest.update(pairs, squared, (i, j), screen.error, by_columns=True)
+        nearest.add_pairs(pairs, squared, (i, j), screen.error, by_columns=True)
 
 
 def exact_pairs(
@@ -365,7 +365,7 @@ def exact_pairs(
     """``|a[i] - b[j]|^2`` of index pairs, in float64, in bounded memory."""
     result = np.empty(len(i))
 
-    def fill(start: int) -> None:
+    def fill_pairs(start: int) -> None:
         for at in range(start, min(start + _EXACT_TASK, len(i)), _EXACT_ROWS):
             part = slice(at, min(at + _EXACT_ROWS, start + _EXACT_TASK))
             difference = a[i[part]].astype(np.float64)
@@ -374,8 +374,8 @@ def exact_pairs(
 
     starts = range(0, len(i), _EXACT_TASK)
     if len(starts) < 2:
-        fill(0)
+        fill_pairs(0)
         return result
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(fill, starts))
+        list(threads.map(fill_pairs, starts))
     return result

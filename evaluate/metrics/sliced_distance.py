@@ -94,14 +94,14 @@ def _squared_along(
     first: NDArray[np.floating], second: NDArray[np.floating], axes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The squared 2-Wasserstein distance along each axis ``[axes]``."""
-    a, b = (_projected(rows, axes) for rows in (first, second))
+    a, b = (_project_rows(rows, axes) for rows in (first, second))
     a.sort(axis=1)
     b.sort(axis=1)
     a -= b
     return np.asarray(np.einsum("ad,ad->a", a, a) / a.shape[1])
 
 
-def _projected(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
+def _project_rows(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rows along each axis ``[axes, n]``, in float64, without a float64 copy of the rows."""
     return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
 

@@ -70,7 +70,7 @@ def test_near_ties_below_float32_are_decided_in_float64():
 def test_the_null_pairs_nothing_with_its_own_source():
     for n in (2, 3, 50):
         for seed in range(20):
-            partner = cosine._derangement(n, seed)
+            partner = cosine._draw_derangement(n, seed)
             assert sorted(partner) == list(range(n))
             assert (partner != np.arange(n)).all()
 
