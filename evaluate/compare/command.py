@@ -5,13 +5,13 @@ from pathlib import Path
 from common.console import EXIT_OK, say
 from common.record import Record
 from common.text import format_seconds
+from common.torch_processes import choose_device
 from evaluate.compare.config import MeasureConfig
 from evaluate.compare.measure import measure
 from evaluate.compare.results import write_results
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.metric import MetricSettings
 from evaluate.metrics.registry import summarise_metrics
-from evaluate.processes import choose_device
 from pipeline.dataset import open_dataset
 
 
