@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from common.errors import UserError
-from evaluate.compare.results import SCHEMA_VERSION, hardware, warning
+from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, warning
 from evaluate.compare.sides import (
     Features,
     FeatureSide,
@@ -23,7 +23,7 @@ from evaluate.metrics.registry import METRICS, compute_floors, compute_metrics
 from pipeline.dataset import Dataset, read_identity, software_versions
 
 FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
-"""One split of few tiles says little: of at most 4,096 tiles the mean of 8 splits is taken."""
+"""A single split of few tiles is noisy: of at most 4,096 tiles the mean of 8 splits is taken."""
 _MIN_ROWS = 8
 """Fewer rows per side make no half with three neighbours per tile."""
 _SAMPLER_KEYS = (
@@ -87,7 +87,7 @@ def measure(
         + metric_warnings([("", metrics), ("real halves", halves or {})], warnings),
         "seconds": round(time.monotonic() - started, 3),
         "versions": software_versions("torch", "numpy", "scipy"),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
     }
 
 
@@ -100,20 +100,21 @@ def make_pair(
     device: str = "cpu",
 ) -> FeaturePair:
     """Two sides as features with the slides and patients of their rows."""
+    # Generated rows are labelled by the slides of the tiles that guided them.
     slides = generated.slides()
     labelled = guidance if generated.is_generated else generated.dataset
     return FeaturePair(
         real.features,
         generated.features,
-        clusters=None if slides is None else _clusters(labelled, slides),
-        real_clusters=_clusters(real.dataset, real.own_slides),
+        clusters=None if slides is None else _cluster_labels(labelled, slides),
+        real_clusters=_cluster_labels(real.dataset, real.row_slides),
         train=None if train is None else train.features,
         sources=sources,
         device=device,
     )
 
 
-def _clusters(dataset: Dataset, slides: Labels) -> dict[str, Labels]:
+def _cluster_labels(dataset: Dataset, slides: Labels) -> dict[str, Labels]:
     """The slide and the patient of each row, which resampling draws as wholes."""
     return {"slide": slides, "patient": slide_attribute(dataset, slides, "patient")}
 
@@ -122,6 +123,7 @@ def _paired_sources(
     generated: FeatureSide, real: FeatureSide, guidance: Dataset
 ) -> tuple[Features | None, str | None]:
     store = real.store
+    # Sources are compared with generated tiles, so their features must be made alike.
     if guidance.root != real.dataset.root:
         view, tile_px = str(store.record.get("view", "")), int(store.record["tile_px"])
         store = open_store(guidance, "NAME", store.encoder, view=view, tile_px=tile_px)
@@ -142,6 +144,7 @@ def real_halves(
     half = count // 2
     if half < least_rows(settings):
         return None
+    # Seeded by the selection: the same tiles always have the same halves.
     random = np.random.default_rng(int(real.selection.content_hash[:16], 16))
     orders = [
         random.permutation(count)

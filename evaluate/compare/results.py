@@ -20,8 +20,8 @@ Schema 2, one JSON object:
     references       real_vs_real: Fréchet distance, precision and recall between two disjoint
                      random halves of the real tiles, means over `splits` such; null where the
                      tiles are too few
-    warnings         a list of {code, message}; codes are stable, messages are for people; what a
-                     metric says against its own value has the code metric_<its name>
+    warnings         a list of {code, message}; codes are stable, messages are for readers; what
+                     makes a metric's value doubtful has the code metric_<its name>
     seconds, versions, hardware
 """
 
@@ -56,7 +56,7 @@ def write_results(path: Path, results: Mapping[str, object]) -> None:
 
 
 def read_results(path: Path) -> Record:
-    """Read results.json; a `UserError` says what is wrong with it and how to get one."""
+    """Read results.json; a `UserError` names what is wrong with it and how to get one."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -75,7 +75,7 @@ def read_results(path: Path) -> Record:
     return Record(results, str(path))
 
 
-def hardware() -> dict[str, object]:
+def describe_hardware() -> dict[str, object]:
     """The machine in a few words: processor, cores, GPU."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "gpu": gpu}

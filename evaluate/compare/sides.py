@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.compare.provenance import dataset_tile_px, tile_provenance
+from evaluate.compare.provenance import tile_provenance
 from evaluate.generate.condition_source import foreign_guidance
 from pipeline.dataset import (
     Dataset,
     Selection,
+    identity_value,
     open_dataset,
     read_candidates,
     read_selection,
@@ -73,7 +74,7 @@ class FeatureSide:
         }
 
     @cached_property
-    def own_slides(self) -> Labels:
+    def row_slides(self) -> Labels:
         """The slide of each row."""
         counts = np.diff(self.selection.offsets)
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
@@ -86,7 +87,7 @@ class FeatureSide:
     def slides(self) -> Labels | None:
         """The real slide that each row is of or was made from; None where there is none."""
         if not self.is_generated:
-            return self.own_slides
+            return self.row_slides
         return None if self.sources is None else self.sources.slides
 
     @cached_property
@@ -107,9 +108,10 @@ class SourceTiles:
 def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
     """A column of slides.parquet (patient, site, project) for each of these slides.
 
-    A slide without an entry stands for itself where a patient is asked for, else it is ''.
+    A slide without an entry is its own patient; its other attributes are ''.
     """
     known = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
+    # One look-up per slide, not per tile.
     names, member = np.unique(slides, return_inverse=True)
     values = [
         known.get(str(name)) or (str(name) if attribute == "patient" else "") for name in names
@@ -127,7 +129,7 @@ def open_store(
     weights: str | None = None,
 ) -> FeatureStore:
     """The CLS features; where there are none, the message is the command that makes them."""
-    tile_px = tile_px or dataset_tile_px(dataset)
+    tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
         more = f" --weights {weights}" if weights else ""
         more += f" --view {view}" if view else ""
@@ -166,6 +168,7 @@ def _read_sources(side: FeatureSide) -> SourceTiles | None:
         picked = table.take(rows)
         names.extend(picked["source_slide_id"].to_pylist())
         ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+    # A dataset is guided as a whole: one image without a source means none has one.
     if None in names:
         return None
     return SourceTiles(np.array(names, dtype=np.str_), np.concatenate(ranks))
@@ -174,7 +177,7 @@ def _read_sources(side: FeatureSide) -> SourceTiles | None:
 def source_features(
     generated: FeatureSide, store: FeatureStore
 ) -> tuple[Features | None, str | None]:
-    """Features ``[m, d]`` of each generated tile's own source tile, or None and the reason why."""
+    """Features ``[m, d]`` of each generated tile's source tile, or None and the reason."""
     sources = generated.sources
     if sources is None:
         return None, "the tiles were generated without guidance: no cosine to a source tile"
@@ -183,6 +186,7 @@ def source_features(
         return None, f"no cosine to source tiles: {foreign}"
     rows = np.empty((len(sources.slides), generated.features.shape[1]), np.float32)
     try:
+        # Each slide is read once, whatever the order of the images.
         for name in np.unique(sources.slides):
             where = np.flatnonzero(sources.slides == name)
             rows[where] = store.read(str(name), sources.ranks[where])

@@ -49,7 +49,7 @@ def set_warnings(
 
 
 def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:
-    """What the synthetic dataset's identity says against the model that made it."""
+    """What makes the model doubtful, by the identity of the synthetic dataset."""
     warnings = []
     if identity.get("model_encoder_random"):
         message = (
@@ -101,20 +101,22 @@ def metric_warnings(
     known_codes = {one["code"] for one in known}
     places: dict[tuple[str, str], dict[str, None]] = {}
     for place, metrics in results:
-        for name, sentence in _sentences(metrics):
+        for name, sentence in _read_sentences(metrics):
             kinds = METRICS[name].warnings if name in METRICS else ()
             if not any(k.covered_by in known_codes and k.matches(sentence) for k in kinds):
                 places.setdefault((name, sentence), {})[place] = None
     titles = {metric.name: metric.title for metric in METRICS.values()}
     titles |= {part.name: part.title for metric in METRICS.values() for part in metric.parts}
     return [
-        warning(f"metric_{name}", f"{titles.get(name, name)}: {sentence}{_where(list(named))}")
+        warning(
+            f"metric_{name}", f"{titles.get(name, name)}: {sentence}{_list_places(list(named))}"
+        )
         for (name, sentence), named in places.items()
     ]
 
 
-def _sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """(metric or part, sentence) of everything that results say against themselves."""
+def _read_sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """(metric or part, sentence) of all warnings within results."""
     for name, result in metrics.items():
         if not isinstance(result, Mapping):
             continue
@@ -125,7 +127,7 @@ def _sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield from ((part.name, sentence) for sentence in sentences)
 
 
-def _where(places: list[str]) -> str:
+def _list_places(places: list[str]) -> str:
     if places == [""]:
         return ""
     more = f" and {len(places) - _PLACES_NAMED} more" if len(places) > _PLACES_NAMED else ""

@@ -64,7 +64,7 @@ def frechet_infinity(
     """Least squares of Fréchet distances on 1/N (Chong & Forsyth, arXiv 1911.07023).
 
     The subsets are prefixes of one random order, so that their moments come from one pass
-    instead of one a size.
+    instead of one per size.
 
     Args:
         real: ``[n, d]``, used whole.
@@ -76,18 +76,27 @@ def frechet_infinity(
     Raises:
         UserError: fewer than three different sizes, too few rows, NaN or infinity, differing
             dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((2000, 4))
+    >>> line = frechet_infinity(rows[:1000], rows[1000:])
+    >>> len(line.sizes), bool(line.value < line.values[0])
+    (15, True)
     """
     real_rows, generated_rows = checked_pair(real, generated)
     n, d = generated_rows.shape
-    sizes = _sizes(n, points, smallest)
+    sizes = _subset_sizes(n, points, smallest)
     order = np.random.RandomState(seed).permutation(n)
     reference = FrechetReference(Moments.of(real_rows), real_rows)
+    # Each subset has the rows of the one before: only the new ones are added to its moments.
     moments, values = Moments(d), []
     for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):
         moments.update(generated_rows[order[start:stop]])
+        # Of at most d rows the covariance is singular: the rows themselves are its factor.
         rows = generated_rows[order[:stop]] if stop <= d else None
-        values.append(sum(reference.terms(moments, rows)))
+        values.append(sum(reference.distance_terms(moments, rows)))
     slope, intercept = np.polyfit(1 / sizes, values, 1)
+    counts = {"smallest": int(sizes[0]), "n_real": len(real_rows), "dim": d}
+    doubts = {_NOT_LINEAR: sizes[0] <= d, _BIASED: len(real_rows) <= d, _NEGATIVE: intercept < 0}
     return FrechetInfinity(
         value=float(intercept),
         slope=float(slope),
@@ -96,11 +105,11 @@ def frechet_infinity(
         n_real=len(real_rows),
         n_generated=n,
         dim=d,
-        warnings=_warnings(float(intercept), int(sizes[0]), len(real_rows), d),
+        warnings=tuple(kind.format(**counts) for kind, is_true in doubts.items() if is_true),
     )
 
 
-def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
+def _subset_sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
     if n < _MIN_ROWS:
         raise UserError(
             f"generated features: {n} rows, but a line through distances of 3 sizes needs at "
@@ -118,12 +127,6 @@ def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
             f"line with a residual needs 3; measure more images or ask for more points"
         )
     return sizes
-
-
-def _warnings(value: float, smallest: int, n_real: int, dim: int) -> tuple[str, ...]:
-    holds = {_NOT_LINEAR: smallest <= dim, _BIASED: n_real <= dim, _NEGATIVE: value < 0}
-    values = {"smallest": smallest, "n_real": n_real, "dim": dim}
-    return tuple(kind.format(**values) for kind, is_true in holds.items() if is_true)
 
 
 def infinity_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object] | None:

@@ -123,7 +123,7 @@ def feature_likelihood_divergence(
         generated: ``[g, d]``.
         mode: which likelihoods are compared, see the result's `value`.
         dtype: of the fit; float32 halves time and memory and moves the value by about 0.001.
-        seeds: each draws its own generated subset, row order and baseline split.
+        seeds: each draws another generated subset, row order and baseline split.
         max_generated: of more generated rows this many are drawn.
         baseline: a former result's, which halves the work.
         device: where the fit is computed.
@@ -139,24 +139,31 @@ def feature_likelihood_divergence(
         raise UserError(f"train features: {len(train_rows)} rows, this metric needs at least 4")
     if constant_features(train_rows).all():
         raise UserError("train features are all constant: no likelihood can be fitted to copies")
+    # All rows are scaled by the test set alone, so that every model is seen in the same space.
     normalise = _Normaliser(test_rows, dtype, device)
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
-    if mode != "gap":
-        baseline = fits.baseline(seeds, baseline)
+    baseline = None if mode == "gap" else fits.complete_baseline(seeds, baseline)
     first, values = None, []
     for seed in seeds:
-        draw = fits.draw(seed)
+        draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
         first = first or (mixture.memorisation(), draw.generated)
-        values.append(_value(mode, mixture, fits, 0.0 if baseline is None else baseline.nll[seed]))
+        nll = mixture.nll(fits.test if mode == "test" else fits.train)
+        # The gap needs no baseline: it compares train and test rows under the same mixture.
+        compared = mixture.nll(fits.test) if baseline is None else baseline.nll[seed]
+        values.append(100 * (nll - compared))
     assert first is not None
+    warnings = normalise.warnings
+    if max(np.abs(values)) > _SUSPICIOUS:
+        cause = "features far from the real ones" if mode == "train" else "copies of train rows"
+        warnings += (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         values=tuple(values),
         seeds=tuple(seeds),
         mode=mode,
-        baseline=None if mode == "gap" else baseline,
+        baseline=baseline,
         memorisation=first[0],
         memorisation_rows=first[1],
         n_train=len(train_rows),
@@ -164,7 +171,7 @@ def feature_likelihood_divergence(
         n_generated=len(first[1]),
         dim=fits.train.shape[1],
         dtype=dtype,
-        warnings=normalise.warnings + _value_warnings(values, mode),
+        warnings=warnings,
     )
 
 
@@ -190,9 +197,10 @@ class _Normaliser:
         moments = Moments.of(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings = (_DROPPED.format(count=dropped),) if dropped else ()
+        self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
+        # In chunks: a float64 copy of all rows would double the memory.
         scaled = torch.empty((len(rows), len(self._mean)), dtype=self._dtype)
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
@@ -220,7 +228,8 @@ class _Fits:
         self._n_generated, self._used = n_generated, min(n_generated, max_generated)
         self._centres = min(self._used, len(train) // 2)
 
-    def draw(self, seed: int) -> _Draw:
+    def draw_orders(self, seed: int) -> _Draw:
+        # One stream for all four, in this order: the same seed gives the authors' numbers.
         random, n = np.random.RandomState(seed), len(self.train)
         everything = np.arange(self._n_generated)
         capped = self._used < self._n_generated
@@ -231,10 +240,11 @@ class _Fits:
             random.choice(n - self._centres, n - self._centres, replace=False),
         )
 
-    def baseline(
+    def complete_baseline(
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
-        fingerprint = self._fingerprint()
+        # A baseline of other rows would shift the value without a trace.
+        fingerprint = self._hash_inputs()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
                 "the baseline given is of other train or test features, row counts or dtype; "
@@ -245,13 +255,13 @@ class _Fits:
         return LikelihoodBaseline(nll, fingerprint)
 
     def _baseline_nll(self, seed: int) -> float:
-        draw = self.draw(seed)
+        draw = self.draw_orders(seed)
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
         return Mixture(self.train[centres], fitted_to).nll(self.test)
 
-    def _fingerprint(self) -> str:
+    def _hash_inputs(self) -> str:
         digest = hashlib.sha256()
         for rows in (self.train, self.test):
             digest.update(
@@ -261,23 +271,10 @@ class _Fits:
         return digest.hexdigest()
 
 
-def _value(mode: str, mixture: Mixture, fits: _Fits, baseline_nll: float) -> float:
-    if mode == "gap":
-        return 100 * (mixture.nll(fits.train) - mixture.nll(fits.test))
-    return 100 * (mixture.nll(fits.train if mode == "train" else fits.test) - baseline_nll)
-
-
-def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
-    if max(np.abs(values)) <= _SUSPICIOUS:
-        return ()
-    cause = "copies of train rows" if mode != "train" else "features far from the real ones"
-    return (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
-
-
 def likelihood_result(
     pair: FeaturePair, settings: MetricSettings, baseline: LikelihoodBaseline | None = None
 ) -> dict[str, object]:
-    """The divergence against held-out rows as plain values, with its baseline for later calls.
+    """The divergence against held-out rows as plain values, and its baseline for later calls.
 
     Raises:
         UserError: the pair has no training features.
@@ -298,7 +295,8 @@ def likelihood_result(
     return plain_fields(result) | {"baseline": kept}
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def likelihood_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the divergence."""
     std = result.optional("std")
     spread = "" if std is None else f" ± {format_number(std, 2)}"
     return [
@@ -318,7 +316,7 @@ METRIC = Metric(
     title=_TITLE,
     place=30,
     compute=likelihood_result,
-    rows=_rows,
+    rows=likelihood_rows,
     quantities=(TableQuantity("fld", _TITLE, "lower", value_at("value"), value_at("std")),),
     needs=("train",),
     depends_on_device=True,

@@ -77,14 +77,14 @@ class FeaturePair:
 
 @dataclass(frozen=True)
 class WarningKind:
-    """A sentence that a metric may say against its value, with a stable code.
+    """A sentence on what makes a metric's value doubtful, with a stable code.
 
     results.json keeps the sentences alone, so the template that writes one also recognises it.
 
     Attributes:
         code: stable name.
         template: the sentence, with `{names}` in place of its values.
-        covered_by: code of a warning about all sets that says the same, "" if there is none.
+        covered_by: code of a warning about all sets with the same message, "" if there is none.
 
     >>> kind = WarningKind("constant", "{count} of {dim} dimensions are constant")
     >>> kind.matches(kind.format(count=2, dim=768)), kind.matches("constant")
@@ -110,7 +110,7 @@ class WarningKind:
 
 @dataclass(frozen=True)
 class MetricPart:
-    """A result within a metric's result that has warnings under a name and title of its own."""
+    """A result within a metric's result, whose warnings have another name and title."""
 
     key: str
     name: str
@@ -170,7 +170,7 @@ class MetricPlot:
     alt: str
     caption: str
 
-    def drawer(self, result: Record) -> "Callable[[Axes], None]":
+    def bind_result(self, result: Record) -> "Callable[[Axes], None]":
         """What draws this result on axes."""
         return lambda axes: self.draw(axes, result)
 
@@ -192,7 +192,7 @@ class Metric:
         rows: lines of the report, from the result and from that of the real halves.
         quantities: what a protocol's tables show of it.
         warnings: the sentences that its result may have.
-        parts: parts of the result with warnings of their own.
+        parts: parts of the result with separate warnings.
         summary: the result in a few words.
     """
 

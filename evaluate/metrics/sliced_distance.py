@@ -58,6 +58,10 @@ def mind(
 
     Raises:
         UserError: fewer than two rows or directions, NaN or infinity, differing dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((100, 2))
+    >>> mind(rows, rows).value, mind(rows, rows + 1).value > 3
+    (0.0, True)
     """
     first, second = checked_pair(real, generated)
     if directions < 2:
@@ -66,8 +70,10 @@ def mind(
     first, second = (
         x if len(x) == n else x[random_subset(len(x), n, seed)] for x in (first, second)
     )
+    # Normal vectors scaled to length 1 are uniform on the sphere.
     axes = np.random.RandomState(seed).standard_normal((directions, d))
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    # As many directions at a time as their projections fit in 256 MB.
     width = max(1, _BLOCK_BYTES // (8 * n))
     squared = np.concatenate(
         [
@@ -88,24 +94,26 @@ def _squared_along(
     first: NDArray[np.floating], second: NDArray[np.floating], axes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The squared 2-Wasserstein distance along each axis ``[axes]``."""
-    a, b = (_projected(rows, axes) for rows in (first, second))
+    a, b = (_project_rows(rows, axes) for rows in (first, second))
     a.sort(axis=1)
     b.sort(axis=1)
     a -= b
     return np.asarray(np.einsum("ad,ad->a", a, a) / a.shape[1])
 
 
-def _projected(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
+def _project_rows(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rows along each axis ``[axes, n]``, in float64, without a float64 copy of the rows."""
     return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
 
 
-def _compute(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+def mind_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
     distance = mind(pair.real, pair.generated, seed=settings.seed)
     return plain_fields(distance) | {"seed": settings.seed}
 
 
-def _rows(result: Record, halves: Record) -> list[MetricRow]:
+def mind_rows(result: Record, halves: Record) -> list[MetricRow]:
+    """The report's lines on the sliced distance."""
     return [
         MetricRow(
             _TITLE, "lower", format_number(result.number("value")), format_share(0.0), "equal sets",
@@ -121,7 +129,7 @@ METRIC = Metric(
     name="sliced_distance",
     title=_TITLE,
     place=50,
-    compute=_compute,
-    rows=_rows,
+    compute=mind_result,
+    rows=mind_rows,
     quantities=(TableQuantity("mind", _TITLE, "lower", value_at("value")),),
 )

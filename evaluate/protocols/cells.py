@@ -156,7 +156,7 @@ class Measurer:
         """A control that compares real tiles with real tiles of the same set."""
         opened = self.side(cell.real, cell.encoder)
         side, settings = opened.side, self.protocol.settings
-        slides = labels = side.own_slides
+        slides = labels = side.row_slides
         if cell.control == "floor-patient":
             labels = slide_attribute(side.dataset, slides, "patient")
         compute = {
@@ -183,7 +183,7 @@ class Measurer:
         groups: Results = {}
         for kind in self.protocol.groups:
             labels = (
-                slide_attribute(real.dataset, real.own_slides, kind),
+                slide_attribute(real.dataset, real.row_slides, kind),
                 slide_attribute(guide_dataset, sources, kind),
             )
             inputs = {"metric": f"by {kind}", "least": least,

@@ -5,7 +5,7 @@ import json
 
 from common.config import plain
 from evaluate.compare.provenance import tile_provenance
-from evaluate.compare.results import hardware
+from evaluate.compare.results import describe_hardware
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.plan import (
     Cell,
@@ -48,7 +48,7 @@ def describe_protocol(
         "sources": {name: describe_source(sources, name, store) for name in used},
         "encoders": {encoder: list(records.values()) for encoder, records in encoders.items()},
         "versions": software_versions("torch", "numpy", "scipy", "timm", "pillow"),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
     }
 
 

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from common.errors import UserError
-from evaluate.metrics.neighbours import Neighbours, Side, other_neighbours
+from evaluate.metrics.neighbours import Neighbours, ScreenedRows, neighbours_between
 
 Features = npt.NDArray[np.floating]
 Distances = npt.NDArray[np.float64]
@@ -34,8 +34,8 @@ def nearest_in_blocks(
             continue
         # Distances are computed about the first block's mean, where float32 cancels least.
         centre = block.mean(axis=0, dtype=np.float64) if centre is None else centre
-        first, second = (Side(rows, centre, device) for rows in (queries, block))
-        found = other_neighbours(first, second, min(k, len(block)))
+        first, second = (ScreenedRows(rows, centre, device) for rows in (queries, block))
+        found = neighbours_between(first, second, min(k, len(block)))
         distances = np.concatenate([distances, found.distances], axis=1)
         indices = np.concatenate([indices, found.indices + start], axis=1)
         # The k best so far: of equal distances the lower index comes first.

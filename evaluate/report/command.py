@@ -2,12 +2,39 @@
 
 from pathlib import Path
 
+from common.console import EXIT_OK, say
+from common.errors import UserError
 from common.files import write_bytes, write_text
+from common.text import format_bytes
 from evaluate.compare.results import read_results
+from evaluate.protocols.results import read_protocol_results
+from evaluate.report.config import ReportConfig
 from evaluate.report.page import gather_content, render_page
 from evaluate.report.picture import draw_picture
+from evaluate.report.protocol_files import write_protocol_files
 from evaluate.report.run_curves import read_run
 from pipeline.dataset import open_dataset
+
+
+def report_command(config: ReportConfig) -> int:
+    """Run the command; returns the exit status."""
+    protocol = read_protocol_results(config.results)
+    if protocol is not None:
+        written = write_protocol_files(protocol, config.out.parent, config.out)
+    elif config.dataset is None or config.generated is None:
+        raise UserError("results of `measure` need --dataset DATASET and --generated SYN")
+    else:
+        written = write_report(
+            results_file=config.results,
+            run_dir=config.run_dir,
+            real=config.dataset,
+            generated=config.generated,
+            out=config.out,
+            picture_file=config.picture,
+        )
+    for path in written:
+        say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
+    return EXIT_OK
 
 
 def write_report(

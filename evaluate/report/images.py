@@ -59,6 +59,7 @@ def read_tile_pairs(
         rows = read_candidates(generated, slide_id).take(ranks).to_pylist()
         for rank, row in zip(ranks, rows, strict=True):
             source = (str(row.get("source_slide_id") or ""), int(row.get("source_rank") or 0))
+            # One image per condition: variations of a tile look alike.
             if source in seen and source[0]:
                 continue
             seen.add(source)

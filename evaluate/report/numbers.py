@@ -1,4 +1,4 @@
-"""The measured numbers as rows of a table, and the run card that says what they belong to."""
+"""The measured numbers as rows of a table, and the run card of what they belong to."""
 
 from common.record import Record
 from common.text import format_number

@@ -90,7 +90,7 @@ def render_page(content: PageContent) -> str:
     summary = content.run.summary if content.run else Record({})
     metrics = content.results.part("metrics")
     plots = [
-        (metric.plot, draw_svg(metric.plot.drawer(metrics.part(name))))
+        (metric.plot, draw_svg(metric.plot.bind_result(metrics.part(name))))
         for name, metric in METRICS.items()
         if metric.plot and metrics.part(name)
     ]

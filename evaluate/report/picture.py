@@ -77,6 +77,7 @@ def _draw_footer(figure: Figure, content: PageContent) -> None:
 
 def _encode_below(figure: Figure, limit: int) -> bytes:
     """The figure as a palette PNG, at the largest scale that keeps it under the limit."""
+    # A README's picture must load quickly: smaller until it is light enough.
     for dpi in (110, 95, 80, 65, 50):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)

@@ -9,7 +9,13 @@ from common.record import Record
 from common.text import format_number
 from evaluate.report.levels import VOIDING, with_levels
 from evaluate.report.protocol_plots import draw_protocol_plots, draw_ratios
-from evaluate.report.protocol_text import counts_text, entry_text, latex, markdown, row_entries
+from evaluate.report.protocol_text import (
+    counts_text,
+    entry_text,
+    row_entries,
+    tables_as_latex,
+    tables_as_markdown,
+)
 from evaluate.report.protocol_tiles import read_grids, read_suspects
 from evaluate.report.template import render_template
 
@@ -28,7 +34,10 @@ def write_protocol_files(
     record = Record(results, "results.json")
     files = {page or folder / "report.html": render_protocol(results)}
     if results.get("tables"):
-        files |= {folder / "tables.md": markdown(record), folder / "tables.tex": latex(record)}
+        files |= {
+            folder / "tables.md": tables_as_markdown(record),
+            folder / "tables.tex": tables_as_latex(record),
+        }
     for path, text in files.items():
         write_text(path, text)
     return list(files)

@@ -53,15 +53,15 @@ def _by_column(cells: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
     """The title of each column (encoder and set) and its cells, in the order of the cells."""
     columns: dict[str, list[Record]] = {}
     for cell in cells:
-        columns.setdefault(_column(cell), []).append(cell)
+        columns.setdefault(_column_title(cell), []).append(cell)
     yield from columns.items()
 
 
-def _column(cell: Record) -> str:
+def _column_title(cell: Record) -> str:
     return f"{cell['encoder']}, {cell['column']}"
 
 
-def _frechet(cell: Record) -> Record:
+def _frechet_result(cell: Record) -> Record:
     return cell.part("results").part("frechet_distance")
 
 
@@ -71,7 +71,7 @@ def _reference_value(
     """A number of the first cell of a column that is of this kind of row or control."""
     for cell in results.parts("cells"):
         result = cell.part("results").part(metric)
-        if _column(cell) == column and result and kind in (cell["kind"], cell["control"]):
+        if _column_title(cell) == column and result and kind in (cell["kind"], cell["control"]):
             return result.number(key)
     return None
 
@@ -97,7 +97,7 @@ def steps_plots(results: Record) -> list[ProtocolPlot]:
         lines: dict[str, list[tuple[int, float]]] = {}
         for cell in column_cells:
             point = cell.part("point")
-            values = (point.count("steps"), _frechet(cell).number("value"))
+            values = (point.count("steps"), _frechet_result(cell).number("value"))
             lines.setdefault(point.text("solver", ""), []).append(values)
         lines = {solver: sorted(points) for solver, points in lines.items()}
         reference = _reference_value(results, title, "reference", "frechet_distance", "value")
@@ -162,13 +162,15 @@ def infinity_plots(results: Record) -> list[ProtocolPlot]:
             caption,
             draw_svg(partial(_draw_infinity, cells=column_cells[:4], title=title)),
         )
-        for title, column_cells in _by_column([c for c in cells if _frechet(c).part("infinity")])
+        for title, column_cells in _by_column(
+            [c for c in cells if _frechet_result(c).part("infinity")]
+        )
     ]
 
 
 def _draw_infinity(axes: Axes, cells: Sequence[Record], title: str) -> None:
     for colour, cell in zip(COLOURS, cells, strict=False):
-        line = _frechet(cell).part("infinity")
+        line = _frechet_result(cell).part("infinity")
         inverse = 1 / np.array(line.numbers("sizes"), float)
         axes.plot(inverse, line.numbers("values"), "o", color=colour, markersize=3.5)
         ends, intercept = np.array([0.0, inverse.max()]), line.number("value")
@@ -186,7 +188,7 @@ def cosine_plots(results: Record) -> list[ProtocolPlot]:
     """Cosines to the sources with the null and two ceilings: the VAE's and a tile of the slide."""
     caption = (
         "Cosines of generated tiles to the tiles that guided them. What the model keeps of "
-        "its source lies between the shuffled pairing and the reconstruction."
+        "its source is between the shuffled pairing and the reconstruction."
     )
     plots = []
     for title, cells in _by_column(_cells_with(results, "cosine_similarity", "model")):
@@ -275,7 +277,7 @@ def scenario_plots(results: Record) -> list[ProtocolPlot]:
 
 
 def _draw_scenarios(axes: Axes, cells: Sequence[Record], floor: float | None, title: str) -> None:
-    values = [_frechet(cell).number("value") for cell in cells]
+    values = [_frechet_result(cell).number("value") for cell in cells]
     colours = [COLOURS[0] if cell["kind"] == "model" else _GREY for cell in cells]
     axes.barh(np.arange(len(cells)), values, color=colours, height=0.66)
     _label_bars(axes, [_row_name(cell) for cell in cells], title)
@@ -289,7 +291,9 @@ def concordance_plots(results: Record) -> list[ProtocolPlot]:
     for cell in _cells_with(results, "frechet_distance", "model", "reference", "control"):
         if cell["control"] != "neighbour":
             row = (_row_name(cell), cell.text("column"))
-            by_encoder.setdefault(cell.text("encoder"), {})[row] = _frechet(cell).number("value")
+            by_encoder.setdefault(cell.text("encoder"), {})[row] = _frechet_result(cell).number(
+                "value"
+            )
     shared = sorted(set.intersection(*map(set, by_encoder.values()))) if by_encoder else []
     if len(by_encoder) < 2 or len(shared) < 3:
         return []

@@ -43,7 +43,7 @@ def counts_text(row: Record) -> str:
     )
 
 
-def markdown(results: Record) -> str:
+def tables_as_markdown(results: Record) -> str:
     """All tables as GitHub's Markdown, with the warnings in front."""
     lines = [f"# {results['title']}", ""]
     if results["source"]:
@@ -54,7 +54,7 @@ def markdown(results: Record) -> str:
     return "\n".join(lines)
 
 
-def _heading(table: Record) -> str:
+def _table_heading(table: Record) -> str:
     return f"{table['title']} {_BETTER[table.text('better')]}".rstrip()
 
 
@@ -67,7 +67,7 @@ def _texts_by_row(table: Record) -> Iterator[tuple[Record, list[str]]]:
 def _markdown_table(table: Record) -> list[str]:
     heads = [f"{one['encoder']}, {one['set']}" for one in table.parts("columns")]
     lines = [
-        f"## {_heading(table)}",
+        f"## {_table_heading(table)}",
         "",
         "| " + " | ".join(["", *heads, "n"]) + " |",
         "|---|" + "---:|" * len(heads) + "---|",
@@ -95,7 +95,7 @@ def escape_latex(text: str) -> str:
     return "".join(_ESCAPES.get(character, character) for character in text)
 
 
-def latex(results: Record) -> str:
+def tables_as_latex(results: Record) -> str:
     """All tables in booktabs' form, the warnings in front as comments."""
     lines = ["% \\usepackage{booktabs}"]
     lines += [f"% warning: {one['message']}" for one in results.parts("warnings")]
@@ -121,7 +121,7 @@ def _latex_table(protocol: str, table: Record) -> list[str]:
     return [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(_heading(table))} ({escape_latex(protocol)}).}}",
+        rf"\caption{{{escape_latex(_table_heading(table))} ({escape_latex(protocol)}).}}",
         r"\begin{tabular}{l" + "r" * len(columns) + "}",
         r"\toprule",
         " & ".join(["", *heads]) + r" \\",

@@ -32,6 +32,7 @@ def read_grids(results: Record, count: int) -> list[ImageGrid]:
     Of many datasets each shows fewer, so that the page stays some 25 MB at most.
     """
     sources = results.part("sources")
+    # The page carries its images: the more datasets, the fewer of each.
     generated = [name for name in sources if sources.part(name)["kind"] == "generated"]
     count = min(count, max(_FEWEST, _MOST_PAIRS // max(len(generated), 1)))
     grids = []

@@ -21,7 +21,7 @@ from evaluate.protocols.nearest import (
 )
 from evaluate.protocols.run import run_protocol
 from evaluate.report.protocol_files import render_protocol
-from evaluate.report.protocol_text import latex
+from evaluate.report.protocol_text import tables_as_latex
 
 
 def naive(queries: np.ndarray, base: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,4 +131,4 @@ def test_the_numbers_stand_in_tables(results: dict[str, Any]) -> None:
     against = {row["label"]: row["cells"]["uni2-h/train"] for row in tables["copying_test"]["rows"]}
     value = against["from-guidance against val-out"]["value"]
     assert value == found["copying_test"]["val_out"]["value"]
-    assert "C\\_T" in latex(Record(results))
+    assert "C\\_T" in tables_as_latex(Record(results))

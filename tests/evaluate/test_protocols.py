@@ -27,8 +27,9 @@ from test_report import Page
 
 from common.errors import UserError
 from common.record import Record
-from evaluate.__main__ import main, parse
+from evaluate.__main__ import main, parse_arguments
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.metrics.registry import METRICS
 from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
@@ -48,7 +49,7 @@ from evaluate.protocols.sources import first_tiles
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import quantity_table, variability_table
 from evaluate.report.protocol_files import render_protocol, write_protocol_files
-from evaluate.report.protocol_text import latex, markdown
+from evaluate.report.protocol_text import tables_as_latex, tables_as_markdown
 from pipeline.dataset import (
     Dataset,
     claim_identity,
@@ -229,7 +230,7 @@ def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
     assert line.startswith("Fréchet distance at infinitely many images: the smallest subset has 6")
     assert "Reconstructed" not in line  # whose line no table shows
     assert line in " ".join(Page(render_protocol(table2)).text)
-    assert line in markdown(Record(table2))
+    assert line in tables_as_markdown(Record(table2))
     (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
     groups = cell["results"]["groups"]
     assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
@@ -484,8 +485,10 @@ def test_the_page_needs_nothing_and_holds_the_tables(
         assert word in text or word in " ".join(page.attributes("alt"))
     assert render_protocol(hostile) == html
     assert [path.name for path in written] == ["report.html", "tables.md", "tables.tex"]
-    assert r"<script>\&\_\%" in latex(Record(hostile))
-    line = next(one for one in markdown(Record(table2)).splitlines() if one.startswith("| Model"))
+    assert r"<script>\&\_\%" in tables_as_latex(Record(hostile))
+    line = next(
+        one for one in tables_as_markdown(Record(table2)).splitlines() if one.startswith("| Model")
+    )
     assert line.count("|") == 2 + 1 + 2 * len(ENCODERS)
 
 
@@ -520,12 +523,14 @@ def test_the_door_reports_and_lists(
 
 
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    options = parse(["protocol", "table2", "count=9", "--dry-run", "dataset=/x", "out=/y"])
+    options = parse_arguments(
+        ["protocol", "table2", "count=9", "--dry-run", "dataset=/x", "out=/y"]
+    )
     assert options.overrides == ["count=9", "dataset=/x", "out=/y"]
     assert options.dry_run
     for wrong in (["protocol", "table2", "--fast=1"], ["generate", "--out", "x", "count=9"]):
         with pytest.raises(SystemExit):
-            parse(wrong)
+            parse_arguments(wrong)
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
@@ -597,7 +602,7 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
         pair = measurer._make_pair(cell, opened)
         assert pair.device == device
         names[device] = [
-            measurer._result_inputs(metric, pair, opened, protocol.settings)
+            measurer._result_inputs(METRICS[metric], pair, opened, protocol.settings)
             for metric in ("precision_recall", "feature_likelihood")
         ]
     assert names["cpu"][0] == names["cuda"][0]
