@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 
 from common.console import EXIT_USAGE, run_door
 from common.errors import UserError
@@ -22,78 +22,53 @@ from evaluate.report.config import ReportConfig
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the door: what runs it, its options and what `--help` shows of it."""
+    """A command of the door: who runs it, its options and what `--help` shows of it.
 
-    run: Callable[[argparse.Namespace], int]
-    add_options: Callable[[argparse.ArgumentParser], None]
+    `evaluate.PACKAGE.command.NAME_command` runs it, with the options or, if there is a `config`,
+    with the configuration whose fields they are.
+    """
+
+    package: str
     summary: str
     description: str
-
-
-def _run_generate(options: argparse.Namespace) -> int:
-    from evaluate.generate.command import generate_command
-
-    return generate_command(options)
-
-
-def _run_figure(options: argparse.Namespace) -> int:
-    from evaluate.figures.command import figure_command
-
-    return figure_command(options)
-
-
-def _run_measure(options: argparse.Namespace) -> int:
-    from evaluate.compare.command import measure_command
-
-    return measure_command(config_from_options(MeasureConfig, options))
-
-
-def _run_protocol(options: argparse.Namespace) -> int:
-    from evaluate.protocols.command import protocol_command
-
-    return protocol_command(options)
-
-
-def _run_report(options: argparse.Namespace) -> int:
-    from evaluate.report.command import report_command
-
-    return report_command(config_from_options(ReportConfig, options))
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None
+    config: type | None = None
 
 
 COMMANDS = {
     "generate": Command(
-        _run_generate,
-        add_generate_options,
+        "generate",
         "make a synthetic dataset with a model",
         "Make a synthetic dataset with a model. The same command goes on where an interrupted one "
         "stopped; a larger --limit adds images.",
+        add_generate_options,
     ),
     "figure": Command(
-        _run_figure,
-        add_figure_options,
+        "figures",
         "draw a figure of generated tiles",
         "Draw a figure of generated tiles, as PNG and PDF.",
+        add_figure_options,
     ),
     "measure": Command(
-        _run_measure,
-        partial(add_config_options, config=MeasureConfig),
+        "compare",
         "compare a synthetic dataset with a real one",
         "Compare a synthetic dataset with a real one, from the CLS features that `python -m "
         "pipeline cache` made of both.",
+        config=MeasureConfig,
     ),
     "protocol": Command(
-        _run_protocol,
-        add_protocol_options,
+        "protocols",
         "run one of the paper's protocols",
         "Run one of the paper's protocols: make the images and features that are missing, "
         "measure, and write results.json, a page and tables. The same command goes on where an "
         "interrupted one stopped.",
+        add_protocol_options,
     ),
     "report": Command(
-        _run_report,
-        partial(add_config_options, config=ReportConfig),
+        "report",
         "write a page that shows the results",
         "Write one HTML page that contains everything it shows and needs no network.",
+        config=ReportConfig,
     ),
 }
 
@@ -106,8 +81,10 @@ def parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name, help=command.summary, description=command.description
         )
-        subparser.set_defaults(run=command.run)
-        command.add_options(subparser)
+        if command.config is not None:
+            add_config_options(subparser, command.config)
+        if command.add_options is not None:
+            command.add_options(subparser)
     return top
 
 
@@ -148,7 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")
-    return int(options.run(options))
+    command = COMMANDS[options.command]
+    # Only now, as it imports the libraries that this command needs.
+    module = import_module(f"evaluate.{command.package}.command")
+    run = getattr(module, f"{options.command}_command")
+    return int(run(config_from_options(command.config, options) if command.config else options))
 
 
 if __name__ == "__main__":

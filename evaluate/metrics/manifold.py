@@ -117,7 +117,16 @@ def precision_recall(
     (1.0, 1.0, 1.0)
     """
     first, second = checked_pair(real, generated)
-    _refuse_arguments(k, semantics, len(first), len(second))
+    if semantics not in get_args(Semantics):
+        raise UserError(
+            f"semantics {semantics!r} is unknown, expected one of {', '.join(get_args(Semantics))}"
+        )
+    for n, name in ((len(first), "real"), (len(second), "generated")):
+        if not 1 <= k < n:
+            raise UserError(
+                f"k is {k}, but with {n} {name} rows it must be between 1 and {n - 1} "
+                f"(a row is not its own neighbour)"
+            )
     # Both sets are centred on one point near the data: lengths, and so errors, stay small.
     centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
     real_rows, generated_rows = (
@@ -132,19 +141,6 @@ def precision_recall(
         real_rows, generated_rows, real_neighbours, generated_neighbours
     ).run_blocks()
     return _collect_result(cross, real_neighbours, generated_neighbours, semantics)
-
-
-def _refuse_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
-    if semantics not in get_args(Semantics):
-        raise UserError(
-            f"semantics {semantics!r} is unknown, expected one of {', '.join(get_args(Semantics))}"
-        )
-    for n, name in ((n_real, "real"), (n_generated, "generated")):
-        if not 1 <= k < n:
-            raise UserError(
-                f"k is {k}, but with {n} {name} rows it must be between 1 and {n - 1} "
-                f"(a row is not its own neighbour)"
-            )
 
 
 class _Balls:

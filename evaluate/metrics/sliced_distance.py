@@ -94,16 +94,15 @@ def _squared_along(
     first: NDArray[np.floating], second: NDArray[np.floating], axes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The squared 2-Wasserstein distance along each axis ``[axes]``."""
-    a, b = (_project_rows(rows, axes) for rows in (first, second))
+    # Chunks are widened one by one: no float64 copy of all rows.
+    a, b = (
+        np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
+        for rows in (first, second)
+    )
     a.sort(axis=1)
     b.sort(axis=1)
     a -= b
     return np.asarray(np.einsum("ad,ad->a", a, a) / a.shape[1])
-
-
-def _project_rows(rows: NDArray[np.floating], axes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows along each axis ``[axes, n]``, in float64, without a float64 copy of the rows."""
-    return np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
 
 
 def mind_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What training left behind: its curves from metrics.jsonl, and its summary."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,19 +32,16 @@ def read_run(path: Path) -> RunCurves:
     log = path / "metrics.jsonl"
     if not log.exists():
         raise UserError(f"{path} is no run directory (no metrics.jsonl); give --run RUN of train")
-    rows = [row for line in log.read_text().splitlines() if (row := _parse_row(line)) is not None]
+    rows = []
+    for line in log.read_text().splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(Record(row, str(log)))
     return RunCurves(path, _series_by_name(rows), _read_summary(path / "summary.json"))
 
 
-def _parse_row(line: str) -> dict[str, object] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
-
-
-def _series_by_name(rows: list[dict[str, object]]) -> dict[str, Series]:
+def _series_by_name(rows: list[Record]) -> dict[str, Series]:
     """Finite numbers by name.
 
     A step has several rows where training logged it and measured after it, or where a run was
@@ -51,14 +49,14 @@ def _series_by_name(rows: list[dict[str, object]]) -> dict[str, Series]:
     """
     by_step: dict[int, dict[str, object]] = {}
     for row in rows:
-        by_step.setdefault(int(str(row["step"])), {}).update(row)
+        by_step.setdefault(row.count("step"), {}).update(row)
     points: dict[str, list[tuple[int, float]]] = {}
-    for step, row in sorted(by_step.items()):
-        for name, value in row.items():
+    for step, values in sorted(by_step.items()):
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float) and np.isfinite(value):
                 points.setdefault(name, []).append((step, float(value)))
     arrays = {name: np.array(pairs, np.float64).T for name, pairs in points.items()}
-    return {name: (steps, values) for name, (steps, values) in arrays.items()}
+    return {name: (array[0], array[1]) for name, array in arrays.items()}
 
 
 def _read_summary(path: Path) -> Record:
