@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
 from common.record import Record
-from common.text import format_share
 from evaluate.metrics.features import (
     CHUNK_ROWS,
     checked_pair,
@@ -28,7 +27,6 @@ from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
     MetricPlot,
-    MetricRow,
     MetricSettings,
     TableQuantity,
     plain_fields,
@@ -182,33 +180,6 @@ def cosine_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, obje
     return plain_fields(result) | {"seed": settings.seed, "histogram": histogram}
 
 
-def cosine_rows(result: Record, halves: Record) -> list[MetricRow]:
-    """The report's lines on the cosines."""
-    mean, std, null_mean, centred, found = (
-        format_share(result.number(key))
-        for key in ("mean", "std", "null_mean", "centred_mean", "retrieval_at_1")
-    )
-    pool = result.count("retrieval_pool")
-    return [
-        MetricRow(
-            "Cosine to the source tile", "higher", f"{mean} ± {std}", null_mean, "sources shuffled",
-            "How alike the features of a generated tile and of the real tile that guided it are; "
-            "1 is the same direction. Any two tiles share much, so what counts is how far it is "
-            "above the shuffled pairing.",
-        ),
-        MetricRow(
-            "Cosine, centred", "higher", centred, format_share(0.0), "no relation",
-            "The same after the mean of the real features was taken from both sides, which "
-            "removes what all tiles share.",
-        ),
-        MetricRow(
-            "Source found first", "higher", found, format_share(1 / pool),
-            f"chance among {pool:,}",
-            "Share of generated tiles whose own source is the most similar of all source tiles.",
-        ),
-    ]  # fmt: skip
-
-
 def shuffled_context(result: Record) -> ContextEntry:
     """The cosine of shuffled pairs, a row of controls in tables."""
     return ContextEntry("Sources shuffled", result.number("null_mean"), {"n": result.count("n")})
@@ -254,19 +225,25 @@ METRIC = Metric(
     title="Cosine to the source tile",
     place=60,
     compute=cosine_result,
-    rows=cosine_rows,
     quantities=(
         TableQuantity(
             "cosine", "Cosine to the source tile", "higher", value_at("mean"), value_at("std"),
             share=True, context=shuffled_context,
+            meaning="How alike the features of a generated tile and of the real tile that guided "
+            "it are; 1 is the same direction. Any two tiles share much, so what counts is how far "
+            "it is above the shuffled pairing.",
         ),
         TableQuantity(
             "cosine_centred", "Cosine to the source tile, centred", "higher",
             value_at("centred_mean"), share=True, context=centred_context,
+            meaning="The same after the mean of the real features was taken from both sides, "
+            "which removes what all tiles share.",
         ),
         TableQuantity(
             "retrieval", "Source found first", "higher", value_at("retrieval_at_1"), share=True,
             context=chance_context,
+            meaning="Share of generated tiles whose source is the most similar of all "
+            "{retrieval_pool:,} source tiles compared.",
         ),
     ),
     needs=("sources",),

@@ -11,13 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from common.record import Record
-from common.text import format_number, format_share
 from evaluate.metrics.features import checked_pair, refuse_zero_rows, unit_rows
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
-    MetricRow,
     MetricSettings,
     TableQuantity,
     WarningKind,
@@ -285,18 +282,6 @@ def kid_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]
     return plain_fields(distance) | {"subsets": settings.kid_subsets, "seed": settings.seed}
 
 
-def kid_rows(result: Record, halves: Record) -> list[MetricRow]:
-    """The report's lines on the kernel distance."""
-    return [
-        MetricRow(
-            _TITLE, "lower", format_number(result.number("value")), format_share(0.0),
-            "equal distributions",
-            "Like the Fréchet distance, without taking the clouds for Gaussians and without "
-            "its bias; slightly negative values are legitimate.",
-        )
-    ]  # fmt: skip
-
-
 _TITLE = "Kernel distance (KID)"
 
 METRIC = Metric(
@@ -304,7 +289,12 @@ METRIC = Metric(
     title=_TITLE,
     place=40,
     compute=kid_result,
-    rows=kid_rows,
-    quantities=(TableQuantity("kid", _TITLE, "lower", value_at("value")),),
+    quantities=(
+        TableQuantity(
+            "kid", _TITLE, "lower", value_at("value"), ideal=(0.0, "equal distributions"),
+            meaning="Like the Fréchet distance, without taking the clouds for Gaussians and "
+            "without its bias; slightly negative values are legitimate.",
+        ),
+    ),
     warnings=(_SMALL_SUBSETS,),
-)
+)  # fmt: skip

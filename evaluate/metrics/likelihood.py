@@ -16,14 +16,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from common.record import Record
-from common.text import format_number, format_share
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
     MetricPart,
-    MetricRow,
     MetricSettings,
     TableQuantity,
     WarningKind,
@@ -295,20 +292,6 @@ def likelihood_result(
     return plain_fields(result) | {"baseline": kept}
 
 
-def likelihood_rows(result: Record, halves: Record) -> list[MetricRow]:
-    """The report's lines on the divergence."""
-    std = result.optional("std")
-    spread = "" if std is None else f" ± {format_number(std, 2)}"
-    return [
-        MetricRow(
-            _TITLE, "lower", format_number(result.number("value")) + spread, format_share(0.0),
-            "real training tiles",
-            "How well the generated tiles explain unseen real ones, against real training "
-            "tiles. Copies of training tiles make it huge. ± is over seeds.",
-        )
-    ]  # fmt: skip
-
-
 _TITLE = "Feature likelihood divergence"
 
 METRIC = Metric(
@@ -316,10 +299,16 @@ METRIC = Metric(
     title=_TITLE,
     place=30,
     compute=likelihood_result,
-    rows=likelihood_rows,
-    quantities=(TableQuantity("fld", _TITLE, "lower", value_at("value"), value_at("std")),),
+    quantities=(
+        TableQuantity(
+            "fld", _TITLE, "lower", value_at("value"), value_at("std"),
+            ideal=(0.0, "real training tiles"),
+            meaning="How well the generated tiles explain unseen real ones, against real training "
+            "tiles. Copies of training tiles make it huge. ± is over seeds.",
+        ),
+    ),
     needs=("train",),
     depends_on_device=True,
     warnings=(_DROPPED, _FAR),
     parts=(MetricPart("gap", "fld_gap", "FLD gap"),),
-)
+)  # fmt: skip

@@ -14,12 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
 from common.record import Record
-from common.text import format_share
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
-    MetricRow,
     MetricSettings,
     TableQuantity,
     plain_fields,
@@ -376,20 +374,6 @@ def manifold_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, ob
     return plain_fields(result)
 
 
-def manifold_rows(result: Record, halves: Record) -> list[MetricRow]:
-    """The report's lines on precision, recall, density and coverage."""
-    return [
-        MetricRow(
-            key.capitalize(), "higher",
-            format_share(result.optional(key)), format_share(halves.optional(key)),
-            "real halves" if halves else "too few real tiles",
-            meaning.format(k=result.get("k", 3)),
-        )
-        for key, meaning in _SHOWN.items()
-        if result.optional(key) is not None
-    ]  # fmt: skip
-
-
 def manifold_summary(result: Record) -> str:
     """Precision, recall, density and coverage in a few words."""
     return ", ".join(f"{key} {result.number(key):.3f}" for key in ("precision", "recall"))
@@ -401,9 +385,9 @@ METRIC = Metric(
     place=20,
     compute=manifold_result,
     compute_floor=manifold_result,
-    rows=manifold_rows,
     quantities=tuple(
-        TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True) for key in _SHOWN
+        TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True, meaning=meaning)
+        for key, meaning in _SHOWN.items()
     ),
     summary=manifold_summary,
 )

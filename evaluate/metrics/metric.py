@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.record import Record
+from common.text import format_number, format_share
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -140,7 +141,7 @@ class ContextEntry:
 
 @dataclass(frozen=True)
 class TableQuantity:
-    """A number of a metric's result that a protocol's table shows.
+    """A number of a metric's result, as a protocol's table and the report show it.
 
     Attributes:
         name: of the table, as a protocol's `tables` lists it.
@@ -150,6 +151,9 @@ class TableQuantity:
         share: whether it is shown with three decimals, as shares and cosines are.
         in_controls: whether rows of controls have it.
         context: reads a control row that comes with it.
+        meaning: what it means, in plain words; keys of the result in braces.
+        ideal: the value of a perfect generator and why; without it the report compares with the
+            context or, if there is none, with the real halves.
     """
 
     name: str
@@ -160,6 +164,25 @@ class TableQuantity:
     share: bool = False
     in_controls: bool = True
     context: Callable[[Record], ContextEntry] | None = None
+    meaning: str = ""
+    ideal: tuple[float, str] | None = None
+
+    def report_row(self, result: Record, halves: Record) -> MetricRow:
+        """The quantity's line in the report."""
+        as_text = format_share if self.share else format_number
+        text, spread = as_text(self.value(result)), self.spread(result)
+        if spread is not None:
+            text += f" ± {format_share(spread) if self.share else format_number(spread, 2)}"
+        if self.ideal is not None:
+            reference, name = format_share(self.ideal[0]), self.ideal[1]
+        elif self.context is not None:
+            entry = self.context(result)
+            reference, name = as_text(entry.value), entry.label.lower()
+        else:
+            reference = as_text(self.value(halves))
+            name = "real halves" if halves else "too few real tiles"
+        meaning = self.meaning.format_map(result)
+        return MetricRow(self.title, self.better, text, reference, name, meaning)
 
 
 @dataclass(frozen=True)
@@ -189,7 +212,8 @@ class Metric:
         depends_on_device: whether its value depends on the device by rounding.
         compute_floor: the part of the result that is also computed between two halves of the
             real tiles; None leaves it out.
-        rows: lines of the report, from the result and from that of the real halves.
+        rows: lines of the report, from the result and from that of the real halves; by default
+            one for each quantity.
         quantities: what a protocol's tables show of it.
         warnings: the sentences that its result may have.
         parts: parts of the result with separate warnings.
@@ -200,7 +224,7 @@ class Metric:
     title: str
     place: int
     compute: Callable[[FeaturePair, MetricSettings], dict[str, object]]
-    rows: Callable[[Record, Record], list[MetricRow]]
+    rows: Callable[[Record, Record], list[MetricRow]] | None = None
     quantities: tuple[TableQuantity, ...] = ()
     needs: tuple[Literal["train", "sources"], ...] = ()
     reads_clusters: bool = False
@@ -210,6 +234,13 @@ class Metric:
     parts: tuple[MetricPart, ...] = ()
     summary: Callable[[Record], str] | None = None
     plot: MetricPlot | None = None
+
+    def report_rows(self, result: Record, halves: Record) -> list[MetricRow]:
+        """The report's lines on a result; `halves` is that of the real halves, if any."""
+        if self.rows is not None:
+            return self.rows(result, halves)
+        shown = [quantity for quantity in self.quantities if quantity.value(result) is not None]
+        return [quantity.report_row(result, halves) for quantity in shown]
 
 
 def value_at(*keys: str) -> Reader:

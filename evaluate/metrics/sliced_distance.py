@@ -6,13 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from common.record import Record
-from common.text import format_number, format_share
 from evaluate.metrics.features import checked_pair, chunks, random_subset
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
-    MetricRow,
     MetricSettings,
     TableQuantity,
     plain_fields,
@@ -111,17 +108,6 @@ def mind_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object
     return plain_fields(distance) | {"seed": settings.seed}
 
 
-def mind_rows(result: Record, halves: Record) -> list[MetricRow]:
-    """The report's lines on the sliced distance."""
-    return [
-        MetricRow(
-            _TITLE, "lower", format_number(result.number("value")), format_share(0.0), "equal sets",
-            "The mean distance along random directions, on the scale of a Fréchet distance; "
-            "it needs fewer tiles to settle.",
-        )
-    ]  # fmt: skip
-
-
 _TITLE = "Sliced distance (MIND)"
 
 METRIC = Metric(
@@ -129,6 +115,11 @@ METRIC = Metric(
     title=_TITLE,
     place=50,
     compute=mind_result,
-    rows=mind_rows,
-    quantities=(TableQuantity("mind", _TITLE, "lower", value_at("value")),),
-)
+    quantities=(
+        TableQuantity(
+            "mind", _TITLE, "lower", value_at("value"), ideal=(0.0, "equal sets"),
+            meaning="The mean distance along random directions, on the scale of a Fréchet "
+            "distance; it needs fewer tiles to settle.",
+        ),
+    ),
+)  # fmt: skip

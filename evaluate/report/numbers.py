@@ -13,7 +13,7 @@ def metric_rows(results: Record) -> list[MetricRow]:
         row
         for name, metric in METRICS.items()
         if metrics.part(name)
-        for row in metric.rows(metrics.part(name), halves.part(name))
+        for row in metric.report_rows(metrics.part(name), halves.part(name))
     ]
 
 
