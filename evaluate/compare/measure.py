@@ -57,6 +57,7 @@ def measure(
                 f"{name} {side.selection.name} has {len(side.features)} tiles, at least "
                 f"{_MIN_ROWS} are needed; choose a larger selection"
             )
+    # How the images were made is in their dataset's identity, not in the features.
     identity = read_identity(generated.dataset)
     sources, no_cosine = _paired_sources(generated, real, guidance or real.dataset)
     pair = make_pair(real, generated, guidance or real.dataset, sources, train, device)

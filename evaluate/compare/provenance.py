@@ -1,7 +1,6 @@
 """What tiles a number was measured on: sums of their files and pixels, and their JPEG traces."""
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -88,7 +87,11 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
         ThreadPoolExecutor(_DECODERS, "decode") as pool,
         meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
     ):
-        blocks = _selected_blocks(selection)
+        blocks = (
+            (slide_id, ranks[ranks // BLOCK_ROWS == block].tolist())
+            for slide_id, ranks in selection.items()
+            for block in np.unique(ranks // BLOCK_ROWS)
+        )
         # A few blocks per thread at a time: the pool would read all of a selection ahead.
         while batch := list(islice(blocks, 4 * _DECODERS)):
             for tiles in pool.map(lambda block: store.read(*block), batch):
@@ -96,9 +99,3 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
                     digest.update(np.ascontiguousarray(tile).data)
                 shown.advance(len(tiles), "")
     return digest.hexdigest()
-
-
-def _selected_blocks(selection: Selection) -> Iterator[tuple[str, list[int]]]:
-    for slide_id, ranks in selection.items():
-        for block in np.unique(ranks // BLOCK_ROWS):
-            yield slide_id, ranks[ranks // BLOCK_ROWS == block].tolist()

@@ -99,6 +99,7 @@ def metric_warnings(
     that one of them covers is not repeated for each metric.
     """
     known_codes = {one["code"] for one in known}
+    # A sentence of many places is one warning: keys keep the order in which they come.
     places: dict[tuple[str, str], dict[str, None]] = {}
     for place, metrics in results:
         for name, sentence in _read_sentences(metrics):
@@ -107,12 +108,13 @@ def metric_warnings(
                 places.setdefault((name, sentence), {})[place] = None
     titles = {metric.name: metric.title for metric in METRICS.values()}
     titles |= {part.name: part.title for metric in METRICS.values() for part in metric.parts}
-    return [
-        warning(
-            f"metric_{name}", f"{titles.get(name, name)}: {sentence}{_list_places(list(named))}"
-        )
-        for (name, sentence), named in places.items()
-    ]
+    warnings = []
+    for (name, sentence), named in places.items():
+        shown, more = list(named)[:_PLACES_NAMED], len(named) - _PLACES_NAMED
+        where = "; ".join(shown) + (f" and {more} more" if more > 0 else "")
+        message = f"{titles.get(name, name)}: {sentence}" + (f" ({where})" if where else "")
+        warnings.append(warning(f"metric_{name}", message))
+    return warnings
 
 
 def _read_sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -125,10 +127,3 @@ def _read_sentences(metrics: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         for part in METRICS[name].parts if name in METRICS else ():
             sentences = record.part(part.key).texts("warnings")
             yield from ((part.name, sentence) for sentence in sentences)
-
-
-def _list_places(places: list[str]) -> str:
-    if places == [""]:
-        return ""
-    more = f" and {len(places) - _PLACES_NAMED} more" if len(places) > _PLACES_NAMED else ""
-    return f" ({'; '.join(places[:_PLACES_NAMED])}{more})"

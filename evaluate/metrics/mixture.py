@@ -44,7 +44,11 @@ class Mixture:
         """
         self._centres = centres
         squared = _all_squared_distances(fitted_to, centres)
-        self.nearest_squared = _column_minima(squared).to(centres.device)
+        # By blocks of rows: the distances may be mapped from a file larger than memory.
+        minima = torch.full_like(squared[0], torch.inf)
+        for block in _row_blocks(len(squared), squared.shape[1], squared.element_size()):
+            torch.minimum(minima, squared[block].amin(dim=0), out=minima)
+        self.nearest_squared = minima.to(centres.device)
         self.log_variances = _fit_variances(
             squared,
             _ORIGIN_SHRINK**2 * _squared_from_mean(fitted_to),
@@ -185,13 +189,6 @@ def _squared_block(rows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
         exact = exact_pairs(rows.cpu().numpy(), i, centres.cpu().numpy(), j)
         squared[i, j] = torch.from_numpy(exact).to(squared)
     return squared
-
-
-def _column_minima(squared: torch.Tensor) -> torch.Tensor:
-    minima = torch.full_like(squared[0], torch.inf)
-    for block in _row_blocks(len(squared), squared.shape[1], squared.element_size()):
-        torch.minimum(minima, squared[block].amin(dim=0), out=minima)
-    return minima
 
 
 def _row_blocks(n: int, width: int, element_size: int) -> Iterator[slice]:

@@ -50,6 +50,7 @@ def read_tile_pairs(
     Tiles that are not on disk (a selection that was never tiled) leave the place empty, as do
     those of another dataset than the one that guided.
     """
+    # The same rank of another dataset is another tile, which would look like a bad image.
     foreign = foreign_guidance(generated, guidance)
     real_store = None if foreign else TileStore(guidance, int(identity_value(guidance, "tile_px")))
     store = TileStore(generated, int(identity_value(generated, "tile_px")))

@@ -51,6 +51,7 @@ def gather_content(
 
     Raises `UserError` where the datasets are not those that were measured.
     """
+    # Tiles of another selection would be shown under numbers that are not theirs.
     selections = []
     for side, place in ((results.part("real"), dataset), (results.part("generated"), generated)):
         selection = read_selection(place, side.text("selection"))
@@ -75,6 +76,7 @@ def all_warnings(results: Record, run: RunCurves | None) -> list[LevelledWarning
     """The warnings of the measurement and of the training, each with a level, worst first."""
     warnings = [dict(one) for one in results.parts("warnings")]
     record = run.summary.part("encoder_record") if run else Record({})
+    # The run's summary knows of random weights that older synthetic datasets do not record.
     known = {one["code"] for one in warnings}
     if record.get("random_weights") and "random_training_encoder" not in known:
         message = (

@@ -27,6 +27,7 @@ def draw_picture(content: PageContent) -> bytes:
         _draw_overlay(figure.add_subplot(grid[0, 0]), content)
         _draw_first_curves(figure.add_subplot(grid[1, 0]), content)
         rows = grid[:, 1].subgridspec(2, _COLUMNS, wspace=0.04, hspace=0.22)
+        # Pairs with both tiles first: the rows are then one above the other.
         pairs = [pair for pair in content.pairs if pair.real is not None] or content.pairs
         real = [pair.real for pair in pairs if pair.real is not None] or content.real_tiles
         generated = [pair.generated for pair in pairs]

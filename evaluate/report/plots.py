@@ -97,6 +97,7 @@ def running_median(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     >>> running_median(np.array([1.0, 9.0, 2.0])).tolist()
     [1.0, 9.0, 2.0]
     """
+    # A window that grows with the run, so that long runs are not drawn as noise.
     half = len(values) // 40
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]

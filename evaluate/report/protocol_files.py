@@ -47,6 +47,7 @@ def render_protocol(results: Mapping[str, object]) -> str:
     """The page as one HTML string: styles and images inside, no address outside."""
     record = Record(results, "results.json")
     tables = record.parts("tables")
+    suspects = min(_SUSPECTS, record.part("config").count("top"))
     return render_template(
         "protocol.html.j2",
         results=record,
@@ -57,7 +58,15 @@ def render_protocol(results: Mapping[str, object]) -> str:
             for table in tables
         ],
         plots=draw_protocol_plots(record),
-        searches=[_describe_search(record, search) for search in record.parts("memorisation")],
+        searches=[
+            {
+                "found": search,
+                "plot": draw_ratios(search),
+                "by_ratio": read_suspects(record, search, "ratio", suspects),
+                "by_score": read_suspects(record, search, "score", suspects),
+            }
+            for search in record.parts("memorisation")
+        ],
         grids=read_grids(record, record.part("config").count("tiles")),
         card=protocol_card(record),
         format_number=format_number,
@@ -65,16 +74,6 @@ def render_protocol(results: Mapping[str, object]) -> str:
         row_entries=row_entries,
         counts_text=counts_text,
     )
-
-
-def _describe_search(results: Record, search: Record) -> dict[str, object]:
-    count = min(_SUSPECTS, results.part("config").count("top"))
-    return {
-        "found": search,
-        "plot": draw_ratios(search),
-        "by_ratio": read_suspects(results, search, "ratio", count),
-        "by_score": read_suspects(results, search, "score", count),
-    }
 
 
 def protocol_card(results: Record) -> list[tuple[str, list[tuple[str, str]]]]:

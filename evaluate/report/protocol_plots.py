@@ -173,6 +173,7 @@ def _draw_infinity(axes: Axes, cells: Sequence[Record], title: str) -> None:
         line = _frechet_result(cell).part("infinity")
         inverse = 1 / np.array(line.numbers("sizes"), float)
         axes.plot(inverse, line.numbers("values"), "o", color=colour, markersize=3.5)
+        # The line is drawn to 1/N = 0, where its value is read.
         ends, intercept = np.array([0.0, inverse.max()]), line.number("value")
         name = _row_name(cell) if len(cells) > 1 else "intercept"
         label = f"{name}: {intercept:.4g}"
@@ -297,6 +298,7 @@ def concordance_plots(results: Record) -> list[ProtocolPlot]:
     shared = sorted(set.intersection(*map(set, by_encoder.values()))) if by_encoder else []
     if len(by_encoder) < 2 or len(shared) < 3:
         return []
+    # Only rows that every encoder has measured can be ranked alike.
     ranks = [[values[row] for row in shared] for values in by_encoder.values()]
     matrix = np.array([[float(kendalltau(a, b).statistic) for b in ranks] for a in ranks])
     svg = draw_svg(partial(_draw_matrix, names=list(by_encoder), matrix=matrix))

@@ -34,6 +34,7 @@ def counts_text(row: Record) -> str:
     for entry in row_entries(row):
         for key in entry.part("n"):
             counts.setdefault(key, set()).add(entry.part("n").count(key))
+    # Known counts first, in a fixed order; others as the protocol names them.
     names = {"n_real": "real", "n_generated": "generated", "n": "tiles"}
     order = [key for key in names if key in counts] + [key for key in counts if key not in names]
     return ", ".join(

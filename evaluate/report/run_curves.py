@@ -32,6 +32,7 @@ def read_run(path: Path) -> RunCurves:
     log = path / "metrics.jsonl"
     if not log.exists():
         raise UserError(f"{path} is no run directory (no metrics.jsonl); give --run RUN of train")
+    # A line that is no JSON was torn by a kill.
     rows = []
     for line in log.read_text().splitlines():
         with suppress(ValueError):
@@ -47,6 +48,7 @@ def _series_by_name(rows: list[Record]) -> dict[str, Series]:
     A step has several rows where training logged it and measured after it, or where a run was
     resumed: of a name in two of them the later row counts.
     """
+    # Later rows of a step complete or replace the earlier ones.
     by_step: dict[int, dict[str, object]] = {}
     for row in rows:
         by_step.setdefault(row.count("step"), {}).update(row)
