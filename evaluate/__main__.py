@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 
 from common.console import EXIT_USAGE, run_door
 from common.errors import UserError
@@ -22,67 +22,41 @@ from evaluate.report.config import ReportConfig
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the door: what runs it, its options and what `--help` shows of it."""
+    """A command of the door: what runs it, its options and what `--help` shows of it.
 
-    run: Callable[[argparse.Namespace], int]
-    add_options: Callable[[argparse.ArgumentParser], None]
+    `run` is "module:function", imported when it runs: `--help` needs no torch. `options` is a
+    configuration whose fields are the options, or a function that adds them.
+    """
+
+    run: str
+    options: "type | Callable[[argparse.ArgumentParser], None]"
     summary: str
     description: str
 
 
-def _run_generate(options: argparse.Namespace) -> int:
-    from evaluate.generate.command import generate_command
-
-    return generate_command(options)
-
-
-def _run_figure(options: argparse.Namespace) -> int:
-    from evaluate.figures.command import figure_command
-
-    return figure_command(options)
-
-
-def _run_measure(options: argparse.Namespace) -> int:
-    from evaluate.compare.command import measure_command
-
-    return measure_command(config_from_options(MeasureConfig, options))
-
-
-def _run_protocol(options: argparse.Namespace) -> int:
-    from evaluate.protocols.command import protocol_command
-
-    return protocol_command(options)
-
-
-def _run_report(options: argparse.Namespace) -> int:
-    from evaluate.report.command import report_command
-
-    return report_command(config_from_options(ReportConfig, options))
-
-
 COMMANDS = {
     "generate": Command(
-        _run_generate,
+        "evaluate.generate.command:generate_command",
         add_generate_options,
         "make a synthetic dataset with a model",
         "Make a synthetic dataset with a model. The same command goes on where an interrupted one "
         "stopped; a larger --limit adds images.",
     ),
     "figure": Command(
-        _run_figure,
+        "evaluate.figures.command:figure_command",
         add_figure_options,
         "draw a figure of generated tiles",
         "Draw a figure of generated tiles, as PNG and PDF.",
     ),
     "measure": Command(
-        _run_measure,
-        partial(add_config_options, config=MeasureConfig),
+        "evaluate.compare.command:measure_command",
+        MeasureConfig,
         "compare a synthetic dataset with a real one",
         "Compare a synthetic dataset with a real one, from the CLS features that `python -m "
         "pipeline cache` made of both.",
     ),
     "protocol": Command(
-        _run_protocol,
+        "evaluate.protocols.command:protocol_command",
         add_protocol_options,
         "run one of the paper's protocols",
         "Run one of the paper's protocols: make the images and features that are missing, "
@@ -90,8 +64,8 @@ COMMANDS = {
         "interrupted one stopped.",
     ),
     "report": Command(
-        _run_report,
-        partial(add_config_options, config=ReportConfig),
+        "evaluate.report.command:report_command",
+        ReportConfig,
         "write a page that shows the results",
         "Write one HTML page that contains everything it shows and needs no network.",
     ),
@@ -106,8 +80,10 @@ def parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name, help=command.summary, description=command.description
         )
-        subparser.set_defaults(run=command.run)
-        command.add_options(subparser)
+        if isinstance(command.options, type):
+            add_config_options(subparser, command.options)
+        else:
+            command.options(subparser)
     return top
 
 
@@ -148,7 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")
-    return int(options.run(options))
+    command = COMMANDS[options.command]
+    module, _, function = command.run.partition(":")
+    config = command.options
+    given_options = config_from_options(config, options) if isinstance(config, type) else options
+    return int(getattr(import_module(module), function)(given_options))
 
 
 if __name__ == "__main__":
