@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from pipeline.dataset import (  # noqa: E402
+from bench.common import ROOT, markdown
+from pipeline.dataset import (
     Dataset,
     Run,
     make_selection,
@@ -36,7 +36,7 @@ from pipeline.dataset import (  # noqa: E402
     software_versions,
     write_selection,
 )
-from train.metrics_log import read_metrics  # noqa: E402
+from train.metrics_log import read_metrics
 
 HELD_OUT_SHARE = 5  # a patient in so many
 ARMS: dict[str, tuple[str, ...]] = {
@@ -184,13 +184,11 @@ def plot(path: Path, rows: list[dict[str, float | str]]) -> None:
 
 def summary(rows: list[dict[str, float | str]], options: argparse.Namespace) -> str:
     """A table of the judged step: mean over seeds and their range, and what PSNR gained."""
-    lines = [
+    head = (
         f"{options.config}, {options.steps} steps, encoder weights {options.weights}; mean over "
-        "seeds (least to largest)",
-        "",
-        "| arm | seeds | on | " + " | ".join(CURVES) + " | PSNR gained, dB |",
-        "|---|---|---|" + "---|" * (len(CURVES) + 1),
-    ]
+        "seeds (least to largest)\n\n"
+    )
+    table = []
     for arm in options.arms:
         for selection in ("val-in", "val-out"):
             mine = {
@@ -206,9 +204,9 @@ def summary(rows: list[dict[str, float | str]], options: argparse.Namespace) -> 
             gains = [
                 float(row["psnr"]) - float(mine[0][seed]["psnr"]) for seed, row in last.items()
             ]
-            head = f"| {arm} | {len(last)} | {selection} | "
-            lines.append(head + " | ".join([*cells, _cell(gains)]) + " |")
-    return "\n".join(lines) + "\n"
+            table.append((arm, len(last), selection, *cells, _cell(gains)))
+    titles = " | ".join(("arm", "seeds", "on", *CURVES, "PSNR gained, dB"))
+    return head + markdown(titles, table)
 
 
 def _cell(values: list[float]) -> str:
@@ -219,13 +217,13 @@ def _cell(values: list[float]) -> str:
 
 def _run(room: str, *arguments: str) -> None:
     command = [sys.executable, "-m", room, *arguments]
-    subprocess.run(command, cwd=HERE.parent, check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The tiny preset on patients it never saw.")
     parser.add_argument("work", type=lambda text: Path(text).resolve())
-    tiles = HERE.parent.parent / "shared" / "data" / "tiles_224"
+    tiles = ROOT.parent / "shared" / "data" / "tiles_224"
     parser.add_argument("--tiles", type=Path, default=tiles)
     parser.add_argument("--weights", default="random:0", help="H0-mini's, as for `cache`")
     parser.add_argument("--config", default="tiny")

@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from pipeline.dataset import Dataset, read_selection, read_slides  # noqa: E402
-from train.stream import BlockTable, compile_blocks, epoch_order  # noqa: E402
+from bench.common import OUT, ROOT, markdown
+from pipeline.dataset import Dataset, read_selection, read_slides
+from train.stream import BlockTable, compile_blocks, epoch_order
 
-OUT = HERE / "out"
 WINDOW = 64  # steps over which distinct slides are counted
 Counts = npt.NDArray[np.int64]
 
@@ -88,7 +87,7 @@ def main() -> int:
         folder = (options.work or Path(scratch)).resolve()
         if not (folder / "slides.parquet").exists():
             plan = [sys.executable, "-m", "pipeline", "plan-cohort", str(options.cohort.resolve())]
-            subprocess.run([*plan, "--out", str(folder)], cwd=HERE.parent, check=True)
+            subprocess.run([*plan, "--out", str(folder)], cwd=ROOT, check=True)
         dataset = Dataset(folder)
         table = compile_blocks(read_selection(dataset, options.selection))
         site_of = {slide.slide_id: str(slide.site) for slide in read_slides(dataset)}
@@ -102,23 +101,22 @@ def main() -> int:
         f"{ideal_slides(site_shares, options.batch):.1f}",
         f"{ideal_slides(shares, WINDOW * options.batch):,.0f}", *["0"] * 4,
     ]  # fmt: skip
-    head = ["cursors K", "slides a batch", "sites a batch", f"slides in {WINDOW} steps"]
-    head += ["autocorrelation at lag 1", "at lag K", "at lag 4 K", "at lag 16 K"]
+    head = (
+        f"cursors K | slides a batch | sites a batch | slides in {WINDOW} steps "
+        "| autocorrelation at lag 1 | at lag K | at lag 4 K | at lag 16 K"
+    )
     lines = [ideal] + [
         measure(table, sites, options.batch, cursors, options.steps) for cursors in options.cursors
     ]
-    text = [
+    text = (
         f"{options.selection}: {table.num_rows:,} rows of {len(table.slide_ids):,} slides and "
         f"{len(site_shares)} sites, batch {options.batch}; "
-        f"{table.read_amplification:.3f} tiles are read for each trained on",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(line) + " |" for line in lines),
-    ]
+        f"{table.read_amplification:.3f} tiles are read for each trained on\n\n"
+        + markdown(head, lines)
+    )
     OUT.mkdir(exist_ok=True)
-    (OUT / "mixing.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+    (OUT / "mixing.md").write_text(text)
+    print(text)
     return 0
 
 

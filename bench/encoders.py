@@ -10,11 +10,7 @@ bench/out/encoders.md and .json. By default the encoders of up to 100 million pa
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +19,13 @@ import openslide
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from common.text import format_bytes  # noqa: E402
-from model.encoders import ENCODERS, Encoder, EncoderSpec, MissingPackageError, load_encoder  # noqa: E402
-from pipeline.features.plan import stored_bytes  # noqa: E402
+from bench.common import MACHINE, SLIDE, device_clock, markdown, write_result
+from common.text import format_bytes
+from model.encoders import ENCODERS, Encoder, EncoderSpec, MissingPackageError, load_encoder
+from pipeline.features.plan import stored_bytes
 
-OUT = HERE / "out"
-SLIDE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
 COHORTS = {"40M": 40_000_000, "108M": 108_000_000}
 COHORT_SLIDES = 11_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,13 +52,8 @@ def main() -> int:
             print(f"{name}: left out: {error}")
             continue
         print(line(rows[-1]), flush=True)
-    cores = len(os.sched_getaffinity(0))
-    machine = {"platform": platform.platform(), "cores": cores, "device": options.device}
-    OUT.mkdir(exist_ok=True)
-    text = table(rows)
-    (OUT / "encoders.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
-    (OUT / "encoders.md").write_text(text)
-    print(text)
+    machine = {**MACHINE, "device": options.device}
+    write_result("encoders", {"machine": machine, "rows": rows}, format_tables(rows))
     return 0
 
 
@@ -109,12 +98,9 @@ def measured(spec: EncoderSpec, images: np.ndarray, device: str, rounds: int) ->
 
 def forward_seconds(encoder: Encoder, images: np.ndarray) -> float:
     """Seconds of one forward pass with all that `encode` does to its output; CPU time on a CPU."""
-    on_gpu = encoder.device.type == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
+    clock = device_clock(encoder.device)
     began = clock()
     encoder.encode(images, tokens=encoder.spec.num_tokens > 0)
-    if on_gpu:
-        torch.cuda.synchronize()
     return clock() - began
 
 
@@ -139,24 +125,22 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['encoder']}: {row['gflop_a_tile']:.1f} GFLOP a tile, {rates}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_tables(rows: list[dict[str, Any]]) -> str:
     """Two Markdown tables: rates and hours, and bytes."""
-    lines = [
-        "| encoder | GFLOP a tile | tiles/s float32 | bfloat16 "
-        "| hours 40M float32 | bfloat16 | hours 108M float32 | bfloat16 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rates, sizes = [], []
     for row in rows:
-        cells = [f"{row['gflop_a_tile']:.1f}"]
-        cells += [f"{rate:.3g}" for rate in row["tiles_per_s"].values()]
-        cells += [f"{h:,.0f}" for cohort in COHORTS for h in row["hours"][cohort].values()]
-        lines.append(f"| {row['encoder']} | {' | '.join(cells)} |")
-    lines += ["", "| encoder | kind | 40M tiles | 108M tiles |", "|---|---|---|---|"]
-    for row in rows:
-        for kind in row["bytes"]["40M"]:
-            sizes = (format_bytes(row["bytes"][cohort][kind]) for cohort in COHORTS)
-            lines.append(f"| {row['encoder']} | {kind} | {' | '.join(sizes)} |")
-    return "\n".join(lines) + "\n"
+        hours = (f"{h:,.0f}" for cohort in COHORTS for h in row["hours"][cohort].values())
+        speeds = (f"{rate:.3g}" for rate in row["tiles_per_s"].values())
+        rates.append((row["encoder"], f"{row['gflop_a_tile']:.1f}", *speeds, *hours))
+        sizes += [
+            (row["encoder"], kind, *(format_bytes(row["bytes"][c][kind]) for c in COHORTS))
+            for kind in row["bytes"]["40M"]
+        ]
+    head = (
+        "encoder | GFLOP a tile | tiles/s float32 | bfloat16 "
+        "| hours 40M float32 | bfloat16 | hours 108M float32 | bfloat16"
+    )
+    return markdown(head, rates) + "\n" + markdown("encoder | kind | 40M tiles | 108M tiles", sizes)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ numbers go to bench/out/features.md and .json.
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -28,29 +25,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from model import alignment_loss  # noqa: E402
-from model.encoders import Encoder, load_encoder  # noqa: E402
-from pipeline.__main__ import main as pipeline  # noqa: E402
-from pipeline.dataset import (  # noqa: E402
-    CANDIDATES_SCHEMA,
+from bench.common import (
+    CORES,
+    MACHINE,
+    OUT,
+    SLIDES,
+    best_seconds,
+    candidates_table,
+    commit_tiles,
+    markdown,
+    missed_goals,
+    print_verdict,
+    ratio_rows,
+    run_stages,
+    write_features,
+    write_result,
+)
+from model import alignment_loss
+from model.encoders import Encoder, load_encoder
+from pipeline.dataset import (
     Dataset,
-    Entry,
     Run,
     TileStore,
-    commit_bytes,
     commit_file,
     write_candidates,
-    write_tar,
 )
-from pipeline.dataset.features import FeatureShard, bundle, open_writer, token_table, write_blocks  # noqa: E402
-from pipeline.dataset.features.quantise import dequantise, quantise  # noqa: E402
-from pipeline.features.compute import (  # noqa: E402
+from pipeline.dataset.features import FeatureShard, token_table
+from pipeline.dataset.features.quantise import dequantise, quantise
+from pipeline.features import bundle
+from pipeline.features.compute import (
     Features,
     Span,
     SpanWriter,
@@ -59,11 +66,9 @@ from pipeline.features.compute import (  # noqa: E402
     decode_threads,
     lanes_for,
 )
-from pipeline.features.config import CacheConfig  # noqa: E402
-from pipeline.features.views import view_function  # noqa: E402
+from pipeline.features.config import CacheConfig
+from pipeline.features.views import view_function
 
-OUT = HERE / "out"
-SLIDES = HERE.parent / "tests" / "data" / "slides"
 SLIDE = "CMU-1-Small-Region"
 GOALS = {
     "cache over bare forward": {"cpu": 0.9, "cuda": 0.85},
@@ -82,16 +87,13 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
 
 def tiled(folder: Path) -> Dataset:
     """The committed slide's tiles."""
-    root = folder / "dataset"
-    for stage in (
+    return run_stages(
+        folder / "dataset",
         ["scan", str(SLIDES), "--workers", "1"],
         ["tissue", "--workers", "1"],
         ["select", "--name", "train"],
         ["tile", "--workers", "1"],
-    ):
-        if pipeline([stage[0], "--dataset", str(root), *stage[1:]]):
-            raise SystemExit(f"bench: {stage[0]} failed")
-    return Dataset(root)
+    )
 
 
 def enlarged(dataset: Dataset, slides: int, rows: int) -> list[str]:
@@ -99,21 +101,11 @@ def enlarged(dataset: Dataset, slides: int, rows: int) -> list[str]:
     store = TileStore(dataset, 224)
     pngs = list(chain(*(store.read_block_bytes(SLIDE, block).values() for block in range(3))))
     names = [f"slide-{number:02d}" for number in range(slides)]
-    columns = [np.arange(rows).astype(field.type.to_pandas_dtype()) for field in CANDIDATES_SCHEMA]
-    candidates = pa.table([pa.array(column) for column in columns], schema=CANDIDATES_SCHEMA)
+    places = np.arange(rows)
     with Run(dataset, "tile", {}) as run:
         for name in names:
-            path, index = dataset.tiles_dir(224) / f"{name}.0-{rows}.tar", bytearray()
-
-            def write(file: Any, name: str = name, index: bytearray = index) -> None:
-                index += write_tar(file, name, 0, (pngs[i % len(pngs)] for i in range(rows)))
-
-            files = (
-                commit_file(dataset, run.run_id, path, write),
-                commit_bytes(dataset, run.run_id, path.with_suffix(".idx"), bytes(index)),
-            )
-            write_candidates(dataset, run.run_id, name, candidates)
-            run.append([Entry(name, "done", "f", scope="224", start=0, stop=rows, files=files)])
+            write_candidates(dataset, run.run_id, name, candidates_table(places, places))
+            commit_tiles(dataset, run, name, [pngs[i % len(pngs)] for i in range(rows)])
     return names
 
 
@@ -141,7 +133,7 @@ def measure_cache(
 
     By wall time, and by this process's CPU time, which other users of the machine do not change.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads = CORES
     store, blocks = TileStore(dataset, 224), range(-(-tiles // 16))
     few = min(tiles, max(48, batch))
     images = np.stack([store.read(slides[0], [i])[0] for i in range(few)])
@@ -216,15 +208,9 @@ def _same(features: Features) -> Features:
 
 
 def _write_span(dataset: Dataset, name: str, parts: Iterator[Features]) -> None:
-    def fill(file: Any) -> None:
-        first = next(parts)
-        assert first.tokens is not None
-        with open_writer(file, token_table(first.tokens[:1]).schema) as writer:
-            for part in chain([first], parts):
-                assert part.tokens is not None
-                write_blocks(writer, token_table(part.tokens))
-
-    commit_file(dataset, "bench", dataset.features_dir(224, "alone") / name, fill)
+    tables = (token_table(part.tokens) for part in parts if part.tokens is not None)
+    path = dataset.features_dir(224, "alone") / name
+    commit_file(dataset, "bench", path, partial(write_features, tables=tables))
 
 
 def files_in_both(folder: Path, rounds: int) -> dict[str, float]:
@@ -246,12 +232,8 @@ def measure_files(folder: Path, rounds: int) -> dict[str, float]:
     path = dataset.features_dir(224, "x") / f"s.0-{TOKEN_ROWS}.parquet"
 
     def write() -> None:
-        def fill(file: Any) -> None:
-            with open_writer(file, token_table(tokens[:1]).schema) as writer:
-                for _ in range(0, TOKEN_ROWS, len(tokens)):
-                    write_blocks(writer, token_table(tokens))
-
-        commit_file(dataset, "bench", path, fill)
+        tables = (token_table(tokens) for _ in range(0, TOKEN_ROWS, len(tokens)))
+        commit_file(dataset, "bench", path, partial(write_features, tables=tables))
 
     def read() -> None:
         shard = FeatureShard(path)
@@ -265,12 +247,7 @@ def measure_files(folder: Path, rounds: int) -> dict[str, float]:
             while file.readinto(buffer):
                 pass
 
-    best = {"write": 1e9, "read": 1e9, "read bytes": 1e9}
-    for _ in range(rounds):
-        for name, function in (("write", write), ("read", read), ("read bytes", read_bytes)):
-            began = time.process_time()
-            function()
-            best[name] = min(best[name], time.process_time() - began)
+    best = best_seconds({"write": write, "read": read, "read bytes": read_bytes}, rounds)
     size = path.stat().st_size / 1e6
     return {name: size / value for name, value in best.items()}
 
@@ -309,32 +286,36 @@ def _compared(tokens: np.ndarray) -> dict[str, float]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| ratio | measured | goal |", "|---|---|---|"]
-    for name, value in result["ratios"].items():
-        lines.append(f"| {name} | {value:.2f} | {GOALS[name][result['device']]} |")
-    lines.append(
-        f"| writing tokens, MB/s of one core | {result['files']['write']:.0f} | {WRITE_GOAL_MB_S} |"
-    )
-    cpu = result["rates_cpu"]
-    if result["device"] == "cpu":
+    cpu, device = result["rates_cpu"], result["device"]
+    goals = {name: goal[device] for name, goal in GOALS.items()}
+    write_rate = f"{result['files']['write']:.0f}"
+    ratios = [
+        *ratio_rows(result["ratios"], goals),
+        ("writing tokens, MB/s of one core", write_rate, WRITE_GOAL_MB_S),
+    ]
+    if device == "cpu":
         ratio = cpu["stage"] / cpu["bare forward"]
-        lines.append(f"| cache over bare forward, CPU time | {ratio:.2f} | |")
-    lines += ["", "| loop | tiles/s | tiles/s of CPU time |", "|---|---|---|"]
-    lines += [f"| {n} | {value:.3g} | {cpu[n]:.3g} |" for n, value in result["rates"].items()]
-    lines += ["", "| file work | MB/s of CPU time |", "|---|---|"]
-    lines += [f"| {name} | {value:.0f} |" for name, value in result["files"].items()]
-    lines += ["", "| int8 against float16 | tiles | cosine mean | worst | loss float16 | change |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
-    for name, one in result["int8"].items():
-        loss, change = one["alignment loss float16"], one["alignment loss int8"]
-        change -= loss
-        lines.append(
-            f"| {name} | {one['tiles']:.0f} | {one['cosine mean']:.6f} | {one['cosine worst']:.6f} "
-            f"| {loss:.5f} | {change:+.1e} |"
+        ratios.append(("cache over bare forward, CPU time", f"{ratio:.2f}", ""))
+    rates = [(name, f"{rate:.3g}", f"{cpu[name]:.3g}") for name, rate in result["rates"].items()]
+    files = [(name, f"{rate:.0f}") for name, rate in result["files"].items()]
+    int8 = []
+    for name, row in result["int8"].items():
+        loss = row["alignment loss float16"]
+        cosines = (f"{row[key]:.6f}" for key in ("cosine mean", "cosine worst"))
+        change = f"{row['alignment loss int8'] - loss:+.1e}"
+        int8.append((name, row["tiles"], *cosines, f"{loss:.5f}", change))
+    return "\n".join(
+        (
+            markdown("ratio | measured | goal", ratios),
+            markdown("loop | tiles/s | tiles/s of CPU time", rates),
+            markdown("file work | MB/s of CPU time", files),
+            markdown(
+                "int8 against float16 | tiles | cosine mean | worst | loss float16 | change", int8
+            ),
         )
-    return "\n".join(lines) + "\n"
+    )
 
 
 def main() -> int:
@@ -352,7 +333,7 @@ def main() -> int:
         options.tiles or (4096 if on_gpu else 48),
     )
     batch = options.batch or (128 if on_gpu else 16)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     encoder = load_encoder("h0-mini", "random:0", device=options.device, dtype=dtype)
     shm = Path("/dev/shm")
@@ -366,7 +347,7 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {
-        "machine": {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        "machine": MACHINE,
         "device": options.device,
         "ratios": {
             "cache over bare forward": rates["stage"] / rates["bare forward"],
@@ -377,15 +358,11 @@ def main() -> int:
         "files": files,
         "int8": int8,
     }
-    OUT.mkdir(exist_ok=True)
-    text = table(result)
-    (OUT / "features.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "features.md").write_text(text)
-    print(text)
-    missed = [k for k, v in result["ratios"].items() if v < GOALS[k][options.device]]
+    write_result("features", result, format_tables(result))
+    goals = {name: goal[options.device] for name, goal in GOALS.items()}
+    missed = missed_goals(result["ratios"], goals)
     missed += ["writing tokens"] if files["write"] < WRITE_GOAL_MB_S else []
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    return print_verdict(missed)
 
 
 if __name__ == "__main__":

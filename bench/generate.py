@@ -13,12 +13,8 @@ Table and numbers go to bench/out/generate.md and .json.
 """
 
 import argparse
-import json
-import math
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,21 +26,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from common.torch_processes import ALONE  # noqa: E402
-from evaluate.generate.conditions import Condition, ConditionList  # noqa: E402
-from evaluate.generate.run import Request, generate  # noqa: E402
-from evaluate.generators.cytosyn import CytoSynGenerator, with_cast_weights  # noqa: E402
-from model import CytoSyn  # noqa: E402
-from model.noise import RandomStream, derive_seeds, normal, seed_tensor  # noqa: E402
-from model.sampler import Guidance, integrate, time_nodes  # noqa: E402
-from model.sampler_settings import SamplerSettings  # noqa: E402
-from model.sit import SiT, SiTConfig  # noqa: E402
-from model.vae import VAE, VAEConfig  # noqa: E402
+from bench.common import (
+    best_seconds,
+    device_clock,
+    device_name,
+    markdown,
+    missed_goals,
+    print_verdict,
+    ratio_rows,
+    write_result,
+)
+from common.torch_processes import ALONE
+from evaluate.generate.conditions import Condition, ConditionList
+from evaluate.generate.run import Request, generate
+from evaluate.generators.cytosyn import CytoSynGenerator, with_cast_weights
+from model import CytoSyn
+from model.noise import RandomStream, derive_seeds, normal, seed_tensor
+from model.sampler import Guidance, integrate, time_nodes
+from model.sampler_settings import SamplerSettings
+from model.sit import SiT, SiTConfig
+from model.vae import VAE, VAEConfig
 
-OUT = HERE / "out"
 GOALS = {
     "generate over bare evaluations": 0.9,
     "guided in [0, 0.75] over always doubled": 1.12,
@@ -53,7 +57,7 @@ DIM, LATENT = 768, 28
 
 
 @dataclass(frozen=True)
-class Scale:
+class GenerationScale:
     """The shapes of a run."""
 
     sit: str
@@ -66,17 +70,17 @@ class Scale:
 
 
 SCALES = {
-    "cuda": Scale("XL/2", "f8d4", 32, 64, 50, (50, 250), 8192),
-    "cpu": Scale("S/2", "tiny", 4, 4, 12, (), 1024),
+    "cuda": GenerationScale("XL/2", "f8d4", 32, 64, 50, (50, 250), 8192),
+    "cpu": GenerationScale("S/2", "tiny", 4, 4, 12, (), 1024),
 }
 
 
 @dataclass(frozen=True)
-class Bench:
+class GenerationBench:
     """The networks on one device, and how they are evaluated."""
 
     model: CytoSyn
-    scale: Scale
+    scale: GenerationScale
     device: torch.device
     dtype: str
     compiles: bool
@@ -102,22 +106,19 @@ class Bench:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.dtype))
 
-    def clock(self) -> float:
-        """Wall seconds once the GPU has done what was asked of it, else CPU seconds."""
-        if self.device.type != "cuda":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
-
-def build(scale: Scale, device: torch.device, dtype: str, *, compiles: bool) -> Bench:
+def build(
+    scale: GenerationScale, device: torch.device, dtype: str, *, compiles: bool
+) -> GenerationBench:
     """Fresh networks; zero initialisations stirred, so that no product is by zeros."""
     with torch.device(device):
         sit = SiT(SiTConfig.preset(scale.sit, latent_size=LATENT))
         vae = VAE(VAEConfig.preset(scale.vae)).to(memory_format=torch.channels_last)
     for parameter in sit.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return Bench(CytoSyn(sit, vae).requires_grad_(False).eval(), scale, device, dtype, compiles)
+    return GenerationBench(
+        CytoSyn(sit, vae).requires_grad_(False).eval(), scale, device, dtype, compiles
+    )
 
 
 def guidance(images: int) -> ConditionList:
@@ -130,7 +131,7 @@ def guidance(images: int) -> ConditionList:
     )
 
 
-def stage(bench: Bench, steps: int) -> None:
+def stage(bench: GenerationBench, steps: int) -> None:
     """The whole of `generate`: a dataset on disk."""
     with tempfile.TemporaryDirectory() as folder:
         request = Request(out=Path(folder) / "syn", micro_batch=bench.scale.batch)
@@ -139,7 +140,7 @@ def stage(bench: Bench, steps: int) -> None:
 
 
 @torch.no_grad()
-def bare(bench: Bench, network: Callable[[Tensor, Tensor], Tensor], steps: int) -> None:
+def bare(bench: GenerationBench, network: Callable[[Tensor, Tensor], Tensor], steps: int) -> None:
     """As many evaluations of SiT and VAE as `stage` needs, on one batch of noise, and no more."""
     n, width = bench.scale.batch, bench.model.sit.config.hidden_size
     x = torch.randn(n, 4, LATENT, LATENT, device=bench.device)
@@ -161,7 +162,7 @@ def guided_steps(steps: int) -> int:
 
 
 @torch.no_grad()
-def doubled(bench: Bench, network: Callable[[Tensor, Tensor], Tensor]) -> None:
+def doubled(bench: GenerationBench, network: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Guided sampling that evaluates a doubled batch at every step, and uses half outside."""
     n, sit = bench.scale.batch, bench.model.sit
     keys = seed_tensor(derive_seeds(0, torch.arange(n)), bench.device)
@@ -188,21 +189,7 @@ def doubled(bench: Bench, network: Callable[[Tensor, Tensor], Tensor]) -> None:
     bench.model.decode(latents.float(), dtype=cast)
 
 
-def best_seconds(
-    bench: Bench, runs: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, float]:
-    """Each contender's best round; they take turns, and the first, warming round is not counted."""
-    best = dict.fromkeys(runs, math.inf)
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = bench.clock()
-            run()
-            if number:
-                best[name] = min(best[name], bench.clock() - start)
-    return best
-
-
-def matrix_rate(bench: Bench, rounds: int) -> float:
+def matrix_rate(bench: GenerationBench, rounds: int) -> float:
     """Operations a second of a square matrix product in the run's dtype."""
     side, calls = bench.scale.matrix, 20
     a = torch.randn(side, side, device=bench.device, dtype=getattr(torch, bench.dtype))
@@ -211,10 +198,12 @@ def matrix_rate(bench: Bench, rounds: int) -> float:
         for _ in range(calls):
             a @ a
 
-    return calls * 2 * side**3 / best_seconds(bench, {"product": product}, rounds)["product"]
+    clock = device_clock(bench.device)
+    seconds = best_seconds({"product": product}, rounds, clock, warm_up=True)["product"]
+    return calls * 2 * side**3 / seconds
 
 
-def operations_per_image(scale: Scale, steps: int) -> int:
+def operations_per_image(scale: GenerationScale, steps: int) -> int:
     """Operations of an image: its evaluations of the SiT and one decoding, counted on shapes."""
     with torch.device("meta"):
         sit = SiT(SiTConfig.preset(scale.sit, latent_size=LATENT))
@@ -228,36 +217,33 @@ def operations_per_image(scale: Scale, steps: int) -> int:
     return counts[0] * (steps + guided_steps(steps)) + counts[1]
 
 
-def speeds(bench: Bench, rate: float) -> list[dict[str, float]]:
+def speeds(bench: GenerationBench, rate: float) -> list[dict[str, float]]:
     """Seconds an image of `generate`, and its share of the matrix product's rate."""
-    found = []
+    found, clock = [], device_clock(bench.device)
     for steps in bench.scale.timed_steps:
-        start = bench.clock()
+        start = clock()
         stage(bench, steps)
-        each = (bench.clock() - start) / bench.scale.images
+        each = (clock() - start) / bench.scale.images
         share = operations_per_image(bench.scale, steps) / each / rate
         found.append({"steps": steps, "seconds_per_image": each, "over_matrix_product": share})
     return found
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+def measure(bench: GenerationBench, rounds: int) -> dict[str, Any]:
     """All figures of a run."""
     scale, network = bench.scale, bench.network()
     rows = np.arange(scale.batch)
     features, seeds = guidance(scale.batch).features(rows), derive_seeds(0, rows.tolist()).numpy()
     ours = bench.generator()
     whole = bench.generator(guidance_high=1.0)
-    seconds = best_seconds(
-        bench,
-        {
-            "generate": lambda: stage(bench, scale.steps),
-            "bare evaluations": lambda: bare(bench, network, scale.steps),
-            "sample, guided in [0, 0.75]": lambda: ours.sample(features, seeds),
-            "sample, guided in [0, 1]": lambda: whole.sample(features, seeds),
-            "sample, always doubled": lambda: doubled(bench, network),
-        },
-        rounds,
-    )
+    contenders = {
+        "generate": lambda: stage(bench, scale.steps),
+        "bare evaluations": lambda: bare(bench, network, scale.steps),
+        "sample, guided in [0, 0.75]": lambda: ours.sample(features, seeds),
+        "sample, guided in [0, 1]": lambda: whole.sample(features, seeds),
+        "sample, always doubled": lambda: doubled(bench, network),
+    }
+    seconds = best_seconds(contenders, rounds, device_clock(bench.device), warm_up=True)
     rate = matrix_rate(bench, rounds)
     guided, every = seconds["sample, guided in [0, 0.75]"], seconds["sample, always doubled"]
     return {
@@ -272,19 +258,20 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| ratio | measured | goal |", "|---|---|---|"]
-    lines += [f"| {name} | {v:.3f} | {GOALS[name]} |" for name, v in result["ratios"].items()]
-    lines += ["", "| contender | seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in result["seconds"].items()]
-    if result["speeds"]:
-        lines += ["", "| steps | seconds an image | over matrix product |", "|---|---|---|"]
-    lines += [
-        f"| {one['steps']} | {one['seconds_per_image']:.3f} | {one['over_matrix_product']:.2f} |"
-        for one in result["speeds"]
+    seconds = ((name, f"{value:.2f}") for name, value in result["seconds"].items())
+    tables = [
+        markdown("ratio | measured | goal", ratio_rows(result["ratios"], GOALS, 3)),
+        markdown("contender | seconds", seconds),
     ]
-    return "\n".join(lines) + "\n"
+    speeds = [
+        (row["steps"], f"{row['seconds_per_image']:.3f}", f"{row['over_matrix_product']:.2f}")
+        for row in result["speeds"]
+    ]
+    if speeds:
+        tables.append(markdown("steps | seconds an image | over matrix product", speeds))
+    return "\n".join(tables)
 
 
 def main() -> int:
@@ -299,21 +286,16 @@ def main() -> int:
     dtype = options.dtype or ("bfloat16" if kind == "cuda" else "float32")
     torch.manual_seed(0)
     bench = build(SCALES[kind], torch.device(kind), dtype, compiles=options.compile)
-    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor()
+    name, threads = device_name(bench.device), torch.get_num_threads()
     result = {
-        "machine": {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "machine": {"device": name, "torch": torch.__version__, "threads": threads},
         "dtype": dtype,
         "compiled": options.compile,
         "scale": vars(bench.scale),
         **measure(bench, options.rounds),
     }
-    OUT.mkdir(exist_ok=True)
-    (OUT / "generate.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "generate.md").write_text(text := table(result))
-    print(text)
-    missed = [name for name, goal in GOALS.items() if result["ratios"][name] < goal]
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    write_result("generate", result, format_tables(result))
+    return print_verdict(missed_goals(result["ratios"], GOALS))
 
 
 if __name__ == "__main__":

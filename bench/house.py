@@ -234,72 +234,35 @@ def count_words(name: str) -> int:
     return len([word for word in name.split("_") if word])
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row of the design's table; `target` None where the design sets none."""
-
-    title: str
-    value: float
-    before: str
-    target: float | None = None
-    at_most: bool = True
-    unit: str = ""
-    digits: int = 0
-
-    def row(self) -> str:
-        """The figure as a line of a Markdown table."""
-        goal, met = "-", "-"
-        if self.target is not None:
-            missed = self.value > self.target if self.at_most else self.value < self.target
-            bound = "at most" if self.at_most else "at least"
-            goal, met = f"{bound} {self.target:g}{self.unit}", "no" if missed else "yes"
-        value = f"{self.value:,.{self.digits}f}{self.unit}"
-        return f"| {self.title} | {self.before} | {value} | {goal} | {met} |"
+FIGURES = (
+    # title, format, at commit 321909e, target, and whether the target is the most
+    ("class names of several modules", "{:,}", "22", 0, True),
+    ("private helpers used once, of all functions", "{:.1f} %", "29 %", 15, True),
+    ("comments per 100 code lines", "{:.2f}", "0.8", 3, False),
+    ("words per function name", "{:.2f}", "1.56", 2.0, False),
+    ("letters per local name", "{:.2f}", "5.0", 6.5, False),
+    ("public docstrings with shape, dtype, unit or range", "{:.1f} %", "18 %", 40, False),
+    ("`dict[str, Any]` and `Mapping[str, Any]`", "{:,}", "400", 80, True),
+    ("product lines", "{:,}", "46,300", 37_000, True),
+    (f"functions over {LONG_FUNCTION} lines", "{:.1f} %", "2.5 %", 2.5, True),
+    ("lines of the median function", "{:g}", "8", 8, True),
+)
 
 
-def figures(survey: Survey) -> list[Figure]:
-    """The rows of the design's table, with what it found at commit 321909e."""
+def measure_figures(survey: Survey) -> list[float]:
+    """The values of `FIGURES`, shares in per cent."""
     functions, named = survey.functions, survey.named_functions()
-    locals_ = [len(name) for function in functions for name in function.local_names]
-    single = sum(function.is_single_use_helper for function in functions)
-    long = sum(function.lines > LONG_FUNCTION for function in functions)
-    comments = 100 * len(survey.comments) / survey.code_lines
-    words = statistics.mean(count_words(function.name) for function in named)
-    documented = 100 * statistics.mean(quantity for _, quantity in survey.docstrings)
     return [
-        Figure("class names of several modules", len(survey.repeated_classes()), "22", 0),
-        Figure(
-            "private helpers used once, of all functions",
-            100 * single / len(functions),
-            "29 %",
-            15,
-            unit=" %",
-            digits=1,
-        ),
-        Figure("comments per 100 code lines", comments, "0.8", 3, at_most=False, digits=2),
-        Figure("words per function name", words, "1.56", 2.0, at_most=False, digits=2),
-        Figure(
-            "letters per local name", statistics.mean(locals_), "5.0", 6.5, at_most=False, digits=2
-        ),
-        Figure(
-            "public docstrings with shape, dtype, unit or range",
-            documented,
-            "18 %",
-            40,
-            at_most=False,
-            unit=" %",
-            digits=1,
-        ),
-        Figure("`dict[str, Any]` and `Mapping[str, Any]`", len(survey.untyped), "400", 80),
-        Figure("product lines", sum(survey.lines.values()), "46,300", 37_000),
-        Figure(
-            f"functions over {LONG_FUNCTION} lines",
-            100 * long / len(functions),
-            "2.5 %",
-            unit=" %",
-            digits=1,
-        ),
-        Figure("lines of the median function", statistics.median(f.lines for f in functions), "8"),
+        len(survey.repeated_classes()),
+        100 * statistics.mean(function.is_single_use_helper for function in functions),
+        100 * len(survey.comments) / survey.code_lines,
+        statistics.mean(count_words(function.name) for function in named),
+        statistics.mean(len(name) for function in functions for name in function.local_names),
+        100 * statistics.mean(has_quantity for _, has_quantity in survey.docstrings),
+        len(survey.untyped),
+        sum(survey.lines.values()),
+        100 * statistics.mean(function.lines > LONG_FUNCTION for function in functions),
+        statistics.median(function.lines for function in functions),
     ]
 
 
@@ -340,7 +303,11 @@ def main() -> None:
         print(*LISTS[arguments.list](survey), sep="\n")
         return
     print("| | at 321909e | today | target | met |\n|---|---|---|---|---|")
-    print(*(figure.row() for figure in figures(survey)), sep="\n")
+    values = measure_figures(survey)
+    for value, (title, form, before, target, at_most) in zip(values, FIGURES, strict=True):
+        met = value <= target if at_most else value >= target
+        goal = f"at {'most' if at_most else 'least'} {target:,}"
+        print(f"| {title} | {before} | {form.format(value)} | {goal} | {'yes' if met else 'no'} |")
     print("\nlines:", ", ".join(f"{name} {survey.lines[name]:,}" for name in FOLDERS))
     for package in PACKAGES:
         shares = [has for place, has in survey.docstrings if place.path.startswith(package + "/")]

@@ -11,14 +11,12 @@ bench/out/metrics.md and .json.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +25,19 @@ import scipy
 import scipy.linalg
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from evaluate.metrics import (  # noqa: E402
+from bench.common import CORES, MACHINE, markdown, missed_goals, print_verdict, write_result
+from evaluate.metrics import (
     Moments,
     bootstrap,
     frechet_distance_of_moments,
     precision_recall,
 )
-from evaluate.metrics.mixture import Mixture  # noqa: E402
+from evaluate.metrics.mixture import Mixture
 
-OUT = HERE / "out"
 Features = np.ndarray
-Work = Callable[[dict[str, Any]], dict[str, float]]
+Contender = Callable[[dict[str, Any]], dict[str, float]]
 
 K, BLOCK = 3, 2048
 SLIDES, DRAWS = 400, 50
@@ -60,6 +57,7 @@ SMALL = {
     "train": 2_000,
     "centres": 800,
 }
+COLUMNS = (("seconds", 2), ("cpu seconds", 2), ("mib", 0))
 GOALS = {
     "frechet distance over scipy's sqrtm": 8.0,
     "cluster bootstrap over recomputing with sqrtm": 8.0,
@@ -211,16 +209,6 @@ def likelihood_data(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]
     return {name: torch.from_numpy((x - mean) / std).to(dtype) for name, x in rows.items()}
 
 
-def likelihood_float64(sizes: dict[str, int]) -> dict[str, Any]:
-    """See `likelihood_data`."""
-    return likelihood_data(sizes, torch.float64)
-
-
-def likelihood_float32(sizes: dict[str, int]) -> dict[str, Any]:
-    """See `likelihood_data`."""
-    return likelihood_data(sizes, torch.float32)
-
-
 def likelihood_ours(data: dict[str, Any]) -> dict[str, float]:
     """The fit, and the score of the test rows."""
     return {"nll": Mixture(data["centres"], data["train"]).nll(data["test"])}
@@ -261,7 +249,8 @@ def log_density(squared: torch.Tensor, s: torch.Tensor, dim: int) -> torch.Tenso
     return -squared / (2 * s.exp()) - dim / 2 * s - dim / 2 * math.log(2 * math.pi)
 
 
-CASES: dict[str, tuple[Callable[[dict[str, int]], dict[str, Any]], dict[str, Work], float]] = {
+LIKELIHOOD = {"ours": likelihood_ours, "autograd": likelihood_autograd}
+CASES: dict[str, tuple[Callable[[dict[str, int]], dict[str, Any]], dict[str, Contender], float]] = {
     # inputs, contenders (ours first), and how far their numbers may differ, relatively
     "frechet": (frechet_data, {"ours": frechet_ours, "sqrtm": frechet_sqrtm}, 1e-8),
     "bootstrap": (
@@ -271,23 +260,15 @@ CASES: dict[str, tuple[Callable[[dict[str, int]], dict[str, Any]], dict[str, Wor
     ),
     # cdist is float32 here: a few rows at a ball's surface may fall to the other side.
     "manifold": (pair_data, {"ours": manifold_ours, "cdist": manifold_cdist}, 1e-3),
-    "float64": (
-        likelihood_float64,
-        {"ours": likelihood_ours, "autograd": likelihood_autograd},
-        1e-8,
-    ),
-    "float32": (
-        likelihood_float32,
-        {"ours": likelihood_ours, "autograd": likelihood_autograd},
-        1e-3,
-    ),
+    "float64": (partial(likelihood_data, dtype=torch.float64), LIKELIHOOD, 1e-8),
+    "float32": (partial(likelihood_data, dtype=torch.float32), LIKELIHOOD, 1e-3),
 }
 
 
 def run(case: str, contender: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Seconds, MiB beyond the inputs, and the numbers of one contender in this process."""
     make, contenders, _ = CASES[case]
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
     data = make(sizes)
     before = _reset_peak()
     began, cpu = time.perf_counter(), time.process_time()
@@ -332,45 +313,40 @@ def measure(case: str, sizes: dict[str, int], rounds: int) -> dict[str, dict[str
     return best
 
 
-def ratios(results: dict[str, dict[str, dict[str, Any]]], time: str) -> dict[str, float]:
+RATIOS = {
+    # case, peer, and what of it is divided by ours: None for the seconds of either kind
+    "frechet distance over scipy's sqrtm": ("frechet", "sqrtm", None),
+    "cluster bootstrap over recomputing with sqrtm": ("bootstrap", "sqrtm", None),
+    "cluster bootstrap over recomputing with our own": ("bootstrap", "recomputed", None),
+    "precision and recall over torch.cdist": ("manifold", "cdist", None),
+    "memory of torch.cdist over that of precision and recall": ("manifold", "cdist", "mib"),
+    "likelihood fit over autograd, float64": ("float64", "autograd", None),
+    "likelihood fit over autograd, float32": ("float32", "autograd", None),
+}
+
+
+def compute_ratios(results: dict[str, dict[str, dict[str, Any]]], kind: str) -> dict[str, float]:
     """What the goals are about, of the cases measured, by "seconds" or "cpu seconds"."""
-
-    def over(case: str, peer: str, what: str = time) -> float:
-        return float(results[case][peer][what] / results[case]["ours"][what])
-
-    found = {}
-    if "frechet" in results:
-        found["frechet distance over scipy's sqrtm"] = over("frechet", "sqrtm")
-    if "bootstrap" in results:
-        found["cluster bootstrap over recomputing with sqrtm"] = over("bootstrap", "sqrtm")
-        found["cluster bootstrap over recomputing with our own"] = over("bootstrap", "recomputed")
-    if "manifold" in results:
-        found["precision and recall over torch.cdist"] = over("manifold", "cdist")
-        found["memory of torch.cdist over that of precision and recall"] = over(
-            "manifold", "cdist", "mib"
-        )
-    for dtype in ("float64", "float32"):
-        if dtype in results:
-            found[f"likelihood fit over autograd, {dtype}"] = over(dtype, "autograd")
-    return found
+    return {
+        name: float(results[case][peer][what or kind] / results[case]["ours"][what or kind])
+        for name, (case, peer, what) in RATIOS.items()
+        if case in results
+    }
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| ratio | CPU time | wall time | goal |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {value:.2f} | {result['wall ratios'][name]:.2f} | {GOALS.get(name, '')} |"
+    ratios = [
+        (name, f"{value:.2f}", f"{result['wall ratios'][name]:.2f}", GOALS.get(name, ""))
         for name, value in result["ratios"].items()
     ]
-    lines += ["", "| case | contender | seconds | CPU seconds | MiB beyond the inputs |"]
-    lines += ["|---|---|---|---|---|"]
-    for case, contenders in result["cases"].items():
-        lines += [
-            f"| {case} | {name} | {one['seconds']:.2f} | {one['cpu seconds']:.2f} "
-            f"| {one['mib']:.0f} |"
-            for name, one in contenders.items()
-        ]
-    return "\n".join(lines) + "\n"
+    cases = [
+        (case, name, *(f"{run[key]:.{digits}f}" for key, digits in COLUMNS))
+        for case, contenders in result["cases"].items()
+        for name, run in contenders.items()
+    ]
+    head = "case | contender | seconds | CPU seconds | MiB beyond the inputs"
+    return markdown("ratio | CPU time | wall time | goal", ratios) + "\n" + markdown(head, cases)
 
 
 def main() -> int:
@@ -383,27 +359,17 @@ def main() -> int:
     sizes = SMALL if options.small else FULL
     cases = {case: measure(case, sizes, options.rounds) for case in options.only or CASES}
     result = {
-        "machine": {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "torch": torch.__version__,
-        },
+        "machine": MACHINE,
+        "versions": {module.__name__: module.__version__ for module in (np, scipy, torch)},
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
         "sizes": sizes,
         "rounds": options.rounds,
-        "ratios": ratios(cases, "cpu seconds"),
-        "wall ratios": ratios(cases, "seconds"),
+        "ratios": (ratios := compute_ratios(cases, "cpu seconds")),
+        "wall ratios": compute_ratios(cases, "seconds"),
         "cases": cases,
     }
-    OUT.mkdir(exist_ok=True)
-    text = table(result)
-    (OUT / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "metrics.md").write_text(text)
-    print(text)
-    missed = [name for name, value in result["ratios"].items() if value < GOALS.get(name, 0)]
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    write_result("metrics", result, format_tables(result))
+    return print_verdict(missed_goals(ratios, GOALS))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ The tables go to the terminal and to bench/out/model.md, the numbers to bench/ou
 """
 
 import argparse
-import json
 import math
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -29,18 +27,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from model.cytosyn import CytoSyn  # noqa: E402
-from model.discriminator import Discriminator  # noqa: E402
-from model.images import to_uint8  # noqa: E402
-from model.perceptual import PerceptualLoss  # noqa: E402
-from model.sampler import time_nodes  # noqa: E402
-from model.sit import SiT, SiTConfig  # noqa: E402
-from model.vae import VAE, VAEConfig  # noqa: E402
+from bench.common import (
+    best_seconds,
+    device_clock,
+    device_name,
+    markdown,
+    missed_goals,
+    print_verdict,
+    ratio_rows,
+    write_result,
+)
+from model.cytosyn import CytoSyn
+from model.discriminator import Discriminator
+from model.images import to_uint8
+from model.perceptual import PerceptualLoss
+from model.sampler import time_nodes
+from model.sit import SiT, SiTConfig
+from model.vae import VAE, VAEConfig
 
-OUT = HERE / "out"
 GOALS = {
     "SiT forward over matrix product": 0.5,
     "VAE encode+decode over matrix product": 0.35,
@@ -51,7 +57,7 @@ SCALE, LOW, HIGH = 2.5, 0.0, 0.75  # guidance of the report
 
 
 @dataclass(frozen=True)
-class Scale:
+class ModelScale:
     """The shapes of a run; the VAE that is measured is f8d4 in either."""
 
     sit: str
@@ -67,8 +73,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale("XL/2", 28, 64, 224, 32, 8192, 250, 64, "f8d4", 1.0),
-    "small": Scale("S/2", 28, 4, 64, 1, 2048, 12, 4, "tiny", 0.4),
+    "full": ModelScale("XL/2", 28, 64, 224, 32, 8192, 250, 64, "f8d4", 1.0),
+    "small": ModelScale("S/2", 28, 4, 64, 1, 2048, 12, 4, "tiny", 0.4),
 }
 
 
@@ -79,7 +85,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     compiles: bool
-    scale: Scale
+    scale: ModelScale
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal values on the device, in its dtype."""
@@ -89,30 +95,33 @@ class Setting:
         """The call, compiled where the run compiles."""
         return torch.compile(call, fullgraph=True) if self.compiles else call
 
-    def clock(self) -> float:
-        """Wall seconds once the GPU has done all that was asked of it, else CPU seconds."""
-        if self.device.type != "cuda":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 @dataclass(frozen=True)
-class Part:
+class MeasuredPart:
     """A piece of work: what runs, and its operations."""
 
     run: Callable[[], object]
     flop: int
 
 
-def seconds_of(run: Callable[[], object], setting: Setting) -> float:
-    """Seconds of one call, averaged over calls that last as long as the scale asks."""
-    calls, spent = 0, 0.0
-    start = setting.clock()
-    while spent < setting.scale.seconds:
+def best_call_seconds(
+    runs: dict[str, Callable[[], object]], setting: Setting, rounds: int
+) -> dict[str, float]:
+    """Seconds of a call of each, in turns, averaged in a round over as many as the scale asks.
+
+    The first, compiling calls are not counted.
+    """
+    clock, best = device_clock(setting.device), dict.fromkeys(runs, math.inf)
+    for run in runs.values():
         run()
-        calls, spent = calls + 1, setting.clock() - start
-    return spent / calls
+    for _ in range(rounds):
+        for name, run in runs.items():
+            calls, spent, start = 0, 0.0, clock()
+            while spent < setting.scale.seconds:
+                run()
+                calls, spent = calls + 1, clock() - start
+            best[name] = min(best[name], spent / calls)
+    return best
 
 
 def operations(run: Callable[[], object]) -> int:
@@ -123,7 +132,7 @@ def operations(run: Callable[[], object]) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelParts:
     """The networks on one device, with inputs; `forward` and `train` by part."""
 
     sit: SiT
@@ -132,7 +141,7 @@ class Work:
     perceptual: PerceptualLoss
 
     @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype, scale: Scale) -> "Work":
+    def on(cls, device: torch.device, dtype: torch.dtype, scale: ModelScale) -> "ModelParts":
         """Fresh networks; zero initialisations stirred, so that no product is by zeros."""
         with torch.device(device):
             sit = SiT(SiTConfig.preset(scale.sit, latent_size=scale.latent_size))
@@ -194,27 +203,24 @@ class Work:
         }
 
 
-def parts_of(setting: Setting) -> dict[str, Part]:
+def parts_of(setting: Setting) -> dict[str, MeasuredPart]:
     """The parts of a run with their operations, counted on shapes alone."""
-    work = Work.on(setting.device, setting.dtype, setting.scale)
-    shapes = Work.on(torch.device("meta"), setting.dtype, setting.scale)
+    work = ModelParts.on(setting.device, setting.dtype, setting.scale)
+    shapes = ModelParts.on(torch.device("meta"), setting.dtype, setting.scale)
     counted = shapes.calls(setting, lambda call: call)
     runs = work.calls(setting, setting.compiled)
-    parts = {name: Part(run, operations(counted[name])) for name, run in runs.items()}
+    parts = {name: MeasuredPart(run, operations(counted[name])) for name, run in runs.items()}
     side = setting.scale.matrix
     a, b = setting.normal(side, side), setting.normal(side, side)
-    parts["matrix product"] = Part(lambda: a @ b, 2 * side**3)
+    parts["matrix product"] = MeasuredPart(lambda: a @ b, 2 * side**3)
     return parts
 
 
-def rates(setting: Setting, parts: dict[str, Part], rounds: int) -> dict[str, dict[str, float]]:
-    """Best seconds of each part and its TFLOP/s; the first, compiling call is not counted."""
-    for part in parts.values():
-        part.run()
-    best = dict.fromkeys(parts, math.inf)
-    for _ in range(rounds):
-        for name, part in parts.items():
-            best[name] = min(best[name], seconds_of(part.run, setting))
+def rates(
+    setting: Setting, parts: dict[str, MeasuredPart], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Best seconds of each part and its TFLOP/s."""
+    best = best_call_seconds({name: part.run for name, part in parts.items()}, setting, rounds)
     matrix = parts["matrix product"].flop / best["matrix product"]
     return {
         name: {
@@ -285,15 +291,8 @@ def _stirred(setting: Setting, dtype: torch.dtype) -> tuple[SiT, VAE]:
 
 def sampling(setting: Setting, rounds: int) -> dict[str, float]:
     """Images a second of each form; they take turns, after one run that compiles and warms up."""
-    forms = sampling_forms(setting)
-    seconds = dict.fromkeys(forms, math.inf)
-    for run in forms.values():
-        run()
-    for _ in range(rounds):
-        for name, run in forms.items():
-            start = setting.clock()
-            run()
-            seconds[name] = min(seconds[name], setting.clock() - start)
+    clock = device_clock(setting.device)
+    seconds = best_seconds(sampling_forms(setting), rounds, clock, warm_up=True)
     return {name: setting.scale.images / best for name, best in seconds.items()}
 
 
@@ -341,14 +340,9 @@ def sit_forms(setting: Setting) -> dict[str, Callable[[], object]]:
 
 def versions(setting: Setting, rounds: int) -> dict[str, float]:
     """Best seconds of the forms that SiT and VAE have had."""
-    best: dict[str, float] = {}
-    for runs in (sit_forms(setting), vae_forms(setting)):
-        for run in runs.values():
-            run()
-        for _ in range(rounds):
-            for name, run in runs.items():
-                best[name] = min(best.get(name, math.inf), seconds_of(run, setting))
-    return best
+    return best_call_seconds(sit_forms(setting), setting, rounds) | best_call_seconds(
+        vae_forms(setting), setting, rounds
+    )
 
 
 def judged(result: dict[str, Any]) -> dict[str, float]:
@@ -364,28 +358,28 @@ def judged(result: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     goals = GOALS if result["goals_apply"] else dict.fromkeys(GOALS, "one H200")
-    lines = ["| ratio | measured | goal |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {value:.2f} | {goals[name]} |" for name, value in result["ratios"].items()
-    ]
-    lines += ["", "| part | ms | GFLOP | TFLOP/s | over matrix product |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {1e3 * r['seconds']:.1f} | {r['gflop']:.1f} | {r['tflop_per_s']:.3f} "
-        f"| {r['over_matrix_product']:.2f} |"
-        for name, r in result["rates"].items()
-    ]
+    parts = [
+        (name, f"{1e3 * rate['seconds']:.1f}", f"{rate['gflop']:.1f}",
+         f"{rate['tflop_per_s']:.3f}", f"{rate['over_matrix_product']:.2f}")
+        for name, rate in result["rates"].items()
+    ]  # fmt: skip
     plain = result["images_per_s"].get("plain loop")
-    lines += ["", "| guided sampling | images/s | over plain loop |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {rate:.3f} | {rate / plain:.2f} |"
+    sampling = [
+        (name, f"{rate:.3f}", f"{rate / plain:.2f}")
         for name, rate in result["images_per_s"].items()
     ]
-    lines += ["", "| version | ms |", "|---|---|"]
-    lines += [f"| {name} | {1e3 * value:.1f} |" for name, value in result["versions"].items()]
-    return "\n".join(lines) + "\n"
+    forms = [(name, f"{1e3 * seconds:.1f}") for name, seconds in result["versions"].items()]
+    return "\n".join(
+        (
+            markdown("ratio | measured | goal", ratio_rows(result["ratios"], goals)),
+            markdown("part | ms | GFLOP | TFLOP/s | over matrix product", parts),
+            markdown("guided sampling | images/s | over plain loop", sampling),
+            markdown("version | ms", forms),
+        )
+    )
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
@@ -414,7 +408,7 @@ def main() -> int:
     setting = setting_of(options := parser.parse_args())
     torch.manual_seed(0)
     on_gpu = setting.device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    name = device_name(setting.device)
     result: dict[str, Any] = {
         "machine": {"platform": platform.platform(), "device": name, "torch": torch.__version__},
         "dtype": options.dtype,
@@ -432,16 +426,11 @@ def main() -> int:
     if "versions" in options.only:
         result["versions"] = versions(setting, options.rounds)
     result["ratios"] = judged(result)
-    OUT.mkdir(exist_ok=True)
-    (OUT / "model.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "model.md").write_text(text := table(result))
-    print(text)
+    write_result("model", result, format_tables(result))
     if not result["goals_apply"]:
         print("the goals are for one H200 at full scale: not judged here")
         return 0
-    missed = [name for name, ratio in result["ratios"].items() if ratio < GOALS[name]]
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    return print_verdict(missed_goals(result["ratios"], GOALS))
 
 
 if __name__ == "__main__":

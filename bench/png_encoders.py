@@ -11,10 +11,8 @@ bench/out/png_encoders.json.
 import argparse
 import importlib.util
 import io
-import json
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from pipeline.dataset.tiles.png_tar import _average_filtered, decode_png, encode_png  # noqa: E402
-from pipeline.slides.open import open_slide  # noqa: E402
+from bench.common import SLIDE, best_seconds, markdown, write_result
+from pipeline.dataset.tiles.png_tar import _average_filtered, decode_png, encode_png
+from pipeline.slides.open import open_slide
 
-OUT = HERE / "out"
-SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
 TILES, TILE_PX = 32, 224
 REFERENCE = "OpenCV level 1, RLE (--png small)"
 
@@ -43,7 +39,7 @@ Encoder = Callable[[Tile], bytes]
 
 def tissue_tiles() -> list[Tile]:
     """The tiles of a grid with the least glass."""
-    with open_slide(SOURCE) as slide:
+    with open_slide(SLIDE) as slide:
         level = slide.levels[0]
         tiles = [
             slide.read(0, x, y, TILE_PX, TILE_PX)
@@ -110,24 +106,25 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         for tile in tiles:
             if not np.array_equal(decode_png(encode(tile)), tile):
                 raise SystemExit(f"{name} does not give the tile back")
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, encode in contenders.items():
-            began = time.process_time()
-            for tile in tiles:
-                encode(tile)
-            best[name] = min(best[name], (time.process_time() - began) / len(tiles))
-    kib = {name: sum(len(encode(t)) for t in tiles) / TILES / 1024 for name, encode in
-           contenders.items()}  # fmt: skip
+    runs = {name: partial(encode_all, encode, tiles) for name, encode in contenders.items()}
+    best = best_seconds(runs, rounds)
+    bytes_per_tile = {
+        name: encode_all(encode, tiles) / TILES for name, encode in contenders.items()
+    }
     return {
         name: {
-            "ms": 1000 * best[name],
-            "kib": kib[name],
+            "ms": 1000 * best[name] / TILES,
+            "kib": bytes_per_tile[name] / 1024,
             "speed": best[REFERENCE] / best[name],
-            "bytes": kib[name] / kib[REFERENCE],
+            "bytes": bytes_per_tile[name] / bytes_per_tile[REFERENCE],
         }
         for name in contenders
     }
+
+
+def encode_all(encode: Encoder, tiles: list[Tile]) -> int:
+    """Encode every tile; bytes in all."""
+    return sum(len(encode(tile)) for tile in tiles)
 
 
 def main() -> int:
@@ -137,16 +134,18 @@ def main() -> int:
     options = parser.parse_args()
     cv2.setNumThreads(1)
     result = measure(options.rounds)
-    lines = ["| encoder | ms a tile | KiB a tile | speed | bytes |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {one['ms']:.2f} | {one['kib']:.1f} | {one['speed']:.2f} | {one['bytes']:.2f} |"
-        for name, one in sorted(result.items(), key=lambda item: item[1]["ms"])
+    rows = [
+        (
+            name,
+            f"{row['ms']:.2f}",
+            f"{row['kib']:.1f}",
+            f"{row['speed']:.2f}",
+            f"{row['bytes']:.2f}",
+        )
+        for name, row in sorted(result.items(), key=lambda item: item[1]["ms"])
     ]
-    text = "\n".join(lines) + "\n"
-    OUT.mkdir(exist_ok=True)
-    (OUT / "png_encoders.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "png_encoders.md").write_text(text)
-    print(text)
+    text = markdown("encoder | ms a tile | KiB a tile | speed | bytes", rows)
+    write_result("png_encoders", result, text)
     return 0
 
 

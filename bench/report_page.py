@@ -14,30 +14,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "pipeline")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "pipeline")]
 
-from browser import CHROMIUM, Browser  # noqa: E402
-from report_data import replicate  # noqa: E402
+from browser import CHROMIUM, Browser
+from report_data import replicate
 
-from pipeline.__main__ import main as pipeline  # noqa: E402
-from pipeline.dataset import Dataset  # noqa: E402
-from pipeline.report.write import write_report  # noqa: E402
+from bench.common import SLIDES, run_stages
+from pipeline.dataset import Dataset
+from pipeline.report.write import write_report
 
-SLIDES = HERE.parent / "tests" / "data" / "slides"
 _TIMED = """(() => { const from = performance.now(); %s;
 document.body.getBoundingClientRect(); return performance.now() - from; })()"""
 _TYPE = (
     "const q = document.querySelector('[name=q]'); q.value = 'tcga-06';"
     "q.dispatchEvent(new Event('input', {bubbles: true}))"
 )
-
-
-def tiled_slide(root: Path) -> Dataset:
-    """A dataset of the committed slide, by the stages."""
-    for stage in (["scan", str(SLIDES)], ["tissue"]):
-        pipeline([stage[0], "--dataset", str(root), *stage[1:], "--workers", "1"])
-    return Dataset(root)
 
 
 def measure(dataset: Dataset, profile: Path) -> dict[str, Any]:
@@ -91,7 +83,8 @@ def main() -> None:
                 "slides of the dataset": measure(Dataset(options.dataset), Path(folder, "p"))
             }
         else:
-            tiled = tiled_slide(Path(folder) / "tiled")
+            stages = (["scan", str(SLIDES), "--workers", "1"], ["tissue", "--workers", "1"])
+            tiled = run_stages(Path(folder) / "tiled", *stages)
             columns = {
                 f"{count:,} slides": measure(
                     replicate(tiled, Path(folder) / str(count), count), Path(folder) / f"p{count}"

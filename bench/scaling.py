@@ -21,18 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-HERE = Path(__file__).resolve().parent
-# The rooms first: bench/model.py bears the name of one.
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p != str(HERE)), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from bench_slide import make_slide  # noqa: E402
-
-from common.console import Meter  # noqa: E402
-from common.text import format_bytes, format_seconds  # noqa: E402
-from pipeline.dataset import (  # noqa: E402
-    CANDIDATES_SCHEMA,
+from bench.bench_slide import make_slide
+from bench.common import OUT, ROOT, SLIDE, candidates_table, markdown, new_dataset
+from common.console import Meter
+from common.text import format_bytes, format_seconds
+from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
@@ -42,25 +38,23 @@ from pipeline.dataset import (  # noqa: E402
     new_run_id,
     write_candidates,
 )
-from pipeline.dataset.journal import encode_line  # noqa: E402
-from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total  # noqa: E402
-from pipeline.run.drain import run_tasks  # noqa: E402
-from pipeline.run.stage import stage_versions  # noqa: E402
-from pipeline.run.tasks import SlideTask  # noqa: E402
-from pipeline.run.workers import EngineConfig  # noqa: E402
-from pipeline.slides.config import ScanConfig  # noqa: E402
-from pipeline.slides.entries import find_slides  # noqa: E402
-from pipeline.slides.scan import (  # noqa: E402
+from pipeline.dataset.journal import encode_line
+from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total
+from pipeline.run.drain import run_tasks
+from pipeline.run.stage import stage_versions
+from pipeline.run.tasks import SlideTask
+from pipeline.run.workers import EngineConfig
+from pipeline.slides.config import ScanConfig
+from pipeline.slides.entries import find_slides
+from pipeline.slides.scan import (
     _slide_before_opening,
     _source_fingerprint,
     scan_slide,
 )
-from pipeline.tiles.stage import tile_fingerprint  # noqa: E402
-from pipeline.tissue.config import TissueConfig  # noqa: E402
-from pipeline.tissue.stage import tissue_fingerprint, tissue_slide  # noqa: E402
+from pipeline.tiles.stage import tile_fingerprint
+from pipeline.tissue.config import TissueConfig
+from pipeline.tissue.stage import tissue_fingerprint, tissue_slide
 
-OUT = HERE / "out"
-SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
 SIDES = (8_000, 16_000)
 AVERAGE_SLIDE_MPX = 6_300.0
 """A TCGA slide of 10,500 candidate tiles at 0.25 µm/px, a third of whose grid is tissue."""
@@ -71,10 +65,8 @@ def rates() -> dict[str, float]:
     """CPU seconds of scan and tissue, fixed and a megapixel of level 0; bytes of pictures."""
     seen = []
     for side in SIDES:
-        path = make_slide(OUT / f"slide-{side}.svs", SOURCE, side)
-        root = OUT / "scaling-rates"
-        shutil.rmtree(root, ignore_errors=True)
-        dataset, config = Dataset(root), ScanConfig((str(path),))
+        path = make_slide(OUT / f"slide-{side}.svs", SLIDE, side)
+        dataset, config = new_dataset(root := OUT / "scaling-rates"), ScanConfig((str(path),))
         claim_identity(dataset, config.identity(), stage="scan", versions={})
         claim_identity(dataset, TissueConfig().identity(), stage="tissue", versions={})
         (source,) = find_slides([str(path)])
@@ -171,9 +163,7 @@ def _prototype(dataset: Dataset, tiles: int) -> tuple[int, list[Path]]:
     y = np.arange(tiles, dtype=np.float64) // 200 * 448
     order = np.random.default_rng(tiles).permutation(tiles)
     share = np.random.default_rng(0).random(tiles).astype(np.float32)
-    columns = [np.arange(tiles, dtype=np.int32), x[order], y[order], share, share * 0]
-    table = pa.table([pa.array(c) for c in columns], schema=CANDIDATES_SCHEMA)
-    write_candidates(dataset, run, name, table)
+    write_candidates(dataset, run, name, candidates_table(x[order], y[order], share))
     paths = [dataset.mask_file(name), dataset.overlay_file(name)]
     for path in paths:
         commit_bytes(dataset, run, path, b"x" * 1000)
@@ -203,7 +193,7 @@ def measured(name: str, *arguments: str) -> dict[str, Any]:
         "print('MEASURED', status, time.monotonic() - began, time.process_time(), "
         "int(peak) * 1024)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True,
         check=False,
@@ -250,12 +240,14 @@ def nothing(slide_id: str) -> list[Entry]:
 
 def scheduler(tasks: int, workers: int) -> dict[str, float]:
     """CPU seconds of coordinator and scheduler a slide; workers are threads of this process."""
+    import dask
     from distributed import LocalCluster
 
     names = [f"S-{number:06d}" for number in range(tasks)]
     work = [SlideTask(name, "f", (name,)) for name in names]
     done: list[str] = []
-    with LocalCluster(
+    # As the stages start theirs: a slide that kills its worker is not begun again.
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None,
         silence_logs=50,
     ) as cluster:  # fmt: skip
@@ -272,19 +264,19 @@ def scheduler(tasks: int, workers: int) -> dict[str, float]:
             "slides_per_s": tasks / wall}  # fmt: skip
 
 
-def lines(result: dict[str, Any]) -> Iterator[str]:
+def format_table(result: dict[str, Any]) -> str:
     """The table of bench/out/scaling.md."""
-    yield "| what | wall | CPU | peak memory |\n|---|---|---|---|"
-    for row in result.get("tables", {}).get("commands", ()):
-        yield (
-            f"| {row['what']} | {format_seconds(row['wall_s'])} | {format_seconds(row['cpu_s'])} "
-            f"| {format_bytes(row['peak_bytes'])} |"
-        )
-    for row in result.get("scheduler", ()):
-        yield (
-            f"| {row['tasks']:,} empty slides on {row['workers']} workers | "
-            f"{row['slides_per_s']:.0f} slides/s | {row['cpu_ms_per_slide']:.2f} ms a slide | |"
-        )
+    commands = [
+        (row["what"], format_seconds(row["wall_s"]), format_seconds(row["cpu_s"]),
+         format_bytes(row["peak_bytes"]))
+        for row in result.get("tables", {}).get("commands", ())
+    ]  # fmt: skip
+    empty = [
+        (f"{row['tasks']:,} empty slides on {row['workers']} workers",
+         f"{row['slides_per_s']:.0f} slides/s", f"{row['cpu_ms_per_slide']:.2f} ms a slide", "")
+        for row in result.get("scheduler", ())
+    ]  # fmt: skip
+    return markdown("what | wall | CPU | peak memory", [*commands, *empty])
 
 
 COHORTS = (
@@ -307,15 +299,14 @@ def plan_lines() -> Iterator[str]:
         ("core-hours", lambda c: f"{(c.core_s or 0) / 3600:,.0f}" if c.core_s else ""),
         ("GPU-hours", lambda c: f"{(c.gpu_s or 0) / 3600:,.0f}" if c.gpu_s else ""),
     ):
-        yield f"\n| {title} | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|"
-        for row in zip(*([*one, total(one)] for one in costs), strict=True):
-            if any(show(cost) for cost in row):
-                yield f"| {row[0].stage} | {' | '.join(map(show, row))} |"
+        rows = zip(*([*stages, total(stages)] for stages in costs), strict=True)
+        cells = [(row[0].stage, *map(show, row)) for row in rows if any(map(show, row))]
+        yield markdown(" | ".join((title, *heads)), cells)
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slides", type=int, default=100_000)
     parser.add_argument("--candidates", type=int, default=10_000, help="a slide, about")
     parser.add_argument("--tasks", type=int, default=4_000)
@@ -338,8 +329,8 @@ def main() -> None:
         budgets = [int(text) for text in options.select.split(",") if text]
         result["tables"] = tables(options.slides, options.candidates, budgets, keep=options.keep)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    (OUT / "scaling.md").write_text("\n".join(lines(result)) + "\n")
-    print("\n".join(lines(result)))
+    (OUT / "scaling.md").write_text(text := format_table(result))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ bench/out/tiling.json.
 
 import argparse
 import io
-import json
-import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import time
@@ -27,17 +24,25 @@ import cv2
 import numpy as np
 import openslide
 import psutil
-import pyarrow as pa
 from distributed import Client
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # bench/model.py is not the room
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from bench_slide import make_slide  # noqa: E402
-
-from pipeline.dataset import (  # noqa: E402
-    CANDIDATES_SCHEMA,
+from bench.bench_slide import make_slide
+from bench.common import (
+    MACHINE,
+    OUT,
+    SLIDE,
+    candidates_table,
+    markdown,
+    missed_goals,
+    new_dataset,
+    print_verdict,
+    ratio_rows,
+    write_result,
+)
+from pipeline.dataset import (
     Dataset,
     Entry,
     Run,
@@ -52,16 +57,14 @@ from pipeline.dataset import (  # noqa: E402
     write_selection,
     write_slides,
 )
-from pipeline.dataset.grid import grid_positions, rank_order  # noqa: E402
-from pipeline.run.workers import EngineConfig, dask_client  # noqa: E402
-from pipeline.slides.native_reader import NativeReader  # noqa: E402
-from pipeline.slides.open import best_reader  # noqa: E402
-from pipeline.tiles.config import TileConfig  # noqa: E402
-from pipeline.tiles.stage import tile, tile_slide  # noqa: E402
-from pipeline.tissue.stage import tissue_fingerprint  # noqa: E402
+from pipeline.dataset.grid import grid_positions, rank_order
+from pipeline.run.workers import EngineConfig, dask_client
+from pipeline.slides.native_reader import NativeReader
+from pipeline.slides.open import best_reader
+from pipeline.tiles.config import TileConfig
+from pipeline.tiles.stage import tile, tile_slide
+from pipeline.tissue.stage import tissue_fingerprint
 
-OUT = HERE / "out"
-SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
 TILE_PX, WINDOW = 224, 448
 GRID = {"mpp": 0.5, "mpp_tolerance": 0.02, "tile_px": TILE_PX, "grid": "adjacent"}
 SLIDES = 4
@@ -91,7 +94,7 @@ def clocked(function: Callable[[], object]) -> Times:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TilingBench:
     """A dataset with one large slide and its first tiles as candidates."""
 
     dataset: Dataset
@@ -100,10 +103,10 @@ class Bench:
     y: np.ndarray
 
     @classmethod
-    def prepare(cls, tiles: int) -> "Bench":
+    def prepare(cls, tiles: int) -> "TilingBench":
         """Make slide and dataset under bench/out."""
         OUT.mkdir(exist_ok=True)
-        path = make_slide(OUT / "slide-16000.svs", SOURCE)
+        path = make_slide(OUT / "slide-16000.svs", SLIDE)
         reader, why = best_reader(path)
         with reader:
             if reader.name != "native":
@@ -112,13 +115,10 @@ class Bench:
         x, y = grid_positions(base.width, base.height, WINDOW, WINDOW)
         x, y = x[:tiles], y[:tiles]
         order = rank_order(0, "bench", x, y)
-        dataset = Dataset(OUT / "dataset")
-        shutil.rmtree(dataset.root, ignore_errors=True)
+        dataset = new_dataset(OUT / "dataset")
         claim_identity(dataset, GRID | {"seed": 0}, stage="bench", versions={})
-        fractions = np.ones(len(x), np.float32)
-        columns = [np.arange(len(x), dtype=np.int32), x[order], y[order], fractions, 0 * fractions]
-        table = pa.table([pa.array(c) for c in columns], schema=CANDIDATES_SCHEMA)
-        write_candidates(dataset, new_run_id(), "bench", table)
+        candidates = candidates_table(x[order], y[order])
+        write_candidates(dataset, new_run_id(), "bench", candidates)
         slide = Slide(
             "bench", str(path), reader="native", mpp=0.25, width=base.width, height=base.height,
             codec=codec,
@@ -127,8 +127,7 @@ class Bench:
 
     def cohort(self, slides: int) -> Dataset:
         """A new dataset of so many slides, all the same file, everything selected."""
-        dataset = Dataset(OUT / "cohort")
-        shutil.rmtree(dataset.root, ignore_errors=True)
+        dataset = new_dataset(OUT / "cohort")
         claim_identity(dataset, GRID | {"seed": 0}, stage="bench", versions={})
         names = [f"bench-{number}" for number in range(slides)]
         run_id, candidates = new_run_id(), read_candidates(self.dataset, "bench")
@@ -186,7 +185,7 @@ class Bench:
                 file.write(png.getvalue())
 
 
-def contenders(bench: Bench, plain_tiles: int) -> dict[str, tuple[int, Callable[[], None]]]:
+def contenders(bench: TilingBench, plain_tiles: int) -> dict[str, tuple[int, Callable[[], None]]]:
     """Name to (tiles, what to run)."""
     tiles = len(bench.x)
     found: dict[str, tuple[int, Callable[[], None]]] = {}
@@ -197,19 +196,23 @@ def contenders(bench: Bench, plain_tiles: int) -> dict[str, tuple[int, Callable[
     return found
 
 
-def single_process(bench: Bench, rounds: int, plain_tiles: int) -> dict[str, dict[str, float]]:
+def single_process(
+    bench: TilingBench, rounds: int, plain_tiles: int
+) -> dict[str, dict[str, float]]:
     """Tiles a second of each contender: its best round."""
     runs = contenders(bench, plain_tiles)
     times: dict[str, list[Times]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (_, function) in runs.items():
             times[name].append(clocked(function))
+    return {name: best_rates(tiles, times[name]) for name, (tiles, _) in runs.items()}
+
+
+def best_rates(tiles: int, rounds: list[Times]) -> dict[str, float]:
+    """Tiles a second of CPU time, and of wall time, in the best round by each."""
     return {
-        name: {
-            "tiles_per_cpu_s": tiles / min(t.cpu for t in times[name]),
-            "tiles_per_s": tiles / min(t.wall for t in times[name]),
-        }
-        for name, (tiles, _) in runs.items()
+        "tiles_per_cpu_s": tiles / min(times.cpu for times in rounds),
+        "tiles_per_s": tiles / min(times.wall for times in rounds),
     }
 
 
@@ -233,7 +236,7 @@ def dask_cluster(workers: int) -> Iterator[tuple[Client, EngineConfig, list[int]
         yield client, EngineConfig(scheduler=client.scheduler.address), pids
 
 
-def stage_once(bench: Bench, png: str, engine: EngineConfig, pids: list[int]) -> Times:
+def stage_once(bench: TilingBench, png: str, engine: EngineConfig, pids: list[int]) -> Times:
     """The stage on a new dataset: CPU seconds of coordinator and workers together."""
     dataset = bench.cohort(SLIDES)
     before, wall = _cpu_seconds(pids), time.perf_counter()
@@ -245,7 +248,7 @@ def stage_once(bench: Bench, png: str, engine: EngineConfig, pids: list[int]) ->
     return times
 
 
-def whole_stage(bench: Bench, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
+def whole_stage(bench: TilingBench, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
     """The stage as a user runs it (plan, Dask, journal) with one worker and with two, in turns.
 
     Several slides, so that every worker has its share. The best round of each by CPU time, and
@@ -263,13 +266,7 @@ def whole_stage(bench: Bench, rounds: int) -> tuple[dict[str, dict[str, float]],
                     times.setdefault(f"stage {name}", []).append(found)
         peaks = [*one[0].run(_peak_mib).values(), *two[0].run(_peak_mib).values()]
     tiles = SLIDES * len(bench.x)
-    rates = {
-        name: {
-            "tiles_per_cpu_s": tiles / min(found.cpu for found in rounds_of),
-            "tiles_per_s": tiles / min(found.wall for found in rounds_of),
-        }
-        for name, rounds_of in times.items()
-    }
+    rates = {name: best_rates(tiles, rounds_of) for name, rounds_of in times.items()}
     return rates, max(peaks)
 
 
@@ -287,21 +284,20 @@ def ratios(rates: dict[str, dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| ratio (CPU time) | measured | goal |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {value:.2f} | {GOALS.get(name, '')} |"
-        for name, value in result["ratios"].items()
+    two_over_one = f"{result['two_over_one_wall']:.2f}"
+    ratios = [
+        *ratio_rows(result["ratios"], GOALS),
+        ("two workers over one, wall time", two_over_one, ""),
+        ("peak of a worker, MiB", f"{result['worker_peak_mib']:.0f}", "< 1024"),
     ]
-    lines.append(f"| two workers over one, wall time | {result['two_over_one_wall']:.2f} | |")
-    lines.append(f"| peak of a worker, MiB | {result['worker_peak_mib']:.0f} | < 1024 |")
-    lines += ["", "| loop | tiles per CPU second | tiles per second |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {rate['tiles_per_cpu_s']:.0f} | {rate['tiles_per_s']:.0f} |"
+    rates = [
+        (name, f"{rate['tiles_per_cpu_s']:.0f}", f"{rate['tiles_per_s']:.0f}")
         for name, rate in result["rates"].items()
     ]
-    return "\n".join(lines) + "\n"
+    head = "loop | tiles per CPU second | tiles per second"
+    return markdown("ratio (CPU time) | measured | goal", ratios) + "\n" + markdown(head, rates)
 
 
 def main() -> int:
@@ -312,13 +308,13 @@ def main() -> int:
     parser.add_argument("--plain-tiles", type=int, default=140, help="tiles for the plain loop")
     options = parser.parse_args()
     cv2.setNumThreads(1)
-    bench = Bench.prepare(options.tiles)
+    bench = TilingBench.prepare(options.tiles)
     rates = single_process(bench, options.rounds, options.plain_tiles)
     stage_rates, peak_mib = whole_stage(bench, options.rounds)
     rates |= stage_rates
     wall = {name: rate["tiles_per_s"] for name, rate in rates.items()}
     result = {
-        "machine": {"platform": platform.platform(), "cores": multiprocessing.cpu_count()},
+        "machine": MACHINE,
         "tiles": options.tiles,
         "rounds": options.rounds,
         "ratios": ratios(rates),
@@ -326,13 +322,8 @@ def main() -> int:
         "two_over_one_wall": wall["stage fast, two workers"] / wall["stage fast, one worker"],
         "worker_peak_mib": peak_mib,
     }
-    text = table(result)
-    (OUT / "tiling.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "tiling.md").write_text(text)
-    print(text)
-    missed = [name for name, goal in GOALS.items() if result["ratios"][name] < goal]
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    write_result("tiling", result, format_tables(result))
+    return print_verdict(missed_goals(result["ratios"], GOALS))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ Table and numbers go to bench/out/training.md and .json.
 
 import argparse
 import gc
-import json
 import math
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +31,30 @@ import openslide
 import torch
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # in this order: bench/model.py is no room
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from bench_plain_step import PlainStep  # noqa: E402
-
-from common.torch_processes import Processes, choose_device  # noqa: E402
-from pipeline.dataset import (  # noqa: E402
+from bench.bench_plain_step import PlainStep
+from bench.common import (
+    ROOT,
+    SLIDE,
+    best_seconds,
+    commit_tiles,
+    device_clock,
+    device_name,
+    markdown,
+    print_verdict,
+    ratio_rows,
+    write_features,
+    write_result,
+)
+from common.torch_processes import Processes, choose_device
+from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
     Entry,
-    HashingFile,
     Run,
     TileStore,
     claim_identity,
-    commit_bytes,
     commit_file,
     commit_json,
     decode_png,
@@ -55,26 +62,21 @@ from pipeline.dataset import (  # noqa: E402
     make_selection,
     software_versions,
     write_selection,
-    write_tar,
 )
-from pipeline.dataset.features import (  # noqa: E402
+from pipeline.dataset.features import (
     cls_table,
     feature_scope,
-    open_writer,
     token_table,
-    write_blocks,
 )
-from train.config import Config, load_config  # noqa: E402
-from train.networks import build_parts  # noqa: E402
-from train.processes import prepare_device  # noqa: E402
-from train.reader import Batch, BatchReader  # noqa: E402
-from train.setup import open_data  # noqa: E402
-from train.speed import matrix_rate, peak_memory_gb, step_flop  # noqa: E402
-from train.step import TrainingStep  # noqa: E402
+from train.config import Config, load_config
+from train.networks import build_parts
+from train.processes import prepare_device
+from train.reader import Batch, BatchReader
+from train.setup import open_data
+from train.speed import matrix_rate, peak_memory_gb, step_flop
+from train.step import TrainingStep
 
-OUT = HERE / "out"
-SLIDE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
-CONFIGS = HERE.parent / "train" / "configs"
+CONFIGS = ROOT / "train" / "configs"
 SLIDES, ROWS = 8, 96  # of the dataset that is read
 SLOTS, CURSORS = 8, 1  # few: a cursor walks through whole blocks, as on a real selection
 READ_GOAL = 0.8
@@ -92,27 +94,13 @@ def make_dataset(root: Path) -> Dataset:
     for index in range(SLIDES):
         places = rng.integers(0, np.array(image.shape[:2]) - 224, (ROWS, 2))
         tiles = [image[y : y + 224, x : x + 224] for y, x in places.tolist()]
-        _commit_tiles(
-            dataset, f"slide-{index}", [encode_png(np.ascontiguousarray(t)) for t in tiles]
-        )
+        pngs = [encode_png(np.ascontiguousarray(tile)) for tile in tiles]
+        with Run(dataset, "tile", versions) as run:
+            commit_tiles(dataset, run, f"slide-{index}", pngs)
         _commit_features(dataset, f"slide-{index}", rng)
     chosen = {f"slide-{index}": np.arange(ROWS, dtype=np.int32) for index in range(SLIDES)}
     write_selection(dataset, "bench", make_selection("train", chosen, {}))
     return dataset
-
-
-def _commit_tiles(dataset: Dataset, slide_id: str, pngs: list[bytes]) -> None:
-    index: list[bytes] = []
-
-    def write(file: HashingFile) -> None:
-        index.append(write_tar(file, slide_id, 0, pngs))
-
-    with Run(dataset, "tile", software_versions()) as run:
-        path = dataset.tiles_dir(224) / f"{slide_id}.0-{ROWS}.tar"
-        tar = commit_file(dataset, run.run_id, path, write)
-        idx = commit_bytes(dataset, run.run_id, path.with_suffix(".idx"), index[0])
-        files = (tar, idx)
-        run.append([Entry(slide_id, "done", "f", scope="224", start=0, stop=ROWS, files=files)])
 
 
 def _commit_features(dataset: Dataset, slide_id: str, rng: np.random.Generator) -> None:
@@ -123,12 +111,8 @@ def _commit_features(dataset: Dataset, slide_id: str, rng: np.random.Generator) 
     record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": 768}
     with Run(dataset, "cache", software_versions()) as run:
         for kind, table in tables.items():
-
-            def write(file: HashingFile, table: Any = table) -> None:
-                with open_writer(file, table.schema) as writer:
-                    write_blocks(writer, table)
-
             folder = dataset.features_dir(224, "h0-mini") / kind
+            write = partial(write_features, tables=[table])
             done = commit_file(dataset, run.run_id, folder / f"{slide_id}.0-{ROWS}.parquet", write)
             commit_json(dataset, run.run_id, folder / "encoder.json", record)
             scope = feature_scope(224, "h0-mini", "", kind)
@@ -174,12 +158,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, float]:
         "reader, tiles alone": lambda: read(without.source),
         "reader, tiles and tokens": lambda: read(inputs.source),
     }
-    best = dict.fromkeys(contenders, math.inf)
-    for _ in range(rounds + 1):  # the first fills the page cache
-        for name, run in contenders.items():
-            started = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - started)
+    best = best_seconds(contenders, rounds, warm_up=True)  # that fills the page cache
     return {name: len(pngs) / seconds for name, seconds in best.items()}
 
 
@@ -240,14 +219,7 @@ def make_step(config: Config, device: torch.device, *, plain: bool) -> Callable[
             nn.init.normal_(parameter, std=0.02)
     if plain:
         return PlainStep(config, device, parts)
-    return TrainingStep(
-        config,
-        processes,
-        parts.networks,
-        parts.optimizers,
-        sit_average=parts.sit_average,
-        vae_average=parts.vae_average,
-    )
+    return TrainingStep(config, processes, parts)
 
 
 def measure_step(
@@ -263,7 +235,7 @@ def measure_step(
             step(batches[at % 2])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        clock = (lambda: _synced_clock(device)) if on_gpu else time.process_time
+        clock = device_clock(device)
         started, done = clock(), 0
         while (spent := clock() - started) < seconds or done == 0:
             for at in range(3 if on_gpu else 1):
@@ -278,11 +250,6 @@ def measure_step(
         torch._dynamo.reset()
         if on_gpu:
             torch.cuda.empty_cache()
-
-
-def _synced_clock(device: torch.device) -> float:
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure_steps(device: torch.device, batches: list[int], seconds: float) -> dict[str, Any]:
@@ -333,29 +300,28 @@ def feeding(reading: dict[str, float], steps: dict[str, Any] | None) -> dict[str
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def format_tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines: list[str] = []
+    tables: list[str] = []
     if (reading := result.get("reading")) is not None:
         bare = reading["bare decode"]
-        lines += ["| images/s of one core | | over bare decode |", "|---|---|---|"]
-        lines += [f"| {name} | {rate:.0f} | {rate / bare:.2f} |" for name, rate in reading.items()]
-        lines += ["", "| cores that feed one H200 | |", "|---|---|"]
-        lines += [f"| {name} | {cores:.2f} |" for name, cores in result["feeding"].items()]
+        rates = [(name, f"{rate:.0f}", f"{rate / bare:.2f}") for name, rate in reading.items()]
+        cores = [(name, f"{count:.2f}") for name, count in result["feeding"].items()]
+        tables.append(markdown("images/s of one core | | over bare decode", rates))
+        tables.append(markdown("cores that feed one H200 | ", cores))
     if (steps := result.get("steps")) is not None:
-        lines += ["", "| step | batch | images/s | GB | MFU |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {row['version']} | {row['batch']} | {row['images_per_s']:.2f} "
-            f"| {row['memory_gb']:.1f} | {row['mfu']:.3f} |"
+        rows = [
+            (row["version"], row["batch"], f"{row['images_per_s']:.2f}",
+             f"{row['memory_gb']:.1f}", f"{row['mfu']:.3f}")
             for row in steps["rows"]
-        ]
+        ]  # fmt: skip
         goals = STEP_GOALS if steps["judged"] else dict.fromkeys(STEP_GOALS, "one H200")
-        lines += ["", "| ratio | measured | goal |", "|---|---|---|"]
-        lines += [f"| {n} | {v:.2f} | {goals[n]} |" for n, v in steps["ratios"].items()]
-    return "\n".join(lines) + "\n"
+        tables.append(markdown("step | batch | images/s | GB | MFU", rows))
+        tables.append(markdown("ratio | measured | goal", ratio_rows(steps["ratios"], goals)))
+    return "\n".join(tables)
 
 
-def missed_goals(result: dict[str, Any]) -> list[str]:
+def list_missed_goals(result: dict[str, Any]) -> list[str]:
     """Goals that apply here and are not met."""
     missed = []
     if (reading := result.get("reading")) is not None:
@@ -378,8 +344,7 @@ def main() -> int:
     device = choose_device(options.device)
     prepare_device(device)
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
     if options.part != "step":
         with tempfile.TemporaryDirectory() as folder:
             result["reading"] = measure_reading(Path(folder), options.rounds)
@@ -388,15 +353,10 @@ def main() -> int:
         result["steps"] = measure_steps(device, batches, options.seconds or (10 if on_gpu else 4))
     if "reading" in result:
         result["feeding"] = feeding(result["reading"], result.get("steps"))
-    OUT.mkdir(exist_ok=True)
-    (OUT / "training.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "training.md").write_text(text := table(result))
-    print(text)
+    write_result("training", result, format_tables(result))
     if not on_gpu and options.part != "data":
         print("the goals of the step are for one H200: not judged here")
-    missed = missed_goals(result)
-    print(f"missed: {', '.join(missed)}" if missed else "all goals that apply are met")
-    return 1 if missed else 0
+    return print_verdict(list_missed_goals(result), "all goals that apply are met")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ numbers to bench/out/worker_memory.json.
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import sys
 import threading
@@ -22,17 +20,22 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # bench/model.py is not the room
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
-from bench_slide import make_slide, make_wide_slide  # noqa: E402
+from bench.bench_slide import make_slide, make_wide_slide
+from bench.common import (
+    MACHINE,
+    OUT,
+    SLIDE,
+    markdown,
+    new_dataset,
+    print_verdict,
+    run_stages,
+    write_result,
+)
+from pipeline.dataset import Dataset, read_journal
+from pipeline.run.workers import EngineConfig, dask_client
 
-from pipeline.__main__ import main as pipeline  # noqa: E402
-from pipeline.dataset import Dataset, read_journal  # noqa: E402
-from pipeline.run.workers import EngineConfig, dask_client  # noqa: E402
-
-OUT = HERE / "out"
-SOURCE = HERE.parent / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
 WIDE_PX = (130_000, 5_000)
 SIDES_PX = (1000, 1400, 1800, 2200, 2600)
 MAX_PEAK_MIB, MAX_GROWTH = 1024, 0.10
@@ -68,18 +71,17 @@ def make_slides(folder: Path, count: int) -> None:
     """Links to the committed slide and to made ones of several sizes, each under its own name."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    made = [make_slide(OUT / f"slide-{side}.svs", SOURCE, side) for side in SIDES_PX]
+    made = [make_slide(OUT / f"slide-{side}.svs", SLIDE, side) for side in SIDES_PX]
     for number in range(count):
-        source = SOURCE if number % 10 == 9 else made[number % len(made)]
+        source = SLIDE if number % 10 == 9 else made[number % len(made)]
         (folder / f"slide-{number:04d}.svs").symlink_to(source)
 
 
-def measured(stage: list[str], dataset: Dataset, pid: int) -> dict[str, Any]:
+def measure_stage(stage: list[str], dataset: Dataset, pid: int) -> dict[str, Any]:
     """Run a stage and say what became of its worker's memory."""
     began = time.perf_counter()
     with Sampler(pid) as sampler:
-        if pipeline([stage[0], "--dataset", str(dataset.root), *stage[1:]]):
-            raise SystemExit(f"{stage[0]} failed")
+        run_stages(dataset.root, stage)
     parts = np.array_split(np.array(sampler.mib), 10)
     handles = [part if len(part) else np.array(sampler.handles[-1:])
                for part in np.array_split(np.array(sampler.handles), 10)]  # fmt: skip
@@ -98,17 +100,16 @@ def measured(stage: list[str], dataset: Dataset, pid: int) -> dict[str, Any]:
 
 def stages(folder: Path, where: list[str], pid: int) -> dict[str, dict[str, Any]]:
     """All stages on the slides of a folder."""
-    dataset = Dataset(OUT / "many")
-    shutil.rmtree(dataset.root, ignore_errors=True)
-    found = {}
-    for stage in ("scan", "tissue"):
-        inputs = [str(folder)] if stage == "scan" else []
-        found[stage] = measured([stage, *inputs, *where], dataset, pid)
-    pipeline(["select", "--dataset", str(dataset.root), "--name", "train"])
-    found["tile"] = measured(["tile", "--png", "fast", *where], dataset, pid)
+    dataset = new_dataset(OUT / "many")
+    measured = {
+        "scan": measure_stage(["scan", str(folder), *where], dataset, pid),
+        "tissue": measure_stage(["tissue", *where], dataset, pid),
+    }
+    run_stages(dataset.root, ["select", "--name", "train"])
+    measured["tile"] = measure_stage(["tile", "--png", "fast", *where], dataset, pid)
     shutil.rmtree(dataset.root)
     shutil.rmtree(folder)
-    return found
+    return measured
 
 
 def run(slides: int) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -120,26 +121,23 @@ def run(slides: int) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any
         make_slides(folder, slides)
         many = stages(folder, where, pid)
         folder.mkdir()
-        wide = make_wide_slide(OUT / "slide-wide.svs", SOURCE, *WIDE_PX)
+        wide = make_wide_slide(OUT / "slide-wide.svs", SLIDE, *WIDE_PX)
         (folder / wide.name).symlink_to(wide)
         return many, stages(folder, where, pid)
 
 
-def table(many: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> str:
+def format_tables(many: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> str:
     """The result as Markdown."""
-    lines = [
-        "| stage | slides | peak, MiB | second tenth | last tenth | growth | open files |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, one in many.items():
-        tenths, (first, last) = one["peak_mib_by_tenth"], one["open_files"]
-        lines.append(
-            f"| {name} | {one['slides']} | {one['peak_mib']:.0f} | {tenths[1]:.0f} | "
-            f"{tenths[-1]:.0f} | {one['growth']:+.1%} | {first} to {last} |"
-        )
-    peaks = ", ".join(f"{name} {one['peak_mib']:.0f}" for name, one in wide.items())
-    lines += ["", f"A slide of {WIDE_PX[0]:,} x {WIDE_PX[1]:,} px, peaks in MiB: {peaks}"]
-    return "\n".join(lines) + "\n"
+    rows = []
+    for name, stage in many.items():
+        tenths, (first, last) = stage["peak_mib_by_tenth"], stage["open_files"]
+        sizes = (f"{size:.0f}" for size in (stage["peak_mib"], tenths[1], tenths[-1]))
+        growth = f"{stage['growth']:+.1%}"
+        rows.append((name, stage["slides"], *sizes, growth, f"{first} to {last}"))
+    head = "stage | slides | peak, MiB | second tenth | last tenth | growth | open files"
+    peaks = ", ".join(f"{name} {stage['peak_mib']:.0f}" for name, stage in wide.items())
+    wide_px = f"{WIDE_PX[0]:,} x {WIDE_PX[1]:,} px"
+    return markdown(head, rows) + f"\nA slide of {wide_px}, peaks in MiB: {peaks}\n"
 
 
 def main() -> int:
@@ -149,19 +147,16 @@ def main() -> int:
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     many, wide = run(options.slides)
-    text = table(many, wide)
-    result = {"machine": platform.platform(), "stages": many, "wide": wide}
-    (OUT / "worker_memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (OUT / "worker_memory.md").write_text(text)
-    print(text)
-    missed = [
-        name
-        for name, one in many.items()
-        if max(one["peak_mib"], wide[name]["peak_mib"]) >= MAX_PEAK_MIB
-        or one["growth"] > MAX_GROWTH
-    ]
-    print(f"missed: {', '.join(missed)}" if missed else "all goals are met")
-    return 1 if missed else 0
+    result = {"machine": MACHINE["platform"], "stages": many, "wide": wide}
+    write_result("worker_memory", result, format_tables(many, wide))
+    return print_verdict(
+        [
+            name
+            for name, stage in many.items()
+            if max(stage["peak_mib"], wide[name]["peak_mib"]) >= MAX_PEAK_MIB
+            or stage["growth"] > MAX_GROWTH
+        ]
+    )
 
 
 if __name__ == "__main__":

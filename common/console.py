@@ -1,10 +1,9 @@
-"""What a person sees of a long command: one-line errors, progress with rate and ETA.
+"""What a long command shows: one-line errors, progress with rate and ETA.
 
 Used by the doors of `pipeline`, `train` and `evaluate`.
 """
 
 import argparse
-import difflib
 import os
 import sys
 import time
@@ -31,7 +30,7 @@ from rich.text import Text
 
 from common.errors import UserError
 from common.redact import redact
-from common.text import format_seconds
+from common.text import format_seconds, nearest
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
@@ -42,7 +41,7 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(message: str) -> None:
-    """Print one line for the person at the terminal (or in the batch job's log)."""
+    """Print one line, without secrets, on the terminal or in the batch job's log."""
     stdout.print(redact(message), markup=False)
 
 
@@ -56,15 +55,15 @@ def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
         _check_rooms(rooms)
         status = command()
     except (UserError, KeyboardInterrupt) as error:
-        status = tell(error)
+        status = report_error(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILURES
     sys.exit(status)
 
 
-def tell(error: UserError | KeyboardInterrupt) -> int:
-    """Say in one line on stderr what ended a command; the exit status that goes with it."""
+def report_error(error: UserError | KeyboardInterrupt) -> int:
+    """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
         stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
         return EXIT_USAGE
@@ -145,18 +144,18 @@ class Meter:
 
     def _plain_line(self, note: str) -> str:
         rate = self.done / max(self.seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
         return (
             f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, "
-            f"ETA {format_seconds(left)}{'  ' + note if note else ''}"
+            f"ETA {format_seconds(seconds_left)}{'  ' + note if note else ''}"
         )
 
 
 @contextmanager
 def meter(label: str, total: int, unit: str) -> Iterator[Meter]:
     """Progress over `total` units with a rate and an ETA; call `.advance()` as they finish."""
-    with Meter(label, total, unit) as it:
-        yield it
+    with Meter(label, total, unit) as progress:
+        yield progress
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -172,8 +171,8 @@ class OneLineParser(argparse.ArgumentParser):
         known = _all_options(self)
         if word in known:
             return f" ({word} is an option of another command)"
-        close = difflib.get_close_matches(word, known, 1) if word else []
-        return f" (did you mean {close[0]}?)" if close else ""
+        close = nearest(word, known) if word else ""
+        return f" (did you mean {close}?)" if close else ""
 
 
 def _all_options(parser: argparse.ArgumentParser) -> list[str]:

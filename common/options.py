@@ -16,7 +16,7 @@ the dataclass are then filled from that one place:
 
 | field | option |
 |---|---|
-| `name: T` without a default | required |
+| `name: T` without a default | required; a positional one with a default may be left out |
 | `bool = False` | a flag |
 | `Literal[...]` | its values are the choices ("" is none of them) |
 | `T or None` | as T |
@@ -100,9 +100,11 @@ def add_config_options(
 def config_from_options(
     config: type[T], options: argparse.Namespace, prefix: str = "", **values: object
 ) -> T:
-    """The dataclass as the parsed options have it; `values` are those of other fields."""
+    """The dataclass as the parsed options have it, but for fields that `values` gives."""
     for item, hint in _option_fields(config):
         name = prefix + item.name
+        if item.name in values:
+            continue
         if is_dataclass(hint) and isinstance(hint, type):
             values[item.name] = config_from_options(hint, options, f"{name}.")
         elif (value := getattr(options, name)) is not None:
@@ -139,9 +141,11 @@ def _add_option(parser: argparse._ActionsContainer, item: Field[Any], hint: Any,
     # A tuple's values are collected, unless one word has them all.
     if is_tuple and not words.separator:
         if words.positional or words.many:
-            settings["nargs"] = "+"
+            settings["nargs"] = "+" if is_required or words.many else "*"
         if not words.positional:
             settings["action"] = "extend" if words.many else "append"
+    elif words.positional and not is_required:
+        settings["nargs"] = "?"
     if words.positional:
         parser.add_argument(dest, **settings)
         return

@@ -1,4 +1,4 @@
-"""YAML files that people write: plain values, and nothing that runs, loops or swells."""
+"""YAML files of users: plain values, and nothing that runs code, loops or grows without end."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ _MOST_VALUES = 200_000
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text. Whatever is wrong with it is a ValueError of one line.
+    """The value of a YAML text; raises `ValueError` with one line where anything is wrong with it.
 
-    No tags of Python. Aliases (`*name`) are taken, but what they expand to is counted before it is
-    made: ten lines of aliases can expand to a billion values, or for themselves.
+    No tags of Python. Aliases (`*name`) are allowed, but what they expand to is counted before it
+    is made: ten lines of aliases can expand to a billion values, or to themselves.
     """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{len(text):,} characters are more than a configuration has")

@@ -78,7 +78,7 @@ def redact_all(value: Any) -> Any:
 def secrets_in(command: str) -> list[str]:
     """The words that `redact` takes out of a command, the longest first.
 
-    What the command says of its own accord may repeat them without their names.
+    What the command prints may repeat them without their names.
     """
     shown = set(_WORD.findall(redact(command)))
     hidden = {word for word in _WORD.findall(command) if word not in shown}

@@ -1,4 +1,4 @@
-"""Text for people: one-line reasons, suggestions, durations and sizes."""
+"""Text for users: one-line reasons, suggestions, durations and sizes."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ def list_some(names: Sequence[str], most: int = 20) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as a person reads it: `8.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    """A duration in readable units: `8.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
     if seconds == float("inf"):
         return "unknown"
     if seconds < 60:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.console import EXIT_FAILURES, EXIT_USAGE, stderr, stdout, tell
+from common.console import EXIT_FAILURES, EXIT_USAGE, report_error, stderr, stdout
 from common.errors import UserError
 
 Outcome = TypeVar("Outcome")
@@ -166,7 +166,7 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
         first = _is_first(store, hashlib.sha256(repr(error).encode()).hexdigest())
         _is_first(store, "reported")
         if isinstance(error, UserError | KeyboardInterrupt):
-            status = tell(error) if first else EXIT_USAGE
+            status = report_error(error) if first else EXIT_USAGE
         elif first:
             traceback.print_exception(error)
     for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):

@@ -22,53 +22,52 @@ from evaluate.report.config import ReportConfig
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the door: who runs it, its options and what `--help` shows of it.
+    """A command of the door: what runs it, its options and what `--help` shows of it.
 
-    `evaluate.PACKAGE.command.NAME_command` runs it, with the options or, if there is a `config`,
-    with the configuration whose fields they are.
+    `run` is "module:function", imported when it runs: `--help` needs no torch. `options` is a
+    configuration whose fields are the options, or a function that adds them.
     """
 
-    package: str
+    run: str
+    options: "type | Callable[[argparse.ArgumentParser], None]"
     summary: str
     description: str
-    add_options: Callable[[argparse.ArgumentParser], None] | None = None
-    config: type | None = None
 
 
 COMMANDS = {
     "generate": Command(
-        "generate",
+        "evaluate.generate.command:generate_command",
+        add_generate_options,
         "make a synthetic dataset with a model",
         "Make a synthetic dataset with a model. The same command goes on where an interrupted one "
         "stopped; a larger --limit adds images.",
-        add_generate_options,
     ),
     "figure": Command(
-        "figures",
+        "evaluate.figures.command:figure_command",
+        add_figure_options,
         "draw a figure of generated tiles",
         "Draw a figure of generated tiles, as PNG and PDF.",
-        add_figure_options,
     ),
     "measure": Command(
-        "compare",
+        "evaluate.compare.command:measure_command",
+        MeasureConfig,
         "compare a synthetic dataset with a real one",
         "Compare a synthetic dataset with a real one, from the CLS features that `python -m "
         "pipeline cache` made of both.",
-        config=MeasureConfig,
     ),
     "protocol": Command(
-        "protocols",
+        "evaluate.protocols.command:protocol_command",
+        add_protocol_options,
         "run one of the paper's protocols",
         "Run one of the paper's protocols: make the images and features that are missing, "
         "measure, and write results.json, a page and tables. The same command goes on where an "
         "interrupted one stopped.",
-        add_protocol_options,
     ),
     "report": Command(
-        "report",
+        "evaluate.report.command:report_command",
+        ReportConfig,
         "write a page that shows the results",
         "Write one HTML page that contains everything it shows and needs no network.",
-        config=ReportConfig,
     ),
 }
 
@@ -81,10 +80,10 @@ def parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             name, help=command.summary, description=command.description
         )
-        if command.config is not None:
-            add_config_options(subparser, command.config)
-        if command.add_options is not None:
-            command.add_options(subparser)
+        if isinstance(command.options, type):
+            add_config_options(subparser, command.options)
+        else:
+            command.options(subparser)
     return top
 
 
@@ -126,10 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")
     command = COMMANDS[options.command]
-    # Only now, as it imports the libraries that this command needs.
-    module = import_module(f"evaluate.{command.package}.command")
-    run = getattr(module, f"{options.command}_command")
-    return int(run(config_from_options(command.config, options) if command.config else options))
+    module, _, function = command.run.partition(":")
+    config = command.options
+    given_options = config_from_options(config, options) if isinstance(config, type) else options
+    return int(getattr(import_module(module), function)(given_options))
 
 
 if __name__ == "__main__":

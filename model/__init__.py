@@ -1,7 +1,6 @@
 """Encoders, SD-VAE, SiT, interpolants, losses and samplers in pure PyTorch.
 
-Public names are imported on first use, so that `from common.errors import UserError`
-costs no import of torch in the rooms that only need the error.
+Public names are imported on first use: `import model` alone imports no torch.
 """
 
 from importlib import import_module

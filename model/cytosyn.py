@@ -63,9 +63,16 @@ class Records:
 class CytoSyn(nn.Module):
     """SiT, VAE and latent norm (inside the SiT), with what is known of their training.
 
-    Latents here are normalised ones, the SiT's own space. The networks are held, not copied or
-    changed, so a trainer can look at its own through this; those that the loaders return are
-    frozen.
+    Latents here are normalised ones, the SiT's space. The networks are neither copied nor
+    changed, so that a trainer can generate with the ones it trains; those that the loaders return
+    are frozen.
+
+    Example:
+        >>> sit = SiT(SiTConfig.preset("tiny", latent_size=4, condition_dim=3))
+        >>> model = CytoSyn(sit, VAE(VAEConfig.preset("tiny")))
+        >>> images = model.generate(torch.zeros(2, 3), num_inference_steps=2, seed=7)
+        >>> images.shape, images.dtype
+        ((2, 32, 32, 3), dtype('uint8'))
     """
 
     def __init__(
@@ -120,23 +127,24 @@ class CytoSyn(nn.Module):
         `features` is [n, condition_dim] (or labels [n] for a model of classes), each used for
         `num_images_per_prompt` consecutive images; None generates that many without
         condition, where guidance has nothing to do. `seed` is one number from which each
-        image's own seed is derived by its index, or N seeds. An image is a function of its
+        image's seed is derived by its index, or N seeds. An image is a function of its
         feature and seed alone, up to the rounding of the arithmetic; `batch_size` bounds memory.
         Steps, solver and guidance are those of `model.sample`. `dtype` runs the SiT under
         autocast, `network` replaces `sit.forward_from_condition` by a compiled one. The VAE
-        decodes in its own dtype: in bfloat16 it is off by a grey level, to save a hundredth of the
-        time of 250 steps. `progress`
-        is told of steps done and of all steps, over all batches. Values are rounded to
-        integers, or cut with `legacy_truncate` as the reference did (half a grey level darker).
+        decodes in its parameters' dtype: in bfloat16 it is off by a grey level, to save a
+        hundredth of the time of 250 steps. `progress` receives the steps done and all steps, over
+        all batches. Values are rounded to integers, or cut with `legacy_truncate` as the reference
+        did (half a grey level darker).
 
         Raises UserError for features of another width, for numbers out of range and for images
         that are not finite.
         """
-        prompts = self._prompts(features, num_images_per_prompt)
+        prompts = self._repeat_prompts(features, num_images_per_prompt)
         count = num_images_per_prompt if prompts is None else len(prompts)
         seeds = _image_seeds(seed, count)
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+        # Each image has its seed: how the images are batched bounds memory and changes no noise.
         images = []
         starts = range(0, count, batch_size)
         for batch, start in enumerate(starts):
@@ -153,7 +161,7 @@ class CytoSyn(nn.Module):
                 interpolant=self.interpolant,
                 dtype=dtype,
                 network=network,
-                progress=_within(progress, batch, len(starts)),
+                progress=_scale_progress(progress, batch, len(starts)),
             )
             images.append(self.decode(latents, legacy_truncate=legacy_truncate))
         return np.concatenate(images)
@@ -192,17 +200,24 @@ class CytoSyn(nn.Module):
         raw = self.sit.bn.denormalise(latents.to(self.device))
         with self._precision(dtype):
             images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
-        _refuse_unfinite(images)
+        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(images)} images are not finite (first: {bad[0]}); look for "
+                "NaN in the features or the weights, or compute in bfloat16 or float32 instead of "
+                "float16"
+            )
         return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, sit.safetensors and vae.safetensors (CompVis keys) to a folder.
 
-        The configuration is written last and holds the weights' sums, so that a folder that
+        The configuration is written last and has the weights' sha256, so that a folder that
         was cut short or put together from two models is recognised.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # Until the new configuration is there, the folder is no model.
         (folder / _CONFIG).unlink(missing_ok=True)
         weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}
         for name, tensors in weights.items():
@@ -222,20 +237,19 @@ class CytoSyn(nn.Module):
     def from_pretrained(cls, source: str | Path) -> Self:
         """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name").
 
-        "owner/name@revision" takes a commit, branch or tag. What the hub's cache holds needs no
-        network.
-        Weights are loaded to the CPU in float32. Raises UserError, naming the file, if the
+        "owner/name@revision" takes a commit, branch or tag. What is in the hub's cache needs no
+        network. Weights are loaded to the CPU in float32. Raises UserError, naming the file, if the
         source cannot be found or reached, is of another format, damaged, or does not fit.
         """
         folder = _local_folder(source)
         parts = _read_config(folder / _CONFIG)
         model = cls(
-            _load(lambda: SiT(parts.sit), folder / _SIT, parts.sums),
-            _load(lambda: VAE(parts.vae), folder / _VAE, parts.sums),
+            _load_network(lambda: SiT(parts.sit), folder / _SIT, parts.sums),
+            _load_network(lambda: VAE(parts.vae), folder / _VAE, parts.sums),
             interpolant=parts.interpolant,
             records=parts.records,
         )
-        return _ready(model)
+        return _freeze_model(model)
 
     @classmethod
     def from_repa_e(cls, checkpoint: str | Path, *, use_ema: bool = True) -> Self:
@@ -243,7 +257,7 @@ class CytoSyn(nn.Module):
 
         `use_ema` takes the averaged SiT and latent statistics, else the last step's; the VAE is
         the last step's either way, as that code keeps no average of it. Raises UserError for a
-        file that is damaged or holds something else.
+        file that is damaged or contains something else.
         """
         parts = read_repa_e(checkpoint, use_ema=use_ema)
         source = str(checkpoint)
@@ -257,10 +271,10 @@ class CytoSyn(nn.Module):
             vae="raw",
         )
         model = cls(sit, vae, interpolant=Interpolant(parts.path), records=records)
-        return _ready(model)
+        return _freeze_model(model)
 
-    def _prompts(self, features: Tensor | np.ndarray | None, repeats: int) -> Tensor | None:
-        """One row of features (or label) an image, on the model's device."""
+    def _repeat_prompts(self, features: Tensor | np.ndarray | None, repeats: int) -> Tensor | None:
+        """A row of features (or a label) per image, on the model's device."""
         if repeats < 1:
             raise UserError(f"num_images_per_prompt is {repeats}; expected 1 or more")
         if features is None:
@@ -276,7 +290,7 @@ class CytoSyn(nn.Module):
         if config.conditioning == "label" and not 0 <= prompts.min() <= prompts.max() < (
             config.num_classes
         ):
-            raise UserError(f"labels must lie in [0, {config.num_classes - 1}]")
+            raise UserError(f"labels must be in [0, {config.num_classes - 1}]")
         return prompts.to(self.device).repeat_interleave(repeats, dim=0)
 
     def _precision(self, dtype: torch.dtype | None) -> Any:
@@ -298,11 +312,11 @@ def _image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
         return derive_seeds(int(seed), torch.arange(count))
     seeds = seed_tensor(seed)
     if seeds.shape != (count,):
-        raise UserError(f"{seeds.numel()} seeds for {count} images; pass one, or one an image")
+        raise UserError(f"{seeds.numel()} seeds for {count} images; pass one, or one per image")
     return seeds
 
 
-def _within(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+def _scale_progress(progress: Progress | None, batch: int, batches: int) -> Progress | None:
     """A batch's progress as part of all batches'."""
     if progress is None:
         return None
@@ -313,6 +327,7 @@ def _local_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
+    # What is no folder is an id; a mistyped path is not, and must not reach the network.
     hub_id = str(source).removeprefix("hub:")
     named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", hub_id)
     if named is None:
@@ -330,7 +345,7 @@ def _local_folder(source: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _FolderConfig:
-    """What config.json says: the shapes of the networks, and the sums of their files."""
+    """What config.json says: the shapes of the networks, and the sha256 of their tensors."""
 
     sit: SiTConfig
     vae: VAEConfig
@@ -340,31 +355,8 @@ class _FolderConfig:
 
 
 def _read_config(path: Path) -> _FolderConfig:
-    config = _read_json(path)
-    absent = [key for key in ("path", "sit", "vae", "records", "sha256") if key not in config]
-    if absent:
-        raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
-    try:
-        return _FolderConfig(
-            SiTConfig.from_dict(config["sit"]),
-            VAEConfig.from_dict(config["vae"]),
-            Interpolant(config["path"]),
-            _read_records(config["records"]),
-            dict(config["sha256"]),
-        )
-    except UserError as error:
-        raise UserError(f"model {path}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"model {path}: a value is of another kind than this software writes ({error}); "
-            "export the model again"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object, after its format and version."""
     if not path.is_file():
-        raise UserError(f"model {path.parent}: holds no {_CONFIG}; export the model again")
+        raise UserError(f"model {path.parent}: has no {_CONFIG}; export the model again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -378,22 +370,39 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"model {path}: format_version is {config.get('format_version')!r}, this version "
             f"reads {FORMAT_VERSION}; update this software or export the model again"
         )
-    return config
+    absent = [key for key in ("path", "sit", "vae", "records", "sha256") if key not in config]
+    if absent:
+        raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
+
+    # Records of later versions are no obstacle; other shapes of networks are.
+    known = {field.name for field in fields(Records)}
+    try:
+        return _FolderConfig(
+            SiTConfig.from_dict(config["sit"]),
+            VAEConfig.from_dict(config["vae"]),
+            Interpolant(config["path"]),
+            Records(**{key: value for key, value in config["records"].items() if key in known}),
+            dict(config["sha256"]),
+        )
+    except UserError as error:
+        raise UserError(f"model {path}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"model {path}: a value is of another kind than this software writes ({error}); "
+            "export the model again"
+        ) from error
 
 
-def _read_records(values: dict[str, Any]) -> Records:
-    known = {field.name for field in fields(Records)}  # records of later versions are no obstacle
-    return Records(**{key: value for key, value in values.items() if key in known})
-
-
-def _ready(model: Model) -> Model:
-    """Frozen, aligned, and the VAE in the layout that its convolutions are fastest in."""
+def _freeze_model(model: Model) -> Model:
+    """Frozen, aligned, and the VAE in channels last."""
+    # The same bits as those of a model just trained, and the layout of the fastest convolutions.
     align_weights(model)
     model.vae.to(memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
 
 
-def _load(build: Callable[[], Module], path: Path, sums: dict[str, str]) -> Module:
+def _load_network(build: Callable[[], Module], path: Path, sums: dict[str, str]) -> Module:
+    # The fit comes first: its error says more than that the sum differs.
     tensors = read_tensors(path)
     module = build_from_tensors(build, tensors, source=str(path))
     if tensors_sha256(tensors) != sums.get(path.name):

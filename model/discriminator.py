@@ -4,7 +4,7 @@ Sources: pix2pix (Isola et al., arXiv 1611.07004, section 3.2.2), as used by VQG
 arXiv 2012.09841). Names of the state are those of the published weights.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -39,17 +39,13 @@ class DiscriminatorConfig:
             raise UserError(f"discriminator preset is {name!r}; expected one of {known}")
         return cls(**{**DISCRIMINATOR_PRESETS[name], **overrides})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 class Discriminator(nn.Module):
     """PatchGAN: images [B, 3, H, W] in [-1, 1] to logits [B, 1, h, w], high for real.
 
     At 224 px a logit sees 70 px and there are 26 x 26. Its batch norms are meant to stay in
     training mode: real and generated batches go through separate calls, each normalised by its
-    own statistics, which are not shared between ranks.
+    statistics, which are not shared between processes.
     """
 
     def __init__(self, config: DiscriminatorConfig | None = None) -> None:
@@ -64,7 +60,11 @@ class Discriminator(nn.Module):
             *_normed_layer(4 * width, 8 * width, stride=1),
             nn.Conv2d(8 * width, 1, 4, stride=1, padding=1),
         )
-        self.apply(_initialise)
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor, *, frozen: bool = False) -> Tensor:
         """Logits [B, 1, h, w] of images [B, 3, H, W]; `frozen` keeps gradients from the parameters.
@@ -81,16 +81,9 @@ class Discriminator(nn.Module):
 
 
 def _normed_layer(channels_in: int, channels_out: int, *, stride: int) -> list[nn.Module]:
-    # no bias: the batch norm would take it off again
+    # No bias: the batch norm would take it off again.
     return [
         nn.Conv2d(channels_in, channels_out, 4, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),
         nn.LeakyReLU(0.2),
     ]
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)

@@ -18,7 +18,7 @@ PathName = Literal["linear", "cosine"]
 _HALF_PI = math.pi / 2
 
 
-def _beside(t: Tensor, x: Tensor) -> Tensor:
+def _broadcast_time(t: Tensor, x: Tensor) -> Tensor:
     """Give times [B] trailing axes so that they broadcast over x [B, ...]; leave a scalar alone."""
     return t if t.ndim == 0 else t.reshape(-1, *([1] * (x.ndim - 1)))
 
@@ -30,6 +30,13 @@ class Interpolant:
     Times are tensors of shape [] or [B] in [0, 1]; x0, eps, x and v are [B, ...] of one shape.
     With a scalar (0-dim) time the results keep the dtype of the other operand.
     Raises UserError for an unknown path.
+
+    Example:
+        >>> path, x0, eps = Interpolant("linear"), torch.zeros(1, 2), torch.ones(1, 2)
+        >>> path.x_t(x0, eps, torch.tensor([0.25]))
+        tensor([[0.2500, 0.2500]])
+        >>> path.velocity(x0, eps, torch.tensor([0.25]))
+        tensor([[1., 1.]])
     """
 
     path: PathName = "linear"
@@ -58,27 +65,27 @@ class Interpolant:
 
     def x_t(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The point alpha(t) x0 + sigma(t) eps of the path (SiT, equation 1)."""
-        t = _beside(t, x0)
+        t = _broadcast_time(t, x0)
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The regression target alpha'(t) x0 + sigma'(t) eps; eps - x0 on the linear path."""
-        t = _beside(t, x0)
+        t = _broadcast_time(t, x0)
         return self.d_alpha(t) * x0 + self.d_sigma(t) * eps
 
     def data(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data prediction E[x0 | x_t = x] that velocity v implies; linear: x - t v."""
-        t = _beside(t, x)
+        t = _broadcast_time(t, x)
         return (self.d_sigma(t) * x - self.sigma(t) * v) / self._determinant(t)
 
     def noise(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise prediction E[eps | x_t = x] that velocity v implies."""
-        t = _beside(t, x)
+        t = _broadcast_time(t, x)
         return (self.alpha(t) * v - self.d_alpha(t) * x) / self._determinant(t)
 
     def score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The score grad log p_t(x) = -E[eps | x] / sigma(t) (SiT, equation 9), for t > 0."""
-        return -self.noise(v, x, t) / self.sigma(_beside(t, x))
+        return -self.noise(v, x, t) / self.sigma(_broadcast_time(t, x))
 
     def diffusion(self, t: Tensor) -> Tensor:
         """g(t)^2 = 2 t of the reverse SDE, on either path as in REPA."""
@@ -90,7 +97,7 @@ class Interpolant:
         The drift is affine in v with weights summing over v and x alone, so guidance may be
         applied to v or to the drift with the same outcome.
         """
-        return v - 0.5 * self.diffusion(_beside(t, x)) * self.score(v, x, t)
+        return v - 0.5 * self.diffusion(_broadcast_time(t, x)) * self.score(v, x, t)
 
     def time_from_normal(self, n: Tensor) -> Tensor:
         """The time at which sigma/alpha = exp(n): "lognormal" times for standard normal n."""

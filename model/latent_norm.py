@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 class LatentStatistics(NamedTuple):
     """Moments of a batch of latents over batch and space: mean [C], biased variance [C], number
-    of values a channel [] (float64)."""
+    of values per channel [] (float64)."""
 
     mean: Tensor
     variance: Tensor
     num_values: Tensor
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def latent_statistics(z: Tensor) -> LatentStatistics:
-    """Moments of latents z [B, C, H, W] over the batches of all ranks, in float32.
+    """Moments of latents z [B, C, H, W] over the batches of all processes, in float32.
 
-    Ranks may hold batches of different size: each counts by its number of values. Gradients
-    flow through the moments, across ranks too.
+    Batches of the processes may differ in size: each counts by its number of values. Gradients
+    flow through the moments, across processes too.
     """
     local_variance, local_mean = torch.var_mean(z.float(), dim=(0, 2, 3), correction=0)
     count = torch.full_like(local_mean, z.numel() // z.shape[1], dtype=torch.float64)
@@ -49,7 +49,7 @@ def latent_statistics(z: Tensor) -> LatentStatistics:
     # The raw second moment cancels when mean >> std, so the C-vectors travel in float64.
     mean, variance = local_mean.double(), local_variance.double()
     moments = torch.stack([count, count * mean, count * (variance + mean.square())])
-    total, first, second = _SumOverRanks.apply(moments).unbind()
+    total, first, second = _SumOverProcesses.apply(moments).unbind()
     mean = first / total
     variance = second / total - mean.square()
     return LatentStatistics(mean.float(), variance.clamp(min=0).float(), total[0])
@@ -60,8 +60,8 @@ class LatentNorm(nn.Module):
 
     Buffers `running_mean` [C] (starts at 0), `running_var` [C] (unbiased, starts at 1) and
     `num_batches_tracked` [] are those of `torch.nn.BatchNorm2d`, so its state loads here.
-    In training mode the batch's own statistics, over all ranks, normalise and move the running
-    ones; in evaluation mode the running ones normalise and stand still.
+    In training mode the batch's statistics, over all processes, normalise and move the running
+    ones; in evaluation mode the running ones normalise and do not move.
     """
 
     running_mean: Tensor
@@ -81,7 +81,7 @@ class LatentNorm(nn.Module):
         return self.normalise(z)
 
     def normalise(self, z: Tensor, *, use_batch: bool | None = None) -> Tensor:
-        """Normalise raw latents z [B, C, H, W] to float32 of mean 0 and variance 1 a channel.
+        """Normalise raw latents z [B, C, H, W] to float32 of mean 0 and variance 1 per channel.
 
         `use_batch` chooses between the batch's statistics (and moving the running ones) and the
         running ones, and defaults to the module's mode: REPA-E's alignment pass and its SiT pass

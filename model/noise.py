@@ -6,15 +6,15 @@ not depend on the batch, the rank or the restart in which it is drawn.
 
 Layout. The key is the 64-bit seed, low word first. The counter's four 32-bit words are
 (block, step, slot, stream): `block` numbers the groups of four values within one sample, row
-major; `step` is a step of training or sampling; `slot` is a sample of a batch; `stream` tells
-one use from another (`RandomStream`). Golden values in the tests fix this layout, since changing
+major; `step` is a step of training or sampling; `slot` is a sample of a batch; `stream` is
+the use (`RandomStream`). Golden values in the tests fix this layout, since changing
 it changes every result. A sampler gives each image a seed; a trainer gives all samples one seed,
 and (step, slot) tells them apart.
 
-Why not `numpy.random.Philox`: for 64 images of 4x28x28 it takes 8 ms a step on one CPU core where
-this takes 12 (over 250 steps 2 s and 3 s, both nothing beside the network), but it needs a
-generator an image and a copy to the device every step, and does not promise the same normals in
-its next version. On a GPU this is some 150 short kernels a step, queued without waiting.
+Why not `numpy.random.Philox`: for 64 images of 4x28x28 it takes 8 ms per step on one CPU core where
+this takes 12 (over 250 steps 2 s and 3 s, both nothing next to the network), but it needs a
+generator per image and a copy to the device every step, and does not promise the same normals in
+its next version. On a GPU this is some 150 short kernels per step, queued without waiting.
 """
 
 import math
@@ -34,7 +34,7 @@ Integers = int | Sequence[int] | Tensor
 
 
 class RandomStream(IntEnum):
-    """The uses of randomness; each has its own stream, so that no two share a value."""
+    """The uses of randomness; each is a separate stream, so that no two share a value."""
 
     TIME = 0  # training: diffusion time t of a sample
     NOISE = 1  # training: eps of the interpolant
@@ -76,6 +76,10 @@ def uniform(
     `seed` in [0, 2^64), `step` and `slot` in [0, 2^32) are single numbers or n of them (list or
     int64 tensor, whose bits count as unsigned) and broadcast to n; n is 1 for single numbers.
     Raises UserError for a number outside its range.
+
+    Example:
+        >>> uniform(42, (2,), stream=RandomStream.TIME, step=1, slot=2)
+        tensor([[0.2183, 0.1606]])
     """
     words = _words(seed, shape, stream, step, slot, device)
     return (((words >> 9).double() + 0.5) * 2.0**-23).to(dtype)
@@ -115,7 +119,7 @@ def derive_seeds(seed: int, indices: Integers) -> Tensor:
 
 
 def seed_tensor(seeds: Integers, device: torch.device | str = "cpu") -> Tensor:
-    """Seeds in [0, 2^64) as the int64 tensor [n] that holds their bits."""
+    """Seeds in [0, 2^64) as the int64 tensor [n] with their bits."""
     return _integers(seeds, "seed", 64, device)
 
 

@@ -39,8 +39,8 @@ class PerceptualLoss(nn.Module):
     - "hub": VGG16 from torchvision's cache (fetched if absent) and the heads that the `lpips`
       package carries;
     - a file with torchvision's VGG16 (`features.*`), alone or with the heads
-      (`lin0.model.1.weight` to `lin4...`) beside it;
-    - "random:SEED": VGG16's own initialisation and equal heads, for runs without meaning;
+      (`lin0.model.1.weight` to `lin4...`);
+    - "random:SEED": VGG16's initialisation and equal heads, for runs without meaning;
     - "none": no network, the distance is 0.
 
     `legacy_lpips_range` maps inputs by 2x - 1 once more, as the first release of REPA-E did
@@ -60,12 +60,13 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
         self.features = nn.Sequential()
         self.heads = nn.ParameterList()
+        # Without values where a file has them: a random initialisation would be thrown away.
         if self.is_random:
             with seeded_init(source.seed):
                 self._build()
         elif not self.is_off:
             from_file = source.kind == "file"
-            tensors = _from_published(read_tensors(weights) if from_file else _cached_vgg16())
+            tensors = _from_published(read_tensors(weights) if from_file else _read_vgg16())
             with torch.device("meta"):
                 self._build()
             assign_tensors(self, tensors, source=weights if from_file else "torchvision's VGG16")
@@ -89,6 +90,7 @@ class PerceptualLoss(nn.Module):
         """
         if self.is_off:
             return images.new_zeros(len(images), dtype=torch.float32)
+        # Sum over the stages of the mean over positions (equation 1).
         features = zip(
             self._unit_features(images), self._unit_features(others), self.heads, strict=True
         )
@@ -107,7 +109,10 @@ class PerceptualLoss(nn.Module):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in _TAPS:
-                taps.append(_unit_length(x.float()))
+                tapped = x.float()
+                # The clamp changes no value; without it features that are all 0 have gradient NaN.
+                norm = tapped.square().sum(dim=1, keepdim=True).clamp(min=_EPS**2).sqrt()
+                taps.append(tapped / (norm + _EPS))
         return taps
 
 
@@ -121,29 +126,26 @@ def _vgg16_features() -> nn.Sequential:
     for width, convolutions in _STAGES:
         layers += [nn.MaxPool2d(2)] if layers else []
         for _ in range(convolutions):
-            layers += [_convolution(channels, width), nn.ReLU(inplace=True)]
+            convolution = nn.Conv2d(channels, width, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            assert convolution.bias is not None
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU(inplace=True)]
             channels = width
     return nn.Sequential(*layers)
-
-
-def _convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
-    layer = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    # The clamp changes no value; without it a position whose features are all 0 has gradient NaN.
-    norm = x.square().sum(dim=1, keepdim=True).clamp(min=_EPS**2).sqrt()
-    return x / (norm + _EPS)
 
 
 def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:
     """Published names to ours; the classifier is left out, absent heads come from `lpips`."""
     if not any(key.startswith("lin") for key in tensors):
-        tensors = {**tensors, **read_tensors(_package_heads())}
+        package = importlib.util.find_spec("lpips")
+        if package is None or package.origin is None:
+            raise WeightsError(
+                "LPIPS heads: the lpips package is not installed; pip install lpips, or give a "
+                "perceptual weights file with lin0.model.1.weight to lin4.model.1.weight"
+            )
+        heads = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+        tensors = {**tensors, **read_tensors(heads)}
     ours: Tensors = {}
     for key, value in tensors.items():
         if key.startswith("lin") and key.endswith(".model.1.weight"):
@@ -153,17 +155,7 @@ def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:
     return ours
 
 
-def _package_heads() -> Path:
-    package = importlib.util.find_spec("lpips")
-    if package is None or package.origin is None:
-        raise WeightsError(
-            "LPIPS heads: the lpips package is not installed; pip install lpips, or give a "
-            "perceptual weights file that holds lin0.model.1.weight to lin4.model.1.weight"
-        )
-    return Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
-
-
-def _cached_vgg16() -> Tensors:
+def _read_vgg16() -> Tensors:
     published = torchvision.models.VGG16_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[1]
     if cached.is_file():

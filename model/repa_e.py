@@ -43,13 +43,16 @@ def read_repa_e(checkpoint: str | Path, *, use_ema: bool = True) -> RepaECheckpo
     file, else from the published size of that width and the code's defaults. Raises `WeightsError`
     for a missing or damaged file or one of another kind.
     """
+    # The checkpoint names no sizes: all but heads and tap can be read off the tensors' shapes.
     path = Path(checkpoint)
     if not path.is_file():
         raise WeightsError(f"weights {path}: no such file; give a checkpoint (.pt) of REPA-E")
     content = load_archive(path, safe_types=[argparse.Namespace])
-    sit = _part(content, "ema" if use_ema else "model", path)
-    vae = _part(content, "vae", path)
-    arguments = _arguments(content)
+    sit = _read_part(content, "ema" if use_ema else "model", path)
+    vae = _read_part(content, "vae", path)
+    given = content.get("args")
+    namespace = vars(given) if isinstance(given, argparse.Namespace) else given
+    arguments: Mapping[str, Any] = namespace if isinstance(namespace, Mapping) else {}
     return RepaECheckpoint(
         sit_config=_sit_config(sit, arguments, path),
         sit=sit,
@@ -61,7 +64,7 @@ def read_repa_e(checkpoint: str | Path, *, use_ema: bool = True) -> RepaECheckpo
     )
 
 
-def _part(content: Any, name: str, path: Path) -> Tensors:
+def _read_part(content: Any, name: str, path: Path) -> Tensors:
     part = content.get(name) if isinstance(content, Mapping) else None
     tensors_only = isinstance(part, Mapping) and all(isinstance(v, Tensor) for v in part.values())
     if not tensors_only or part is None:
@@ -73,18 +76,11 @@ def _part(content: Any, name: str, path: Path) -> Tensors:
     return dict(part)
 
 
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = content.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        return vars(arguments)
-    return dict(arguments) if isinstance(arguments, Mapping) else {}
-
-
 def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> SiTConfig:
     try:
         _, num_tokens, width = tensors["pos_embed"].shape
         patch = tensors["x_embedder.proj.weight"].shape
-        depth = _count(tensors, r"blocks\.(\d+)\.")
+        depth = _count_indices(tensors, r"blocks\.(\d+)\.")
         projector = tensors["projectors.0.4.weight"].shape
         table = tensors["y_embedder.embedding_table.weight"].shape
         return SiTConfig(
@@ -109,7 +105,7 @@ def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> S
 def _vae_config(tensors: Tensors, path: Path) -> VAEConfig:
     try:
         base = tensors["encoder.conv_in.weight"].shape[0]
-        levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+        levels = _count_indices(tensors, r"encoder\.down\.(\d+)\.")
         widths = [
             tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0]
             for level in range(levels)
@@ -117,7 +113,7 @@ def _vae_config(tensors: Tensors, path: Path) -> VAEConfig:
         return VAEConfig(
             base_channels=base,
             channel_multipliers=tuple(width // base for width in widths),
-            num_res_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+            num_res_blocks=_count_indices(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
             latent_channels=tensors["post_quant_conv.weight"].shape[0],
             attention_levels=tuple(
                 level
@@ -129,6 +125,6 @@ def _vae_config(tensors: Tensors, path: Path) -> VAEConfig:
         raise WeightsError(f"weights {path}: the VAE in it lacks or misshapes {error}") from error
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
+def _count_indices(tensors: Tensors, pattern: str) -> int:
     """How many numbers, from 0, the keys have where the pattern's group is."""
     return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=-1)

@@ -266,7 +266,7 @@ def _layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
-def _modulation(width: int, chunks: int) -> nn.Sequential:
+def _build_modulation(width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
 
@@ -280,7 +280,7 @@ class SiTBlock(nn.Module):
         self.attn = Attention(D, config.num_heads, qk_norm=config.qk_norm)
         self.norm2 = _layer_norm(D)
         self.mlp = Mlp(D, int(D * config.mlp_ratio))
-        self.adaLN_modulation = _modulation(D, 6)
+        self.adaLN_modulation = _build_modulation(D, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens [B, T, D] of x [B, T, D] under condition c [B or 1, D]."""
@@ -296,7 +296,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = _layer_norm(width)
         self.linear = nn.Linear(width, patch_values)
-        self.adaLN_modulation = _modulation(width, 2)
+        self.adaLN_modulation = _build_modulation(width, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Patches [B, T, p*p*C] of x [B, T, D] under condition c [B or 1, D]."""
@@ -304,7 +304,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def _projector(config: SiTConfig) -> nn.Sequential:
+def _build_projector(config: SiTConfig) -> nn.Sequential:
     """REPA's tokenwise three-layer MLP from the residual stream to the encoder's tokens."""
     return nn.Sequential(
         nn.Linear(config.hidden_size, config.projector_dim),
@@ -315,7 +315,7 @@ def _projector(config: SiTConfig) -> nn.Sequential:
     )
 
 
-def _conditioner(config: SiTConfig) -> nn.Module | None:
+def _build_conditioner(config: SiTConfig) -> nn.Module | None:
     if config.conditioning == "feature":
         return FeatureEmbedder(config.condition_dim, config.hidden_size)
     if config.conditioning == "label":
@@ -331,6 +331,12 @@ class SiT(nn.Module):
     Computes in the parameters' dtype or autocast's; float32 under autocast keeps the residual
     stream in float32. `recompute` trades memory for time: each block's activations are computed
     again in the backward pass. It is no part of the state or the configuration.
+
+    Example:
+        >>> sit = SiT(SiTConfig.preset("tiny", latent_size=4, condition_dim=3))
+        >>> velocity = sit(torch.zeros(2, 4, 4, 4), torch.tensor([0.0, 1.0]), torch.zeros(2, 3))
+        >>> list(velocity.shape)
+        [2, 4, 4, 4]
     """
 
     def __init__(self, config: SiTConfig, *, recompute: bool = False) -> None:
@@ -340,15 +346,15 @@ class SiT(nn.Module):
         D, p, C = config.hidden_size, config.patch_size, config.latent_channels
         self.x_embedder = PatchEmbedder(C, p, D)
         self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = _conditioner(config)
+        self.y_embedder = _build_conditioner(config)
         self.pos_embed = nn.Parameter(
             position_embedding(config.grid_size, D), requires_grad=config.train_pos_embed
         )
         self.blocks = nn.ModuleList([SiTBlock(config) for _ in range(config.depth)])
-        self.projectors = nn.ModuleList([_projector(config)])
+        self.projectors = nn.ModuleList([_build_projector(config)])
         self.final_layer = FinalLayer(D, p * p * C)
         self.bn = LatentNorm(C)
-        self._initialise()
+        self._initialise_weights()
 
     def forward(
         self,
@@ -365,7 +371,7 @@ class SiT(nn.Module):
         classifier-free guidance; drawing it is the caller's part. The tokens are the projected
         residual stream after `encoder_depth` blocks (REPA, equation 8).
         """
-        velocity, tapped = self._run(x, self.condition(t, y, drop=drop))
+        velocity, tapped = self._run_network(x, self.condition(t, y, drop=drop))
         return (velocity, self.projectors[0](tapped)) if return_tokens else velocity
 
     def forward_from_condition(self, x: Tensor, c: Tensor) -> Tensor:
@@ -374,7 +380,7 @@ class SiT(nn.Module):
         With one row the modulation of every block is computed once and broadcast: so the null
         branch of guided sampling costs no modulation a sample.
         """
-        return self._run(x, c)[0]
+        return self._run_network(x, c)[0]
 
     def align_tokens(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Projected tokens [B, T, token_dim] for the VAE's alignment loss (REPA-E, equation 2).
@@ -411,7 +417,7 @@ class SiT(nn.Module):
             raise UserError("this SiT has conditioning 'none'; pass y=None instead of a condition")
         return self.pos_embed.new_zeros(1, self.config.hidden_size)
 
-    def _run(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_network(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity, and the residual stream at the alignment tap."""
         cut = self.config.encoder_depth
         tapped = self._run_blocks(self.blocks[:cut], self.x_embedder(x) + self.pos_embed, c)
@@ -436,7 +442,7 @@ class SiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, g * p, g * p)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise_weights(self) -> None:
         """adaLN-Zero: every block starts as the identity and the velocity as 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -52,8 +52,8 @@ class VAEConfig:
     """
 
     base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # one a level; each but the last halves
-    num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # one per level; each but the last halves
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
     latent_channels: int = 4
     attention_levels: tuple[int, ...] = ()  # levels (0 is the image's) with attention
     norm_groups: int = 32
@@ -67,7 +67,7 @@ class VAEConfig:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise UserError(
                 f"VAE channel_multipliers is {self.channel_multipliers}; "
-                "expected one integer of 1 or more a level"
+                "expected one integer of 1 or more per level"
             )
         levels = range(len(self.channel_multipliers))
         if not set(self.attention_levels) <= set(levels):
@@ -89,7 +89,7 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Image pixels a latent pixel, along one side."""
+        """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @classmethod
@@ -139,7 +139,7 @@ class VAEOutput(NamedTuple):
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`SiLU(GroupNorm(x))` of x [B, C, H, W]: one function, which torch.compile fuses.
 
-    PyTorch's own CUDA GroupNorm copies channels_last input to a contiguous one and back; the
+    PyTorch's CUDA GroupNorm copies channels_last input to a contiguous one and back; the
     fused kernel keeps the layout, and reads and writes the map once.
     """
     return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
@@ -152,9 +152,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, config: VAEConfig) -> None:
         super().__init__()
-        self.norm1 = _norm(channels_in, config)
+        self.norm1 = _group_norm(channels_in, config)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _norm(channels_out, config)
+        self.norm2 = _group_norm(channels_out, config)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -172,17 +172,17 @@ class ResBlock(nn.Module):
 
         The norm and the SiLU are then computed again, which costs bandwidth only, the convolution
         is not. Eager autograd would keep the convolution's input, so the convolution belongs to
-        the part computed again; it stands last there, and recomputing stops before it. A compiler
+        the part computed again; it comes last there, and recomputing stops before it. A compiler
         keeps what it needs, but would compute all of that part again.
         """
         if not (self.recompute and torch.is_grad_enabled()):
             return conv(group_norm_silu(x, norm))
         if torch.compiler.is_compiling():
-            return conv(_checkpointed(partial(group_norm_silu, norm=norm), x))
-        return _checkpointed(lambda x: conv(group_norm_silu(x, norm)), x)
+            return conv(_call_checkpointed(partial(group_norm_silu, norm=norm), x))
+        return _call_checkpointed(lambda x: conv(group_norm_silu(x, norm)), x)
 
 
-def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _call_checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Compute `function(x)`, and again in the backward pass instead of keeping its insides."""
     output: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return output
@@ -193,7 +193,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, config: VAEConfig) -> None:
         super().__init__()
-        self.norm = _norm(channels, config)
+        self.norm = _group_norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -236,7 +236,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _norm(channels: int, config: VAEConfig) -> nn.GroupNorm:
+def _group_norm(channels: int, config: VAEConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
 
 
@@ -317,7 +317,7 @@ class VAEEncoder(nn.Module):
             )
         )
         self.mid = Middle(channels[-1], config)
-        self.norm_out = _norm(channels[-1], config)
+        self.norm_out = _group_norm(channels[-1], config)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class VAEDecoder(nn.Module):
                 zip(before, channels, strict=True)
             )
         )
-        self.norm_out = _norm(channels[0], config)
+        self.norm_out = _group_norm(channels[0], config)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -366,7 +366,13 @@ class VAE(nn.Module):
 
     Sides of images are multiples of `config.downsampling`; 224 px gives 28 x 28 latents at f8.
     `recompute` trades time for memory in training: GroupNorm and SiLU are computed again in the
-    backward pass instead of kept. Weights start at PyTorch's own initialisation.
+    backward pass instead of kept. Weights start at PyTorch's initialisation.
+
+    Example:
+        >>> vae = VAE(VAEConfig.preset("tiny"))
+        >>> output = vae(torch.zeros(1, 3, 32, 32), noise=torch.zeros(1, 4, 4, 4))
+        >>> list(output.latents.shape), list(output.reconstruction.shape)
+        ([1, 4, 4, 4], [1, 3, 32, 32])
     """
 
     def __init__(self, config: VAEConfig | None = None) -> None:
@@ -390,7 +396,7 @@ class VAE(nn.Module):
                 module.recompute = on
 
     def encode(self, images: Tensor) -> Posterior:
-        """Posterior of images [B, 3, H, W] in [-1, 1]; its log-variance is held in [-30, 20]."""
+        """Posterior of images [B, 3, H, W] in [-1, 1]; its log-variance is clamped to [-30, 20]."""
         multiple = self.config.downsampling
         if images.shape[2] % multiple or images.shape[3] % multiple:
             raise ValueError(

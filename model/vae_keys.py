@@ -24,7 +24,7 @@ _ATTENTION = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
-# diffusers' own older names, still in widely used files
+# diffusers' older names, still in widely used files
 _ATTENTION_OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 _ATTENTION_BACK = {new: old for old, new in _ATTENTION.items()} | _ATTENTION_OLD
 
@@ -35,6 +35,7 @@ def from_native(tensors: Mapping[str, Tensor], layout: VAELayout) -> dict[str, T
         return dict(tensors)
     if layout != "diffusers":
         raise UserError(f"VAE layout is {layout!r}; expected compvis or diffusers")
+    # diffusers counts the decoder's levels from the coarsest, CompVis from the finest.
     depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("decoder.up."))
     return {
         _to_diffusers(key, depth): value.flatten(1) if _is_projection(key) else value
@@ -54,6 +55,7 @@ def to_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if key.startswith(_COMPVIS_PREFIX)
         }
     tensors = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
+    # CompVis calls the decoder's levels `up`, diffusers `up_blocks`.
     up_blocks = [int(k.split(".")[2]) for k in tensors if re.match(r"decoder\.up_blocks\.\d+\.", k)]
     if not up_blocks:
         return tensors
@@ -66,7 +68,7 @@ def to_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_projection(native_key: str) -> bool:
-    """Whether the key is an attention's 1x1 convolution, which diffusers holds as a matrix."""
+    """Whether the key is an attention's 1x1 convolution, which diffusers stores as a matrix."""
     return bool(re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", native_key))
 
 

@@ -37,7 +37,7 @@ class WeightsError(UserError):
 class WeightsSource:
     """A parsed weights string.
 
-    `kind` is "hub" (`value` a repository id, or empty for the network's own), "file"
+    `kind` is "hub" (`value` a repository id, or empty for the network's default), "file"
     (`value` a path), "random" (`value` the seed in decimal) or "none" (the term is off).
     """
 
@@ -77,8 +77,8 @@ def parse_weights(weights: str) -> WeightsSource:
 def seeded_init(seed: int) -> Iterator[None]:
     """Run module constructors with the CPU generator at `seed`, then put its state back.
 
-    Modules built inside get the same initial values whatever ran before, and nothing
-    that runs after can tell that they were built.
+    Modules built inside get the same initial values after any other code, and code that runs
+    later is not affected by it.
     """
     generator = torch.random.default_generator
     state = generator.get_state()
@@ -94,10 +94,10 @@ def read_tensors(
 ) -> Tensors:
     """Read the tensors of a .safetensors or PyTorch file onto the CPU, by name.
 
-    A PyTorch file may hold the tensors directly or under one of `containers`. With `mapped` they
+    A PyTorch file may have the tensors at its top or under one of `containers`. With `mapped` they
     are views of the file, as safetensors' always are: read as they are touched, so that large
-    weights need no memory of their own until they are copied. Raises `WeightsError` if the file is
-    missing, of another kind, damaged, or holds anything but named tensors.
+    weights need no memory until they are copied. Raises `WeightsError` if the file is
+    missing, of another kind, damaged, or has anything but named tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,7 +109,7 @@ def read_tensors(
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(_damaged(path, error)) from error
+            raise WeightsError(_describe_damage(path, error)) from error
     if path.suffix in _TORCH_SUFFIXES:
         return _named_tensors(load_archive(path, mapped=mapped), path, containers)
     raise WeightsError(
@@ -121,32 +121,25 @@ def read_tensors(
 def load_archive(path: Path, *, safe_types: Sequence[type] = (), mapped: bool = False) -> Any:
     """Load a PyTorch archive onto the CPU without executing pickled code.
 
-    `safe_types` are plain record classes the file may hold besides tensors and
-    containers. With `mapped` the tensors are views of the file where its format allows it (the
-    one before PyTorch 1.6 does not). Raises `WeightsError` if the file is damaged or wants other
-    classes.
+    `safe_types` are plain record classes the file may contain besides tensors and containers. With
+    `mapped` the tensors are views of the file where its format allows it (the one before PyTorch
+    1.6 does not). Raises `WeightsError` if the file is damaged or wants other classes.
     """
     try:
         with torch.serialization.safe_globals(list(safe_types)):
             mapped = mapped and zipfile.is_zipfile(path)
-            if mapped:
-                _check_records(path)
+            if mapped:  # mapping would not compare the records with their checksums
+                with zipfile.ZipFile(path) as archive:
+                    if (damaged := archive.testzip()) is not None:
+                        raise ValueError(f"record {damaged} differs from its checksum")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle also fails as an assertion, a type, an index, ...
-        raise WeightsError(_damaged(path, error)) from error
+        raise WeightsError(_describe_damage(path, error)) from error
 
 
-def _check_records(path: Path) -> None:
-    """Compare an archive's records with their checksums, which mapping them would not do."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"record {damaged} differs from its checksum")
-
-
-def _damaged(path: Path, error: Exception) -> str:
+def _describe_damage(path: Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
         f"weights {path}: damaged, incomplete or not a plain weights file "
@@ -159,11 +152,11 @@ def _named_tensors(content: Any, path: Path, containers: Sequence[str]) -> Tenso
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping):
-        raise WeightsError(f"weights {path}: holds {type(content).__name__}, not named tensors")
+        raise WeightsError(f"weights {path}: contains {type(content).__name__}, not named tensors")
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise WeightsError(
-            f"weights {path}: expected named tensors only, but {_spell(strange)} "
+            f"weights {path}: expected named tensors only, but {_list_keys(strange)} "
             "is something else; extract the network's own state_dict"
         )
     return dict(content)
@@ -199,10 +192,11 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
 
     Raises `WeightsError` as `fit_tensors` does.
     """
+    # Integer counters keep their type; everything else becomes float32.
     _refuse_misfit(module, tensors, source)
     single = {
-        key: tensors[key].float() if own.is_floating_point() else tensors[key].to(own.dtype)
-        for key, own in module.state_dict().items()
+        key: tensors[key].float() if value.is_floating_point() else tensors[key].to(value.dtype)
+        for key, value in module.state_dict().items()
     }
     module.load_state_dict(single, strict=True, assign=True)
 
@@ -210,8 +204,8 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: 
 def align_weights(module: nn.Module) -> None:
     """Move parameters and buffers, one by one, to addresses such as torch's allocator gives.
 
-    Views of a file lie where its header ends, and products on a CPU round otherwise there: the
-    same weights would give other bits, loaded or just trained.
+    Views of a file begin where its header ends, and products on a CPU round differently there: the
+    same weights would give other bits when loaded than when just trained.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.data_ptr() % _ALIGNMENT_BYTES:
@@ -230,6 +224,7 @@ def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor])
     Any real floating-point dtype fits another; whole numbers do not fit where those are expected:
     they are quantised codes, whose scales this software knows nothing of.
     """
+    # The four ways not to fit, each with the keys that show it.
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     misshapen = [
@@ -243,7 +238,7 @@ def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor])
         if key in given and tensor.is_floating_point() > given[key].is_floating_point()
     ]
     parts = [
-        f"{label} {_spell(keys)}"
+        f"{label} {_list_keys(keys)}"
         for label, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -255,19 +250,20 @@ def describe_misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor])
     return "; ".join(parts)
 
 
-def _spell(keys: Sequence[str]) -> str:
+def _list_keys(keys: Sequence[str]) -> str:
     named = ", ".join(keys[:_NAMED_KEYS])
     rest = len(keys) - _NAMED_KEYS
     return named if rest <= 0 else f"{named} and {rest} more"
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Sum up named tensors independently of the file that held them.
+    """Sum up named tensors independently of the file that they come from.
 
     Returns the hex sha256 over the keys in sorted order, each followed by dtype, shape
     and raw little-endian bytes, so that a safetensors file, a PyTorch archive and
     seeded random values with equal tensors have equal sums.
     """
+    # Keys, types and shapes are part of the sum: equal bytes of other tensors must differ.
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
@@ -279,22 +275,16 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors; the file appears whole or not at all.
 
-    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors
-    alone.
+    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors only.
     """
+    path = Path(path)
+    # Under a temporary name first: a reader never sees half of it.
     packed = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with _appearing_whole(Path(path)) as temporary:
-        save_file(packed, temporary)
-
-
-@contextmanager
-def _appearing_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        save_file(packed, temporary)
         temporary.chmod(0o644)  # mkstemp makes it private; exported weights are shared
         temporary.replace(path)
     finally:
@@ -326,16 +316,13 @@ def explain_hub_errors(hub_id: str, *, instead: str) -> Iterator[None]:
             f"{page}, {token}, or give {instead}"
         ) from error
     except Exception as error:  # the client's transport, and so its errors, differ by version
+        deepest: BaseException = error
+        while deepest.__cause__ is not None:
+            deepest = deepest.__cause__
+        text = (str(deepest).strip() or "no reason given").splitlines()[0]
+        reason = f"{type(deepest).__name__}: {text}"[:120]
         raise WeightsError(
-            f"weights hub:{hub_id}: not loaded ({_hub_reason(error)}); on a machine with a "
-            f"network accept the terms at {page} where it has any, {token} and download the "
-            f"weights, then give {instead}"
+            f"weights hub:{hub_id}: not loaded ({reason}); on a machine with a network accept the "
+            f"terms at {page} where it has any, {token} and download the weights, then give "
+            f"{instead}"
         ) from error
-
-
-def _hub_reason(error: BaseException) -> str:
-    """The deepest reason the hub's client gives, in a few words."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = (str(error).strip() or "no reason given").splitlines()[0]
-    return f"{type(error).__name__}: {text}"[:120]

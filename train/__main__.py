@@ -1,4 +1,4 @@
-"""The door of the train room: `python -m train`, and `python -m train export`."""
+"""The command line of training: `python -m train`, and `python -m train export`."""
 
 import argparse
 import os
@@ -12,18 +12,19 @@ from common.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 
-_AFTER_YOU_S = 3.0
-"""A mistake of the command line is told once a machine: torchrun ends all with the first that
-leaves, so the others stay until that has told it."""
+_AFTER_FIRST_S = 3.0
+"""A mistake of the command line is reported once per machine: torchrun ends all processes with
+the first that leaves, so the others stay until that one has reported it."""
 
 _TRAIN_HELP = """\
-Train a REPA-E model (SD-VAE and SiT together) on the tiles and features of a dataset.
+Train an SD-VAE and a SiT together (REPA-E), or a SiT on a frozen VAE (run.mode=repa or ldm), on
+the tiles and features of a dataset.
 
   python -m train --config tiny data.dataset=DATASET run.dir=RUN
   torchrun --nproc-per-node 8 -m train --config cytosyn-40m data.dataset=DATASET run.dir=RUN
 
-The same command goes on with a run that was stopped, and does nothing in a finished one. SIGTERM
-and SIGUSR1 save the state and exit with status 75; start the same command again after it.
+The same command continues a run that was stopped, and does nothing in a finished one. SIGTERM
+and SIGUSR1 save the state and exit with status 75; start the same command again afterwards.
 """
 
 _EXPORT_HELP = """\
@@ -31,19 +32,23 @@ Write a run's model as config.json and safetensors, for model.CytoSyn.from_pretr
 
   python -m train export RUN DIR --sit ema --vae raw
 
-Without options the weights are those that the run's configuration names (export.sit, export.vae).
+The default weights are those in the run's configuration (export.sit, export.vae).
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and run it; the exit status."""
     if arguments[:1] == ["export"]:
-        return _export(arguments[1:])
+        options = export_parser().parse_args(arguments[1:])
+        from train.export import export_run
+
+        export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
+        return 0
     return _train(arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:
-    options = _train_parser().parse_intermixed_args(arguments)
+    options = train_parser().parse_intermixed_args(arguments)
     # Before torch is loaded. On cores shared with other work, threads that spin while they wait
     # made a CPU run take 2.5 to 4 times as long as threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,70 +59,63 @@ def _train(arguments: Sequence[str]) -> int:
     if options.device:
         overrides.append(f"run.device={options.device}")
     try:
-        config = load_config(_config_file(options.config), overrides)
+        config = load_config(_find_config(options.config), overrides)
     except UserError:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             raise
-        time.sleep(_AFTER_YOU_S)
+        time.sleep(_AFTER_FIRST_S)
         return EXIT_USAGE
     return train(config, options.resume)
 
 
-def _export(arguments: Sequence[str]) -> int:
-    options = _export_parser().parse_args(arguments)
-    from train.export import export_run
-
-    export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
-    return 0
-
-
-def _train_parser() -> argparse.ArgumentParser:
-    parser = _parser("python -m train", _TRAIN_HELP)
-    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help=f"a YAML file, or a preset: {names}"
+def train_parser() -> argparse.ArgumentParser:
+    """The options of `python -m train`."""
+    parser = _make_parser("python -m train", _TRAIN_HELP)
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help=f"a YAML file, or a preset: {_preset_names()}")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="set keys of the configuration, as in optim.lr_sit=2e-4")  # fmt: skip
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto",
+                        help="auto (default): continue from the newest checkpoint; "
+                        "never: refuse a run directory that has one")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                        help="short for run.device=DEVICE")  # fmt: skip
+    parser.epilog = (
+        "All keys, with REPA-E's values as defaults, are in RUN/config.yaml once a run has "
+        f"started, and in {CONFIGS.parent / 'config.py'}."
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="set keys, as in optim.lr_sit=2e-4"
-    )
-    parser.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="auto (default) goes on from the newest checkpoint; never refuses to",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="short for run.device=..."
-    )
-    keys = "all keys, with the defaults of REPA-E, stand in RUN/config.yaml after a start and in"
-    parser.epilog = f"{keys} {CONFIGS.parent / 'config.py'}"
     return parser
 
 
-def _export_parser() -> argparse.ArgumentParser:
-    parser = _parser("python -m train export", _EXPORT_HELP)
+def export_parser() -> argparse.ArgumentParser:
+    """The options of `python -m train export`."""
+    parser = _make_parser("python -m train export", _EXPORT_HELP)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
     parser.add_argument("out", type=Path, metavar="DIR", help="where the model is written")
-    parser.add_argument("--sit", choices=("ema", "raw"), help="the SiT and its latent statistics")
-    parser.add_argument("--vae", choices=("ema", "raw"), help="the VAE")
-    parser.add_argument("--step", type=int, help="a checkpoint's step; default is the newest")
+    for name, network in (("sit", "the SiT and its latent statistics"), ("vae", "the VAE")):
+        parser.add_argument(f"--{name}", choices=("ema", "raw"),
+                            help=f"{network}: moving average or last step's weights")  # fmt: skip
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     return parser
 
 
-def _parser(program: str, text: str) -> argparse.ArgumentParser:
+def _make_parser(program: str, text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=program, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def _config_file(name: str) -> Path:
+def _preset_names() -> str:
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
+def _find_config(name: str) -> Path:
     """The file of that path, or the preset of that name."""
     path, preset = Path(name), CONFIGS / f"{name}.yaml"
     if not path.exists() and preset.exists():
         return preset
     if not path.exists():
-        names = ", ".join(sorted(found.stem for found in CONFIGS.glob("*.yaml")))
-        raise UserError(f"--config {name}: no such file, nor a preset (presets: {names})")
+        raise UserError(f"--config {name}: no such file, nor a preset (presets: {_preset_names()})")
     return path
 
 

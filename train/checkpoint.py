@@ -1,6 +1,6 @@
-"""Checkpoints: a folder a step, written whole or not at all, never pickled.
+"""Checkpoints: a folder per step, written whole or not at all, never pickled.
 
-`RUN/checkpoints/step-NNNNNNNN/` holds a safetensors file for each network, moving average and
+`RUN/checkpoints/step-NNNNNNNN/` has a safetensors file for each network, moving average and
 optimizer, and state.json. There is no state of a random generator or of the reader in it: all
 randomness and the stream are functions of the step.
 """
@@ -14,7 +14,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from common.console import say
 from common.errors import UserError
+from common.files import json_bytes, sync_directory
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -32,10 +32,10 @@ _STAGING = ".writing-"
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint knows beside tensors.
+    """What a checkpoint has besides tensors.
 
     `blocks_sha256` is the stream's block table, `config_sha256` the configuration's `hash`;
-    `seconds` counts training over all restarts; `untrained` holds the reconstruction measured
+    `seconds` of training are counted over all restarts; `untrained` is the reconstruction measured
     before the first step.
     """
 
@@ -86,9 +86,9 @@ class CheckpointWriter:
 
     `save` copies to buffers of the host's memory, kept from one checkpoint to the next and pinned
     where a GPU copies into them, and returns; a thread writes, syncs and renames. One checkpoint
-    is written at a time: `save` waits for the one before. Where that one failed, `save` says so,
-    writes the present state all the same and returns when it stands. Use as a context manager:
-    leaving it waits.
+    is written at a time: `save` waits for the one before. Where that one failed, `save` reports
+    it, writes the present state all the same and returns when that is on disk. Leaving the
+    context manager waits, too.
     """
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
@@ -100,63 +100,57 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.wait()
         elif (failed := self.settle()) is not None:  # the other error is the one that ends the run
             say(f"warning: {failed}")
 
     def save(self, state: RunState, trainees: Trainees) -> None:
-        """Begin the checkpoint of `state.step`: it holds the values of this moment.
+        """Begin the checkpoint of `state.step`: it has the values of this moment.
 
         Raises `UserError` where the write before failed and this one does too.
         """
         failed = self.settle()
         if failed is not None:
             say(f"warning: {failed}; now trying step {state.step}")
-        files = _files(trainees)
+        # Copied at once: the next step changes the tensors while the thread still writes.
+        files = _collect_tensors(trainees)
         for name, tensors in files.items():
-            self._copy(name, tensors)
+            buffers = self._buffers.setdefault(name, {})
+            for key, value in tensors.items():
+                if key not in buffers:
+                    buffers[key] = torch.empty_like(
+                        value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
+                    )
+                buffers[key].copy_(value.detach(), non_blocking=True)
         if any(value.is_cuda for tensors in files.values() for value in tensors.values()):
             torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._write, args=(state, list(files)))
+        copies = {name: self._buffers[name] for name in files}
+
+        def write() -> None:
+            try:
+                write_checkpoint(self.run_dir, state, copies, keep=self.keep)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write)
         self._thread.start()
         if failed is not None:  # two in a row: an interval more would be lost for nothing
             self.wait()
 
     def wait(self) -> None:
-        """Wait until what was begun stands on disk; raises `UserError` where it does not."""
+        """Wait until what was begun is on disk; raises `UserError` where it failed."""
         if (error := self.settle()) is not None:
             raise error
 
     def settle(self) -> BaseException | None:
-        """Wait for what was begun; what kept it from standing, told once."""
+        """Wait for what was begun; the error that prevented it, returned once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         return error
-
-    def _copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        buffers = self._buffers.setdefault(name, {})
-        for key, value in tensors.items():
-            if key not in buffers:
-                buffers[key] = torch.empty_like(
-                    value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
-                )
-            buffers[key].copy_(value.detach(), non_blocking=True)
-
-    def _write(self, state: RunState, names: list[str]) -> None:
-        try:
-            files = {name: self._buffers[name] for name in names}
-            write_checkpoint(self.run_dir, state, files, keep=self.keep)
-        except BaseException as error:
-            self._error = error
 
 
 def write_checkpoint(
@@ -164,19 +158,26 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step`, durably, then remove all but the newest `keep`.
 
-    `files` holds the tensors of each safetensors file by its stem. Raises `UserError` where the
-    folder cannot be written; what stood before then still stands.
+    `files` are the tensors of each safetensors file by its stem. Raises `UserError` where the
+    folder cannot be written; earlier checkpoints then remain.
     """
     folder = checkpoints_dir(run_dir)
     final = folder / f"step-{state.step:08d}"
     staged = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
     try:
         staged.mkdir(parents=True)
-        _write_files(staged, state, files)
+        for name, tensors in files.items():
+            write_tensors(staged / f"{name}.safetensors", tensors)
+        (staged / _STATE_FILE).write_bytes(json_bytes(asdict(state)))
+        # Contents before names: a power loss must not leave a checkpoint of empty files.
+        for path in staged.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(staged)
         if final.exists():  # the same step of the same run, written again after a restart
             shutil.rmtree(final)
         staged.rename(final)
-        _sync(folder)
+        sync_directory(folder)
     except OSError as error:
         raise UserError(
             f"cannot write checkpoint {final}: {error.strerror or error}; free space or choose "
@@ -184,6 +185,7 @@ def write_checkpoint(
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    # Only now: until the new one is on disk, the old ones are what a restart reads.
     for old in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -201,6 +203,7 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         values = json.loads(path.read_text())
         version = values["format_version"]
+        # Fields of a later release are left out.
         known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}
         state = RunState(**known)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -228,40 +231,30 @@ def load_checkpoint(checkpoint: Path, trainees: Trainees) -> None:
 
 
 def load_network(checkpoint: Path, name: str, network: nn.Module) -> None:
-    """Put one network's weights in place: sit, sit_ema, vae, vae_ema or discriminator."""
+    """Put one network's weights in place: sit, sit_ema, vae, vae_ema or discriminator.
+
+    Values take the network's dtype and device. Raises `UserError` where they do not fit.
+    """
     path = checkpoint / f"{name}.safetensors"
     fit_tensors(network, read_tensors(path), source=str(path))
 
 
-def _files(trainees: Trainees) -> dict[str, dict[str, Tensor]]:
-    """The tensors of every file of a checkpoint, by the file's stem."""
+def _collect_tensors(trainees: Trainees) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every file of a checkpoint, by the file's stem.
+
+    AdamW's moments and step counts are named `<parameter>:<moment>`.
+    """
     files: dict[str, dict[str, Tensor]] = {
         name: dict(network.state_dict()) for name, network in trainees.networks.items()
     }
     for name, optimizer in trainees.optimizers.items():
-        tensors = _optimizer_tensors(optimizer, list(trainees.parameters(name)))
-        files[f"optimizer_{name}"] = tensors
+        names = list(trainees.parameters(name))
+        files[f"optimizer_{name}"] = {
+            f"{names[index]}:{moment}": value
+            for index, moments in optimizer.state_dict()["state"].items()
+            for moment, value in moments.items()
+        }
     return files
-
-
-def _write_files(staged: Path, state: RunState, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for name, tensors in files.items():
-        write_tensors(staged / f"{name}.safetensors", tensors)
-    text = json.dumps(asdict(state), indent=2, sort_keys=True) + "\n"
-    (staged / _STATE_FILE).write_text(text)
-    for path in staged.iterdir():
-        _sync(path)
-    _sync(staged)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as named tensors: `<parameter>:<moment>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}:{moment}": value
-        for index, moments in state.items()
-        for moment, value in moments.items()
-    }
 
 
 def _load_optimizer(
@@ -276,16 +269,10 @@ def _load_optimizer(
         name, _, moment = key.rpartition(":")
         if name not in index or value.shape not in ((), parameters[name].shape):
             raise UserError(f"{path}: '{key}' is not of a parameter that this run trains")
-        if value.ndim:  # fused updates need the parameter's memory layout (channels last)
+        # Fused updates need the parameter's memory layout (channels last).
+        if value.ndim:
             value = torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
         state.setdefault(index[name], {})[moment] = value.detach()
-    groups = optimizer.state_dict()["param_groups"]  # learning rates come from the configuration
+    # Learning rates come from the configuration, not from the checkpoint.
+    groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -47,7 +47,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; losses and statistics are fp32
     recompute: bool = False  # compute activations again in the backward pass: slower, less memory
     compile: Compile = "off"  # torch.compile of each part; the others than inductor are for tests
-    sync_discriminator: bool = False  # its batch norm over all processes; REPA-E: each its own
+    sync_discriminator: bool = False  # its batch norm over all processes; REPA-E: each process's
 
     def __post_init__(self) -> None:
         check_setting(0 <= self.seed < 2**64, "run.seed", self.seed, "a whole number in [0, 2^64)")
@@ -65,7 +65,7 @@ class DataConfig:
     tile_px: int = 224
     encoder: str = "h0-mini"
     view: str = ""  # preprocessing view of the features; empty is none
-    tokens: Literal["float16", "int8"] = "float16"  # how the cache holds patch tokens
+    tokens: Literal["float16", "int8"] = "float16"  # how the cache stores patch tokens
     batch_size: int = 256  # of all processes together
     cursors: int = 4  # places of the epoch that a slot reads in turn: more mix slides better
     threads: int = 4  # reader threads of a process
@@ -164,7 +164,7 @@ class LogConfig:
     validation: tuple[str, ...] = ()  # selections whose loss on fixed noise is measured
     validation_every: int = 2_500  # steps between measurements; one before the first step as well
     validation_tiles: int = 64  # of each selection, spread evenly over it
-    validation_draws: int = 4  # times and noises a tile
+    validation_draws: int = 4  # times and noises per tile
 
     def __post_init__(self) -> None:
         _check_at_least(1, self, "log", "every", "samples", "sample_steps", "fixed_tiles")
@@ -213,7 +213,15 @@ class Config:
     def __post_init__(self) -> None:
         version = self.config_version
         check_setting(version == CONFIG_VERSION, "config_version", version, str(CONFIG_VERSION))
-        self._check_sizes()
+        latent, down = self.model.sit.latent_size, self.model.vae.downsampling
+        expected = f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}"
+        good = self.data.tile_px == latent * down
+        check_setting(good, "model.sit.latent_size", latent, expected)
+        if self.model.sit.conditioning == "label":
+            raise UserError(
+                "configuration key 'model.sit.conditioning': datasets have no labels; "
+                "expected feature or none"
+            )
         flat = _flatten(self.to_dict())
         for key, meaning in self.mode.required.items():
             if not flat[key]:
@@ -233,20 +241,6 @@ class Config:
         """The selection of the fixed tiles."""
         return self.log.fixed_selection or self.data.selection
 
-    def _check_sizes(self) -> None:
-        latent, down = self.model.sit.latent_size, self.model.vae.downsampling
-        check_setting(
-            self.data.tile_px == latent * down,
-            "model.sit.latent_size",
-            latent,
-            f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}",
-        )
-        if self.model.sit.conditioning == "label":
-            raise UserError(
-                "configuration key 'model.sit.conditioning': datasets hold no labels; "
-                "expected feature or none"
-            )
-
     @property
     def uses_alignment(self) -> bool:
         """Whether a loss needs the encoder's patch tokens."""
@@ -259,7 +253,7 @@ class Config:
 
     @property
     def tokens_kind(self) -> str:
-        """The kind of features that holds them."""
+        """The kind of features that has them."""
         return f"tokens-{self.data.tokens}"
 
     @property
@@ -279,7 +273,7 @@ class Config:
     def hash(self) -> str:
         """sha256 of what decides the weights: two runs of one hash and one selection are one.
 
-        Left out is what may change when a run goes on: its length, its machine, its dataset's
+        Left out is what may change when a run is continued: its length, its machine, its dataset's
         folder (the selection's hash is compared instead), logging and checkpoints.
         """
         values = self.to_dict()
@@ -304,6 +298,10 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises `UserError` in one line for an unknown key (naming the nearest), a value of a wrong
     type or range, and values that do not fit together.
+
+    Example:
+        >>> load_config(None, ["run.steps=10", "optim.betas=[0.9, 0.95]"]).optim.betas
+        (0.9, 0.95)
     """
     values = read_yaml(path) if path is not None else {}
     return build(Config, with_overrides(values, overrides))

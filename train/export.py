@@ -1,5 +1,6 @@
 """A run's model in the form that users share: config.json and safetensors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,14 @@ from model.cytosyn import CytoSyn, Records
 from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
-from train.checkpoint import checkpoints_dir, latest_checkpoint, load_network, read_state
-from train.config import Config, Weights, load_config
+from train.checkpoint import (
+    checkpoints_dir,
+    latest_checkpoint,
+    list_checkpoints,
+    load_network,
+    read_state,
+)
+from train.config import Weights, load_config
 from train.setup import CONFIG_FILE, read_records
 
 
@@ -24,25 +31,42 @@ def export_run(
     vae: Weights | None = None,
     step: int | None = None,
 ) -> None:
-    """Write the SiT and VAE of a checkpoint to `out`, averaged or raw as asked.
+    """Write the SiT and VAE of a checkpoint to `out`, averaged (ema) or raw.
 
     Defaults are the configuration's `export` section and the newest checkpoint. Raises
     `UserError` where the run has no such checkpoint or weights.
     """
-    config = load_config(_config_file(run_dir))
-    checkpoint = _checkpoint(run_dir, step)
+    config_file = run_dir / CONFIG_FILE
+    if not config_file.exists():
+        raise UserError(f"{run_dir} is not a run: it has no {CONFIG_FILE}")
+    config, checkpoint = load_config(config_file), _find_checkpoint(run_dir, step)
     chosen_sit, chosen_vae = sit or config.export.sit, vae or config.export.vae
+    records = read_records(run_dir)
+    encoder: Mapping[str, Any] = records["encoder"]
     model = CytoSyn(
         SiT(config.model.sit),
         VAE(config.model.vae),
         interpolant=Interpolant(config.model.path),
-        records=_records(config, run_dir, checkpoint, chosen_sit, chosen_vae),
+        records=Records(
+            encoder=encoder.get("encoder"),
+            encoder_weights=encoder.get("weights"),
+            encoder_weights_sha256=encoder.get("weights_sha256"),
+            encoder_is_random=encoder.get("random_weights"),
+            mpp=records["dataset"].get("mpp"),
+            tile_px=config.data.tile_px,
+            training_step=read_state(checkpoint).step,
+            sit=chosen_sit,
+            vae=chosen_vae,
+        ),
     )
-    load_network(checkpoint, _part("sit", chosen_sit), model.sit)
-    # A frozen VAE is its average.
-    kept_vae = chosen_vae if config.mode.trains_vae else "raw"
-    load_network(checkpoint, _part("vae", kept_vae), model.vae)
-    _check_finite(model, checkpoint)
+    load_network(checkpoint, "sit_ema" if chosen_sit == "ema" else "sit", model.sit)
+    # A frozen VAE has no average in the checkpoint: it is its average.
+    averaged = chosen_vae == "ema" and config.mode.trains_vae
+    load_network(checkpoint, "vae_ema" if averaged else "vae", model.vae)
+    # Non-finite weights would only show as black images, far from here.
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{checkpoint}: {name} is not finite: export an older step with --step")
     model.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     say(
@@ -51,32 +75,8 @@ def export_run(
     )
 
 
-def _records(
-    config: Config, run_dir: Path, checkpoint: Path, sit: Weights, vae: Weights
-) -> Records:
-    records = read_records(run_dir)
-    encoder: dict[str, Any] = records["encoder"]
-    return Records(
-        encoder=encoder.get("encoder"),
-        encoder_weights=encoder.get("weights"),
-        encoder_weights_sha256=encoder.get("weights_sha256"),
-        encoder_is_random=encoder.get("random_weights"),
-        mpp=records["dataset"].get("mpp"),
-        tile_px=config.data.tile_px,
-        training_step=read_state(checkpoint).step,
-        sit=sit,
-        vae=vae,
-    )
-
-
-def _config_file(run_dir: Path) -> Path:
-    path = run_dir / CONFIG_FILE
-    if not path.exists():
-        raise UserError(f"{run_dir} is not a run: it has no {CONFIG_FILE}")
-    return path
-
-
-def _checkpoint(run_dir: Path, step: int | None) -> Path:
+def _find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The checkpoint of that step, or the newest."""
     if step is None:
         latest = latest_checkpoint(run_dir)
         if latest is None:
@@ -84,16 +84,6 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
         return latest
     path = checkpoints_dir(run_dir) / f"step-{step:08d}"
     if not path.exists():
-        there = ", ".join(sorted(p.name for p in checkpoints_dir(run_dir).glob("step-*")))
+        there = ", ".join(path.name for path in list_checkpoints(run_dir))
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there: {there or 'none'}")
     return path
-
-
-def _part(network: str, weights: Weights) -> str:
-    return f"{network}_ema" if weights == "ema" else network
-
-
-def _check_finite(model: CytoSyn, checkpoint: Path) -> None:
-    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise UserError(f"{checkpoint}: {bad[0]} is not finite: export an older step with --step")

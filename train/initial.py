@@ -1,4 +1,4 @@
-"""Weights to begin with: `init.vae` and `init.sit`, from our own files or published ones."""
+"""Weights to begin with: `init.vae` and `init.sit`, from this project's files or published ones."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _AT_ONCE = 8  # tiles of a forward pass
 _ARCHIVES = (".pt", ".pth")
 
 
-def initialise(sit: SiT, vae: VAE, config: Config) -> None:
+def load_initial_weights(sit: SiT, vae: VAE, config: Config) -> None:
     """Put the weights of `init.vae` and `init.sit` in place, where the configuration names any.
 
     Either is a safetensors or PyTorch file of that network, a folder of them (an exported model,
@@ -28,9 +28,16 @@ def initialise(sit: SiT, vae: VAE, config: Config) -> None:
     Raises `UserError` for a file that is missing, damaged or of another shape.
     """
     if config.init.vae:
-        _load_vae(vae, weights_file(config.init.vae, "vae"))
+        path = weights_file(config.init.vae, "vae")
+        published = _read_repa_e(path, "vae")
+        if published is None:
+            published = dict(VAE.load(path, vae.config).state_dict())
+        fit_tensors(vae, published, source=str(path))
     if config.init.sit:
-        _load_sit(sit, weights_file(config.init.sit, "sit"))
+        path = weights_file(config.init.sit, "sit")
+        published = _read_repa_e(path, "ema")
+        tensors = read_tensors(path) if published is None else published_sit(published, sit)
+        fit_tensors(sit, tensors, source=str(path))
 
 
 @torch.no_grad()
@@ -57,14 +64,14 @@ def weights_file(name: str, network: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         return path
-    own = path / f"{network}.safetensors"
-    found = [own] if own.exists() else sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
+    named = path / f"{network}.safetensors"
+    candidates = [named] if named.exists() else sorted(path.glob("*.safetensors"))
+    if len(candidates) != 1:
         raise UserError(
-            f"init.{network}={path}: holds no {own.name} and {len(found)} other .safetensors "
+            f"init.{network}={path}: has no {named.name} and {len(candidates)} other .safetensors "
             "files: name the file itself"
         )
-    return found[0]
+    return candidates[0]
 
 
 def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
@@ -74,37 +81,20 @@ def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
     larger token grid (256 px has 16 x 16) is cut to the positions that this one has, which are
     the same sines and cosines. All else, latent statistics among it, is taken as it is.
     """
-    own = sit.state_dict()
     tensors = {key: value for key, value in given.items() if not key.startswith("y_embedder.")}
-    tensors |= {key: value for key, value in own.items() if key.startswith("y_embedder.")}
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = _cut_positions(tensors["pos_embed"], sit.config.grid_size)
+    fresh = sit.state_dict()
+    tensors |= {key: value for key, value in fresh.items() if key.startswith("y_embedder.")}
+    # A larger grid of tokens has the same sines and cosines in its first rows and columns.
+    positions, side = tensors.get("pos_embed"), sit.config.grid_size  # [1, g * g, D]
+    if positions is not None:
+        grid = round(positions.shape[1] ** 0.5)
+        if grid > side and grid * grid == positions.shape[1]:
+            rows = positions.unflatten(1, (grid, grid))
+            tensors["pos_embed"] = rows[:, :side, :side].flatten(1, 2)
     return tensors
 
 
-def _cut_positions(positions: Tensor, side: int) -> Tensor:
-    """The first `side` rows and columns of positions [1, g * g, D], or all of a smaller grid."""
-    grid = round(positions.shape[1] ** 0.5)
-    if grid <= side or grid * grid != positions.shape[1]:
-        return positions
-    return positions.unflatten(1, (grid, grid))[:, :side, :side].flatten(1, 2)
-
-
-def _load_vae(vae: VAE, path: Path) -> None:
-    published = _repa_e(path, "vae")
-    if published is not None:
-        fit_tensors(vae, published, source=str(path))
-    else:
-        vae.load_state_dict(VAE.load(path, vae.config).state_dict())
-
-
-def _load_sit(sit: SiT, path: Path) -> None:
-    published = _repa_e(path, "ema")
-    tensors = read_tensors(path) if published is None else published_sit(published, sit)
-    fit_tensors(sit, tensors, source=str(path))
-
-
-def _repa_e(path: Path, part: str) -> Tensors | None:
+def _read_repa_e(path: Path, part: str) -> Tensors | None:
     """A part of a training checkpoint of REPA-E's code (model, ema, vae); None of other files."""
     if path.suffix not in _ARCHIVES or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""One training in a run directory: the main process holds RUN/.lock while it lives."""
+"""One training per run directory: the main process holds a lock on RUN/.lock while it lives."""
 
 import errno
 import fcntl
@@ -7,8 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from common.console import say
 from common.errors import UserError
@@ -22,7 +21,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class RunLock:
-    """The lock of a run directory, let go of when the `with` block or the process ends.
+    """The lock of a run directory, released when the `with` block or the process ends.
 
     The kernel holds it, not the file's presence: a killed run leaves nothing to clear away.
     """
@@ -34,40 +33,33 @@ class RunLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def take(self) -> None:
-        """Hold the lock; raises `UserError` naming the process that does."""
+    def acquire(self) -> None:
+        """Acquire the lock; raises `UserError` naming the process that has it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        started, told = time.monotonic(), False
-        while not self._try():
-            holder = _holder(self.path)
-            here = holder.get("host") == socket.gethostname()
-            if time.monotonic() - started >= (_HERE_S if here else _ELSEWHERE_S):
+        started, reported = time.monotonic(), False
+        while not self._try_lock(self._file):
+            holder, is_here = self._describe_holder()
+            if time.monotonic() - started >= (_HERE_S if is_here else _ELSEWHERE_S):
                 raise UserError(
-                    f"{self.path.parent} is being trained by {_named(holder)}: wait for that, stop "
-                    "it, or use another run.dir"
+                    f"{self.path.parent} is being trained by {holder}: wait for that, stop it, or "
+                    "use another run.dir"
                 )
-            if not told:
-                say(f"waiting for {_named(holder)} to let go of {self.path.parent}")
-                told = True
+            if not reported:
+                say(f"waiting for {holder} to release {self.path.parent}")
+                reported = True
             time.sleep(0.2)
 
-    def _try(self) -> bool:
-        assert self._file is not None
+    def _try_lock(self, file: IO[str]) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -75,23 +67,22 @@ class RunLock:
                 raise UserError(f"cannot lock {self.path}: {error.strerror}") from error
             say(f"warning: no locks at {self.path}: never start a second training there")
             return True
-        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        holder: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid()}
         if job := os.environ.get("SLURM_JOB_ID"):
             holder["job"] = job
-        self._file.truncate(0)
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        file.truncate(0)
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
         return True
 
-
-def _holder(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _named(holder: dict[str, Any]) -> str:
-    name = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')}"
-    return name + (f" (SLURM job {holder['job']})" if "job" in holder else "")
+    def _describe_holder(self) -> tuple[str, bool]:
+        """The process that has the lock, in words, and whether it is on this machine."""
+        try:
+            holder = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            holder = {}
+        if not isinstance(holder, dict):
+            holder = {}
+        name = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')}"
+        name += f" (SLURM job {holder['job']})" if "job" in holder else ""
+        return name, holder.get("host") == socket.gethostname()

@@ -36,11 +36,11 @@ class TrainingDivergedError(UserError):
 
 
 def train(config: Config, resume: Resume = "auto") -> int:
-    """Train, or go on with a run, to `run.steps`; the exit status.
+    """Train, or continue a run, to `run.steps`; the exit status.
 
-    0 when the run is complete (at once, where it already was); 75 when SIGTERM or SIGUSR1 came,
-    the state is saved and the same command goes on. Raises `UserError` for what a person can
-    mend.
+    0 when the run is complete (at once, where it already was); 75 after SIGTERM or SIGUSR1, when
+    the state is saved and the same command continues. Raises `UserError` for what the user can
+    fix.
     """
     with StopRequests() as requests, joined_training(config.run.device) as processes:
         if is_finished(config):
@@ -48,23 +48,20 @@ def train(config: Config, resume: Resume = "auto") -> int:
                 say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
             return EXIT_OK
         with RunLock(run_directory(config)) as lock:
-            processes.on_main(lock.take)
+            processes.on_main(lock.acquire)
             data = open_data(config, processes)
             batch_slots(processes, config.data.batch_size)
             start = open_run(config, data, processes, resume)
             try:
                 return Training(config, processes, data, start, requests).run()
             except torch.OutOfMemoryError as error:
-                raise UserError(_out_of_memory(config, error)) from error
-
-
-def _out_of_memory(config: Config, error: torch.OutOfMemoryError) -> str:
-    data, optim = config.data, config.optim
-    goes_on = "" if config.run.recompute else "set run.recompute=true to go on with this run, or "
-    return (
-        f"{str(error).partition('. ')[0]}: {goes_on}begin another with optim.accumulate above "
-        f"{optim.accumulate} or data.batch_size below {data.batch_size}, or use more GPUs"
-    )
+                recompute, optim = config.run.recompute, config.optim
+                remedy = "" if recompute else "set run.recompute=true to continue this run, or "
+                raise UserError(
+                    f"{str(error).partition('. ')[0]}: {remedy}begin another with optim.accumulate "
+                    f"above {optim.accumulate} or data.batch_size below {config.data.batch_size}, "
+                    "or use more GPUs"
+                ) from error
 
 
 class Training:
@@ -82,6 +79,7 @@ class Training:
         self.data, self.requests, self.state = data, requests, start.state
         self.first_step = start.state.step
         self.run_dir = run_directory(config)
+        # The networks begin at the seed or at published weights, and a checkpoint replaces both.
         self.encode = open_encoder(config, data.source.encoder_record, processes.device)
         fixed = read_fixed_tiles(data.source, data.fixed_rows)
         self.parts = build_parts(config, processes.device, fixed.tiles)
@@ -90,6 +88,7 @@ class Training:
         self.reporter = Reporter(
             config, processes, data, self.parts, start.state, fixed=fixed, encode=self.encode
         )
+        # Measured once: a run that is continued compares with its first weights.
         if not self.state.untrained:
             self._set_state(untrained=asdict(self.reporter.measure_reconstruction()))
         self.checkpoints = CheckpointWriter(self.run_dir, keep=config.checkpoint.keep)
@@ -97,12 +96,14 @@ class Training:
 
     def run(self) -> int:
         """Train to the last step, or to a request to stop; the exit status."""
-        reporter, step, stopping = self.reporter, self._training_step(), False
-        reporter.announce()
-        with self.checkpoints, reporter, self._reader() as reader:
+        reporter, stopping = self.reporter, False
+        step = TrainingStep(self.config, self.processes, self.parts, encode=self.encode)
+        reporter.announce_run()
+        with self.checkpoints, reporter.opened(), self._open_reader() as reader:
             reporter.catch_up()
             for batch in reader:
-                metrics, skipped, stopping = step(batch, stop=self.requests.asked)
+                # All processes stop after the same step, whichever of them received the signal.
+                metrics, skipped, stopping = step(batch, stop=self.requests.received)
                 self._count(batch.step + 1, metrics, skipped=skipped)
                 reporter.note_damage(batch)
 
@@ -111,8 +112,8 @@ class Training:
                 if reporter.is_due(self.config.checkpoint.every) or self._is_last or stopping:
                     self._save_checkpoint()
                 if self._is_last or not stopping:
-                    reporter.preview()
-                reporter.advance()
+                    reporter.make_previews()
+                reporter.advance_progress()
                 if stopping:
                     break
         self.processes.wait()  # torchrun ends all with the first: the last checkpoint comes first
@@ -120,30 +121,18 @@ class Training:
             if self.processes.is_main:
                 say(
                     f"stopped on request at step {self.state.step} of {self.config.run.steps}; "
-                    f"saved in {self.run_dir}; the same command goes on (exit status "
+                    f"saved in {self.run_dir}; the same command continues (exit status "
                     f"{EXIT_REQUEUE})"
                 )
             return EXIT_REQUEUE
-        reporter.finish()
+        reporter.write_summary()
         return EXIT_OK
 
     @property
     def _is_last(self) -> bool:
         return self.state.step >= self.config.run.steps
 
-    def _training_step(self) -> TrainingStep:
-        parts = self.parts
-        return TrainingStep(
-            self.config,
-            self.processes,
-            parts.networks,
-            parts.optimizers,
-            sit_average=parts.sit_average,
-            vae_average=parts.vae_average,
-            encode=self.encode,
-        )
-
-    def _reader(self) -> BatchReader:
+    def _open_reader(self) -> BatchReader:
         data = self.config.data
         return BatchReader(
             self.data.stream,
@@ -162,7 +151,7 @@ class Training:
 
     def _count(self, done: int, metrics: Metrics, *, skipped: bool) -> None:
         self._set_state(step=done)
-        self.reporter.count(metrics, skipped=skipped)
+        self.reporter.count_step(metrics, skipped=skipped)
         self._bad_steps = self._bad_steps + 1 if skipped else 0
         if self._bad_steps >= self.config.optim.max_bad_steps:
             self.checkpoints.settle()  # had its write failed, this is still what ends the run
@@ -173,8 +162,8 @@ class Training:
             )
 
     def _save_checkpoint(self) -> None:
-        self.reporter.sync()
-        skipped, seconds = self.reporter.skipped_tiles(), self.reporter.seconds()
+        self.reporter.sync_log()
+        skipped, seconds = self.reporter.skipped_tiles(), self.reporter.total_seconds()
         self._set_state(skipped_tiles=skipped, seconds=seconds)
         if self.processes.is_main:
             self.checkpoints.save(self.state, self.parts.trainees)

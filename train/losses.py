@@ -92,8 +92,8 @@ class StepInputs:
     tokens: Tensor | None
     draws: Draws
 
-    def part(self, places: slice) -> "StepInputs":
-        """Some tiles of the batch."""
+    def select_part(self, places: slice) -> "StepInputs":
+        """The tiles [start, stop) of the batch."""
         return StepInputs(
             self.images[places],
             None if self.condition is None else self.condition[places],
@@ -115,7 +115,10 @@ class Networks:
 def draw_randomness(
     config: "Config", step: int, slots: range, device: torch.device | str = "cpu"
 ) -> Draws:
-    """The randomness of the slots of a step, on the device; depends on the seed and these alone."""
+    """The randomness of the n slots of a step, float32 [n, ...] on the device.
+
+    It depends on the seed, the step and the slot alone: not on processes, parts or restarts.
+    """
     sit = config.model.sit
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
     # Counted on the device: a list copied there would make the host wait, for each of the four.
@@ -208,12 +211,14 @@ def sit_losses(
     running ones have moved. The condition is dropped where the draws say so. `forward` is the
     SiT, its data-parallel wrapper or what compiles either.
     """
+    # The SiT learns on latents of mean 0 and variance 1 while the VAE moves them.
     draws = inputs.draws
     if statistics is None:
         x0 = sit.bn.normalise(z.detach(), use_batch=True)
     else:
         x0 = sit.bn.normalise_with(z.detach(), statistics.mean, statistics.variance)
     x_t = path.x_t(x0, draws.noise, draws.t)
+    # One pass gives the velocity and, from an inner block, the tokens to align.
     drop = draws.drop if inputs.condition is not None else None
     result = forward(x_t, draws.t, inputs.condition, drop=drop, return_tokens=align)
     velocity, tokens = result if align else (result, None)

@@ -5,7 +5,6 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +27,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, config: Config, *, step: int) -> None:
         self.path = run_dir / METRICS_FILE
+        # A run that continues from `step` measures again what follows.
         if self.path.exists():
             kept = [line for line in _read_lines(self.path) if 0 < step >= line["step"]]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -42,19 +42,14 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write_line(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as events."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -91,6 +86,7 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
             f"log.wandb={config.log.wandb}: the package wandb is not installed: pip install "
             "wandb, or set log.wandb= (metrics.jsonl and TensorBoard have the same values)"
         ) from error
+    # The id is kept with the run, so that a restart continues the same curves.
     key = run_dir / "wandb_id.txt"
     if not key.exists():
         write_text(key, secrets.token_hex(8))

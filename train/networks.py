@@ -14,12 +14,12 @@ from model.weights import seeded_init
 from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
-from train.initial import initialise, set_latent_statistics
+from train.initial import load_initial_weights, set_latent_statistics
 from train.losses import Networks
 from train.sync_norm import synchronise_norms
 
 if TYPE_CHECKING:
-    from model.perceptual import PerceptualLoss
+    pass
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parts:
 
     @property
     def trainees(self) -> Trainees:
-        """All that a checkpoint holds: `vae` is in it even where it is frozen."""
+        """All that a checkpoint contains: `vae` is in it even where it is frozen."""
         kept: dict[str, nn.Module] = {"sit": self.networks.sit, "vae": self.networks.vae}
         if self.networks.discriminator is not None:
             kept["discriminator"] = self.networks.discriminator
@@ -53,10 +53,13 @@ def build_parts(config: Config, device: torch.device, tiles: Tensor | None = Non
     networks, optim = build_networks(config, device), config.optim
     optimizers = {}
     if config.mode.trains_vae:
-        optimizers["vae"] = _adamw(config, networks.vae, optim.lr_vae)
+        optimizers["vae"] = _build_adamw(config, networks.vae, optim.lr_vae)
     if networks.discriminator is not None:
-        optimizers["discriminator"] = _adamw(config, networks.discriminator, optim.lr_discriminator)
-    optimizers["sit"] = _adamw(config, networks.sit, optim.lr_sit)
+        optimizers["discriminator"] = _build_adamw(
+            config, networks.discriminator, optim.lr_discriminator
+        )
+    optimizers["sit"] = _build_adamw(config, networks.sit, optim.lr_sit)
+    # A given SiT brings the statistics that fit its latents; a fresh one would begin at 0 and 1.
     if config.init.vae and not config.init.sit and tiles is not None:
         set_latent_statistics(networks.sit.bn, networks.vae, tiles)
     # The latents' statistics do not move where the VAE is frozen.
@@ -67,7 +70,10 @@ def build_parts(config: Config, device: torch.device, tiles: Tensor | None = Non
 
 
 def build_networks(config: Config, device: torch.device) -> Networks:
-    """SiT and VAE, and the discriminator and LPIPS where the run uses their losses."""
+    """SiT and VAE, and the discriminator and LPIPS where the run uses their losses.
+
+    On the device, in float32; frozen parameters do not require gradients.
+    """
     # The seed decides the weights by the order in which networks are built.
     with seeded_init(config.run.seed):
         sit, vae = SiT(config.model.sit), VAE(config.model.vae)
@@ -78,8 +84,15 @@ def build_networks(config: Config, device: torch.device) -> Networks:
                 synchronise_norms(discriminator)
     perceptual = None
     if config.uses_loss("perceptual") and config.loss.perceptual_weights != "none":
-        perceptual = _perceptual(config).to(device)
-    initialise(sit, vae, config)
+        from model.perceptual import PerceptualLoss  # torchvision takes seconds to import
+
+        weights, legacy = config.loss.perceptual_weights, config.loss.legacy_lpips_range
+        try:
+            perceptual = PerceptualLoss(weights, legacy_lpips_range=legacy).to(device)
+        except UserError as error:
+            raise UserError(f"loss.perceptual_weights: {error}") from error
+    load_initial_weights(sit, vae, config)
+    # AdamW and data-parallel gradients take what requires gradients, and only that.
     sit.projectors.requires_grad_(config.uses_loss("sit_align"))
     vae.requires_grad_(config.mode.trains_vae)
     sit.recompute = vae.recompute = config.run.recompute
@@ -91,17 +104,7 @@ def build_networks(config: Config, device: torch.device) -> Networks:
     return Networks(sit.to(device), vae, discriminator, perceptual)
 
 
-def _perceptual(config: Config) -> "PerceptualLoss":
-    from model.perceptual import PerceptualLoss  # torchvision takes seconds to import
-
-    loss = config.loss
-    try:
-        return PerceptualLoss(loss.perceptual_weights, legacy_lpips_range=loss.legacy_lpips_range)
-    except UserError as error:
-        raise UserError(f"loss.perceptual_weights: {error}") from error
-
-
-def _adamw(config: Config, network: nn.Module, rate: float) -> torch.optim.Optimizer:
+def _build_adamw(config: Config, network: nn.Module, rate: float) -> torch.optim.Optimizer:
     optim = config.optim
     return torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],

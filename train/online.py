@@ -1,8 +1,7 @@
 """The frozen encoder inside the training loop: patch tokens without a cache of terabytes."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +9,6 @@ from torch import Tensor
 from common.errors import UserError
 from train.config import Config
 from train.step import Encode
-
-if TYPE_CHECKING:
-    from model.encoders import Encoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AT_ONCE = 64  # tiles of a forward pass
@@ -36,6 +32,7 @@ def open_encoder(
     alignment, name = config.alignment, config.data.encoder
     dtype = _DTYPES[alignment.dtype]
     encoder = load_encoder(name, alignment.weights, device=device, dtype=dtype)
+    # The condition and the alignment must come from one encoder.
     cached = record.get("weights_sha256", encoder.weights_sha256)
     if cached != encoder.weights_sha256:
         raise UserError(
@@ -43,7 +40,12 @@ def open_encoder(
             f"with other weights ({record.get('weights')}, sha256 {cached[:12]}, here "
             f"{encoder.weights_sha256[:12]}): give those"
         )
-    return partial(_tokens, encoder)
+
+    def encode_tokens(tiles: Tensor) -> Tensor:
+        parts = [encoder.encode(part).tokens for part in tiles.split(_AT_ONCE)]
+        return torch.cat([tokens for tokens in parts if tokens is not None])
+
+    return encode_tokens
 
 
 def check_online(config: Config) -> None:
@@ -62,9 +64,3 @@ def check_online(config: Config) -> None:
             f"aligns {[sit.num_tokens, sit.token_dim]}: set model.sit.token_dim, latent_size and "
             "patch_size to match, or run.mode=ldm"
         )
-
-
-def _tokens(encoder: "Encoder", tiles: Tensor) -> Tensor:
-    found = [encoder.encode(part).tokens for part in tiles.split(_AT_ONCE)]
-    assert all(tokens is not None for tokens in found)  # the specification has tokens
-    return torch.cat([tokens for tokens in found if tokens is not None])

@@ -48,7 +48,8 @@ class ReconstructionQuality:
 
 
 def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> FixedTiles:
-    """The tiles and features of rows (slide_id, rank), in their order."""
+    """The tiles and features of rows (slide_id, rank), in their order, on the CPU: tiles uint8
+    [n, px, px, 3], CLS float32 [n, d], tokens float16 [n, t, d]."""
     samples = []
     for slide_id, rank in rows:
         block = source.open(slide_id, rank // BLOCK_ROWS)
@@ -65,7 +66,7 @@ def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> Fi
 def measure_reconstruction(vae: VAE, tiles: Tensor) -> ReconstructionQuality:
     """L1 and PSNR of tiles uint8 [n, px, px, 3] through posterior mean and decoder."""
     errors, psnrs = [], []
-    with evaluating(vae):
+    with evaluation_mode(vae):
         for part in tiles.split(_AT_ONCE):
             images = from_uint8(part.to(next(vae.parameters()).device))
             decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
@@ -79,14 +80,14 @@ def measure_reconstruction(vae: VAE, tiles: Tensor) -> ReconstructionQuality:
 
 
 def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.NDArray[np.uint8]:
-    """A picture of two rows: the fixed tiles that guide, and one sample below each.
+    """A picture uint8 [2 px, n px, 3]: the fixed tiles that guide, and a sample below each.
 
     The seeds are fixed, so that grids of different steps show one and the same images growing.
     """
     guides = fixed.tiles[: config.log.samples].numpy()
     features = None if fixed.cls is None else fixed.cls[: len(guides)]
     model = CytoSyn(sit, vae, interpolant=Interpolant(config.model.path))
-    with evaluating(sit), evaluating(vae):
+    with evaluation_mode(sit), evaluation_mode(vae):
         images = model.generate(
             features,
             num_images_per_prompt=1 if features is not None else len(guides),
@@ -106,7 +107,7 @@ def save_picture(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode inside the block, then as it was."""
     was_training = network.training
     network.eval()

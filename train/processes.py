@@ -48,7 +48,12 @@ def prepare_device(device: torch.device) -> None:
 
 
 def batch_slots(processes: Processes, batch_size: int) -> range:
-    """The slots of the global batch that this process trains on."""
+    """The slots of the global batch that this process trains on.
+
+    Example:
+        >>> batch_slots(Processes(rank=1, size=2), batch_size=5)
+        range(2, 5)
+    """
     if processes.size > batch_size:
         raise UserError(
             f"{processes.size} processes, but data.batch_size is {batch_size}: "
@@ -58,7 +63,7 @@ def batch_slots(processes: Processes, batch_size: int) -> range:
 
 
 def loss_weight(processes: Processes, batch_size: int) -> float:
-    """n_local R / B: mean over R processes of so weighted local means is the global mean."""
+    """n_local R / B, about 1: local means so weighted average over R processes to the batch's."""
     return len(batch_slots(processes, batch_size)) * processes.size / batch_size
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from train.source import BlockSource, OpenBlock, Sample
-from train.stream import Row, Stream, Visit
+from train.stream import Stream, StreamRow, Visit
 
 OnError = Literal["stop", "skip"]
 
@@ -63,7 +63,7 @@ class SlotReader:
                 raise
             return stand_in, str(error)
 
-    def _row(self, step: int) -> Row:
+    def _row(self, step: int) -> StreamRow:
         """`stream.row`, looked up once a block."""
         epoch, cursor, position = self.stream.place(step, self.slot)
         visit = self._visits.get(cursor)
@@ -79,7 +79,7 @@ class SlotReader:
                 continue
         return None
 
-    def _sample(self, row: Row) -> Sample:
+    def _sample(self, row: StreamRow) -> Sample:
         block = self._open.get(row.cursor)
         if block is None or (block.slide_id, block.block) != (row.slide_id, row.block):
             try:

@@ -6,10 +6,8 @@ All processes take part in the sums; the main one alone measures, draws and writ
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,17 +55,21 @@ class Averages:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
+    def add_step(self, metrics: Mapping[str, Tensor]) -> None:
         """Add one step's local batch means (0-dim)."""
         for name, value in metrics.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def take(self) -> dict[str, float]:
-        """The means since the last call, weighted over processes by their tiles; starts again."""
+    def take_means(self) -> dict[str, float]:
+        """The float32 means since the last call, weighted over processes by their tiles.
+
+        Starts again. All processes call it, and wait for each other once.
+        """
         if not self._sums:
             return {}
+        # One exchange for all names: a line of the log must not cost a round trip per metric.
         means = torch.stack([self._sums[n] / self._counts[n] for n in self._sums])
         values = self._processes.total(means * self._share).tolist()
         result = dict(zip(self._sums, values, strict=True))
@@ -86,7 +88,7 @@ class Window:
 
 
 class Reporter:
-    """Reports a run in progress; a context manager around its steps.
+    """Reports a run in progress.
 
     `state` is where the run begins, and is kept up to date from outside; `fixed` are the tiles of
     previews; `encode` computes patch tokens where they are not cached.
@@ -111,31 +113,28 @@ class Reporter:
         self._window, self._started = Window(), time.monotonic()
         self._damaged_here, self._damage_said = 0, set[str]()
         self._note, self._flop = "", 0
+        # MFU is a share of this rate, in TFLOP/s.
         self._matrix_rate = config.log.matrix_tflop_per_s
         if not self._matrix_rate:
             dtype = torch.float32 if config.run.precision == "fp32" else torch.bfloat16
             self._matrix_rate = matrix_rate(processes.device, dtype) / 1e12
         self._log: MetricsLog | None = None
         self._meter: Meter | None = None
-        self._open = ExitStack()
 
-    def __enter__(self) -> Self:
-        if self.processes.is_main:
-            steps = self.config.run.steps - self._start.step
-            log = MetricsLog(self.run_dir, self.config, step=self._start.step)
-            self._log = self._open.enter_context(log)
-            self._meter = self._open.enter_context(meter("train", steps, "steps"))
-        return self
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the log and the progress open inside the block; the main process has both."""
+        if not self.processes.is_main:
+            yield
+            return
+        first = self._start.step
+        with (
+            MetricsLog(self.run_dir, self.config, step=first) as self._log,
+            meter("train", self.config.run.steps - first, "steps") as self._meter,
+        ):
+            yield
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-
-    def announce(self) -> None:
+    def announce_run(self) -> None:
         """Say on the console what is about to be trained."""
         if not self.processes.is_main:
             return
@@ -164,30 +163,30 @@ class Reporter:
             with (self.run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
                 file.write(line)
 
-    def count(self, metrics: Metrics, *, skipped: bool) -> None:
+    def count_step(self, metrics: Metrics, *, skipped: bool) -> None:
         """Count a finished step; the metrics of a skipped one are left out."""
         self._window.images += self.config.data.batch_size
         if skipped:
             self._window.skipped_steps += 1
         else:
-            self._averages.add(metrics)
+            self._averages.add_step(metrics)
 
     def write_window(self, wait_s: float) -> None:
         """Write a line of the steps since the last one, where it is due.
 
-        `wait_s` is the time the run has waited for data. The line comes before the checkpoint,
-        since a run that goes on from that can never write it again.
+        `wait_s` is how many seconds the run has waited for data. The line comes before the
+        checkpoint, since a run that continues from that can never write it again.
         """
         if self.state.step % self.config.log.every and not self._is_last:
             return
         line = self._close_window(wait_s)
         if self._log is not None:
             with self._tolerate_failure("the log's line"):
-                self._log.write(self.state.step, line)
+                self._log.write_line(self.state.step, line)
             noted = [f"{name} {line[name]:.3f}" for name in _NOTED if name in line]
             self._note = "  ".join(noted) or self._note
 
-    def sync(self) -> None:
+    def sync_log(self) -> None:
         """Let the log survive a power loss; before the checkpoint of the same step."""
         if self._log is not None:
             with self._tolerate_failure("the log"):
@@ -200,19 +199,20 @@ class Reporter:
         """
         if self._log is None:
             return
+        # Step 0 is where the curves begin; later ones are repeated only where they are missing.
         if self._start.step == 0:
             if self._validation:
                 with self._tolerate_failure("validation"):
-                    self._log.write(0, self._validate())
+                    self._log.write_line(0, self._validate_selections())
             return
         lines = {line["step"]: line for line in read_metrics(self.run_dir)}
         known = lines.get(self._start.step, {})
         wanted = [f"{name}/denoise" for name in self._validation if self._is_validated]
         wanted += ["reconstruction/psnr"] * self.is_due(self.config.log.samples_every)
         if any(name not in known for name in wanted):
-            self.preview()
+            self.make_previews()
 
-    def preview(self) -> None:
+    def make_previews(self) -> None:
         """Measure and draw what is due on the main process; the others wait at the next step.
 
         It comes after the checkpoint, and no failure of it stops the run. The line comes last:
@@ -223,21 +223,21 @@ class Reporter:
         line: dict[str, float] = {}
         if self._is_validated:
             with self._tolerate_failure("validation"):
-                line |= self._validate()
+                line |= self._validate_selections()
         if self.is_due(self.config.log.samples_every):
             with self._tolerate_failure("the grid of samples"):
                 self._save_samples(self._log)
                 line["reconstruction/psnr"] = self.measure_reconstruction().psnr
         if line:
             with self._tolerate_failure("the log's line"):
-                self._log.write(self.state.step, line)
+                self._log.write_line(self.state.step, line)
 
-    def advance(self) -> None:
+    def advance_progress(self) -> None:
         """Show a finished step in the progress."""
         if self._meter is not None:
             self._meter.advance(1, self._note)
 
-    def seconds(self) -> float:
+    def total_seconds(self) -> float:
         """Seconds of training up to now, over all restarts."""
         return self._start.seconds + time.monotonic() - self._started
 
@@ -251,11 +251,11 @@ class Reporter:
         return interval > 0 and self.state.step % interval == 0
 
     def measure_reconstruction(self) -> ReconstructionQuality:
-        """How well the exported VAE reconstructs the fixed tiles now."""
+        """How well the exported VAE reconstructs the fixed tiles now (PSNR in dB)."""
         tiles = self._fixed.tiles[: self.config.log.fixed_tiles]
         return measure_reconstruction(self._exported_networks()[1], tiles)
 
-    def finish(self) -> None:
+    def write_summary(self) -> None:
         """Write summary.json and the last lines on the console."""
         if not self.processes.is_main:
             return
@@ -263,6 +263,7 @@ class Reporter:
         selection = self.config.fixed_selection
         images = state.step * self.config.data.batch_size
         images_per_s = images / max(state.seconds, 1e-9)
+        # The alignment loss is a negative cosine; the summary gives the cosine.
         last = next(reversed(read_metrics(self.run_dir)), {})
         summary = {
             "steps": state.step,
@@ -304,13 +305,14 @@ class Reporter:
 
     def _close_window(self, wait_s: float) -> dict[str, float]:
         """What happened since the last line; the counters start again."""
-        means, skipped_tiles = self._averages.take(), self.skipped_tiles()
+        # Sums over processes first: all of them take part, the main one alone writes.
+        means, skipped_tiles = self._averages.take_means(), self.skipped_tiles()
         now = time.monotonic()
         window, self._window = self._window, Window(now, waited_before=wait_s)
         images_per_s = window.images / max(now - window.started, 1e-9)
         line = {
             "epoch": self.state.step / self.data.stream.steps_per_epoch,
-            "seconds": self.seconds(),
+            "seconds": self.total_seconds(),
             "images_per_s": images_per_s,
             "data_wait_s": wait_s - window.waited_before,
             "skipped_steps": window.skipped_steps,
@@ -349,7 +351,7 @@ class Reporter:
             selections[name] = replace(tiles, tokens=encode(tiles.tiles)) if encode else tiles
         return selections
 
-    def _validate(self) -> dict[str, float]:
+    def _validate_selections(self) -> dict[str, float]:
         """Losses on the validation selections, as `selection/name`."""
         return {
             f"{selection}/{name}": value

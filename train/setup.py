@@ -52,7 +52,7 @@ class Start:
 
 
 def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
-    """The run's data; raises `UserError` with the command to run for whatever is missing.
+    """The run's data; raises `UserError` with the command to run for what is missing.
 
     Of several processes the main one alone reads the selection, of which there may be 100 million
     rows, and checks that all of it is there.
@@ -72,6 +72,8 @@ def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
         tokens_kind=config.tokens_kind,
     )
     _check_features(config, source)
+
+    # A run must not find out after days that the last slides of a selection were never cached.
     others = {log.fixed_selection, *log.validation} - {"", data.selection}
     tables = {name: compile_blocks(read_selection(dataset, name)) for name in sorted(others)}
     tables[data.selection] = table
@@ -89,6 +91,8 @@ def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
             )
 
     processes.on_main(check)
+
+    # Spread over the selection: neighbouring tiles of one slide would say little.
     fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
     validation = {name: tables[name].spread_rows(log.validation_tiles) for name in log.validation}
     return TrainingData(dataset, stream, source, fixed, validation)
@@ -143,13 +147,27 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
         if state.blocks_sha256 != table.content_hash:
             raise UserError(
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
-                f"{config.data.dataset} now holds: restore that selection, or use another run.dir"
+                f"{config.data.dataset} now has: restore that selection, or use another run.dir"
             )
     processes.wait()  # all have read before the main process writes
 
     def claim() -> None:
         remove_unfinished(run_dir)
-        _write_claim(config, data, run_dir)
+        record = data.source.encoder_record
+        header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
+        if record.get("random_weights"):
+            header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
+        write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
+        records = {
+            "encoder": record,
+            "dataset": read_identity(data.dataset),
+            "rows": table.num_rows,
+            "steps_per_epoch": data.stream.steps_per_epoch,
+            "blocks_sha256": table.content_hash,
+            "config_sha256": config.hash,
+            "versions": software_versions("torch", "numpy"),
+        }
+        write_json(run_dir / RECORDS_FILE, records)
 
     processes.on_main(claim)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
@@ -189,22 +207,3 @@ def _check_same_configuration(config: Config, run_dir: Path) -> None:
             f"{run_dir} is the run of another configuration ({'; '.join(differing[:3])}{more}): "
             "use another run.dir"
         )
-
-
-def _write_claim(config: Config, data: TrainingData, run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    record = data.source.encoder_record
-    header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
-    if record.get("random_weights"):
-        header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
-    write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
-    records = {
-        "encoder": record,
-        "dataset": read_identity(data.dataset),
-        "rows": data.stream.table.num_rows,
-        "steps_per_epoch": data.stream.steps_per_epoch,
-        "blocks_sha256": data.stream.table.content_hash,
-        "config_sha256": config.hash,
-        "versions": software_versions("torch", "numpy"),
-    }
-    write_json(run_dir / RECORDS_FILE, records)

@@ -1,7 +1,7 @@
 """A scheduler's warning: finish the step, save, and leave with a status that says so."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 EXIT_REQUEUE = 75
@@ -15,22 +15,17 @@ class StopRequests:
     """Notes SIGTERM and SIGUSR1 instead of dying from them, inside the `with` block."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = True
+
         for number in _WARNINGS:
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True

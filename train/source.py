@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block read from disk, its tiles still encoded: 16 decoded ones would be five times that."""
+    """A block read from disk, its tiles still PNG: 16 decoded ones would be five times that."""
 
     slide_id: str
     block: int
@@ -116,6 +116,7 @@ def check_coverage(
 
 
 def _require(table: BlockTable, ledger: ScopeLedger, what: str, command: str) -> None:
+    # Blocks are sorted by slide, so that each slide's are one stretch.
     missing = 0
     first = ""
     starts = np.searchsorted(table.blocks["slide"], np.arange(len(table.slide_ids) + 1))

@@ -7,7 +7,7 @@ same order. No pass reads what another's update changes, so updating last equals
 between, and lets a step be all or nothing: a non-finite gradient in one network updates none.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,13 +19,10 @@ from common.torch_processes import Processes
 from model.images import from_uint8
 from model.interpolant import Interpolant
 from model.latent_norm import LatentStatistics, latent_statistics
-from model.sit import SiT
-from model.vae import VAE, VAEOutput
+from model.vae import VAEOutput
 from train.config import Config
-from train.ema import Ema
 from train.losses import (
     Metrics,
-    Networks,
     StepInputs,
     discriminator_loss,
     draw_randomness,
@@ -34,6 +31,7 @@ from train.losses import (
     vae_alignment,
     vae_losses,
 )
+from train.networks import Parts
 from train.processes import batch_slots, data_parallel, loss_weight
 from train.reader import Batch
 
@@ -60,25 +58,21 @@ class TrainingStep:
         self,
         config: Config,
         processes: Processes,
-        networks: Networks,
-        optimizers: Mapping[str, torch.optim.Optimizer],
+        parts: Parts,
         *,
-        sit_average: Ema[SiT],
-        vae_average: Ema[VAE] | None,
         encode: Encode | None = None,
     ) -> None:
-        self.config, self.processes, self.networks = config, processes, networks
-        self.optimizers, self._encode_tokens = optimizers, encode
-        self.sit_average, self.vae_average = sit_average, vae_average
+        self.config, self.processes, self.parts = config, processes, parts
+        self.networks, self._encode_tokens = parts.networks, encode
         self.path = Interpolant(config.model.path)
         self._trains_vae = config.mode.trains_vae
 
         batch_size = config.data.batch_size
         self._weight = loss_weight(processes, batch_size)
         self._parts = parts_of(len(batch_slots(processes, batch_size)), config.optim.accumulate)
-        self._sit = data_parallel(processes, networks.sit)
-        self._vae = data_parallel(processes, networks.vae)
-        judge = networks.discriminator
+        self._sit = data_parallel(processes, self.networks.sit)
+        self._vae = data_parallel(processes, self.networks.vae)
+        judge = self.networks.discriminator
         self._discriminator = None if judge is None else data_parallel(processes, judge)
 
         if config.run.recompute and processes.size > 1:
@@ -95,8 +89,8 @@ class TrainingStep:
         backend = self.config.run.compile
         return call if backend == "off" else torch.compile(call, backend=backend, dynamic=False)
 
-    def inputs(self, batch: Batch) -> StepInputs:
-        """The batch on the device, with its randomness."""
+    def prepare_inputs(self, batch: Batch) -> StepInputs:
+        """The batch on the device, with its randomness: images float32 [n, 3, px, px]."""
         device = self.processes.device
 
         def move(values: Tensor | None) -> Tensor | None:
@@ -115,9 +109,11 @@ class TrainingStep:
 
         A skipped step leaves weights, moments, averages and statistics as they were.
         """
-        buffers = self._buffers()
+        # Forward passes move running statistics; a skipped step puts them back.
+        moving = (self.networks.sit, self.networks.discriminator)
+        buffers = [b for network in moving if network is not None for b in network.buffers()]
         before = [value.clone() for value in buffers]
-        metrics = self._compute_gradients(self.inputs(batch), batch.step)
+        metrics = self._compute_gradients(self.prepare_inputs(batch), batch.step)
         norms = self._clip_gradients()
 
         # The host waits for the device here, once per step.
@@ -126,8 +122,8 @@ class TrainingStep:
         if skipped:
             torch._foreach_copy_(buffers, before)
         else:
-            self._update(batch.step)
-        for optimizer in self.optimizers.values():
+            self._update_networks(batch.step)
+        for optimizer in self.parts.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         return metrics | norms, skipped, stopping
 
@@ -139,7 +135,7 @@ class TrainingStep:
         latents: list[Tensor] = []
         for places, share in zip(self._parts, shares, strict=True):
             with self._reduce_gradients(self._vae, self._discriminator, on=places.stop == total):
-                metrics, z = self._autoencoder_backward(inputs.part(places), step, share)
+                metrics, z = self._autoencoder_backward(inputs.select_part(places), step, share)
             terms.append(metrics)
             latents.append(z)
 
@@ -150,7 +146,7 @@ class TrainingStep:
             self.networks.sit.bn.update(statistics)
         for index, (places, share) in enumerate(zip(self._parts, shares, strict=True)):
             with self._reduce_gradients(self._sit, on=places.stop == total):
-                part, z = inputs.part(places), latents[index]
+                part, z = inputs.select_part(places), latents[index]
                 terms[index] |= self._sit_backward(z, part, statistics, share)
         z = torch.cat(latents).float()
         return _weighted_means(terms, shares) | {"latent/mean": z.mean(), "latent/std": z.std()}
@@ -169,13 +165,14 @@ class TrainingStep:
     ) -> tuple[Metrics, Tensor]:
         """The VAE's and the discriminator's passes: their metrics, and the latents detached."""
         if not self._trains_vae:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), self._autocast():
                 noise = inputs.draws.posterior_noise
                 _, z = self._encode_frozen(self.networks.vae, inputs.images, noise)
             return {}, z.detach()
 
+        # One pass of the VAE serves its losses, the discriminator and, detached, the SiT.
         adversarial = self._discriminator is not None and step >= self.config.loss.generator_start
-        with self._precision():
+        with self._autocast():
             output: VAEOutput = self._call_vae(inputs.images, inputs.draws.posterior_noise)
         metrics = self._vae_backward(output, inputs, share, generate=adversarial)
         if adversarial:
@@ -193,18 +190,19 @@ class TrainingStep:
             inputs.images, output, self.networks, weights, generate=generate
         )
         if self.config.uses_loss("vae_align"):
-            with self._precision():
+            with self._autocast():
                 terms["align"] = self._vae_alignment(
                     self.networks.sit, self.path, output.latents, inputs
                 )
             total = total + weights.vae_align * terms["align"]
+        # Weighted so that sums over parts and means over processes give the batch's mean.
         (total * (self._weight * share)).backward()
         return _with_prefix("vae", terms | {"total": total})
 
     def _sit_backward(
         self, z: Tensor, inputs: StepInputs, statistics: LatentStatistics | None, share: float
     ) -> Metrics:
-        with self._precision():
+        with self._autocast():
             total, terms = sit_losses(
                 self.networks.sit,
                 self._call_sit,
@@ -221,26 +219,21 @@ class TrainingStep:
     def _clip_gradients(self) -> Metrics:
         """Gradient norms (0-dim) before clipping, of the networks that have gradients."""
         norms: Metrics = {}
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.parts.optimizers.items():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if any(parameter.grad is not None for parameter in parameters):
                 clip = self.config.optim.clip
                 norms[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(parameters, clip)
         return norms
 
-    def _update(self, step: int) -> None:
-        for optimizer in self.optimizers.values():
+    def _update_networks(self, step: int) -> None:
+        for optimizer in self.parts.optimizers.values():
             optimizer.step()  # parameters without a gradient stay, moments and all
-        self.sit_average.update(self.networks.sit, step)
-        if self.vae_average is not None:
-            self.vae_average.update(self.networks.vae, step)
+        self.parts.sit_average.update(self.networks.sit, step)
+        if self.parts.vae_average is not None:
+            self.parts.vae_average.update(self.networks.vae, step)
 
-    def _buffers(self) -> list[Tensor]:
-        """Running statistics that a step moves in its forward passes."""
-        networks = (self.networks.sit, self.networks.discriminator)
-        return [b for network in networks if network is not None for b in network.buffers()]
-
-    def _precision(self) -> AbstractContextManager[object]:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self.config.run.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.processes.device.type, torch.bfloat16)
@@ -266,6 +259,10 @@ def parts_of(count: int, parts: int) -> list[slice]:
     """`count` tiles cut in so many parts, of sizes that differ by one at most.
 
     Raises `UserError` where there are fewer tiles than parts.
+
+    Example:
+        >>> parts_of(5, 2)
+        [slice(0, 2, None), slice(2, 5, None)]
     """
     if parts > count:
         raise UserError(

@@ -127,7 +127,7 @@ def slots_of_rank(rank: int, num_ranks: int, batch_size: int) -> range:
 
 
 @dataclass(frozen=True)
-class Row:
+class StreamRow:
     """One tile of the stream: which cursor reads it, and where it is."""
 
     cursor: int
@@ -155,9 +155,9 @@ class Visit:
         """Whether the position is in this block."""
         return epoch == self.epoch and 0 <= position - self.first < len(self.bits)
 
-    def row(self, cursor: int, position: int) -> Row:
+    def row(self, cursor: int, position: int) -> StreamRow:
         """The row at a position that the block covers, as a cursor reads it."""
-        return Row(cursor, self.slide_id, self.block, self.bits[position - self.first])
+        return StreamRow(cursor, self.slide_id, self.block, self.bits[position - self.first])
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class Stream:
         cursor = i % self.cursors
         return epoch, cursor, (slot * self.cursors + cursor) * self.stretch + i // self.cursors
 
-    def row(self, step: int, slot: int) -> Row:
+    def row(self, step: int, slot: int) -> StreamRow:
         """The row that the slot reads at that step."""
         epoch, cursor, position = self.place(step, slot)
         return self.visit(epoch, position).row(cursor, position)
 
-    def batch(self, step: int) -> list[Row]:
+    def batch(self, step: int) -> list[StreamRow]:
         """The rows of the whole global batch, by slot."""
         return [self.row(step, slot) for slot in range(self.batch_size)]
 

@@ -1,6 +1,6 @@
 """Batch norm over the batches of all processes, on any device.
 
-PyTorch's SyncBatchNorm runs on GPUs alone; this one is made of tensor operations and one
+PyTorch's SyncBatchNorm runs on GPUs only; this one is made of tensor operations and one
 all-reduce, so that gloo on a CPU does what NCCL does on GPUs.
 """
 
@@ -22,21 +22,19 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         statistics = latent_statistics(x)
-        self._move(statistics.mean, statistics.variance, statistics.num_values)
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            count = statistics.num_values
+            variance = statistics.variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(statistics.mean, self.momentum)
+            self.running_var.lerp_(variance.to(statistics.variance.dtype), self.momentum)
+            self.num_batches_tracked.add_(1)
         scale = torch.rsqrt(statistics.variance + self.eps) * self.weight
         shift = self.bias - statistics.mean * scale
         return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
-
-    @torch.no_grad()
-    def _move(self, mean: Tensor, variance: Tensor, num_values: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        unbias = num_values / (num_values - 1).clamp(min=1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_((variance * unbias).to(variance.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
 
 
 def synchronise_norms(network: nn.Module) -> None:

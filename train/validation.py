@@ -1,8 +1,8 @@
-"""Losses on tiles that are judged and not trained on: same tiles, times and noise every time.
+"""Losses on tiles that are not trained on: the same tiles, times and noise every time.
 
-Beside each loss stands what a predictor reaches that never looks at the tile, so that a falling
-curve can be told from learning: the closed-form velocity of a Gaussian with the latents' own
-mean and variance a channel, and the one constant token nearest to all tokens.
+Next to each loss is what a predictor reaches that never looks at the tile, since a loss may fall
+without any learning: the closed-form velocity of a Gaussian with the latents' mean and variance
+per channel, and the one constant token nearest to all tokens.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from model.noise import RandomStream, normal, uniform
 from model.sit import SiT
 from model.vae import VAE
 from train.config import Config
-from train.preview import FixedTiles, evaluating, measure_reconstruction
+from train.preview import FixedTiles, evaluation_mode, measure_reconstruction
 
 VALIDATION_SEED = 0
-"""One for all runs, whatever `run.seed`: their losses are measured on the same noise."""
+"""The same for every `run.seed`: the losses of all runs are measured on the same noise."""
 
 VALIDATION_STEP = 2**32 - 1
 """The step of the noise's address; `run.steps` ends before it."""
 
-_AT_ONCE = 8  # tiles of a forward pass: validation must fit beside a training step
+_AT_ONCE = 8  # tiles of a forward pass: validation must fit into memory next to a training step
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class FixedNoise:
 def fixed_noise(config: Config, count: int, draws: int, index: int) -> FixedNoise:
     """Times and noise of draw `index` of `draws` for `count` tiles.
 
-    A tile's times fall one in each of `draws` equal parts of (0, 1): with independent times the
-    loss's spread over few tiles would be that of the times.
+    A tile's times are spread, one in each of `draws` equal parts of (0, 1): with independent
+    times the loss's spread over few tiles would be that of the times.
     """
     sit = config.model.sit
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
@@ -87,25 +87,22 @@ def measure_validation(
 
     `denoise` and `denoise_gaussian` are mean squared errors of velocities, `align` and
     `align_mean_token` (with `align`) mean cosines, `psnr` in dB. Latents are normalised by the
-    SiT's running statistics and no condition is dropped. In float32, whatever the run's precision.
+    SiT's running statistics and no condition is dropped. Float32 at any precision of the run.
     """
     path, device = Interpolant(config.model.path), sit.pos_embed.device
-    draws, sums = config.log.validation_draws, dict.fromkeys(_TERMS, 0.0)
-    with evaluating(sit), evaluating(vae):
-        posterior = [
+    num_draws, sums = config.log.validation_draws, dict.fromkeys(_TERMS, 0.0)
+    with evaluation_mode(sit), evaluation_mode(vae):
+        # Tiles are encoded once; each draw samples the posteriors again.
+        posteriors = [
             vae.encode(from_uint8(part.to(device))) for part in fixed.tiles.split(_AT_ONCE)
         ]
-        for index in range(draws):
-            at = fixed_noise(config, len(fixed.tiles), draws, index)
-            latents = torch.cat(
-                [
-                    p.sample(noise.to(device))
-                    for p, noise in zip(posterior, at.posterior_noise.split(_AT_ONCE), strict=True)
-                ]
-            )
+        for index in range(num_draws):
+            draw = fixed_noise(config, len(fixed.tiles), num_draws, index)
+            parts = zip(posteriors, draw.posterior_noise.split(_AT_ONCE), strict=True)
+            latents = torch.cat([posterior.sample(noise.to(device)) for posterior, noise in parts])
             x0 = sit.bn.normalise(latents, use_batch=False)
-            for name, value in _losses(sit, path, x0, at, fixed, align=align).items():
-                sums[name] += value / draws
+            for name, value in _mean_losses(sit, path, x0, draw, fixed, align=align).items():
+                sums[name] += value / num_draws
     if not align:
         del sums["align"]
     elif fixed.tokens is not None:
@@ -116,15 +113,16 @@ def measure_validation(
 _TERMS = ("denoise", "denoise_gaussian", "align")
 
 
-def _losses(
-    sit: SiT, path: Interpolant, x0: Tensor, at: FixedNoise, fixed: FixedTiles, *, align: bool
+def _mean_losses(
+    sit: SiT, path: Interpolant, x0: Tensor, draw: FixedNoise, fixed: FixedTiles, *, align: bool
 ) -> dict[str, float]:
-    """Sums over tiles of one draw, divided by their number."""
+    """Means over tiles of one draw; x0 [n, C, h, w] normalised latents."""
+    # The blind predictor knows no more than these moments of the same latents.
     variance, mean = torch.var_mean(x0, dim=(0, 2, 3), correction=0)
     sums = torch.zeros(3, device=x0.device)
     for start in range(0, len(x0), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        t, noise = at.t[part].to(x0.device), at.noise[part].to(x0.device)
+        t, noise = draw.t[part].to(x0.device), draw.noise[part].to(x0.device)
         x_t, target = path.x_t(x0[part], noise, t), path.velocity(x0[part], noise, t)
         condition = None if fixed.cls is None else fixed.cls[part].to(x0.device)
         velocity, tokens = sit.forward(x_t, t, condition, return_tokens=True)
@@ -134,7 +132,7 @@ def _losses(
             denoising_loss(blind, target, reduction="none"),
         ]
         if align and fixed.tokens is not None:
-            aim = fixed.tokens[part].to(x0.device)
-            values.append(-alignment_loss(tokens, aim, reduction="none"))
+            encoded = fixed.tokens[part].to(x0.device)
+            values.append(-alignment_loss(tokens, encoded, reduction="none"))
         sums[: len(values)] += torch.stack([value.sum() for value in values])
     return dict(zip(_TERMS, (sums / len(x0)).tolist(), strict=True))

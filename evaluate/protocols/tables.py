@@ -115,7 +115,8 @@ def relative_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     for cell, result in distances:
         divisor = unit.get(_column_of(cell), 0)
         if cell.text("kind") == "model" and divisor > 0:
-            number = _table_number(_above_floor(result) / divisor, _sample_sizes(result))
+            sizes = {key: _read_integer(result, key) for key in ("n_real", "n_generated")}
+            number = _table_number(_above_floor(result) / divisor, sizes)
             _add_number(builder, cell, row_label(cell), number)
     title = f"Fréchet distance above its noise floor, in units of that of “{protocol.relative_to}”"
     return builder.build("fd_relative", title, "lower")
@@ -223,10 +224,6 @@ def _table_number(
 def _read_integer(result: Record, key: str) -> int | None:
     value = result.optional(key)
     return None if value is None else int(value)
-
-
-def _sample_sizes(result: Record) -> dict[str, int | None]:
-    return {key: _read_integer(result, key) for key in ("n_real", "n_generated")}
 
 
 def _above_floor(result: Record) -> float:

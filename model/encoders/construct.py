@@ -17,7 +17,7 @@ from model.encoders.inception import InceptionV3, Variant
 
 
 class MissingPackageError(UserError):
-    """An encoder's own package is not installed here; its weights may still be fetched."""
+    """An encoder's package is not installed here; its weights may still be fetched."""
 
 
 class Construction(Protocol):
@@ -29,7 +29,7 @@ class Construction(Protocol):
 
 
 def frozen(**options: Any) -> Mapping[str, Any]:
-    """Options that nobody changes later."""
+    """Options as a mapping that cannot be changed."""
     return MappingProxyType(options)
 
 
@@ -66,9 +66,9 @@ class InceptionConstruction:
 
 @dataclass(frozen=True)
 class ConchConstruction:
-    """CONCH's image tower through its own package, which must be installed.
+    """CONCH's image tower through its package, which must be installed.
 
-    `image_px` is the input it is built for; 448 is its own. Raises
+    `image_px` is the input it is built for; 448 is the published one. Raises
     `MissingPackageError` without the package.
     """
 
@@ -94,7 +94,7 @@ class _ConchImage(nn.Module):
 def _conch_model(image_px: int) -> Any:
     if importlib.util.find_spec("conch") is None:
         raise MissingPackageError(
-            "encoder conch-v1 needs its own package, which is not installed: "
+            "encoder conch-v1 needs its package, which is not installed: "
             "pip install git+https://github.com/mahmoodlab/CONCH.git"
         )
     try:

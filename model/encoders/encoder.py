@@ -29,7 +29,7 @@ class EncoderOutput:
     """Features of a batch, float32 on the encoder's device.
 
     `cls` is [B, dim]; `tokens` is [B, token_grid², token_dim] in row-major order, not
-    normalised, or None if they were not asked for or the encoder has none.
+    normalised, or None if they were not requested or the encoder has none.
     """
 
     cls: Tensor
@@ -41,7 +41,7 @@ class Encoder:
 
     `weights` is the string that chose the weights and `weights_sha256` the sum of its
     tensors in float32 (`model.weights.tensors_sha256`), the same for a hub, safetensors or
-    PyTorch copy of one set of weights. `is_random` says that the features mean nothing.
+    PyTorch copy of one set of weights. `is_random` means that the features have no meaning.
     """
 
     def __init__(
@@ -60,7 +60,11 @@ class Encoder:
         self.device = torch.device(device)
         self.dtype = dtype
         self.network = network.eval().requires_grad_(False)
-        _own(self.network, self.device, dtype)
+        # Tensor by tensor, so that no second copy of the network is ever whole in memory; and even
+        # where nothing changes, since a view of a file would change with the file.
+        for tensor in (*network.parameters(), *network.buffers()):
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device=self.device, dtype=kind, copy=True)
         self._mean = torch.tensor(spec.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=self.device).view(1, 3, 1, 1)
 
@@ -75,7 +79,7 @@ class Encoder:
         with torch.no_grad():
             output = self.network(self._normalise(images))
             cls, patches = self.spec.readout(output)
-            self._check(cls, patches)
+            self._check_widths(cls, patches)
             if not tokens or patches is None:
                 return EncoderOutput(cls.float(), None)
             resized = resize_tokens(patches, self.spec.native_grid, self.spec.token_grid)
@@ -84,6 +88,7 @@ class Encoder:
     def _normalise(self, images: Tensor | np.ndarray) -> Tensor:
         """Bring tiles to the device and the network's input range, [B, 3, px, px]."""
         batch = as_uint8_nchw(images).to(self.device, non_blocking=True)
+        # An encoder without a kernel in the table refuses: resizing silently changes features.
         spec = self.spec
         if spec.resize is not None:
             grey = resize_tiles(batch.float(), spec.input_px, spec.resize)
@@ -96,7 +101,8 @@ class Encoder:
             )
         return ((grey / 255 - self._mean) / self._std).to(self.dtype)
 
-    def _check(self, cls: Tensor, patches: Tensor | None) -> None:
+    def _check_widths(self, cls: Tensor, patches: Tensor | None) -> None:
+        # Weights under the entry's name may be of a variant whose output has other widths.
         spec = self.spec
         native = (spec.native_grid**2, spec.token_dim)
         if cls.shape[1:] != (spec.dim,) or (patches is not None and patches.shape[1:] != native):
@@ -115,11 +121,11 @@ def load_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """Load an encoder of the table with the weights that were asked for, and no others.
+    """Load an encoder of the table with exactly the requested weights.
 
     `weights` is "hub" (where the table says they are published), "hub:ID" (ID may name a revision,
     owner/name@revision), a .safetensors or PyTorch file, or "random:SEED". Random weights are the
-    architecture's own initialisation, a function of the seed alone, except that every LayerScale
+    architecture's initialisation, a function of the seed alone, except that every LayerScale
     gain is 1: at its initial 1e-5 the blocks add nothing, and the CLS token (which sees the tile
     only through them) is nearly the same for every tile. Measured on 24 tiles of a real slide,
     its spread is 0.005 before and 0.67 after.
@@ -146,13 +152,17 @@ def load_spec(
     if source.kind == "random":
         with seeded_init(source.seed):
             network = spec.construction.build()
-        _open_layer_scales(network)
+        # Open the residual branches, so that a random network uses its blocks.
+        with torch.no_grad():
+            for parameter_name, parameter in network.named_parameters():
+                if parameter_name.endswith(".gamma"):
+                    parameter.fill_(1.0)
     else:
-        network = _from_file(spec, _weights_file(spec, source))
+        network = _build_from_file(spec, _find_weights(spec, source))
     return Encoder(spec, network, weights, device=device, dtype=dtype)
 
 
-def _weights_file(spec: EncoderSpec, source: WeightsSource) -> Path:
+def _find_weights(spec: EncoderSpec, source: WeightsSource) -> Path:
     if source.kind == "file":
         return Path(source.value)
     published = spec.published
@@ -166,7 +176,7 @@ def _weights_file(spec: EncoderSpec, source: WeightsSource) -> Path:
     return local_copy(published, name=spec.weights_name)
 
 
-def _from_file(spec: EncoderSpec, path: Path) -> nn.Module:
+def _build_from_file(spec: EncoderSpec, path: Path) -> nn.Module:
     """The network around a published file's tensors, without a random initialisation first."""
     tensors = read_tensors(path, containers=spec.containers, mapped=True)
     tensors = spec.layout(without_prefix(tensors, spec.prefixes), source=str(path))
@@ -174,26 +184,8 @@ def _from_file(spec: EncoderSpec, path: Path) -> nn.Module:
 
 
 def published_sha256(spec: EncoderSpec, path: Path) -> str:
-    """The sum that an encoder with this file's weights will bear; it is read and fitted for it.
+    """The `weights_sha256` of an encoder with this file's weights, which is read and fitted.
 
     Raises `UserError` as `load_encoder` does.
     """
-    return tensors_sha256(_from_file(spec, path).state_dict())
-
-
-def _own(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Copy a network tensor by tensor, so that no second copy of it is ever whole in memory.
-
-    Even where nothing changes: a view of a file would change with the file.
-    """
-    for tensor in (*network.parameters(), *network.buffers()):
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        tensor.data = tensor.data.to(device=device, dtype=kind, copy=True)
-
-
-def _open_layer_scales(network: nn.Module) -> None:
-    """Set the gains of residual branches to 1, so that a random network uses its blocks."""
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(".gamma"):
-                parameter.fill_(1.0)
+    return tensors_sha256(_build_from_file(spec, path).state_dict())

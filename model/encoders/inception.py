@@ -153,6 +153,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_3b_1x1 = _convolution(64, "80@1x1")
         self.Conv2d_4a_3x3 = _Convolution(80, 192, (3, 3), 1, padding=0)
         width = 192
+        # Name, branches, pooling, and the width of the convolution after it (0: none).
         for name, branches, pool, pooled_width in (
             ("5b", _block_a(), mean, 32),
             ("5c", _block_a(), mean, 64),

@@ -1,6 +1,6 @@
 """Kernels that resize tiles to an encoder's input, each named after what its users ran.
 
-Every kernel is linear and separable, so a resize is M X Mᵀ with one matrix an axis; kernels
+Every kernel is linear and separable, so a resize is M X Mᵀ with one matrix per axis; kernels
 differ by metric-changing amounts (of 224 px tiles at 299 px about 1 grey level on average), so
 none is ever chosen silently.
 """
@@ -47,7 +47,7 @@ def tf1_bilinear_matrix(size_in: int, size_out: int) -> Tensor:
 
 
 def _linear_matrix(sources: Tensor, size_in: int) -> Tensor:
-    """Linear interpolation at the given source positions, the last sample held at the edge."""
+    """Linear interpolation at the given source positions, edges repeated."""
     lower = sources.floor().long()
     upper = (lower + 1).clamp(max=size_in - 1)
     share = sources - lower
@@ -85,6 +85,7 @@ def resize_tiles(grey: Tensor, px: int, kernel: KernelName) -> Tensor:
     height, width = grey.shape[2:]
     if (height, width) == (px, px):
         return grey
+    # Horizontal first, as PIL does: the rounding in between makes the order matter.
     one = KERNELS[kernel]
     wide = grey @ _matrix(kernel, width, px, grey.device).T
     if one.after_pass is not None:

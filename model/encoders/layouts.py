@@ -25,7 +25,7 @@ class Layout(Protocol):
 
 
 def without_prefix(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
-    """Take off the prefixes that every key bears, as training wrappers leave them."""
+    """Take off the prefixes that every key has, as training wrappers leave them."""
     for prefix in prefixes:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -33,7 +33,7 @@ def without_prefix(tensors: Tensors, prefixes: Sequence[str]) -> Tensors:
 
 
 def as_published(tensors: Tensors, *, source: str) -> Tensors:
-    """The network's own names."""
+    """The names are the network's: nothing changes."""
     return tensors
 
 
@@ -75,18 +75,18 @@ _QKV = [f".attention.attention.{part}." for part in ("query", "key", "value")]
 
 def _from_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
     """transformers' Dinov2Model to timm's VisionTransformer."""
+    # timm has one projection for query, key and value.
     joined = dict(tensors)
     for key in [key for key in tensors if _QKV[0] in key]:
         parts = [key.replace(_QKV[0], part) for part in _QKV]
         if all(part in joined for part in parts):
             joined[key.replace(_QKV[0], ".attn.qkv.")] = torch.cat([joined.pop(p) for p in parts])
-    return {_timm_name(key): value for key, value in joined.items()}
-
-
-def _timm_name(name: str) -> str:
-    for theirs, ours in _TRANSFORMERS_NAMES:
-        name = name.replace(theirs, ours, 1)
-    return name
+    renamed = {}
+    for name, value in joined.items():
+        for theirs, ours in _TRANSFORMERS_NAMES:
+            name = name.replace(theirs, ours, 1)
+        renamed[name] = value
+    return renamed
 
 
 _DINOV2_OFFSET = 0.1  # the original adds it to the grid before it divides, and so shifts samples
@@ -110,7 +110,7 @@ def resample_positions(position: Tensor, grid: int) -> Tensor:
 
 @dataclass(frozen=True)
 class InceptionLayout:
-    """Torchvision's names with a classifier of `classes`, which tells whose weights they are.
+    """Torchvision's names with a classifier of `classes`, which shows whose weights they are.
 
     Drops the classifier and, if there, the auxiliary one (`AuxLogits`); the normalisations'
     `num_batches_tracked`, which some files lack, is 0. Raises `WeightsError` for the weights of
@@ -130,6 +130,7 @@ class InceptionLayout:
                 f"this network from {self.other}, found {found}; features of the two are not "
                 f"comparable: give this network's published file or use --encoder {self.other}"
             )
+        # Neither classifier is part of the network that gives pool3.
         kept = {k: v for k, v in tensors.items() if not k.startswith(("fc.", "AuxLogits."))}
         counters = {
             key.replace("running_mean", "num_batches_tracked"): torch.zeros((), dtype=torch.long)

@@ -1,7 +1,7 @@
-"""Where published weights lie, and how they become a file on this machine.
+"""Where weights are published, and how they become a file on this machine.
 
-Nothing half-written ever bears a final name: the hub's client and `torch.hub` write beside it
-and rename; a release file is also checked against the sum in its name.
+Nothing half-written ever has a final name: the hub's client and `torch.hub` write a temporary
+file and rename it; a release file is also checked against the sum in its name.
 """
 
 import os
@@ -30,7 +30,7 @@ class HubFiles:
 
     @property
     def page(self) -> str:
-        """What a person opens to read and accept the terms."""
+        """The page with the terms to read and accept."""
         return f"https://huggingface.co/{self.repository.partition('@')[0]}"
 
     @property
@@ -62,7 +62,7 @@ class ReleaseFile:
 
     @property
     def sha256_prefix(self) -> str:
-        """The beginning of the file's sha256 that its name bears."""
+        """The beginning of the file's sha256, which is in its name."""
         return self.name.rpartition("-")[2].partition(".")[0]
 
 
@@ -84,8 +84,8 @@ def local_copy(
 ) -> Path:
     """The published file on this machine, fetched if it is not there yet.
 
-    It lies in `folder`, or in the client's own cache (`HF_HOME`, `TORCH_HOME`), which also
-    serves without a network. `mirror` is an address that holds release files under their names.
+    It is in `folder`, or in the client's cache (`HF_HOME`, `TORCH_HOME`), which also
+    serves without a network. `mirror` is an address that has release files under their names.
     `name` is what `weights fetch` calls these weights. Raises `WeightsError` in one line for
     refused terms, an unknown repository, no network and a transfer that stays broken.
     """
@@ -98,6 +98,7 @@ def _from_hub(published: HubFiles, name: str, folder: Path | None, progress: boo
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    # The repository decides the format: the first of the names that it has.
     repository, _, revision = published.repository.partition("@")
     instead = f"a local weights file ({fetch_command(name)} writes one), or random:0 (no meaning)"
     with explain_hub_errors(published.repository, instead=instead), _hub_progress(progress):
@@ -113,7 +114,7 @@ def _from_hub(published: HubFiles, name: str, folder: Path | None, progress: boo
             except EntryNotFoundError:
                 continue
     raise WeightsError(
-        f"weights hub:{published.repository}: holds none of {', '.join(published.names)}; "
+        f"weights hub:{published.repository}: has none of {', '.join(published.names)}; "
         f"give {instead}"
     )
 
@@ -140,6 +141,7 @@ def _hub_progress(wanted: bool) -> Iterator[None]:
 def _from_release(
     published: ReleaseFile, name: str, folder: Path | None, mirror: str, progress: bool
 ) -> Path:
+    # A file in the given folder comes first, then torch's cache, then the network.
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for place in (folder or cache, cache):
         if (place / published.name).is_file():
@@ -156,16 +158,13 @@ def _from_release(
         except (OSError, RuntimeError) as error:  # RuntimeError: another sum than the name's
             last = isinstance(error, HTTPError | URLError) or attempt == _ATTEMPTS
             if last:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+                if reason.startswith("invalid hash"):
+                    reason = f"{_ATTEMPTS} transfers were cut off or changed: {reason}"
                 advice = "" if folder else f"put the file at {target}, "
-                raise WeightsError(_release_refusal(url, advice, name, error)) from error
+                raise WeightsError(
+                    f"weights of {name}: not fetched from {url} ({reason}); run "
+                    f"{fetch_command(name)} on a machine with a network (--mirror ADDRESS for a "
+                    f"copy nearer by), {advice}or give its path"
+                ) from error
     raise AssertionError("unreachable")
-
-
-def _release_refusal(url: str, advice: str, name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    if reason.startswith("invalid hash"):
-        reason = f"{_ATTEMPTS} transfers were cut off or changed: {reason}"
-    return (
-        f"weights of {name}: not fetched from {url} ({reason}); run {fetch_command(name)} on a "
-        f"machine with a network (--mirror ADDRESS for a copy nearer by), {advice}or give its path"
-    )

@@ -50,7 +50,7 @@ def resize_tokens(tokens: Tensor, grid_in: int, grid_out: int) -> Tensor:
 
     One product with the Kronecker square of the 1-D matrix. Two separable products
     would do fewer operations, but this one is a single kernel and, for 16² to 14²,
-    0.2 % of the encoder's own work.
+    0.2 % of the encoder's work.
     """
     if tokens.shape[1] != grid_in * grid_in:
         raise ValueError(f"expected {grid_in * grid_in} tokens, got {tokens.shape[1]}")

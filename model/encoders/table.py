@@ -5,7 +5,6 @@ what each is and where users of it disagree. A disagreement is a named variant w
 weights, never a silent choice.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from common.errors import UserError
+from common.text import nearest
 from model.encoders.construct import (
     SWIGLU,
     ConchConstruction,
@@ -91,9 +91,9 @@ class EncoderSpec:
     taken as they are; with it, tiles of any size are resized by that kernel of
     `model.encoders.kernels`.
 
-    `published` is where the weights lie, `licence` and `gating` ("" if anyone may fetch them)
+    `published` is where the weights are, `licence` and `gating` ("" if anyone may fetch them)
     their terms. `layout` turns a published file's tensors into the network's; `containers` are
-    the keys a PyTorch file may hold them under, `prefixes` what training wrappers put before
+    the keys a PyTorch file may have them under, `prefixes` what training wrappers put before
     every name.
     """
 
@@ -118,7 +118,7 @@ class EncoderSpec:
 
     @property
     def hub_id(self) -> str:
-        """Where the published weights lie: a repository of the hub, or an address."""
+        """Where the weights are published: a repository of the hub, or an address."""
         return self.published.id
 
     @property
@@ -399,7 +399,7 @@ def encoder_spec(name: str) -> EncoderSpec:
     """Look an encoder up by name; `UserError` names the nearest known one."""
     if name in ENCODERS:
         return ENCODERS[name]
-    near = difflib.get_close_matches(name, ENCODERS, n=1, cutoff=0.0)
     raise UserError(
-        f"encoder {name!r} is not known; did you mean {near[0]!r}? Known: {', '.join(ENCODERS)}"
+        f"encoder {name!r} is not known; did you mean {nearest(name, ENCODERS, cutoff=0.0)!r}? "
+        f"Known: {', '.join(ENCODERS)}"
     )

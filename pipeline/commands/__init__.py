@@ -1,4 +1,4 @@
-"""The commands of `pipeline`: one light module each, with its options and how it is run.
+"""The commands of `pipeline`: light modules with their options and how they are run.
 
 A module has `HELP` (one line), `add_options(parser)` and `run(options) -> exit status`; what the
 command needs is imported in `run`, so that `--help` and one-line errors come at once.
@@ -23,4 +23,7 @@ COMMANDS = (
     "doctor",
     "run",
 )
-"""In the order of a dataset's life; modules have these names (`import`, a keyword, import_)."""
+"""In the order of a dataset's life: entries of `stages.STAGES`, or modules of these names.
+
+`import` is a keyword of Python: its module is import_.
+"""

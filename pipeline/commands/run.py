@@ -21,10 +21,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", type=int, metavar="N", help="local processes, over the recipe's"
+        "--workers", type=int, metavar="N", help="local processes; overrides the recipe"
     )
-    where.add_argument("--cluster", metavar="FILE.yaml", help="batch jobs, over the recipe's")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask cluster, over the recipe's")
+    where.add_argument("--cluster", metavar="FILE.yaml", help="batch jobs; overrides the recipe")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster; overrides the recipe")
 
 
 def run(options: argparse.Namespace) -> int:

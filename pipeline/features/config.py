@@ -1,11 +1,11 @@
-"""What `cache` is asked for."""
+"""The configuration of `cache`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from common.options import option
+from common.options import option_field
 from pipeline.options import SELECTIONS
 
 if TYPE_CHECKING:
@@ -25,43 +25,31 @@ class CacheConfig:
     tiles that are read, by default the dataset's; `threads` are a worker's, by default all cores.
     """
 
-    encoder: str = field(
-        default=ALIGNED_ENCODER, metadata=option("name in the table of encoders (`weights list`)")
+    encoder: str = option_field(ALIGNED_ENCODER, "name in the table of encoders (`weights list`)")
+    weights: str = option_field(
+        "hub", "hub, hub:ID, a local .safetensors or .pt file, or explicitly random:SEED"
     )
-    weights: str = field(
-        default="hub",
-        metadata=option("hub, hub:ID, a local .safetensors or .pt file, or explicitly random:SEED"),
+    selections: tuple[str, ...] = option_field((), SELECTIONS)
+    tokens: str = option_field(
+        "auto",
+        f"how patch tokens are stored; auto: float16 for {ALIGNED_ENCODER}, none for others",
+        choices=("auto", "none", "float16", "int8"),
     )
-    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
-    tokens: str = field(
-        default="auto",
-        metadata=option(
-            f"how patch tokens are stored; auto: float16 for {ALIGNED_ENCODER}, none for others",
-            choices=("auto", "none", "float16", "int8"),
-        ),
+    dtype: Literal["float32", "bfloat16"] = option_field(
+        "float32", "number format of the forward pass"
     )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata=option("number format of the forward pass")
+    batch: int = option_field(32, "tiles per forward pass")
+    device: str = option_field(
+        "auto",
+        "where the encoder runs; auto: a GPU where there is one",
+        choices=("auto", "cpu", "cuda"),
     )
-    batch: int = field(default=32, metadata=option("tiles per forward pass"))
-    device: str = field(
-        default="auto",
-        metadata=option(
-            "where the encoder runs; auto: a GPU where there is one",
-            choices=("auto", "cpu", "cuda"),
-        ),
+    view: str = option_field(
+        "",
+        "applied to each tile first: crop224, resize224, jpeg70 or a chain (jpeg70+crop224)",
+        metavar="VIEW",
     )
-    view: str = field(
-        default="",
-        metadata=option(
-            "applied to each tile first: crop224, resize224, jpeg70 or a chain (jpeg70+crop224)",
-            metavar="VIEW",
-        ),
-    )
-    tile_px: int | None = field(
-        default=None,
-        metadata=option("tile side in pixels (default: the dataset's)"),
-    )
+    tile_px: int | None = option_field(None, "tile side in pixels (default: the dataset's)")
     threads: int | None = None
 
     @property

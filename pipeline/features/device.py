@@ -23,6 +23,7 @@ def stage_device(device: str, engine: EngineConfig) -> str:
     This machine's CUDA counts only where the workers are here: a login node has none. Jobs that
     request GPUs are to compute on them. Raises `UserError` for a local `cuda` that is missing.
     """
+    # A running scheduler's workers are elsewhere: they see what this machine cannot.
     if device == "cpu" or engine.scheduler:
         return device
     if engine.cluster:

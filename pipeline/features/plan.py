@@ -11,7 +11,7 @@ from pipeline.features.config import STAGE, CacheConfig
 
 _FILE_OVERHEAD = 4_000
 _BLOCK_OVERHEAD = {"cls": 300, "tokens": 250}
-"""Bytes of Parquet's own: a footer, and a page header and its description for every block."""
+"""Bytes of overhead: a footer, and a page header and its description for every block."""
 _H0_MINI_GFLOP, _STEP_GFLOP = 47.1, 2890.0
 """Per tile: a forward pass of H0-mini, and a whole training step of SiT-XL/2 and VAE with it."""
 

@@ -15,6 +15,7 @@ The features of a view are next to the plain ones: a view is no copy of the tile
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -72,12 +73,12 @@ def _parse_step(text: str) -> Callable[[Tile], Tile]:
         raise UserError(f"view step '{text}' is not known; expected {_KNOWN}")
     number = int(match["number"])
     if match["name"] == "crop":
-        return lambda tile: centre_crop(tile, number)
+        return partial(centre_crop, size=number)
     if match["name"] == "resize":
-        return lambda tile: _resize_tile(tile, number, bicubic=bool(match["filter"]))
+        return partial(resize_tile, size=number, bicubic=bool(match["filter"]))
     if number > 95:
         raise UserError(f"view step '{text}': JPEG quality is 1 to 95")
-    return lambda tile: through_jpeg(tile, number)
+    return partial(through_jpeg, quality=number)
 
 
 def centre_crop(tile: Tile, size: int) -> Tile:
@@ -100,7 +101,8 @@ def through_jpeg(tile: Tile, quality: int) -> Tile:
     return np.array(Image.open(buffer), np.uint8)
 
 
-def _resize_tile(tile: Tile, size: int, *, bicubic: bool) -> Tile:
+def resize_tile(tile: Tile, size: int, *, bicubic: bool = False) -> Tile:
+    """The whole tile, uint8 [size, size, 3], by Pillow's bilinear or bicubic filter."""
     from PIL import Image
 
     kernel = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR

@@ -193,6 +193,7 @@ def _write_selections(
     summary: Summary,
 ) -> None:
     """Write the selections that are not current; refuses first what others rely on."""
+    # Slides that failed have no candidates, so no selection may name them.
     ledger = Ledger.read(dataset, SELECT)[""]
     failed = {slide_id for slide_id, _ in summary.failed}
     all_slides = read_slides(dataset)
@@ -262,12 +263,10 @@ def _check_dependents(dataset: Dataset, drafts: Sequence[_Draft], ledger: ScopeL
         check_honoured(ties, name, draft.ties.patients)
         # One whose file was lost is written again as it was.
         same = any(entry.fingerprint == draft.fingerprint for entry in ledger.entries(name))
-        if name in ties and not same and not _has_same_rows(dataset, draft.selection):
+        if name not in ties or same:
+            continue
+        # With the very rows of the file of that name only its plan would change.
+        has_file = name in dataset.selection_names()
+        content_hash = read_selection(dataset, name).content_hash if has_file else ""
+        if content_hash != draft.selection.content_hash:
             check_may_change(ties, name, "import")
-
-
-def _has_same_rows(dataset: Dataset, selection: Selection) -> bool:
-    """Whether the file of that name has these very rows: only its plan would change."""
-    if selection.name not in dataset.selection_names():
-        return False
-    return read_selection(dataset, selection.name).content_hash == selection.content_hash

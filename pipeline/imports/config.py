@@ -1,11 +1,11 @@
-"""What the kinds of `import`, and `geojson`, are asked for."""
+"""The configurations of the kinds of `import`, and of `geojson`."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
-from common.options import option, parse_count
+from common.options import option, option_field, parse_count
 from pipeline.options import (
     MAX_ARTIFACT,
     MIN_TISSUE,
@@ -26,9 +26,9 @@ _ANCHOR = option("what of the tile a position is: its upper left corner, or its 
 _DROP_OUTSIDE = option("leave out tiles that are not wholly on their slide (default: refuse)")
 
 
-def _column(of: str, role: str) -> Any:
+def _column(of: str, role: str) -> str:
     text = f"name of the table's column of {of} (default: the first known name, see docs/import.md)"
-    return field(default="", metadata=option(text, flag=f"--{role}-column", metavar="NAME"))
+    return option_field("", text, flag=f"--{role}-column", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ class CoordinatesConfig:
         )
     )  # fmt: skip
     columns: Columns = field(default_factory=Columns)
-    units: Units = field(
-        default="",
-        metadata=option("what the coordinates are pixels of (default: as the columns say)"),
+    units: Units = option_field(
+        "", "what the coordinates are pixels of (default: as the columns say)"
     )
-    anchor: Anchor = field(default="corner", metadata=_ANCHOR)
-    drop_outside: bool = field(default=False, metadata=_DROP_OUTSIDE)
+    anchor: Anchor = option_field("corner", _ANCHOR)
+    drop_outside: bool = option_field(False, _DROP_OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class H5Config:
         )
     )
     name: str = field(metadata=option("the selection that they become"))
-    anchor: Anchor = field(default="corner", metadata=_ANCHOR)
-    drop_outside: bool = field(default=False, metadata=_DROP_OUTSIDE)
+    anchor: Anchor = option_field("corner", _ANCHOR)
+    drop_outside: bool = option_field(False, _DROP_OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,16 @@ class TilesConfig:
         )
     )  # fmt: skip
     mpp: float = field(metadata=option("µm per pixel of the pictures", parse=parse_mpp))
-    tile_px: int = field(
-        default=224, metadata=option("side of the pictures in pixels", parse=parse_count)
+    tile_px: int = option_field(224, "side of the pictures in pixels", parse=parse_count)
+    seed: int = option_field(0, RANK_SEED)
+    names: Literal["none", "x_y", "col_row"] = option_field(
+        "none", "what names end in: the corner in pixels, or the cell of the grid"
     )
-    seed: int = field(default=0, metadata=RANK_SEED)
-    names: Literal["none", "x_y", "col_row"] = field(
-        default="none",
-        metadata=option("what names end in: the corner in pixels, or the cell of the grid"),
-    )
-    crop: bool = field(default=False, metadata=option("take the centre of larger pictures"))
-    icc: Icc = field(default="ignore", metadata=option("srgb: apply a picture's colour profile"))
-    png: PngEffort = field(default="small", metadata=PNG)
+    crop: bool = option_field(False, "take the centre of larger pictures")
+    icc: Icc = option_field("ignore", "srgb: apply a picture's colour profile")
+    png: PngEffort = option_field("small", PNG)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.dataset import fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
@@ -163,15 +159,14 @@ class MasksConfig:
             "folder of <slide_id>.geojson (QuPath) or .png", metavar="FOLDER", positional=True
         )
     )
-    min_tissue: float = field(default=0.5, metadata=MIN_TISSUE)
-    max_artifact: float = field(default=0.1, metadata=MAX_ARTIFACT)
-    classes: tuple[str, ...] = field(
-        default=(),
-        metadata=option(
-            "what a class of the annotations is here, such as Tumor=tissue; repeatable",
-            flag="--class", metavar="NAME=CLASS",
-        ),
-    )  # fmt: skip
+    min_tissue: float = option_field(0.5, MIN_TISSUE)
+    max_artifact: float = option_field(0.1, MAX_ARTIFACT)
+    classes: tuple[str, ...] = option_field(
+        (),
+        "what a class of the annotations is here, such as Tumor=tissue; repeatable",
+        flag="--class",
+        metavar="NAME=CLASS",
+    )
     stage_in: StageIn = IN_PLACE
 
 
@@ -179,8 +174,8 @@ class MasksConfig:
 class CoordinatesExport:
     """Where to write GeoJSON, and whether tiles go with the masks (of selections, where named)."""
 
-    out: Path | None = field(
-        default=None, metadata=option("folder to write (default: DATASET/geojson)", metavar="DIR")
+    out: Path | None = option_field(
+        None, "folder to write (default: DATASET/geojson)", metavar="DIR"
     )
-    tiles: bool = field(default=False, metadata=option("with the tiles that were kept"))
-    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
+    tiles: bool = option_field(False, "with the tiles that were kept")
+    selections: tuple[str, ...] = option_field((), SELECTIONS)

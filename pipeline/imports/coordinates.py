@@ -30,7 +30,7 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
     names = Counter(name for name, _ in config.files)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise UserError(
-            f"selection '{repeated[0]}' is given twice; each NAME=FILE needs its own name"
+            f"selection '{repeated[0]}' is given twice; each NAME=FILE needs another name"
         )
     slides = usable_slides(dataset)
     frames = dataset_frames(dataset, slides)
@@ -75,11 +75,13 @@ def _place_table(
     config: CoordinatesConfig,
 ) -> ImportedTiles:
     """The table's tiles; `slide_index` is the slide of each of its names, -1 where none."""
+    # The table's names as slides of the dataset; rows of other slides are reported and left out.
     codes = slide_index[table.codes] if len(slide_index) else table.codes
     _report_unknown(table, slide_index)
     rows = np.flatnonzero(codes >= 0)
     codes = codes[rows]
     factors = _level0_factors(table, rows, codes, slides, frames)
+    # Centres become corners in level-0 pixels, where a tile's size is known.
     half = frames.size[codes] / 2 if config.anchor == "center" else 0.0
     x, y, is_inside = place_tiles(
         frames, codes, table.x[rows] * factors - half, table.y[rows] * factors - half
@@ -87,7 +89,7 @@ def _place_table(
     if not is_inside.all():
         row, slide = rows[~is_inside][0], slides[codes[~is_inside][0]]
         what = (
-            f"{table.path}: {np.sum(~is_inside):,} rows lie outside their slides, "
+            f"{table.path}: {np.sum(~is_inside):,} rows are outside their slides, "
             f"{table.lines(rows[~is_inside])} (x {table.x[row]:g}, y {table.y[row]:g} in "
             f"{table.units} pixels; {slide.slide_id} is {slide.width}x{slide.height})"
         )

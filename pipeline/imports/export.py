@@ -69,6 +69,7 @@ def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExpor
     """What to write of each slide that has a mask, or tiles that are wanted."""
     ledger = Ledger.read(dataset, TISSUE)[""]
     slides = [slide for slide in usable_slides(dataset) if ledger.entries(slide.slide_id)]
+    # A slide's latest entry says whether it has a mask, and how many candidates.
     entries = {slide.slide_id: ledger.entries(slide.slide_id)[-1] for slide in slides}
     exports = []
     for slide in slides:

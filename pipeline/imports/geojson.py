@@ -132,19 +132,18 @@ def read_features(path: Path) -> list[Feature]:
         document = json.loads(path.read_bytes())
         if isinstance(document, dict):
             document = document.get("features", [document])
-        features = [feature for feature in document if _is_annotation(feature)]
-        for feature in features:
-            class_name(feature)
+        features = []
+        for feature in document:
+            properties = feature.get("properties") or {}
+            kind = properties.get("objectType", properties.get("object_type", "annotation"))
+            if str(kind).lower() in ("annotation", "unknown", "root"):
+                # A class that cannot be read shall be refused here, where the file is named.
+                class_name(feature)
+                features.append(feature)
         return features
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error, 120)
         raise UserError(f"{path.name} is not GeoJSON with features: {reason}") from error
-
-
-def _is_annotation(feature: Feature) -> bool:
-    properties = feature.get("properties") or {}
-    kind = properties.get("objectType", properties.get("object_type", "annotation"))
-    return str(kind).lower() in ("annotation", "unknown", "root")
 
 
 def class_name(feature: Feature) -> str:
@@ -180,6 +179,7 @@ def features_mask(
         for feature in features
         for polygon in polygons_of(feature)
     ]
+    # Painted in this order: the large before the small, artifacts last.
     areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -polygon_area(pair[1])))
     mask = np.zeros(shape, np.uint8)
     for value, polygon in areas:

@@ -146,7 +146,7 @@ def _place_patches(
         corners = corners + ((sides - frames.size[codes]) / 2)[:, None]
     x, y, is_inside = place_tiles(frames, codes, corners[:, 0], corners[:, 1])
     if not is_inside.all():
-        # Patches at a border are padded by both tools; our tiles must lie on the slide.
+        # Patches at a border are padded by both tools; our tiles must be on the slide.
         outside = Counter(codes[~is_inside].tolist())
         worst, count = outside.most_common(1)[0]
         what = (
@@ -158,7 +158,7 @@ def _place_patches(
             raise UserError(f"{what}; --drop-outside leaves them out")
         say(f"import: {what}; left out")
     if not is_inside.any():
-        raise UserError(f"{config.folder}: no tile lies on its slide; nothing was written")
+        raise UserError(f"{config.folder}: no tile is on its slide; nothing was written")
     origin = {"folder": config.folder.name, "anchor": config.anchor, "files": len(patches)}
     return ImportedTiles(config.name, codes[is_inside], x[is_inside], y[is_inside], origin)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ class MaskFile:
         """Resolution at which the mask is kept."""
         return DetectorConfig().um_per_px
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The mask's file."""
         return {"name": _DETECTOR, "sha256": hash_file(self.path)}
 
@@ -80,7 +80,7 @@ class MaskFile:
         return Detection(mask, glass_level(rgb))
 
 
-def masks_identity(config: MasksConfig) -> dict[str, Any]:
+def masks_identity(config: MasksConfig) -> dict[str, object]:
     """The values that make it this dataset and no other; masks may be added and changed."""
     parameters = {
         "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
@@ -129,16 +129,6 @@ def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
     return masks
 
 
-def _refuse_unknown_early(masks: list[Path], class_names: Mapping[str, TissueClass]) -> None:
-    """Before anything is written, look for unknown names in a few small files."""
-    texts = [path for path in masks if path.suffix != ".png"]
-    unknown: set[str] = set()
-    for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
-        with suppress(UserError):
-            unknown |= unknown_classes(read_features(path), class_names)
-    refuse_unknown(unknown)
-
-
 def mask_slide(
     run_id: str,
     root: str,
@@ -170,6 +160,7 @@ def read_png_mask(
     if picture.shape == shape:
         return picture
     width, height = size_level0
+    # Rounding by a pixel or so does not make it another shape.
     across, down = picture.shape[1] / width, picture.shape[0] / height
     slack = 1.5 / min(picture.shape)
     if abs(across - down) > max(across, down) * (_MAX_STRETCH + slack):
@@ -222,26 +213,33 @@ class ImportMasksStage(Stage[Slide]):
         self.class_names = parse_classes(config.classes)
         self.slides = usable_slides(dataset)
         self.masks = find_masks(config.folder, self.slides)
-        _refuse_unknown_early(list(self.masks.values()), self.class_names)
+        # Before anything is written, look for unknown names in a few small files.
+        texts = [path for path in self.masks.values() if path.suffix != ".png"]
+        unknown: set[str] = set()
+        for path in sorted(texts, key=lambda path: path.stat().st_size)[:_CHECKED_FIRST]:
+            with suppress(UserError):
+                unknown |= unknown_classes(read_features(path), self.class_names)
+        refuse_unknown(unknown)
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """Where the masks came from and the thresholds."""
         return masks_identity(self.config)
 
     def list_items(self) -> list[Slide]:
         """The slides that scan found fit for tiling."""
-        self.tissue = Ledger.read(self.dataset, STAGE)[""]
+        # A mask is read once for its sum; a slide without one keeps what it was imported from.
+        ledger = Ledger.read(self.dataset, STAGE)[""]
+        self.sources = {
+            slide.slide_id: mask_source(self.masks[slide.slide_id], self.class_names)
+            if slide.slide_id in self.masks
+            else imported_source(ledger.entries(slide.slide_id))
+            for slide in self.slides
+        }
         return self.slides
-
-    def _source(self, slide: Slide) -> str:
-        path = self.masks.get(slide.slide_id)
-        if path is None:
-            return imported_source(self.tissue.entries(slide.slide_id))
-        return mask_source(path, self.class_names)
 
     def item_fingerprint(self, item: Slide) -> str:
         """Of the slide and its mask."""
-        return tissue_fingerprint(item, self.identity, self._source(item))
+        return tissue_fingerprint(item, self.identity, self.sources[item.slide_id])
 
     def reason_to_refuse(
         self, item: Slide, fingerprint: str, ledger: Ledger
@@ -256,7 +254,7 @@ class ImportMasksStage(Stage[Slide]):
         path = self.masks[item.slide_id].absolute()
         arguments = (
             run_id, str(self.dataset.root), item, path, self.config, fingerprint,
-            self._source(item),
+            self.sources[item.slide_id],
         )  # fmt: skip
         return SlideTask(item.slide_id, fingerprint, arguments, item.bytes)
 

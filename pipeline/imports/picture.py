@@ -42,7 +42,7 @@ def read_picture(path: Path, tile_px: int, *, crop: bool = False, icc: str = "ig
             rgb = np.asarray(image.convert("RGBA" if is_clear else "RGB"))
     except UserError:
         raise
-    except Exception as error:  # decoders raise whatever they meet in damaged bytes
+    except Exception as error:  # decoders raise many kinds for damaged bytes
         reason = one_line(error, 120) or type(error).__name__
         raise UserError(f"{path} cannot be read as PNG or JPEG ({reason})") from error
     rgb = _crop_to_size(path, over_white(rgb) if is_clear else rgb, tile_px, crop)

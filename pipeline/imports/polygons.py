@@ -54,9 +54,11 @@ def _crossings(ring: Floats, height: int, width: int) -> Ints:
     """Flat cells [height, width + 1] from which on a row is on the other side of an edge."""
     x0, y0 = ring.T
     x1, y1 = np.roll(ring, -1, 0).T
+    # Each edge crosses the rows whose centres, at y + 0.5, are between its ends.
     first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
     count = last - first
+    # One entry per pair of edge and row, without a loop over either.
     edge = np.repeat(np.arange(len(ring)), count)
     row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + first[edge]
     share = (row + 0.5 - y0[edge]) / (y1[edge] - y0[edge])
@@ -73,6 +75,7 @@ def trace_polygons(mask: Bools) -> list[Polygon]:
     """
     if not mask.any():
         return []
+    # Regions by label, so that a hole finds its shell.
     labels = np.asarray(cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1], np.int32)
     shells: dict[int, Floats] = {}
     holes: dict[int, list[Floats]] = {}
@@ -93,6 +96,7 @@ def _trace_rings(mask: Bools) -> Iterator[Ints]:
     for start in range(len(points)):
         if seen[start]:
             continue
+        # Horizontal and vertical edges by turns, until the ring closes.
         ring, at = [], start
         while not seen[at]:
             seen[at] = True
@@ -112,6 +116,7 @@ def _find_corners(mask: Bools) -> tuple[Ints, Ints, Ints]:
     two corners, one round each pixel.
     """
     padded = np.pad(mask, 1).astype(np.int8)
+    # The four pixels round each point; a corner is where one differs from its neighbours.
     quarters = [padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]]
     count = sum(quarters)
     corners_by_quarter = []
@@ -129,6 +134,7 @@ def _find_corners(mask: Bools) -> tuple[Ints, Ints, Ints]:
 def _edge_partners(points: Ints, side: Ints, axis: tuple[int, int]) -> Ints:
     """The corner at the other end of each corner's edge along an axis."""
     along, other = (points[:, 0], points[:, 1]) if axis[0] else (points[:, 1], points[:, 0])
+    # Along a line corners come in pairs: an edge begins at one and ends at the next.
     order = np.lexsort((side, along, other))
     partner = np.empty(len(order), np.int64)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]

@@ -41,6 +41,7 @@ def slide_frames(
     slides: Sequence[Slide], mpp: float, tolerance: float, tile_px: int
 ) -> SlideFrames:
     """The frames of usable slides for tiles of `tile_px` at `mpp`."""
+    # Slides have different numbers of levels: short ones are filled up with NaN.
     depth = max((len(slide.levels) for slide in slides), default=0)
     downsamples = np.full((len(slides), depth), np.nan)
     rows = []
@@ -63,6 +64,7 @@ def match_slides(names: Iterable[str], slides: Sequence[Slide], known: Iterable[
     ids of all slides of the dataset, also of those not in `slides`: a short form that one of them
     shares means several.
     """
+    # A short form that several slides share, refused ones too, means none of them.
     by_id = {slide.slide_id: index for index, slide in enumerate(slides)}
     count = Counter(slide_id.partition(".")[0] for slide_id in known)
     heads = {slide.slide_id.partition(".")[0]: index for index, slide in enumerate(slides)}
@@ -127,6 +129,7 @@ def ranked_union(
     seed: int, slide_id: str, x: Floats, y: Floats, part: npt.NDArray[np.integer], parts: int
 ) -> RankedUnion:
     """Union of the parts' positions on one slide; equal positions are one candidate."""
+    # In rank order equal positions are neighbours, since their keys are equal.
     order = rank_order(seed, slide_id, x, y)
     x, y, part = x[order], y[order], part[order]
     new = np.ones(len(x), bool)

@@ -7,7 +7,6 @@ are arrays, no row becomes a Python object.
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +70,10 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     else what that column says. Raises `UserError` naming file, column and
     lines where a value is missing or no number.
     """
+    # Only the columns that are needed are read: tables of features have hundreds.
     is_csv = path.suffix.lower() not in (".parquet", ".pq")
     try:
-        header = _csv_header(path) if is_csv else pq.read_schema(path).names
+        header = _read_csv_header(path) if is_csv else pq.read_schema(path).names
         resolved = _resolve_columns(path, header, columns)
         units = _resolve_units(path, resolved, units)
         names = [resolved.slide, resolved.x, resolved.y]
@@ -89,7 +89,7 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     return PositionTable(path, slides, codes, numbers[0], numbers[1], units, scale, first_line)
 
 
-def _csv_header(path: Path) -> list[str]:
+def _read_csv_header(path: Path) -> list[str]:
     with pa.input_stream(str(path)) as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", "replace")
     lines = head.splitlines()
@@ -102,6 +102,7 @@ def _delimiter(path: Path) -> str:
 
 def _resolve_columns(path: Path, header: list[str], columns: Columns) -> Columns:
     """The columns that are there; slide, x and y must be."""
+    # Reversed, so that of two names that differ in case alone the first one is taken.
     by_lower = {name.lower(): name for name in reversed(header)}
     there = ", ".join(header) or "none"
     resolved = {}
@@ -125,6 +126,7 @@ def _resolve_units(path: Path, columns: Columns, units: str) -> str:
                 f"{path}: --units {units} needs a {units} column; give --{units}-column"
             )
         return units
+    # A column named x_level0 says what it is, whatever other columns there are.
     if columns.x.lower().endswith(_LEVEL0_SUFFIX):
         return "level0"
     if columns.level and columns.mpp:
@@ -136,7 +138,8 @@ def _resolve_units(path: Path, columns: Columns, units: str) -> str:
 
 
 def _read_csv(path: Path, names: list[str]) -> pa.Table:
-    types: dict[str, Any] = dict.fromkeys(names[1:], pa.float64())
+    # Stated, so that the first rows of a file do not decide what a column is.
+    types: dict[str, object] = dict.fromkeys(names[1:], pa.float64())
     # Text is text: a slide may be called NA or 02.
     types[names[0]] = pa.dictionary(pa.int32(), pa.string())
     convert = pacsv.ConvertOptions(
@@ -175,6 +178,7 @@ def _read_floats(path: Path, table: pa.Table, name: str, first_line: int) -> Flo
 def _read_codes(
     path: Path, table: pa.Table, name: str, first_line: int
 ) -> tuple[list[str], npt.NDArray[np.int32]]:
+    # Each chunk of a file has a dictionary; codes mean the same only after they are one.
     column = table[name].unify_dictionaries().combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -79,7 +79,7 @@ def find_tile_folders(source: Path) -> list[TileFolder]:
     by_id: dict[str, TileFolder] = {}
     for folder in sorted(folders, key=lambda folder: folder.root):
         if (first := by_id.get(folder.slide_id)) is not None:
-            # Under a name of its own, so that the refusal is recorded and the first is kept.
+            # Under another name, so that the refusal is recorded and the first is kept.
             digest = hashlib.sha256(str(folder.root).encode()).hexdigest()[:8]
             slide_id = f"{folder.slide_id}.{digest}"
             folder = replace(folder, slide_id=slide_id, taken_by=str(first.root))
@@ -192,6 +192,7 @@ def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> s
 
 
 def _csv_folder(slide_id: str, rows: _SlideRows, is_cells: bool) -> TileFolder:
+    # By path, so that the order of a table's rows changes nothing.
     order = sorted(range(len(rows.files)), key=lambda i: rows.files[i])
     folder = TileFolder(
         check_slide_id(slide_id),
@@ -226,29 +227,29 @@ def tile_positions(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """Positions (x, y), float64 [n] each, in the order of `files`; None where none are stated.
 
-    `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's own
+    `names` says what a name ends in: `x_y` pixels, `col_row` cells of `tile_px`; a table's
     columns come first. Raises `UserError` for a name without, and for two pictures of one place.
     """
-    cells = folder.cells if folder.positions else names == "col_row"
     if not folder.positions and names == "none":
         return None
-    pairs = folder.positions or tuple(
-        _position_in_name(folder, name, names) for name in folder.files
-    )
+    pairs, cells = list(folder.positions), folder.cells
+    if not pairs:
+        cells = names == "col_row"
+        for name in folder.files:
+            match = _POSITION.match(Path(name).stem)
+            if match is None:
+                what = "<col>_<row>" if cells else "<x>_<y>"
+                raise UserError(
+                    f"{folder.root / name}: the name does not end in {what}; see --names"
+                )
+            pairs.append((float(match[1]), float(match[2])))
     xy = np.array(pairs, np.float64).reshape(len(pairs), 2) * (tile_px if cells else 1)
+    # Two pictures of one place would be one candidate twice.
     distinct, first = np.unique(xy, axis=0, return_index=True)
     if len(distinct) < len(xy):
         again = sorted(set(range(len(xy))) - set(first.tolist()))[0]
         raise UserError(f"{folder.root / folder.files[again]} has the position of another picture")
     return xy[:, 0], xy[:, 1]
-
-
-def _position_in_name(folder: TileFolder, name: str, names: str) -> tuple[float, float]:
-    match = _POSITION.match(Path(name).stem)
-    if match is None:
-        what = "<x>_<y>" if names == "x_y" else "<col>_<row>"
-        raise UserError(f"{folder.root / name}: the name does not end in {what}; see --names")
-    return float(match[1]), float(match[2])
 
 
 def tile_order(
@@ -263,6 +264,7 @@ def tile_order(
     """
     if positions is not None:
         return rank_order(seed, folder.slide_id, *positions)
+    # A hash, since names in order would put neighbouring tiles into one block.
     keys = [
         hashlib.blake2b(f"{seed}\0{folder.slide_id}\0{name}".encode(), digest_size=8).digest()
         for name in folder.files

@@ -1,10 +1,10 @@
-"""What `select`, `plan-cohort` and `curate` are asked for."""
+"""The configurations of `select`, `plan-cohort` and `curate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.options import option, parse_count
+from common.options import option, option_field, parse_count
 from pipeline.options import SELECTIONS
 
 Share = Literal["tiles", "slides"]
@@ -30,58 +30,46 @@ _FROZEN = option("take frozen sections as well")
 class Rules:
     """Which slides of a cohort are eligible; `sample_types` () takes all."""
 
-    sample_types: tuple[str, ...] = field(default=(), metadata=_SAMPLE_TYPES)
-    min_candidates: int = field(default=1, metadata=_MIN_CANDIDATES)
-    frozen: bool = field(default=False, metadata=_FROZEN)
+    sample_types: tuple[str, ...] = option_field((), _SAMPLE_TYPES)
+    min_candidates: int = option_field(1, _MIN_CANDIDATES)
+    frozen: bool = option_field(False, _FROZEN)
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """What a selection is to be; `tiles` None takes all there is.
-
-    Pool `train` is every rank above the validation reserve, `reserve` the reserve, `all` both.
-    `hold_out` chooses that many slides by whole patients and takes tiles of them alone, covering
-    what `cover` names (`project`, `site`, `site=N`). `parent` draws from the rows of another
-    selection, `deny` leaves out the ranks of those deny-lists, `split` splits the rows into
-    several disjoint selections of `tiles` each, named <name>-<part>.
-    """
+    """What a selection is to be; `tiles` None takes all there is."""
 
     name: str = field(metadata=option("the selection's name", is_optional=True))
-    tiles: int | None = field(
-        default=None, metadata=option("number of tiles (default: all there are)", parse=parse_count)
+    tiles: int | None = option_field(
+        None, "number of tiles (default: all there are)", parse=parse_count
     )
-    stratify: str = field(default="site", metadata=_STRATIFY)
-    pool: Literal["train", "reserve", "all"] = field(
-        default="train",
-        metadata=option("ranks above the validation reserve, the reserve itself, or both"),
+    stratify: str = option_field("site", _STRATIFY)
+    pool: Literal["train", "reserve", "all"] = option_field(
+        "train", "ranks above the validation reserve, the reserve itself, or both"
     )
-    share: Share = field(default="tiles", metadata=_SHARE)
-    hold_out: int | None = field(
-        default=None,
-        metadata=option(
-            "hold out about so many slides by whole patients, and take tiles of those",
-            metavar="SLIDES", parse=parse_count,
-        ),
-    )  # fmt: skip
-    cover: tuple[str, ...] = field(default=(), metadata=_COVER)
-    parent: str = field(
-        default="",
-        metadata=option("draw from that selection's tiles", flag="--from", metavar="NAME"),
+    share: Share = option_field("tiles", _SHARE)
+    hold_out: int | None = option_field(
+        None,
+        "hold out about so many slides by whole patients, and take tiles of those",
+        metavar="SLIDES",
+        parse=parse_count,
     )
-    deny: tuple[str, ...] = field(
-        default=(),
-        metadata=option("leave out the tiles of deny-lists", metavar="LIST", separator=","),
+    cover: tuple[str, ...] = option_field((), _COVER)
+    parent: str = option_field(
+        "", "draw from that selection's tiles", flag="--from", metavar="NAME"
     )
-    split: tuple[str, ...] = field(
-        default=(),
-        metadata=option(
-            "split into disjoint sets NAME-<part> of --tiles each, e.g. conditioning,reference",
-            metavar="LIST", separator=",",
-        ),
-    )  # fmt: skip
-    sample_types: tuple[str, ...] = field(default=(), metadata=_SAMPLE_TYPES)
-    min_candidates: int = field(default=1, metadata=_MIN_CANDIDATES)
-    frozen: bool = field(default=False, metadata=_FROZEN)
+    deny: tuple[str, ...] = option_field(
+        (), "leave out the tiles of deny-lists", metavar="LIST", separator=","
+    )
+    split: tuple[str, ...] = option_field(
+        (),
+        "split into disjoint sets NAME-<part> of --tiles each, e.g. conditioning,reference",
+        metavar="LIST",
+        separator=",",
+    )
+    sample_types: tuple[str, ...] = option_field((), _SAMPLE_TYPES)
+    min_candidates: int = option_field(1, _MIN_CANDIDATES)
+    frozen: bool = option_field(False, _FROZEN)
 
     @property
     def rules(self) -> Rules:
@@ -102,33 +90,27 @@ class PlanConfig:
     what guidance is drawn from.
     """
 
-    train: tuple[int, ...] = field(
-        default=(40_000_000, 108_000_000),
-        metadata=option(
-            "a training budget; may be given several times", metavar="TILES", parse=parse_count
-        ),
+    train: tuple[int, ...] = option_field(
+        (40_000_000, 108_000_000),
+        "a training budget; may be given several times",
+        metavar="TILES",
+        parse=parse_count,
     )
-    val_tiles: int = field(
-        default=100_000, metadata=option("tiles of val-in and val-out each", parse=parse_count)
+    val_tiles: int = option_field(100_000, "tiles of val-in and val-out each", parse=parse_count)
+    guidance: int = option_field(100_000, "tiles of guidance", parse=parse_count)
+    hold_out: int = option_field(
+        1012, "slides to hold out, by whole patients", metavar="SLIDES", parse=parse_count
     )
-    guidance: int = field(default=100_000, metadata=option("tiles of guidance", parse=parse_count))
-    hold_out: int = field(
-        default=1012,
-        metadata=option(
-            "slides to hold out, by whole patients", metavar="SLIDES", parse=parse_count
-        ),
+    cover: tuple[str, ...] = option_field(("project", "site"), _COVER)
+    candidates: int = option_field(
+        125_000_000,
+        "candidate tiles to simulate in all, where the list states none",
+        parse=parse_count,
     )
-    cover: tuple[str, ...] = field(default=("project", "site"), metadata=_COVER)
-    candidates: int = field(
-        default=125_000_000,
-        metadata=option(
-            "candidate tiles to simulate in all, where the list states none", parse=parse_count
-        ),
-    )
-    stratify: str = field(default="site", metadata=_STRATIFY)
-    share: Share = field(default="tiles", metadata=_SHARE)
+    stratify: str = option_field("site", _STRATIFY)
+    share: Share = option_field("tiles", _SHARE)
     rules: Rules = field(default_factory=Rules)
-    seed: int = field(default=0, metadata=option("seed of all draws"))
+    seed: int = option_field(0, "seed of all draws")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", tuple(sorted(set(self.train))))
@@ -156,15 +138,8 @@ class CurateConfig:
     encoder: str = field(
         metadata=option("whose cached CLS features to use", flag="--features", metavar="ENCODER")
     )
-    name: str = field(
-        default="curated",
-        metadata=option("name of the deny-list; selection S is cleaned as S-NAME"),
-    )
-    view: str = field(
-        default="", metadata=option("preprocessing view of the features (default: none)")
-    )
-    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
-    folds: int = field(default=5, metadata=option("folds of the cross-validation"))
-    usable_recall: float = field(
-        default=0.99, metadata=option("share of usable tiles to keep", flag="--recall")
-    )
+    name: str = option_field("curated", "name of the deny-list; selection S is cleaned as S-NAME")
+    view: str = option_field("", "preprocessing view of the features (default: none)")
+    selections: tuple[str, ...] = option_field((), SELECTIONS)
+    folds: int = option_field(5, "folds of the cross-validation")
+    usable_recall: float = option_field(0.99, "share of usable tiles to keep", flag="--recall")

@@ -51,25 +51,25 @@ def parse_barcode(slide_id: str) -> Barcode | None:
 
 
 def project_of_site(site: str) -> str:
-    """The TCGA project (`TCGA-HNSC`) that a tissue source site collected for."""
-    study = _study_of_site().get(site)
-    code = _study_codes().get(study or "")
-    return f"TCGA-{code}" if code else ""
+    """The TCGA project (`TCGA-HNSC`) that a tissue source site collected for, '' if unknown.
+
+    >>> project_of_site("CV"), project_of_site("00")
+    ('TCGA-HNSC', '')
+    """
+    return _projects_by_site().get(site, "")
 
 
 @cache
-def _study_of_site() -> dict[str, str]:
-    return {
-        row["TSS Code"]: _normalise_name(row["Study Name"])
-        for row in _read_rows("tissue_source_sites.tsv")
-    }
-
-
-@cache
-def _study_codes() -> dict[str, str]:
-    return {
+def _projects_by_site() -> dict[str, str]:
+    """The two tables name studies alike but for case, spaces and hyphens."""
+    codes = {
         _normalise_name(row["Study Name"]): row["Study Abbreviation"]
         for row in _read_rows("tcga_studies.tsv")
+    }
+    return {
+        row["TSS Code"]: f"TCGA-{code}"
+        for row in _read_rows("tissue_source_sites.tsv")
+        if (code := codes.get(_normalise_name(row["Study Name"])))
     }
 
 

@@ -1,17 +1,23 @@
-"""What `scan` is asked for, and how slides are fetched."""
+"""The configuration of `scan`, and of how slides are fetched."""
 
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
-from common.options import number_within, option, parse_count, parse_count_or_zero, parse_seconds
+from common.options import (
+    number_within,
+    option,
+    option_field,
+    parse_count,
+    parse_count_or_zero,
+    parse_seconds,
+)
 from pipeline.options import RANK_SEED, parse_mpp
 from pipeline.slides.readers import reader_choices
 
-PLACEHOLDERS = ("{uri}", "{id}", "{dest}", "{dir}", "{name}")
 JOB_SCRATCH = "$SLURM_TMPDIR"
 """The default scratch folder, where the batch system gives one."""
 Resampler = Literal["area", "lanczos", "bicubic"]
@@ -39,28 +45,26 @@ class StageIn:
             flag="--stage-in", metavar="'CMD {uri} {dest}'",
         ),
     )  # fmt: skip
-    scratch: str = field(
-        default=JOB_SCRATCH,
-        metadata=option(
-            "local folder for fetched slides, inside the dataset where that variable is not set; "
-            "$NAMES are the worker's",
-            metavar="DIR",
-        ),
+    scratch: str = option_field(
+        JOB_SCRATCH,
+        "local folder for fetched slides, inside the dataset where that variable is not set; "
+        "$NAMES are the worker's",
+        metavar="DIR",
     )
-    retries: int = field(
-        default=3,
-        metadata=option(
-            "fetches to try after the first one failed", flag="--stage-in-retries", metavar="N",
-            parse=parse_count_or_zero,
-        ),
-    )  # fmt: skip
-    timeout_s: float = field(
-        default=3600.0,
-        metadata=option(
-            "seconds after which a fetch is given up", flag="--stage-in-timeout", metavar="S",
-            parse=parse_seconds,
-        ),
-    )  # fmt: skip
+    retries: int = option_field(
+        3,
+        "fetches to try after the first one failed",
+        flag="--stage-in-retries",
+        metavar="N",
+        parse=parse_count_or_zero,
+    )
+    timeout_s: float = option_field(
+        3600.0,
+        "seconds after which a fetch is given up",
+        flag="--stage-in-timeout",
+        metavar="S",
+        parse=parse_seconds,
+    )
 
     def __post_init__(self) -> None:
         if self.command and not any("{dest}" in p or "{dir}" in p for p in self._parts()):
@@ -106,30 +110,26 @@ class ScanConfig:
             metavar="SLIDES", positional=True,
         )
     )  # fmt: skip
-    mpp: float = field(default=0.5, metadata=option("target µm per pixel", parse=parse_mpp))
-    mpp_tolerance: float = field(
-        default=0.02,
-        metadata=option(
-            "how far, relatively, a tile's resolution may be from the target",
-            parse=_parse_tolerance,
-        ),
+    mpp: float = option_field(0.5, "target µm per pixel", parse=parse_mpp)
+    mpp_tolerance: float = option_field(
+        0.02,
+        "how far, relatively, a tile's resolution may be from the target",
+        parse=_parse_tolerance,
     )
-    tile_px: int = field(default=224, metadata=option("tile side in pixels", parse=parse_count))
-    seed: int = field(default=0, metadata=RANK_SEED)
-    assume_mpp: float | None = field(
-        default=None, metadata=option("µm per pixel where a slide states none", parse=parse_mpp)
+    tile_px: int = option_field(224, "tile side in pixels", parse=parse_count)
+    seed: int = option_field(0, RANK_SEED)
+    assume_mpp: float | None = option_field(
+        None, "µm per pixel where a slide states none", parse=parse_mpp
     )
-    reader: str = field(
-        default="auto",
-        metadata=option(
-            "auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
-            choices=reader_choices,
-        ),
+    reader: str = option_field(
+        "auto",
+        "auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
+        choices=reader_choices,
     )
-    sha256: bool = field(default=False, metadata=option("recognise slides by their sha256"))
+    sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 
@@ -142,6 +142,6 @@ class ScanConfig:
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
         }
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """What a scanned row depends on in addition to the slide's bytes."""
         return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}

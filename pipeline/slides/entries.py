@@ -62,6 +62,7 @@ def find_slides(inputs: Iterable[str]) -> list[SlideEntry]:
     What a table says of a slide is true wherever else its path is given. Raises `UserError` where
     two rows say different things of one path.
     """
+    # One slide may be named several times, in a folder and in a table: a table's words win.
     by_path: dict[Path, _Mention] = {}
     for text in inputs:
         for mention in _expand_input(text):
@@ -74,7 +75,7 @@ def find_slides(inputs: Iterable[str]) -> list[SlideEntry]:
     for path in sorted(by_path):
         entry = by_path[path].entry
         if (first := by_id.get(entry.slide_id)) is not None:
-            # A name of its own, so that the refusal is recorded and the first slide is kept.
+            # Under another name, so that the refusal is recorded and the first slide is kept.
             digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
             entry = replace(entry, slide_id=f"{entry.slide_id}.{digest}", taken_by=str(first.path))
         by_id[entry.slide_id] = entry

@@ -77,6 +77,7 @@ class NativeReader(SlideReader):
             raise SlideOpenError(f"native: {error}") from error
 
     def _describe(self, tiff: tifffile.TiffFile) -> None:
+        # Those vendors have their own rules for levels and gaps, which OpenSlide knows.
         other = [name for name in _OTHER_VENDORS if getattr(tiff, f"is_{name}", False)]
         if other:
             raise SlideOpenError(f"native: {other[0]} files are read by other readers")
@@ -97,7 +98,7 @@ class NativeReader(SlideReader):
                 raise SlideOpenError(f"native: level {number} leaves tiles out")
         self.codec = self.native[0].codec
         self.native_tiles = tuple((n.tile_width, n.tile_height) for n in self.native)
-        self.resolution = _resolution(base, self.vendor)
+        self.resolution = _resolution_tags(base, self.vendor)
         self.icc_profile = _tag_value(base, 34675)
 
     def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:
@@ -123,6 +124,7 @@ class NativeReader(SlideReader):
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         native = self.native[level]
+        # The window is inside the level, so that native tiles cover all of the canvas.
         canvas = np.empty((height, width, 3), np.uint8)
         for row in range(y // native.tile_height, -(-(y + height) // native.tile_height)):
             at_y = row * native.tile_height
@@ -142,6 +144,7 @@ class NativeReader(SlideReader):
         if tile is None:
             tile = self.decode(level, row, column)
             self._cached_bytes += tile.nbytes
+        # A tile that no expected window needs again is not kept.
         uses = self._uses.get(level)
         if uses is not None:
             uses[row, column] -= 1
@@ -159,7 +162,7 @@ class NativeReader(SlideReader):
         index = row * native.columns + column
         offset, size = int(native.offsets[index]), int(native.sizes[index])
         shape = (native.tile_height, native.tile_width, 3)
-        if size == 0:
+        if size == 0:  # left out of the file, which OpenSlide shows as white
             return np.full(shape, 255, np.uint8)
         data = os.pread(self._file, size, offset)
         if len(data) != size:
@@ -202,6 +205,7 @@ class NativeReader(SlideReader):
 def _decode_jpeg(data: bytes, native: NativeLevel) -> npt.NDArray[np.uint8]:
     if not data.startswith(_SOI) or _EOI not in data[-_EOI_TAIL:]:
         raise ValueError("a native tile is not a whole JPEG")
+    # The tables of abbreviated JPEG are in the TIFF's own tag, once per level.
     tile = imagecodecs.jpeg8_decode(
         data, tables=native.tables, colorspace=native.colorspace, outcolorspace="RGB"
     )
@@ -212,6 +216,7 @@ def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[Any]:
     """The pages that are pyramid levels, finest first: by the rules that OpenSlide follows."""
     every: list[Any] = list(tiff.pages)
     tiled = [page for page in every if page.is_tiled]
+    # Other pages of a generic TIFF may be a label or a macro picture.
     if vendor != "aperio":
         tiled = [page for page in tiled if page.index == 0 or page.subfiletype & 1]
     pages = sorted(tiled, key=lambda page: -page.imagewidth)
@@ -239,7 +244,7 @@ def _native_level(page: Any) -> NativeLevel:
     )  # fmt: skip
 
 
-def _resolution(page: Any, vendor: str) -> ResolutionTags:
+def _resolution_tags(page: Any, vendor: str) -> ResolutionTags:
     if vendor == "aperio":
         match = _APERIO_MPP.search(str(page.description))
         value = float(match[1]) if match else 0.0

@@ -19,7 +19,7 @@ _GENERIC_VENDORS = {"generic-tiff"}
 
 
 class OpenSlideReader(SlideReader):
-    """A slide opened by OpenSlide; one small tile cache a handle."""
+    """A slide opened by OpenSlide, with a small tile cache."""
 
     name = "openslide"
 
@@ -31,6 +31,7 @@ class OpenSlideReader(SlideReader):
             raise SlideOpenError("not a format that OpenSlide knows") from error
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideOpenError(f"OpenSlide: {error}") from error
+        # One cache per handle: a shared one would let slides push out each other's tiles.
         self._slide.set_cache(openslide.OpenSlideCache(self.cache_bytes))
         properties = dict(self._slide.properties)
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
@@ -40,11 +41,13 @@ class OpenSlideReader(SlideReader):
                 self._slide.level_dimensions, self._slide.level_downsamples, strict=True
             )
         )
-        self.resolution = _resolution(properties, self.vendor)
-        self.native_tiles = _native_tiles(properties, len(self.levels))
-        self.icc_profile = _icc_profile(self._slide)
+        self.resolution = _resolution_tags(properties, self.vendor)
+        self.native_tiles = _native_tile_sizes(properties, len(self.levels))
+        profile = self._slide.color_profile
+        self.icc_profile = None if profile is None else profile.tobytes()
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+        # OpenSlide wants level-0 positions, at every level.
         scale = self.levels[level].downsample
         corner = (round(x * scale), round(y * scale))
         region = self._slide.read_region(corner, level, (width, height))
@@ -65,33 +68,28 @@ def _entry_file(path: Path) -> Path:
     return path
 
 
-def _resolution(properties: dict[str, str], vendor: str) -> ResolutionTags:
-    x = _number(properties.get(openslide.PROPERTY_NAME_MPP_X))
-    y = _number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
-    found = (x, y) if x and y else None
+def _resolution_tags(properties: dict[str, str], vendor: str) -> ResolutionTags:
+    x = _parse_number(properties.get(openslide.PROPERTY_NAME_MPP_X))
+    y = _parse_number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
+    mpp = (x, y) if x and y else None
     if vendor in _GENERIC_VENDORS:
         # OpenSlide derives this one from the TIFF resolution tags: less to be trusted.
-        return ResolutionTags(tiff=found)
-    return ResolutionTags(vendor=found)
+        return ResolutionTags(tiff=mpp)
+    return ResolutionTags(vendor=mpp)
 
 
-def _native_tiles(properties: dict[str, str], levels: int) -> tuple[tuple[int, int], ...]:
+def _native_tile_sizes(properties: dict[str, str], levels: int) -> tuple[tuple[int, int], ...]:
     sizes = []
     for level in range(levels):
-        width = _number(properties.get(f"openslide.level[{level}].tile-width"))
-        height = _number(properties.get(f"openslide.level[{level}].tile-height"))
+        width = _parse_number(properties.get(f"openslide.level[{level}].tile-width"))
+        height = _parse_number(properties.get(f"openslide.level[{level}].tile-height"))
         if not width or not height:
             return ()
         sizes.append((int(width), int(height)))
     return tuple(sizes)
 
 
-def _icc_profile(slide: openslide.OpenSlide) -> bytes | None:
-    profile = slide.color_profile
-    return None if profile is None else profile.tobytes()
-
-
-def _number(text: str | None) -> float | None:
+def _parse_number(text: str | None) -> float | None:
     if text is None or not re.fullmatch(r"\s*[0-9.]+(e[+-]?\d+)?\s*", text, re.IGNORECASE):
         return None
     value = float(text)

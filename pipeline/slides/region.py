@@ -34,11 +34,11 @@ def read_region(
 ) -> npt.NDArray[np.uint8]:
     """RGB uint8 [tile_px, tile_px, 3] at `mpp` whose upper left corner is at (x, y) of level 0.
 
-    `mpp_level0` is the slide's own resolution (`slides.parquet` holds it). Where an integer
-    multiple of a level's lies within `tolerance` (relative) of `mpp`, the region is an integer
+    `mpp_level0` is the slide's resolution (in `slides.parquet`). Where an integer
+    multiple of a level's is within `tolerance` (relative) of `mpp`, the region is an integer
     reduction of whole pixels at that multiple; otherwise it is resampled from the coarsest level
     that is not coarser than `mpp`, sub-pixel exact. Raises `ResolutionError` where the slide is
-    coarser than asked for, and `SlideReadError` with the coordinates where it cannot be read.
+    coarser than requested, and `SlideReadError` with the coordinates where it cannot be read.
     """
     plan = plan_read(reader.levels, mpp_level0, mpp, tolerance, tile_px)
     return read_tile(reader, plan, x_level0, y_level0, tile_px, resampler)
@@ -102,6 +102,7 @@ def tile_windows(
         else:
             first = np.floor(start).astype(np.int64)
             last = np.ceil(start + plan.window).astype(np.int64)
+        # Kernels reach beyond the tile; what they need is read as far as the slide goes.
         if resampler != "area" and plan.factor != 1:
             reach = math.ceil(_KERNELS[resampler][1] * plan.factor)
             first = np.minimum(first, np.maximum(first - reach, 0))
@@ -123,6 +124,7 @@ def reading_order(
     """
     if len(windows) == 0:
         return np.zeros(0, np.int64)
+    # As many columns of native tiles as fit the cache over the rows that one window touches.
     width, height = native_tile
     rows = -(-int(windows[:, 3].max()) // height) + 1
     columns = cache_bytes // (rows * width * height * 3)
@@ -145,6 +147,7 @@ def _cut_tile(
     image = reader.read(plan.level, left, top, width, height)
     if plan.factor == 1:
         return image
+    # Where the tile begins in the pixels that were read.
     x, y = x_level0 / plan.downsample, y_level0 / plan.downsample
     if plan.aligned:
         x, y = round(x), round(y)
@@ -169,6 +172,7 @@ def read_overview(
     downsamples = level_downsamples(reader.levels)
     fine = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= target_um_per_px]
     level = max(fine, key=lambda i: downsamples[i]) if fine else 0
+    # A whole factor keeps the overview's resolution exact, and its strips independent.
     level_mpp = mpp_level0 * downsamples[level]
     factor = max(1, round(target_um_per_px / level_mpp))
     size = reader.levels[level]

@@ -48,9 +48,14 @@ def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | N
     ):
         if pair is None:
             continue
+        # TIFF tags often state a printer's dpi: outside the window they are not believed.
         value = (pair[0] + pair[1]) / 2
         if window[0] <= value <= window[1]:
-            _refuse_anisotropy(pair)
+            if abs(pair[0] - pair[1]) > MAX_ANISOTROPY * min(pair):
+                raise ResolutionError(
+                    f"pixels are not square: {pair[0]:.4f} x {pair[1]:.4f} mpp differ by more than "
+                    f"{MAX_ANISOTROPY:.0%}"
+                )
             return Mpp(value, name)
         notes.append(f"{name} say {value:.4g}, outside {window[0]} to {window[1]}")
     if assumed is not None:
@@ -59,14 +64,6 @@ def resolve_mpp(tags: ResolutionTags, *, table: float | None, assumed: float | N
     raise ResolutionError(
         f"no trustworthy mpp{why}; give a CSV with an mpp column, or --assume-mpp"
     )
-
-
-def _refuse_anisotropy(pair: tuple[float, float]) -> None:
-    if abs(pair[0] - pair[1]) > MAX_ANISOTROPY * min(pair):
-        raise ResolutionError(
-            f"pixels are not square: {pair[0]:.4f} x {pair[1]:.4f} mpp differ by more than "
-            f"{MAX_ANISOTROPY:.0%}"
-        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def plan_read(
 ) -> ReadPlan:
     """Choose the coarsest level that is not coarser than the target, and the reduction from it.
 
-    If an integer multiple of that level's mpp lies within `tolerance` (relative) of the target,
+    If an integer multiple of that level's mpp is within `tolerance` (relative) of the target,
     tiles are integer reductions and their true mpp is recorded; else they are resampled to the
     target exactly. Raises `ResolutionError` when level 0 is coarser than the target: nothing is
     ever enlarged.
@@ -112,6 +109,7 @@ def plan_read(
     usable = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= limit]
     level = max(usable, key=lambda i: downsamples[i])
     level_mpp = mpp_level0 * downsamples[level]
+    # Whole multiples need no resampling: tiles are then means of whole pixels.
     multiple = max(1, round(target_mpp / level_mpp))
     aligned = abs(multiple * level_mpp - target_mpp) <= tolerance * target_mpp + 1e-12
     factor = float(multiple) if aligned else target_mpp / level_mpp
@@ -132,13 +130,13 @@ def level_downsamples(levels: Sequence[Level]) -> list[float]:
     A whole number is meant where it explains the level's size to within 1.5 of its pixels, so
     that nothing at the far edge of the slide is misplaced by more.
     """
-    return [_intended_downsample(level, levels[0]) for level in levels]
-
-
-def _intended_downsample(level: Level, base: Level) -> float:
-    whole = max(1, round(level.downsample))
-    off = max(abs(base.width / whole - level.width), abs(base.height / whole - level.height))
-    return float(whole) if off <= _ROUNDED_PX else level.downsample
+    base, downsamples = levels[0], []
+    for level in levels:
+        whole = max(1, round(level.downsample))
+        off_x, off_y = base.width / whole - level.width, base.height / whole - level.height
+        is_whole = max(abs(off_x), abs(off_y)) <= _ROUNDED_PX
+        downsamples.append(float(whole) if is_whole else level.downsample)
+    return downsamples
 
 
 def area_resample(
@@ -149,6 +147,7 @@ def area_resample(
     Output pixel (i, j) is the area-weighted mean of [y + i s, y + (i+1) s) x [x + j s, ...) with
     s = window / out_px >= 1, in pixels of `image`.
     """
+    # Separable: first over rows, then, transposed, over columns.
     height, width = image.shape[:2]
     narrow = _cell_means(image.reshape(height, width * 3), y, window, out_px)
     turned = narrow.reshape(out_px, width, 3).transpose(1, 0, 2).reshape(width, out_px * 3)
@@ -170,6 +169,7 @@ def _cell_means(
     index = first[:, None] + np.arange(math.ceil(_CELLS_PER_BLOCK * step) + 1)
     upper = edges[:-1].reshape(blocks, _CELLS_PER_BLOCK, 1)
     lower = edges[1:].reshape(blocks, _CELLS_PER_BLOCK, 1)
+    # How much of each row is in each cell; rows beyond the last have no share.
     inside = np.minimum(index + 1, len(rows))[:, None]
     share = np.clip(np.minimum(lower, inside) - np.maximum(upper, index[:, None]), 0, None)
     share /= np.maximum(share.sum(2, keepdims=True), np.finfo(np.float64).tiny)

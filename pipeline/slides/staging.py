@@ -68,6 +68,7 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
 
 def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
     """The scratch folder on this machine: a batch job's is known to the job alone."""
+    # Expanded on the worker: the variable is the batch job's, not the submitting shell's.
     named = os.path.expandvars(stage_in.scratch)
     if not named or named == JOB_SCRATCH:
         named = str(folder)
@@ -90,6 +91,7 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     name = slide.path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         name = slide.slide_id
+    # Under the slide's own name, by which tools that write into a folder call it.
     dest, problem = folder / name, ""
     argv = stage_in.argv(slide.path, dest)
     for attempt in range(stage_in.retries + 1):

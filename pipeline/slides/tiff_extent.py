@@ -1,4 +1,4 @@
-"""Whether a TIFF file holds all that its directories point to: a cut-off copy often opens."""
+"""Whether a TIFF file has all that its directories point to: a cut-off copy often opens."""
 
 import struct
 from pathlib import Path
@@ -19,7 +19,7 @@ _QUIRKY = frozenset({".ndpi"})
 
 
 def what_is_missing(path: Path) -> str:
-    """Which part of the file lies beyond its end, or '' (also for what is no TIFF).
+    """Which part of the file is beyond its end, or '' (also for what is no TIFF).
 
     Reads directories and tables of offsets, no pixels. TIFF 6.0 and BigTIFF, either byte order.
     """
@@ -52,11 +52,12 @@ class _DirectoryWalk:
                 return ""
             directory = self._directory(offset)
             if directory is None:
-                return f"page {page} lies beyond the end of the file ({self._size:,} bytes)"
+                return f"page {page} is beyond the end of the file ({self._size:,} bytes)"
             entries, offset = directory
+            # The next directory may be in place and this one's pixels cut off, and the reverse.
             if self._data_end(entries) > self._size:
                 return (
-                    f"pixels of page {page} lie beyond the end of the file ({self._size:,} bytes)"
+                    f"pixels of page {page} are beyond the end of the file ({self._size:,} bytes)"
                 )
         return ""
 
@@ -80,7 +81,11 @@ class _DirectoryWalk:
     def _data_end(self, entries: bytes) -> int:
         """First byte behind the values and pixels that the directory points to."""
         fields = self._fields(entries)
-        values = max((self._field_end(field) for field in fields.values()), default=0)
+        values = 0
+        for kind, count, value in fields.values():
+            length = count * _BYTES.get(kind, 0)
+            if length > len(value):  # else the values are in the entry itself
+                values = max(values, self._unpack(self._word, value) + length)
         for offset_tag, count_tag in _OFFSETS_AND_COUNTS:
             if offset_tag in fields and count_tag in fields:
                 starts, counts = self._values(fields[offset_tag]), self._values(fields[count_tag])
@@ -90,12 +95,6 @@ class _DirectoryWalk:
                     # A tile of no bytes is one that the file leaves out; its offset means nothing.
                     return max(values, int(np.where(counts > 0, starts + counts, 0).max()))
         return values
-
-    def _field_end(self, field: tuple[int, int, bytes]) -> int:
-        """First byte behind the field's values, 0 where they are in the entry itself."""
-        kind, count, value = field
-        length = count * _BYTES.get(kind, 0)
-        return self._unpack(self._word, value) + length if length > len(value) else 0
 
     def _fields(self, entries: bytes) -> dict[int, tuple[int, int, bytes]]:
         """(type, count, value field) by tag."""
@@ -107,7 +106,7 @@ class _DirectoryWalk:
         return fields
 
     def _values(self, field: tuple[int, int, bytes]) -> npt.NDArray[np.int64] | None:
-        """The field's numbers; None where they lie beyond the end of the file."""
+        """The field's numbers; None where they are beyond the end of the file."""
         kind, count, value = field
         if kind not in _UINT:
             return np.zeros(0, np.int64)

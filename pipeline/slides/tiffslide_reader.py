@@ -9,7 +9,7 @@ import tiffslide
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
 _ICC_TAG = 34675
-_CM_IN_UM, _INCH_IN_UM = 10_000.0, 25_400.0
+_UNIT_IN_UM = {"CENTIMETER": 10_000.0, "INCH": 25_400.0}
 
 
 class TiffSlideReader(SlideReader):
@@ -33,11 +33,12 @@ class TiffSlideReader(SlideReader):
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"tiffslide: {error}") from error
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
-        self.resolution = _resolution(properties)
+        self.resolution = _resolution_tags(properties)
         self.icc_profile = None if profile is None else bytes(profile.value)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         scale = self.levels[level].downsample
+        # As with OpenSlide, positions are level-0 pixels at every level.
         corner = (round(x * scale), round(y * scale))
         region = self._slide.read_region(corner, level, (width, height), as_array=True)
         if region.dtype != np.uint8 or region.shape[-1] not in (3, 4):
@@ -49,21 +50,14 @@ class TiffSlideReader(SlideReader):
         self._slide.close()
 
 
-def _resolution(properties: dict[str, object]) -> ResolutionTags:
+def _resolution_tags(properties: dict[str, object]) -> ResolutionTags:
     x, y = properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y")
     if not isinstance(x, float) or not isinstance(y, float) or x <= 0 or y <= 0:
         return ResolutionTags()
-    tags = _tiff_mpp(properties)
-    if tags is not None and abs(tags - x) < 1e-6 * x:
-        return ResolutionTags(tiff=(x, y))
-    return ResolutionTags(vendor=(x, y))
-
-
-def _tiff_mpp(properties: dict[str, object]) -> float | None:
-    unit = {"CENTIMETER": _CM_IN_UM, "INCH": _INCH_IN_UM}.get(
-        str(properties.get("tiff.ResolutionUnit", "")).upper()
-    )
+    # tiffslide does not say where its mpp is from: equal to the TIFF tags, it is theirs.
+    unit = _UNIT_IN_UM.get(str(properties.get("tiff.ResolutionUnit", "")).upper())
     per_unit = properties.get("tiff.XResolution")
     if unit is None or not isinstance(per_unit, float | int) or per_unit <= 0:
-        return None
-    return unit / float(per_unit)
+        return ResolutionTags(vendor=(x, y))
+    is_tiff = abs(unit / float(per_unit) - x) < 1e-6 * x
+    return ResolutionTags(tiff=(x, y)) if is_tiff else ResolutionTags(vendor=(x, y))

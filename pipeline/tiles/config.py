@@ -1,11 +1,11 @@
-"""What `tile` is asked for."""
+"""The configuration of `tile`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from common.options import option, parse_count
+from common.options import option_field, parse_count
 from pipeline.options import PNG, SELECTIONS, Icc, PngEffort
 from pipeline.slides.config import IN_PLACE, Resampler, StageIn
 
@@ -26,28 +26,22 @@ class TileConfig:
     default inside the dataset.
     """
 
-    selections: tuple[str, ...] = field(default=(), metadata=SELECTIONS)
-    resampler: Resampler = field(
-        default="area",
-        metadata=option("how pixels are resampled; area is the mean over each pixel's footprint"),
+    selections: tuple[str, ...] = option_field((), SELECTIONS)
+    resampler: Resampler = option_field(
+        "area", "how pixels are resampled; area is the mean over each pixel's footprint"
     )
-    icc: Icc = field(
-        default="ignore", metadata=option("srgb: apply the slide's colour profile to its tiles")
+    icc: Icc = option_field("ignore", "srgb: apply the slide's colour profile to its tiles")
+    format: Literal["png", "zarr"] = option_field(
+        "png", "shards as tar files of PNG, or as Zarr arrays"
     )
-    format: Literal["png", "zarr"] = field(
-        default="png", metadata=option("shards as tar files of PNG, or as Zarr arrays")
+    png: PngEffort = option_field("small", PNG)
+    tile_px: int | None = option_field(
+        None,
+        "side in pixels of larger tiles around the same ranks (default: the dataset's)",
+        parse=parse_count,
     )
-    png: PngEffort = field(default="small", metadata=PNG)
-    tile_px: int | None = field(
-        default=None,
-        metadata=option(
-            "side in pixels of larger tiles around the same ranks (default: the dataset's)",
-            parse=parse_count,
-        ),
-    )
-    spool: str = field(
-        default="",
-        metadata=option("folder where tiles wait (default: in the dataset)", metavar="DIR"),
+    spool: str = option_field(
+        "", "folder where tiles wait (default: in the dataset)", metavar="DIR"
     )
     stage_in: StageIn = IN_PLACE
 
@@ -58,7 +52,7 @@ class TileConfig:
 
         return CODEC if self.format == "zarr" else PNG_CODECS[self.png]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
 

@@ -2,7 +2,7 @@
 
 Haematoxylin and eosin both absorb green most and blue clearly less: on the slides measured,
 blue over green stays below 0.70 and red over green below 1. Inks break one of the two, also
-where they lie over tissue, so ratios of optical density tell them apart without a colour table.
+where they are over tissue, so ratios of optical density tell them apart without a colour table.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ def glass_level(rgb: Rgb) -> tuple[float, float, float]:
     step = _sample_step(rgb.shape[:2])
     planes = [np.ascontiguousarray(rgb[::step, ::step, c]) for c in range(3)]
     darkest, brightest = _least_and_greatest(planes)
+    # Bright and without colour; 255 is padding that no light fell through.
     empty = (darkest > 200) & (darkest < 255) & (brightest - darkest < 16)
     if empty.sum() < 0.005 * empty.size:
         return GLASS_WITHOUT_GLASS
@@ -58,6 +59,7 @@ def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
     """
     levels = np.arange(256, dtype=np.float64) + 1
     density = np.zeros((3, *rgb.shape[:2]), np.float32)
+    # By table: there are 256 levels and up to a hundred million pixels.
     if rgb.size:
         for plane, value, out in zip(cv2.split(rgb), glass, density, strict=True):
             table = np.log10((value + 1) / levels).clip(0).astype(np.float32)

@@ -1,9 +1,8 @@
-"""What `tissue` is asked for."""
+"""The configuration of `tissue`."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from common.options import option
+from common.options import option_field
 from pipeline.options import MAX_ARTIFACT, MIN_TISSUE
 from pipeline.slides.config import IN_PLACE, StageIn
 
@@ -15,18 +14,16 @@ class TissueConfig:
     `detector` is `classical` or `onnx:FILE` (see `pipeline.tissue.learned`).
     """
 
-    min_tissue: float = field(default=0.5, metadata=MIN_TISSUE)
-    max_artifact: float = field(default=0.1, metadata=MAX_ARTIFACT)
-    detector: str = field(
-        default="classical",
-        metadata=option(
-            "classical, which needs no weights, or onnx:FILE with a JSON file next to it",
-            metavar="NAME",
-        ),
+    min_tissue: float = option_field(0.5, MIN_TISSUE)
+    max_artifact: float = option_field(0.1, MAX_ARTIFACT)
+    detector: str = option_field(
+        "classical",
+        "classical, which needs no weights, or onnx:FILE with a JSON file next to it",
+        metavar="NAME",
     )
     stage_in: StageIn = IN_PLACE
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The values that make it this dataset and no other."""
         from pipeline.tissue.detector import open_detector
         from pipeline.tissue.stage import detector_identity

@@ -84,6 +84,7 @@ def classify_density(
     density: Floats, um_per_px: float, config: DetectorConfig
 ) -> npt.NDArray[np.uint8]:
     """Mask uint8 [h, w] of a smoothed optical density [3, h, w]; also of a part of a slide."""
+    # Ink first: its density must not count in the slide's threshold.
     mean = mean_density(density)
     ink, specks = find_ink(density, um_per_px, config)
     stained = mean >= density_threshold(mean[~ink], config)
@@ -135,6 +136,7 @@ def find_folds(density: Floats, tissue: Bools, um_per_px: float, config: Detecto
     """Experimental: tissue that absorbs as much as several layers would, bool [h, w]."""
     if not tissue.any():
         return np.zeros_like(tissue)
+    # Relative to this slide's tissue, since stains differ in strength.
     typical = float(np.median(density[tissue]))
     least = max(config.min_fold_density, config.relative_fold_density * typical)
     dark = tissue & (density > least)

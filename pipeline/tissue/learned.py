@@ -154,33 +154,33 @@ class OnnxDetector:
             overview = rgb
         height, width = overview.shape[:2]
         mask = np.zeros((height, width), np.uint8)
-        step = self.description.window_px - 2 * self.description.margin_px
+        # White around the picture, so that windows may reach over its edge.
+        window, margin = self.description.window_px, self.description.margin_px
+        step = window - 2 * margin
+        below, right = (-length % step + margin for length in (height, width))
+        padded = np.pad(overview, ((margin, below), (margin, right), (0, 0)), constant_values=255)
         for top, left in product(range(0, height, step), range(0, width, step)):
-            part = self._classify_window(overview, top, left)
+            part = self._classify_window(padded[top : top + window, left : left + window])
             mask[top : top + step, left : left + step] = part[: height - top, : width - left]
         back = cv2.resize(mask, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
         return Detection(np.asarray(back, np.uint8), glass_level(rgb))
 
-    def _classify_window(
-        self, rgb: npt.NDArray[np.uint8], top: int, left: int
-    ) -> npt.NDArray[np.uint8]:
-        """Classes of the inner part of the window whose inner corner is (top, left)."""
+    def _classify_window(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Classes of the inner part of a window uint8 [window_px, window_px, 3]."""
         window, margin = self.description.window_px, self.description.margin_px
-        field = _cut_window(rgb, top - margin, left - margin, window)
         scores = self._scores(field)
+        # Networks often give their classes at a part of the input's resolution.
         if scores.shape[1:] != (window, window):
-            planes = [cv2.resize(plane, (window, window)) for plane in scores]
-            scores = np.stack(planes)
+            scores = np.stack([cv2.resize(plane, (window, window)) for plane in scores])
         channel = scores[:, margin : window - margin, margin : window - margin].argmax(0)
-        values = np.array(self.description.classes, np.uint8)
-        return np.asarray(values[channel])
+        return np.asarray(np.array(self.description.classes, np.uint8)[channel])
 
     def _scores(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         mean, std = (np.array(v, np.float32) for v in (self.description.mean, self.description.std))
         planes = ((field.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
         try:
             scores = np.asarray(self.session.run(None, {self.input_name: planes})[0], np.float32)
-        except Exception as error:  # onnxruntime's own classes derive from several bases
+        except Exception as error:  # onnxruntime's classes derive from several bases
             raise DetectorFileError(
                 f"{self.path} cannot classify a field {list(planes.shape)}: "
                 f"{str(error).splitlines()[0]}"
@@ -194,19 +194,6 @@ class OnnxDetector:
         return scores[0]
 
 
-def _cut_window(
-    rgb: npt.NDArray[np.uint8], top: int, left: int, side: int
-) -> npt.NDArray[np.uint8]:
-    """A window that may reach over the edge: what is outside is white."""
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    rows = slice(max(top, 0), min(top + side, rgb.shape[0]))
-    columns = slice(max(left, 0), min(left + side, rgb.shape[1]))
-    part = rgb[rows, columns]
-    y, x = rows.start - top, columns.start - left
-    canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return canvas
-
-
 def _open_session(path: Path, data: bytes) -> Any:
     try:
         import onnxruntime
@@ -215,6 +202,7 @@ def _open_session(path: Path, data: bytes) -> Any:
             f"{path} needs onnxruntime, which is not installed: pip install 'histogen[onnx]'"
         ) from error
     options = onnxruntime.SessionOptions()
+    # One thread: a worker per core runs already, and sums stay in one order.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:

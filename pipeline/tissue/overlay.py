@@ -24,7 +24,7 @@ VERDICT_COLOURS: dict[Verdict, Colour] = {
     Verdict.LITTLE_TISSUE: (197, 160, 40),
     **{Verdict(value): CLASS_COLOURS[value] for value in TissueClass if value > TissueClass.TISSUE},
 }
-_ORDER = (Verdict.NO_TISSUE, *(one for one in Verdict if one > Verdict.KEPT), Verdict.KEPT)
+_ORDER = (Verdict.NO_TISSUE, *(v for v in Verdict if v > Verdict.KEPT), Verdict.KEPT)
 _OUTLINE: Colour = (20, 20, 20)
 _MAX_SIDE_PX, _MIN_WIDTH_PX = 1600, 640
 _LINE_PX, _SWATCH_PX, _FONT = 22, 12, cv2.FONT_HERSHEY_SIMPLEX
@@ -52,18 +52,21 @@ def draw_overlay(
     canvas = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
     large = _resize_image(mask, canvas.shape[1], canvas.shape[0], cv2.INTER_NEAREST)
     tint_artifacts(canvas, large, 0.45)
-    _draw_outline(canvas, large)
+    tissue = (large > TissueClass.BACKGROUND) & (large != TissueClass.PEN)
+    outlines, _ = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(canvas, outlines, -1, _OUTLINE, 1, cv2.LINE_AA)
     _draw_tiles(canvas, x * scale, y * scale, size * scale, verdict)
+    # Kept tiles are in the legend even where there are none: that is what is looked for.
     counts = np.bincount(verdict, minlength=len(Verdict))
     entries = [
-        (VERDICT_COLOURS[one], f"{VERDICT_NAMES[one]} {counts[one]}")
-        for one in reversed(_ORDER)
-        if counts[one] or one == Verdict.KEPT
+        (VERDICT_COLOURS[value], f"{VERDICT_NAMES[value]} {counts[value]}")
+        for value in reversed(_ORDER)
+        if counts[value] or value == Verdict.KEPT
     ]
     return _add_legend(canvas, title, entries)
 
 
-def draw_plain(rgb: Rgb, title: str) -> Rgb:
+def draw_refused(rgb: Rgb, title: str) -> Rgb:
     """RGB picture of a slide that was refused as a whole: nothing drawn on it, the title below."""
     scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
     picture = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
@@ -129,12 +132,6 @@ def _write_text(canvas: Rgb, text: str, left: int, baseline: int) -> None:
     cv2.putText(canvas, plain, (left, baseline), _FONT, _FONT_SCALE, _OUTLINE, 1, cv2.LINE_AA)
 
 
-def _draw_outline(canvas: Rgb, mask: npt.NDArray[np.uint8]) -> None:
-    tissue = (mask > TissueClass.BACKGROUND) & (mask != TissueClass.PEN)
-    contours = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
-    cv2.drawContours(canvas, contours, -1, _OUTLINE, 1, cv2.LINE_AA)
-
-
 def _draw_tiles(
     canvas: Rgb,
     x: npt.NDArray[np.float64],
@@ -143,6 +140,7 @@ def _draw_tiles(
     verdict: npt.NDArray[np.uint8],
 ) -> None:
     """Boxes of all tiles, kept ones last and on top; sizes in pixels of the canvas."""
+    # On a very large slide tiles are a few pixels: boxes would cover all of them.
     boxed = size >= _MIN_BOX_PX
     target = canvas if boxed else canvas.copy()
     for value in _ORDER:

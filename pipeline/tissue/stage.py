@@ -41,8 +41,8 @@ from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection
 from pipeline.tissue.detector import ClassicalDetector, Detector, detector_name, open_detector
 from pipeline.tissue.focus import mark_out_of_focus, slide_patches
-from pipeline.tissue.overlay import draw_overlay, draw_plain, encode_jpeg
-from pipeline.tissue.verdict import Judgement, judge
+from pipeline.tissue.overlay import draw_overlay, draw_refused, encode_jpeg
+from pipeline.tissue.verdict import Judgement, judge_tiles
 
 STAGE, VERSION = "tissue", 2
 _OVERLAY_PX, _OVERLAY_BYTES = 1600, 600_000
@@ -162,10 +162,10 @@ def _refused_entry(
     dataset: Dataset, run_id: str, slide: Slide, fingerprint: str, picture: npt.NDArray[np.uint8],
     reason: str,
 ) -> Entry:  # fmt: skip
-    """The entry of a slide that is no H&E, with its picture: a person may judge the judgement."""
+    """The entry of a slide that is no H&E, with its picture: so that it can be checked."""
     files: tuple[FileRecord, ...] = ()
     if picture.size:
-        jpeg = encode_jpeg(draw_plain(picture, f"{slide.slide_id}   {reason}"), _OVERLAY_BYTES)
+        jpeg = encode_jpeg(draw_refused(picture, f"{slide.slide_id}   {reason}"), _OVERLAY_BYTES)
         files = (commit_bytes(dataset, run_id, dataset.overlay_file(slide.slide_id), jpeg),)
     return Entry(slide.slide_id, "rejected", fingerprint, reason, files=files)
 
@@ -240,7 +240,7 @@ class TileGrid:
         self, mask: npt.NDArray[np.uint8], scale: float, config: TissueConfig, detector: Detector
     ) -> Judgement:
         """The verdict on each tile; `scale` is level-0 pixels per pixel of the mask."""
-        return judge(
+        return judge_tiles(
             mask, self.x / scale, self.y / scale, self.size_level0 / scale,
             min_tissue=config.min_tissue, max_artifact=config.max_artifact,
             experimental=detector.experimental,

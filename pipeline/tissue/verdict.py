@@ -49,10 +49,10 @@ class Judgement:
     def counts(self) -> dict[str, int]:
         """Tiles by verdict, those that occur."""
         numbers = np.bincount(self.verdict, minlength=len(Verdict))
-        return {VERDICT_NAMES[one]: int(numbers[one]) for one in Verdict if numbers[one]}
+        return {VERDICT_NAMES[v]: int(numbers[v]) for v in Verdict if numbers[v]}
 
 
-def judge(
+def judge_tiles(
     mask: npt.NDArray[np.uint8],
     x: npt.NDArray[np.float64],
     y: npt.NDArray[np.float64],

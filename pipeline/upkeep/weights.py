@@ -33,7 +33,7 @@ class WeightsRecord(TypedDict):
     file: str
     bytes: int
     sha256: str
-    weights_sha256: str | None
+    weights_sha256: str | None  # of a run; None where this machine lacked the network's package
     source: str
     published_file: str
     published_sha256: str
@@ -159,17 +159,23 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
             source.resolve().replace(staged)  # the hub's client gives a link into its cache
         else:
             write_tensors(staged, item.tensors(source))
+        weights_sha256: str | None = None
+        try:
+            weights_sha256 = item.check(staged)
+        except MissingPackageError as error:
+            say(f"{item.name}: not checked against its network: {error}")
         record: WeightsRecord = {
             "file": final.name,
             "bytes": staged.stat().st_size,
             "sha256": hash_file(staged),
-            "weights_sha256": _sum_of_run(item, staged),
+            "weights_sha256": weights_sha256,
             "source": item.published.id,
             "published_file": source.name,
             "published_sha256": published_sha256,
             "licence": item.licence,
             "gating": item.gating,
         }
+        # Synced and readable by all before it has its name: other users' jobs read it.
         with staged.open("rb") as file:
             os.fsync(file.fileno())
         staged.chmod(0o644)
@@ -183,15 +189,6 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record
-
-
-def _sum_of_run(item: Item, staged: Path) -> str | None:
-    """The sum a run will record; None where this machine lacks the package to build it."""
-    try:
-        return item.check(staged)
-    except MissingPackageError as error:
-        say(f"{item.name}: not checked against its network: {error}")
-        return None
 
 
 def _read_records(folder: Path) -> dict[str, WeightsRecord]:

@@ -9,7 +9,13 @@ import pytest
 
 from common.console import OneLineParser
 from common.errors import UserError
-from common.options import add_config_options, config_from_options, option, parse_count
+from common.options import (
+    add_config_options,
+    config_from_options,
+    option,
+    option_field,
+    parse_count,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,20 @@ def test_every_kind_of_field_is_read():
 def test_a_wrong_value_is_one_line(arguments, words):
     with pytest.raises(UserError, match=words):
         parse(*arguments)
+
+
+def test_positional_words_may_be_left_out_where_there_are_defaults():
+    @dataclass(frozen=True)
+    class Optional:
+        name: str = option_field("n", "the name", positional=True)
+        overrides: tuple[str, ...] = option_field((), "key=value", positional=True)
+        given: int = option_field(1, "by the caller")
+
+    parser = OneLineParser()
+    add_config_options(parser, Optional, only=("name", "overrides"))
+    assert config_from_options(Optional, parser.parse_args([]), given=2) == Optional(given=2)
+    options = parser.parse_args(["m", "a=1", "b=2"])
+    assert config_from_options(Optional, options, given=2) == Optional("m", ("a=1", "b=2"), 2)
 
 
 def test_help_shows_texts_and_defaults_that_say_something():

@@ -12,7 +12,6 @@ import io
 import json
 import runpy
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -21,7 +20,6 @@ def run_command(module: str, arguments: list[str]) -> dict[str, object]:
     """As `python -m module arguments`."""
     output = io.StringIO()
     status: object = 0
-    began = time.process_time()
     sys.argv = [module, *arguments]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -31,12 +29,7 @@ def run_command(module: str, arguments: list[str]) -> dict[str, object]:
         except Exception:
             traceback.print_exc()
             status = 1
-    return {
-        "command": [module, *arguments],
-        "status": status,
-        "output": output.getvalue(),
-        "seconds": time.process_time() - began,
-    }
+    return {"command": [module, *arguments], "status": status, "output": output.getvalue()}
 
 
 if __name__ == "__main__":

@@ -9,14 +9,21 @@ other, since files hold paths. Afterwards every file is the same, and so is what
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+pytestmark = [
+    pytest.mark.full,  # about 200 seconds of CPU time, most of it the encoder's
+    pytest.mark.timeout(3600),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 PREVIOUS = "321909ea6ea6232b8009d4cef0b607f27006697d"
@@ -27,7 +34,8 @@ SMALL_MODEL = """
 run: {device: cpu}
 data: {tile_px: 224, encoder: h0-mini, selection: train, batch_size: 2, cursors: 2, threads: 1}
 model:
-  sit: {latent_size: 28, hidden_size: 32, depth: 2, num_heads: 2, encoder_depth: 1, projector_dim: 24}
+  sit:
+    {latent_size: 28, hidden_size: 32, depth: 2, num_heads: 2, encoder_depth: 1, projector_dim: 24}
   vae: {base_channels: 4, channel_multipliers: [1, 1, 2, 2], num_res_blocks: 1, norm_groups: 2}
   discriminator: {base_channels: 4}
 loss: {perceptual_weights: none}
@@ -66,8 +74,8 @@ def model_commands(steps: int, images: int, selection: str) -> list[Command]:
          f"run.steps={steps}"],
         ["train", "export", "run", model],
         ["evaluate", "generate", "--model", "model-2", "--guidance", "dataset",
-         "--selection", "train", "--limit", str(images // 2), "--variations", "2", "--steps", "2", "--batch", "2",
-         "--out", synthetic, "--device", "cpu"],
+         "--selection", "train", "--limit", str(images // 2), "--variations", "2",
+         "--steps", "2", "--batch", "2", "--out", synthetic, "--device", "cpu"],
         features(synthetic, "--tokens", "none"),
         ["evaluate", "measure", "--real", "dataset", "--real-selection", selection,
          "--generated", synthetic, "--encoder", "h0-mini", "--out", results],
@@ -107,7 +115,6 @@ class Result:
     command: Command
     status: int
     output: str
-    seconds: float
 
 
 def run_commands(tree: Path, folder: Path, commands: Sequence[Command]) -> list[Result]:
@@ -120,7 +127,7 @@ def run_commands(tree: Path, folder: Path, commands: Sequence[Command]) -> list[
     }  # fmt: skip
     arguments = [sys.executable, str(RUNNER), str(tree), str(listing), str(report)]
     done = subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=1000
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [Result(**result) for result in json.loads(report.read_text())]
@@ -151,34 +158,128 @@ def digests(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Continued:
-    """The previous version's state, gone on with by one code."""
+    """The previous version's state as it was, run again, and extended by one code."""
 
     folder: Path
     start: dict[str, str]
     rerun: dict[str, str]
     end: dict[str, str]
     rerun_results: list[Result]
-    end_results: list[Result]
+
+
+def continue_state(tree: Path, start: Path, state: Path, folder: Path) -> Continued:
+    """Run every command again, then extend, in a copy at `state` that ends up in `folder`."""
+    shutil.copytree(start, state)  # keeps the slide's modification time, which fingerprints have
+    rerun_results = run_commands(tree, state, BUILD)
+    rerun = digests(state)
+    run_commands(tree, state, EXTEND)
+    state.rename(folder)
+    return Continued(folder, digests(start), rerun, digests(folder), rerun_results)
 
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Continued]:
     work = tmp_path_factory.mktemp("compatibility")
-    trees = {"previous": previous_tree(work / "previous-tree"), "current": ROOT}
+    previous = previous_tree(work / "previous-tree")
     state, start = work / "state", work / "start"
     (state / "slides").mkdir(parents=True)
     shutil.copy(SLIDE, state / "slides")
     (state / "small.yaml").write_text(SMALL_MODEL)
-    run_commands(trees["previous"], state, BUILD)
+    run_commands(previous, state, BUILD)
     state.rename(start)
-    outcome = {}
-    for name, tree in trees.items():
-        shutil.copytree(start, state)  # with the slide's modification time
-        rerun_results = run_commands(tree, state, BUILD)
-        rerun = digests(state)
-        end_results = run_commands(tree, state, EXTEND)
-        folder = state.rename(work / name)
-        outcome[name] = Continued(
-            folder, digests(start), rerun, digests(folder), rerun_results, end_results
+    return {
+        name: continue_state(tree, start, state, work / name)
+        for name, tree in (("previous", previous), ("current", ROOT))
+    }
+
+
+TIMES = {
+    "seconds", "images_per_s", "data_wait_s", "tflop_per_s", "mfu", "memory_gb", "time", "crc",
+}  # fmt: skip
+"""Keys of records that no two executions share."""
+TIMED_FILES = re.compile(
+    r"run/(metrics\.jsonl|summary\.json|\.lock|checkpoints/step-\d+/state\.json)|results-\d+\.json"
+)
+
+
+def without_times(value: Any) -> Any:
+    """A record without what times it, at any depth, and without the wording of warnings."""
+    if isinstance(value, dict):
+        dropped = TIMES | ({"message"} if "code" in value else set())
+        return {key: without_times(item) for key, item in value.items() if key not in dropped}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records of a JSON file, or of each line of a journal."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    return [without_times(json.loads(line)) for line in lines]
+
+
+def read_journals(folder: Path) -> dict[str, list[list[Any]]]:
+    """The records of each journal by stage of each dataset, oldest first."""
+    journals: dict[str, list[list[Any]]] = {}
+    for path in sorted(folder.glob("*/status/*/*.jsonl")):
+        stage = path.parent.relative_to(folder).as_posix()
+        journals.setdefault(stage, []).append(read_records(path))
+    return journals
+
+
+def product_files(files: dict[str, str]) -> dict[str, str]:
+    """Files that hold neither times nor a page's wording, with their sums."""
+    return {
+        name: digest
+        for name, digest in files.items()
+        if "/status/" not in name and not name.endswith(".html") and not TIMED_FILES.match(name)
+    }
+
+
+def test_what_is_done_is_left_alone(continued: dict[str, Continued]) -> None:
+    current = continued["current"]
+    changed = {name for name in current.start if current.rerun.get(name) != current.start[name]}
+    new = current.rerun.keys() - current.start.keys()
+    # The results of `measure` say how long it took; journals and logs are not even begun.
+    assert {name for name in changed | new if not name.startswith("results-")} == set()
+    for result in current.rerun_results:
+        if result.command[0] == "pipeline":
+            assert "already done, nothing to redo" in result.output, result
+
+
+def test_the_extension_is_the_same_in_every_byte(continued: dict[str, Continued]) -> None:
+    previous, current = (product_files(continued[name].end) for name in ("previous", "current"))
+    assert current.keys() == previous.keys()
+    assert {name for name in previous if current[name] != previous[name]} == set()
+    extended = previous.keys() - continued["current"].start.keys()
+    for part in ("dataset/tiles", "zarr/selections", "dataset/features", "run/checkpoints",
+                 "model-4", "synthetic/tiles", "synthetic/features"):  # fmt: skip
+        assert any(name.startswith(part) for name in extended), part
+
+
+def test_timed_files_differ_in_times_alone(continued: dict[str, Continued]) -> None:
+    names = [
+        name
+        for name in continued["previous"].end
+        if TIMED_FILES.match(name) and not name.endswith(".lock")
+    ]
+    assert len(names) >= 6
+    for name in names:
+        previous, current = (read_records(continued[code].folder / name) for code in continued)
+        assert current == previous, name
+
+
+def test_journals_say_the_same(continued: dict[str, Continued]) -> None:
+    previous, current = (read_journals(continued[name].folder) for name in ("previous", "current"))
+    assert {"dataset/status/cache", "zarr/status/tile", "synthetic/status/generate"} <= set(
+        previous
+    )
+    assert current == previous
+
+
+def test_pages_show_the_same_pictures(continued: dict[str, Continued]) -> None:
+    for page in ("report-16.html", "report-24.html", "dataset/report/index.html"):
+        previous, current = (
+            re.findall(r"data:[^\"')]+", (continued[code].folder / page).read_text())
+            for code in continued
         )
-    return outcome
+        assert previous, page
+        assert current == previous, page

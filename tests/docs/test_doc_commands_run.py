@@ -99,6 +99,7 @@ ON_README_DATASET = (
     "docs/index.md",
     "docs/slides.md",
     "docs/tissue.md",
+    "docs/qc_report.md",
     "docs/tile.md",
     "docs/encoders.md",
     "docs/operations.md",

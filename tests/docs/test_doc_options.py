@@ -33,8 +33,8 @@ def parser_of(room: str, arguments: list[str]) -> tuple[argparse.ArgumentParser,
     if room == "evaluate":
         return evaluate_door.parser(), arguments
     if arguments[:1] == ["export"]:
-        return train_door._export_parser(), arguments[1:]
-    return train_door._train_parser(), arguments
+        return train_door.export_parser(), arguments[1:]
+    return train_door.train_parser(), arguments
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -75,7 +75,7 @@ def understood(command: str) -> None:
     if call[0] == "evaluate" and parsed.command == "protocol" and parsed.name != "list":
         load_protocol(parsed.name, None, parsed.overrides)
     elif call[0] == "train" and hasattr(parsed, "overrides"):
-        load_config(train_door._config_file(parsed.config), list(parsed.overrides))
+        load_config(train_door._find_config(parsed.config), list(parsed.overrides))
 
 
 @pytest.mark.parametrize(("block", "command"), SHOWN)

@@ -103,4 +103,4 @@ def test_wrong_settings_are_refused() -> None:
         DiscriminatorConfig(base_channels=0)
     with pytest.raises(UserError, match="tiny"):
         DiscriminatorConfig.preset("huge")
-    assert DiscriminatorConfig(**DiscriminatorConfig.preset("tiny").to_dict()).base_channels == 8
+    assert DiscriminatorConfig.preset("tiny").base_channels == 8

@@ -556,14 +556,14 @@ def test_configuration_round_trips() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hiden_size": 8}, "unknown SiT configuration key 'hiden_size'; did you mean 'hidden_s"),
+        ({"hiden_size": 8}, "unknown configuration key 'hiden_size': did you mean 'hidden_s"),
         ({"depth": 0}, "SiT depth is 0; expected an integer of 1 or more"),
-        ({"depth": "28"}, "SiT depth is '28'"),
+        ({"depth": "28"}, "'depth': expected a whole number, got '28'"),
         ({"latent_size": 27}, "SiT latent_size is 27; expected a multiple of patch_size 2"),
         ({"num_heads": 7}, "SiT hidden_size is 1152; expected a multiple of num_heads 7"),
         ({"hidden_size": 6, "num_heads": 2}, "SiT hidden_size is 6; expected a multiple of 4"),
         ({"encoder_depth": 29}, "encoder_depth is 29; expected at most depth 28"),
-        ({"conditioning": "text"}, "conditioning is 'text'; expected one of feature, label, none"),
+        ({"conditioning": "text"}, "'conditioning': expected one of feature, label, none"),
         ({"mlp_ratio": 0}, "mlp_ratio is 0"),
     ],
 )

@@ -22,7 +22,7 @@ from pipeline.run.cluster import (
 )
 from pipeline.run.workers import EngineConfig
 
-BATCH = Path(cluster.__file__).parent / "batch"
+BATCH = Path(cluster.__file__).parents[1] / "batch"
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 
 

@@ -285,7 +285,7 @@ def test_units_anchors_and_file_kinds_say_the_same_tiles(scanned, tmp_path):
         ("slide,x,y", [(SLIDE, 1, 1)], ["--x-column", "q"], "no column 'q'; there: slide, x, y"),
         ("slide,x,y", [(SLIDE, 1, "a")], [], "cannot be read as a table"),
         ("slide,x,y", [(SLIDE, 1, 1), (SLIDE, "", 1)], [], "no number in 1 rows, first in line 3"),
-        ("slide,x,y", [(SLIDE, 1, 1), (SLIDE, 2, 2744)], [], "1 rows lie .* line 3 .*y 2744"),
+        ("slide,x,y", [(SLIDE, 1, 1), (SLIDE, 2, 2744)], [], "1 rows are .* line 3 .*y 2744"),
         ("slide,x,y,level", [(SLIDE, 1, 1, 3)], [], "a level that the slide has not: line 2"),
         ("slide,x,y,mpp", [(SLIDE, 1, 1, 0)], [], "an mpp that is not between"),
         ("slide,x,y,mpp,level", [(SLIDE, 1, 1, 1, 0)], [], "--units level0, level or mpp"),

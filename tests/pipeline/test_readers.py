@@ -1,11 +1,22 @@
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import openslide
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from pipeline.slides.entries import find_slides, slide_id_of
 from pipeline.slides.open import open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReadError, over_white
+from pipeline.slides.readers import (
+    READERS,
+    SLIDE_SUFFIXES,
+    ReaderEntry,
+    reader_choices,
+    readers_for,
+)
 from pipeline.slides.region import read_overview, read_region, read_tile
 from pipeline.slides.resolution import ResolutionError, plan_read
 
@@ -207,3 +218,39 @@ def test_a_dicom_folder_is_the_slide_that_it_was_made_from(cmu_slide, shared_dat
         for move in (1, -1):
             moved = np.roll(theirs, move, 1)
             assert np.abs(ours - theirs).mean() < 0.5 * np.abs(ours - moved).mean()
+
+
+def test_the_registry_names_every_reader_as_it_names_itself(cmu_slide):
+    for name, entry in READERS.items():
+        module, _, cls = entry.location.partition(":")
+        assert getattr(import_module(module), cls).name == name
+    assert reader_choices() == ["auto", "native", "openslide", "tiffslide"]
+    assert {".svs", ".ndpi", ".mrxs", ".dcm", ".czi"} <= SLIDE_SUFFIXES
+    assert readers_for(Path("a.SVS")) == readers_for(Path("a.unknown")) == list(READERS)
+    with pytest.raises(UserError, match="no reader 'x': expected one of auto, native"):
+        open_slide(cmu_slide, "x")
+
+
+def test_a_reader_is_one_module_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "picture_reader.py").write_text(
+        "import numpy as np\nfrom PIL import Image\n"
+        "from pipeline.slides.reader import Level, ResolutionTags, SlideReader\n"
+        "class PictureReader(SlideReader):\n"
+        "    name = 'picture'\n"
+        "    def __init__(self, path):\n"
+        "        self.path, self.vendor = path, 'picture'\n"
+        "        self._pixels = np.asarray(Image.open(path).convert('RGB'))\n"
+        "        self.levels = (Level(*self._pixels.shape[1::-1], 1.0),)\n"
+        "        self.resolution = ResolutionTags()\n"
+        "    def _read(self, level, x, y, width, height):\n"
+        "        return self._pixels[y : y + height, x : x + width]\n"
+        "    def close(self):\n"
+        "        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(READERS, "picture", ReaderEntry("picture_reader:PictureReader", ".gif"))
+    Image.new("RGB", (40, 30), (200, 120, 180)).save(tmp_path / "a.gif")
+    with open_slide(tmp_path / "a.gif") as slide:
+        assert (slide.name, slide.levels[0].width) == ("picture", 40)
+        assert slide.read(0, 38, 0, 4, 1)[0, :, 0].tolist() == [200, 200, 255, 255]
+    assert readers_for(tmp_path / "a.gif") == ["picture"]

@@ -22,7 +22,7 @@ from pipeline.tissue.detect import (
     density_threshold,
     detect_tissue,
 )
-from pipeline.tissue.verdict import Verdict, judge
+from pipeline.tissue.verdict import Verdict, judge_tiles
 
 CONFIG = DetectorConfig()
 EOSIN, HAEMATOXYLIN = (0.03, 0.24, 0.15), (0.24, 0.33, 0.17)
@@ -177,7 +177,7 @@ def test_tiles_are_judged_as_by_counting(seed, spare_folds):
     mask = coarse.repeat(4, 0).repeat(4, 1).astype(np.uint8)
     ys, xs = np.mgrid[0:48:16, 0:48:16].astype(np.float64)
     experimental = frozenset({TissueClass.FOLD}) if spare_folds else frozenset()
-    judgement = judge(
+    judgement = judge_tiles(
         mask, xs.ravel(), ys.ravel(), 16.0,
         min_tissue=0.45, max_artifact=0.15, experimental=experimental,
     )  # fmt: skip

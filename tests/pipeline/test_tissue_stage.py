@@ -18,7 +18,7 @@ from pipeline.dataset import (
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.stage import _same_detector
-from pipeline.tissue.verdict import judge
+from pipeline.tissue.verdict import judge_tiles
 
 SLIDE = "CMU-1-Small-Region"
 
@@ -53,7 +53,7 @@ def test_the_real_slide_is_sharp_and_not_marked(tiled):
 def test_candidates_are_the_tiles_that_the_mask_keeps(tiled):
     table = read_candidates(tiled, SLIDE)
     scale = read_journal(tiled, "tissue")[0].values["um_per_px"] / 0.499
-    judgement = judge(
+    judgement = judge_tiles(
         mask_of(tiled),
         table["x_level0"].to_numpy() / scale,
         table["y_level0"].to_numpy() / scale,

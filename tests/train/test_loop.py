@@ -162,7 +162,7 @@ def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
     whole = tmp_path / "whole"
     assert train(small_config(train_dataset, whole, *options)) == 0
 
-    for place in ("_save_checkpoint", "preview", "_save_samples", "_validate"):
+    for place in ("_save_checkpoint", "make_previews", "_save_samples", "_validate_selections"):
         run_dir = tmp_path / place
         config = small_config(train_dataset, run_dir, *options)
         with monkeypatch.context() as broken:

@@ -149,7 +149,7 @@ def test_a_second_training_in_a_run_directory_is_refused(
     config = small_config(train_dataset, tmp_path / "run")
     unfinished = tmp_path / "run" / "checkpoints" / ".writing-step-00000003-ab12"
     with lock.RunLock(tmp_path / "run") as held:
-        held.take()
+        held.acquire()
         unfinished.mkdir(parents=True)
         with pytest.raises(UserError, match=r"run is being trained by process \d+ on \S+: wait"):
             train(config)

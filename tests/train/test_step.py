@@ -39,14 +39,7 @@ def make_batch(config: Config, step: int = 0) -> Batch:
 
 
 def make_step(config: Config, parts: Parts) -> TrainingStep:
-    return TrainingStep(
-        config,
-        ALONE,
-        parts.networks,
-        parts.optimizers,
-        sit_average=parts.sit_average,
-        vae_average=parts.vae_average,
-    )
+    return TrainingStep(config, ALONE, parts)
 
 
 def state_of(parts: Parts) -> dict[str, Tensor]:
@@ -74,7 +67,7 @@ def config(train_dataset: Dataset, tmp_path: Path) -> Config:
 def prepared(config: Config) -> tuple[Parts, StepInputs]:
     parts = build_parts(config, CPU)
     wake(parts.networks.sit)
-    return parts, make_step(config, parts).inputs(make_batch(config))
+    return parts, make_step(config, parts).prepare_inputs(make_batch(config))
 
 
 def reached(network: nn.Module) -> set[str]:
@@ -248,7 +241,7 @@ def test_gradients_are_clipped_for_each_network(train_dataset: Dataset, tmp_path
     parts = build_parts(config, CPU)
     step = make_step(config, parts)
     norms: list[float] = []
-    original = step._update
+    original = step._update_networks
 
     def measure(at: int) -> None:
         for optimizer in parts.optimizers.values():
@@ -256,7 +249,7 @@ def test_gradients_are_clipped_for_each_network(train_dataset: Dataset, tmp_path
             norms.append(float(torch.stack([g.norm() for g in grads if g is not None]).norm()))
         original(at)
 
-    step._update = measure  # type: ignore[method-assign]
+    step._update_networks = measure  # type: ignore[method-assign]
     metrics, _, _ = step(make_batch(config))
     assert all(metrics[f"grad_norm/{name}"] > 1e-3 for name in parts.optimizers)
     assert norms == pytest.approx([1e-3] * 3, rel=1e-3)

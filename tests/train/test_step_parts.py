@@ -38,9 +38,11 @@ def gradients(config: Config, parts: Parts) -> dict[str, Tensor]:
                 if parameter.grad is not None:
                     found[f"{network}.{name}"] = parameter.grad.clone()
 
-    step._update = note  # type: ignore[method-assign]
+    step._update_networks = note  # type: ignore[method-assign]
     metrics, _, _ = step(make_batch(config))
-    buffers = {f"bn.{name}": value.clone() for name, value in parts.networks.sit.named_buffers()}
+    buffers = {
+        f"bn.{name}": value.clone() for name, value in parts.networks.sit.named_buffers()
+    }
     return found | metrics | buffers
 
 
@@ -68,10 +70,10 @@ def test_the_discriminators_norm_sees_a_part_at_a_time(
     discriminator, vae = parts.networks.discriminator, parts.networks.vae
     assert discriminator is not None
     step = make_step(config, parts)
-    inputs = step.inputs(make_batch(config))
+    inputs = step.prepare_inputs(make_batch(config))
     sums = [torch.zeros_like(p) for p in discriminator.parameters()]
     for places in (slice(0, 2), slice(2, 4)):
-        part = inputs.part(places)
+        part = inputs.select_part(places)
         fake = vae(part.images, part.draws.posterior_noise).reconstruction.detach()
         real_logits, fake_logits = discriminator(part.images), discriminator(fake)
         loss = 0.5 * ((1 - real_logits).relu().mean() + (1 + fake_logits).relu().mean())
@@ -228,15 +230,7 @@ def test_online_tokens_give_the_caches_loss(train_dataset: Dataset, tmp_path: Pa
     for tokens, online in ((None, encode), (cached.half(), None)):
         parts = build_parts(config, CPU)
         wake(parts.networks.sit)
-        step = TrainingStep(
-            config,
-            ALONE,
-            parts.networks,
-            parts.optimizers,
-            sit_average=parts.sit_average,
-            vae_average=parts.vae_average,
-            encode=online,
-        )
+        step = TrainingStep(config, ALONE, parts, encode=online)
         losses.append(step(replace(batch, tokens=tokens))[0])
     for name in ("sit/align", "vae/align", "sit/total", "vae/total"):
         assert losses[0][name] == pytest.approx(float(losses[1][name]), abs=1e-3)

@@ -1,1 +1,1 @@
-"""`pipeline doctor`: whether this machine and file system are fit, each finding with its mend."""
+"""`pipeline doctor`: whether this machine and file system are fit, each finding with its fix."""

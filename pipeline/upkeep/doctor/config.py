@@ -1,26 +1,20 @@
-"""What `doctor` is asked for."""
+"""The configuration of `doctor`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.options import option
+from common.options import option_field
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
     """What to check in addition to the machine: a dataset's folder, a slide; how much to write."""
 
-    dataset: Path | None = field(
-        default=None,
-        metadata=option(
-            "a dataset, or where one will be: its file system is checked (under `srun`: from every "
-            "task)",
-            metavar="DIR",
-        ),
+    dataset: Path | None = option_field(
+        None,
+        "a dataset, or where one will be: its file system is checked (under `srun`: from every "
+        "task)",
+        metavar="DIR",
     )
-    slide: Path | None = field(
-        default=None, metadata=option("try the readers on this slide", metavar="FILE")
-    )
-    size: float = field(
-        default=256.0, metadata=option("megabytes written to measure the disk", metavar="MB")
-    )
+    slide: Path | None = option_field(None, "try the readers on this slide", metavar="FILE")
+    size: float = option_field(256.0, "megabytes written to measure the disk", metavar="MB")

@@ -63,7 +63,8 @@ def storage_findings(root: Path, size_bytes: int) -> list[Finding]:
                     findings.append(check(folder))
                 except OSError as error:
                     fix = "use another file system for the dataset"
-                    findings.append(Finding(check.__name__, "bad", error.strerror or "", fix))
+                    reason = error.strerror or str(error)
+                    findings.append(Finding(check.__name__, "bad", reason, fix))
             return [*findings, _check_speed(folder, size_bytes), _check_commits(folder)]
     except OSError as error:
         fix = "choose a folder that this account may write, or ask for the right to"
@@ -72,6 +73,7 @@ def storage_findings(root: Path, size_bytes: int) -> list[Finding]:
 
 def check_rename(folder: Path) -> Finding:
     """Files and folders are replaced in one step, and a reader of the old one is not disturbed."""
+    # A reader that has the old file open must go on reading it.
     old, new = folder / "final", folder / "staged"
     old.write_bytes(b"old")
     new.write_bytes(b"new" * 100_000)
@@ -83,6 +85,7 @@ def check_rename(folder: Path) -> Finding:
             problem = "a file that was replaced changes under its reader"
     if old.read_bytes() != b"new" * 100_000 or new.exists():
         problem = "a renamed file is not the one that was written"
+    # Zarr tiles are committed as folders.
     (folder / "staged-folder").mkdir()
     (folder / "staged-folder" / "chunk").write_bytes(b"1")
     (folder / "staged-folder").rename(folder / "final-folder")
@@ -131,6 +134,7 @@ def check_locks(folder: Path) -> Finding:
     with path.open("r+b") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process: a process may always lock again what it has locked itself.
             command = [sys.executable, "-c", _LOCK, str(path)]
             if subprocess.run(command, timeout=60, check=False).returncode != 7:
                 problem = "a locked file can be locked again by another process"
@@ -188,6 +192,7 @@ def _check_speed(folder: Path, size_bytes: int) -> Finding:
         for _ in range(count):
             file.write(chunk)
         os.fsync(file.fileno())
+        # So that reading measures the disk and not the page cache.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     written = count * _CHUNK / (time.monotonic() - began)
     began = time.monotonic()
