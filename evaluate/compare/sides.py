@@ -80,7 +80,7 @@ class FeatureSide:
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
 
     @cached_property
-    def sources(self) -> "SourceTiles | None":
+    def sources(self) -> "RowSources | None":
         """The real tile behind each row; None where the dataset is real or a row has none."""
         return _read_sources(self)
 
@@ -98,7 +98,7 @@ class FeatureSide:
 
 
 @dataclass(frozen=True)
-class SourceTiles:
+class RowSources:
     """Slide and rank ``[m]`` of the source tile of each generated row."""
 
     slides: Labels
@@ -155,7 +155,7 @@ def check_comparable(first: FeatureStore, second: FeatureStore) -> None:
         )
 
 
-def _read_sources(side: FeatureSide) -> SourceTiles | None:
+def _read_sources(side: FeatureSide) -> RowSources | None:
     names: list[str | None] = []
     ranks: list[npt.NDArray[np.int64]] = []
     for slide_id, rows in side.selection.items():
@@ -171,7 +171,7 @@ def _read_sources(side: FeatureSide) -> SourceTiles | None:
     # A dataset is guided as a whole: one image without a source means none has one.
     if None in names:
         return None
-    return SourceTiles(np.array(names, dtype=np.str_), np.concatenate(ranks))
+    return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
 
 def source_features(
