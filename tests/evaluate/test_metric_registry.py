@@ -18,7 +18,7 @@ from evaluate.compare.warnings import metric_warnings
 from evaluate.generate.condition_source import SelectionConditions
 from evaluate.metrics.metric import FeaturePair, MetricSettings
 from evaluate.metrics.registry import METRICS, compute_metrics, discover_metrics
-from evaluate.protocols.config import load
+from evaluate.protocols.config import load_protocol
 from evaluate.protocols.tables import build_tables
 from evaluate.report.command import write_report
 from evaluate.report.numbers import metric_rows
@@ -113,7 +113,7 @@ def test_a_new_module_is_in_results_report_warnings_and_tables(
 
 def test_a_new_module_is_in_a_protocols_rows_and_tables(toy_metric: str) -> None:
     row = f"rows=[{{label: Model, generated: val-in, metrics: [{toy_metric}]}}]"
-    protocol = load("table2", None, [row, "tables=[means]", "encoders=[uni2-h]"])
+    protocol = load_protocol("table2", None, [row, "tables=[means]", "encoders=[uni2-h]"])
     cell = {"label": "Model", "kind": "model", "control": "", "encoder": "uni2-h", "point": {},
             "column": "val-in", "note": "", "basis": {"n_generated": 4},
             "results": {toy_metric: {"value": 1.5, "n_generated": 4}}}  # fmt: skip
