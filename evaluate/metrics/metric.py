@@ -6,7 +6,7 @@ A module of this package that defines `METRIC` is a metric; nothing else names i
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,6 @@ from common.record import Record
 from common.text import format_number, format_share
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
 
 Features = NDArray[np.floating]
@@ -258,11 +257,10 @@ def value_at(*keys: str) -> Reader:
     return read
 
 
-def plain_fields(result: "DataclassInstance") -> dict[str, object]:
+def plain_fields(result: object) -> dict[str, object]:
     """The numbers and texts of a metric's result class; arrays, one value per row, are left out."""
-    values = {field.name: getattr(result, field.name) for field in fields(result)}
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
+        for name, value in vars(result).items()
         if value is None or isinstance(value, int | float | str | tuple)
     }
