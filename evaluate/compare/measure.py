@@ -20,6 +20,7 @@ from evaluate.compare.sides import (
 from evaluate.compare.warnings import blockiness_warnings, metric_warnings, set_warnings
 from evaluate.metrics.metric import FeaturePair, MetricSettings
 from evaluate.metrics.registry import METRICS, compute_floors, compute_metrics
+from model.sampler_settings import FIELD_OF_OPTION
 from pipeline.dataset import Dataset, read_identity, software_versions
 
 FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
@@ -27,8 +28,7 @@ FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
 _MIN_ROWS = 8
 """Fewer rows per side make no half with three neighbours per tile."""
 _SAMPLER_KEYS = (
-    "solver", "steps", "guidance_scale", "guidance_low", "guidance_high", "compute_dtype",
-    "micro_batch", "seed", "variations", "guidance",
+    *FIELD_OF_OPTION.values(), "compute_dtype", "micro_batch", "seed", "variations", "guidance",
 )  # fmt: skip
 
 

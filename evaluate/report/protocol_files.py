@@ -18,13 +18,11 @@ from evaluate.report.protocol_text import (
 )
 from evaluate.report.protocol_tiles import read_grids, read_suspects
 from evaluate.report.template import render_template
+from model.sampler_settings import FIELD_OF_OPTION
 
 _SUSPECTS = 8
 _DANGERS = VOIDING | {"blockiness_mismatch": "A grid of 8 × 8 pixels on one side only"}
-_SAMPLER = (
-    "solver", "steps", "guidance_scale", "guidance_low", "guidance_high", "seed", "micro_batch",
-    "compute_dtype",
-)  # fmt: skip
+_SAMPLER = (*FIELD_OF_OPTION.values(), "seed", "micro_batch", "compute_dtype")
 
 
 def write_protocol_files(

@@ -596,9 +596,8 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
                and one.column == "val-out")  # fmt: skip
     names = {}
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(
-            cells_module, "choose_device", lambda _, d=device, **_more: torch.device(d)
-        )
+        chosen = torch.device(device)
+        monkeypatch.setattr(cells_module, "choose_device", lambda *_, chosen=chosen, **__: chosen)
         measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
         opened = {name: measurer.side(seen, cell.encoder) for name, seen in cell.sides().items()}
         pair = measurer._make_pair(cell, opened)
