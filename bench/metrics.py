@@ -41,22 +41,9 @@ Contender = Callable[[dict[str, Any]], dict[str, float]]
 
 K, BLOCK = 3, 2048
 SLIDES, DRAWS = 400, 50
-FULL = {
-    "frechet dim": 2048,
-    "drawn rows": 50_000,
-    "rows": 20_000,
-    "dim": 1536,
-    "train": 10_000,
-    "centres": 4_000,
-}
-SMALL = {
-    "frechet dim": 512,
-    "drawn rows": 8_000,
-    "rows": 4_000,
-    "dim": 384,
-    "train": 2_000,
-    "centres": 800,
-}
+SIZES = ("frechet dim", "drawn rows", "rows", "dim", "train", "centres")
+FULL = dict(zip(SIZES, (2048, 50_000, 20_000, 1536, 10_000, 4_000), strict=True))
+SMALL = dict(zip(SIZES, (512, 8_000, 4_000, 384, 2_000, 800), strict=True))
 COLUMNS = (("seconds", 2), ("cpu seconds", 2), ("mib", 0))
 GOALS = {
     "frechet distance over scipy's sqrtm": 8.0,

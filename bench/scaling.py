@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/, with its model.py
 
 from bench.bench_slide import make_slide
+from bench.cohort_costs import CohortSize, Rates, cohort_costs, total
 from bench.common import OUT, ROOT, SLIDE, candidates_table, markdown, new_dataset
 from common.console import Meter
 from common.text import format_bytes, format_seconds
@@ -39,7 +40,6 @@ from pipeline.dataset import (
     write_candidates,
 )
 from pipeline.dataset.journal import encode_line
-from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total
 from pipeline.run.drain import run_tasks
 from pipeline.run.stage import stage_versions
 from pipeline.run.tasks import SlideTask
@@ -291,7 +291,7 @@ H0_MINI = {"cls": (768, (196, 768)), "tokens-float16": (768, (196, 768))}
 
 def plan_lines() -> Iterator[str]:
     """The planning model's tables: a row a stage, a cohort a column."""
-    costs = [cohort_costs(Cohort(*counts, H0_MINI, 1.0), Rates()) for counts in COHORTS]
+    costs = [cohort_costs(CohortSize(*counts, H0_MINI, 1.0), Rates()) for counts in COHORTS]
     heads = [f"{slides:,} slides, {tiles // 10**6:,}M tiles" for slides, _, tiles in COHORTS]
     for title, show in (
         ("bytes", lambda c: format_bytes(c.bytes) if c.bytes else ""),

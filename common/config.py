@@ -48,7 +48,11 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested values with `section.key=value` texts set in it."""
+    """A copy of nested values with `section.key=value` texts set in it.
+
+    >>> with_overrides({"optim": {"lr": 0.1}}, ["optim.lr=2e-4", "seed=3"])
+    {'optim': {'lr': '2e-4'}, 'seed': '3'}
+    """
     result = _copy_nested(values)
     for text in overrides:
         key, equals, value = text.partition("=")

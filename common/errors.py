@@ -12,7 +12,10 @@ class UserError(Exception):
     The message is one line: it names the slide, file or key, says what was expected
     and what to do. The doors (`python -m ...`) print it without a traceback and exit with 2.
     Names from files come into it: control characters, which would break the line or steer the
-    terminal, become spaces, and what is far too long is cut.
+    terminal, become spaces, and a message of more than 1,500 characters is cut.
+
+    >>> str(UserError("slide a\\x1b[31m.svs: no level at 0.5 mpp"))
+    'slide a [31m.svs: no level at 0.5 mpp'
     """
 
     def __init__(self, message: object = "") -> None:

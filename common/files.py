@@ -62,7 +62,12 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 
 def write_bytes(final: Path, data: bytes) -> None:
-    """Write a whole file; see `replacing`."""
+    """Write a whole file; see `replacing`.
+
+    >>> from pathlib import Path
+    >>> write_bytes(Path("tiles/index"), b"v1.2 0"), Path("tiles/index").read_bytes()
+    (None, b'v1.2 0')
+    """
     with replacing(final) as file:
         file.write(data)
 
@@ -73,7 +78,11 @@ def write_text(final: Path, text: str) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON document with sorted keys: one form for one value."""
+    """UTF-8 bytes of a JSON document with sorted keys: one form for one value.
+
+    >>> json_bytes({"tiles": 3, "mpp": 0.5})
+    b'{\\n  "mpp": 0.5,\\n  "tiles": 3\\n}\\n'
+    """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return text.encode()
 

@@ -5,12 +5,22 @@ from collections.abc import Iterable, Sequence
 
 
 def one_line(reason: object, most: int = 200) -> str:
-    """An error or text on one line of at most `most` characters."""
+    """An error or text on one line of at most `most` characters.
+
+    >>> one_line(ValueError("no tiles\\n  of this slide"), most=14)
+    'no tiles of th'
+    """
     return " ".join(str(reason).split())[:most]
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The known word that is most like the given one, "" where none is like it."""
+    """The known word that is most like the given one, "" where none is like it.
+
+    Likeness is that of `difflib`, from 0 to 1; below `cutoff` a word is not offered.
+
+    >>> nearest("bacth_size", ["batch_size", "seed"]), nearest("x", ["batch_size"])
+    ('batch_size', '')
+    """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
 
@@ -26,7 +36,11 @@ def list_some(names: Sequence[str], most: int = 20) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration in readable units: `8.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    """Seconds as people read a duration, in days from 48 hours on.
+
+    >>> [format_seconds(seconds) for seconds in (8.24, 185, 7_620, 273_600)]
+    ['8.2 s', '3 min 05 s', '2 h 07 min', '3 d 04 h']
+    """
     if seconds == float("inf"):
         return "unknown"
     if seconds < 60:
@@ -41,7 +55,11 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in decimal units, as disks are sold: `301 kB`, `12.0 TB`."""
+    """Bytes in decimal units, as disks are sold, with three digits.
+
+    >>> format_bytes(999), format_bytes(301_056), format_bytes(12e12)
+    ('999 B', '301 kB', '12 TB')
+    """
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.house import survey_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "pipeline", "model", "train", "evaluate")
 ALLOWED = {
@@ -174,3 +176,9 @@ def test_constraints_pin_what_is_declared() -> None:
     }
     declared = {_distribution(text) for texts in tested.values() for text in texts}
     assert declared - {"histogen"} <= set(pins)
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Names without their leading underscores; `make house ARGS='--list duplicates'` lists them."""
+    repeated = survey_tree(ROOT).repeated_classes()
+    assert {name: [str(place) for place in places] for name, places in repeated.items()} == {}

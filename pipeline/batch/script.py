@@ -1,56 +1,56 @@
 """A shipped batch script with what a cluster file says of the jobs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.cluster import load_cluster, stated
+from pipeline.run.cluster import load_cluster, read_cluster_file
 
-_MARK = "#SBATCH "
+_PREFIX = "#SBATCH "
 _OPTIONS = {
     "queue": "--partition", "account": "--account", "cores": "--cpus-per-task",
     "memory": "--mem", "walltime": "--time",
 }  # fmt: skip
-_EVERYWHERE = ("account", "prologue")
-"""Keys that hold for every script: a queue that tiling wants is not what training wants."""
-_FOR_SLIDES = ("tile",)
+_FOR_ALL_SCRIPTS = ("account", "prologue")
+"""Keys that count for every script: a queue that suits tiling does not suit training."""
 
 
-def for_cluster(script: str, name: str, path: Path) -> str:
+def adapt_script(script: str, name: str, path: Path) -> str:
     """The script with the file's keys in place of its own `#SBATCH` lines.
 
     For `tile` all keys of the file count, for the others those under `stages: NAME` and the
     account and prologue. Raises `UserError` naming file and key.
     """
-    load_cluster(path, name)
-    shared, own = stated(path, name)
-    if name not in _FOR_SLIDES:
-        shared = {key: value for key, value in shared.items() if key in _EVERYWHERE}
-    return with_directives(script, {**shared, **own})
+    load_cluster(path, name)  # checks every key
+    shared, own = read_cluster_file(path, name)
+    if name != "tile":
+        shared = {key: value for key, value in shared.items() if key in _FOR_ALL_SCRIPTS}
+    return replace_directives(script, {**shared, **own})
 
 
-def with_directives(script: str, values: dict[str, Any]) -> str:
-    """Replace options that stand in the script, add the others, and put the prologue before all."""
+def replace_directives(script: str, values: Mapping[str, Any]) -> str:
+    """Replace options that the script has, add the others, and put the prologue after them."""
     wanted = [f"{_OPTIONS[key]}={value}" for key, value in values.items()
               if key in _OPTIONS and value != ""]  # fmt: skip
     wanted += list(values.get("directives", ()))
-    if any(text.startswith("--mem=") for text in wanted):
-        wanted = [text.replace("GB", "G").replace("MB", "M") if text.startswith("--mem=") else text
-                  for text in wanted]  # fmt: skip
-    replaced = {_name(text) for text in wanted}
+    # dask-jobqueue writes 16GB, SLURM 16G.
+    wanted = [text.replace("GB", "G").replace("MB", "M") if text.startswith("--mem=") else text
+              for text in wanted]  # fmt: skip
+    replaced = {_option_of(text) for text in wanted}
     if "--mem" in replaced:
         replaced |= {"--mem-per-cpu"}
     if any(name == "-G" or name.startswith("--gpus") for name in replaced):
-        replaced |= {"--gres"}  # two ways to ask for GPUs would be both obeyed
+        replaced |= {"--gres"}  # SLURM would obey both ways to request GPUs
     lines = [
         line
         for line in script.splitlines()
-        if not (line.startswith(_MARK) and _name(line.removeprefix(_MARK)) in replaced)
+        if not (line.startswith(_PREFIX) and _option_of(line.removeprefix(_PREFIX)) in replaced)
     ]
-    last = max(number for number, line in enumerate(lines) if line.startswith(_MARK))
-    added = [f"{_MARK}{text}" for text in wanted] + list(values.get("prologue", ()))
+    last = max(number for number, line in enumerate(lines) if line.startswith(_PREFIX))
+    added = [f"{_PREFIX}{text}" for text in wanted] + list(values.get("prologue", ()))
     return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :]]) + "\n"
 
 
-def _name(directive: str) -> str:
+def _option_of(directive: str) -> str:
     """`--gres` of `--gres=gpu:8`, `-p` of `-p gpu`."""
     return directive.split("=")[0].split()[0]

@@ -19,10 +19,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the script."""
-    from pipeline.batch.script import for_cluster
+    from pipeline.batch.script import adapt_script
 
     script = (files("pipeline") / "batch" / f"{options.name}.sbatch").read_text()
     if options.cluster:
-        script = for_cluster(script, options.name, options.cluster)
+        script = adapt_script(script, options.name, options.cluster)
     print(script, end="")
     return 0

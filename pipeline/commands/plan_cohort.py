@@ -18,6 +18,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plan the cohort."""
-    from pipeline.selection.plan_cohort import plan_cohort
+    from pipeline.selection.write_cohort import plan_cohort
 
     return plan_cohort(options.cohort, options.out, config_from_options(PlanConfig, options))

@@ -242,7 +242,7 @@ def _draft_selection(
     selection_fingerprint = fingerprint_of(
         stage="import", version=_VERSION, name=tiles.name, detector=detector,
         parents=sorted((slide_id, fingerprints[slide_id]) for slide_id in ranks_by_slide),
-        patients=ties.patients_mark,
+        patients=ties.patients_hash,
     )  # fmt: skip
     plan = {"rule": IMPORTED, "seed": seed, **tiles.origin}
     plan |= {"ties": ties_to_json(ties)} | ({"role": role} if role else {})

@@ -1,254 +1,263 @@
-"""What a recipe would still do: bytes, files and hours of each step.
+"""What a recipe would still do: slides, tiles, files, bytes and hours of each step.
 
-Counts come from the files where a stage has run, else from the slides' sizes; rates from the
-dataset's own journals, else from this project's measurements (`pipeline.recipe.cost.Rates`).
+Counts come from the dataset where a stage has run, before that from the sizes of the slides. Bytes
+and seconds are those of the dataset's own journal; before its first entry, sizes are those of
+docs/scaling.md and hours are unknown.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.dataset import (
-    BLOCK_ROWS,
-    Dataset,
-    Entry,
-    read_journal,
-)
+from common.options import parse_count
+from common.plain_yaml import load_yaml
+from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, read_journal
 from pipeline.dataset.ledger import covered_blocks, current_entries
-from pipeline.recipe.cost import (
-    Cost,
-    Rates,
-    feature_cost,
-    scan_cost,
-    select_cost,
-    tile_cost,
-    tissue_cost,
-)
 from pipeline.recipe.steps import Recipe, Step
-from pipeline.recipe.training import training_cost
 from pipeline.tiles.stage import needed_blocks
 
 _DEFAULT_TILE_PX = 224
+_SCAN_BYTES_PER_SLIDE = 1500.0
+_TISSUE_BYTES_PER_SLIDE, _BYTES_PER_CANDIDATE = 2.0e6, 13.0
+_TILE_BYTES, _SELECTION_BYTES_PER_TILE = 100e3, 0.05
+_SLIDE_BYTES_PER_CANDIDATE = 104e3
+_TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Amounts:
-    """What a dataset holds so far, and what the recipe's first steps will bring.
+class StepPlan:
+    """What one step would still do.
 
-    `planned` are the tiles of selections that the recipe makes and that do not stand yet, by
-    name; None is all that there are.
+    `bytes` and `files` go to disk. `worker_s` are seconds of one worker (a core, or a GPU for
+    `cache` and `train`), None where no rate was measured yet. `basis` says what is missing and
+    where the figures come from.
     """
 
-    dataset: Dataset
-    slides: int
-    scanned: int
-    with_tissue: int
-    candidates: int
-    candidates_known: bool
-    planned: Mapping[str, int | None]
-    tile_px: int
-
-    def tiles(self, names: Iterable[str]) -> tuple[int, set[str], str]:
-        """Tiles that the selections need, those of them that stand, and how well it is known."""
-        there = set(self.dataset.selection_names())
-        wanted = list(names) or sorted(there | set(self.planned))
-        coming = [name for name in wanted if name not in there]
-        amount = sum(self.planned.get(name) or self.candidates for name in coming)
-        if self.candidates_known:
-            amount = min(amount, self.candidates)
-        return amount, {name for name in wanted if name in there}, "planned" if coming else ""
+    name: str
+    bytes: float = 0.0
+    files: int = 0
+    worker_s: float | None = 0.0
+    basis: str = ""
+    is_known: bool = True
 
 
-def recipe_costs(recipe: Recipe) -> list[tuple[Step, Cost]]:
-    """What each step would still do, in the recipe's order."""
-    seen: dict[Path, Amounts] = {}
-    costs = []
+@dataclass(frozen=True)
+class Rate:
+    """Bytes and seconds of one worker per slide or tile; seconds are None where not measured."""
+
+    bytes: float
+    seconds: float | None
+    source: str
+
+
+def measure_rate(entries: Iterable[Entry], assumed_bytes: float, *, per_tile: bool = False) -> Rate:
+    """The rate of the entries that are done, per slide or per tile.
+
+    >>> measure_rate([Entry("s", "done", "", start=0, stop=16, seconds=2.0)], 1.0, per_tile=True)
+    Rate(bytes=1.0, seconds=0.125, source='measured on 16 tiles')
+    """
+    timed = [entry for entry in entries if entry.outcome == "done" and entry.seconds > 0]
+    tiles = sum(max(0, entry.stop - entry.start) for entry in timed)
+    amount = tiles if per_tile else len(timed)
+    if not amount:
+        return Rate(assumed_bytes, None, "no rate measured yet")
+    size = sum(record.bytes for entry in timed for record in entry.files)
+    seconds = sum(entry.seconds for entry in timed)
+    source = f"measured on {amount:,} {'tiles' if per_tile else 'slides'}"
+    return Rate(size / amount or assumed_bytes, seconds / amount, source)
+
+
+def plan_recipe(recipe: Recipe) -> list[tuple[Step, StepPlan]]:
+    """What each step would still do, in the recipe's order; nothing is written."""
+    planners: dict[Path, DatasetPlanner] = {}
+    plans = []
     for step in recipe.steps:
-        root = step.dataset
-        if root is not None and root not in seen:
-            seen[root] = _amounts(root, recipe)
-        costs.append((step, _cost(step, seen[root] if root is not None else None)))
-    return costs
+        if step.dataset is not None:
+            if step.dataset not in planners:
+                steps = [other for other in recipe.steps if other.dataset == step.dataset]
+                planners[step.dataset] = DatasetPlanner(step.dataset, steps)
+            plans.append((step, planners[step.dataset].plan(step)))
+        elif step.name == "train":
+            plans.append((step, plan_training(step)))
+        else:
+            plans.append((step, StepPlan(step.name, basis="not planned", is_known=False)))
+    return plans
 
 
-def _amounts(root: Path, recipe: Recipe) -> Amounts:
-    dataset = Dataset(root)
-    own = [step for step in recipe.steps if step.dataset == root]
-    sizes = _slide_sizes(own)
-    scanned = current_entries(read_journal(dataset, "scan"))
-    tissue = current_entries(read_journal(dataset, "tissue"))
-    known = {
-        slide: sum(entry.counts.get("candidate tiles", 0) for entry in entries)
-        for slide, entries in tissue.items()
-    }
-    slides = max(len(sizes), len(scanned))
-    missing = max(0, slides - len(known))
-    if known:
-        candidates = sum(known.values()) + missing * sum(known.values()) // len(known)
-    else:
-        candidates = int(sum(sizes.values()) / Rates().slide_bytes_per_candidate)
-    planned = {
-        str(step.values.get("name")): _whole(step.values.get("tiles"))
-        for step in own
-        if step.name == "select"
-    }
-    px = next(
-        (s.values["tile-px"] for s in own if s.name == "scan" and "tile-px" in s.values), None
-    )
-    return Amounts(
-        dataset, slides, len(scanned), len(known), candidates, not missing and bool(known), planned,
-        int(px or _DEFAULT_TILE_PX),
-    )  # fmt: skip
+class DatasetPlanner:
+    """Plans the steps on one dataset, which need not exist yet."""
+
+    def __init__(self, root: Path, steps: Sequence[Step]) -> None:
+        self.dataset = Dataset(root)
+        sizes = _slide_sizes(steps)
+        scanned = current_entries(read_journal(self.dataset, "scan"))
+        tissue = current_entries(read_journal(self.dataset, "tissue"))
+        self.slides = max(len(sizes), len(scanned))
+        self.unscanned = self.slides - len(scanned)
+        self.without_tissue = max(0, self.slides - len(tissue))
+        counts = [
+            sum(entry.counts.get("candidate tiles", 0) for entry in entries)
+            for entries in tissue.values()
+        ]
+        # Slides without a count have as many as the others, or as many as their bytes suggest.
+        if counts:
+            self.candidates = sum(counts) + self.without_tissue * sum(counts) // len(counts)
+        else:
+            self.candidates = int(sum(sizes.values()) / _SLIDE_BYTES_PER_CANDIDATE)
+        self.is_exact = bool(counts) and not self.without_tissue
+        self.planned_tiles = {
+            str(step.values.get("name")): parse_count(step.texts("tiles")[0])
+            if "tiles" in step.values
+            else self.candidates
+            for step in steps
+            if step.name == "select"
+        }
+        stated_px = [px for step in steps if step.name == "scan" for px in step.texts("tile-px")]
+        self.tile_px = int(stated_px[0]) if stated_px else _DEFAULT_TILE_PX
+
+    def plan(self, step: Step) -> StepPlan:
+        """What the step would still do."""
+        match step.name:
+            case "scan":
+                return self._plan_slides(step, self.unscanned, 1, _SCAN_BYTES_PER_SLIDE)
+            case "tissue":
+                per_slide = self.candidates / max(1, self.slides)
+                size = _TISSUE_BYTES_PER_SLIDE + per_slide * _BYTES_PER_CANDIDATE
+                return self._plan_slides(step, self.without_tissue, 3 * self.without_tissue, size)
+            case "select":
+                name = str(step.values.get("name"))
+                if name in self.dataset.selection_names():
+                    return StepPlan(step.name, basis=f"'{name}' is done")
+                tiles = self.planned_tiles.get(name, self.candidates)
+                basis = f"'{name}': {self._about}{tiles:,} tiles"
+                return StepPlan(step.name, tiles * _SELECTION_BYTES_PER_TILE, 2, basis=basis)
+            case "tile":
+                return self._plan_tile(step)
+            case "cache":
+                return self._plan_cache(step)
+        return StepPlan(step.name, basis="not planned", is_known=False)
+
+    def _plan_slides(self, step: Step, slides: int, files: int, assumed_bytes: float) -> StepPlan:
+        """The plan of a stage that works slide by slide."""
+        if not slides:
+            return StepPlan(step.name, basis="all done")
+        rate = measure_rate(read_journal(self.dataset, step.name), assumed_bytes)
+        seconds = None if rate.seconds is None else slides * rate.seconds
+        basis = f"{slides:,} slides, {rate.source}"
+        return StepPlan(step.name, slides * rate.bytes, files, seconds, basis)
+
+    def _plan_tile(self, step: Step) -> StepPlan:
+        px = int(str(step.values.get("tile-px", self.tile_px)))
+        done = current_entries(read_journal(self.dataset, step.name), str(px))
+        tiles, slides, basis = self._count_missing(step, done)
+        if not tiles:
+            return StepPlan(step.name, basis="all done")
+        entries = (entry for rows in done.values() for entry in rows)
+        rate = measure_rate(entries, _TILE_BYTES, per_tile=True)
+        seconds = None if rate.seconds is None else tiles * rate.seconds
+        return StepPlan(
+            step.name, tiles * rate.bytes, 2 * slides, seconds, f"{basis}, {rate.source}"
+        )
+
+    def _plan_cache(self, step: Step) -> StepPlan:
+        """All kinds of the step's features; one forward pass gives all of them."""
+        from model.encoders import encoder_spec
+        from pipeline.features.config import CacheConfig
+        from pipeline.features.plan import stored_bytes
+
+        config = CacheConfig(
+            str(step.values.get("encoder", "h0-mini")), view=str(step.values.get("view", "")),
+            tokens=str(step.values.get("tokens", "auto")),
+        ).resolved()  # fmt: skip
+        name, spec = f"cache {config.encoder}", encoder_spec(config.encoder)
+        px = int(str(step.values.get("tile-px", self.tile_px)))
+        journal = read_journal(self.dataset, step.name)
+        # Kinds are stored apart, and may be complete for different tiles.
+        size, files, most, words = 0, 0, 0, ""
+        for kind in config.kinds:
+            done = current_entries(journal, config.scope(px, kind))
+            tiles, slides, basis = self._count_missing(step, done)
+            if tiles:
+                shape = (spec.num_tokens, spec.token_dim)
+                size += stored_bytes(kind, tiles, slides, spec.dim, shape)
+                files += slides
+            if tiles > most:
+                most, words = tiles, basis
+        if not most:
+            return StepPlan(name, basis="all done")
+        cls_scope = config.scope(px, "cls")
+        rate = measure_rate((e for e in journal if e.scope == cls_scope), 0.0, per_tile=True)
+        seconds = None if rate.seconds is None else most * rate.seconds
+        return StepPlan(name, size, files, seconds, f"{words}, {rate.source}")
+
+    @property
+    def _about(self) -> str:
+        return "" if self.is_exact else "about "
+
+    def _count_missing(self, step: Step, done: Mapping[str, list[Entry]]) -> tuple[int, int, str]:
+        """Tiles that a stage still lacks, in how many slides, and both in words."""
+        existing = set(self.dataset.selection_names())
+        wanted = set(step.texts("selection")) or existing | set(self.planned_tiles)
+        new = wanted - existing
+        coming = sum(self.planned_tiles.get(name, self.candidates) for name in new)
+        # Selections overlap: together they have no more tiles than there are candidates.
+        if self.is_exact:
+            coming = min(coming, self.candidates)
+        tiles = slides = 0
+        if wanted & existing:
+            selections = tuple(sorted(wanted & existing))
+            for slide, blocks in needed_blocks(self.dataset, selections).items():
+                covered = covered_blocks(e for e in done.get(slide, ()) if e.outcome == "done")
+                if lacking := len(blocks - covered):
+                    tiles, slides = tiles + lacking * BLOCK_ROWS, slides + 1
+        if not coming:
+            return tiles, slides, f"{tiles:,} tiles of {slides:,} slides"
+        # Whole blocks are written: on average half a block more per slide than was selected.
+        tiles += coming + self.slides * BLOCK_ROWS // 2
+        return tiles, self.slides, f"{self._about}{coming:,} tiles planned"
 
 
-def _whole(value: Any) -> int | None:
-    return None if value is None else int(str(value).replace("_", "").replace(",", ""))
-
-
-def _slide_sizes(steps: list[Step]) -> dict[str, int]:
-    """Bytes of the slides that the recipe's scan would find."""
+def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:
+    """Bytes of the slides that the recipe's scan would find; 0 where that is unknown."""
     from pipeline.slides.entries import find_slides
 
-    inputs = []
-    for step in steps:
-        if step.name == "scan":
-            slides = step.values["slides"]
-            inputs += slides if isinstance(slides, list) else [slides]
+    inputs = [text for step in steps if step.name == "scan" for text in step.texts("slides")]
     sizes = {}
-    for source in find_slides(map(str, inputs)):
+    for slide in find_slides(inputs):
         try:
-            sizes[source.slide_id] = source.bytes or source.path.stat().st_size
+            sizes[slide.slide_id] = slide.bytes or slide.path.stat().st_size
         except OSError:
-            sizes[source.slide_id] = source.bytes
+            sizes[slide.slide_id] = slide.bytes
     return sizes
 
 
-def _cost(step: Step, amounts: Amounts | None) -> Cost:
-    if amounts is None:
-        return training_cost(step) if step.name == "train" else Cost(step.name, known="not planned")
-    if step.name == "scan":
-        return _scan(amounts)
-    if step.name == "tissue":
-        return _tissue(amounts)
-    if step.name == "select":
-        return _select(step, amounts)
-    if step.name == "tile":
-        return _tile(step, amounts)
-    if step.name == "cache":
-        return _cache(step, amounts)
-    return Cost(step.name, known="not planned")
+def plan_training(step: Step) -> StepPlan:
+    """GPU-seconds left at the training run's own rate; unknown before it has begun."""
+    folder = Path(str(step.values.get("run.dir", "")))
+    try:
+        config = load_yaml((folder / "config.yaml").read_text())
+        last = _last_metrics(folder / "metrics.jsonl")
+        total, batch = int(config["run"]["steps"]), int(config["data"]["batch_size"])
+        done, rate = int(str(last["step"])), float(str(last["images_per_s"]))
+    except (OSError, KeyError, TypeError, ValueError):
+        return StepPlan(step.name, worker_s=None, basis="no rate measured yet: it has not begun")
+    left = max(0, total - done)
+    seconds = left * batch / rate * step.processes if rate > 0 else None
+    basis = f"step {done:,} of {total:,}, measured {rate:.3g} tiles/s"
+    return StepPlan(step.name, worker_s=seconds, basis=basis)
 
 
-def slide_rates(entries: list[Entry], rates: Rates, field: str) -> tuple[Rates, str]:
-    """The rates with a stage's own seconds a slide, where its journal has some."""
-    timed = [entry.seconds for entry in entries if entry.outcome == "done" and entry.seconds > 0]
-    if not timed:
-        return rates, "assumed rate"
-    value = sum(timed) / len(timed)
-    return replace(rates, **{field: value}), f"measured on {len(timed):,} slides"
-
-
-def _scan(amounts: Amounts) -> Cost:
-    rates, known = slide_rates(read_journal(amounts.dataset, "scan"), Rates(), "scan_s_per_slide")
-    left = amounts.slides - amounts.scanned
-    return replace(scan_cost(left, rates), known=f"{left:,} slides, {known}")
-
-
-def _tissue(amounts: Amounts) -> Cost:
-    journal = read_journal(amounts.dataset, "tissue")
-    rates, known = slide_rates(journal, Rates(), "tissue_s_per_slide")
-    left = amounts.slides - amounts.with_tissue
-    share = left / amounts.slides if amounts.slides else 0.0
-    cost = tissue_cost(left, int(amounts.candidates * share), rates)
-    return replace(cost, known=f"{left:,} slides, {known}")
-
-
-def _select(step: Step, amounts: Amounts) -> Cost:
-    name = str(step.values.get("name"))
-    if name in amounts.dataset.selection_names():
-        return Cost("select", known=f"'{name}' stands")
-    tiles = amounts.planned.get(name) or amounts.candidates
-    return replace(select_cost(tiles, Rates()), known=f"'{name}': {_about(amounts)}{tiles:,} tiles")
-
-
-def _about(amounts: Amounts) -> str:
-    return "" if amounts.candidates_known else "about "
-
-
-def _names(step: Step) -> tuple[str, ...]:
-    named = step.values.get("selection", ())
-    return tuple(map(str, named)) if isinstance(named, list) else ((str(named),) if named else ())
-
-
-def _needed(step: Step, amounts: Amounts, done: Mapping[str, list[Entry]]) -> tuple[int, int, str]:
-    """Tiles and slides that a stage still lacks, and how well that is known."""
-    coming, there, known = amounts.tiles(_names(step))
-    tiles = slides = 0
-    if there:
-        for slide, blocks in needed_blocks(amounts.dataset, tuple(sorted(there))).items():
-            stood = covered_blocks(e for e in done.get(slide, ()) if e.outcome == "done")
-            if lacking := len(blocks - stood):
-                tiles += lacking * BLOCK_ROWS
-                slides += 1
-    if known:
-        known = f"{_about(amounts)}{coming:,} tiles planned"
-    return tiles + coming, min(max(slides, amounts.slides if coming else 0), amounts.slides), known
-
-
-def tile_rates(entries: Iterable[Entry], rates: Rates) -> tuple[Rates, str]:
-    """The rates with the journal's own seconds and bytes a tile, where it has some."""
-    done = [e for e in entries if e.outcome == "done" and e.seconds > 0 and e.stop > e.start >= 0]
-    tiles = sum(entry.stop - entry.start for entry in done)
-    if not tiles:
-        return rates, "assumed rate"
-    seconds = sum(entry.seconds for entry in done)
-    size = sum(record.bytes for entry in done for record in entry.files)
-    return (
-        replace(rates, tile_s=seconds / tiles, tile_bytes=size / tiles),
-        f"measured on {tiles:,} tiles",
-    )
-
-
-def _tile(step: Step, amounts: Amounts) -> Cost:
-    px = int(step.values.get("tile-px", amounts.tile_px))
-    journal = read_journal(amounts.dataset, "tile")
-    held = current_entries(journal, str(px))
-    rates, measured = tile_rates((e for rows in held.values() for e in rows), Rates())
-    tiles, slides, known = _needed(step, amounts, held)
-    cost = tile_cost(slides, tiles, rates) if tiles else Cost("tile")
-    return replace(cost, known=_joined(tiles, known, measured))
-
-
-def _joined(tiles: int, known: str, measured: str) -> str:
-    return f"{known or f'{tiles:,} tiles'}, {measured}" if tiles else "all there"
-
-
-def _cache(step: Step, amounts: Amounts) -> Cost:
-    """All kinds of the step's features; one forward pass gives all of them."""
-    from model.encoders import encoder_spec
-    from pipeline.features.config import CacheConfig
-    from pipeline.features.plan import journal_rate
-
-    config = CacheConfig(
-        str(step.values.get("encoder", "h0-mini")), tokens=str(step.values.get("tokens", "auto")),
-        view=str(step.values.get("view", "")),
-    ).resolved()  # fmt: skip
-    spec = encoder_spec(config.encoder)
-    px = int(step.values.get("tile-px", amounts.tile_px))
-    journal = read_journal(amounts.dataset, "cache")
-    size, files, most, known = 0.0, 0, 0, ""
-    for kind in config.kinds:
-        held = current_entries(journal, config.scope(px, kind))
-        tiles, slides, known = _needed(step, amounts, held)
-        if tiles:
-            shape = (spec.num_tokens, spec.token_dim)
-            cost = feature_cost(kind, slides, tiles, spec.dim, shape, Rates())
-            size, files, most = size + cost.bytes, files + cost.files, max(most, tiles)
-    rate = journal_rate(journal, config.scope(px, "cls"))
-    seconds = most / rate.tiles_per_s if rate else None
-    measured = rate.source if rate else "no rate measured yet for this encoder here"
-    return Cost(
-        f"cache {config.encoder}", size, files, 0.0, seconds if most else 0.0,
-        _joined(most, known, measured),
-    )  # fmt: skip
+def _last_metrics(path: Path) -> dict[str, object]:
+    """The last whole line of a metrics file that has a rate; {} where there is none."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "images_per_s" in row:
+            return row
+    return {}

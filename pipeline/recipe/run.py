@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.table import Table
@@ -11,25 +11,26 @@ from common.console import EXIT_OK, EXIT_USAGE, say, stdout
 from common.errors import UserError
 from common.text import format_bytes
 from pipeline.dataset import Dataset, Run, software_versions
-from pipeline.recipe.cost import Cost, total
-from pipeline.recipe.plan import recipe_costs
+from pipeline.recipe.plan import StepPlan, plan_recipe
 from pipeline.recipe.steps import Recipe, Step
 
 
 def run_recipe(recipe: Recipe, *, max_bytes: int | None = None, dry_run: bool = False) -> int:
-    """Run the steps, or only say what they would do; returns the worst exit status.
+    """Run the steps, or only print what they would do; returns the worst exit status.
 
     A step that leaves some slides failed does not stop the next ones, which take the others.
-    `max_bytes` refuses a plan that would write more, before anything runs.
+    A plan that would write more than `max_bytes` is refused before anything runs.
     """
     if dry_run or max_bytes is not None:
-        costs = recipe_costs(recipe)
-        _say_plan(recipe, costs)
-        _refuse_larger(costs, max_bytes)
+        plans = plan_recipe(recipe)
+        _print_plans(recipe, plans)
+        _refuse_larger([plan for _, plan in plans], max_bytes)
         if dry_run:
             return EXIT_OK
     worst = EXIT_OK
-    with _log(recipe) as log:
+    # The log of the whole recipe is in the first step's dataset.
+    root = next((step.dataset for step in recipe.steps if step.dataset is not None), Path("."))
+    with Run(Dataset(root), "run", software_versions()) as log:
         for number, step in enumerate(recipe.steps, 1):
             say(f"run: step {number} of {len(recipe.steps)}: {step}")
             log.event("step begun", number=number, command=str(step))
@@ -44,14 +45,8 @@ def run_recipe(recipe: Recipe, *, max_bytes: int | None = None, dry_run: bool = 
     return worst
 
 
-def _log(recipe: Recipe) -> Run:
-    """The log of the whole, in the first step's dataset."""
-    root = next((step.dataset for step in recipe.steps if step.dataset is not None), Path("."))
-    return Run(Dataset(root), "run", software_versions())
-
-
 def _run_step(step: Step) -> int:
-    """A step of this room in this process, of another in one of its own."""
+    """Run a step of the pipeline in this process, another one in a process of its own."""
     if step.room == "pipeline":
         from pipeline.__main__ import main
 
@@ -59,51 +54,40 @@ def _run_step(step: Step) -> int:
     return subprocess.run(step.command(), stdin=subprocess.DEVNULL, check=False).returncode
 
 
-def _refuse_larger(costs: list[tuple[Step, Cost]], max_bytes: int | None) -> None:
-    need = total([cost for _, cost in costs])
-    if max_bytes is not None and need.bytes > max_bytes:
-        largest = max(costs, key=lambda one: one[1].bytes)[1]
+def _refuse_larger(plans: list[StepPlan], max_bytes: int | None) -> None:
+    size = sum(plan.bytes for plan in plans)
+    if max_bytes is not None and size > max_bytes:
+        largest = max(plans, key=lambda plan: plan.bytes)
         raise UserError(
-            f"the plan would write {format_bytes(need.bytes)} and --max-bytes is "
-            f"{format_bytes(max_bytes)}: `{largest.stage}` takes {format_bytes(largest.bytes)} of "
+            f"the plan would write {format_bytes(size)} and --max-bytes is "
+            f"{format_bytes(max_bytes)}: `{largest.name}` takes {format_bytes(largest.bytes)} of "
             "it; select fewer tiles, or store less of their features (--tokens int8 or none)"
         )
 
 
-def _say_plan(recipe: Recipe, costs: list[tuple[Step, Cost]]) -> None:
-    table = Table("step", "bytes", "inodes", "core-hours", "GPU-hours", "from",
-                  title=f"{recipe.path}: would do")  # fmt: skip
-    rows = [cost for _, cost in costs]
-    for cost in [*rows, replace(total(rows), known="")]:
-        table.add_row(
-            cost.stage, format_bytes(cost.bytes), f"{cost.files:,}", _hours(cost.core_s),
-            _hours(cost.gpu_s), cost.known,
-        )  # fmt: skip
-    stdout.print(table)
-    for step, cost in costs:
-        if cost.known == "not planned":
-            say(f"run: what `{step.name}` takes is not in the plan")
-    _say_room(costs)
-
-
-def _hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    return f"{seconds / 3600:,.3g}" if seconds else ""
-
-
-def _say_room(costs: list[tuple[Step, Cost]]) -> None:
-    """What is free where the datasets will be, and whether the plan fits."""
-    need: dict[Path, list[Cost]] = {}
-    for step, cost in costs:
+def _print_plans(recipe: Recipe, plans: Iterable[tuple[Step, StepPlan]]) -> None:
+    """A table of the steps, and whether what they write fits onto the disks."""
+    columns = ("step", "bytes", "inodes", "hours of one worker", "from")
+    table = Table(*columns, title=f"{recipe.path}: would do")
+    by_root: dict[Path, list[StepPlan]] = {}
+    for step, plan in plans:
+        hours = "unknown" if plan.worker_s is None else f"{plan.worker_s / 3600:,.3g}"
+        cells = (format_bytes(plan.bytes), f"{plan.files:,}", hours if plan.worker_s != 0 else "")
+        table.add_row(plan.name, *cells, plan.basis)
         if step.dataset is not None:
-            need.setdefault(step.dataset, []).append(cost)
-    for root, own in need.items():
+            by_root.setdefault(step.dataset, []).append(plan)
+    stdout.print(table)
+    for _, plan in plans:
+        if not plan.is_known:
+            say(f"run: what `{plan.name}` takes is not in the plan")
+    for root, written in by_root.items():
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-        size, free = total(own), os.statvfs(there)
-        room, inodes = free.f_frsize * free.f_bavail, free.f_favail or size.files
-        fits = "fits" if size.bytes <= room and size.files <= inodes else "DOES NOT FIT"
+        size, files = sum(plan.bytes for plan in written), sum(plan.files for plan in written)
+        disk = os.statvfs(there)
+        # A file system without a fixed number of inodes states 0 of them.
+        room, inodes = disk.f_frsize * disk.f_bavail, disk.f_favail or files
+        fits = "fits" if size <= room and files <= inodes else "DOES NOT FIT"
         say(
-            f"run: {root}: {format_bytes(size.bytes)} in {size.files:,} files (inodes) to write, "
+            f"run: {root}: {format_bytes(size)} in {files:,} files (inodes) to write, "
             f"{format_bytes(room)} and {inodes:,} inodes free: {fits}"
         )

@@ -17,17 +17,16 @@ A step's keys are its command's options without `--`. Nothing else is ever run t
 `pipeline`, `train` and `evaluate`, and none through a shell.
 """
 
-import difflib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from common.errors import UserError
 from common.plain_yaml import load_yaml
+from common.text import nearest, one_line
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
 _KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")
@@ -51,7 +50,7 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
     "evaluate measure": (),
     "evaluate report": (),
 }
-"""Steps with the keys that are no options: they stand bare on the command line, in this order."""
+"""Steps with the keys that are no options: positional arguments, in this order."""
 _WITHOUT_DATASET = ("train", "train export", "evaluate generate", "evaluate measure",
                     "evaluate report")  # fmt: skip
 _LAUNCHED = ("train", "evaluate generate")
@@ -63,7 +62,7 @@ class Step:
     """One command: its name, its values as the file states them, its arguments."""
 
     name: str
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
 
     @property
@@ -75,13 +74,18 @@ class Step:
     @property
     def processes(self) -> int:
         """How many processes torchrun starts; 1 is one without torchrun."""
-        return int(self.values.get("processes", 1))
+        return int(str(self.values.get("processes", 1)))
 
     @property
     def dataset(self) -> Path | None:
         """The dataset that the step works on, where it is one of the pipeline's."""
         text = self.values.get("dataset")
         return Path(str(text)) if text is not None and self.room == "pipeline" else None
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The values of an option, given once or as a list; () where it is not given."""
+        value = self.values.get(key, [])
+        return tuple(map(str, value if isinstance(value, list) else [value]))
 
     def command(self) -> list[str]:
         """The whole command line, Python first."""
@@ -104,124 +108,114 @@ class Recipe:
     steps: tuple[Step, ...]
 
 
-def load_recipe(path: Path, engine: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of a file; `engine` (workers, cluster or scheduler) comes over the file's own.
+def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe of a file; `engine` (workers, cluster or scheduler) overrides the file's own.
 
     Every step of the pipeline is checked against its command's options. Raises `UserError`
     naming file, step and key.
     """
     try:
-        read = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read ({text})") from None
-    if not isinstance(read, dict) or not isinstance(read.get("steps"), list) or not read["steps"]:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not (isinstance(document, dict) and document.get("steps")):
+        document = {}
+    if not isinstance(document.get("steps"), list):
         raise UserError(f"{path}: expected a key 'steps' with a list of steps (docs/operations.md)")
-    for key in read:
-        if key not in _KNOWN_KEYS:
-            raise UserError(f"{path}: unknown key '{key}'{_nearest(key, _KNOWN_KEYS)}")
-    own = {k: v for k, v in read.items() if k in _ENGINE_KEYS and v is not None}
-    shared = {"dataset": read.get("dataset")} | (dict(engine) if engine else own)
+    # Nothing of a recipe runs before all of it was checked.
     try:
-        steps = tuple(_step(one, shared) for one in read["steps"])
-        _check(steps)
+        for key in document:
+            if key not in _KNOWN_KEYS:
+                raise UserError(f"unknown key '{key}'{_suggest(key, _KNOWN_KEYS)}")
+        engine = engine or {key: document.get(key) for key in _ENGINE_KEYS}
+        shared = {"dataset": document.get("dataset"), **engine}
+        steps = tuple(_parse_step(value, shared) for value in document["steps"])
+        _check_options(steps)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return Recipe(path, steps)
 
 
-def _nearest(key: object, known: Any) -> str:
-    near = difflib.get_close_matches(str(key), list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else f"; known are {', '.join(known)}"
+def _suggest(word: object, known: Iterable[str]) -> str:
+    close = nearest(str(word), known)
+    return f" (did you mean {close}?)" if close else f"; known are {', '.join(known)}"
 
 
-def _step(one: object, shared: Mapping[str, Any]) -> Step:
-    values: Any = {}
-    if isinstance(one, str):
-        name = one
-    elif isinstance(one, dict) and len(one) == 1:
-        name, values = next(iter(one.items()))
+def _parse_step(step: object, shared: Mapping[str, object]) -> Step:
+    values: object = {}
+    if isinstance(step, str):
+        name = step
+    elif isinstance(step, dict) and len(step) == 1:
+        name, values = next(iter(step.items()))
     else:
-        raise UserError(f"step {str(one)[:80]!r}: expected one command, such as 'scan: {{...}}'")
+        raise UserError(f"step {str(step)[:80]!r}: expected one command, such as 'scan: {{...}}'")
     if name not in _STEPS:
-        raise UserError(f"step '{name}' is no command{_nearest(name, _STEPS)}")
-    if values is None:
-        values = {}
+        raise UserError(f"step '{name}' is no command{_suggest(name, _STEPS)}")
+    values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"step '{name}': expected options as 'key: value'")
     merged = dict(values)
     if name not in _WITHOUT_DATASET:
         merged.setdefault("dataset", shared["dataset"])
+    # A step that states where it runs is not given the shared place as well.
     if name in _ON_ENGINE and not any(key in merged for key in _ENGINE_KEYS):
         merged |= {key: value for key, value in shared.items() if key in _ENGINE_KEYS}
     merged = {key: value for key, value in merged.items() if value is not None}
-    return Step(name, merged, tuple(_arguments(name, merged)))
+    return Step(name, merged, tuple(_make_arguments(name, merged)))
 
 
-def _arguments(name: str, values: Mapping[str, Any]) -> list[str]:
-    """The command's words, its bare values, its options."""
-    bare = _STEPS[name]
+def _make_arguments(name: str, values: Mapping[str, object]) -> list[str]:
+    """The command's words, its options, its positional arguments."""
+    positional = _STEPS[name]
     words = name.split()
     words = words[1:] if words[0] in ("train", "evaluate") else words
-    options: list[str] = []
     for key, value in values.items():
         if key == "processes":
-            _check_processes(name, value)
-        elif key not in bare:
-            options += _option(name, key, value)
-    placed = []
-    for key in bare:
-        if key not in values:
-            raise UserError(f"step '{name}' has no '{key}'")
-        placed += _texts(name, key, values[key])
-    return [*words, *options, *(["--", *placed] if placed else [])]
+            if name not in _LAUNCHED:
+                raise UserError(f"step '{name}' is one process: leave 'processes' out")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"step '{name}': processes is {value!r}, expected 1 or more")
+        elif key not in positional:
+            words += _make_option(name, key, value)
+    if missing := [key for key in positional if key not in values]:
+        raise UserError(f"step '{name}' has no '{missing[0]}'")
+    placed = [text for key in positional for text in _texts_of(name, key, values[key])]
+    return [*words, *(["--", *placed] if placed else [])]
 
 
-def _option(name: str, key: str, value: Any) -> list[str]:
+def _make_option(name: str, key: str, value: object) -> list[str]:
     if name == "train" and key not in ("config", "resume", "device"):
-        return [f"{key}={_one_text(name, key, value)}"]
+        return [f"{key}={_text_of(name, key, value)}"]
+    if isinstance(value, bool):
+        return [f"--{key.replace('_', '-')}"] if value else []
     # One word each: a value that begins with '-' is a value all the same.
-    flag = f"--{key.replace('_', '-')}"
-    if value is True:
-        return [flag]
-    if value is False:
-        return []
-    return [f"{flag}={text}" for text in _texts(name, key, value)]
+    return [f"--{key.replace('_', '-')}={text}" for text in _texts_of(name, key, value)]
 
 
-def _texts(name: str, key: str, value: Any) -> list[str]:
+def _texts_of(name: str, key: str, value: object) -> list[str]:
     parts = value if isinstance(value, list) else [value]
-    return [_one_text(name, key, part) for part in parts]
+    return [_text_of(name, key, part) for part in parts]
 
 
-def _one_text(name: str, key: str, value: Any) -> str:
+def _text_of(name: str, key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float | str):
-        text = str(value)
-        if "\0" not in text:
-            return text
+    if isinstance(value, int | float | str) and "\0" not in str(value):
+        return str(value)
     if isinstance(value, list | dict) and name == "train":
         return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
     raise UserError(f"step '{name}': {key} is {str(value)[:80]!r}, expected a text or a number")
 
 
-def _check_processes(name: str, value: Any) -> None:
-    if name not in _LAUNCHED:
-        raise UserError(f"step '{name}' is one process: leave 'processes' out")
-    if type(value) is not int or value < 1:
-        raise UserError(f"step '{name}': processes is {value!r}, expected 1 or more")
-
-
-def _check(steps: tuple[Step, ...]) -> None:
-    """Let the commands' own parser judge the steps of this room, before any of them runs."""
+def _check_options(steps: tuple[Step, ...]) -> None:
+    """Let the commands' own parser check the steps of this room, before any of them runs."""
     from pipeline.__main__ import make_parser
 
-    parse: Callable[[list[str]], object] = make_parser().parse_args
+    parser = make_parser()
     for number, step in enumerate(steps, 1):
         if step.room == "pipeline":
             try:
-                parse(list(step.arguments))
+                parser.parse_args(list(step.arguments))
             except UserError as error:
                 raise UserError(f"step {number} ({step.name}): {error}") from None
             except SystemExit:

@@ -1,12 +1,12 @@
-"""The table's data as one compact JSON document: a column a field, repeated words coded."""
+"""The table's data as one compact JSON document: a column per field, repeated words coded."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
-from pipeline.report.facts import Facts, SlideFacts, refusing_classes
+from pipeline.report.facts import Facts, SlideFacts
 from pipeline.report.selections import SelectionFacts
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.overlay import CLASS_COLOURS, VERDICT_COLOURS, Colour
@@ -16,32 +16,26 @@ VERDICT_ORDER = (
     Verdict.KEPT, Verdict.LITTLE_TISSUE, Verdict.PEN, Verdict.OUT_OF_FOCUS, Verdict.FOLD,
     Verdict.OTHER, Verdict.NO_TISSUE,
 )  # fmt: skip
-_CODED: dict[str, Callable[[SlideFacts], str]] = {
-    "status": lambda one: one.status,
-    "stage": lambda one: one.stage,
-    "reason": lambda one: one.reason,
-    "kind": lambda one: one.reason_kind,
-    "note": lambda one: one.note,
-    "site": lambda one: one.slide.site,
-    "project": lambda one: one.slide.project,
-    "patient": lambda one: one.slide.patient,
-    "mpp_source": lambda one: one.slide.mpp_source,
-    "reader": lambda one: one.slide.reader,
-    "vendor": lambda one: one.slide.vendor,
-    "codec": lambda one: one.slide.codec,
-    "preparation": lambda one: one.slide.preparation,
-    "plan": lambda one: one.plan,
+_OF_FACTS = {"status": "status", "stage": "stage", "reason": "reason", "kind": "reason_kind",
+             "note": "note", "plan": "plan"}  # fmt: skip
+_OF_SLIDE = ("site", "project", "patient", "mpp_source", "reader", "vendor", "codec", "preparation")
+_PLAIN: dict[str, Callable[[SlideFacts], object]] = {
+    "slide": lambda facts: facts.slide.slide_id,
+    "mpp": lambda facts: round_short(facts.slide.mpp),
+    "width": lambda facts: facts.slide.width or None,
+    "height": lambda facts: facts.slide.height or None,
+    "bytes": lambda facts: facts.slide.bytes or None,
+    "grid": lambda facts: facts.grid_tiles,
+    "candidates": lambda facts: facts.candidates,
+    "glass": lambda facts: [round_short(value) for value in facts.glass] or None,
 }
-_PLAIN: dict[str, Callable[[SlideFacts], Any]] = {
-    "slide": lambda one: one.slide.slide_id,
-    "mpp": lambda one: rounded(one.slide.mpp),
-    "width": lambda one: one.slide.width or None,
-    "height": lambda one: one.slide.height or None,
-    "bytes": lambda one: one.slide.bytes or None,
-    "grid": lambda one: one.grid_tiles,
-    "candidates": lambda one: one.candidates,
-    "glass": lambda one: [rounded(value) for value in one.glass] or None,
-}
+
+
+class CodedWords(TypedDict):
+    """Sorted distinct words, and per row the index of its word."""
+
+    values: list[str]
+    codes: list[int]
 
 
 def page_data(
@@ -50,56 +44,66 @@ def page_data(
     """All that the table and the viewer show.
 
     `thumbs` are the slides with a small picture; `overlays` is the way from the page to the
-    folder of the large ones, with '/' at its end. Values that a slide has not are null.
+    folder of the large ones, with '/' at its end. Values that a slide does not have are null.
     """
-    slides, refusing = facts.slides, refusing_classes(facts.identity)
+    slides = facts.slides
+    words = {key: [getattr(row, name) for row in slides] for key, name in _OF_FACTS.items()}
+    words |= {name: [getattr(row.slide, name) for row in slides] for name in _OF_SLIDE}
+    classes = [(CLASS_NAMES[c], c) for c in TissueClass if c > TissueClass.BACKGROUND]
     return {
         "overlays": quote(overlays, safe="/"),
         "rows": len(slides),
-        "coded": {name: coded([read(one) for one in slides]) for name, read in _CODED.items()},
-        "plain": {name: [read(one) for one in slides] for name, read in _PLAIN.items()},
-        "picture": [int(one.slide.slide_id in thumbs) for one in slides],
+        "coded": {name: code_words(column) for name, column in words.items()},
+        "plain": {name: [read(row) for row in slides] for name, read in _PLAIN.items()},
+        "picture": [int(row.slide.slide_id in thumbs) for row in slides],
         "classes": [
             {
-                "name": CLASS_NAMES[c],
-                "refuses": CLASS_NAMES[c] in refusing,
-                "colour": css_colour(CLASS_COLOURS[c]),
-                "mm2": [_class_mm2(one, CLASS_NAMES[c]) for one in slides],
+                "name": name,
+                "refuses": name in facts.refusing,
+                "colour": css_colour(CLASS_COLOURS[tissue_class]),
+                # A slide that the tissue stage has not measured has no areas.
+                "mm2": [
+                    round_short(row.class_mm2.get(name, 0.0)) if row.tiles else None
+                    for row in slides
+                ],
             }
-            for c in TissueClass
-            if c > TissueClass.BACKGROUND
+            for name, tissue_class in classes
         ],
         "verdicts": [
             {
-                "name": VERDICT_NAMES[v],
-                "colour": css_colour(VERDICT_COLOURS[v]),
-                "tiles": [one.tiles.get(VERDICT_NAMES[v], 0) for one in slides],
+                "name": VERDICT_NAMES[verdict],
+                "colour": css_colour(VERDICT_COLOURS[verdict]),
+                "tiles": [row.tiles.get(VERDICT_NAMES[verdict], 0) for row in slides],
             }
-            for v in VERDICT_ORDER
+            for verdict in VERDICT_ORDER
         ],
         "selections": [
             {
                 "name": selection.name,
-                "tiles": [selection.tiles_by_slide.get(one.slide.slide_id, 0) for one in slides],
+                "tiles": [selection.tiles_by_slide.get(row.slide.slide_id, 0) for row in slides],
             }
             for selection in selections
         ],
     }
 
 
-def _class_mm2(one: SlideFacts, name: str) -> float | None:
-    return rounded(one.class_mm2.get(name, 0.0)) if one.tiles else None
+def code_words(words: Sequence[str]) -> CodedWords:
+    """Words as their sorted distinct values and an index per row.
 
-
-def coded(words: Sequence[str]) -> dict[str, Any]:
-    """Words as their sorted distinct values and an index a row."""
+    >>> code_words(["b", "a", "b"])
+    {'values': ['a', 'b'], 'codes': [1, 0, 1]}
+    """
     values = sorted(set(words))
     place = {value: index for index, value in enumerate(values)}
     return {"values": values, "codes": [place[word] for word in words]}
 
 
-def rounded(value: float | None) -> float | int | None:
-    """Seven significant digits; null for what JSON cannot say."""
+def round_short(value: float | None) -> float | int | None:
+    """Seven significant digits; null for what JSON cannot express.
+
+    >>> round_short(0.22817505590), round_short(3.0), round_short(float("nan"))
+    (0.2281751, 3, None)
+    """
     if value is None or not math.isfinite(value):
         return None
     short = float(f"{value:.7g}")
@@ -107,11 +111,11 @@ def rounded(value: float | None) -> float | int | None:
 
 
 def css_colour(colour: Colour) -> str:
-    """`#rrggbb` of an RGB triple."""
+    """`#rrggbb` of an RGB triple, each 0 to 255."""
     return "#" + "".join(f"{part:02x}" for part in colour)
 
 
-def script_safe_json(document: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it can end that element."""
+def script_safe_json(document: object) -> str:
+    """JSON for the inside of a script element: nothing in it can end that element."""
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

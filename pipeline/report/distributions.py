@@ -14,7 +14,7 @@ _EXTREMES = 4
 
 
 @dataclass(frozen=True)
-class Quantity:
+class SlideQuantity:
     """What is counted: a key that the page's table knows, words, and how to read it of a slide."""
 
     key: str
@@ -25,21 +25,21 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("mpp", "Resolution", "µm per pixel at level 0", lambda one: one.slide.mpp),
-    Quantity("tissue", "Tissue", "mm² a slide",
-             lambda one: one.class_mm2.get("tissue", 0.0) if one.tiles else None),
-    Quantity("candidates", "Candidate tiles", "tiles a slide",
-             lambda one: None if one.candidates is None else float(one.candidates)),
-    Quantity("artifact", "Artifacts that refuse tiles", "share of what was found",
-             lambda one: one.artifact_share, is_share=True),
-    Quantity("out of focus", "Out of focus", "share of what was found",
-             lambda one: one.class_share("out of focus"), is_share=True),
+    SlideQuantity("mpp", "Resolution", "µm per pixel at level 0", lambda facts: facts.slide.mpp),
+    SlideQuantity("tissue", "Tissue", "mm² per slide",
+                  lambda facts: facts.class_mm2.get("tissue", 0.0) if facts.tiles else None),
+    SlideQuantity("candidates", "Candidate tiles", "tiles per slide",
+                  lambda facts: facts.candidates),
+    SlideQuantity("artifact", "Artifacts that refuse tiles", "share of what was found",
+                  lambda facts: facts.artifact_share, is_share=True),
+    SlideQuantity("out of focus", "Out of focus", "share of what was found",
+                  lambda facts: facts.class_share("out of focus"), is_share=True),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Slides a bin: `edges` [n + 1], `counts` [n]; `beyond` lie above the last edge."""
+    """Slides per bin: `edges` float64 [n + 1], `counts` int64 [n]; `beyond` is above the last."""
 
     edges: npt.NDArray[np.float64]
     counts: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Histogram:
 class Distribution:
     """A quantity's histogram, its median and the slides with the lowest and highest values."""
 
-    quantity: Quantity
+    quantity: SlideQuantity
     histogram: Histogram
     slides: int
     median: float
@@ -58,37 +58,40 @@ class Distribution:
     highest: tuple[tuple[str, float], ...]
 
 
-def distributions(slides: Sequence[SlideFacts]) -> list[Distribution]:
-    """One distribution a quantity of which any slide has a value."""
-    found = [_distribution(quantity, slides) for quantity in QUANTITIES]
-    return [one for one in found if one is not None]
+def make_distributions(slides: Sequence[SlideFacts]) -> list[Distribution]:
+    """One distribution per quantity of which any slide has a value."""
+    measured = []
+    for quantity in QUANTITIES:
+        values = [(facts.slide.slide_id, quantity.read(facts)) for facts in slides]
+        pairs = [(name, float(x)) for name, x in values if x is not None and np.isfinite(x)]
+        if not pairs:
+            continue
+        ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+        lowest = tuple(ordered[: min(_EXTREMES, len(ordered) // 2)])
+        highest = tuple(ordered[::-1][: min(_EXTREMES, len(ordered) - len(lowest))])
+        if quantity.is_share:
+            # Most slides have none of an artifact: only those with some are of interest.
+            lowest, highest = (), tuple(pair for pair in highest if pair[1] > 0)
+        array = np.array([value for _, value in pairs])
+        bins = make_histogram(array, cut=not quantity.is_share)
+        median = float(np.median(array))
+        measured.append(Distribution(quantity, bins, len(pairs), median, lowest, highest))
+    return measured
 
 
-def _distribution(quantity: Quantity, slides: Sequence[SlideFacts]) -> Distribution | None:
-    read = [(one.slide.slide_id, quantity.read(one)) for one in slides]
-    pairs = [(name, float(x)) for name, x in read if x is not None and np.isfinite(x)]
-    if not pairs:
-        return None
-    values = np.array([value for _, value in pairs])
-    ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
-    lowest = tuple(ordered[: min(_EXTREMES, len(ordered) // 2)])
-    highest = tuple(ordered[::-1][: min(_EXTREMES, len(ordered) - len(lowest))])
-    if quantity.is_share:
-        lowest, highest = (), tuple(pair for pair in highest if pair[1] > 0)
-    bins = histogram(values, cut=not quantity.is_share)
-    return Distribution(quantity, bins, len(values), float(np.median(values)), lowest, highest)
-
-
-def histogram(values: npt.NDArray[np.float64], bins: int = _BINS, *, cut: bool = True) -> Histogram:
+def make_histogram(
+    values: npt.NDArray[np.float64], bins: int = _BINS, *, cut: bool = True
+) -> Histogram:
     """Counts of non-negative `values` [n], n > 0, in bins of one round width.
 
-    With `cut`, the bins end with the one that holds the largest value up to eight times the median:
-    one slide of an unbelievable resolution shall not press all others into one bin. Bins are half
-    open, the last one too.
+    With `cut`, the bins end with the largest value up to eight times the median: one slide of an
+    unbelievable resolution shall not press all others into one bin. Bins are half open, the last
+    one too.
     """
     median = float(np.median(values))
     near = values[values <= _FAR * median] if cut and median > 0 else values
     low, high = float(near.min()), float(near.max())
+    # Whole multiples of a round width, or the edges could not be read.
     width = round_step((high - low) / bins if high > low else max(high, 1.0) / bins)
     first = np.floor(low / width + 1e-9)
     count = int(np.floor(high / width + 1e-9) - first) + 1
@@ -99,7 +102,11 @@ def histogram(values: npt.NDArray[np.float64], bins: int = _BINS, *, cut: bool =
 
 
 def round_step(step: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `step` (> 0)."""
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `step` (> 0).
+
+    >>> round_step(0.03), round_step(21.0)
+    (0.05, 25.0)
+    """
     power = 10.0 ** np.floor(np.log10(step))
     return next(
         float(m * power) for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= step * (1 - 1e-9)

@@ -23,6 +23,7 @@ from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STATUSES = ("ok", "rejected", "failed", "waiting")
 TISSUE = "tissue"
+_UNKNOWN_REASON = "no reason was recorded"
 _PATH = re.compile(r"\S*[/\\]\S*[^\s,;:.)]")
 _NUMBER = re.compile(r"\d+(,\d{3})*(\.\d+)?")
 
@@ -36,7 +37,7 @@ class SlideFacts:
 
     `status` is one of `STATUSES`; `stage` is the stage that decided it and `reason` its words
     ('' for ok). `class_mm2` and `tiles` are the tissue stage's mm² by class and grid tiles by
-    verdict, empty where it said nothing; `note` is what a stage remarked of a slide that it took.
+    verdict, empty where there is no result; `note` is a stage's remark on a slide that it took.
     `refusing` are the classes for which tiles are refused: not those that a detector marks on
     trial only.
     """
@@ -57,19 +58,19 @@ class SlideFacts:
 
     @property
     def found_mm2(self) -> float | None:
-        """Tissue and artifacts together; None where the tissue stage measured nothing."""
+        """mm² of tissue and artifacts together; None where the tissue stage measured nothing."""
         return sum(self.class_mm2.values()) if self.tiles else None
 
-    def class_share(self, name: str) -> float | None:
-        """The class's part of what was found; None where there is nothing to divide."""
-        return self.class_mm2.get(name, 0.0) / self.found_mm2 if self.found_mm2 else None
+    def class_share(self, *names: str) -> float | None:
+        """The classes' part of what was found, 0 to 1; None where nothing was."""
+        if not self.found_mm2:
+            return None
+        return sum(self.class_mm2.get(name, 0.0) for name in names) / self.found_mm2
 
     @property
     def artifact_share(self) -> float | None:
-        """The part of what was found for which tiles are refused."""
-        if not self.found_mm2:
-            return None
-        return sum(self.class_mm2.get(name, 0.0) for name in sorted(self.refusing)) / self.found_mm2
+        """The part of what was found for which tiles are refused, 0 to 1."""
+        return self.class_share(*sorted(self.refusing))
 
     @property
     def reason_kind(self) -> str:
@@ -79,36 +80,41 @@ class SlideFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """A dataset's identity, its slides sorted by id, and its stages' latest journal lines."""
+    """A dataset's identity, its slides sorted by id, and its stages' latest journal lines.
+
+    `counts` are the tiles of the current rank ranges, by stage and scope; `refusing` are the
+    classes for which the dataset's detector refuses tiles.
+    """
 
     identity: Mapping[str, Any]
     slides: tuple[SlideFacts, ...]
     journals: Mapping[str, LastEntries]
     counts: Mapping[str, Mapping[str, int]]
+    refusing: frozenset[str]
 
 
 def read_facts(dataset: Dataset) -> Facts:
-    """Read slides and journals; raises `UserError` where the dataset holds no scanned slides."""
+    """Read slides and journals; raises `UserError` where the dataset has no scanned slides."""
     slides = read_slides(dataset)
     if slides and all(slide.reader == "generated" for slide in slides):
         raise UserError(
-            f"{dataset.root} holds generated tiles and no slides; its page is made by "
+            f"{dataset.root} has generated tiles and no slides; its page is made by "
             "`python -m evaluate report`"
         )
+    # Each journal is read once: a cohort's take seconds, and both views need every line.
     identity = read_identity(dataset)
-    lines = {stage: read_journal(dataset, stage) for stage in stages_begun(dataset)}
-    last = {stage: last_entries(entries) for stage, entries in lines.items()}
+    stages = sorted(path.name for path in (dataset.root / "status").glob("*") if path.is_dir())
+    lines = {stage: read_journal(dataset, stage) for stage in stages}
+    reader = _FactsReader(
+        dataset, identity, {stage: last_entries(entries) for stage, entries in lines.items()}
+    )
     return Facts(
         identity,
-        tuple(_slide_facts(dataset, slide, identity, last) for slide in slides),
-        last,
-        {stage: done_counts(entries) for stage, entries in lines.items()},
+        tuple(map(reader.read, slides)),
+        reader.journals,
+        {stage: count_done(entries) for stage, entries in lines.items()},
+        reader.refusing,
     )
-
-
-def stages_begun(dataset: Dataset) -> list[str]:
-    """The stages that have a journal, sorted by name."""
-    return sorted(path.name for path in (dataset.root / "status").glob("*") if path.is_dir())
 
 
 def last_entries(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
@@ -125,8 +131,8 @@ def last_entries(entries: Iterable[Entry]) -> dict[str, dict[str, Entry]]:
     return {scope: slides for scope, slides in last.items() if slides}
 
 
-def done_counts(entries: Iterable[Entry]) -> dict[str, int]:
-    """Per scope, the `tiles` of the rank ranges that stand.
+def count_done(entries: Iterable[Entry]) -> dict[str, int]:
+    """Per scope, the `tiles` of the current rank ranges.
 
     Of two lines for one range the later counts; lines of an older fingerprint do not.
     """
@@ -136,6 +142,7 @@ def done_counts(entries: Iterable[Entry]) -> dict[str, int]:
         key = (entry.scope, entry.slide_id)
         if current.get(key) != entry.fingerprint:
             current[key], ranges[key] = entry.fingerprint, {}
+        # A failed or pruned range supersedes what was done of it.
         made = entry.counts.get("tiles", 0) if entry.outcome == "done" else 0
         ranges[key][entry.start, entry.stop] = made
     totals: dict[str, int] = {}
@@ -145,86 +152,97 @@ def done_counts(entries: Iterable[Entry]) -> dict[str, int]:
 
 
 def reason_kind(reason: str, slide: Slide) -> str:
-    """A reason with the slide's name, paths and numbers left open, so that like ones meet."""
+    """A reason with the slide's name, paths and numbers left open, so that like ones meet.
+
+    >>> reason_kind("a-17: 12 of 300 tiles in /x/a-17.svs", Slide("a-17", "/x/a-17.svs"))
+    '…: N of N tiles in …'
+    """
     text = _PATH.sub("…", reason)
     for name in (slide.path.replace("\\", "/").rpartition("/")[2], slide.slide_id):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text) if name else text
     return _NUMBER.sub("N", text)
 
 
-def _slide_facts(
-    dataset: Dataset, slide: Slide, identity: Mapping[str, Any], last: Mapping[str, LastEntries]
-) -> SlideFacts:
-    if slide.status != "ok":
-        return SlideFacts(slide, slide.status, "scan", slide.reason or "no reason was recorded")
-    note = _entry(last, "scan", slide.slide_id)
-    said = note.reason if note else ""
-    entry = _entry(last, TISSUE, slide.slide_id)
-    if entry is None or not _holds(dataset, slide, identity, entry):
-        reason = "not looked at yet, or changed since: run `tissue`"
-        return SlideFacts(slide, "waiting", TISSUE, reason, said)
-    status, stage, reason = _verdict(entry, last)
-    values, source = entry.values, imported_source([entry])
-    return SlideFacts(
-        slide, status, stage, reason, "; ".join(filter(None, (said, _imported(source)))),
-        class_mm2={str(k): float(v) for k, v in values.get("class_mm2", {}).items()},
-        tiles={str(k): int(v) for k, v in values.get("tiles", {}).items()},
-        glass=tuple(float(v) for v in values.get("glass", ())),
-        plan=plan_in_words(values.get("plan", {})),
-        grid_tiles=entry.counts.get("grid tiles"),
-        candidates=entry.counts.get("candidate tiles"),
-        has_overlay=_has_overlay(dataset, entry),
-        refusing=refusing_classes(identity),
-    )  # fmt: skip
+class _FactsReader:
+    """Reads the facts of single slides of a dataset."""
+
+    def __init__(
+        self, dataset: Dataset, identity: dict[str, Any], journals: Mapping[str, LastEntries]
+    ) -> None:
+        self.dataset, self.identity, self.journals = dataset, identity, journals
+        detector = str((identity.get("detector_parameters") or {}).get("name", ""))
+        on_trial = (
+            ClassicalDetector.experimental if detector.startswith("classical") else frozenset()
+        )
+        self.refusing = frozenset(
+            CLASS_NAMES[artifact]
+            for artifact in TissueClass
+            if artifact > TissueClass.TISSUE and artifact not in on_trial
+        )
+
+    def read(self, slide: Slide) -> SlideFacts:
+        """The facts of a slide, by the first stage that did not take it."""
+        if slide.status != "ok":
+            return SlideFacts(slide, slide.status, "scan", slide.reason or _UNKNOWN_REASON)
+        # `scan` remarks on slides that it takes, such as a resolution from a table.
+        scanned = self._last_entry("scan", slide.slide_id)
+        note = scanned.reason if scanned else ""
+        entry = self._last_entry(TISSUE, slide.slide_id)
+        source = imported_source([entry] if entry else [])
+        # A line counts while it is about the slide as it is now, and its files are there.
+        if (
+            entry is None
+            or entry.fingerprint != tissue_fingerprint(slide, self.identity, source)
+            or not files_present(self.dataset, entry)
+        ):
+            reason = "not looked at yet, or changed since: run `tissue`"
+            return SlideFacts(slide, "waiting", TISSUE, reason, note)
+        status, stage, reason = self._verdict(entry)
+        values = entry.values
+        if source:
+            imported = f"imported, not detected (sha256 {source[:12]})"
+            note = "; ".join(filter(None, (note, imported)))
+        return SlideFacts(
+            slide, status, stage, reason, note,
+            class_mm2={str(name): float(mm2) for name, mm2 in values.get("class_mm2", {}).items()},
+            tiles={str(name): int(count) for name, count in values.get("tiles", {}).items()},
+            glass=tuple(float(v) for v in values.get("glass", ())),
+            plan=describe_plan(values.get("plan", {})),
+            grid_tiles=entry.counts.get("grid tiles"),
+            candidates=entry.counts.get("candidate tiles"),
+            has_overlay=self._has_overlay(entry),
+            refusing=self.refusing,
+        )  # fmt: skip
+
+    def _last_entry(self, stage: str, slide_id: str) -> Entry | None:
+        return self.journals.get(stage, {}).get("", {}).get(slide_id)
+
+    def _verdict(self, entry: Entry) -> tuple[str, str, str]:
+        """Status, deciding stage and reason of a slide whose tissue line is current."""
+        if entry.outcome != "done":
+            return entry.outcome, TISSUE, entry.reason or _UNKNOWN_REASON
+        for stage, scopes in self.journals.items():
+            for scope in scopes.values() if stage not in ("scan", TISSUE) else ():
+                later = scope.get(entry.slide_id)
+                if later is not None and later.outcome == "failed":
+                    return "failed", stage, later.reason or _UNKNOWN_REASON
+        return "ok", "", ""
+
+    def _has_overlay(self, entry: Entry) -> bool:
+        try:
+            check_slide_id(entry.slide_id)  # the id becomes a file name
+        except UserError:
+            return False
+        name = self.dataset.relative(self.dataset.overlay_file(entry.slide_id))
+        return any(record.path == name for record in entry.files)
 
 
-def _entry(last: Mapping[str, LastEntries], stage: str, slide_id: str) -> Entry | None:
-    return last.get(stage, {}).get("", {}).get(slide_id)
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """From which level tiles are read, and how they are brought to the target resolution.
 
-
-def _holds(dataset: Dataset, slide: Slide, identity: Mapping[str, Any], entry: Entry) -> bool:
-    """Whether the line is about the slide as it is now, and its files are there."""
-    if entry.fingerprint != tissue_fingerprint(slide, dict(identity), imported_source([entry])):
-        return False
-    return files_present(dataset, entry)
-
-
-def _imported(source: str) -> str:
-    return f"imported, not detected (sha256 {source[:12]})" if source else ""
-
-
-def _verdict(entry: Entry, last: Mapping[str, LastEntries]) -> tuple[str, str, str]:
-    """Status, deciding stage and reason of a slide whose tissue line holds."""
-    if entry.outcome != "done":
-        return entry.outcome, TISSUE, entry.reason or "no reason was recorded"
-    for stage, scopes in last.items():
-        for scope in scopes.values() if stage not in ("scan", TISSUE) else ():
-            later = scope.get(entry.slide_id)
-            if later is not None and later.outcome == "failed":
-                return "failed", stage, later.reason or "no reason was recorded"
-    return "ok", "", ""
-
-
-def refusing_classes(identity: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the artifact classes that cost the dataset's detector tiles."""
-    name = str((identity.get("detector_parameters") or {}).get("name", ""))
-    spared = ClassicalDetector.experimental if name.startswith("classical") else frozenset()
-    return frozenset(
-        CLASS_NAMES[one] for one in TissueClass if one > TissueClass.TISSUE and one not in spared
-    )
-
-
-def _has_overlay(dataset: Dataset, entry: Entry) -> bool:
-    try:
-        check_slide_id(entry.slide_id)  # the id becomes a file name
-    except UserError:
-        return False
-    name = dataset.relative(dataset.overlay_file(entry.slide_id))
-    return any(record.path == name for record in entry.files)
-
-
-def plan_in_words(plan: Mapping[str, Any]) -> str:
-    """From which level tiles are read, and how they are brought to the target resolution."""
+    >>> describe_plan({"level": 1, "downsample": 4.0, "factor": 1.25, "mpp": 0.5})
+    'level 1 (4 times smaller than level 0), reduced 1.25 times: 0.5 mpp'
+    """
     if not plan:
         return ""
     factor, downsample = float(plan.get("factor", 1)), float(plan.get("downsample", 1))

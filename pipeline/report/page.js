@@ -2,7 +2,7 @@
 (() => {
   // Everything that a slide brings along is set as text, never as markup.
   const data = JSON.parse(document.getElementById("data").textContent);
-  const ROWS_A_PAGE = 100, SHEET_CELLS = 24, SHEET_STEP = 120, SHORT_ID = 24, DASH = "–";
+  const ROWS_PER_PAGE = 100, SHEET_CELLS = 24, SHEET_STEP = 120, SHORT_ID = 24, DASH = "–";
   const $ = (id) => document.getElementById(id);
   const count = new Intl.NumberFormat("en-US");
   const all = Array.from({ length: data.rows }, (_, i) => i);
@@ -23,16 +23,13 @@
   const slideId = plain("slide");
   const classNamed = Object.fromEntries(data.classes.map((one) => [one.name, one]));
   const mm2 = (name) => (i) => classNamed[name].mm2[i];
-  const found = (i) => data.classes.reduce((sum, one) => sum + (one.mm2[i] ?? NaN), 0);
-  const share = (name) => (i) => {
-    const whole = found(i);
-    return whole > 0 ? classNamed[name].mm2[i] / whole : null;
+  const foundMm2 = (i) => data.classes.reduce((sum, one) => sum + (one.mm2[i] ?? NaN), 0);
+  const shareOf = (names) => (i) => {
+    const total = foundMm2(i);
+    return total > 0 ? names.reduce((sum, name) => sum + classNamed[name].mm2[i], 0) / total : null;
   };
-  const refusing = data.classes.filter((one) => one.refuses).sort((a, b) => (a.name < b.name ? -1 : 1));
-  const artifact = (i) => {
-    const whole = found(i);
-    return whole > 0 ? refusing.reduce((sum, one) => sum + one.mm2[i], 0) / whole : null;
-  };
+  const share = (name) => shareOf([name]);
+  const artifact = shareOf(data.classes.filter((one) => one.refuses).map((one) => one.name).sort());
   const selected = (i) => {
     const chosen = data.selections.find((one) => one.name === state.selection);
     return chosen && (chosen.tiles[i] || plain("candidates")(i)) ? chosen.tiles[i] : null;
@@ -122,6 +119,7 @@
   // --- the state lives in the address, so that a view can be shared ----------------------------
   const DEFAULTS = { q: "", status: "", site: null, project: null, kind: "", range: "",
     selection: largest(), sort: "slide", page: 1, slide: "" };
+  const FILTERS = ["status", "site", "project", "kind"];
   let state = { ...DEFAULTS };
   let order = all, listed = all, wroteHash = "";
 
@@ -157,33 +155,31 @@
   }
 
   // --- which rows, in which order ---------------------------------------------------------------
-  const haystack = all.map((i) => [slideId(i), word("patient")(i), word("site")(i),
-    word("project")(i), word("reason")(i), word("reader")(i)].join("\n").toLowerCase());
+  const haystack = all.map((i) => [slideId(i), ...["patient", "site", "project", "reason", "reader"]
+    .map((field) => word(field)(i))].join("\n").toLowerCase());
 
-  function inRange() {
+  function range() {
     const [key, low, high] = state.range.split(":");
-    if (!(key in sorts)) return () => true;
-    const from = Number(low), to = high === "" || high === undefined ? Infinity : Number(high);
-    // The same tolerance as the histogram's, whose bars lead here.
-    const slack = 1e-9 * (Number.isFinite(to) ? to - from : from);
-    return (i) => {
-      const value = sorts[key][1](i);
-      return value !== null && value >= from - slack && value < to - slack;
-    };
+    return key in sorts ? { key, low, high } : null;
   }
 
   function matching() {
-    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
-    const ranged = inRange();
-    const equal = (field, wanted) => wanted === "" || wanted === null
-      ? () => true : (i) => word(field)(i) === wanted;
-    const tests = [equal("status", state.status), equal("kind", state.kind)];
-    for (const field of ["site", "project"]) {
-      const wanted = state[field];
-      tests.push(wanted === null ? () => true : (i) => word(field)(i) === wanted);
+    const tests = FILTERS.filter((name) => state[name] !== DEFAULTS[name])
+      .map((name) => (i) => word(name)(i) === state[name]);
+    if (range()) {
+      const { key, low, high } = range();
+      const from = Number(low), to = high ? Number(high) : Infinity;
+      // The same tolerance as the histogram's, whose bars lead here.
+      const slack = 1e-9 * (Number.isFinite(to) ? to - from : from);
+      tests.push((i) => {
+        const value = sorts[key][1](i);
+        return value !== null && value >= from - slack && value < to - slack;
+      });
     }
-    return all.filter((i) => tests.every((test) => test(i)) && ranged(i)
-      && words.every((one) => haystack[i].includes(one)));
+    for (const text of state.q.toLowerCase().split(/\s+/).filter(Boolean)) {
+      tests.push((i) => haystack[i].includes(text));
+    }
+    return all.filter((i) => tests.every((test) => test(i)));
   }
 
   function sorted(rows) {
@@ -202,36 +198,29 @@
   // --- drawing ----------------------------------------------------------------------------------
   function drawTable() {
     listed = sorted(matching());
-    const pages = Math.max(1, Math.ceil(listed.length / ROWS_A_PAGE));
+    const pages = Math.max(1, Math.ceil(listed.length / ROWS_PER_PAGE));
     state.page = Math.min(state.page, pages);
-    const first = (state.page - 1) * ROWS_A_PAGE;
-    $("rows").replaceChildren(...listed.slice(first, first + ROWS_A_PAGE).map(drawRow));
-    const range = state.range ? `, ${rangeWords()}` : "";
-    const shown = listed.length > ROWS_A_PAGE
-      ? `; rows ${count.format(first + 1)} to ${count.format(Math.min(first + ROWS_A_PAGE, listed.length))}` : "";
+    const first = (state.page - 1) * ROWS_PER_PAGE;
+    $("rows").replaceChildren(...listed.slice(first, first + ROWS_PER_PAGE).map(drawRow));
+    const limits = range();
+    const words = limits ? `${sorts[limits.key][0].replace(" %", "")} from ${limits.low}`
+      + (limits.high ? ` to below ${limits.high}` : "") : "";
+    const shown = listed.length > ROWS_PER_PAGE
+      ? `; rows ${count.format(first + 1)} to ${count.format(Math.min(first + ROWS_PER_PAGE, listed.length))}` : "";
     $("shown").textContent =
-      `${count.format(listed.length)} of ${count.format(data.rows)} slides${range}${shown}`;
+      `${count.format(listed.length)} of ${count.format(data.rows)} slides${state.range ? `, ${words}` : ""}${shown}`;
     document.querySelectorAll(".pager").forEach((place) => drawPager(place, pages));
     drawHeads();
     syncFilters();
   }
 
-  function rangeWords() {
-    const [key, low, high] = state.range.split(":");
-    if (!(key in sorts)) return "";
-    return `${sorts[key][0].replace(" %", "")} from ${low}${high ? ` to below ${high}` : ""}`;
-  }
-
   function drawRow(i) {
-    const row = element("tr", { className: `row ${word("status")(i)}` });
-    for (const one of cells) {
+    return element("tr", { className: `row ${word("status")(i)}` }, ...cells.map((one) => {
       const cell = element("td", { className: one.kind ?? "" });
-      const label = one.keys.map((key) => sorts[key][0]).join(", ");
-      if (label) cell.dataset.label = label;
+      if (one.keys.length) cell.dataset.label = one.keys.map((key) => sorts[key][0]).join(", ");
       one.fill(i, cell);
-      row.append(cell);
-    }
-    return row;
+      return cell;
+    }));
   }
 
   function drawHeads() {
@@ -269,13 +258,14 @@
   // --- filters ----------------------------------------------------------------------------------
   const form = $("filters");
 
-  function fillSelect(name, field, anything) {
+  function fillSelect(name) {
     const tally = new Map();
-    for (const i of all) tally.set(word(field)(i), (tally.get(word(field)(i)) ?? 0) + 1);
-    const options = [...tally].filter(([value]) => value !== "" || field === name)
+    for (const i of all) tally.set(word(name)(i), (tally.get(word(name)(i)) ?? 0) + 1);
+    // Slides that were taken have no reason: nothing to choose.
+    const options = [...tally].filter(([value]) => value !== "" || name !== "kind")
       .sort(([a], [b]) => (a < b ? -1 : 1));
-    form.elements[name].replaceChildren(element("option", { value: "*" }, anything),
-      ...options.filter(([value]) => !(value === "" && name === "kind")).map(([value, rows]) => {
+    form.elements[name].replaceChildren(element("option", { value: "*" }, "any"),
+      ...options.map(([value, rows]) => {
         const shown = value.length > 90 ? `${value.slice(0, 89)}…` : value;
         return element("option", { value: `=${value}` },
           `${shown || "(none)"} (${count.format(rows)})`);
@@ -283,10 +273,7 @@
   }
 
   function prepareFilters() {
-    fillSelect("status", "status", "any");
-    fillSelect("site", "site", "any");
-    fillSelect("project", "project", "any");
-    fillSelect("kind", "kind", "any");
+    FILTERS.forEach(fillSelect);
     form.elements.selection.replaceChildren(
       ...data.selections.map((one) => element("option", { value: one.name }, one.name)));
     $("selection-label").hidden = data.selections.length < 2;
@@ -298,9 +285,8 @@
 
   function syncFilters() {
     if (form.elements.q !== document.activeElement) form.elements.q.value = state.q;
-    for (const name of ["status", "site", "project", "kind"]) {
-      const none = state[name] === null || (state[name] === "" && DEFAULTS[name] === "");
-      form.elements[name].value = none ? "*" : `=${state[name]}`;
+    for (const name of FILTERS) {
+      form.elements[name].value = state[name] === DEFAULTS[name] ? "*" : `=${state[name]}`;
     }
     form.elements.selection.value = state.selection;
     form.elements.sort.value = state.sort;
@@ -328,8 +314,7 @@
 
   const sheets = [];
   function drawSheets() {
-    const judged = all.filter((i) => artifact(i) !== null);
-    const worst = judged.filter((i) => artifact(i) > 0)
+    const worst = all.filter((i) => artifact(i) > 0)
       .sort((a, b) => artifact(b) - artifact(a) || a - b).slice(0, SHEET_CELLS);
     const refused = all.filter((i) => ["rejected", "failed"].includes(word("status")(i)));
     const pictured = all.filter((i) => data.picture[i]);
@@ -338,7 +323,7 @@
       ["Random sample", sample(pictured, SHEET_CELLS), () => ""],
       ["Rejected and failed", refused, (i) => word("reason")(i)],
     ];
-    for (const [title, rows, say] of parts) {
+    for (const [title, rows, words] of parts) {
       if (!rows.length) continue;
       const box = element("div", { className: "sheet" });
       const place = sheets.push(rows) - 1;
@@ -349,8 +334,7 @@
           const cell = thumb(i, shortId(i));
           cell.title = slideId(i);
           cell.dataset.sheet = place;
-          const words = say(i);
-          if (words) cell.append(element("small", {}, words));
+          if (words(i)) cell.append(element("small", {}, words(i)));
           return cell;
         }));
         const left = rows.length - box.childElementCount;
@@ -369,46 +353,37 @@
   let walk = all;
 
   function facts(i) {
-    const line = (name, value) => value === "" || value === DASH || value === null ? []
-      : [element("dt", {}, name), element("dd", {}, value)];
-    const swatch = (colour) => element("span", { className: "swatch", style: `background:${colour}` });
-    const made = [badge(i)];
-    if (word("reason")(i)) made.push(element("p", { className: "reason-full" }, word("reason")(i)));
-    const tiles = data.verdicts.filter((one) => one.tiles[i]);
-    if (tiles.length) {
-      made.push(element("h3", {}, "Grid tiles"), element("table", { className: "mini" },
-        element("tbody", {}, ...tiles.map((one) => element("tr", {},
-          element("th", { scope: "row" }, swatch(one.colour), one.name),
-          element("td", { className: "number" }, whole(one.tiles[i])))))));
-    }
-    const areas = data.classes.filter((one) => one.mm2[i]);
-    if (areas.length) {
-      made.push(element("h3", {}, "Found, mm²"), element("table", { className: "mini" },
-        element("tbody", {}, ...areas.map((one) => element("tr", {},
-          element("th", { scope: "row" }, swatch(one.colour), one.name),
-          element("td", { className: "number" }, short(one.mm2[i], 4)),
-          element("td", { className: "number" }, `${percent(share(one.name)(i))}%`))))));
-    }
-    if (plain("candidates")(i) !== null && data.selections.length) {
-      made.push(element("h3", {}, "Selected tiles"), element("table", { className: "mini" },
-        element("tbody", {}, ...data.selections.map((one) => element("tr", {},
-          element("th", { scope: "row" }, one.name),
-          element("td", { className: "number" }, whole(one.tiles[i])))))));
-    }
+    const number = (text) => element("td", { className: "number" }, text);
+    const miniTable = (title, rows, cellsOf) => rows.length ? [
+      element("h3", {}, title), element("table", { className: "mini" }, element("tbody", {},
+        ...rows.map((one) => element("tr", {}, element("th", { scope: "row" },
+          ...(one.colour ? [element("span", { className: "swatch", style: `background:${one.colour}` })] : []),
+          one.name), ...cellsOf(one)))))] : [];
+    const reason = word("reason")(i), mpp = plain("mpp")(i), bytes = plain("bytes")(i);
     const glass = plain("glass")(i);
-    made.push(element("h3", {}, "Slide"), element("dl", {},
-      ...line("Patient", word("patient")(i)), ...line("Project", word("project")(i)),
-      ...line("Site", word("site")(i)), ...line("Preparation", word("preparation")(i)),
-      ...line("Resolution", plain("mpp")(i) === null ? DASH
-        : `${short(plain("mpp")(i), 5)} mpp, from ${word("mpp_source")(i) || "an unknown source"}`),
-      ...line("Level 0", area(i) === null ? DASH : `${size(i)} px`),
-      ...line("Reader", word("reader")(i)), ...line("Vendor", word("vendor")(i)),
-      ...line("Codec", word("codec")(i)),
-      ...line("File", plain("bytes")(i) === null ? DASH : `${short(plain("bytes")(i) / 1e6, 4)} MB`),
-      ...line("Tiles are read from", word("plan")(i)),
-      ...line("Glass, RGB", glass === null ? DASH : glass.map((v) => Math.round(v)).join(", ")),
-      ...line("Remark", word("note")(i))));
-    return made;
+    const lines = [
+      ["Patient", word("patient")(i)], ["Project", word("project")(i)], ["Site", word("site")(i)],
+      ["Preparation", word("preparation")(i)],
+      ["Resolution", mpp === null ? ""
+        : `${short(mpp, 5)} mpp, from ${word("mpp_source")(i) || "an unknown source"}`],
+      ["Level 0", area(i) === null ? "" : `${size(i)} px`],
+      ["Reader", word("reader")(i)], ["Vendor", word("vendor")(i)], ["Codec", word("codec")(i)],
+      ["File", bytes === null ? "" : `${short(bytes / 1e6, 4)} MB`],
+      ["Tiles are read from", word("plan")(i)],
+      ["Glass, RGB", glass === null ? "" : glass.map((v) => Math.round(v)).join(", ")],
+      ["Remark", word("note")(i)],
+    ].filter(([, value]) => value !== "" && value !== DASH);
+    return [
+      badge(i), ...(reason ? [element("p", { className: "reason-full" }, reason)] : []),
+      ...miniTable("Grid tiles", data.verdicts.filter((one) => one.tiles[i]),
+        (one) => [number(whole(one.tiles[i]))]),
+      ...miniTable("Found, mm²", data.classes.filter((one) => one.mm2[i]),
+        (one) => [number(short(one.mm2[i], 4)), number(`${percent(share(one.name)(i))}%`)]),
+      ...miniTable("Selected tiles", plain("candidates")(i) === null ? [] : data.selections,
+        (one) => [number(whole(one.tiles[i]))]),
+      element("h3", {}, "Slide"), element("dl", {}, ...lines.flatMap(([name, value]) => [
+        element("dt", {}, name), element("dd", {}, value)])),
+    ];
   }
 
   function drawViewer(i) {
@@ -462,23 +437,17 @@
 
   // --- what the person does -------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
-    const link = event.target.closest("a");
-    if (!link) return;
-    const scroll = link.dataset.scroll !== undefined;
-    const inPage = link.getAttribute("href")?.startsWith("#") && !event.ctrlKey && !event.metaKey;
-    if (!inPage) return;
+    const link = event.target.closest("a"), target = link?.getAttribute("href");
+    if (!target?.startsWith("#") || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
-    const target = link.getAttribute("href");
-    if (scroll) {
+    if (link.dataset.scroll !== undefined) {
       document.querySelector(target).scrollIntoView();
       document.querySelector(target).focus({ preventScroll: true });
       return;
     }
     const wanted = new URLSearchParams(target.slice(1));
     if (wanted.has("slide")) {
-      const inTable = link.closest("#rows");
-      const sheet = link.dataset.sheet;
-      open(wanted.get("slide"), inTable ? listed : sheet === undefined ? all : sheets[Number(sheet)]);
+      open(wanted.get("slide"), link.closest("#rows") ? listed : sheets[link.dataset.sheet] ?? all);
     } else {
       change({ ...DEFAULTS, selection: state.selection, ...Object.fromEntries(wanted) });
       $("slides").scrollIntoView();

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +10,18 @@ import pyarrow.compute as pc
 
 from pipeline.dataset import Dataset
 from pipeline.dataset.tables import read_table
-from pipeline.selection.distribution import jensen_shannon
+from pipeline.selection.distribution import jensen_shannon, sum_by_group
 
 GROUPS = ("project", "site")
 
 
 @dataclass(frozen=True)
 class SelectionFacts:
-    """A selection: tiles a slide, counted in its file, and what its plan says."""
+    """A selection: tiles per slide, counted in its file, and what its plan says."""
 
     name: str
     tiles_by_slide: Mapping[str, int]
-    plan: Mapping[str, Any]
+    plan: Mapping[str, object]
 
     @property
     def tiles(self) -> int:
@@ -34,7 +33,7 @@ class SelectionFacts:
 class Shares:
     """How tiles are divided among groups, in the cohort and in a selection.
 
-    `cohort` and `selected` are tiles a group, sorted by the cohort's, the largest first.
+    `cohort` and `selected` are tiles per group, int64 [groups], the cohort's largest first.
     """
 
     names: tuple[str, ...]
@@ -43,17 +42,17 @@ class Shares:
 
     @property
     def cohort_share(self) -> npt.NDArray[np.float64]:
-        """The cohort's tiles as parts of one."""
+        """The cohort's tiles as parts of one, float64 [groups]."""
         return self.cohort / max(1, int(self.cohort.sum()))
 
     @property
     def selected_share(self) -> npt.NDArray[np.float64]:
-        """The selection's tiles as parts of one."""
+        """The selection's tiles as parts of one, float64 [groups]."""
         return self.selected / max(1, int(self.selected.sum()))
 
     @property
     def divergence_bits(self) -> float:
-        """Jensen-Shannon divergence of the two, in bits; NaN where either is empty."""
+        """Jensen-Shannon divergence of the two, 0 to 1 bit; NaN where either is empty."""
         return jensen_shannon(self.cohort, self.selected)
 
 
@@ -68,52 +67,47 @@ class Shortfall:
 
 
 def read_selections(dataset: Dataset) -> list[SelectionFacts]:
-    """All selections that stand, by name."""
-    return [_read(dataset, name) for name in dataset.selection_names()]
+    """All selections of the dataset, by name."""
+    selections = []
+    for name in dataset.selection_names():
+        # Only the slide of each row: a cohort's selection has 10^8 rows.
+        table = read_table(dataset.selection_file(name), ["slide_id"])
+        counted = pc.value_counts(table["slide_id"]).to_pylist()
+        counts = sorted((row["values"], int(row["counts"])) for row in counted)
+        try:
+            plan = json.loads((table.schema.metadata or {}).get(b"plan", b"{}"))
+        except ValueError:
+            plan = {}
+        selections.append(
+            SelectionFacts(name, dict(counts), plan if isinstance(plan, dict) else {})
+        )
+    return selections
 
 
-def _read(dataset: Dataset, name: str) -> SelectionFacts:
-    # Only the slide of each row: a cohort's selection has 10^8 rows.
-    table = read_table(dataset.selection_file(name), ["slide_id"])
-    counted = pc.value_counts(table["slide_id"])
-    counts = {one["values"]: int(one["counts"]) for one in counted.to_pylist()}
-    plan = (table.schema.metadata or {}).get(b"plan", b"{}")
-    return SelectionFacts(name, dict(sorted(counts.items())), _parsed(plan))
-
-
-def _parsed(plan: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(plan)
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def shares(groups: Sequence[str], cohort: Sequence[int], selected: Sequence[int]) -> Shares:
-    """Tiles a group from tiles a slide; the three sequences run over the slides."""
-    names, place = np.unique(np.array([*groups], dtype=object).astype(str), return_inverse=True)
-    of_cohort = np.bincount(place, np.array(cohort), len(names)).astype(np.int64)
-    of_selected = np.bincount(place, np.array(selected), len(names)).astype(np.int64)
+def compare_shares(groups: Sequence[str], cohort: Sequence[int], selected: Sequence[int]) -> Shares:
+    """Tiles per group, int64, from tiles per slide; the sequences run over the slides."""
+    names, group = np.unique(np.array([*groups], dtype=object).astype(str), return_inverse=True)
+    of_cohort, of_selected = (sum_by_group(group, n, len(names)) for n in (cohort, selected))
     kept = np.flatnonzero((of_cohort > 0) | (of_selected > 0))
     order = kept[np.lexsort((names[kept], -of_selected[kept], -of_cohort[kept]))]
     return Shares(tuple(names[order].tolist()), of_cohort[order], of_selected[order])
 
 
-def shortfalls(plan: Mapping[str, Any]) -> list[Shortfall]:
+def list_shortfalls(plan: Mapping[str, object]) -> list[Shortfall]:
     """Strata of a plan at least one tile below their quota, the furthest below first.
 
     Rows of the plan that do not have the expected keys and numbers are passed over.
     """
     rows = plan.get("strata")
-    found = [_shortfall(row) for row in rows] if isinstance(rows, list) else []
-    below = [one for one in found if one is not None and one.quota - one.selected >= 1]
-    return sorted(below, key=lambda one: (one.selected - one.quota, one.name))
-
-
-def _shortfall(row: Any) -> Shortfall | None:
-    try:
-        return Shortfall(
-            str(row["name"]), float(row["quota"]), int(row["selected"]), int(row["candidates"])
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
+    # Plans come from older releases and other tools too.
+    below = []
+    for row in rows if isinstance(rows, list) else ():
+        try:
+            stratum = Shortfall(
+                str(row["name"]), float(row["quota"]), int(row["selected"]), int(row["candidates"])
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+        if stratum.quota - stratum.selected >= 1:
+            below.append(stratum)
+    return sorted(below, key=lambda stratum: (stratum.selected - stratum.quota, stratum.name))

@@ -23,51 +23,50 @@ _ON_THE_LINE = 0.025
 _ZERO_GAP = 34.0
 
 
-def histogram_svg(one: Distribution) -> Markup:
-    """Bars of slides a bin; each links to the table's rows of that range."""
-    edges, counts = one.histogram.edges, one.histogram.counts
-    beyond = one.histogram.beyond
-    slots = len(counts) + (2 if beyond else 0)
+def histogram_svg(distribution: Distribution) -> Markup:
+    """Bars of slides per bin; each links to the table's rows of that range."""
+    quantity, bins = distribution.quantity, distribution.histogram
+    # The bar of what is beyond stands apart: its width means nothing.
+    slots = len(bins.counts) + (2 if bins.beyond else 0)
     slot = (_WIDTH - _LEFT - _RIGHT) / slots
-    top = max(int(counts.max()), beyond, 1)
+    top = max(int(bins.counts.max()), bins.beyond, 1)
     floor, span = _HEIGHT - _BOTTOM, _HEIGHT - _BOTTOM - _TOP
 
-    def bar(index: int, count: int, low: float, high: float, words: str) -> str:
+    def number(value: float) -> str:
+        return f"{100 * value:.4g}%" if quantity.is_share else f"{value:.5g}"
+
+    def bar(index: int, count: int, low: float, high: float) -> str:
         height = max(_MIN_BAR, span * count / top)
+        is_last = not math.isfinite(high)
+        words = f"{number(low)} or more" if is_last else f"{number(low)} to {number(high)}"
         label = escape(f"{count:,} slide{'' if count == 1 else 's'}: {words}")
-        ends = f"{low:.6g}:{high:.6g}" if math.isfinite(high) else f"{low:.6g}:"
+        ends = f"{low:.6g}:" if is_last else f"{low:.6g}:{high:.6g}"
         return (
-            f'<a href="#range={quote(one.quantity.key)}:{ends}" aria-label="{label}">'
+            f'<a href="#range={quote(quantity.key)}:{ends}" aria-label="{label}">'
             f"<title>{label}</title>"
-            f'<rect class="bar{"" if math.isfinite(high) else " far"}" '
+            f'<rect class="bar{" far" if is_last else ""}" '
             f'x="{_LEFT + index * slot + 0.5:.2f}" y="{floor - height:.2f}" '
             f'width="{max(1.0, slot - 1):.2f}" height="{height:.2f}"/></a>'
         )
 
-    bars = [
-        bar(i, int(n), edges[i], edges[i + 1], f"{_show(one, edges[i])} to "
-            f"{_show(one, edges[i + 1])}")
-        for i, n in enumerate(counts) if n
-    ]  # fmt: skip
-    if beyond:
-        bars.append(bar(slots - 1, beyond, edges[-1], math.inf, f"{_show(one, edges[-1])} or more"))
+    edges = bins.edges
+    bars = [bar(i, int(n), edges[i], edges[i + 1]) for i, n in enumerate(bins.counts) if n]
+    if bins.beyond:
+        bars.append(bar(slots - 1, bins.beyond, edges[-1], math.inf))
+    # Half a dozen numbers fit under the axis.
     every = max(1, math.ceil(len(edges) / 6))
     ticks = "".join(
         f'<text x="{_LEFT + i * slot:.2f}" y="{floor + 16}" text-anchor="middle">'
-        f"{_show(one, edges[i])}</text>"
+        f"{number(edges[i])}</text>"
         for i in range(0, len(edges), every)
     )
-    title = f"{one.quantity.title}, {one.quantity.unit}"
     axis = f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" ' \
-           f'text-anchor="middle">{escape(one.quantity.unit)}</text>'  # fmt: skip
-    return _svg(_HEIGHT, f"Histogram: {title}", _y_grid(top) + "".join(bars) + ticks + axis)
+           f'text-anchor="middle">{escape(quantity.unit)}</text>'  # fmt: skip
+    title = f"Histogram: {quantity.title}, {quantity.unit}"
+    return _wrap_chart(_HEIGHT, title, _draw_y_grid(top) + "".join(bars) + ticks + axis)
 
 
-def _show(one: Distribution, value: float) -> str:
-    return f"{100 * value:.4g}%" if one.quantity.is_share else f"{value:.5g}"
-
-
-def _y_grid(top: int) -> str:
+def _draw_y_grid(top: int) -> str:
     floor, span = _HEIGHT - _BOTTOM, _HEIGHT - _BOTTOM - _TOP
     step = max(1.0, round_step(top / 4))
     lines = []
@@ -81,8 +80,8 @@ def _y_grid(top: int) -> str:
 
 
 def share_bars_svg(shares: Shares, what: str) -> Markup:
-    """Two bars a group: its share of the cohort, and of the selection."""
-    rows = _bar_rows(shares)
+    """Two bars per group: its share of the cohort, and of the selection."""
+    rows = _list_bars(shares)
     left, right, top = 130, 92, 4
     widest = max([share for _, *both in rows for share in both] or [1.0]) or 1.0
     span = _WIDTH - left - right
@@ -101,10 +100,10 @@ def share_bars_svg(shares: Shares, what: str) -> Markup:
             f'<text x="{_WIDTH - right + 6}" y="{y + 11}">{cohort:.1%} → {selected:.1%}</text></g>'
         )
     label = f"Share of each {what} in the candidates and in the selection"
-    return _svg(top + len(rows) * _ROW + 4, label, "".join(parts))
+    return _wrap_chart(top + len(rows) * _ROW + 4, label, "".join(parts))
 
 
-def _bar_rows(shares: Shares) -> list[tuple[str, float, float]]:
+def _list_bars(shares: Shares) -> list[tuple[str, float, float]]:
     """The largest groups; the others together in one row."""
     named = [
         (name or "(none)", float(cohort), float(selected))
@@ -123,7 +122,7 @@ def _bar_rows(shares: Shares) -> list[tuple[str, float, float]]:
 
 @dataclass(frozen=True)
 class _Square:
-    """Two logarithmic axes of shares, from 10^`low` to 1; a share of 0 lies on the edge."""
+    """Two logarithmic axes of shares, from 10^`low` to 1; a share of 0 is on the edge."""
 
     low: int
     left: float = 58.0
@@ -171,9 +170,9 @@ class _Square:
 
 
 def share_scatter_svg(shares: Shares, what: str) -> Markup:
-    """A dot a group, both shares on logarithmic axes; on the line they are equal.
+    """A dot per group, both shares on logarithmic axes; on the line they are equal.
 
-    Groups without any selected tile lie on the floor, groups outside the cohort at the left. The
+    Groups without any selected tile are on the floor, groups outside the cohort at the left. The
     dots furthest off the line in tiles, and more than 5% off it, are named and lead to the group's
     slides.
     """
@@ -187,21 +186,18 @@ def share_scatter_svg(shares: Shares, what: str) -> Markup:
     dots = "".join(f"M{square.x(cohort[i]):.1f} {square.y(selected[i]):.1f}h0" for i in near)
     parts = [square.frame(), f'<path class="dots" d="{dots}"/>']
     for i in far:
-        said = escape(
+        kind = "short" if selected[i] < cohort[i] else "dot"
+        label = escape(
             f"{what} {shares.names[i] or '(none)'}: {cohort[i]:.3%} of the candidates, "
             f"{selected[i]:.3%} of the selection"
         )
         parts.append(
-            f'<a href="#{what}={quote(shares.names[i], safe="")}" aria-label="{said}">'
-            f'<title>{said}</title><circle class="{_dot_class(cohort[i], selected[i])}" '
+            f'<a href="#{what}={quote(shares.names[i], safe="")}" aria-label="{label}">'
+            f'<title>{label}</title><circle class="{kind}" '
             f'cx="{square.x(cohort[i]):.1f}" cy="{square.y(selected[i]):.1f}" r="4"/></a>'
         )
-    label = f"Share of each {what}, candidates against selection"
-    return _svg(square.floor + 42, label, "".join(parts))
-
-
-def _dot_class(cohort: float, selected: float) -> str:
-    return "short" if selected < cohort else "dot"
+    title = f"Share of each {what}, candidates against selection"
+    return _wrap_chart(square.floor + 42, title, "".join(parts))
 
 
 def stacked_svg(parts: Sequence[tuple[str, int, str]]) -> Markup:
@@ -215,15 +211,14 @@ def stacked_svg(parts: Sequence[tuple[str, int, str]]) -> Markup:
             f"<title>{escape(name)}: {count:,}</title></rect>"
         )
         left += width
-    body = "".join(drawn)
-    said = escape(", ".join(f"{name} {count:,}" for name, count, _ in parts))
+    label = escape(", ".join(f"{name} {count:,}" for name, count, _ in parts))
     return Markup(
         f'<svg class="stack" viewBox="0 0 1000 14" preserveAspectRatio="none" role="img" '
-        f'aria-label="{said}">{body}</svg>'
+        f'aria-label="{label}">{"".join(drawn)}</svg>'
     )
 
 
-def _svg(height: float, label: str, body: str) -> Markup:
+def _wrap_chart(height: float, label: str, body: str) -> Markup:
     return Markup(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {height:g}" role="group" '
         f'aria-label="{escape(label)}">{body}</svg>'

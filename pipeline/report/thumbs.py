@@ -37,17 +37,18 @@ class Thumb:
 
 
 def make_thumbs(
-    out: Path, run_id: str, thumbs: Sequence[Thumb], workers: int, on_done: Callable[[], None]
+    target: Dataset, run_id: str, thumbs: Sequence[Thumb], workers: int, on_done: Callable[[], None]
 ) -> dict[str, str]:
     """Write the small pictures with that many threads; returns why some could not be made.
 
-    Decoding releases the interpreter's lock, so threads do as well as processes here. A picture
-    that cannot be read harms no other; an interrupt drops what has not begun.
+    Decoding releases the interpreter's lock, so threads are as good as processes here. A picture
+    that cannot be read affects no other; an interrupt drops what has not begun.
     """
+    # Not `with`: that would wait for all pictures after an interrupt.
     errors: dict[str, str] = {}
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        made = pool.map(partial(_make, Dataset(out), run_id), thumbs)
+        made = pool.map(partial(_make_thumb, target, run_id), thumbs)
         for thumb, error in zip(thumbs, made, strict=True):
             if error:
                 errors[thumb.slide.slide_id] = error
@@ -57,20 +58,20 @@ def make_thumbs(
     return errors
 
 
-def _make(place: Dataset, run_id: str, thumb: Thumb) -> str:
+def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
         data = np.frombuffer(thumb.overlay.read_bytes(), np.uint8)
-        picture, factor = _decode(data)
+        picture, factor = _decode_picture(data)
     except (OSError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"
     if picture is None:
         return f"{thumb.overlay} is not a picture; run `tissue` again"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
-    commit_bytes(place, run_id, thumb.final, encode_small(without_legend))
+    commit_bytes(target, run_id, thumb.final, encode_small(without_legend))
     return ""
 
 
-def _decode(data: npt.NDArray[np.uint8]) -> tuple[Bgr | None, int]:
+def _decode_picture(data: npt.NDArray[np.uint8]) -> tuple[Bgr | None, int]:
     """The picture at a quarter of its size, or whole where that is too little; the factor."""
     if not data.size:
         return None, 1

@@ -1,4 +1,4 @@
-"""The work of `pipeline report`: small pictures where they miss, and the page."""
+"""The work of `pipeline report`: small pictures where they are missing, and the page."""
 
 import os
 from contextlib import suppress
@@ -8,8 +8,8 @@ from common.console import meter, say
 from common.text import format_bytes
 from pipeline.dataset import Dataset, commit_bytes, new_run_id
 from pipeline.dataset.commit import clean_staging
-from pipeline.report.facts import Facts, read_facts
-from pipeline.report.page import render
+from pipeline.report.facts import read_facts
+from pipeline.report.page import render_page
 from pipeline.report.selections import read_selections
 from pipeline.report.thumbs import Thumb, make_thumbs
 
@@ -22,67 +22,35 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
     Files that are there and right are left as they are. Returns the exit status.
     """
     out = (out or dataset.root / "report").absolute()
-    facts = read_facts(dataset)
-    selections = read_selections(dataset)
-    run_id = new_run_id()
+    facts, selections = read_facts(dataset), read_selections(dataset)
+    ids = [row.slide.slide_id for row in facts.slides if row.has_overlay]
+    slides = {row.slide.slide_id: row.slide for row in facts.slides}
+    thumbs = [Thumb(slides[i], dataset.overlay_file(i), out / THUMBS / f"{i}.jpg") for i in ids]
+    target, run_id = Dataset(out), new_run_id()
+    is_new = False
     try:
-        thumbs = _thumbs(dataset, facts, out)
-        made, errors = _make_missing(out, run_id, thumbs, workers)
-        shown = {one.slide.slide_id for one in thumbs} - errors.keys()
+        missing = [thumb for thumb in thumbs if not thumb.is_fresh]
+        with meter("report", len(missing), "pictures") as progress:
+            threads = workers or len(os.sched_getaffinity(0))
+            errors = make_thumbs(target, run_id, missing, threads, progress.advance)
         tissue = os.path.relpath((dataset.root / "tissue").absolute(), out).replace(os.sep, "/")
-        html = render(facts, selections, shown, tissue + "/").encode("utf-8", "replace")
-        is_new = _commit_if_new(out, run_id, out / PAGE, html)
+        html = render_page(facts, selections, set(ids) - errors.keys(), tissue + "/")
+        page = html.encode("utf-8", "replace")
+        if not (out / PAGE).exists() or (out / PAGE).read_bytes() != page:
+            commit_bytes(target, run_id, out / PAGE, page)
+            is_new = True
     finally:
-        _clean(out, run_id)
+        clean_staging(target, run_id)
+        with suppress(OSError):  # another run may be writing
+            target.staging_dir(run_id).parent.rmdir()
     for slide_id, error in sorted(errors.items()):
         say(f"report: no small picture of {slide_id}: {error}")
-    _say_end(len(facts.slides), out, len(html), made, len(thumbs), is_new)
-    return 0
-
-
-def _thumbs(dataset: Dataset, facts: Facts, out: Path) -> list[Thumb]:
-    """Slides with an overlay, and where their small pictures belong."""
-    return [
-        Thumb(
-            one.slide,
-            dataset.overlay_file(one.slide.slide_id),
-            out / THUMBS / f"{one.slide.slide_id}.jpg",
-        )
-        for one in facts.slides
-        if one.has_overlay
-    ]
-
-
-def _make_missing(
-    out: Path, run_id: str, thumbs: list[Thumb], workers: int | None
-) -> tuple[int, dict[str, str]]:
-    wanted = [one for one in thumbs if not one.is_fresh]
-    with meter("report", len(wanted), "pictures") as progress:
-        count = workers or len(os.sched_getaffinity(0))
-        errors = make_thumbs(out, run_id, wanted, count, progress.advance) if wanted else {}
-    return len(wanted) - len(errors), errors
-
-
-def _commit_if_new(out: Path, run_id: str, final: Path, data: bytes) -> bool:
-    with suppress(OSError):
-        if final.read_bytes() == data:
-            return False
-    commit_bytes(Dataset(out), run_id, final, data)
-    return True
-
-
-def _clean(out: Path, run_id: str) -> None:
-    place = Dataset(out)
-    clean_staging(place, run_id)
-    with suppress(OSError):  # another run may be writing
-        place.staging_dir(run_id).parent.rmdir()
-
-
-def _say_end(slides: int, out: Path, size: int, made: int, pictures: int, is_new: bool) -> None:
+    made = len(missing) - len(errors)
     if not made and not is_new:
-        say(f"report: {slides:,} slides, already done, nothing to redo: {out / PAGE}")
-        return
+        say(f"report: {len(slides):,} slides, already done, nothing to redo: {out / PAGE}")
+        return 0
     say(
-        f"report: {slides:,} slides; wrote {made:,} of {pictures:,} small pictures and "
-        f"{out / PAGE} ({format_bytes(size)}); open it in a browser"
+        f"report: {len(slides):,} slides; wrote {made:,} of {len(thumbs):,} small pictures and "
+        f"{out / PAGE} ({format_bytes(len(page))}); open it in a browser"
     )
+    return 0

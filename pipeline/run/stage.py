@@ -3,7 +3,7 @@
 A stage is an object that knows its slides: their fingerprints, which of them it must refuse, what
 each lacks, and the task that makes it. The driver does the rest: it claims the identity, reads the
 ledger, skips what is done, journals refusals and withdrawn files, bundles tasks and sends them to
-workers, journals what comes back, and sums up. Whether a run resumes is decided in `_plan_stage` below.
+workers, journals what comes back, and sums up. Whether a run resumes is decided in `_plan_stage`.
 
 A new stage is one file with a subclass of `Stage`, and a command that calls `run_stage`.
 """

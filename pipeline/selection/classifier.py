@@ -17,7 +17,7 @@ _MAX_ITERATIONS = 5000
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Logistic regressions, one a fold: weights float64 [folds, d], offsets float64 [folds].
+    """Logistic regressions, one per fold: weights float64 [folds, d], offsets float64 [folds].
 
     They apply to the features as they are: the standardisation of each fold is folded in.
     """
@@ -75,12 +75,12 @@ class Trained:
 def check_labels(
     is_artifact: npt.NDArray[np.bool_], groups: npt.NDArray[np.str_], folds: int
 ) -> None:
-    """Refuse labels that cannot be cross-validated by patient."""
+    """Refuse labels bool [n] that cannot be cross-validated by patient, `groups` [n]."""
     if len(is_artifact) < folds:
         raise UserError(f"{len(is_artifact)} labelled tiles are fewer than {folds} folds")
-    for name, mine in (("artifact", is_artifact), ("usable", ~is_artifact)):
-        patients = len(np.unique(groups[mine]))
-        if not mine.any():
+    for name, members in (("artifact", is_artifact), ("usable", ~is_artifact)):
+        patients = len(np.unique(groups[members]))
+        if not members.any():
             raise UserError(f"no tile is labelled {name}: both classes are needed to train")
         if patients < 2:
             raise UserError(
@@ -110,12 +110,13 @@ def train_classifier(
     move with them: sort them first. Raises `UserError` for labels that cannot be used.
     """
     check_labels(is_artifact, groups, folds)
+    # By patient: tiles of one slide are alike, and would make the folds look better than they are.
     fold_of = grouped_folds(is_artifact, groups, folds, seed)
     weights, offsets = [], []
     for fold in range(folds):
         seen = fold_of != fold
-        _check_seen(is_artifact[seen], fold, folds)
-        weight, offset = _fit(features[seen], is_artifact[seen])
+        _check_classes(is_artifact[seen], fold, folds)
+        weight, offset = _fit_regression(features[seen], is_artifact[seen])
         weights.append(weight)
         offsets.append(offset)
     model = LinearModel(np.stack(weights), np.array(offsets))
@@ -127,8 +128,8 @@ def train_classifier(
         float((out_of_fold[is_artifact] > threshold).mean()),
         float(roc_auc_score(is_artifact, out_of_fold)),
         tuple(
-            _judge(out_of_fold[mine], is_artifact[mine], groups[mine], threshold)
-            for mine in (fold_of == fold for fold in range(folds))
+            _rate_fold(out_of_fold[unseen], is_artifact[unseen], groups[unseen], threshold)
+            for unseen in (fold_of == fold for fold in range(folds))
         ),
         out_of_fold, fold_of,
     )  # fmt: skip
@@ -137,10 +138,12 @@ def train_classifier(
 def grouped_folds(
     is_artifact: npt.NDArray[np.bool_], groups: npt.NDArray[np.str_], folds: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """The fold of each tile: patients whole, classes as even as they allow."""
+    """The fold of each tile, int64 [n]: patients whole, classes as even as they allow."""
     names, place = np.unique(groups, return_inverse=True)
     # Patients in the order of a keyed hash: neither the rows' order nor the alphabet decides.
-    keys = [hashlib.blake2b(f"{seed}\0fold\0{n}".encode(), digest_size=8).digest() for n in names]
+    keys = [
+        hashlib.blake2b(f"{seed}\0fold\0{name}".encode(), digest_size=8).digest() for name in names
+    ]
     rank = np.empty(len(names), np.int64)
     rank[sorted(range(len(names)), key=keys.__getitem__)] = np.arange(len(names))
     splitter = StratifiedGroupKFold(folds)
@@ -151,21 +154,25 @@ def grouped_folds(
 
 
 def recall_threshold(usable_scores: npt.NDArray[np.float64], recall: float) -> float:
-    """The lowest threshold t such that at least `recall` of the scores are <= t."""
+    """The lowest threshold t such that at least `recall` (0 to 1) of the scores are <= t.
+
+    >>> recall_threshold(np.array([0.4, 0.1, 0.2, 0.3]), 0.75)
+    0.3
+    """
     needed = int(np.ceil(recall * len(usable_scores) - 1e-9))
     return float(np.sort(usable_scores)[max(0, needed - 1)])
 
 
-def _check_seen(is_artifact: npt.NDArray[np.bool_], fold: int, folds: int) -> None:
+def _check_classes(is_artifact: npt.NDArray[np.bool_], fold: int, folds: int) -> None:
     if is_artifact.all() or not is_artifact.any():
         missing = "usable" if is_artifact.all() else "artifact"
         raise UserError(
             f"fold {fold + 1} of {folds} would be trained without any {missing} tile: its patients "
-            "hold all of them; label tiles of more patients, or use fewer --folds"
+            "have all of them; label tiles of more patients, or use fewer --folds"
         )
 
 
-def _fit(
+def _fit_regression(
     features: npt.NDArray[np.floating], is_artifact: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Weights [d] and offset of a logistic regression on standardised features."""
@@ -178,7 +185,7 @@ def _fit(
     return weight, float(fit.intercept_[0] - weight @ mean)
 
 
-def _judge(
+def _rate_fold(
     scores: npt.NDArray[np.float64],
     is_artifact: npt.NDArray[np.bool_],
     groups: npt.NDArray[np.str_],

@@ -17,11 +17,11 @@ SAMPLE_TYPE, FEW_CANDIDATES, HELD_OUT = "sample type", "few candidates", "held o
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides sorted by slide_id, one array a column; build with `make_cohort`.
+    """Slides sorted by slide_id, one array [slides] per column; build with `make_cohort`.
 
-    `patient` is the slide_id where none is known, so that such a slide stands alone. `family` is
-    the lowest patient of those connected by a shared file: they must stay on one side of any
-    split. `content` stands for the file, equal on slides with an equal md5 or an equal sha256,
+    `patient` is the slide_id where none is known, so that such a slide is its own patient.
+    `family` is the lowest patient of those connected by a shared file: they must stay on one side
+    of any split. `content` names the file, equal on slides with an equal md5 or an equal sha256,
     '' where both are unknown; `candidates` is int64.
     """
 
@@ -39,7 +39,7 @@ class Cohort:
         return len(self.slide_id)
 
     def take(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> "Cohort":
-        """The rows of a mask or of ascending indices; families stay those of the whole."""
+        """The rows of a mask (bool) or of ascending indices (int64); families stay the whole's."""
         columns = {name: getattr(self, name)[chosen] for name in self.__dataclass_fields__}
         return replace(self, **columns)
 
@@ -48,7 +48,8 @@ class Cohort:
         if stratify == "none":
             return np.full(len(self), "all")
         if stratify == "project+site":
-            return np.array([f"{a}/{b}" for a, b in zip(self.project, self.site, strict=True)])
+            pairs = zip(self.project, self.site, strict=True)
+            return np.array([f"{project}/{site}" for project, site in pairs])
         return self.site if stratify == "site" else self.project
 
 
@@ -78,6 +79,7 @@ def make_cohort(
 
     Raises `UserError` where a slide_id comes twice.
     """
+    # By slide_id: nothing that is drawn later may depend on the order of the table.
     names = np.array(slide_id, dtype=np.str_)
     order = np.argsort(names, kind="stable")
     names = names[order]
@@ -88,19 +90,19 @@ def make_cohort(
     def column(values: Sequence[str]) -> Text:
         return np.array(values, dtype=np.str_)[order] if len(values) else np.zeros(0, np.str_)
 
-    stated = column(patient)
-    patients = np.where(stated == "", names, stated)
-    contents = _contents(column(md5), column(sha256))
+    known = column(patient)
+    patients = np.where(known == "", names, known)
+    contents = _name_contents(column(md5), column(sha256))
     return Cohort(
-        slide_id=names, patient=patients, family=_families(patients, contents),
+        slide_id=names, patient=patients, family=_connect_families(patients, contents),
         site=column(site), project=column(project), sample_type=column(sample_type),
         preparation=column(preparation), content=contents,
         candidates=np.asarray(candidates, np.int64)[order],
     )  # fmt: skip
 
 
-def _contents(md5: Text, sha256: Text) -> Text:
-    """One name a file: the md5 (else sha256) of the first slide that is known to have it.
+def _name_contents(md5: Text, sha256: Text) -> Text:
+    """One name per file: the md5 (else sha256) of the first slide that is known to have it.
 
     A manifest gives one slide's md5 and a scan another's sha256: a third that has both connects
     them, and one with a sum in common is enough.
@@ -108,20 +110,21 @@ def _contents(md5: Text, sha256: Text) -> Text:
     first = np.arange(len(md5))
     groups = []
     for sums in (md5, sha256):
-        stated = np.flatnonzero(sums != "")
-        groups.append((stated, np.unique(sums[stated], return_inverse=True)[1]))
+        known = np.flatnonzero(sums != "")
+        groups.append((known, np.unique(sums[known], return_inverse=True)[1]))
     while True:
         before = first.copy()
-        for stated, group in groups:
-            lowest = np.full(len(stated), len(md5))
-            np.minimum.at(lowest, group, first[stated])
-            first[stated] = lowest[group]
+        # Each slide takes over the lowest index among those with which it shares a sum.
+        for known, group in groups:
+            lowest = np.full(len(known), len(md5))
+            np.minimum.at(lowest, group, first[known])
+            first[known] = lowest[group]
         first = first[first]
         if np.array_equal(first, before):
             return np.where(md5 != "", md5, sha256)[first]
 
 
-def _families(patients: Text, contents: Text) -> Text:
+def _connect_families(patients: Text, contents: Text) -> Text:
     """The lowest patient of each connected group; patients with a file in common connect."""
     parent = {str(patient): str(patient) for patient in np.unique(patients)}
 
@@ -138,39 +141,34 @@ def _families(patients: Text, contents: Text) -> Text:
     return np.array([root(patient) for patient in patients.tolist()], dtype=patients.dtype)
 
 
-def eligible(cohort: Cohort, rules: Rules) -> tuple[Cohort, list[Exclusion]]:
-    """The slides that the rules leave, and every other one with the first rule that bars it.
+def keep_eligible(cohort: Cohort, rules: Rules) -> tuple[Cohort, list[Exclusion]]:
+    """The slides that the rules leave, and every other one with the first rule that excludes it.
 
     The rules in order: a file that a slide with a lower slide_id has as well (also where the two
-    claim different patients), frozen sections, sample types not asked for, too few candidates.
+    claim different patients), frozen sections, other sample types, too few candidates.
     """
-    reasons: dict[int, tuple[str, str]] = {}
-    for index, kept in _duplicates(cohort):
-        same = cohort.patient[index] == cohort.patient[kept]
-        whose = "" if same else f" of another patient, {cohort.patient[kept]}"
-        reasons[index] = (DUPLICATE, f"the file of {cohort.slide_id[kept]}{whose}")
-    for index in range(len(cohort)):
-        if index not in reasons and (found := _barred(cohort, index, rules)):
-            reasons[index] = found
-    kept_rows = np.array([index not in reasons for index in range(len(cohort))], bool)
-    excluded = [
-        Exclusion(str(cohort.slide_id[index]), *reasons[index], int(cohort.candidates[index]))
-        for index in sorted(reasons)
-    ]
-    return cohort.take(kept_rows), excluded
-
-
-def _duplicates(cohort: Cohort) -> list[tuple[int, int]]:
-    """(slide, the slide with the lowest slide_id that has the same file) of every later copy."""
+    # The copy with the lowest slide_id stays, in whichever order the files were listed.
     first: dict[str, int] = {}
-    pairs = []
+    is_kept = np.ones(len(cohort), bool)
+    excluded = []
     for index, content in enumerate(cohort.content.tolist()):
-        if content and first.setdefault(content, index) != index:
-            pairs.append((index, first[content]))
-    return pairs
+        original = first.setdefault(content, index) if content else index
+        reason: tuple[str, str] | tuple[()]
+        if original != index:
+            same = cohort.patient[index] == cohort.patient[original]
+            whose = "" if same else f" of another patient, {cohort.patient[original]}"
+            reason = (DUPLICATE, f"the file of {cohort.slide_id[original]}{whose}")
+        else:
+            reason = _broken_rule(cohort, index, rules)
+        if reason:
+            is_kept[index] = False
+            candidates = int(cohort.candidates[index])
+            excluded.append(Exclusion(str(cohort.slide_id[index]), *reason, candidates))
+    return cohort.take(is_kept), excluded
 
 
-def _barred(cohort: Cohort, index: int, rules: Rules) -> tuple[str, str] | None:
+def _broken_rule(cohort: Cohort, index: int, rules: Rules) -> tuple[str, str] | tuple[()]:
+    """The first rule that excludes the slide, and what was found; () where none does."""
     sample_type, count = str(cohort.sample_type[index]), int(cohort.candidates[index])
     if cohort.preparation[index] == "frozen" and not rules.frozen:
         return FROZEN, "taken with --frozen only"
@@ -178,26 +176,26 @@ def _barred(cohort: Cohort, index: int, rules: Rules) -> tuple[str, str] | None:
         return SAMPLE_TYPE, f"{sample_type or 'not stated'}, not {', '.join(rules.sample_types)}"
     if count < rules.min_candidates:
         return FEW_CANDIDATES, f"{count}, fewer than {rules.min_candidates}"
-    return None
+    return ()
 
 
 def without_patients(
     cohort: Cohort, held_out: dict[str, frozenset[str]]
 ) -> tuple[Cohort, list[Exclusion]]:
-    """The cohort without the families that hold a held-out patient.
+    """The cohort without the families of held-out patients, and the slides that went with them.
 
     `held_out` maps a hold-out's name to its patients.
     """
+    # Whole families: a patient who shares a file with a held-out one is seen with it.
     holder: dict[str, str] = {}
     for name in sorted(held_out):
         members = np.isin(cohort.patient, sorted(held_out[name]))
         for family in np.unique(cohort.family[members]).tolist():
             holder.setdefault(family, name)
     names = [holder.get(family, "") for family in cohort.family.tolist()]
-    free = np.array([not name for name in names], bool)
     excluded = [
         Exclusion(str(cohort.slide_id[i]), HELD_OUT, name, int(cohort.candidates[i]))
         for i, name in enumerate(names)
         if name
     ]
-    return cohort.take(free), excluded
+    return cohort.take(np.array([not name for name in names], bool)), excluded

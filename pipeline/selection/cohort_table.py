@@ -18,16 +18,16 @@ _SITE, _BYTES = ("site", "tss"), ("size_bytes", "bytes", "size", "file_size")
 _PATH, _MD5 = ("file_name", "filename", "path"), ("md5", "md5sum")
 _CANDIDATES = "candidates"
 
-MODEL = (
+_SIMULATED = (
     "A slide's number of candidate tiles is simulated as proportional to its file's size, rounded "
     "by Sainte-Laguë so that all slides of the list together have exactly {total:,} candidates."
 )
-STATED = "Candidate tiles are those of the list's 'candidates' column."
+_FROM_COLUMN = "Candidate tiles are those of the list's 'candidates' column."
 
 
 @dataclass(frozen=True)
 class CohortTable:
-    """Slides sorted by slide_id, the candidates of each (int64), and how those were got."""
+    """Slides sorted by slide_id, their candidates int64 [slides], and how those were found."""
 
     slides: list[Slide]
     candidates: npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
 
     Columns patient, site (or tss), project, sample_type, preparation, md5 are taken where they
     are; a TCGA barcode in the slide_id fills in what is missing. Candidates come from a column of
-    that name, else from file sizes (see `MODEL`). Raises `UserError` naming file and line.
+    that name, else they are simulated from file sizes. Raises `UserError` naming file and line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -47,24 +47,29 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
             columns = reader.fieldnames or []
             _require_columns(path, columns)
             rows = [
-                _row(path, number, row, _CANDIDATES in columns)
+                _parse_row(path, number, row, _CANDIDATES in columns)
                 for number, row in enumerate(reader, 2)
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
     if not rows:
-        raise UserError(f"{path} holds no slide: expected one row a slide below the header")
+        raise UserError(f"{path} has no slide: expected one row per slide below the header")
+    # Sorted before candidates are simulated: ties in size are broken by the slide's name.
     rows.sort(key=lambda row: row[0].slide_id)
     slides = [slide for slide, _ in rows]
     if _CANDIDATES in columns:
-        return CohortTable(slides, np.array([n for _, n in rows], np.int64), STATED)
+        return CohortTable(slides, np.array([n for _, n in rows], np.int64), _FROM_COLUMN)
     sizes = np.array([slide.bytes for slide in slides], np.int64)
-    model = MODEL.format(total=total_candidates)
+    model = _SIMULATED.format(total=total_candidates)
     return CohortTable(slides, simulated_candidates(sizes, total_candidates), model)
 
 
 def simulated_candidates(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
-    """Candidates in proportion to file sizes in bytes, `total` in all (Sainte-Laguë)."""
+    """Candidates in proportion to file sizes in bytes, `total` in all (Sainte-Laguë).
+
+    >>> simulated_candidates(np.array([300, 100]), 8).tolist()
+    [6, 2]
+    """
     return sainte_lague(sizes, np.full(len(sizes), total, np.int64), total)
 
 
@@ -79,10 +84,11 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
             raise UserError(f"{path}: expected {what}; columns there: {there}")
 
 
-def _row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple[Slide, int]:
+def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple[Slide, int]:
     def text(*names: str) -> str:
         return next((row[name].strip() for name in names if (row.get(name) or "").strip()), "")
 
+    # What the list states comes first: codes in a barcode may be of a merged or renamed site.
     slide_id = text("slide_id") or slide_id_of(Path(text(*_PATH)))
     barcode = parse_barcode(slide_id)
     slide = Slide(
@@ -94,12 +100,12 @@ def _row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple
         sample_type=text("sample_type") or (barcode.sample_type if barcode else ""),
         preparation=text("preparation").lower() or (barcode.preparation if barcode else ""),
         md5=text(*_MD5).lower(),
-        bytes=0 if stated and not text(*_BYTES) else _whole(path, number, text(*_BYTES), 1),
+        bytes=0 if stated and not text(*_BYTES) else _parse_whole(path, number, text(*_BYTES), 1),
     )
-    return slide, _whole(path, number, text(_CANDIDATES), 0) if stated else 0
+    return slide, _parse_whole(path, number, text(_CANDIDATES), 0) if stated else 0
 
 
-def _whole(path: Path, number: int, text: str, least: int) -> int:
+def _parse_whole(path: Path, number: int, text: str, least: int) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise UserError(f"{path}, line {number}: '{text}', expected a whole number from {least} up")
     return int(text)

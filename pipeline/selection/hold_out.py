@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +15,34 @@ from pipeline.selection.cohort import Cohort
 
 @dataclass(frozen=True)
 class Cover:
-    """What a hold-out must reach: every project, and sites in proportion (at least `sites`)."""
+    """What a hold-out must cover: every project, and sites in proportion (at least `sites`)."""
 
     project: bool = False
     site: bool = False
     sites: int = 0
 
 
+def parse_cover(parts: Sequence[str]) -> Cover:
+    """`project`, `site` and `site=N` as a `Cover`.
+
+    >>> parse_cover(["project", "site=20"])
+    Cover(project=True, site=True, sites=20)
+    """
+    cover = Cover()
+    for part in parts:
+        name, _, number = part.partition("=")
+        if name == "project" and not number:
+            cover = replace(cover, project=True)
+        elif name == "site" and (not number or number.isdigit()):
+            cover = replace(cover, site=True, sites=int(number or 0))
+        else:
+            raise UserError(f"--cover {part}: expected project, site or site=N")
+    return cover
+
+
 @dataclass(frozen=True)
 class _Family:
-    """Patients that stay together: number of slides, main site, all projects, and their key."""
+    """Patients that stay together: number of slides, main site, all projects, and hash key."""
 
     name: str
     slides: int
@@ -52,56 +71,53 @@ class _Site:
 
 
 def choose_hold_out(cohort: Cohort, slides: int, cover: Cover, seed: int) -> npt.NDArray[np.bool_]:
-    """Mask of the slides to hold out: whole patients, `slides` slides or as near as they allow.
+    """Mask [slides] of what to hold out: whole patients, `slides` slides or as near as they allow.
 
     Sites have targets by Sainte-Laguë over their slides; inside a site patients come in the order
     of a hash of (seed, patient), those that would overshoot the target last. Patients that the
     cover needs come first; the others by w / (2 c + k), the rule's priority for a patient of k
     slides in a site of w with c before it; one is passed over where the number wanted could then
-    no longer be reached. So the total is the nearest possible beside the covering patients, and
-    row order plays no part. Raises `UserError` where the cover needs more slides than asked for.
+    no longer be reached. So the total is the nearest possible next to the covering patients, and
+    row order plays no part. Raises `UserError` where the cover needs more slides than requested.
     """
     if not 0 < slides < len(cohort):
         raise UserError(
             f"--hold-out {slides:,}: expected a number between 1 and {len(cohort) - 1:,}, "
             "fewer than the cohort's eligible slides"
         )
-    sites = _sites(_family_table(cohort, seed), slides)
-    anchors = _anchors(sites, cover)
+    sites = _make_sites(_group_families(cohort, seed), slides)
+    anchors = _find_anchors(sites, cover)
     needed = sum(family.slides for family in anchors)
     if needed > slides:
         raise UserError(
             f"--hold-out {slides:,}: covering what --cover names takes {needed:,} slides in "
-            f"{len(anchors):,} patients; ask for that many or cover less"
+            f"{len(anchors):,} patients; hold out that many or cover less"
         )
     chosen = {family.name for family in anchors}
-    rest = [family for family in _by_priority(sites) if family.name not in chosen]
+    rest = [family for family in _sort_by_priority(sites) if family.name not in chosen]
     if not rest:
         raise UserError("--cover: covering it would hold out every slide; cover less")
-    chosen.update(family.name for family in _reach(rest, slides - needed))
+    chosen.update(family.name for family in _reach_total(rest, slides - needed))
     return np.isin(cohort.family, sorted(chosen))
 
 
-def _family_table(cohort: Cohort, seed: int) -> list[_Family]:
+def _group_families(cohort: Cohort, seed: int) -> list[_Family]:
     members: dict[str, list[int]] = {}
     for index, name in enumerate(cohort.family.tolist()):
         members.setdefault(name, []).append(index)
-    table = []
+    families = []
     for name, rows in members.items():
-        # Several sites a patient are rare: the family counts where most of its slides are.
+        # Several sites per patient are rare: the family counts where most of its slides are.
         places = Counter(str(cohort.site[i]) for i in rows)
         site = min(places, key=lambda place: (-places[place], place))
         projects = frozenset(str(cohort.project[i]) for i in rows)
-        table.append(_Family(name, len(rows), site, projects, _key(seed, name)))
-    return table
+        digest = hashlib.blake2b(f"{seed}\0hold-out\0{name}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little")
+        families.append(_Family(name, len(rows), site, projects, key))
+    return families
 
 
-def _key(seed: int, family: str) -> int:
-    text = f"{seed}\0hold-out\0{family}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _sites(families: list[_Family], slides: int) -> list[_Site]:
+def _make_sites(families: list[_Family], slides: int) -> list[_Site]:
     """Sites by code, each with its target and its families in order."""
     by_site: dict[str, list[_Family]] = {}
     for family in families:
@@ -123,24 +139,23 @@ def _sites(families: list[_Family], slides: int) -> list[_Site]:
     return sites
 
 
-def _anchors(sites: list[_Site], cover: Cover) -> list[_Family]:
-    """The patients without whom the cover fails, one a site or project."""
+def _find_anchors(sites: list[_Site], cover: Cover) -> list[_Family]:
+    """The patients without whom the cover fails, one per site or project."""
     anchors: list[_Family] = []
     if cover.site:
-        several = [site for site in sites if len(site.families) > 1]
-        proportional = [site for site in several if site.target]
+        if cover.sites > len(sites):
+            raise UserError(f"--cover site={cover.sites}: the cohort has {len(sites)} sites")
+        proportional = [site for site in sites if site.target and len(site.families) > 1]
+        # Sites of one patient come last: they would be lost to training.
         more = sorted(
             (site for site in sites if not (site.target and len(site.families) > 1)),
             key=lambda site: (len(site.families) == 1, -site.slides, site.name),
         )
-        if cover.sites > len(sites):
-            raise UserError(f"--cover site={cover.sites}: the cohort has {len(sites)} sites")
         wanted = proportional + more[: max(0, cover.sites - len(proportional))]
         anchors += [site.families[0] for site in wanted]
     if cover.project:
         covered = frozenset[str]().union(*(family.projects for family in anchors))
-        wanted_projects = {p for site in sites for f in site.families for p in f.projects}
-        for project in sorted(wanted_projects):
+        for project in sorted({p for site in sites for f in site.families for p in f.projects}):
             if project not in covered:
                 anchors.append(_project_anchor(sites, project))
                 covered |= anchors[-1].projects
@@ -155,11 +170,11 @@ def _project_anchor(sites: list[_Site], project: str) -> _Family:
         for place, family in enumerate(site.families)
         if project in family.projects
     ]
-    best = min(options)
-    return next(site.families[best[4]] for site in sites if site.name == best[3])
+    *_, name, place = min(options)
+    return next(site.families[place] for site in sites if site.name == name)
 
 
-def _by_priority(sites: list[_Site]) -> list[_Family]:
+def _sort_by_priority(sites: list[_Site]) -> list[_Family]:
     """All families: those that fit their site's target, by priority; others; a site's last one."""
     ranked: list[tuple[int, float, str, int, _Family]] = []
     for site in sites:
@@ -173,35 +188,32 @@ def _by_priority(sites: list[_Site]) -> list[_Family]:
     return [row[4] for row in sorted(ranked, key=lambda row: row[:4])]
 
 
-def _reach(families: list[_Family], slides: int) -> list[_Family]:
+def _reach_total(families: list[_Family], slides: int) -> list[_Family]:
     """Families in order whose slides sum to `slides`, or as near as can be; never all of them."""
     counts = Counter(family.slides for family in families)
-    left = _nearest(counts, slides)
+    # The sum nearest to what is wanted that some of them, not all, make; the smaller of two.
+    everything = sum(size * count for size, count in counts.items())
+    most = min(slides + max(counts, default=0), everything - 1)
+    sums = _subset_sums(counts, most)
+    possible = (total for total in range(most + 1) if sums >> total & 1)
+    remaining = min(possible, key=lambda total: (abs(total - slides), total))
     chosen = []
     for family in families:
         counts[family.slides] -= 1
-        if family.slides <= left and _can_sum(counts, left - family.slides):
+        after = remaining - family.slides
+        # Enough families of one slide reach any number: no need to look at all the sums.
+        if after >= 0 and (counts[1] >= after or _subset_sums(counts, after) >> after & 1):
             chosen.append(family)
-            left -= family.slides
+            remaining = after
     return chosen
 
 
-def _nearest(counts: Counter[int], total: int) -> int:
-    """The sum nearest to `total` that some of these sizes, not all, make; the smaller of two."""
-    everything = sum(size * count for size, count in counts.items())
-    most = min(total + max(counts, default=0), everything - 1)
-    sums = _sums(counts, most)
-    return min((s for s in range(most + 1) if sums >> s & 1), key=lambda s: (abs(s - total), s))
+def _subset_sums(counts: Counter[int], most: int) -> int:
+    """Bit s is set where some of the sizes sum to s, for s up to `most`.
 
-
-def _can_sum(counts: Counter[int], total: int) -> bool:
-    if counts[1] >= total:
-        return True
-    return bool(_sums(counts, total) >> total & 1)
-
-
-def _sums(counts: Counter[int], most: int) -> int:
-    """Bit s is set where some of the sizes sum to s, for s up to `most`."""
+    >>> bin(_subset_sums(Counter({2: 1, 3: 1}), 6))
+    '0b101101'
+    """
     sums, mask = 1, (1 << (most + 1)) - 1
     for size, count in sorted(counts.items()):
         step = 1

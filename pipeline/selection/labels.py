@@ -32,36 +32,37 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
     Raises `UserError` naming the line for a tile that is not there or comes twice, and for a
     label that is not one of usable, artifact, 0 and 1.
     """
-    found: dict[tuple[str, int], bool] = {}
+    labels: dict[tuple[str, int], bool] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            there = reader.fieldnames or []
-            if missing := [name for name in _COLUMNS if name not in there]:
+            columns = reader.fieldnames or []
+            if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(
                     f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
-                    f"there: {', '.join(there) or 'none'}"
+                    f"there: {', '.join(columns) or 'none'}"
                 )
+            # Twice is refused even with equal labels: one of the rows was meant for another tile.
             for number, row in enumerate(reader, 2):
-                tile, label = _row(f"{path}, line {number}", row, candidates)
-                if tile in found:
+                tile, label = _parse_row(f"{path}, line {number}", row, candidates)
+                if tile in labels:
                     raise UserError(
                         f"{path}, line {number}: tile {tile[1]} of {tile[0]} is labelled twice"
                     )
-                found[tile] = label
+                labels[tile] = label
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
-    if not found:
-        raise UserError(f"{path} holds no label: expected rows of {', '.join(_COLUMNS)}")
-    tiles = sorted(found)
+    if not labels:
+        raise UserError(f"{path} has no label: expected rows of {', '.join(_COLUMNS)}")
+    tiles = sorted(labels)
     return Labels(
         np.array([slide_id for slide_id, _ in tiles]),
         np.array([rank for _, rank in tiles], np.int32),
-        np.array([found[tile] for tile in tiles], bool),
+        np.array([labels[tile] for tile in tiles], bool),
     )
 
 
-def _row(
+def _parse_row(
     where: str, row: Mapping[str, str], candidates: Mapping[str, int]
 ) -> tuple[tuple[str, int], bool]:
     slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)

@@ -1,6 +1,6 @@
 """What two selections share that they must not: pure functions of arrays.
 
-Ranks, positions and pixels are compared slide by slide with numpy; no Python object a tile.
+Ranks, positions and pixels are compared slide by slide with numpy; no Python object per tile.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ _ROUNDING_PX = 1 / 128
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pairs of tiles, as indices into the two sets, that cover the same pixels.
+    """Pairs of tiles, as indices int64 [pairs] into the two sets, that cover the same pixels.
 
     `pixels` are pairs that overlap as they are; `border` are those that overlap only when both
     are enlarged on all sides.
@@ -29,12 +29,7 @@ class Overlap:
     border: tuple[Indices, Indices]
 
 
-def shared_ranks(left: Ranks, right: Ranks) -> Ranks:
-    """Ranks in both, ascending and each once."""
-    return np.intersect1d(left, right)
-
-
-def overlapping(
+def find_overlaps(
     x: Positions,
     y: Positions,
     other_x: Positions,
@@ -45,11 +40,17 @@ def overlapping(
     """Pairs of equal squares [x, x + size) that overlap; all lengths in the same pixels.
 
     `border` is what an enlarged tile gains on each side.
+
+    >>> place, zero = np.array([0.0, 224.0]), np.zeros(2)
+    >>> overlap = find_overlaps(place, zero, place[:1] + 100, zero[:1], 224.0, 16.0)
+    >>> list(zip(*(indices.tolist() for indices in overlap.pixels)))
+    [(0, 0), (1, 0)]
     """
     reach = size + 2 * border
     i, j = near_pairs(x, y, other_x, other_y, reach)
     distance = np.maximum(np.abs(x[i] - other_x[j]), np.abs(y[i] - other_y[j]))
     inside = distance < size - _ROUNDING_PX
+    # Apart as they are, together once both are enlarged.
     rim = ~inside & (distance < reach - _ROUNDING_PX)
     return Overlap((i[inside], j[inside]), (i[rim], j[rim]))
 
@@ -57,7 +58,7 @@ def overlapping(
 def near_pairs(
     x: Positions, y: Positions, other_x: Positions, other_y: Positions, reach: float
 ) -> tuple[Indices, Indices]:
-    """Indices (i, j) of all pairs with |x_i - x'_j| <= reach and the same in y, and a few more.
+    """Indices (i, j), int64, of all pairs with |x_i - x'_j| <= reach, the same in y, and more.
 
     The others are sorted into square cells of side `reach`; of each point the nine cells around
     it are looked up, three ranges of the sorted keys.
@@ -66,8 +67,8 @@ def near_pairs(
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     left = min(x.min(), other_x.min())
     top = min(y.min(), other_y.min())
-    column, row = _cell(x, left, reach), _cell(y, top, reach)
-    other_column, other_row = _cell(other_x, left, reach), _cell(other_y, top, reach)
+    column, row = _cell_of(x, left, reach), _cell_of(y, top, reach)
+    other_column, other_row = _cell_of(other_x, left, reach), _cell_of(other_y, top, reach)
     width = int(max(column.max(), other_column.max())) + 2
     keys = other_row * width + other_column
     order = np.argsort(keys, kind="stable")
@@ -83,7 +84,7 @@ def near_pairs(
     return i, j
 
 
-def _cell(values: Positions, origin: float, side: float) -> Indices:
+def _cell_of(values: Positions, origin: float, side: float) -> Indices:
     # From 1: the column to the left of the first is a cell, and none of the row above.
     return np.floor((values - origin) / side).astype(np.int64) + 1
 
@@ -101,19 +102,20 @@ def shared_patients(
 ) -> dict[str, tuple[str, str]]:
     """Patients with slides in both, each with one slide of either; sorted by patient.
 
-    A slide without a patient ('' or not in the mapping) is a patient of its own.
+    A slide without a patient ('' or not in the mapping) is its own patient.
+
+    >>> shared_patients(["a", "b"], ["b", "c"], {"a": "P", "c": "P"})
+    {'P': ('a', 'c'), 'b': ('b', 'b')}
     """
-    first = _by_patient(left, patient_of)
-    second = _by_patient(right, patient_of)
+    sides: list[dict[tuple[str, str], str]] = [{}, {}]
+    for slides, by_patient in zip((left, right), sides, strict=True):
+        for slide_id in sorted(slides):
+            patient = patient_of.get(slide_id, "")
+            # Marked, so that a slide's name never equals a patient's.
+            key = ("patient", patient) if patient else ("slide", slide_id)
+            by_patient.setdefault(key, slide_id)
+    first, second = sides
     return {name[1]: (first[name], second[name]) for name in sorted(first.keys() & second.keys())}
-
-
-def _by_patient(slides: Iterable[str], patient_of: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    found: dict[tuple[str, str], str] = {}
-    for slide_id in sorted(slides):
-        patient = patient_of.get(slide_id, "")
-        found.setdefault(("patient", patient) if patient else ("slide", slide_id), slide_id)
-    return found
 
 
 def equal_files(
@@ -123,20 +125,23 @@ def equal_files(
 
     `sums_of` gives a slide's checksums, '' where one is unknown; equal ones of the same place
     (md5 with md5) mean equal files.
+
+    >>> equal_files(["a"], ["a", "b"], {"a": ("0F", ""), "b": ("0f", "")})
+    [('a', 'b')]
     """
+
+    def sums(slide_id: str) -> set[tuple[int, str]]:
+        return {(i, text.lower()) for i, text in enumerate(sums_of.get(slide_id, ())) if text}
+
     by_sum: dict[tuple[int, str], list[str]] = {}
     for slide_id in sorted(set(left)):
-        for key in _sum_keys(slide_id, sums_of):
+        for key in sums(slide_id):
             by_sum.setdefault(key, []).append(slide_id)
     pairs = {
         (mate, slide_id)
         for slide_id in set(right)
-        for key in _sum_keys(slide_id, sums_of)
+        for key in sums(slide_id)
         for mate in by_sum.get(key, ())
         if mate != slide_id
     }
     return sorted(pairs)
-
-
-def _sum_keys(slide_id: str, sums_of: Mapping[str, Sequence[str]]) -> list[tuple[int, str]]:
-    return [(i, one.lower()) for i, one in enumerate(sums_of.get(slide_id, ())) if one]

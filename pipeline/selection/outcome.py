@@ -1,9 +1,9 @@
-"""What a person sees of a new selection, and the list of slides that it left out."""
+"""What `select` and `plan-cohort` print of a selection, and the list of slides left out."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -11,9 +11,49 @@ from common.console import say, stdout
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import Exclusion
 from pipeline.selection.draw import Division
-from pipeline.selection.plan import count_exclusions
+from pipeline.selection.plan import count_exclusions, plan_of
 
 _ROWS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A selection's line in a table: counts, divergences in bits, deviation in percent points."""
+
+    name: str
+    tiles: int
+    slides: int
+    patients: int
+    sites: int
+    of_sites: int
+    projects: int
+    of_projects: int
+    jsd_site: float
+    jsd_project: float
+    jsd_site_slides: float
+    deviation_pp: float
+    below: int
+
+
+def outcome_of(selection: Selection) -> Outcome:
+    """The outcome of a selection that was made just now."""
+    plan = plan_of(selection)
+    site, project = plan["distribution"]["site"], plan["distribution"]["project"]
+    return Outcome(
+        name=selection.name,
+        tiles=plan["selected"]["tiles"],
+        slides=plan["selected"]["slides"],
+        patients=plan["selected"]["patients"],
+        sites=site["covered"],
+        of_sites=site["of"],
+        projects=project["covered"],
+        of_projects=project["of"],
+        jsd_site=site["jsd_bits_tiles"] or 0.0,
+        jsd_project=project["jsd_bits_tiles"] or 0.0,
+        jsd_site_slides=site["jsd_bits_slides"] or 0.0,
+        deviation_pp=100 * plan["largest_share_deviation"],
+        below=plan["strata_below_quota"],
+    )
 
 
 def excluded_csv(excluded: Sequence[Exclusion]) -> bytes:
@@ -21,8 +61,8 @@ def excluded_csv(excluded: Sequence[Exclusion]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["slide_id", "reason", "detail", "candidates"])
-    for one in sorted(excluded, key=lambda e: e.slide_id):
-        writer.writerow([one.slide_id, one.reason, one.detail, one.candidates])
+    for row in sorted(excluded, key=lambda exclusion: exclusion.slide_id):
+        writer.writerow([row.slide_id, row.reason, row.detail, row.candidates])
     return text.getvalue().encode()
 
 
@@ -36,29 +76,28 @@ def print_exclusions(title: str, excluded: Sequence[Exclusion]) -> None:
     stdout.print(table)
 
 
-def print_outcomes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of several selections (see `cohort_report.outcome`)."""
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """A table of several selections."""
     table = Table(
         "selection", "tiles", "slides", "projects", "sites", "JSD by project, bits",
         "JSD by site, bits", "largest deviation, pp", "below quota",
     )  # fmt: skip
-    for row in rows:
+    for row in outcomes:
         table.add_row(
-            row["name"], f"{row['tiles']:,}", f"{row['slides']:,}", str(row["projects"]),
-            str(row["sites"]), f"{row['jsd_project']:.2g}", f"{row['jsd_site']:.2g}",
-            f"{row['deviation_pp']:.2g}", str(row["below"]),
+            row.name, f"{row.tiles:,}", f"{row.slides:,}", str(row.projects), str(row.sites),
+            f"{row.jsd_project:.2g}", f"{row.jsd_site:.2g}", f"{row.deviation_pp:.2g}",
+            str(row.below),
         )  # fmt: skip
     stdout.print(table)
 
 
-def print_outcome(selection: Selection, path: object) -> None:
-    """What a person wants to know of a new selection, in three lines."""
-    plan = selection.plan
-    for column, one in plan["distribution"].items():
-        jsd = one["jsd_bits_tiles"]
+def print_selection(selection: Selection, path: object) -> None:
+    """A new selection in three lines."""
+    plan = plan_of(selection)
+    for column, spread in plan["distribution"].items():
         say(
-            f"{selection.name}: {one['covered']} of {one['of']} {column}s, Jensen-Shannon "
-            f"divergence of tiles from the cohort {0.0 if jsd is None else jsd:.2g} bits"
+            f"{selection.name}: {spread['covered']} of {spread['of']} {column}s, Jensen-Shannon "
+            f"divergence of tiles from the cohort {spread['jsd_bits_tiles'] or 0.0:.2g} bits"
         )
     say(
         f"select: {selection.rows:,} tiles of {len(selection.slide_ids):,} slides in "
@@ -68,13 +107,13 @@ def print_outcome(selection: Selection, path: object) -> None:
 
 def print_below_quota(division: Division) -> None:
     """A table of the strata that give less than their share, the furthest below first."""
-    below = sorted(division.below_quota, key=lambda one: (one.selected - one.quota, one.name))
+    below = sorted(division.below_quota, key=lambda s: (s.selected - s.quota, s.name))
     if not below:
         return
-    lost = sum(one.quota - one.selected for one in below)
+    lost = sum(stratum.quota - stratum.selected for stratum in below)
     table = Table("stratum", "slides", "wanted", "got", title="strata below their share")
-    for one in below[:_ROWS_SHOWN]:
-        table.add_row(one.name, f"{one.slides:,}", f"{one.quota:,.1f}", f"{one.selected:,}")
+    for row in below[:_ROWS_SHOWN]:
+        table.add_row(row.name, f"{row.slides:,}", f"{row.quota:,.1f}", f"{row.selected:,}")
     stdout.print(table)
     say(
         f"select: {len(below)} strata give less than their share for want of candidates; their "

@@ -1,9 +1,9 @@
-"""The plan that a selection carries: how it was made, what was left out, how it is spread."""
+"""The plan in a selection's file: how it was made, what was left out, how it is spread."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,11 @@ import numpy.typing as npt
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import Cohort, Exclusion
 from pipeline.selection.config import SelectConfig
-from pipeline.selection.distribution import Spread, spread
+from pipeline.selection.distribution import measure_spread
 from pipeline.selection.draw import Division
 
 COLUMNS = ("project", "site")
-TRAIN, VAL_IN, VAL_OUT, ALL = "train", "val-in", "val-out", "all"
+TRAIN, GUIDANCE, VAL_IN, VAL_OUT, ALL = "train", "guidance", "val-in", "val-out", "all"
 """What a selection is for; a part of another has the role of the whole."""
 IMPORTED = "imported"
 """The `rule` in the plan of a selection that others made."""
@@ -23,10 +23,10 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Ties:
-    """What binds a selection to others: which may not change or go while this one stands.
+    """What binds a selection to others: what may not change or go while this one is there.
 
     `patients` are those it holds out itself; `honours` maps the hold-outs whose patients it
-    leaves alone to `patients_mark` of theirs; `parent` and `deny` name what it was drawn with.
+    leaves alone to `patients_hash` of theirs; `parent` and `deny` name what it was drawn with.
     """
 
     role: str
@@ -36,21 +36,87 @@ class Ties:
     deny: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def patients_mark(self) -> str:
+    def patients_hash(self) -> str:
         """Hash of the held-out patients."""
-        return patients_mark(self.patients)
+        return hash_patients(self.patients)
 
 
-def patients_mark(patients: Iterable[str]) -> str:
-    """Hash of a set of patients."""
+class StratumRow(TypedDict):
+    """A stratum: slides, candidates, tiles that it could give, should (`quota`) and does."""
+
+    name: str
+    slides: int
+    candidates: int
+    capacity: int
+    quota: float
+    selected: int
+
+
+class GroupRow(TypedDict):
+    """A project or site: slides and tiles of the cohort and of the selection."""
+
+    name: str
+    cohort_slides: int
+    cohort_tiles: int
+    slides: int
+    tiles: int
+
+
+class SpreadRecord(TypedDict):
+    """Groups with selected slides, groups in all, divergences in bits (None: nothing selected)."""
+
+    covered: int
+    of: int
+    jsd_bits_slides: float | None
+    jsd_bits_tiles: float | None
+    rows: list[GroupRow]
+
+
+class ExclusionCount(TypedDict):
+    """Slides left out for one reason, and their candidates."""
+
+    reason: str
+    slides: int
+    candidates: int
+
+
+class SelectionPlan(TypedDict):
+    """The plan of a selection that `select` or `plan-cohort` made, as JSON values."""
+
+    parameters: dict[str, object]
+    role: str
+    ties: dict[str, Any]
+    rule: str
+    seed: int
+    slides_sha256: str
+    cohort: dict[str, int]
+    selected: dict[str, int]
+    exclusions: list[ExclusionCount]
+    strata: list[StratumRow]
+    largest_share_deviation: float
+    strata_below_quota: int
+    distribution: dict[str, SpreadRecord]
+
+
+def plan_of(selection: Selection) -> SelectionPlan:
+    """The plan of a selection that was made just now; older files may lack some of it."""
+    return cast(SelectionPlan, selection.plan)
+
+
+def hash_patients(patients: Iterable[str]) -> str:
+    """Hash of a set of patients, 32 hex digits."""
     return hashlib.sha256("\0".join(sorted(patients)).encode()).hexdigest()[:32]
 
 
 def role_of_name(name: str) -> str:
-    """The role that a name states, as `verify --leakage` reads names; '' where it states none."""
+    """The role that a selection's name states, '' where it states none.
+
+    >>> [role_of_name(n) for n in ("train-40m", "guidance", "val-in", "val-out-2", "mine")]
+    ['train', 'train', 'val-in', 'val-out', '']
+    """
     if name.startswith(VAL_OUT):
         return VAL_OUT
-    if name.startswith(("train", "guidance")):
+    if name.startswith((TRAIN, GUIDANCE)):
         return TRAIN
     return VAL_IN if name.startswith("val-") else ""
 
@@ -66,14 +132,17 @@ def make_plan(
     division: Division,
     chosen: npt.NDArray[np.int64],
     counts: npt.NDArray[np.int64],
-) -> dict[str, Any]:
+) -> SelectionPlan:
     """The plan as JSON values.
 
-    `cohort` is all that was eligible before any patient was held out; `chosen` are the indices in
-    it of the slides that the division was made for, `counts` the tiles of each in this selection.
+    `cohort` is all that was eligible before any patient was held out; `chosen` int64 [slides] are
+    the indices in it of the slides that the division was made for, `counts` int64 [slides] the
+    tiles of each in this selection.
     """
+    # Over the whole cohort: a slide that gives nothing counts in the spread all the same.
     tiles = np.zeros(len(cohort), np.int64)
     tiles[chosen] = counts
+    selected = _count_cohort(cohort.take(tiles > 0)) | {"tiles": int(counts.sum())}
     return {
         "parameters": asdict(config),
         "role": ties.role,
@@ -81,38 +150,39 @@ def make_plan(
         "rule": "sainte-lague",
         "seed": seed,
         "slides_sha256": slides_sha256,
-        "cohort": _size(cohort),
-        "selected": _size(cohort.take(tiles > 0)) | {"tiles": int(counts.sum())},
+        "cohort": _count_cohort(cohort),
+        "selected": selected,
         "exclusions": count_exclusions(excluded),
-        "strata": _strata_rows(division, cohort, chosen, counts, config.stratify),
+        "strata": _list_strata(division, cohort.take(chosen).strata(config.stratify), counts),
         "largest_share_deviation": division.largest_deviation,
         "strata_below_quota": len(division.below_quota),
         "distribution": {
-            column: spread_to_json(spread(getattr(cohort, column), cohort.candidates, tiles))
+            column: _record_spread(getattr(cohort, column), cohort.candidates, tiles)
             for column in COLUMNS
         },
     }
 
 
-def _strata_rows(
-    division: Division,
-    cohort: Cohort,
-    chosen: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    stratify: str,
-) -> list[dict[str, Any]]:
-    """The table wanted and got; where the rows were dealt to several sets, this set's part."""
+def _list_strata(
+    division: Division, strata: npt.NDArray[np.str_], counts: npt.NDArray[np.int64]
+) -> list[StratumRow]:
+    """The table of strata; where the rows were split into several sets, this set's part."""
+    # A quota is that of all sets together: each set is held to its share of it.
     drawn = int(division.counts.sum())
     part = int(counts.sum()) / drawn if drawn else 0.0
-    names, place = np.unique(cohort.take(chosen).strata(stratify), return_inverse=True)
-    got = dict(zip(names.tolist(), np.bincount(place, counts, len(names)), strict=True))
+    names, group = np.unique(strata, return_inverse=True)
+    selected = dict(zip(names.tolist(), np.bincount(group, counts, len(names)), strict=True))
     return [
-        asdict(one) | {"quota": one.quota * part, "selected": int(got[one.name])}
-        for one in division.strata
-    ]
+        StratumRow(
+            name=stratum.name, slides=stratum.slides, candidates=stratum.candidates,
+            capacity=stratum.capacity, quota=stratum.quota * part,
+            selected=int(selected[stratum.name]),
+        )
+        for stratum in division.strata
+    ]  # fmt: skip
 
 
-def _size(cohort: Cohort) -> dict[str, int]:
+def _count_cohort(cohort: Cohort) -> dict[str, int]:
     return {
         "slides": len(cohort),
         "patients": len(np.unique(cohort.patient)),
@@ -122,36 +192,42 @@ def _size(cohort: Cohort) -> dict[str, int]:
     }
 
 
-def count_exclusions(excluded: Iterable[Exclusion]) -> list[dict[str, Any]]:
+def count_exclusions(excluded: Iterable[Exclusion]) -> list[ExclusionCount]:
     """Slides and candidates left out by each reason, sorted by reason."""
-    table: dict[str, dict[str, Any]] = {}
-    for one in excluded:
-        row = table.setdefault(one.reason, {"reason": one.reason, "slides": 0, "candidates": 0})
+    table: dict[str, ExclusionCount] = {}
+    for exclusion in excluded:
+        empty = ExclusionCount(reason=exclusion.reason, slides=0, candidates=0)
+        row = table.setdefault(exclusion.reason, empty)
         row["slides"] += 1
-        row["candidates"] += one.candidates
+        row["candidates"] += exclusion.candidates
     return [table[reason] for reason in sorted(table)]
 
 
-def spread_to_json(one: Spread) -> dict[str, Any]:
+def _record_spread(
+    values: npt.NDArray[np.str_], candidates: npt.NDArray[np.int64], tiles: npt.NDArray[np.int64]
+) -> SpreadRecord:
     """A spread's divergences and coverage, and its table."""
-    rows = zip(one.names, one.cohort_slides, one.cohort_tiles, one.slides, one.tiles, strict=True)
+    spread = measure_spread(values, candidates, tiles)
+    columns = (spread.cohort_slides, spread.cohort_tiles, spread.slides, spread.tiles)
+    rows = zip(spread.names, *(column.tolist() for column in columns), strict=True)
+    # JSON has no NaN.
+    jsd_slides, jsd_tiles = (
+        None if np.isnan(divergence) else divergence
+        for divergence in (spread.jsd_slides, spread.jsd_tiles)
+    )
     return {
-        "covered": one.covered,
-        "of": len(one.names),
-        "jsd_bits_slides": _number(one.jsd_slides),
-        "jsd_bits_tiles": _number(one.jsd_tiles),
+        "covered": spread.covered,
+        "of": len(spread.names),
+        "jsd_bits_slides": jsd_slides,
+        "jsd_bits_tiles": jsd_tiles,
         "rows": [
-            {
-                "name": name, "cohort_slides": int(a), "cohort_tiles": int(b),
-                "slides": int(c), "tiles": int(d),
-            }
-            for name, a, b, c, d in rows
+            GroupRow(
+                name=name, cohort_slides=cohort_slides, cohort_tiles=cohort_tiles, slides=slides,
+                tiles=selected,
+            )
+            for name, cohort_slides, cohort_tiles, slides, selected in rows
         ],
     }  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def ties_to_json(ties: Ties) -> dict[str, Any]:
@@ -177,10 +253,14 @@ def build_selection(
     cohort: Cohort,
     offsets: npt.NDArray[np.int64],
     ranks: npt.NDArray[np.int32],
-    plan: dict[str, Any],
+    plan: SelectionPlan,
 ) -> Selection:
-    """A selection of the cohort's slides that have rows; `cohort` is in the order of `offsets`."""
+    """A selection of the cohort's slides that have rows.
+
+    `offsets` int64 [slides + 1] are in the order of `cohort`; `ranks` int32 [rows].
+    """
     sizes = np.diff(offsets)
     kept = np.flatnonzero(sizes)
-    own = np.concatenate([[0], np.cumsum(sizes[kept])]).astype(np.int64)
-    return Selection(name, tuple(cohort.slide_id[kept].tolist()), own, ranks, plan)
+    kept_offsets = np.concatenate([[0], np.cumsum(sizes[kept])]).astype(np.int64)
+    slide_ids = tuple(cohort.slide_id[kept].tolist())
+    return Selection(name, slide_ids, kept_offsets, ranks, dict(plan))

@@ -1,8 +1,8 @@
 """The `select` stage: a named selection, its budget divided among sites and slides."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,50 +24,44 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.tables import read_plan
 from pipeline.run.stage import stage_versions
-from pipeline.selection.cohort import (
-    Cohort,
-    Exclusion,
-    eligible,
-    without_patients,
-)
+from pipeline.selection.cohort import Cohort, Exclusion, keep_eligible, without_patients
+from pipeline.selection.config import SelectConfig
 from pipeline.selection.denied import read_denied
 from pipeline.selection.draw import (
-    POOLS,
-    SHARES,
     Division,
-    PoolSource,
-    RowSource,
-    Source,
-    deal,
-    divide,
-    draw,
+    RangePool,
+    Ranks,
+    SelectionPool,
+    TilePool,
+    divide_budget,
+    draw_ranks,
     pool_bounds,
+    split_rows,
 )
-from pipeline.selection.hold_out import Cover, choose_hold_out
+from pipeline.selection.hold_out import choose_hold_out, parse_cover
 from pipeline.selection.outcome import (
     excluded_csv,
     print_below_quota,
     print_exclusions,
-    print_outcome,
+    print_selection,
 )
 from pipeline.selection.plan import (
     ALL,
     TRAIN,
     VAL_IN,
     VAL_OUT,
-    SelectConfig,
     Ties,
     build_selection,
     count_exclusions,
+    hash_patients,
     make_plan,
-    patients_mark,
     ties_to_json,
 )
-from pipeline.selection.slides import Tissue, cohort_hash, read_tissue, slides_sha256
+from pipeline.selection.slides import Tissue, hash_cohort, read_tissue
 from pipeline.selection.ties import (
     STAGE,
-    check_hold_out_may_be,
     check_may_change,
+    check_new_hold_out,
     check_not_imported,
     excluded_file,
     held_out,
@@ -75,7 +69,6 @@ from pipeline.selection.ties import (
 )
 
 VERSION = 2
-STRATA = ("site", "project", "project+site", "none")
 _ROLES = {"train": TRAIN, "reserve": VAL_IN, "all": ALL}
 
 
@@ -84,58 +77,48 @@ class Drawing:
     """All that a selection is drawn from, before the budget is divided.
 
     `cohort` is what was eligible before any patient was held out, `chosen` the indices in it of
-    the slides to draw from, and `source` gives tiles of those, by position in `chosen`.
+    the slides to draw from, and `pool` gives tiles of those, by position in `chosen`.
     """
 
     cohort: Cohort
     excluded: list[Exclusion]
     chosen: npt.NDArray[np.int64]
-    source: Source
+    pool: TilePool
     ties: Ties
 
 
 def select(dataset: Dataset, config: SelectConfig) -> int:
     """Write selections/<name>.parquet with its plan; returns the exit status."""
-    config = _checked(dataset, config)
-    tissue = read_tissue(dataset)
-    known = read_ties(dataset)
-    marks = _marks(dataset, config, tissue)
-    journal = Ledger.read(dataset, STAGE)[""]
-    stood = [journal.done(name, marks[name]) for name in config.names]
-    if all(entry is not None for entry in stood):
+    config = _check_config(dataset, config)
+    # Read once: the fingerprints and the drawing must see the same cohort and ties.
+    tissue, known = read_tissue(dataset), read_ties(dataset)
+    fingerprints = _fingerprint_all(dataset, config, tissue, known)
+    ledger = Ledger.read(dataset, STAGE)[""]
+    if all(ledger.done(name, fingerprints[name]) for name in config.names):
         for name in config.names:
             rows = read_selection(dataset, name).rows
             say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
+    # Only a part of an imported selection is sure to be on its side of the split.
     if not config.parent:
         check_not_imported(dataset, f"--name {config.name} without --from")
-    drawing = gather(dataset, config, tissue)
-    for name in config.names:
-        held = slides_of_patients(tissue.cohort, drawing.ties.patients)
-        check_hold_out_may_be(dataset, name, drawing.ties.patients, held)
-        if name in known and _written_fingerprint(journal, name) != marks[name]:
-            check_may_change(known, name, "--name")
-    division, selections = make_selections(
-        config, drawing, int(read_identity(dataset).get("seed", 0)), slides_sha256(dataset)
-    )
-    _write(dataset, selections, drawing, marks)
+    seed = int(read_identity(dataset).get("seed", 0))
+    prepare = prepare_part if config.parent else prepare_drawing
+    drawing = prepare(dataset, config, tissue, known, seed)
+    _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
+    slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
+    division, selections = make_selections(config, drawing, seed, slides_sha256)
+    _write_selections(dataset, selections, drawing, fingerprints)
     print_exclusions(f"select {config.name}", drawing.excluded)
     for selection in selections:
-        print_outcome(selection, dataset.selection_file(selection.name))
+        print_selection(selection, dataset.selection_file(selection.name))
     if config.tiles is not None:
         print_below_quota(division)
     return 0
 
 
-def _checked(dataset: Dataset, config: SelectConfig) -> SelectConfig:
+def _check_config(dataset: Dataset, config: SelectConfig) -> SelectConfig:
     """The configuration without contradictions; a part of a selection inherits its rules."""
-    for value, known, option in (
-        (config.stratify, STRATA, "--stratify"),
-        (config.pool, POOLS, "--pool"),
-        (config.share, SHARES, "--share"),
-    ):
-        if value not in known:
-            raise UserError(f"{option} {value}: expected one of {', '.join(known)}")
     if config.cover and config.hold_out is None:
         raise UserError("--cover is for --hold-out, which was not given")
     if config.split and (len(set(config.split)) != len(config.split) or len(config.split) < 2):
@@ -154,7 +137,8 @@ def _checked(dataset: Dataset, config: SelectConfig) -> SelectConfig:
             f"--from {config.parent}: its slides and ranks are taken as they are; leave --pool, "
             "--sample-types, --min-candidates and --frozen out"
         )
-    require_selection(dataset, config.parent)
+    if config.parent not in dataset.selection_names():
+        read_selection(dataset, config.parent)  # refuses it, with the names of those there are
     inherited = read_plan(dataset, config.parent).get("parameters", {})
     return replace(
         config,
@@ -164,70 +148,109 @@ def _checked(dataset: Dataset, config: SelectConfig) -> SelectConfig:
     )
 
 
-def require_selection(dataset: Dataset, name: str) -> None:
-    """Refuse the name of a selection that is not there, with those that are."""
-    if name not in dataset.selection_names():
-        read_selection(dataset, name)
-
-
-def parse_cover(parts: Sequence[str]) -> Cover:
-    """`project`, `site` and `site=N` as a `Cover`."""
-    cover = Cover()
-    for part in parts:
-        name, _, number = part.partition("=")
-        if name == "project" and not number:
-            cover = replace(cover, project=True)
-        elif name == "site" and (not number or number.isdigit()):
-            cover = replace(cover, site=True, sites=int(number or 0))
-        else:
-            raise UserError(f"--cover {part}: expected project, site or site=N")
-    return cover
-
-
-def _marks(dataset: Dataset, config: SelectConfig, tissue: Tissue) -> dict[str, str]:
+def _fingerprint_all(
+    dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties]
+) -> dict[str, str]:
     """The fingerprint of each selection: all that its rows depend on."""
-    known = read_ties(dataset)
-    held = {n: patients_mark(p) for n, p in held_out(known).items() if n not in config.names}
-    rows = cohort_hash(tissue.cohort)
+    others = {
+        name: hash_patients(patients)
+        for name, patients in held_out(known).items()
+        if name not in config.names
+    }
     parent = read_selection(dataset, config.parent).content_hash if config.parent else ""
-    deny = read_denied(dataset, config.deny)[1]
-    return {
-        name: fingerprint_of(
-            stage=STAGE, version=VERSION, config=asdict(config), name=name, cohort=rows,
-            parents=sorted(tissue.marks.items()), held_out=held, parent=parent, deny=deny,
-        )
-        for name in config.names
+    shared = {
+        "stage": STAGE, "version": VERSION, "config": asdict(config), "parent": parent,
+        "cohort": hash_cohort(tissue.cohort), "parents": sorted(tissue.fingerprints.items()),
+        "held_out": others, "deny": read_denied(dataset, config.deny)[1],
     }  # fmt: skip
+    return {name: fingerprint_of(name=name, **shared) for name in config.names}
 
 
-def gather(dataset: Dataset, config: SelectConfig, tissue: Tissue) -> Drawing:
-    """What the selection is drawn from: the eligible slides and their tiles."""
-    usable = np.array([s not in tissue.barred for s in tissue.cohort.slide_id.tolist()], bool)
-    cohort, excluded = eligible(tissue.cohort.take(usable), config.rules)
-    excluded += [
-        Exclusion(slide_id, reason, detail) for slide_id, (reason, detail) in tissue.barred.items()
-    ]
-    denied, hashes = read_denied(dataset, config.deny)
-    if config.parent:
-        return _from_parent(dataset, config, tissue.cohort.take(usable), excluded, denied, hashes)
-    held = {n: p for n, p in held_out(read_ties(dataset)).items() if n not in config.names}
-    free, barred = without_patients(cohort, held)
-    honours = {name: patients_mark(patients) for name, patients in held.items()}
+def _check_others(
+    dataset: Dataset,
+    config: SelectConfig,
+    drawing: Drawing,
+    tissue: Tissue,
+    known: Mapping[str, Ties],
+    ledger: ScopeLedger,
+    fingerprints: Mapping[str, str],
+) -> None:
+    """Refuse what selections that are there contradict, or depend on."""
+    patients, whole = drawing.ties.patients, tissue.cohort
+    # All slides of the patients, also those that the rules exclude or that give no tile.
+    held = whole.slide_id[np.isin(whole.patient, np.array(patients, np.str_))].tolist()
+    for name in config.names:
+        check_new_hold_out(dataset, name, patients, held)
+        last = ledger.latest(name)
+        is_same = bool(last and last.outcome == "done" and last.fingerprint == fingerprints[name])
+        if name in known and not is_same:
+            check_may_change(known, name, "--name")
+
+
+def prepare_drawing(
+    dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties], seed: int
+) -> Drawing:
+    """What a selection is drawn from: the eligible slides and a pool of their tiles.
+
+    Raises `UserError` with the reasons, by number of slides, where none is left.
+    """
+    cohort, excluded = keep_eligible(_usable_cohort(tissue), config.rules)
+    excluded += _list_unusable(tissue)
+    # A hold-out that is made again may choose its own patients once more.
+    held = {name: group for name, group in held_out(known).items() if name not in config.names}
+    free, others = without_patients(cohort, held)
+    excluded += others
     patients: tuple[str, ...] = ()
     if config.hold_out is not None:
-        seed = int(read_identity(dataset).get("seed", 0))
-        mask = choose_hold_out(free, config.hold_out, parse_cover(config.cover), seed)
-        free = free.take(mask)
+        free = free.take(choose_hold_out(free, config.hold_out, parse_cover(config.cover), seed))
         patients = family_patients(tissue.cohort, free)
     if not len(free):
-        raise UserError(f"selection '{config.name}': no slide is left; {_why(excluded + barred)}")
-    first, stop = pool_bounds(free.candidates, config.pool)
-    role = VAL_OUT if patients else _ROLES[config.pool]
+        rows = count_exclusions(excluded)
+        reasons = ", ".join(f"{row['slides']} {row['reason']}" for row in rows)
+        raise UserError(f"selection '{config.name}': no slide is left; left out: {reasons}")
+    denied, deny = read_denied(dataset, config.deny)
+    honours = {name: hash_patients(held[name]) for name in held}
     return Drawing(
-        cohort, excluded + barred, np.searchsorted(cohort.slide_id, free.slide_id),
-        PoolSource(first, stop, by_index(free, denied)),
-        Ties(role, patients, honours, deny=hashes),
+        cohort, excluded, np.searchsorted(cohort.slide_id, free.slide_id),
+        RangePool(*pool_bounds(free.candidates, config.pool), _index_denied(free, denied)),
+        Ties(VAL_OUT if patients else _ROLES[config.pool], patients, honours, deny=deny),
     )  # fmt: skip
+
+
+def prepare_part(
+    dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties], seed: int
+) -> Drawing:
+    """What a part of another selection is drawn from: the rows of that one."""
+    usable = _usable_cohort(tissue)
+    excluded = keep_eligible(usable, config.rules)[1] + _list_unusable(tissue)
+    parent, ties = read_selection(dataset, config.parent), known[config.parent]
+    missing = sorted(set(parent.slide_ids) - set(usable.slide_id.tolist()))
+    if missing:
+        raise UserError(
+            f"--from {config.parent}: slide {missing[0]} is no longer usable in {dataset.root} "
+            f"({len(missing)} such slides); make '{config.parent}' again"
+        )
+    # The slides that the parent's rules exclude are not part of the cohort that it is compared
+    # with, unless the parent has them all the same.
+    left_out = {exclusion.slide_id for exclusion in excluded} - set(parent.slide_ids)
+    slide_ids = usable.slide_id.tolist()
+    cohort = usable.take(np.array([slide not in left_out for slide in slide_ids], bool))
+    chosen = np.searchsorted(cohort.slide_id, np.array(parent.slide_ids))
+    denied, deny = read_denied(dataset, config.deny)
+    pool = SelectionPool(parent.offsets, parent.ranks, _index_denied(cohort.take(chosen), denied))
+    # A part relies on the whole's hold-outs, or on the whole's own patients.
+    own = {config.parent: ties.patients_hash} if ties.patients else {}
+    part_ties = Ties(ties.role, (), {**ties.honours, **own}, config.parent, deny)
+    return Drawing(cohort, excluded, chosen, pool, part_ties)
+
+
+def _usable_cohort(tissue: Tissue) -> Cohort:
+    slide_ids = tissue.cohort.slide_id.tolist()
+    return tissue.cohort.take(np.array([s not in tissue.unusable for s in slide_ids], bool))
+
+
+def _list_unusable(tissue: Tissue) -> list[Exclusion]:
+    return [Exclusion(slide_id, *why) for slide_id, why in tissue.unusable.items()]
 
 
 def family_patients(whole: Cohort, chosen: Cohort) -> tuple[str, ...]:
@@ -236,64 +259,19 @@ def family_patients(whole: Cohort, chosen: Cohort) -> tuple[str, ...]:
     return tuple(np.unique(whole.patient[members]).tolist())
 
 
-def slides_of_patients(whole: Cohort, patients: tuple[str, ...]) -> list[str]:
-    """All slides of the patients, also those that the rules bar or that give no tile."""
-    members = np.isin(whole.patient, np.array(patients, np.str_))
-    held: list[str] = whole.slide_id[members].tolist()
-    return held
-
-
-def by_index(cohort: Cohort, denied: dict[str, npt.NDArray[np.int32]]) -> Any:
+def _index_denied(cohort: Cohort, denied: Mapping[str, Ranks]) -> dict[int, Ranks]:
     """Denied ranks by the slide's position in the cohort."""
     place = {slide_id: index for index, slide_id in enumerate(cohort.slide_id.tolist())}
     return {place[slide]: ranks for slide, ranks in denied.items() if slide in place}
 
 
-def _from_parent(
-    dataset: Dataset,
-    config: SelectConfig,
-    usable: Cohort,
-    excluded: list[Exclusion],
-    denied: dict[str, npt.NDArray[np.int32]],
-    hashes: dict[str, str],
-) -> Drawing:
-    parent = read_selection(dataset, config.parent)
-    missing = sorted(set(parent.slide_ids) - set(usable.slide_id.tolist()))
-    if missing:
-        raise UserError(
-            f"--from {config.parent}: slide {missing[0]} is no longer usable in {dataset.root} "
-            f"({len(missing)} such slides); make '{config.parent}' again"
-        )
-    # The slides that the parent's rules bar are none of the cohort it is compared with, unless
-    # the parent holds them all the same.
-    barred = {one.slide_id for one in excluded} - set(parent.slide_ids)
-    cohort = usable.take(np.array([s not in barred for s in usable.slide_id.tolist()], bool))
-    chosen = np.searchsorted(cohort.slide_id, np.array(parent.slide_ids))
-    source = RowSource(parent.offsets, parent.ranks, by_index(cohort.take(chosen), denied))
-    ties = read_ties(dataset)[config.parent]
-    return Drawing(
-        cohort, excluded, chosen, source,
-        Ties(ties.role, (), _all_honours(ties, config.parent), config.parent, hashes),
-    )  # fmt: skip
-
-
-def _all_honours(ties: Ties, name: str) -> dict[str, str]:
-    """What a part of a selection relies on: the whole's hold-outs, or the whole's own patients."""
-    own = {name: ties.patients_mark} if ties.patients else {}
-    return {**ties.honours, **own}
-
-
-def _why(excluded: list[Exclusion]) -> str:
-    rows = count_exclusions(excluded)
-    return "left out: " + ", ".join(f"{row['slides']} {row['reason']}" for row in rows)
-
-
 def make_selections(
-    config: SelectConfig, drawing: Drawing, seed: int, slides_mark: str
+    config: SelectConfig, drawing: Drawing, seed: int, slides_sha256: str
 ) -> tuple[Division, list[Selection]]:
-    """The selections of a drawing, with their plans: one, or one a part of `split`."""
+    """The selections of a drawing, with their plans: one, or one per part of `split`."""
     chosen = drawing.cohort.take(drawing.chosen)
-    strata, capacities = chosen.strata(config.stratify), drawing.source.capacities
+    strata, capacities = chosen.strata(config.stratify), drawing.pool.capacities
+    # Each of several sets gets as many tiles as the others, or the smallest would limit a study.
     sets = max(1, len(config.split))
     possible = int(capacities.sum()) // sets
     tiles = possible if config.tiles is None else config.tiles
@@ -304,40 +282,39 @@ def make_selections(
         raise UserError(
             f"--tiles {tiles:,}{each} for '{config.name}': the largest possible is {possible:,}"
         )
-    division = divide(strata, chosen.candidates, capacities, tiles * sets, config.share)
-    offsets, ranks = draw(drawing.source, division.counts)
-    rows = deal(strata, offsets, ranks, sets) if config.split else [(offsets, ranks)]
+    division = divide_budget(strata, chosen.candidates, capacities, tiles * sets, config.share)
+    offsets, ranks = draw_ranks(drawing.pool, division.counts)
+    parts = split_rows(strata, offsets, ranks, sets) if config.split else [(offsets, ranks)]
     selections = []
-    for name, (own_offsets, own_ranks) in zip(config.names, rows, strict=True):
+    for name, (part_offsets, part_ranks) in zip(config.names, parts, strict=True):
         plan = make_plan(
-            config=config, ties=drawing.ties, seed=seed, slides_sha256=slides_mark,
+            config=config, ties=drawing.ties, seed=seed, slides_sha256=slides_sha256,
             cohort=drawing.cohort, excluded=drawing.excluded, division=division,
-            chosen=drawing.chosen, counts=np.diff(own_offsets),
+            chosen=drawing.chosen, counts=np.diff(part_offsets),
         )  # fmt: skip
-        selections.append(build_selection(name, chosen, own_offsets, own_ranks, plan))
+        selections.append(build_selection(name, chosen, part_offsets, part_ranks, plan))
     return division, selections
 
 
-def _written_fingerprint(journal: ScopeLedger, name: str) -> str:
-    entry = journal.latest(name)
-    return entry.fingerprint if entry is not None and entry.outcome == "done" else ""
-
-
-def _write(
-    dataset: Dataset, selections: list[Selection], drawing: Drawing, marks: dict[str, str]
+def _write_selections(
+    dataset: Dataset,
+    selections: list[Selection],
+    drawing: Drawing,
+    fingerprints: Mapping[str, str],
 ) -> None:
+    left_out, values = excluded_csv(drawing.excluded), {"ties": ties_to_json(drawing.ties)}
     with Run(dataset, STAGE, stage_versions()) as run:
         entries = []
         for selection in selections:
-            files = [write_selection(dataset, run.run_id, selection)]
             path = excluded_file(dataset, selection.name)
-            files.append(commit_bytes(dataset, run.run_id, path, excluded_csv(drawing.excluded)))
-            values = {"ties": ties_to_json(drawing.ties)}
-            counted = {"tiles": selection.rows}
+            files = (
+                write_selection(dataset, run.run_id, selection),
+                commit_bytes(dataset, run.run_id, path, left_out),
+            )
+            counts = {"tiles": selection.rows}
+            current = fingerprints[selection.name]
             entries.append(
-                Entry(
-                    selection.name, "done", marks[selection.name], files=tuple(files),
-                    counts=counted, values=values,
-                )
-            )  # fmt: skip
+                Entry(selection.name, "done", current, files=files, counts=counts, values=values)
+            )
+        # All parts of a split become current together.
         run.append(entries)

@@ -12,50 +12,54 @@ from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_ident
 from pipeline.selection.cohort import Cohort, make_cohort
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
+_NO_RESULT = "no tissue result"
+
 
 @dataclass(frozen=True)
 class Tissue:
     """The dataset's slides as a cohort (0 candidates where tissue has none) and their state.
 
-    `barred` says of slides without a standing result why; `marks` are the others' fingerprints.
+    `unusable` maps slides without a current result to reason and detail; `fingerprints` are the
+    others' results.
     """
 
     cohort: Cohort
-    barred: dict[str, tuple[str, str]]
-    marks: dict[str, str]
+    unusable: dict[str, tuple[str, str]]
+    fingerprints: dict[str, str]
 
 
 def read_tissue(dataset: Dataset) -> Tissue:
     """All slides of slides.parquet with their candidates, and why some have none."""
     identity = read_identity(dataset)
-    known = Ledger.read(dataset, "tissue")[""]
-    slides, barred, marks = read_slides(dataset), {}, {}
+    ledger = Ledger.read(dataset, "tissue")[""]
+    slides, fingerprints = read_slides(dataset), {}
+    unusable: dict[str, tuple[str, str]] = {}
     counts = np.zeros(len(slides), np.int64)
     for index, slide in enumerate(slides):
         if slide.status != "ok":
-            barred[slide.slide_id] = (f"{slide.status} by scan", slide.reason)
+            unusable[slide.slide_id] = (f"{slide.status} by scan", slide.reason)
             continue
-        entries = known.entries(slide.slide_id)
-        mark = tissue_fingerprint(slide, identity, imported_source(entries))
-        entry = known.done(slide.slide_id, mark)
+        entries = ledger.entries(slide.slide_id)
+        expected = tissue_fingerprint(slide, identity, imported_source(entries))
+        entry = ledger.done(slide.slide_id, expected)
         if entry is None:
-            barred[slide.slide_id] = ("no tissue result", "run `tissue`")
+            unusable[slide.slide_id] = (_NO_RESULT, "run `tissue`")
         elif entry.outcome == "rejected":
-            barred[slide.slide_id] = ("rejected by tissue", entry.reason)
+            unusable[slide.slide_id] = ("rejected by tissue", entry.reason)
         else:
-            # The line that stands says it; 100,000 footers on a shared file system take minutes.
-            stated = entry.counts.get("candidate tiles")
-            counts[index] = stated or candidate_count(dataset, slide.slide_id)
-            marks[slide.slide_id] = mark
-    if not marks:
-        waiting = sum(reason == "no tissue result" for reason, _ in barred.values())
+            # From the journal: 100,000 Parquet footers on a shared file system take minutes.
+            journalled = entry.counts.get("candidate tiles")
+            counts[index] = journalled or candidate_count(dataset, slide.slide_id)
+            fingerprints[slide.slide_id] = expected
+    if not fingerprints:
+        waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())
         what = f"{waiting} slides wait for it" if waiting else "none was found"
         raise UserError(f"no slide of {dataset.root} has tissue candidates ({what}); run `tissue`")
-    return Tissue(cohort_of_slides(slides, counts), barred, marks)
+    return Tissue(cohort_of_slides(slides, counts), unusable, fingerprints)
 
 
 def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64]) -> Cohort:
-    """Rows of slides.parquet as a cohort, with the candidates of each."""
+    """Rows of slides.parquet as a cohort, with their `candidates` int64 [slides]."""
     return make_cohort(
         slide_id=[s.slide_id for s in slides],
         patient=[s.patient for s in slides],
@@ -69,13 +73,8 @@ def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64])
     )
 
 
-def slides_sha256(dataset: Dataset) -> str:
-    """sha256 of slides.parquet, which the plan records."""
-    return hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
-
-
-def cohort_hash(cohort: Cohort) -> str:
-    """Hash of the cohort's columns."""
+def hash_cohort(cohort: Cohort) -> str:
+    """sha256 of the cohort's columns, in hex."""
     sha = hashlib.sha256()
     for name in cohort.__dataclass_fields__:
         sha.update("\0".join(map(str, getattr(cohort, name).tolist())).encode() + b"\1")

@@ -1,4 +1,4 @@
-"""Which selections of a dataset stand, and what may not change while others depend on it."""
+"""Which selections a dataset has, and what may not change while others depend on it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,38 +18,34 @@ _REMOVED = "removed"
 
 
 def read_ties(dataset: Dataset, whole: bool = True) -> dict[str, Ties]:
-    """Every selection that stands, from the journal and from the files' own plans.
+    """Every selection of the dataset, from the journal and from the files' own plans.
 
-    Both are asked, so that a hold-out is honoured although its file or the journal is gone. With
+    From both, so that a hold-out is honoured although its file or the journal is gone. With
     `whole`, a hold-out that others honour and that is nowhere to be found is refused.
     """
-    found: dict[str, Ties] = {}
+    known: dict[str, Ties] = {}
     for name in dataset.selection_names():
         plan = read_plan(dataset, name)
         # Selections of an earlier release or of another tool are taken for training.
-        found[name] = ties_from_json(plan.get("ties")) or Ties(str(plan.get("role", "train")))
-    for name, ties in _journalled(dataset).items():
-        if ties.patients:
-            found.setdefault(name, ties)
-    for name, ties in sorted(found.items()):
-        for other in sorted(set(ties.honours) - set(found)) if whole else ():
-            raise UserError(
-                f"selection '{name}' leaves the patients of hold-out '{other}' alone, which is "
-                f"gone from {dataset.root}: restore {dataset.selection_file(other)}, or remove "
-                f"'{name}' (`select --remove {name}`)"
-            )
-    return found
-
-
-def _journalled(dataset: Dataset) -> dict[str, Ties]:
-    """What the journal's last line of each selection ties it to; only --remove unties."""
-    found: dict[str, Ties] = {}
+        known[name] = ties_from_json(plan.get("ties")) or Ties(str(plan.get("role", "train")))
+    journalled: dict[str, Ties] = {}
     for entry in read_journal(dataset, STAGE):
         if entry.fingerprint == _REMOVED:
-            found.pop(entry.slide_id, None)
+            journalled.pop(entry.slide_id, None)
         elif entry.outcome == "done":
-            found[entry.slide_id] = ties_from_json(entry.values.get("ties")) or Ties("train")
-    return found
+            journalled[entry.slide_id] = ties_from_json(entry.values.get("ties")) or Ties("train")
+    for name, ties in journalled.items():
+        if ties.patients:
+            known.setdefault(name, ties)
+    for name, ties in sorted(known.items()):
+        missing = sorted(set(ties.honours) - set(known))
+        if whole and missing:
+            raise UserError(
+                f"selection '{name}' leaves the patients of hold-out '{missing[0]}' alone, which "
+                f"is gone from {dataset.root}: restore {dataset.selection_file(missing[0])}, or "
+                f"remove '{name}' (`select --remove {name}`)"
+            )
+    return known
 
 
 def held_out(known: Mapping[str, Ties]) -> dict[str, frozenset[str]]:
@@ -57,17 +53,18 @@ def held_out(known: Mapping[str, Ties]) -> dict[str, frozenset[str]]:
     return {name: frozenset(ties.patients) for name, ties in known.items() if ties.patients}
 
 
-def check_hold_out_may_be(
+def check_new_hold_out(
     dataset: Dataset, name: str, patients: tuple[str, ...], slides: Iterable[str]
 ) -> None:
     """Refuse a hold-out that others contradict.
 
     `name` is to hold out `patients` (() for a selection that holds out none), all of whose slides
-    in the dataset are `slides`, whatever this selection takes of them: a patient in training
+    in the dataset are `slides`, also those of which it takes no tile: a patient in training
     through another slide is no less in training. Selections that honour another choice under that
-    name, and selections that hold tiles of these slides, are listed.
+    name, and selections with tiles of these slides, are listed.
     """
     known = read_ties(dataset)
+    # Also for a selection that holds out none: it may have been a hold-out before.
     check_honoured(known, name, patients)
     if not patients:
         return
@@ -75,13 +72,13 @@ def check_hold_out_may_be(
     inside = [
         other
         for other, ties in sorted(known.items())
-        if other != name and not _descends(known, other, name) and name not in ties.honours
+        if other != name and not _descends_from(known, other, name) and name not in ties.honours
         and ties.role != VAL_OUT and dataset.selection_file(other).exists()
         and np.isin(wanted, read_selection(dataset, other).slide_ids).any()
     ]  # fmt: skip
     if inside:
         raise UserError(
-            f"'{name}' would hold out patients of {_listed(inside)}: a hold-out comes before the "
+            f"'{name}' would hold out patients of {_quoted(inside)}: a hold-out comes before the "
             f"selections that are to leave it alone; {_remove_first(inside)} and make them again"
         )
 
@@ -90,26 +87,26 @@ def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ..
     """Refuse `name` with other patients than those that selections leave alone on its account."""
     before = known.get(name)
     if before is not None and before.patients and set(before.patients) != set(patients):
-        bound = sorted(n for n, ties in known.items() if name in ties.honours)
+        bound = sorted(other for other, ties in known.items() if name in ties.honours)
         if bound:
             raise UserError(
-                f"'{name}' holds out {len(before.patients):,} patients that {_listed(bound)} "
+                f"'{name}' holds out {len(before.patients):,} patients that {_quoted(bound)} "
                 f"leave{'s' if len(bound) == 1 else ''} alone; another choice would put them into "
                 f"training: {_remove_first(bound)}, or give this hold-out another name"
             )
 
 
 def check_not_imported(dataset: Dataset, doing: str) -> None:
-    """Refuse to draw from all slides beside imported selections, which are the split themselves.
+    """Refuse to draw from all slides where selections were imported, which are the split itself.
 
-    Their rows keep no reserve, and only their names may say that nobody is to train on them: what
-    is drawn anew could hold tiles of any of them.
+    Their rows keep no reserve, and only their names may say that they are not for training: what
+    is drawn anew could have tiles of any of them.
     """
     names = dataset.selection_names()
-    imported = [n for n in names if read_plan(dataset, n).get("rule") == IMPORTED]
+    imported = [name for name in names if read_plan(dataset, name).get("rule") == IMPORTED]
     if imported:
         raise UserError(
-            f"{doing} would take tiles of the imported selections {_listed(imported)}, which are "
+            f"{doing} would take tiles of the imported selections {_quoted(imported)}, which are "
             "the split: draw from one of them (--from NAME), or remove them first, one by one "
             "(`select --remove NAME`)"
         )
@@ -120,7 +117,7 @@ def check_may_change(known: Mapping[str, Ties], name: str, doing: str) -> None:
     children = sorted(other for other, ties in known.items() if ties.parent == name)
     if children:
         raise UserError(
-            f"{doing} '{name}': {_listed(children)} {'was' if len(children) == 1 else 'were'} "
+            f"{doing} '{name}': {_quoted(children)} {'was' if len(children) == 1 else 'were'} "
             f"drawn from it; {_remove_first(children)}, or use another --name"
         )
 
@@ -129,12 +126,12 @@ def remove_selection(dataset: Dataset, name: str) -> None:
     """Remove a selection that nothing depends on; its journal line is superseded."""
     known = read_ties(dataset, whole=False)
     if name not in known:
-        raise UserError(f"no selection '{name}' in {dataset.root}; there: {_listed(sorted(known))}")
+        raise UserError(f"no selection '{name}' in {dataset.root}; there: {_quoted(sorted(known))}")
     check_may_change(known, name, "--remove")
     bound = sorted(other for other, ties in known.items() if name in ties.honours)
     if bound:
         raise UserError(
-            f"--remove '{name}': {_listed(bound)} leave its patients alone; {_remove_first(bound)}"
+            f"--remove '{name}': {_quoted(bound)} leave its patients alone; {_remove_first(bound)}"
         )
     path = dataset.selection_file(name)
     with Run(dataset, STAGE, stage_versions()) as run:
@@ -150,7 +147,7 @@ def excluded_file(dataset: Dataset, name: str) -> Path:
     return dataset.selection_file(name).with_suffix(".excluded.csv")
 
 
-def _descends(known: Mapping[str, Ties], name: str, ancestor: str) -> bool:
+def _descends_from(known: Mapping[str, Ties], name: str, ancestor: str) -> bool:
     while name in known and known[name].parent:
         name = known[name].parent
         if name == ancestor:
@@ -158,7 +155,7 @@ def _descends(known: Mapping[str, Ties], name: str, ancestor: str) -> bool:
     return False
 
 
-def _listed(names: list[str]) -> str:
+def _quoted(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"
 
 

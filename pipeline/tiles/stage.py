@@ -71,8 +71,8 @@ def _output_px(dataset: Dataset, config: TileConfig) -> int:
     tile_px = config.tile_px or dataset_px
     if tile_px < dataset_px or (tile_px - dataset_px) % 2:
         raise UserError(
-            f"--tile-px {tile_px}: expected {dataset_px}, the dataset's tile size, or more by an even "
-            f"number of pixels (such as {dataset_px + 32}), so that the centres coincide"
+            f"--tile-px {tile_px}: expected {dataset_px}, the dataset's tile size, or more by an "
+            f"even number of pixels (such as {dataset_px + 32}), so that the centres coincide"
         )
     return tile_px
 

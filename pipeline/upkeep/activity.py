@@ -7,23 +7,24 @@ from calendar import timegm
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.processes import is_process_alive
 from pipeline.dataset import Dataset
 from pipeline.dataset.events import SUFFIX, Event, decode_event, read_events
 
 _SILENT_S = 120.0
-"""A run says every 30 s that it is alive; one on another machine that said nothing for this long
-is taken for ended without a word."""
+"""A run logs every 30 s that it is alive; one on another machine that logged nothing for this long
+is taken for ended without an end in its log."""
 _TAIL_BYTES = 4096
 _SLIDES_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Running:
-    """A run that has not ended: `alive`, or killed without a word.
+    """A run that has not ended: `alive`, or killed before it could log its end.
 
-    `done`, `total` and `rate` (a second) count `unit`s; `slides` are those in progress with their
-    workers, at most 20 of them, `in_progress` says how many there are; `seconds_left` is at the
-    rate so far. `array_task` is the element of a SLURM job array, '' otherwise.
+    `done`, `total` and `rate` (per second) count `unit`s; `slides` are those in progress with
+    their workers, at most 20 of them, `in_progress` is how many there are; `seconds_left` is at
+    the rate so far. `array_task` is the element of a SLURM job array, '' otherwise.
     """
 
     stage: str
@@ -44,25 +45,21 @@ class Running:
     slides: list[dict[str, str]]
 
 
-def running(dataset: Dataset) -> list[Running]:
+def list_running(dataset: Dataset) -> list[Running]:
     """Runs without an end; a dead one only where its work was not begun again since."""
-    found: list[Running] = []
+    running: list[Running] = []
     for folder in sorted((dataset.root / "status").glob("*")):
+        # From the newest log back: a dead run whose work began again is of no interest.
         begun_since: set[str] = set()
         for path in sorted(folder.glob(f"*{SUFFIX}"), reverse=True):
             if not _has_ended(path) and (events := read_events(path)):
-                seen = _seen(events, path.stat().st_mtime)
-                if seen.alive or seen.array_task not in begun_since:
-                    found.append(seen)
-            begun_since.add(_array_task(path))
-    return found
-
-
-def _array_task(path: Path) -> str:
-    """The element of a job array that a log is of, from its first line."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = decode_event(lines.readline())
-    return str(first.fields.get("slurm_array_task", "")) if first else ""
+                run = _summarise_run(events, path.stat().st_mtime)
+                if run.alive or run.array_task not in begun_since:
+                    running.append(run)
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                begin = decode_event(lines.readline())
+            begun_since.add(str(begin.fields.get("slurm_array_task", "")) if begin else "")
+    return running
 
 
 def _has_ended(path: Path) -> bool:
@@ -73,50 +70,41 @@ def _has_ended(path: Path) -> bool:
         return b'"event": "end"' in file.read().rstrip().rpartition(b"\n")[2]
 
 
-def _seen(events: list[Event], written_at: float) -> Running:
+def _summarise_run(events: list[Event], written_at: float) -> Running:
     begin, last = events[0].fields, events[-1]
-    held: dict[str, str] = {}
-    total, unit, done, rate = 0, "slides", 0, None
+    worker_of: dict[str, str] = {}
+    total, unit, done, ended = 0, "slides", 0, 0
+    rate: float | None = None
     for event in events:
         fields = event.fields
         if event.event == "slide begun":
-            held[str(fields.get("slide"))] = str(fields.get("worker"))
+            worker_of[str(fields.get("slide"))] = str(fields.get("worker"))
         elif event.event.startswith("slide "):
-            held.pop(str(fields.get("slide")), None)
+            ended += 1
+            worker_of.pop(str(fields.get("slide")), None)
         elif event.event == "tasks":
             total, unit = int(fields["total"]), str(fields["unit"])
         elif event.event == "progress":
             done, rate = int(fields["done"]), float(fields["rate"])
+    # Before the first report of progress, the slides that have ended tell as much.
     if rate is None and unit == "slides":
-        done = sum(e.event.startswith("slide ") and e.event != "slide begun" for e in events)
-        rate = done / max(_age(events[0].time) - _age(last.time), 1e-3) if done else None
+        done = ended
+        elapsed = _epoch_seconds(last.time) - _epoch_seconds(events[0].time)
+        rate = done / max(elapsed, 1e-3) if done else None
     host, pid = str(begin.get("host", "")), int(begin.get("pid", 0))
+    is_here = host == socket.gethostname()
     return Running(
         stage=last.stage, run=last.run, host=host, pid=pid,
         slurm_job=str(begin.get("slurm_job", "")),
         array_task=str(begin.get("slurm_array_task", "")),
         since=events[0].time, last=last.time,
-        alive=_is_alive(host, pid, written_at),
+        alive=is_process_alive(pid) if is_here else time.time() - written_at < _SILENT_S,
         done=done, total=total, unit=unit, rate=rate,
         seconds_left=(total - done) / rate if rate else None,
-        in_progress=len(held),
-        slides=[{"slide": s, "worker": w} for s, w in list(held.items())[:_SLIDES_SHOWN]],
+        in_progress=len(worker_of),
+        slides=[{"slide": s, "worker": w} for s, w in list(worker_of.items())[:_SLIDES_SHOWN]],
     )  # fmt: skip
 
 
-def _age(stamp: str) -> float:
-    """Seconds since a line's time."""
-    return time.time() - timegm(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S"))
-
-
-def _is_alive(host: str, pid: int, written_at: float) -> bool:
-    """By its process where it is one of this machine's, else by how long it is silent."""
-    if host == socket.gethostname():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
-    return time.time() - written_at < _SILENT_S
+def _epoch_seconds(stamp: str) -> int:
+    return timegm(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S"))

@@ -4,11 +4,9 @@ Read from the journals, logs and selections alone: no file of tiles or features 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +17,7 @@ from common.redact import redact
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, Entry, Selection, read_journal, read_selection
 from pipeline.dataset.ledger import current_entries
-from pipeline.upkeep.activity import Running, running
+from pipeline.upkeep.activity import Running, list_running
 
 _STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 _REASONS_SHOWN = 8
@@ -29,7 +27,10 @@ _BY_SELECTION = ("tile", "cache")
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage and scope: slides by the outcome of their latest line, bytes of standing files."""
+    """A stage and scope: slides by the outcome of their latest line, bytes of current files.
+
+    `tiles_per_s` is the rate of one worker, None where the lines state none.
+    """
 
     stage: str
     scope: str
@@ -42,7 +43,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a selection a scope holds, and how long one worker takes for the rest."""
+    """How much of a selection a scope has, in tiles, and how long one worker takes for the rest."""
 
     stage: str
     scope: str
@@ -64,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """All that the command says; `bytes` is by kind: a folder of the dataset."""
+    """All that the command prints; `bytes` is by kind: a folder of the dataset."""
 
     stages: list[StageStatus]
     selections: list[Coverage]
@@ -77,109 +78,87 @@ def read_status(dataset: Dataset) -> Status:
     """The dataset's status."""
     stages: list[StageStatus] = []
     failures: list[Failure] = []
-    kinds: Counter[str] = Counter({"status": _folder_bytes(dataset.root / "status")})
-    holdings: dict[tuple[str, str], dict[str, list[Entry]]] = {}
+    coverages: list[Coverage] = []
+    logs = [path for path in (dataset.root / "status").rglob("*") if not path.is_dir()]
+    kinds = Counter({"status": sum(path.stat().st_size for path in logs)})
+    selections = [read_selection(dataset, name) for name in dataset.selection_names()]
     for stage in _STAGES:
         entries = read_journal(dataset, stage)
         for scope in sorted({entry.scope for entry in entries}):
-            held = current_entries(entries, scope)
-            _count_bytes(held, kinds)
-            if not held or is_bookkeeping(scope):
-                continue
-            failures += _failures(stage, scope, held)
-            stages.append(_stage_status(stage, scope, held))
-            if stage in _BY_SELECTION:
-                holdings[stage, scope] = held
-    rates = {(one.stage, one.scope): one.tiles_per_s for one in stages}
-    selections = [read_selection(dataset, name) for name in dataset.selection_names()]
-    coverages = [
-        _coverage(stage, scope, selection, held, rates[stage, scope])
-        for (stage, scope), held in holdings.items()
-        for selection in selections
-    ]
-    return Status(stages, coverages, running(dataset), failures, dict(sorted(kinds.items())))
-
-
-def _count_bytes(held: Mapping[str, list[Entry]], kinds: Counter[str]) -> None:
-    for entries in held.values():
-        for entry in entries:
-            if entry.outcome == "done":
+            current = current_entries(entries, scope)
+            done = [entry for rows in current.values() for entry in rows if entry.outcome == "done"]
+            for entry in done:
                 for record in entry.files:
                     kinds[file_kind(record.path)] += record.bytes
+            # Their bytes count, their lines are not a slide's work.
+            if not current or is_bookkeeping(scope):
+                continue
+            status = _stage_status(stage, scope, current, done)
+            stages.append(status)
+            failures += [
+                Failure(stage, scope, entry.slide_id, redact(entry.reason))
+                for rows in current.values()
+                for entry in rows
+                if entry.outcome == "failed"
+            ]
+            if stage in _BY_SELECTION:
+                coverages += [_cover(status, selection, current) for selection in selections]
+    return Status(stages, coverages, list_running(dataset), failures, dict(sorted(kinds.items())))
 
 
 def file_kind(path: str) -> str:
-    """The folder that says what a file is: `tiles/224`, `features/224/h0-mini/cls`, `tissue`."""
+    """The folder that says what a file is.
+
+    >>> file_kind("features/224/h0-mini/cls/S.parquet"), file_kind("tissue/S.png")
+    ('features/224/h0-mini/cls', 'tissue')
+    """
     parts = path.split("/")
     depth = {"tiles": 2, "features": 4}.get(parts[0], 1)
     return "/".join(parts[:depth])
 
 
-def _folder_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder."""
-    sizes = (
-        os.path.getsize(os.path.join(place, name))
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
-    return sum(sizes)
-
-
-def _failures(stage: str, scope: str, held: Mapping[str, list[Entry]]) -> list[Failure]:
-    return [
-        Failure(stage, scope, entry.slide_id, redact(entry.reason))
-        for entries in held.values()
-        for entry in entries
-        if entry.outcome == "failed"
-    ]
-
-
 def is_bookkeeping(scope: str) -> bool:
-    """Lines that name a table or an encoder.json, not a slide's work."""
+    """Whether lines of this scope name a table or an encoder.json, not a slide's work."""
     return scope == "table" or scope.endswith("encoder.json")
 
 
-def _stage_status(stage: str, scope: str, held: Mapping[str, list[Entry]]) -> StageStatus:
-    outcomes = Counter(_outcome(entries) for entries in held.values())
-    done = [entry for entries in held.values() for entry in entries if entry.outcome == "done"]
-    stored = sum(record.bytes for entry in done for record in entry.files)
+def _stage_status(
+    stage: str, scope: str, current: Mapping[str, list[Entry]], done: list[Entry]
+) -> StageStatus:
+    outcomes: Counter[str] = Counter()
+    for entries in current.values():
+        # A slide has failed in a scope where any of its lines says so.
+        seen = {entry.outcome for entry in entries}
+        worst = [outcome for outcome in ("failed", "rejected", "done") if outcome in seen]
+        outcomes[worst[0] if worst else "pruned"] += 1
+    timed = [entry for entry in done if entry.seconds > 0 and entry.stop > entry.start >= 0]
+    seconds = sum(entry.seconds for entry in timed)
+    tiles = sum(entry.stop - entry.start for entry in timed)
     return StageStatus(
-        stage, scope, outcomes["done"], outcomes["rejected"], outcomes["failed"], stored,
-        _rate(done),
+        stage, scope, outcomes["done"], outcomes["rejected"], outcomes["failed"],
+        sum(record.bytes for entry in done for record in entry.files),
+        tiles / seconds if seconds else None,
     )  # fmt: skip
 
 
-def _outcome(entries: list[Entry]) -> str:
-    """A slide has failed in a scope where any line that stands says so."""
-    outcomes = {entry.outcome for entry in entries}
-    return next((one for one in ("failed", "rejected", "done") if one in outcomes), "pruned")
-
-
-def _rate(done: Iterable[Entry]) -> float | None:
-    """Tiles a second of one worker, over lines that state both."""
-    timed = [entry for entry in done if entry.seconds > 0 and entry.stop > entry.start >= 0]
-    seconds = sum(entry.seconds for entry in timed)
-    return sum(entry.stop - entry.start for entry in timed) / seconds if seconds else None
-
-
-def _coverage(
-    stage: str, scope: str, selection: Selection, held: Mapping[str, list[Entry]],
-    rate: float | None,
-) -> Coverage:  # fmt: skip
-    stored = sum(
-        count_covered(
-            ranks, [(e.start, e.stop) for e in held.get(slide, ()) if e.outcome == "done"]
-        )
-        for slide, ranks in selection.items()
-    )
-    missing = selection.rows - stored
-    return Coverage(
-        stage, scope, selection.name, selection.rows, stored, missing / rate if rate else None
-    )
+def _cover(
+    status: StageStatus, selection: Selection, current: Mapping[str, list[Entry]]
+) -> Coverage:
+    stored = 0
+    for slide, ranks in selection.items():
+        done = [entry for entry in current.get(slide, ()) if entry.outcome == "done"]
+        stored += count_covered(ranks, [(entry.start, entry.stop) for entry in done])
+    missing, rate = selection.rows - stored, status.tiles_per_s
+    seconds = missing / rate if rate else None
+    return Coverage(status.stage, status.scope, selection.name, selection.rows, stored, seconds)
 
 
 def count_covered(ranks: npt.NDArray[np.int32], spans: Iterable[tuple[int, int]]) -> int:
-    """How many of the ascending ranks lie in any of the half-open spans."""
+    """How many of the ascending ranks are in any of the half-open spans.
+
+    >>> count_covered(np.array([1, 5, 9], np.int32), [(4, 9), (0, 6)])
+    2
+    """
     total, reached = 0, 0
     for start, stop in sorted(spans):
         first = max(start, reached)
@@ -191,18 +170,24 @@ def count_covered(ranks: npt.NDArray[np.int32], spans: Iterable[tuple[int, int]]
 
 
 def print_status(dataset: Dataset, *, as_json: bool = False) -> int:
-    """Say it as tables, or as one JSON object on stdout; returns the exit status."""
+    """Print it as tables, or as one JSON object on stdout; returns the exit status."""
     status = read_status(dataset)
     if as_json:
         print(json.dumps(asdict(status), indent=2))
         return 0
-    _say_running(status.running)
+    for run in status.running:
+        _say_running(run)
     if not status.stages:
         say(f"status: nothing has been done in {dataset.root} yet; begin with `pipeline scan`")
         return 0
-    stdout.print(_stage_table(status))
+    table = Table("stage", "scope", "done", "rejected", "failed", "bytes", "tiles/s per worker")
+    for row in status.stages:
+        rate = f"{row.tiles_per_s:.3g}" if row.tiles_per_s else ""
+        numbers = (f"{row.done:,}", f"{row.rejected:,}", f"{row.failed:,}")
+        table.add_row(row.stage, row.scope, *numbers, format_bytes(row.bytes), rate)
+    stdout.print(table)
     if status.selections:
-        stdout.print(_coverage_table(status))
+        stdout.print(_coverage_table(status.selections))
     _say_failures(status.failures)
     total = sum(status.bytes.values())
     kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in status.bytes.items())
@@ -210,50 +195,40 @@ def print_status(dataset: Dataset, *, as_json: bool = False) -> int:
     return 0
 
 
-def _say_running(runs: list[Running]) -> None:
-    for run in runs:
-        job = f", job {run.slurm_job}" if run.slurm_job else ""
-        part = f" (element {run.array_task})" if run.array_task else ""
-        where = f"{run.stage}{part} on {run.host}{job}, since {run.since}"
-        if not run.alive:
-            say(f"ended without a word: {where}, last heard {run.last}; run it again to go on")
-            continue
-        rate = f", {run.rate:.3g} {run.unit}/s" if run.rate else ""
-        left = f", {format_seconds(run.seconds_left)} left" if run.seconds_left is not None else ""
-        progress = f"{run.done:,}/{run.total:,} {run.unit}{rate}{left}"
-        say(f"running: {where}: {progress}; slides in progress: {run.in_progress}")
+def _say_running(run: Running) -> None:
+    job = f", job {run.slurm_job}" if run.slurm_job else ""
+    part = f" (element {run.array_task})" if run.array_task else ""
+    where = f"{run.stage}{part} on {run.host}{job}, since {run.since}"
+    if not run.alive:
+        say(f"killed: {where}, last log line {run.last}; run it again to go on")
+        return
+    rate = f", {run.rate:.3g} {run.unit}/s" if run.rate else ""
+    left = f", {format_seconds(run.seconds_left)} left" if run.seconds_left is not None else ""
+    progress = f"{run.done:,}/{run.total:,} {run.unit}{rate}{left}"
+    say(f"running: {where}: {progress}; slides in progress: {run.in_progress}")
 
 
 def _say_failures(failures: list[Failure]) -> None:
     """The commonest reasons with a slide of each; all of them are in --json and the report."""
     # One slide has a line for each kind of features.
-    failed = {(one.stage, one.reason, one.slide) for one in failures}
+    failed = {(failure.stage, failure.reason, failure.slide) for failure in failures}
     reasons = Counter((stage, reason) for stage, reason, _ in sorted(failed))
-    example = {(one.stage, one.reason): one.slide for one in reversed(failures)}
+    example = {(failure.stage, failure.reason): failure.slide for failure in reversed(failures)}
     for (stage, reason), count in reasons.most_common(_REASONS_SHOWN):
         more = f" and {count - 1:,} more" if count > 1 else ""
         say(f"failed in {stage}: {example[stage, reason]}{more}: {reason}")
     if len(reasons) > _REASONS_SHOWN:
-        say(f"... and {len(reasons) - _REASONS_SHOWN:,} other reasons: `status --json` names all")
+        say(f"... and {len(reasons) - _REASONS_SHOWN:,} other reasons: `status --json` lists all")
 
 
-def _stage_table(status: Status) -> Table:
-    table = Table("stage", "scope", "done", "rejected", "failed", "bytes", "tiles/s a worker")
-    for one in status.stages:
-        rate = f"{one.tiles_per_s:.3g}" if one.tiles_per_s else ""
-        numbers = (f"{one.done:,}", f"{one.rejected:,}", f"{one.failed:,}")
-        table.add_row(one.stage, one.scope, *numbers, format_bytes(one.bytes), rate)
-    return table
-
-
-def _coverage_table(status: Status) -> Table:
+def _coverage_table(coverages: list[Coverage]) -> Table:
     table = Table("stage", "scope", "selection", "tiles", "stored", "left for one worker")
-    for one in status.selections:
-        share = 100 * one.stored / one.tiles if one.tiles else 100
-        # Rounded down: 100 % is said of nothing but all.
-        stored = f"{one.stored:,} ({int(share * 10) / 10:g} %)"
-        left = "" if one.stored == one.tiles else "unknown"
-        if one.seconds_left:
-            left = format_seconds(one.seconds_left)
-        table.add_row(one.stage, one.scope, one.selection, f"{one.tiles:,}", stored, left)
+    for row in coverages:
+        share = 100 * row.stored / row.tiles if row.tiles else 100
+        # Rounded down: 100 % is for all tiles, and for no fewer.
+        stored = f"{row.stored:,} ({int(share * 10) / 10:g} %)"
+        left = "" if row.stored == row.tiles else "unknown"
+        if row.seconds_left:
+            left = format_seconds(row.seconds_left)
+        table.add_row(row.stage, row.scope, row.selection, f"{row.tiles:,}", stored, left)
     return table

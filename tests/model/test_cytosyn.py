@@ -213,7 +213,7 @@ def test_damaged_folders_are_one_clear_line(model: CytoSyn, tmp_path: Path) -> N
         "newer": ["format_version", "2"],
         "wide": ["sit.safetensors", "pos_embed [1, 4, 128] where [1, 4, 256] is expected"],
         "typo": ["config.json", "hiden_size", "hidden_size"],
-        "kind": ["config.json", "another kind"],
+        "kind": ["config.json", "channel_multipliers", "expected a list"],
         "list": ["config.json", "another kind"],
         "foreign": [
             "sit.safetensors",

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from pipeline import batch
 from pipeline.__main__ import main
 from pipeline.commands.batch import SCRIPTS
 from pipeline.run import cluster
 from pipeline.run.cluster import (
     ClusterConfig,
-    Watch,
+    JobWatch,
     cluster_options,
     load_cluster,
-    walltime_seconds,
+    parse_walltime,
 )
 from pipeline.run.workers import EngineConfig
 
-BATCH = Path(cluster.__file__).parents[1] / "batch"
+BATCH = Path(batch.__file__).parent
 SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 
 
@@ -38,13 +39,13 @@ SLIDE = Path(__file__).resolve().parents[1] / "data" / "slides" / "CMU-1-Small-R
     ],
 )
 def test_walltimes_as_slurm_reads_them(text: str, seconds: int) -> None:
-    assert walltime_seconds(text) == seconds
+    assert parse_walltime(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1:2:3:4", "1-", "a:b", "1-1:1:1:1", "00:00:00"])
 def test_other_walltimes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="walltime"):
-        walltime_seconds(text)
+        parse_walltime(text)
 
 
 def test_a_worker_leaves_before_its_walltime() -> None:
@@ -66,17 +67,19 @@ def test_a_stages_own_keys_come_over_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quue: cpu", "unknown key 'quue'; did you mean queue"),
-        ("walltime: 3600", "walltime is 3600, expected a text: put it in quotes"),
-        ("cores: '4'", "cores is '4', expected a whole number"),
-        ("directives: --gres=gpu:1", "expected a list of texts"),
+        ("quue: cpu", "unknown configuration key 'quue': did you mean 'queue'"),
+        ("walltime: 3600", "'walltime': expected text, got '3600'"),
+        ("cores: '4'", "'cores': expected a whole number, got '4'"),
+        ("directives: --gres=gpu:1", "'directives': expected a list"),
         ("tls: 1", "expected true or false"),
         ("cores: 3\nworkers: 2", "a multiple of workers"),
-        ("system: slurn", "one of slurm"),
+        ("workers: 0", "workers is 0, expected at least 1"),
+        ("system: slurn", "system is 'slurn', expected slurm"),
+        ("system: pbs", "system is 'pbs', expected slurm; .*--array.*--scheduler"),
         ("min_jobs: 20", "min_jobs is 20"),
-        ("- a\n- b", "expected keys such as"),
+        ("- a\n- b", "expected keys and values"),
         ("stages: [tile]", "expected 'stages:"),
-        ("a: [", "cannot be read"),
+        ("a: [", "not YAML"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -111,7 +114,7 @@ def test_the_job_script_has_what_the_file_says(tmp_path: Path) -> None:
 def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(cluster.time, "monotonic", lambda: now)
-    watch = Watch(ClusterConfig())
+    watch = JobWatch(ClusterConfig())
     jobs = {"a": {"a-0", "a-1"}, "b": {"b"}, "c": {"c"}}
     assert watch.lost(jobs, {"a-0", "b"}) == []
     now += 59
@@ -129,7 +132,7 @@ def test_jobs_that_never_bear_a_worker_stop_the_stage(
     squeue.write_text("#!/bin/sh\necho 11\necho 99\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    watch = Watch(ClusterConfig())
+    watch = JobWatch(ClusterConfig())
     assert watch.ended({"a": "11"}) == []
     watch.check()
     assert watch.ended({"a": "11", "b": "12", "c": "13", "d": "14"}) == ["b", "c", "d"]
@@ -141,7 +144,7 @@ def test_no_job_is_given_up_where_squeue_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert Watch(ClusterConfig()).ended({"a": "11"}) == []
+    assert JobWatch(ClusterConfig()).ended({"a": "11"}) == []
 
 
 def test_parts_of_an_array_are_disjoint_and_whole() -> None:
@@ -284,12 +287,12 @@ def test_a_part_of_an_array_can_be_sent_again_by_itself(name: str, tmp_path: Pat
     assert "--array 37/64" in call
 
 
-def test_jobs_are_stillborn_in_a_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_failed_starts_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that came and went between two looks was there all the same."""
     alive: set[str] = set()
-    monkeypatch.setattr(cluster, "slurm_alive", lambda ids: alive & ids)
+    monkeypatch.setattr(cluster, "query_alive_jobs", lambda ids: alive & ids)
     came: set[str] = set()
-    watch = Watch(ClusterConfig(), lambda: came)
+    watch = JobWatch(ClusterConfig(), lambda: came)
     for number in range(6):
         came = {"a"} if number % 3 == 2 else set()
         watch.lost({"a": {"a"}}, set())

@@ -14,7 +14,7 @@ from common.redact import HIDDEN, redact
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Run, read_journal
 from pipeline.dataset.events import decode_event, read_events
-from pipeline.upkeep.activity import running
+from pipeline.upkeep.activity import list_running
 
 
 def test_a_stage_leaves_a_line_an_event(tiled: Dataset) -> None:
@@ -131,7 +131,7 @@ def test_running_dead_and_ended_runs_are_told_apart(
     dead.event("tasks", slides=1, total=1, unit="slides", engine="local")
     (log,) = dataset.status_dir("tile").glob("*.log")
     log.write_text(log.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
-    (seen,) = running(dataset)
+    (seen,) = list_running(dataset)
     assert (seen.alive, seen.stage) == (False, "tile")
 
     time.sleep(0.002)
@@ -141,7 +141,7 @@ def test_running_dead_and_ended_runs_are_told_apart(
     run.begun("b", "1 tcp://w")
     run.append([Entry("a", "done", "f")])
     run.event("progress", done=100, total=300, unit="tiles", rate=4.0)
-    (seen,) = running(dataset)
+    (seen,) = list_running(dataset)
     assert seen.alive, "the dead run's work was begun again"
     assert (seen.done, seen.total, seen.rate, seen.seconds_left) == (100, 300, 4.0, 50.0)
     assert (seen.in_progress, seen.slides) == (1, [{"slide": "b", "worker": "1 tcp://w"}])
@@ -149,6 +149,6 @@ def test_running_dead_and_ended_runs_are_told_apart(
     assert main(["status", "--dataset", str(tmp_path)]) == 0
     assert "running: tile on" in capsys.readouterr().out
     run.close()
-    assert running(dataset) == []
+    assert list_running(dataset) == []
     lines = next(p for p in dataset.status_dir("tile").glob("*.log") if p != log).read_text()
     assert all(json.loads(line)["run"] == run.run_id for line in lines.splitlines())

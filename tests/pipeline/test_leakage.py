@@ -22,12 +22,11 @@ from pipeline.dataset import (
 from pipeline.dataset.grid import grid_positions, rank_order, reserve_size
 from pipeline.selection.leakage import (
     equal_files,
+    find_overlaps,
     near_pairs,
-    overlapping,
     shared_patients,
-    shared_ranks,
 )
-from pipeline.upkeep.verify.leakage import selection_roles, tile_size_level0
+from pipeline.upkeep.verify.leakage import TileSize, selection_roles, tile_size_level0
 
 IDENTITY = {"mpp": 0.5, "mpp_tolerance": 0.02, "tile_px": 224, "seed": 0}
 SIZE = 448.0
@@ -47,7 +46,7 @@ def xy(points, step=0.25):
 @given(coordinates, coordinates, st.sampled_from([1.0, 2.5, 3.7]), st.sampled_from([0.0, 0.5]))
 def test_overlaps_are_those_of_all_pairs_tried(some, others, size, border):
     (x, y), (u, v) = xy(some), xy(others)
-    found = overlapping(x, y, u, v, size, border)
+    found = find_overlaps(x, y, u, v, size, border)
     reach = size + 2 * border
     inside, rim = set(), set()
     for i in range(len(x)):
@@ -69,7 +68,7 @@ def test_a_grid_is_looked_up_not_multiplied_out():
     some = np.arange(0, len(x), 50)
     i, _ = near_pairs(x[some], y[some], x, y, 224 + 32)
     assert len(i) <= 16 * len(some)
-    found = overlapping(x[some], y[some], x, y, 224.0, 16.0)
+    found = find_overlaps(x[some], y[some], x, y, 224.0, 16.0)
     assert np.array_equal(some[found.pixels[0]], found.pixels[1]), "each only with itself"
     inner = (x[some] > 0) & (x[some] < x.max()) & (y[some] > 0) & (y[some] < y.max())
     assert np.all(np.bincount(found.border[0], minlength=len(some))[inner] == 8)
@@ -79,12 +78,11 @@ def test_neighbours_of_a_grid_with_a_broken_stride_do_not_overlap():
     """0.2325 mpp: a tile is 481.72 px wide and positions are rounded to 1/256."""
     size = 224 * 0.5 / 0.2325
     x, y = grid_positions(9000, 7000, size, size)
-    found = overlapping(x[::2], y[::2], x[1::2], y[1::2], size)
+    found = find_overlaps(x[::2], y[::2], x[1::2], y[1::2], size)
     assert len(found.pixels[0]) == 0
 
 
-def test_ranks_patients_and_files():
-    assert shared_ranks(np.array([1, 3, 5, 5]), np.array([5, 6, 3])).tolist() == [3, 5]
+def test_patients_and_files():
     patient_of = {"a": "P", "b": "P", "c": "Q", "d": "", "e": ""}
     assert shared_patients(["a", "d"], ["b", "c", "e"], patient_of) == {"P": ("a", "b")}
     assert shared_patients(["d"], ["d", "x"], patient_of) == {"d": ("d", "d")}
@@ -254,7 +252,7 @@ def test_roles_by_option_plan_and_name(tmp_path, capsys):
     roles = selection_roles(dataset, ["misc"], ["held", "big"], [])
     assert {name for name, role in roles.items() if role} == {"misc", "held", "big", "guidance"}
     assert (roles["held"], roles["big"]) == ("val-out", "val-in")
-    assert "not looked at: misc" in leakage(dataset, capsys)[1]
+    assert "not compared: misc" in leakage(dataset, capsys)[1]
     status, out = leakage(dataset, capsys, "--train", "misc", "--val", "val-x")
     assert status == 1
     assert "S-1 rank 0: in both" in out
@@ -275,7 +273,7 @@ def test_with_nothing_held_out_there_is_nothing_to_prove(tmp_path, capsys):
 
 def test_the_size_of_a_tile_is_that_of_the_tissue_stage():
     slide = Slide("s", "", mpp=0.2325, levels=level(4000, 4000))
-    size, border = tile_size_level0(slide, IDENTITY)
+    size, border = tile_size_level0(slide, TileSize(0.5, 0.02, 224))
     assert size == pytest.approx(224 * 0.5 / 0.2325)
     assert border == pytest.approx(16 * 0.5 / 0.2325)
 

@@ -34,11 +34,11 @@ from pipeline.dataset import (
     read_slides,
     write_slides,
 )
-from pipeline.report.data import coded, rounded, script_safe_json
-from pipeline.report.distributions import histogram
+from pipeline.report.data import code_words, round_short, script_safe_json
+from pipeline.report.distributions import make_histogram
 from pipeline.report.facts import last_entries, read_facts, reason_kind
-from pipeline.report.page import selection_part, totals
-from pipeline.report.selections import read_selections, shares, shortfalls
+from pipeline.report.page import count_totals, selection_part
+from pipeline.report.selections import compare_shares, list_shortfalls, read_selections
 from pipeline.report.stages import stage_outcomes
 from pipeline.report.write import write_report
 from pipeline.selection.config import SelectConfig
@@ -150,7 +150,7 @@ def test_totals_are_sums_over_the_files(many: Dataset, many_page: Page) -> None:
     black = {s for s, r in zip(many_page.column("slide"), many_page.column("reason"), strict=True)
              if "black" in r}  # fmt: skip
     assert by_status["waiting"] == len(waiting - black)
-    sums = totals(read_facts(many))
+    sums = count_totals(read_facts(many))
     assert sums.candidates == sum(files.values())
     assert sums.by_status == {"ok": 0, "rejected": 0, "failed": 0, "waiting": 0} | by_status
     assert f"{sum(files.values()):,} candidate tiles" in many_page.text
@@ -188,7 +188,7 @@ def test_divergence_is_that_of_an_independent_implementation(many: Dataset) -> N
 
 
 def test_shares_lists_the_largest_group_first_and_keeps_text() -> None:
-    found = shares(["02", "NA", "", "NA", "x"], [5, 3, 1, 4, 0], [0, 1, 1, 0, 0])
+    found = compare_shares(["02", "NA", "", "NA", "x"], [5, 3, 1, 4, 0], [0, 1, 1, 0, 0])
     assert found.names == ("NA", "02", "")
     assert found.cohort.tolist() == [7, 5, 1]
     assert found.selected.tolist() == [1, 0, 1]
@@ -198,15 +198,15 @@ def test_a_plan_is_read_with_care() -> None:
     row = {"name": "AA", "slides": 2, "candidates": 10, "quota": 12.5, "selected": 9}
     near = {**row, "name": "BB", "selected": 12}
     for plan in ({}, {"strata": None}, {"strata": [1, {"name": "x"}, {**row, "quota": "many"}]}):
-        assert shortfalls(plan) == []
-    assert [one.name for one in shortfalls({"strata": [near, row, None]})] == ["AA"]
+        assert list_shortfalls(plan) == []
+    assert [one.name for one in list_shortfalls({"strata": [near, row, None]})] == ["AA"]
 
 
 @pytest.mark.parametrize("median", [0.0, 0.25, 400.0])
 def test_every_value_is_in_one_bin(median: float) -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.lognormal(0, 1, 500) * median, np.full(20, median), [352.8]])
-    found = histogram(values)
+    found = make_histogram(values)
     assert found.counts.sum() + found.beyond == len(values)
     assert np.allclose(np.diff(found.edges), np.diff(found.edges)[0])
     for low, high, count in zip(found.edges, found.edges[1:], found.counts, strict=False):
@@ -359,8 +359,8 @@ def test_script_data_cannot_end_its_element() -> None:
     text = script_safe_json(said)
     assert not {"<", ">", "&", "\u2028"} & set(text)
     assert json.loads(text) == said
-    assert coded(["b", "a", "b"]) == {"values": ["a", "b"], "codes": [1, 0, 1]}
-    assert [rounded(value) for value in (None, float("inf"), 3.0, 0.22817505590)] == [
+    assert code_words(["b", "a", "b"]) == {"values": ["a", "b"], "codes": [1, 0, 1]}
+    assert [round_short(value) for value in (None, float("inf"), 3.0, 0.22817505590)] == [
         None, None, 3, 0.2281751,
     ]  # fmt: skip
 

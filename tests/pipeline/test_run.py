@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.options import parse_byte_count
 from pipeline.__main__ import main
-from pipeline.dataset import Dataset
-from pipeline.recipe.cost import Cohort, Rates, cohort_costs, total
-from pipeline.recipe.plan import recipe_costs
+from pipeline.dataset import Dataset, read_journal
+from pipeline.dataset.ledger import current_entries
+from pipeline.features.plan import stored_bytes
+from pipeline.recipe.plan import measure_rate, plan_recipe, plan_training
 from pipeline.recipe.steps import load_recipe
-from pipeline.recipe.training import training_cost
 
 SLIDES = Path(__file__).resolve().parents[1] / "data" / "slides"
 
@@ -60,9 +60,9 @@ def test_a_recipe_does_what_its_commands_do_and_nothing_twice(
     assert capsys.readouterr().out.count("nothing to redo") == 4
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").rglob("*.tar")} == before
 
-    costs = {step.name: cost for step, cost in recipe_costs(load_recipe(path))}
-    assert [costs[name].bytes for name in ("tissue", "select", "tile")] == [0, 0, 0]
-    assert costs["tile"].known == "all there"
+    plans = {step.name: plan for step, plan in plan_recipe(load_recipe(path))}
+    assert [plans[name].bytes for name in ("tissue", "select", "tile")] == [0, 0, 0]
+    assert plans["tile"].basis == "all done"
 
 
 def test_a_plan_counts_what_is_left_at_the_datasets_own_rate(
@@ -70,10 +70,10 @@ def test_a_plan_counts_what_is_left_at_the_datasets_own_rate(
 ) -> None:
     path = recipe_file(tmp_path, "cache: {encoder: uni2-h}", "cache: {tokens: float16}")
     path.write_text(path.read_text().replace(str(tmp_path / "dataset"), str(tiled.root)))
-    uni, mini = (cost for _, cost in recipe_costs(load_recipe(path)))
+    uni, mini = (plan for _, plan in plan_recipe(load_recipe(path)))
     # 49 tiles in 4 blocks: whole blocks are written.
     assert 64 * 1536 * 4 < uni.bytes < 72 * 1536 * 4 + 8000
-    assert (uni.files, mini.files, uni.gpu_s) == (1, 2, None)
+    assert (uni.files, mini.files, uni.worker_s) == (1, 2, None)
     assert 64 * 301_056 < mini.bytes < 73 * (301_056 + 3072) + 20_000
 
 
@@ -152,7 +152,7 @@ def test_what_is_left_of_training_is_at_its_own_rate(tmp_path: Path) -> None:
     )
     step = f"train: {{config: tiny, run.dir: {tmp_path}, processes: 2}}"
     (train,) = load_recipe(recipe_file(tmp_path, step)).steps
-    assert training_cost(train).gpu_s == pytest.approx(600 * 64 / 32 * 2)
+    assert plan_training(train).worker_s == pytest.approx(600 * 64 / 32 * 2)
 
 
 @pytest.mark.parametrize(
@@ -162,23 +162,30 @@ def test_bytes_are_read_as_disks_are_sold(text: str, value: float) -> None:
     assert parse_byte_count(text) == value
 
 
+def test_hours_are_those_of_the_datasets_own_journal(tiled: Dataset, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "tile: {tile-px: 256}", "tile: {tile-px: 224}")
+    path.write_text(path.read_text().replace(str(tmp_path / "dataset"), str(tiled.root)))
+    other, _ = (plan for _, plan in plan_recipe(load_recipe(path)))
+    assert other.worker_s is None, "no tile of that size was ever cut here"
+    done = current_entries(read_journal(tiled, "tile"), "224")
+    entries = [entry for rows in done.values() for entry in rows]
+    tiles = sum(entry.stop - entry.start for entry in entries)
+    rate = measure_rate(entries, 1.0, per_tile=True)
+    assert rate.seconds == pytest.approx(sum(entry.seconds for entry in entries) / tiles)
+    size = sum(file.bytes for entry in entries for file in entry.files)
+    assert rate.bytes == pytest.approx(size / tiles)
+
+
 COUNTS = st.integers(1, 10**9)
 
 
-@given(st.integers(1, 10**5), COUNTS, COUNTS)
-def test_costs_grow_with_what_there_is(slides: int, tiles: int, more: int) -> None:
-    kinds = {"cls": (768, (0, 0)), "tokens-float16": (768, (196, 768))}
-    less = total(cohort_costs(Cohort(slides, tiles, tiles, kinds, 1.0), Rates()))
-    larger = Cohort(slides, tiles + more, tiles + more, kinds, 1.0)
-    greater = total(cohort_costs(larger, Rates()))
-    assert greater.bytes > less.bytes
-    assert less.core_s is not None
-    assert greater.core_s is not None
-    assert greater.core_s > less.core_s
-    assert greater.files == less.files
+@given(COUNTS, COUNTS, st.integers(1, 10**5))
+def test_bytes_grow_with_the_tiles(tiles: int, more: int, slides: int) -> None:
+    for kind in ("cls", "tokens-float16", "tokens-int8"):
+        size = stored_bytes(kind, tiles, slides, 768, (196, 768))
+        assert stored_bytes(kind, tiles + more, slides, 768, (196, 768)) > size
 
 
 def test_the_papers_tokens_are_12_tb() -> None:
-    cohort = Cohort(11_893, 125_000_000, 40_000_000, {"tokens-float16": (768, (196, 768))})
-    tokens = cohort_costs(cohort, Rates())[-1]
-    assert tokens.bytes == pytest.approx(12.1e12, rel=0.01)
+    size = stored_bytes("tokens-float16", 40_000_000, 11_893, 768, (196, 768))
+    assert size == pytest.approx(12.1e12, rel=0.01)

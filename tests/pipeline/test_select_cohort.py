@@ -12,16 +12,16 @@ from common.errors import UserError
 from pipeline.dataset import Slide
 from pipeline.dataset.grid import reserve_size
 from pipeline.selection.allocate import sainte_lague
-from pipeline.selection.cohort import eligible, make_cohort, without_patients
+from pipeline.selection.cohort import keep_eligible, make_cohort, without_patients
 from pipeline.selection.config import Rules
-from pipeline.selection.distribution import jensen_shannon, spread
+from pipeline.selection.distribution import jensen_shannon, measure_spread
 from pipeline.selection.draw import (
-    PoolSource,
-    RowSource,
-    deal,
-    divide,
-    draw,
+    RangePool,
+    SelectionPool,
+    divide_budget,
+    draw_ranks,
     pool_bounds,
+    split_rows,
 )
 from pipeline.selection.hold_out import Cover, choose_hold_out
 from pipeline.selection.slides import cohort_of_slides
@@ -54,7 +54,7 @@ def test_codes_stay_text(traps):
 
 def test_every_trap_is_left_out_with_its_reason(traps):
     rules = Rules(sample_types=("01",), min_candidates=5)
-    cohort, excluded = eligible(traps, rules)
+    cohort, excluded = keep_eligible(traps, rules)
     reasons = sorted(one.reason for one in excluded)
     assert reasons == [
         "duplicate file", "duplicate file", "few candidates", "frozen section", "sample type",
@@ -63,14 +63,14 @@ def test_every_trap_is_left_out_with_its_reason(traps):
     assert len(np.unique(cohort.content)) == len(cohort)
     across = [one for one in excluded if "another patient" in one.detail]
     assert len(across) == 1
-    frozen, _ = eligible(traps, Rules(sample_types=("01",), min_candidates=5, frozen=True))
+    frozen, _ = keep_eligible(traps, Rules(sample_types=("01",), min_candidates=5, frozen=True))
     assert len(frozen) == len(cohort) + 1
 
 
 def test_of_equal_files_the_lowest_slide_id_stays_and_unknown_sums_are_never_equal():
     cohort = cohort_of([("b", "x", "p", "m", 9), ("a", "x", "p", "m", 9), ("c", "x", "p", "", 9),
                         ("d", "x", "p", "", 9)])  # fmt: skip
-    kept, (out,) = eligible(cohort, Rules())
+    kept, (out,) = keep_eligible(cohort, Rules())
     assert kept.slide_id.tolist() == ["s0000", "s0002", "s0003"]
     assert (out.slide_id, out.detail) == ("s0001", "the file of s0000 of another patient, b")
     assert kept.family.tolist() == ["a", "c", "d"], "b and a share a file: one family"
@@ -89,7 +89,7 @@ def cohort_of_sums(sums):
 def test_files_are_equal_by_either_sum():
     """A has a manifest's md5 and scan's sha256, B only the one, C only the other."""
     cohort = cohort_of_sums([("", "sha"), ("md5", "sha"), ("md5", ""), ("other", ""), ("", "md5")])
-    kept, excluded = eligible(cohort, Rules())
+    kept, excluded = keep_eligible(cohort, Rules())
     assert kept.slide_id.tolist() == ["s0000", "s0003", "s0004"]
     assert [one.slide_id for one in excluded] == ["s0001", "s0002"]
     assert cohort.family.tolist() == ["ps0000"] * 3 + ["ps0003", "ps0004"]
@@ -118,7 +118,7 @@ def test_a_manifest_s_slide_and_a_scanned_one_are_one_file():
         Slide("a", "a.svs", patient="p", md5="00ff", sha256="Ab"),
         Slide("b", "b.svs", patient="q", sha256="aB"),
     ]
-    kept, (out,) = eligible(cohort_of_slides(slides, np.array([9, 9])), Rules())
+    kept, (out,) = keep_eligible(cohort_of_slides(slides, np.array([9, 9])), Rules())
     assert (out.slide_id, out.detail) == ("b", "the file of a of another patient, p")
     assert kept.family.tolist() == ["p"]
 
@@ -173,7 +173,7 @@ def drawn_slides(rows):
 
 
 def drawn_cohort(rows):
-    return eligible(cohort_of(drawn_slides(rows)), Rules())[0]
+    return keep_eligible(cohort_of(drawn_slides(rows)), Rules())[0]
 
 
 @given(patients, st.floats(0.05, 0.95), st.integers(0, 3))
@@ -204,9 +204,9 @@ def test_a_hold_out_does_not_depend_on_row_order(rows, share, random):
     columns["sha256"] = [""] * len(slides)
     order = list(range(len(slides)))
     random.shuffle(order)
-    first = eligible(make_cohort(**columns), Rules())[0]
+    first = keep_eligible(make_cohort(**columns), Rules())[0]
     shuffled = {name: [values[i] for i in order] for name, values in columns.items()}
-    second = eligible(make_cohort(**shuffled), Rules())[0]
+    second = keep_eligible(make_cohort(**shuffled), Rules())[0]
     assert np.array_equal(first.slide_id, second.slide_id)
     wanted = max(1, int(share * (len(first) - 1)))
     if wanted < len(first):
@@ -296,7 +296,7 @@ def test_the_division_is_the_rule(rows, part, share):
     sites, candidates, first, stop = arrays(rows)
     capacities = stop - first
     budget = int(part * capacities.sum())
-    division = divide(sites, candidates, capacities, budget, share)
+    division = divide_budget(sites, candidates, capacities, budget, share)
     assert division.counts.sum() == budget
     assert np.all(division.counts <= capacities)
     slow = slow_division(sites.tolist(), candidates, capacities, budget, share)
@@ -312,8 +312,8 @@ def test_a_smaller_selection_is_a_prefix_of_a_larger_one_on_every_slide(rows, on
     budgets = sorted(int(part * capacities.sum()) for part in (one, two))
     drawn = []
     for budget in budgets:
-        counts = divide(sites, candidates, capacities, budget, share).counts
-        offsets, ranks = draw(PoolSource(first, stop, {}), counts)
+        counts = divide_budget(sites, candidates, capacities, budget, share).counts
+        offsets, ranks = draw_ranks(RangePool(first, stop, {}), counts)
         drawn.append([ranks[a:b].tolist() for a, b in pairwise(offsets)])
     for small, large, count in zip(*drawn, candidates, strict=True):
         assert small == large[: len(small)]
@@ -328,7 +328,7 @@ def test_shares_are_kept_to_the_tile_where_there_are_candidates(rows, part):
     """Within half a tile and the site's part of everyone's rounding, n / 2 tiles at most."""
     sites = np.array([f"{site:02d}" for site, _ in rows])
     candidates = np.array([count for _, count in rows], np.int64)
-    division = divide(sites, candidates, candidates, int(part * candidates.sum()), "tiles")
+    division = divide_budget(sites, candidates, candidates, int(part * candidates.sum()), "tiles")
     total, n = int(candidates.sum()), len(division.strata)
     for one in division.strata:
         if one.capacity >= one.quota + 1:
@@ -353,7 +353,7 @@ def test_a_division_does_not_depend_on_row_order(rows, part, share, random):
         )  # fmt: skip
         first, stop = pool_bounds(cohort.candidates, "train")
         budget = int(part * (stop - first).sum())
-        counts = divide(cohort.site, cohort.candidates, stop - first, budget, share).counts
+        counts = divide_budget(cohort.site, cohort.candidates, stop - first, budget, share).counts
         return dict(zip(cohort.slide_id.tolist(), counts.tolist(), strict=True))
 
     assert divided(order) == divided(range(len(rows)))
@@ -375,12 +375,12 @@ def test_cohorts_of_real_shape_stay_within_one_tile():
 def test_what_a_small_site_cannot_give_goes_to_the_others_and_is_reported():
     sites = np.array(["a", "b", "b"])
     candidates, capacities = np.array([100, 50, 50]), np.array([10, 50, 50])
-    division = divide(sites, candidates, capacities, 100, "tiles")
+    division = divide_budget(sites, candidates, capacities, 100, "tiles")
     assert division.counts.tolist() == [10, 45, 45]
     (below,) = division.below_quota
     assert (below.name, below.quota, below.selected) == ("a", 50.0, 10)
     with pytest.raises(UserError, match="largest possible is 110"):
-        divide(sites, candidates, capacities, 111, "tiles")
+        divide_budget(sites, candidates, capacities, 111, "tiles")
 
 
 # Drawing and dealing
@@ -395,18 +395,18 @@ def test_denied_ranks_are_left_out_and_the_next_ones_taken(rows, part, barred, p
         i: np.array(sorted(rank for slide, rank in barred if slide == i), np.int32)
         for i in {slide for slide, _ in barred if slide < len(rows)}
     }
-    source = PoolSource(first, stop, denied)
+    source = RangePool(first, stop, denied)
     free = [[r for r in range(first[i], stop[i]) if (i, r) not in barred] for i in range(len(rows))]
     assert source.capacities.tolist() == [len(ranks) for ranks in free]
     budget = int(part * source.capacities.sum())
-    counts = divide(sites, candidates, source.capacities, budget, "tiles").counts
-    offsets, ranks = draw(source, counts)
+    counts = divide_budget(sites, candidates, source.capacities, budget, "tiles").counts
+    offsets, ranks = draw_ranks(source, counts)
     for i, ours in enumerate(free):
         assert ranks[offsets[i] : offsets[i + 1]].tolist() == ours[: counts[i]]
     # A part of what was drawn, less other denied ranks.
-    again = RowSource(offsets, ranks, {0: np.arange(0, 60, 2, dtype=np.int32)})
+    again = SelectionPool(offsets, ranks, {0: np.arange(0, 60, 2, dtype=np.int32)})
     rest = [r for r in free[0][: counts[0]] if r % 2]
-    assert again.take(0, len(rest)).tolist() == rest
+    assert again.lowest_ranks(0, len(rest)).tolist() == rest
     assert again.capacities.tolist() == [len(rest), *counts[1:]]
 
 
@@ -415,10 +415,10 @@ def test_denied_ranks_are_left_out_and_the_next_ones_taken(rows, part, barred, p
 def test_dealt_sets_are_disjoint_equal_and_spread_alike(rows, part, sets):
     sites, candidates, first, stop = arrays(rows, "all")
     each = int(part * candidates.sum()) // sets
-    counts = divide(sites, candidates, stop - first, each * sets, "tiles").counts
-    offsets, ranks = draw(PoolSource(first, stop, {}), counts)
+    counts = divide_budget(sites, candidates, stop - first, each * sets, "tiles").counts
+    offsets, ranks = draw_ranks(RangePool(first, stop, {}), counts)
     tiles = []
-    for own, mine in deal(sites, offsets, ranks, sets):
+    for own, mine in split_rows(sites, offsets, ranks, sets):
         assert len(mine) == each
         sizes = np.diff(own)
         assert np.all(np.abs(sizes - counts / sets) < 1)
@@ -441,7 +441,7 @@ def test_the_divergence_of_known_pairs():
 
 
 def test_a_spread_counts_slides_and_tiles_by_value():
-    one = spread(np.array(["NA", "02", "NA"]), np.array([5, 6, 7]), np.array([0, 3, 2]))
+    one = measure_spread(np.array(["NA", "02", "NA"]), np.array([5, 6, 7]), np.array([0, 3, 2]))
     assert one.names == ("02", "NA")
     assert (one.cohort_slides.tolist(), one.cohort_tiles.tolist()) == ([1, 2], [6, 12])
     assert (one.slides.tolist(), one.tiles.tolist(), one.covered) == ([1, 1], [3, 2], 2)

@@ -167,7 +167,7 @@ def test_what_is_missing_short_or_long_is_named_with_its_stage(whole, capsys):
     whole.selection_file("train").unlink()
     status, out = verify(whole, capsys)
     assert status == 1
-    assert "3 findings" in out
+    assert "3 problems" in out
     words = " ".join(out.split())
     for expected in ("missing", "bytes, expected", "`pipeline tissue`", "`pipeline tile`",
                      "select --name train"):  # fmt: skip
@@ -203,7 +203,7 @@ def test_repair_keeps_what_could_not_be_read(whole, capsys, monkeypatch, code):
     status, out = verify(whole, capsys, "--repair")
     words = " ".join(out.split())
     assert status == 1
-    assert "5 findings" in words
+    assert "5 problems" in words
     assert f"cannot be read: {os.strerror(code)}" in words
     assert "repair: removed 0 damaged files" in words
     assert {p: p.read_bytes() for p in files_of(whole)} == before
@@ -329,7 +329,7 @@ def test_an_altered_line_is_dropped_by_repair_and_its_work_done_again(whole, cap
     status, out = verify(whole, capsys)
     assert status == 1
     assert "line 1 was altered" in out
-    assert "not covered: no journal line holds their sum: 2 files" in out
+    assert "not covered: no journal line has their sum: 2 files" in out
     # The run's process is this one, which lives: its journal is not rewritten under it.
     dead = journal.with_name("20200101T000000-000000000-elsewhere-1-abcdef.jsonl")
     journal.rename(dead)

@@ -40,9 +40,7 @@ def gradients(config: Config, parts: Parts) -> dict[str, Tensor]:
 
     step._update_networks = note  # type: ignore[method-assign]
     metrics, _, _ = step(make_batch(config))
-    buffers = {
-        f"bn.{name}": value.clone() for name, value in parts.networks.sit.named_buffers()
-    }
+    buffers = {f"bn.{name}": value.clone() for name, value in parts.networks.sit.named_buffers()}
     return found | metrics | buffers
 
 

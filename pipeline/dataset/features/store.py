@@ -44,7 +44,7 @@ def read_encoder_record(
 ) -> dict[str, Any]:
     """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
 
-    `selection` is whose features are wanted, for the command that the error of a missing file names.
+    `selection` is whose features are wanted, for the command that an error names.
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
@@ -55,7 +55,9 @@ def read_encoder_record(
         raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
 
 
-def refuse_other_features(path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_other_features(
+    path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
     """Refuse features that were made with other values than are wanted, with both of them."""
     for key, value in wanted.items():
         if key in written and written[key] != value:

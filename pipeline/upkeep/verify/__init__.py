@@ -1,5 +1,5 @@
 """Is every byte of a dataset still what was written, and do its selections leak?
 
-`verify` re-reads what journals name; `leakage` proves the hold-out; `inventory` tells what no
-line names, for `verify` and `prune`.
+`check` re-reads what journals name, `repair` removes what is damaged, `leakage` proves the
+hold-out; `inventory` lists what no journal line names, for `verify` and `prune`.
 """

@@ -1,23 +1,24 @@
-"""What lies in a dataset's folder, and which journal line, if any, names it."""
+"""What is in a dataset's folder, and which journal line, if any, names it."""
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
 
 from pipeline.dataset import Dataset, Entry, FileRecord, read_journal
 from pipeline.dataset.ledger import current_entries
 from pipeline.tiles.stage import IMPORTED_TILES
 
-_OWNERS = {"tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue"}
+_STAGE_OF_FOLDER = {
+    "tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue",
+}  # fmt: skip
 """Folders whose files readers see only by a journal line, and the stage that writes the lines."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A file as a standing journal line names it."""
+    """A file as a current journal line names it."""
 
     stage: str
     entry: Entry
@@ -26,7 +27,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Stray:
-    """A file that no standing line names; path relative to the dataset."""
+    """A file that no current line names; path relative to the dataset."""
 
     path: str
     bytes: int
@@ -36,7 +37,7 @@ class Stray:
 
 @dataclass
 class Strays:
-    """Files without a standing line, by what that means.
+    """Files without a current line, by what that means.
 
     In the folders of tiles, features, masks and candidates: `superseded`, an older line names
     them; `leftover`, none ever did. Anywhere else, and where the journal is lost: `uncovered`,
@@ -56,15 +57,8 @@ class Inventory:
     dataset: Dataset
     journals: dict[str, list[Entry]]
 
-    @classmethod
-    def take(cls, dataset: Dataset) -> "Inventory":
-        """Read the journals of every stage that has some."""
-        folder = dataset.root / "status"
-        stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        return cls(dataset, {stage: read_journal(dataset, stage, outside=True) for stage in stages})
-
     def current(self, stage: str) -> Iterator[Entry]:
-        """The entries of a stage that stand, in all its scopes."""
+        """The entries of a stage that are valid, in all its scopes."""
         entries = self.journals.get(stage, [])
         for scope in sorted({entry.scope for entry in entries}):
             by_slide = current_entries(entries, scope)
@@ -73,41 +67,46 @@ class Inventory:
 
     @cached_property
     def named(self) -> dict[str, list[Named]]:
-        """By path, the standing lines that name it: more than one where stages share a file."""
-        found: dict[str, list[Named]] = {}
+        """By path, the current lines that name it: more than one where stages share a file."""
+        lines: dict[str, list[Named]] = {}
         for stage in self.journals:
             for entry in self.current(stage):
                 for record in entry.files:
-                    found.setdefault(record.path, []).append(Named(stage, entry, record))
-        return found
+                    lines.setdefault(record.path, []).append(Named(stage, entry, record))
+        return lines
 
-    def strays(self) -> Strays:
-        """Every file of the folder that no standing line names; journals and `.tmp` left out."""
-        once = {
+    def list_strays(self) -> Strays:
+        """Every file of the folder that no current line names; journals and `.tmp` left out."""
+        ever_named = {
             record.path
             for entries in self.journals.values()
             for entry in entries
             for record in entry.files
         }
         strays = Strays()
-        for one in _walk(self.dataset, strays.links):
-            if one.path in self.named or one.path == self.dataset.identity_file.name:
+        for stray in _walk_files(self.dataset, strays.links):
+            if stray.path in self.named or stray.path == self.dataset.identity_file.name:
                 continue
-            self._kind(one.path, one.path in once, strays).append(one)
+            parts = PurePosixPath(stray.path).parts
+            has_journal = self.journals.get(_STAGE_OF_FOLDER.get(parts[0], ""))
+            # encoder.json is read without a line; older releases wrote none.
+            if not has_journal or (stray.path not in ever_named and parts[-1] == "encoder.json"):
+                strays.uncovered.append(stray)
+            else:
+                is_superseded = stray.path in ever_named
+                (strays.superseded if is_superseded else strays.leftover).append(stray)
         return strays
 
-    def _kind(self, path: str, was_named: bool, strays: Strays) -> list[Stray]:
-        parts = PurePosixPath(path).parts
-        owner = _OWNERS.get(parts[0])
-        if owner is None or not self.journals.get(owner):
-            return strays.uncovered
-        if was_named:
-            return strays.superseded
-        # encoder.json is read without a line; older releases wrote none.
-        return strays.uncovered if parts[-1] == "encoder.json" else strays.leftover
+
+def read_inventory(dataset: Dataset) -> Inventory:
+    """The journals of every stage that has some."""
+    folder = dataset.root / "status"
+    stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    journals = {stage: read_journal(dataset, stage, outside=True) for stage in stages}
+    return Inventory(dataset, journals)
 
 
-def tile_writer(identity: Mapping[str, Any]) -> str:
+def tile_writer(identity: Mapping[str, object]) -> str:
     """The command that writes a dataset's tiles, in backticks."""
     if identity.get("kind") == "generated":
         return "`evaluate generate`"
@@ -115,7 +114,7 @@ def tile_writer(identity: Mapping[str, Any]) -> str:
     return "`pipeline import tiles`" if imported else "`pipeline tile`"
 
 
-def _walk(dataset: Dataset, links: list[str]) -> Iterator[Stray]:
+def _walk_files(dataset: Dataset, links: list[str]) -> Iterator[Stray]:
     """Files below the dataset in the order of their paths; linked folders are only listed."""
     for folder, folders, files in os.walk(dataset.root):
         top = folder == str(dataset.root)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pipeline.dataset.journal import decode_line
 
-Damage = Literal["torn", "altered", "respelt"]
+LineDamage = Literal["torn", "altered", "respelt"]
 """torn: cut short by a crash; altered: no longer what was written; respelt: altered, but in
 bytes that do not change what it says."""
 
@@ -19,7 +19,7 @@ class Line:
 
     number: int
     data: bytes
-    damage: Damage | None
+    damage: LineDamage | None
 
 
 def journal_lines(path: Path) -> Iterator[Line]:
@@ -29,23 +29,21 @@ def journal_lines(path: Path) -> Iterator[Line]:
             yield Line(number, data, damage_of(data))
 
 
-def damage_of(data: bytes) -> Damage | None:
+def damage_of(data: bytes) -> LineDamage | None:
     """What is wrong with a line's bytes, newline included."""
     text = data.decode(errors="replace")  # as readers do
-    if decode_line(text) is None:
-        return "torn" if not text.endswith("\n") and not _begins_with_record(text) else "altered"
-    return None if data == canonical(text) else "respelt"
-
-
-def canonical(line: str | bytes) -> bytes:
-    """A readable line in the only form in which lines are written."""
-    return (json.dumps(json.loads(line), sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _begins_with_record(text: str) -> bool:
-    """Whether a whole record stands before what does not belong there (a changed newline)."""
+    if decode_line(text) is not None:
+        return None if data == canonical_line(text) else "respelt"
+    if text.endswith("\n"):
+        return "altered"
     try:
+        # A whole record, and then what does not belong there: a newline was changed.
         json.JSONDecoder().raw_decode(text)
     except ValueError:
-        return False
-    return True
+        return "torn"
+    return "altered"
+
+
+def canonical_line(line: str | bytes) -> bytes:
+    """A readable line in the only form in which lines are written."""
+    return (json.dumps(json.loads(line), sort_keys=True, ensure_ascii=False) + "\n").encode()

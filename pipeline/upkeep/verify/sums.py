@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,10 @@ _CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Problem:
+class FileDamage:
     """What is wrong with a file that a journal line names.
 
-    `altered` is a file that was read to its end; of one that is `unreadable` nobody knows whether
-    it is sound.
+    `altered` is a file that was read to its end; one that is `unreadable` may be sound.
     """
 
     kind: Literal["missing", "unreadable", "altered", "outside"]
@@ -30,33 +29,36 @@ def damaged_files(
     expected: Mapping[str, Sequence[FileRecord]],
     workers: int,
     advance: Callable[[int], None],
-) -> dict[str, Problem]:
+) -> dict[str, FileDamage]:
     """Path and what is wrong, for each file that is not as one of its records says.
 
-    `advance` is called, from several threads, with bytes read. A thread holds one buffer of
-    4 MiB, whatever the size and number of the files.
+    `advance` is called, from several threads, with bytes read. A thread has one buffer of
+    4 MiB, however large and many the files are.
     """
-    stop = threading.Event()
-    paths = _Shared(iter(sorted(expected)))
+    stop, lock = threading.Event(), threading.Lock()
+    paths = iter(sorted(expected))
+    damaged: dict[str, FileDamage] = {}
 
-    def lane() -> dict[str, Problem]:
+    # Each thread takes the next path: files differ in size by a factor of a million.
+    def check_files() -> None:
         buffer = bytearray(_CHUNK_BYTES)
-        found = {}
-        for path in paths:
-            if stop.is_set():
-                break
-            problem = _problem(root / path, expected[path], buffer, advance, stop)
-            if problem:
-                found[path] = problem
-        return found
+        while not stop.is_set():
+            with lock:
+                path = next(paths, None)
+            if path is None:
+                return
+            damage = _check_file(root / path, expected[path], buffer, advance, stop)
+            if damage:
+                damaged[path] = damage
 
     with ThreadPoolExecutor(workers, "verify") as pool:
-        lanes = [pool.submit(lane) for _ in range(workers)]
+        tasks = [pool.submit(check_files) for _ in range(workers)]
         try:
-            parts = [one.result() for one in lanes]
+            for task in tasks:
+                task.result()
         finally:
             stop.set()
-    return {path: part[path] for part in parts for path in part}
+    return dict(sorted(damaged.items()))
 
 
 def sha256_of(
@@ -75,35 +77,30 @@ def sha256_of(
     return size, sha.hexdigest()
 
 
-def _problem(
+def describe_unreadable(error: OSError) -> str:
+    """Why a file cannot be read."""
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _check_file(
     path: Path,
     records: Sequence[FileRecord],
     buffer: bytearray,
     advance: Callable[[int], None],
     stop: threading.Event,
-) -> Problem | None:
+) -> FileDamage | None:
     try:
         size, sha256 = sha256_of(path, buffer, advance, stop)
-        there = path.stat().st_size
+        size_now = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
-        return Problem("missing", "missing")
+        return FileDamage("missing", "missing")
     except OSError as error:
-        return Problem("unreadable", f"cannot be read: {error.strerror or error}")
+        return FileDamage("unreadable", describe_unreadable(error))
     if any((record.bytes, record.sha256) == (size, sha256) for record in records):
         return None
-    if there != size:
-        return Problem("unreadable", "cannot be read: it changed meanwhile")
+    # Written to while it was read: its sum is of no moment.
+    if size_now != size:
+        return FileDamage("unreadable", "cannot be read: it changed meanwhile")
     if all(record.bytes != size for record in records):
-        return Problem("altered", f"{size:,} bytes, expected {records[-1].bytes:,}")
-    return Problem("altered", "altered: its sha256 is another than when it was written")
-
-
-class _Shared(Iterator[str]):
-    """An iterator that several threads may draw from."""
-
-    def __init__(self, inner: Iterator[str]) -> None:
-        self._inner, self._lock = inner, threading.Lock()
-
-    def __next__(self) -> str:
-        with self._lock:
-            return next(self._inner)
+        return FileDamage("altered", f"{size:,} bytes, expected {records[-1].bytes:,}")
+    return FileDamage("altered", "altered: its sha256 is another than when it was written")

@@ -1,7 +1,6 @@
-"""What a dataset costs: bytes, files, core-hours and GPU-hours, from counts and rates.
+"""What a cohort costs: bytes, files, core-hours and GPU-hours, from counts and rates.
 
-Pure arithmetic. `pipeline run --dry-run` feeds it a dataset's own rates where there are some;
-docs/scaling.md shows it for cohorts of 10,000 and 100,000 slides.
+Pure arithmetic behind the tables of docs/scaling.md; `bench/scaling.py` prints them.
 """
 
 from collections.abc import Mapping
@@ -60,7 +59,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class CohortSize:
     """How much there is: slides, candidate tiles in all, tiles to store; what of their features.
 
     `kinds` maps a kind of features (`cls`, `tokens-float16`, `tokens-int8`) to the encoder's
@@ -74,7 +73,7 @@ class Cohort:
     epochs: float = 0.0
 
 
-def cohort_costs(cohort: Cohort, rates: Rates) -> list[Cost]:
+def cohort_costs(cohort: CohortSize, rates: Rates) -> list[Cost]:
     """The stages' costs in their order, training last."""
     costs = [
         scan_cost(cohort.slides, rates),
