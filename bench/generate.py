@@ -39,16 +39,13 @@ from bench.common import (
     write_result,
 )
 from common.torch_processes import ALONE
-from evaluate.generate.conditions import Condition, ConditionGuidance
+from evaluate.generate.conditions import Condition, ConditionList
 from evaluate.generate.run import Request, generate
-from evaluate.generators.cytosyn import (
-    CytoSynGenerator,
-    SamplerSettings,
-    with_cast_weights,
-)
+from evaluate.generators.cytosyn import CytoSynGenerator, with_cast_weights
 from model import CytoSyn
 from model.noise import RandomStream, derive_seeds, normal, seed_tensor
 from model.sampler import Guidance, integrate, time_nodes
+from model.sampler_settings import SamplerSettings
 from model.sit import SiT, SiTConfig
 from model.vae import VAE, VAEConfig
 
@@ -124,13 +121,13 @@ def build(
     )
 
 
-def guidance(images: int) -> ConditionGuidance:
+def guidance(images: int) -> ConditionList:
     """A random feature an image."""
     rows = np.random.default_rng(0).normal(size=(images, DIM)).astype(np.float32)
     record = {"encoder": "random", "weights_sha256": None, "dim": DIM}
     conditions = [Condition(str(i), (), row) for i, row in enumerate(rows)]
-    return ConditionGuidance(
-        "bench", conditions, (), record=record, tile_px=8 * LATENT, mpp=0.5, what={}
+    return ConditionList(
+        "bench", conditions, (), record=record, tile_px=8 * LATENT, mpp=0.5, how={}
     )
 
 

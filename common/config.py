@@ -7,7 +7,7 @@ code.
 import difflib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -90,7 +90,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every key of nested dataclasses, dotted: `run.steps`, `model.sit.depth`, ..."""
     keys: list[str] = []
     hints = get_type_hints(cls)
-    for field in fields(cls):
+    for field in _settable_fields(cls):
         if is_dataclass(hints[field.name]):
             keys += dotted_keys(hints[field.name], f"{prefix}{field.name}.")
         else:
@@ -103,16 +103,25 @@ def plain(config: Any) -> dict[str, Any]:
     return _tuples_to_lists(asdict(config))
 
 
+def _settable_fields(cls: type) -> list["Field[Any]"]:
+    """The fields that a configuration may set: all but those marked as derived."""
+    return [field for field in fields(cls) if not field.metadata.get("derived")]
+
+
 def _build_section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
     if isinstance(values, _Raw):
         values = _parse_override(values, prefix.rstrip("."))
     if not isinstance(values, Mapping):
         raise _mismatch_error(prefix.rstrip("."), "a section of keys", values)
     hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in _settable_fields(cls)]
     for name in values:
         if name not in names:
             raise UserError(_unknown_key_message(f"{prefix}{name}", known))
+    for field in _settable_fields(cls):
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        if field.name not in values and not has_default:
+            raise UserError(f"configuration key '{prefix}{field.name}' is missing: it must be set")
     built = {name: _build_value(hints[name], values[name], prefix + name, known) for name in values}
     return cls(**built)
 
@@ -124,7 +133,24 @@ def _build_value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
         if hint is str:
             return str(value)
         value = _parse_override(value, key)
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is object:  # anything: no type says what is right
+        entries = value.items() if isinstance(value, Mapping) else ()
+        return {n: _build_value(object, item, f"{key}.{n}", known) for n, item in entries} or value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _mismatch_error(key, "names and their values", value)
+        return {name: _build_entry(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    if origin is tuple and is_dataclass(args[0]):
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_build_entry(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
     return _check_scalar(hint, value, key)
+
+
+def _build_entry(hint: Any, value: Any, key: str) -> Any:
+    """A value of a mapping or list, where nearest keys are searched among its alone."""
+    is_section = is_dataclass(hint) and isinstance(hint, type)
+    return _build_value(hint, value, key, dotted_keys(hint, f"{key}.") if is_section else [])
 
 
 def _check_scalar(hint: Any, value: Any, key: str) -> Any:
@@ -153,10 +179,12 @@ def _check_scalar(hint: Any, value: Any, key: str) -> Any:
 
 
 def _check_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if len(args) == 2 and args[1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            value = [value]  # a single value is a list of one
+        args = (args[0],) * len(value)
     if not isinstance(value, list | tuple):
         raise _mismatch_error(key, "a list", value)
-    if len(args) == 2 and args[1] is Ellipsis:
-        args = (args[0],) * len(value)
     if len(args) != len(value):
         raise _mismatch_error(key, f"a list of {len(args)} values", value)
     return tuple(_check_scalar(arg, item, key) for arg, item in zip(args, value, strict=True))

@@ -65,3 +65,27 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def format_number(value: object, digits: int = 4) -> str:
+    """A number with that many significant digits, thousands separated; a dash for None.
+
+    >>> [format_number(value) for value in (0.123456, 12345.6, 12345, None)]
+    ['0.1235', '12,346', '12,345', '–']
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def format_share(value: float | None) -> str:
+    """A share or a cosine with three decimals; a dash for None.
+
+    >>> format_share(0.5)
+    '0.500'
+    """
+    return "–" if value is None else f"{value:.3f}"

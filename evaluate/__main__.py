@@ -6,202 +6,92 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
-from common.console import EXIT_OK, EXIT_USAGE, run_door, say
+from common.console import EXIT_USAGE, run_door
 from common.errors import UserError
-from common.text import format_bytes, format_seconds
+from common.options import add_config_options, config_from_options
+from evaluate.compare.config import MeasureConfig
 from evaluate.figures.options import add_figure_options
 from evaluate.generate.options import add_generate_options
-from evaluate.protocols.command import add_protocol_options
+from evaluate.protocols.options import add_protocol_options
+from evaluate.report.config import ReportConfig
 
-_WIDE = argparse.ArgumentDefaultsHelpFormatter
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the door: what runs it, its options and what `--help` shows of it.
+
+    `run` is "module:function", imported when it runs: `--help` needs no torch. `options` is a
+    configuration whose fields are the options, or a function that adds them.
+    """
+
+    run: str
+    options: "type | Callable[[argparse.ArgumentParser], None]"
+    summary: str
+    description: str
+
+
+COMMANDS = {
+    "generate": Command(
+        "evaluate.generate.command:generate_command",
+        add_generate_options,
+        "make a synthetic dataset with a model",
+        "Make a synthetic dataset with a model. The same command goes on where an interrupted one "
+        "stopped; a larger --limit adds images.",
+    ),
+    "figure": Command(
+        "evaluate.figures.command:figure_command",
+        add_figure_options,
+        "draw a figure of generated tiles",
+        "Draw a figure of generated tiles, as PNG and PDF.",
+    ),
+    "measure": Command(
+        "evaluate.compare.command:measure_command",
+        MeasureConfig,
+        "compare a synthetic dataset with a real one",
+        "Compare a synthetic dataset with a real one, from the CLS features that `python -m "
+        "pipeline cache` made of both.",
+    ),
+    "protocol": Command(
+        "evaluate.protocols.command:protocol_command",
+        add_protocol_options,
+        "run one of the paper's protocols",
+        "Run one of the paper's protocols: make the images and features that are missing, "
+        "measure, and write results.json, a page and tables. The same command goes on where an "
+        "interrupted one stopped.",
+    ),
+    "report": Command(
+        "evaluate.report.command:report_command",
+        ReportConfig,
+        "write a page that shows the results",
+        "Write one HTML page that contains everything it shows and needs no network.",
+    ),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """All options of the commands."""
     top = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands)
-    _add_figure(commands)
-    _add_measure(commands)
-    _add_protocol(commands)
-    _add_report(commands)
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=command.summary, description=command.description
+        )
+        if isinstance(command.options, type):
+            add_config_options(subparser, command.options)
+        else:
+            command.options(subparser)
     return top
 
 
-def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "generate",
-        help="make a synthetic dataset with a model",
-        description="Make a synthetic dataset with a model. The same command goes on where an "
-        "interrupted one stopped; a larger --limit adds images.",
-        formatter_class=_WIDE,
-    )
-    it.set_defaults(run=_generate)
-    add_generate_options(it)
-
-
-def _add_figure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "figure",
-        help="draw a figure of generated tiles",
-        description="Draw a figure of generated tiles, as PNG and PDF.",
-    )
-    it.set_defaults(run=_figure)
-    add_figure_options(it)
-
-
-def _add_measure(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "measure",
-        help="compare a synthetic dataset with a real one",
-        description="Compare a synthetic dataset with a real one, from the CLS features that "
-        "`python -m pipeline cache` made of both.",
-        formatter_class=_WIDE,
-    )
-    it.set_defaults(run=_measure)
-    it.add_argument("--real", type=Path, required=True, metavar="DATASET", help="real dataset")
-    it.add_argument("--real-selection", required=True, metavar="NAME", help="its selection")
-    it.add_argument("--generated", type=Path, required=True, metavar="SYN", help="synthetic one")
-    it.add_argument("--generated-selection", default="generated", metavar="NAME", help=" ")
-    it.add_argument(
-        "--guidance", type=Path, metavar="DATASET", help="holds the source tiles, if not --real"
-    )
-    it.add_argument("--encoder", default="h0-mini", help="whose features are compared")
-    it.add_argument("--view", default="", help="view of the features that are compared")
-    it.add_argument("--tile-px", type=int, metavar="PX", help="of tiles of this size")
-    it.add_argument(
-        "--train-selection", metavar="NAME", help="of the guidance's dataset: also measures FLD"
-    )
-    it.add_argument("--draws", type=int, default=50, help="resamples for the widths; 0 is none")
-    it.add_argument("--seed", type=int, default=0, help="of all random draws")
-    it.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="computes distances"
-    )
-    it.add_argument("--out", type=Path, default=Path("results.json"), help="results file")
-
-
-def _add_protocol(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "protocol",
-        help="run one of the paper's protocols",
-        description="Run one of the paper's protocols: make the images and features that are "
-        "missing, measure, and write results.json, a page and tables. The same command goes on "
-        "where an interrupted one stopped.",
-    )
-    it.set_defaults(run=_protocol)
-    add_protocol_options(it)
-
-
-def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    it = commands.add_parser(
-        "report",
-        help="write a page that shows it all",
-        description="Write one HTML page that holds everything it shows and needs no network.",
-        formatter_class=_WIDE,
-    )
-    it.set_defaults(run=_report)
-    it.add_argument(
-        "--results", type=Path, required=True, help="results.json of measure or of a protocol"
-    )
-    it.add_argument("--run", type=Path, dest="run_dir", metavar="RUN", help="training run")
-    it.add_argument("--dataset", type=Path, metavar="DATASET", help="real dataset (of measure)")
-    it.add_argument("--generated", type=Path, metavar="SYN", help="synthetic one (of measure)")
-    it.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
-    it.add_argument("--picture", type=Path, metavar="FILE.png", help="also a small picture of it")
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from evaluate.generate.command import generate_command
-
-    return generate_command(options)
-
-
-def _figure(options: argparse.Namespace) -> int:
-    from evaluate.figures.command import figure_command
-
-    return figure_command(options)
-
-
-def _measure(options: argparse.Namespace) -> int:
-    from common.torch_processes import choose_device
-    from evaluate.compare.battery import Settings
-    from evaluate.compare.measure import Side, measure
-    from evaluate.compare.results import write_results
-    from pipeline.dataset import open_dataset
-
-    settings = Settings(draws=options.draws, seed=options.seed)
-    device = choose_device(options.device).type
-    chosen = {"view": options.view, "tile_px": options.tile_px}
-    real = Side.open(options.real, options.real_selection, options.encoder, like=None, **chosen)
-    generated = Side.open(
-        options.generated, options.generated_selection, options.encoder, like=real, **chosen
-    )
-    guidance = open_dataset(options.guidance) if options.guidance else None
-    train = None
-    if options.train_selection:
-        root = options.guidance or options.real
-        train = Side.open(root, options.train_selection, options.encoder, like=real, **chosen)
-    results = measure(real, generated, guidance, train=train, settings=settings, device=device)
-    write_results(options.out, results)
-    for one in results["warnings"]:
-        say(f"warning: {one['message']}")
-    metrics = results["metrics"]
-    frechet, cosine = metrics["frechet_distance"], metrics["cosine_similarity"]
-    say(
-        f"measure: Fréchet distance {frechet['value']:.4g} (noise floor "
-        f"{frechet['noise_floor']:.4g}), precision {metrics['precision_recall']['precision']:.3f}, "
-        f"recall {metrics['precision_recall']['recall']:.3f}"
-        + (f", cosine {cosine['mean']:.3f} (shuffled {cosine['null_mean']:.3f})" if cosine else "")
-    )
-    tiles = len(real.features) + len(generated.features)
-    say(
-        f"measure: {len(generated.features):,} generated against {len(real.features):,} real tiles "
-        f"in {format_seconds(results['seconds'])} ({tiles / max(results['seconds'], 1e-9):,.0f} "
-        f"tiles/s); wrote {options.out}"
-    )
-    return EXIT_OK
-
-
-def _protocol(options: argparse.Namespace) -> int:
-    from evaluate.protocols.command import protocol_command
-
-    return protocol_command(options, options.arguments)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from evaluate.protocols.results import read_protocol_results
-    from evaluate.report.command import write_report
-
-    protocol = read_protocol_results(options.results)
-    if protocol is not None:
-        from evaluate.report.protocol_files import write_protocol_files
-
-        for path in write_protocol_files(protocol, options.out.parent, options.out):
-            say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
-        return EXIT_OK
-    if options.dataset is None or options.generated is None:
-        raise UserError("results of `measure` need --dataset DATASET and --generated SYN")
-    written = write_report(
-        results_file=options.results,
-        run_dir=options.run_dir,
-        real=options.dataset,
-        generated=options.generated,
-        out=options.out,
-        picture_file=options.picture,
-    )
-    for path in written:
-        say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
-    return EXIT_OK
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; a protocol's key=value texts may stand before and after them."""
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; a protocol's key=value texts may come before and after them."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
-    if options.command == "protocol" and all("=" in one and one[0] != "-" for one in rest):
+    if options.command == "protocol" and all("=" in text and text[0] != "-" for text in rest):
         options.overrides += rest
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -211,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _refuse_many_processes(command: str) -> None:
     """Every process of a `torchrun` would do all the work and write the same files.
 
-    The first one says so, for all: the others leave silently.
+    The first one reports that for all; the others leave silently.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -226,7 +116,7 @@ def _refuse_many_processes(command: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
+    options = parse_arguments(given)
     options.arguments = given
     if options.command != "generate" and not getattr(options, "generate", None):
         _refuse_many_processes(options.command)
@@ -234,7 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")
-    return int(options.run(options))
+    command = COMMANDS[options.command]
+    module, _, function = command.run.partition(":")
+    config = command.options
+    given_options = config_from_options(config, options) if isinstance(config, type) else options
+    return int(getattr(import_module(module), function)(given_options))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What tiles a number was measured on: sums of their files and pixels, and their JPEG traces."""
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from pipeline.dataset import (
     Ledger,
     Selection,
     TileStore,
-    identity_value,
     read_identity,
 )
 
@@ -28,40 +26,37 @@ _BLOCKINESS_TILES = 256
 Tile = npt.NDArray[np.uint8]
 
 
-def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, Any]:
+def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, object]:
     """The selection's codec, rounding and sums, and how blocky its tiles are.
 
     `files_sha256` is of the journal's sums of all shards that hold selected tiles, in order of
     slide and rank; `pixels_sha256` is of the decoded pixels of the selected tiles in that order,
-    whatever codec they lie in. Where tiles are gone (features may outlive them) both sums and
-    the blockiness are None, and `missing` says which.
+    which does not depend on the codec. Where tiles are gone (features may outlive them) both sums
+    and the blockiness are None, and `missing` names a tile.
     """
     identity = read_identity(dataset)
-    found: dict[str, Any] = {
-        "codec": identity.get("codec"),
-        "rounding": identity.get("rounding"),
-        "files_sha256": None,
-        "pixels_sha256": None,
-        "blockiness": None,
-        "missing": None,
-    }
+    unknown = dict.fromkeys(("files_sha256", "pixels_sha256", "blockiness", "missing"))
+    described = {"codec": identity.get("codec"), "rounding": identity.get("rounding"), **unknown}
     try:
-        return found | {
+        return described | {
             "files_sha256": _files_sha256(dataset, selection, tile_px),
             "pixels_sha256": _pixels_sha256(dataset, selection, tile_px),
             "blockiness": mean_blockiness(dataset, selection, tile_px),
         }
     except UserError as error:
-        return found | {"missing": str(error)}
+        return described | {"missing": str(error)}
 
 
-def mean_blockiness(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, Any] | None:
+def mean_blockiness(
+    dataset: Dataset, selection: Selection, tile_px: int
+) -> dict[str, object] | None:
     """Mean, standard error and number of the scores of a fixed sample of up to 256 tiles.
 
-    None for tiles below 32 px, which say too little.
+    None for tiles below 32 px, which are too small.
     """
     if tile_px < 32:
         return None
+    # A fixed sample, in the order of slides: each shard is opened once.
     sample = np.sort(source_order(selection.rows, selection.content_hash)[:_BLOCKINESS_TILES])
     store = TileStore(dataset, tile_px)
     slides = np.searchsorted(selection.offsets, sample, side="right") - 1
@@ -85,38 +80,22 @@ def _files_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
 
 
 def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
-    """Decoded in threads, a block of 16 tiles at a time, hashed in order."""
+    """Decoded in threads by blocks of 16 tiles, hashed in order."""
     store = TileStore(dataset, tile_px)
     digest = hashlib.sha256()
     with (
         ThreadPoolExecutor(_DECODERS, "decode") as pool,
         meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
     ):
-        for part in _batched(_blocks(selection), 4 * _DECODERS):
-            for tiles in pool.map(lambda block: store.read(*block), part):
+        blocks = (
+            (slide_id, ranks[ranks // BLOCK_ROWS == block].tolist())
+            for slide_id, ranks in selection.items()
+            for block in np.unique(ranks // BLOCK_ROWS)
+        )
+        # A few blocks per thread at a time: the pool would read all of a selection ahead.
+        while batch := list(islice(blocks, 4 * _DECODERS)):
+            for tiles in pool.map(lambda block: store.read(*block), batch):
                 for tile in tiles:
                     digest.update(np.ascontiguousarray(tile).data)
                 shown.advance(len(tiles), "")
     return digest.hexdigest()
-
-
-def _blocks(selection: Selection) -> Iterator[tuple[str, list[int]]]:
-    for slide_id, ranks in selection.items():
-        for block in np.unique(ranks // BLOCK_ROWS):
-            yield slide_id, ranks[ranks // BLOCK_ROWS == block].tolist()
-
-
-def _batched(blocks: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    part: list[Any] = []
-    for block in blocks:
-        part.append(block)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def dataset_tile_px(dataset: Dataset) -> int:
-    """Side of the dataset's own tiles in pixels."""
-    return int(identity_value(dataset, "tile_px"))

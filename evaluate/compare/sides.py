@@ -3,33 +3,30 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.compare.provenance import dataset_tile_px, tile_provenance
-from evaluate.generate.guidance import foreign_guidance
+from evaluate.compare.provenance import tile_provenance
+from evaluate.generate.condition_source import foreign_guidance
 from pipeline.dataset import (
     Dataset,
     Selection,
+    identity_value,
     open_dataset,
     read_candidates,
     read_selection,
     read_slides,
 )
-from pipeline.dataset.features import FeatureStore, encoder_file
+from pipeline.dataset.features import FeatureRecord, FeatureStore, encoder_file
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.str_]
 
-ENCODER_KEYS = ("encoder", "weights_sha256", "view", "compute_dtype", "dim", "tile_px")
-"""What two sets of features must share before any distance between them means anything."""
-
 
 @dataclass(frozen=True)
-class Side:
+class FeatureSide:
     """One side of a comparison: a selection of a dataset, and its features."""
 
     dataset: Dataset
@@ -44,10 +41,10 @@ class Side:
         selection_name: str,
         encoder: str,
         *,
-        like: "Side | None",
+        like: "FeatureSide | None",
         view: str = "",
         tile_px: int | None = None,
-    ) -> "Side":
+    ) -> "FeatureSide":
         """Read the CLS features of a selection.
 
         Raises `UserError` naming the `cache` command where they are missing, and where they were
@@ -60,10 +57,10 @@ class Side:
             weights=like.store.record["weights"] if like else None,
         )  # fmt: skip
         if like is not None:
-            check_comparable(like.store.record, store.record, like.dataset, dataset)
+            check_comparable(like.store, store)
         return cls(dataset, selection, store, np.asarray(store.read_selection(selection)))
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """The side's entry in results.json."""
         return {
             "dataset": str(self.dataset.root),
@@ -77,20 +74,20 @@ class Side:
         }
 
     @cached_property
-    def own_slides(self) -> Labels:
+    def row_slides(self) -> Labels:
         """The slide of each row."""
         counts = np.diff(self.selection.offsets)
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
 
     @cached_property
-    def sources(self) -> "Sources | None":
+    def sources(self) -> "RowSources | None":
         """The real tile behind each row; None where the dataset is real or a row has none."""
-        return _sources(self)
+        return _read_sources(self)
 
     def slides(self) -> Labels | None:
         """The real slide that each row is of or was made from; None where there is none."""
         if not self.is_generated:
-            return self.own_slides
+            return self.row_slides
         return None if self.sources is None else self.sources.slides
 
     @cached_property
@@ -101,8 +98,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Slide and rank of the source tile of each row."""
+class RowSources:
+    """Slide and rank ``[m]`` of the source tile of each generated row."""
 
     slides: Labels
     ranks: npt.NDArray[np.int64]
@@ -111,12 +108,14 @@ class Sources:
 def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
     """A column of slides.parquet (patient, site, project) for each of these slides.
 
-    A slide without an entry stands for itself where a patient is asked for, else it is ''.
+    A slide without an entry is its own patient; its other attributes are ''.
     """
-    found = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
+    known = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
+    # One look-up per slide, not per tile.
     names, member = np.unique(slides, return_inverse=True)
-    own = attribute == "patient"
-    values = [found.get(str(name)) or (str(name) if own else "") for name in names]
+    values = [
+        known.get(str(name)) or (str(name) if attribute == "patient" else "") for name in names
+    ]
     return np.array(values, dtype=np.str_)[member]
 
 
@@ -130,7 +129,7 @@ def open_store(
     weights: str | None = None,
 ) -> FeatureStore:
     """The CLS features; where there are none, the message is the command that makes them."""
-    tile_px = tile_px or dataset_tile_px(dataset)
+    tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
         more = f" --weights {weights}" if weights else ""
         more += f" --view {view}" if view else ""
@@ -142,28 +141,21 @@ def open_store(
     return FeatureStore(dataset, tile_px=tile_px, encoder=encoder, view=view)
 
 
-def check_comparable(
-    real: dict[str, Any],
-    generated: dict[str, Any],
-    first: Dataset,
-    second: Dataset,
-    *,
-    keys: tuple[str, ...] = ENCODER_KEYS,
-) -> None:
+def check_comparable(first: FeatureStore, second: FeatureStore) -> None:
     """Refuse features that were made differently: no distance between them means anything.
 
     Raises `UserError` naming the first difference, with both values.
     """
-    for key in keys:
-        if real.get(key) != generated.get(key):
-            raise UserError(
-                f"features cannot be compared: {key} is {real.get(key)!r} in {first.root} and "
-                f"{generated.get(key)!r} in {second.root}; cache both with the same encoder, "
-                "weights and dtype"
-            )
+    records = [FeatureRecord.parse(store.record) for store in (first, second)]
+    for field, one, other in records[0].differs_from(records[1]):
+        raise UserError(
+            f"features cannot be compared: {field} is {one!r} in {first.dataset.root} and "
+            f"{other!r} in {second.dataset.root}; cache both with the same encoder, weights and "
+            "dtype"
+        )
 
 
-def _sources(side: Side) -> Sources | None:
+def _read_sources(side: FeatureSide) -> RowSources | None:
     names: list[str | None] = []
     ranks: list[npt.NDArray[np.int64]] = []
     for slide_id, rows in side.selection.items():
@@ -176,13 +168,16 @@ def _sources(side: Side) -> Sources | None:
         picked = table.take(rows)
         names.extend(picked["source_slide_id"].to_pylist())
         ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+    # A dataset is guided as a whole: one image without a source means none has one.
     if None in names:
         return None
-    return Sources(np.array(names, dtype=np.str_), np.concatenate(ranks))
+    return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
 
-def source_features(generated: Side, store: FeatureStore) -> tuple[Features | None, str | None]:
-    """Features [m, d] of each generated tile's own source tile, or None and the reason why."""
+def source_features(
+    generated: FeatureSide, store: FeatureStore
+) -> tuple[Features | None, str | None]:
+    """Features ``[m, d]`` of each generated tile's source tile, or None and the reason."""
     sources = generated.sources
     if sources is None:
         return None, "the tiles were generated without guidance: no cosine to a source tile"
@@ -191,6 +186,7 @@ def source_features(generated: Side, store: FeatureStore) -> tuple[Features | No
         return None, f"no cosine to source tiles: {foreign}"
     rows = np.empty((len(sources.slides), generated.features.shape[1]), np.float32)
     try:
+        # Each slide is read once, whatever the order of the images.
         for name in np.unique(sources.slides):
             where = np.flatnonzero(sources.slides == name)
             rows[where] = store.read(str(name), sources.ranks[where])

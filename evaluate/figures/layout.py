@@ -1,4 +1,4 @@
-"""Where tiles stand on a figure. Pure: arrays in, one array and places of titles out."""
+"""The places of tiles on a figure. Pure: arrays in, one array and places of titles out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import numpy.typing as npt
 
 Tile = npt.NDArray[np.uint8]
 GAP = 0.05
-"""Between tiles, as a share of a tile's side; three times that beside real tiles."""
+"""Between tiles, as a share of a tile's side; three times that next to real tiles."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Rows of tiles, all of one size and number; a title a column; which columns are real tiles."""
+    """Rows of equally many tiles [px, px, 3]; one title per column; which columns are real."""
 
     rows: Sequence[Sequence[Tile]]
     titles: Sequence[str]
@@ -29,7 +29,7 @@ class Canvas:
     tile_px: int
 
 
-def compose(sheet: Sheet) -> Canvas:
+def compose_sheet(sheet: Sheet) -> Canvas:
     """Lay out a sheet on white, tiles pixel by pixel, real ones set apart by a wider gap."""
     side = sheet.rows[0][0].shape[0]
     gap = max(round(GAP * side), 1)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 FIGURES = {
     "grid": "generated tiles, row by row (Figure 1 of the report, of an unconditional dataset)",
-    "variations": "a real tile and five images that it guides, a row each (Figure 2)",
-    "interpolation": "images between two real tiles, a row a pair (Figure 3)",
+    "variations": "a real tile and five images that it guides, one row per tile (Figure 2)",
+    "interpolation": "images between two real tiles, one row per pair (Figure 3)",
 }
 
 
-def add_figure_options(it: argparse.ArgumentParser) -> None:
+def add_figure_options(command: argparse.ArgumentParser) -> None:
     """Add the kinds of figures and their options to the command's parser."""
-    kinds = it.add_subparsers(dest="figure", required=True, metavar="KIND")
+    kinds = command.add_subparsers(dest="figure", required=True, metavar="KIND")
     for name, help_text in FIGURES.items():
         kind = kinds.add_parser(
             name,
@@ -24,11 +24,14 @@ def add_figure_options(it: argparse.ArgumentParser) -> None:
             "--generated", type=Path, required=True, metavar="SYN", help="synthetic dataset"
         )
         kind.add_argument(
-            "--guidance", type=Path, metavar="DATASET", help="holds the real tiles, if SYN does not"
+            "--guidance",
+            type=Path,
+            metavar="DATASET",
+            help="contains the real tiles, if SYN does not",
         )
-        kind.add_argument("--out", type=Path, default=Path(f"{name}"), help="files, without suffix")
-        kind.add_argument("--rows", type=int, default=8, help="at most so many rows")
+        kind.add_argument("--out", type=Path, default=Path(name), help="files, without suffix")
+        kind.add_argument("--rows", type=int, default=8, help="number of rows, at most")
         if name == "grid":
-            kind.add_argument("--columns", type=int, default=8, help="tiles a row")
+            kind.add_argument("--columns", type=int, default=8, help="tiles per row")
         if name == "variations":
-            kind.add_argument("--variations", type=int, default=5, help="images a row")
+            kind.add_argument("--variations", type=int, default=5, help="images per row")

@@ -1,12 +1,12 @@
-"""The three figures: which tiles stand in which row and column."""
+"""The three figures: which tiles are in which row and column."""
 
 from common.errors import UserError
 from evaluate.figures.layout import Sheet
-from evaluate.figures.tiles import Synthetic, Tile
+from evaluate.figures.tiles import GeneratedTiles, Tile
 
 
-def grid_sheet(made: Synthetic, rows: int, columns: int) -> Sheet:
-    """Figure 1: generated tiles in the order of their indices, `columns` a row."""
+def grid_sheet(made: GeneratedTiles, rows: int, columns: int) -> Sheet:
+    """Figure 1: generated tiles in the order of their indices, `columns` per row."""
     if made.images < columns:
         raise UserError(
             f"{made.dataset.root} has {made.images} images, a row needs {columns}; give --columns"
@@ -16,11 +16,11 @@ def grid_sheet(made: Synthetic, rows: int, columns: int) -> Sheet:
     return Sheet(tiles, [""] * columns)
 
 
-def variations_sheet(made: Synthetic, rows: int, variations: int) -> Sheet:
-    """Figure 2: a real tile and images that it guided, a row each."""
+def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
+    """Figure 2: a real tile and images that it guided, one row per condition."""
     if made.variations < variations:
         raise UserError(
-            f"{made.dataset.root} has {made.variations} images a tile, not {variations}; "
+            f"{made.dataset.root} has {made.variations} images per tile, not {variations}; "
             "generate with more --variations, or give this command fewer"
         )
     rows = min(rows, made.conditions)
@@ -34,24 +34,26 @@ def variations_sheet(made: Synthetic, rows: int, variations: int) -> Sheet:
     return Sheet(tiles, titles, frozenset([0]))
 
 
-def interpolation_sheet(made: Synthetic, rows: int) -> Sheet:
-    """Figure 3: between two real tiles, the images at each factor; a row a pair and variation."""
+def interpolation_sheet(made: GeneratedTiles, rows: int) -> Sheet:
+    """Figure 3: between two real tiles, the images at each factor; rows are pairs, variations."""
     pairs: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for condition in range(made.conditions):
         ends = made.ends(condition)
         if ends is not None:
-            pairs.setdefault(ends[0], []).append((ends[1], condition))
+            pair, factor = ends
+            pairs.setdefault(pair, []).append((factor, condition))
     if not pairs:
         raise UserError(
-            f"{made.dataset.root} holds no interpolation; make one with "
+            f"{made.dataset.root} contains no interpolation; make one with "
             "`python -m evaluate generate --interpolate A B`"
         )
     factors = [factor for factor, _ in next(iter(pairs.values()))]
-    whole = {pair: found for pair, found in pairs.items() if len(found) == len(factors)}
     tiles: list[list[Tile]] = []
-    for (first, second), found in whole.items():
+    for (first, second), points in pairs.items():
+        if len(points) != len(factors):
+            continue  # --limit may have cut the last pair short
         for number in range(made.variations):
-            between = [made.variation(condition, number) for _, condition in found]
+            between = [made.variation(condition, number) for _, condition in points]
             tiles.append([made.reference_tile(first), *between, made.reference_tile(second)])
     titles = ["real", *(f"{factor:g}" for factor in factors), "real"]
     return Sheet(tiles[:rows], titles, frozenset([0, len(factors) + 1]))

@@ -1,15 +1,15 @@
 """The tiles of a synthetic dataset by condition and variation, and the real ones behind them."""
 
 import json
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.generate.conditions import CONDITIONS_FILE
-from evaluate.generate.guidance import foreign_guidance
-from evaluate.generate.plan import IMAGES_A_SLIDE, pseudo_slide_id
+from evaluate.generate.condition_source import foreign_guidance
+from evaluate.generate.conditions import CONDITIONS_FILE, ConditionListing
+from evaluate.generate.plan import IMAGES_PER_SLIDE, pseudo_slide_id
 from evaluate.generate.write import GUIDANCE_DIR, SELECTION_NAME
 from pipeline.dataset import (
     Dataset,
@@ -24,14 +24,18 @@ from pipeline.dataset import (
 Tile = npt.NDArray[np.uint8]
 
 
-class Synthetic:
-    """A synthetic dataset as its figures see it; `guidance` is the dataset that guided it."""
+class GeneratedTiles:
+    """The tiles of a synthetic dataset; `guidance` is the dataset whose tiles guided them.
+
+    `images` is the number of images and `variations` that of images per condition; a tile is
+    RGB uint8 [px, px, 3].
+    """
 
     def __init__(self, dataset: Dataset, guidance: Dataset | None = None) -> None:
         self.dataset, self.guidance = dataset, guidance
         self.identity = read_identity(dataset)
         if self.identity.get("kind") != "generated":
-            raise UserError(f"{dataset.root} holds no generated images; give one of `generate`")
+            raise UserError(f"{dataset.root} contains no generated images; give one of `generate`")
         self.images = read_selection(dataset, SELECTION_NAME).rows
         self.variations = int(self.identity["variations"])
         self._store = TileStore(dataset, int(identity_value(dataset, "tile_px")))
@@ -43,39 +47,40 @@ class Synthetic:
         return self.images // self.variations
 
     def tile(self, image: int) -> Tile:
-        """A generated tile by its image index."""
-        slide, rank = divmod(image, IMAGES_A_SLIDE)
+        """A generated tile by its image index, from 0."""
+        slide, rank = divmod(image, IMAGES_PER_SLIDE)
         return self._store.read(pseudo_slide_id(slide), [rank])[0]
 
     def variation(self, condition: int, number: int) -> Tile:
-        """A generated tile by its condition and variation."""
+        """A generated tile by its condition and variation, both from 0."""
         return self.tile(condition * self.variations + number)
 
     def ends(self, condition: int) -> tuple[tuple[int, int], float] | None:
         """The two reference tiles and the factor of an interpolated condition, else None."""
-        if self._listing is None:
+        listed = self._listing["conditions"][condition] if self._listing else None
+        if listed is None or listed["factor"] is None:
             return None
-        one = self._listing["conditions"][condition]
-        if one["factor"] is None:
-            return None
-        first, second = one["tiles"]
-        return (first, second), float(one["factor"])
+        first, second = listed["tiles"]
+        return (first, second), float(listed["factor"])
 
     def reference(self, condition: int) -> Tile:
         """The real tile behind a condition.
 
-        Raises `UserError` where there is no one tile (none, a mean), or its pixels are elsewhere.
+        Raises `UserError` where there is no single tile (none, a mean), or its pixels are
+        elsewhere.
         """
         if self._listing is not None:
             tiles = self._listing["conditions"][condition]["tiles"]
             if len(tiles) != 1:
                 raise UserError(f"{self.dataset.root}: its images are guided by no single tile")
             return self.reference_tile(tiles[0])
-        image = condition * self.variations
-        slide, rank = divmod(image, IMAGES_A_SLIDE)
+        # A selection's tiles are named by the candidates, and their pixels are in its own dataset.
+        slide, rank = divmod(condition * self.variations, IMAGES_PER_SLIDE)
         table = read_candidates(self.dataset, pseudo_slide_id(slide))
-        row = table.slice(rank, 1).to_pylist()[0]
-        if row["source_slide_id"] is None:
+        source_slide, source_rank = (
+            table[name][rank].as_py() for name in ("source_slide_id", "source_rank")
+        )
+        if source_slide is None:
             raise UserError(f"{self.dataset.root}: its images are guided by no tile")
         if self.guidance is None:
             raise UserError("the real tiles are in another dataset: give --guidance DATASET")
@@ -83,11 +88,14 @@ class Synthetic:
         if foreign:
             raise UserError(foreign)
         store = TileStore(self.guidance, int(identity_value(self.guidance, "tile_px")))
-        return store.read(row["source_slide_id"], [row["source_rank"]])[0]
+        return store.read(source_slide, [source_rank])[0]
 
     def reference_tile(self, number: int) -> Tile:
-        """A reference tile that the dataset keeps a copy of."""
-        listed = (self._listing or {"tiles": []})["tiles"][number]
+        """A reference tile that the dataset keeps a copy of, by its number in the listing."""
+        listing = self._listing
+        if listing is None:
+            raise UserError(f"{self.dataset.root} keeps no copies of the tiles that guided it")
+        listed = listing["tiles"][number]
         if listed["file"] is None:
             raise UserError(f"{self.dataset.root}: tile {listed['name']} was not on disk")
         path = self.dataset.root / GUIDANCE_DIR / listed["file"]
@@ -98,20 +106,19 @@ class Synthetic:
 
     def warnings(self) -> tuple[str, ...]:
         """What a figure must not hide of its images."""
-        found = []
-        if self.identity.get("model_encoder_random"):
-            found.append("RANDOM ENCODER WEIGHTS: a dry run, these images mean nothing")
-        if self.identity.get("forced_guidance"):
-            found.append("FORCED: guided by features that do not fit the model")
-        if self.identity.get("generator_note"):
-            found.append(f"{self.identity['generator']}: UNTESTED ON THE GATED WEIGHTS")
-        return tuple(found)
+        identity = self.identity
+        texts = {
+            "model_encoder_random": "RANDOM ENCODER WEIGHTS: a dry run, these images mean nothing",
+            "forced_guidance": "FORCED: guided by features that do not fit the model",
+            "generator_note": f"{identity.get('generator')}: UNTESTED ON THE GATED WEIGHTS",
+        }
+        return tuple(text for key, text in texts.items() if identity.get(key))
 
 
-def _read_listing(dataset: Dataset) -> dict[str, Any] | None:
+def _read_listing(dataset: Dataset) -> ConditionListing | None:
     path = dataset.root / GUIDANCE_DIR / CONDITIONS_FILE
     try:
-        return dict(json.loads(path.read_text()))
+        return cast(ConditionListing, json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except ValueError as error:

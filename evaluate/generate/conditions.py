@@ -1,39 +1,67 @@
 """Conditions made of tiles: each tile alone, their mean, or points between two of them.
 
-Pure functions of feature arrays, and the guidance that they become.
+Pure functions of feature arrays, and the condition source that they become.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.generate.guidance import Sources
+from evaluate.generate.condition_source import (
+    ConditionSource,
+    Positions,
+    SourceTiles,
+    encoder_identity,
+)
+from evaluate.generators import EncoderRecord
+from evaluate.generators.interface import Features
 from pipeline.dataset import encode_png
 
-Kind = Literal["slerp", "lerp"]
-KINDS: tuple[str, ...] = get_args(Kind)
-FACTORS = (0.2, 0.4, 0.6, 0.8)
-"""Those of the CytoSyn report's Figure 3 (arXiv 2603.18089)."""
+Interpolation = Literal["slerp", "lerp"]
 CONDITIONS_FILE = "conditions.json"
 _PARALLEL = 1e-6
 """Below this angle, in radians, the arc is taken for its chord: sin(angle) would divide."""
 
-Features = npt.NDArray[np.float32]
+
+class ListedTile(TypedDict):
+    """A guiding tile in conditions.json; `file` is None where its pixels were not on disk."""
+
+    name: str
+    sha256: str
+    file: str | None
 
 
-def interpolate(first: Features, second: Features, factor: float, kind: Kind) -> Features:
-    """The feature [d] a `factor` of the way from `first` (0) to `second` (1).
+class ListedCondition(TypedDict):
+    """A condition in conditions.json: the numbers of its tiles, and its place between two."""
+
+    name: str
+    tiles: list[int]
+    factor: float | None
+
+
+class ConditionListing(TypedDict):
+    """conditions.json."""
+
+    tiles: list[ListedTile]
+    conditions: list[ListedCondition]
+
+
+def interpolate(first: Features, second: Features, factor: float, kind: Interpolation) -> Features:
+    """The feature [d] at `factor` in [0, 1] of the way from `first` (0) to `second` (1).
 
     "lerp" is the straight line. "slerp" weighs both by their angle (Shoemake 1985,
     doi:10.1145/325165.325242), so that vectors of one norm keep it. Computed in float64.
     Raises `UserError` for a factor outside [0, 1] and for slerp between opposite vectors or from
-    a zero one, where the way is not defined.
+    a zero vector, where the way is not defined.
+
+    >>> interpolate(np.array([0.0, 4.0]), np.array([2.0, 4.0]), 0.25, "lerp").tolist()
+    [0.5, 4.0]
     """
     if not 0 <= factor <= 1:
         raise UserError(f"--factors: {factor} lies outside [0, 1]")
@@ -45,6 +73,7 @@ def interpolate(first: Features, second: Features, factor: float, kind: Kind) ->
 def _arc_weights(
     a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], factor: float
 ) -> tuple[float, float]:
+    """sin((1 - f) w) / sin(w) and sin(f w) / sin(w) for the angle w between a and b."""
     norms = np.linalg.norm(a), np.linalg.norm(b)
     if min(norms) == 0:
         raise UserError("--kind slerp: a feature is zero and has no direction; use --kind lerp")
@@ -55,14 +84,13 @@ def _arc_weights(
         return 1 - factor, factor
     if np.pi - angle < _PARALLEL:
         raise UserError("--kind slerp: the two features are opposite, there is no shortest arc")
-    return float(np.sin((1 - factor) * angle) / np.sin(angle)), float(
-        np.sin(factor * angle) / np.sin(angle)
-    )
+    start, end = (float(np.sin(part * angle) / np.sin(angle)) for part in (1 - factor, factor))
+    return start, end
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A real tile that guides: what it is called, its pixels where they are at hand, its feature.
+    """A real tile that guides: its name, its pixels [px, px, 3] where they exist, its feature [d].
 
     `source` is (slide_id, rank) of a tile of a dataset.
     """
@@ -91,43 +119,44 @@ class Condition:
     factor: float | None = None
 
 
-def each(references: Sequence[Reference]) -> list[Condition]:
-    """Every reference as a condition of its own."""
-    return [Condition(one.name, (i,), one.feature) for i, one in enumerate(references)]
+def each_alone(references: Sequence[Reference]) -> list[Condition]:
+    """Every reference as one condition."""
+    return [Condition(tile.name, (i,), tile.feature) for i, tile in enumerate(references)]
 
 
 def mean_of(references: Sequence[Reference]) -> list[Condition]:
-    """One condition: the mean feature of all references, in float64."""
-    features = np.stack([one.feature for one in references])
+    """One condition: the mean feature [d] of all references, in float64."""
+    features = np.stack([tile.feature for tile in references])
     mean: Features = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-    everything = tuple(range(len(references)))
-    return [Condition(f"mean of {len(references)} tiles", everything, mean)]
+    return [Condition(f"mean of {len(references)} tiles", tuple(range(len(references))), mean)]
 
 
-def between(
+def conditions_between(
     references: Sequence[Reference],
     pairs: Sequence[tuple[int, int]],
     factors: Sequence[float],
-    kind: Kind,
+    kind: Interpolation,
 ) -> list[Condition]:
-    """For every pair of references, in turn, a condition at each factor."""
-    found = []
+    """For every pair of references, in turn, a condition at each factor in [0, 1]."""
+    conditions = []
     for first, second in pairs:
         a, b = references[first], references[second]
         for factor in factors:
             feature = interpolate(a.feature, b.feature, factor, kind)
             name = f"{a.name} to {b.name}, {factor:g}"
-            found.append(Condition(name, (first, second), feature, factor))
-    return found
+            conditions.append(Condition(name, (first, second), feature, factor))
+    return conditions
 
 
-class ConditionGuidance:
-    """Guidance by conditions that were made one by one, with the tiles that they are made of.
+class ConditionList(ConditionSource):
+    """Conditions that were made one by one, with the tiles that they are made of.
 
-    `record` is encoder.json of the features, `what` further identity values, such as the kind of
-    interpolation. The references' pixels and the list of conditions become files of the
+    `record` describes the encoder of the features, `how` is further identity values, such as the
+    kind of interpolation. The references' pixels and the list of conditions become files of the
     synthetic dataset, so that figures can show them.
     """
+
+    encoder_record: EncoderRecord
 
     def __init__(
         self,
@@ -135,66 +164,63 @@ class ConditionGuidance:
         conditions: Sequence[Condition],
         references: Sequence[Reference],
         *,
-        record: dict[str, Any],
+        record: EncoderRecord,
         tile_px: int,
         mpp: float | None,
-        what: dict[str, Any],
+        how: dict[str, object],
     ) -> None:
         self.name, self.tile_px, self.mpp = name, tile_px, mpp
         self.count = self.end = len(conditions)
-        self.encoder_record: dict[str, Any] = record
-        self._conditions, self._references, self._what = conditions, references, what
-        self._features = np.stack([one.feature for one in conditions]).astype(np.float32)
+        self.encoder_record = record
+        self._conditions, self._references, self._how = conditions, references, how
+        self._features = np.stack([each.feature for each in conditions]).astype(np.float32)
 
-    def identity(self) -> dict[str, Any]:
-        """Which tiles guide, by their sums, how they are joined, and by which encoder."""
-        record = self.encoder_record
+    def identity(self) -> dict[str, object]:
+        """Which tiles guide, by their sums, how they are combined, and by which encoder."""
+        # The listing has sums and names but no paths: a file that was moved is the same.
         conditions = hashlib.sha256(json.dumps(self._listing(), sort_keys=True).encode())
         return {
-            **self._what,
+            **self._how,
             "guidance_conditions_sha256": conditions.hexdigest(),
-            "guidance_encoder": record["encoder"],
-            "guidance_encoder_sha256": record["weights_sha256"],
-            "guidance_compute_dtype": record.get("compute_dtype"),
+            **encoder_identity(self.encoder_record),
         }
 
-    def sources(self, positions: npt.NDArray[np.int64]) -> Sources:
+    def sources(self, positions: Positions) -> SourceTiles:
         """The dataset's tile behind each condition that is one such tile, and none elsewhere."""
-        found = [self._source(self._conditions[position]) for position in positions]
-        ranks = np.array([-1 if one is None else one[1] for one in found], np.int32)
-        return Sources([None if one is None else one[0] for one in found], ranks)
+        tiles: list[tuple[str | None, int]] = []
+        for position in positions:
+            numbers = self._conditions[position].references
+            single = self._references[numbers[0]].source if len(numbers) == 1 else None
+            tiles.append(single or (None, -1))
+        return SourceTiles([slide for slide, _ in tiles], np.array([r for _, r in tiles], np.int32))
 
-    def features(self, positions: npt.NDArray[np.int64]) -> Features:
-        """Features float32 [n, d] of the conditions at these positions."""
+    def features(self, positions: Positions) -> Features:
+        """Features float32 [n, d] of the conditions at positions [n]."""
         return self._features[positions]
 
     def attachments(self) -> dict[str, bytes]:
         """The list of conditions as JSON and the references' pixels as PNG, by file name."""
         files = {CONDITIONS_FILE: (json.dumps(self._listing(), indent=2) + "\n").encode()}
-        for number, one in enumerate(self._references):
-            if one.tile is not None:
-                files[_tile_file(number)] = encode_png(one.tile)
+        for number, reference in enumerate(self._references):
+            if reference.tile is not None:
+                files[_tile_file(number)] = encode_png(reference.tile)
         return files
 
-    def _source(self, condition: Condition) -> tuple[str, int] | None:
-        if len(condition.references) != 1:
-            return None
-        return self._references[condition.references[0]].source
-
-    def _listing(self) -> dict[str, Any]:
-        tiles = [
-            {
-                "name": one.name,
-                "sha256": one.sha256(),
-                "file": None if one.tile is None else _tile_file(number),
-            }
-            for number, one in enumerate(self._references)
-        ]
-        conditions = [
-            {"name": one.name, "tiles": list(one.references), "factor": one.factor}
-            for one in self._conditions
-        ]
-        return {"tiles": tiles, "conditions": conditions}
+    def _listing(self) -> ConditionListing:
+        return {
+            "tiles": [
+                {
+                    "name": reference.name,
+                    "sha256": reference.sha256(),
+                    "file": None if reference.tile is None else _tile_file(number),
+                }
+                for number, reference in enumerate(self._references)
+            ],
+            "conditions": [
+                {"name": each.name, "tiles": list(each.references), "factor": each.factor}
+                for each in self._conditions
+            ],
+        }
 
 
 def _tile_file(number: int) -> str:

@@ -1,80 +1,123 @@
 """The options of `python -m evaluate generate`; nothing heavy is imported for them."""
 
 import argparse
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
 from common.errors import UserError
+from common.options import add_config_options, config_from_options, option, option_field
+from model.sampler_settings import SamplerSettings
 
 
-def add_generate_options(it: argparse.ArgumentParser) -> None:
-    """Add the command's options to its parser."""
-    _add_model(it)
-    _add_guidance(it)
-    _add_sampler(it)
-    where = it.add_argument_group("machine")
-    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=" ")
-    where.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the network; auto is bfloat16 on a GPU and float32 on a CPU (the released "
-        "models': as published)",
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of `generate` with their types, but for the sampler's settings."""
+
+    out: Path = field(metadata=option("synthetic dataset, new or begun"))
+    model: str | None = option_field(
+        None,
+        "exported model: a directory or a hub id; with --generator cytosyn or pixcell a downloaded "
+        "copy, else the published one",
     )
-    where.add_argument(
-        "--compile", action="store_true", help="compile the network first; pays on a GPU"
+    generator: Literal["own", "cytosyn", "pixcell"] = option_field(
+        "own",
+        "whose model: this project's, the released CytoSyn or PixCell-256 (both untested on their "
+        "gated weights)",
     )
-
-
-def _add_model(it: argparse.ArgumentParser) -> None:
-    it.add_argument("--model", help="exported model: a directory or a hub id; with --generator "
-                    "cytosyn or pixcell a downloaded copy, else the published one")  # fmt: skip
-    it.add_argument("--out", type=Path, required=True, help="synthetic dataset, new or begun")
-    it.add_argument(
-        "--generator",
-        choices=("own", "cytosyn", "pixcell"),
-        default="own",
-        help="whose model: this project's, the released CytoSyn or PixCell-256 (both untested on "
-        "their gated weights)",
+    trust_remote_code: bool = option_field(
+        False, "run the code that a released model brings with it"
     )
-    it.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the code that a released model brings with it",
+    pipeline_code: str | None = option_field(
+        None, "PixCell's code, if a local copy", metavar="WHERE"
     )
-    it.add_argument("--pipeline-code", metavar="WHERE", help="PixCell's code, if a local copy")
-    it.add_argument("--vae", metavar="WHERE", help="PixCell's VAE, if a local copy; none: bundled")
-
-
-def _add_guidance(it: argparse.ArgumentParser) -> None:
-    what = it.add_argument_group("guidance: one of --guidance, --slide, --images, --unconditional")
-    what.add_argument("--guidance", type=Path, metavar="DATASET", help="real dataset that guides")
-    what.add_argument("--selection", metavar="NAME", help="its selection that guides")
-    what.add_argument("--encoder", help="whose features guide: the model's own, or h0-mini")
-    what.add_argument("--slide", type=Path, metavar="FILE", help="slide whose tiles guide")
-    what.add_argument(
-        "--at",
-        action="append",
+    vae: str | None = option_field(
+        None, "PixCell's VAE, if a local copy; none: bundled", metavar="WHERE"
+    )
+    guidance: Path | None = option_field(None, "real dataset that guides", metavar="DATASET")
+    selection: str | None = option_field(None, "its selection that guides", metavar="NAME")
+    encoder: str | None = option_field(
+        None, "whose features guide, if not the model's own or h0-mini"
+    )
+    slide: Path | None = option_field(None, "slide whose tiles guide", metavar="FILE")
+    at: tuple[str, ...] = option_field(
+        (),
+        "upper left corner of a tile on the slide, in level-0 pixels; may be repeated",
         metavar="X,Y",
-        help="upper left corner of a tile on the slide, in level-0 pixels; may be repeated",
     )
-    what.add_argument("--slide-mpp", type=float, metavar="MPP", help="where the slide says none")
-    what.add_argument("--images", nargs="+", metavar="FILE", help="image files of the model's tile "
-                      "size that guide")  # fmt: skip
-    what.add_argument("--images-mpp", type=float, metavar="MPP", help="resolution of image files")
-    what.add_argument("--weights", help="the encoder's weights for --slide and --images, if not "
-                      "where the model says: hub, a file or random:SEED")  # fmt: skip
-    what.add_argument("--unconditional", action="store_true", help="guide by nothing, with --count")
-    what.add_argument("--count", type=int, metavar="N", help="images, with --unconditional")
-    what.add_argument("--limit", type=int, metavar="N", help="use only the first N conditions")
-    what.add_argument("--variations", type=int, default=1, metavar="K", help="images per condition")
-    what.add_argument(
+    slide_mpp: float | None = option_field(
+        None, "µm per pixel of a slide that does not record them", metavar="MPP"
+    )
+    images: tuple[str, ...] = option_field(
+        (), "image files of the model's tile size that guide", metavar="FILE", many=True
+    )
+    images_mpp: float | None = option_field(None, "µm per pixel of the image files", metavar="MPP")
+    weights: str | None = option_field(
+        None,
+        "the encoder's weights for --slide and --images, if not those that the model records: hub, "
+        "a file or random:SEED",
+    )
+    unconditional: bool = option_field(False, "guide by nothing, with --count")
+    count: int | None = option_field(None, "number of images, with --unconditional", metavar="N")
+    limit: int | None = option_field(None, "use only the first N conditions", metavar="N")
+    variations: int = option_field(1, "images per condition", metavar="K")
+    # The places of the CytoSyn report's Figure 3 (arXiv 2603.18089).
+    factors: str = option_field("0.2,0.4,0.6,0.8", "places between A (0) and B (1)")
+    kind: Literal["slerp", "lerp"] = option_field(
+        "slerp", "way from A to B: along the arc or the straight line"
+    )
+    force: bool = option_field(False, "let features guide that do not fit the model")
+    seed: int = option_field(0, "seed of the dataset; each image's derives from it")
+    batch: int = option_field(16, "images per call; part of the dataset's identity")
+    sweep: tuple[str, ...] = option_field(
+        (),
+        "a grid of settings with the same seeds, one dataset per point under --out, and a table: "
+        "steps=20,50 solver=sde,ode scale=1.5,2.5 low= high=",
+        metavar="KEY=A,B",
+        many=True,
+    )
+    device: Literal["auto", "cpu", "cuda"] = option_field(
+        "auto", "where the networks run; auto is a GPU where there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option_field(
+        "auto",
+        "dtype of the network; auto is bfloat16 on a GPU and float32 on a CPU (released models: as "
+        "published)",
+    )
+    compiles: bool = option_field(
+        False, "compile the network first; pays on a GPU", flag="--compile"
+    )
+    mean: Literal["all", "slide"] | None = None
+    interpolate: tuple[tuple[str, str], ...] = ()
+    sampler: dict[str, Any] = field(default_factory=dict)
+    """The sampler's settings by field; None where the model's published one is used."""
+
+
+_GUIDANCE = ("guidance", "selection", "encoder", "slide", "at", "slide_mpp", "images",
+             "images_mpp", "weights", "unconditional", "count", "limit", "variations", "factors",
+             "kind", "force")  # fmt: skip
+_SAMPLER = ("seed", "batch", "sweep")
+_MACHINE = ("device", "dtype", "compiles")
+_SETTINGS = [setting.name for setting in fields(SamplerSettings)]
+
+
+def add_generate_options(command: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    grouped = (*_GUIDANCE, *_SAMPLER, *_MACHINE)
+    model = [setting.name for setting in fields(GenerateOptions) if setting.name not in grouped]
+    add_config_options(command, GenerateOptions, only=model)
+    guidance = command.add_argument_group(
+        "guidance: one of --guidance, --slide, --images, --unconditional"
+    )
+    add_config_options(guidance, GenerateOptions, only=_GUIDANCE)
+    guidance.add_argument(
         "--mean",
         nargs="?",
         const="all",
         choices=("all", "slide"),
         help="guide by the mean feature of the selection or tiles; `slide`: of each of its slides",
     )
-    what.add_argument(
+    guidance.add_argument(
         "--interpolate",
         nargs=2,
         action="append",
@@ -82,31 +125,31 @@ def _add_guidance(it: argparse.ArgumentParser) -> None:
         help="guide by points between two tiles: SLIDE_ID:RANK of --guidance, x,y on --slide, or "
         "two image files; may be repeated",
     )
-    what.add_argument("--factors", default="0.2,0.4,0.6,0.8", help="places between A and B")
-    what.add_argument("--kind", choices=("slerp", "lerp"), default="slerp", help="way from A to B")
-    what.add_argument("--force", action="store_true", help="let features guide that do not fit")
+    sampler = command.add_argument_group("sampler (by default as published)")
+    add_config_options(sampler, SamplerSettings)
+    command.set_defaults(**dict.fromkeys(_SETTINGS))  # those of a released model are others
+    add_config_options(sampler, GenerateOptions, only=_SAMPLER)
+    machine = command.add_argument_group("machine")
+    add_config_options(machine, GenerateOptions, only=_MACHINE)
 
 
-def _add_sampler(it: argparse.ArgumentParser) -> None:
-    how = it.add_argument_group("sampler (where nothing is given, as published)")
-    how.add_argument("--steps", type=int, help="solver steps: 250, PixCell 50")
-    how.add_argument("--solver", choices=("sde", "ode", "heun", "dpm"), help="sde")
-    how.add_argument("--scale", type=float, help="guidance scale: 2.5, PixCell 2.0; 1 is none")
-    how.add_argument("--low", type=float, help="guide from this time on: 0")
-    how.add_argument("--high", type=float, help="guide up to this time: 0.75; 1 is noise")
-    how.add_argument("--seed", type=int, default=0, help="of all images; each has its own from it")
-    how.add_argument("--batch", type=int, default=16, help="images a call; part of the identity")
-    how.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="KEY=A,B",
-        help="a grid of settings with the same seeds, a dataset each under --out, and a table: "
-        "steps=20,50 solver=sde,ode scale=1.5,2.5 low= high=",
+def read_generate_options(options: argparse.Namespace) -> GenerateOptions:
+    """The parsed options with their types."""
+    return config_from_options(
+        GenerateOptions,
+        options,
+        mean=options.mean,
+        interpolate=tuple((first, second) for first, second in options.interpolate or ()),
+        sampler={name: getattr(options, name) for name in _SETTINGS},
     )
 
 
 def parse_factors(text: str) -> tuple[float, ...]:
-    """Read "0.2,0.4". Raises `UserError` with what was expected."""
+    """Read "0.2,0.4", numbers in [0, 1]. Raises `UserError` with what was expected.
+
+    >>> parse_factors("0.2,0.4")
+    (0.2, 0.4)
+    """
     try:
         factors = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from pipeline.dataset import BLOCK_ROWS
 
-IMAGES_A_SLIDE = 1024
+IMAGES_PER_SLIDE = 1024
 _UNIT_IMAGES = 128
-"""About what a kill may cost; a shard of 128 tiles of 224 px is some 10 MB."""
+"""The work that a kill may cost; a shard of 128 tiles of 224 px is some 10 MB."""
 
 Span = tuple[int, int]
 """Half-open range of ranks [start, stop)."""
@@ -28,16 +28,20 @@ def pseudo_slide_id(number: int) -> str:
 
 
 def slide_spans(images: int) -> list[Span]:
-    """Image indices [start, stop) of each pseudo-slide, for so many images in all."""
-    starts = range(0, images, IMAGES_A_SLIDE)
-    return [(start, min(start + IMAGES_A_SLIDE, images)) for start in starts]
+    """Image indices [start, stop) of each pseudo-slide, for this many images in all.
+
+    >>> slide_spans(2100)
+    [(0, 1024), (1024, 2048), (2048, 2100)]
+    """
+    starts = range(0, images, IMAGES_PER_SLIDE)
+    return [(start, min(start + IMAGES_PER_SLIDE, images)) for start in starts]
 
 
 def whole_blocks(images: int, end: int | None) -> int:
-    """So many images rounded up to whole blocks, or to the `end` of what guidance there is.
+    """This many images rounded up to whole blocks, at most the `end` of the guidance.
 
-    Readers take a standing block for a whole one, so only the end that can never move may cut
-    one short.
+    Readers assume that a block on disk is whole, so only the end that can never move may cut a
+    block short.
     """
     rounded = -(-images // BLOCK_ROWS) * BLOCK_ROWS
     return rounded if end is None else min(rounded, end)
@@ -45,7 +49,7 @@ def whole_blocks(images: int, end: int | None) -> int:
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Ranks [start, stop) of one pseudo-slide: what is made, committed and resumed as a whole."""
+    """Ranks [start, stop) of one pseudo-slide: made, committed and resumed as a whole."""
 
     slide: int
     start: int
@@ -63,21 +67,25 @@ class Unit:
 
     def image(self, rank: int) -> int:
         """The image index of a rank."""
-        return self.slide * IMAGES_A_SLIDE + rank
+        return self.slide * IMAGES_PER_SLIDE + rank
 
 
 def unit_images(micro_batch: int) -> int:
-    """Images a unit: whole blocks and whole micro-batches, about 128.
+    """Images per unit: whole blocks and whole micro-batches, about 128.
 
     It depends on the micro-batch alone, never on the number of processes, so that the files are
     the same for any of them.
     """
     step = math.lcm(BLOCK_ROWS, micro_batch)
-    return min(max(_UNIT_IMAGES // step, 1) * step, IMAGES_A_SLIDE)
+    return min(max(_UNIT_IMAGES // step, 1) * step, IMAGES_PER_SLIDE)
 
 
 def plan_units(images: int, micro_batch: int) -> list[Unit]:
-    """Cut so many images in units, in order of their indices."""
+    """Cut this many images in units, in order of their indices.
+
+    >>> plan_units(1025, 16)[-1]
+    Unit(slide=1, start=0, stop=1)
+    """
     size = unit_images(micro_batch)
     return [
         Unit(number, start, min(start + size, stop - first))
@@ -86,24 +94,22 @@ def plan_units(images: int, micro_batch: int) -> list[Unit]:
     ]
 
 
-def missing_units(units: Iterable[Unit], standing: dict[str, list[Span]]) -> list[Unit]:
-    """The parts of the units that no standing span holds, in whole blocks."""
-    return [part for unit in units for part in _missing_parts(unit, standing)]
-
-
-def _missing_parts(unit: Unit, standing: dict[str, list[Span]]) -> Iterator[Unit]:
-    spans = standing.get(unit.slide_id, [])
-    begin: int | None = None
-    for start in range(unit.start, unit.stop, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, unit.stop)
-        held = any(a <= start and stop <= b for a, b in spans)
-        if held and begin is not None:
-            yield Unit(unit.slide, begin, start)
-            begin = None
-        elif not held and begin is None:
-            begin = start
-    if begin is not None:
-        yield Unit(unit.slide, begin, unit.stop)
+def missing_units(units: Iterable[Unit], done: dict[str, list[Span]]) -> list[Unit]:
+    """The parts of the units that no span of ranks in `done` contains, in whole blocks."""
+    missing: list[Unit] = []
+    for unit in units:
+        spans = done.get(unit.slide_id, [])
+        for start in range(unit.start, unit.stop, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, unit.stop)
+            if any(first <= start and stop <= last for first, last in spans):
+                continue
+            last = missing[-1] if missing else None
+            # Neighbouring blocks of one unit are one part; units are never joined.
+            if last and last.slide == unit.slide and last.stop == start > unit.start:
+                missing[-1] = Unit(unit.slide, last.start, stop)
+            else:
+                missing.append(Unit(unit.slide, start, stop))
+    return missing
 
 
 @dataclass(frozen=True)
@@ -121,15 +127,15 @@ class MicroBatch:
 def micro_batches(unit: Unit, micro_batch: int) -> Iterator[MicroBatch]:
     """The calls that make a unit, all of one shape.
 
-    Rank r always sits in row r mod micro_batch: kernels may round the rows of a batch
-    differently, so an image keeps its row whatever unit or resumed part it is made in. Padding
-    repeats the nearest image that is wanted.
+    Rank r is always in row r mod micro_batch: kernels may round the rows of a batch differently,
+    so an image keeps its row in every unit or resumed part. Padding repeats the nearest image
+    of the unit.
     """
     first = unit.start // micro_batch * micro_batch
     for base in range(first, unit.stop, micro_batch):
         ranks = np.clip(np.arange(base, base + micro_batch), unit.start, unit.stop - 1)
         begin, end = max(unit.start - base, 0), min(unit.stop - base, micro_batch)
-        images = (unit.slide * IMAGES_A_SLIDE + ranks).astype(np.int64)
+        images = (unit.slide * IMAGES_PER_SLIDE + ranks).astype(np.int64)
         yield MicroBatch(images, begin, end)
 
 

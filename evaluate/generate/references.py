@@ -1,9 +1,8 @@
-"""Real tiles that a person names, as pixels and features: image files and cached tiles."""
+"""Real tiles named by the user, as pixels and features: image files and cached tiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +10,9 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from evaluate.generate.condition_source import check_resolution
 from evaluate.generate.conditions import Reference
-from evaluate.generate.guidance import check_resolution
+from evaluate.generators import EncoderRecord
 from model.encoders import Encoder
 from pipeline.dataset import Dataset, TileStore, identity_value
 from pipeline.dataset.features import FeatureStore
@@ -22,7 +22,7 @@ Tile = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the model asks of a tile: its side in pixels, and its resolution where it is known."""
+    """What the model requires of a tile: its side in pixels, and its resolution where known."""
 
     tile_px: int
     mpp: float | None
@@ -32,7 +32,12 @@ def read_image(path: Path, wanted: Wanted) -> Tile:
     """An image file as RGB uint8 [px, px, 3]; refused where it is not the model's tile size."""
     try:
         with Image.open(path) as image:
-            _check_size(path, image.size, wanted)  # before a slide-sized one is decoded
+            if image.size != (wanted.tile_px, wanted.tile_px):  # before a slide is decoded
+                raise UserError(
+                    f"image {path} is {image.width} x {image.height} px, the model's tiles are "
+                    f"{wanted.tile_px} x {wanted.tile_px}; cut it at that size, at the model's "
+                    "resolution, without resizing"
+                )
             return np.array(image.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
@@ -45,23 +50,14 @@ def read_image(path: Path, wanted: Wanted) -> Tile:
         raise UserError(f"image {path}: not a readable image ({error})") from error
 
 
-def _check_size(path: Path, size: tuple[int, int], wanted: Wanted) -> None:
-    width, height = size
-    if (width, height) != (wanted.tile_px, wanted.tile_px):
-        raise UserError(
-            f"image {path} is {width} x {height} px, the model's tiles are {wanted.tile_px} x "
-            f"{wanted.tile_px}; cut it at that size, at the model's resolution, without resizing"
-        )
-
-
 def check_image_mpp(given: float | None, wanted: Wanted, *, force: bool) -> str:
-    """Compare the stated resolution of image files with the model's; a file does not say it.
+    """Compare the stated resolution of image files with the model's; files do not record it.
 
     Returns a warning as `check_resolution` does. Raises `UserError` where none was stated.
     """
     if given is None and wanted.mpp is not None:
         raise UserError(
-            "an image file does not say its resolution: give --images-mpp, in µm per pixel; the "
+            "an image file does not record its resolution: give --images-mpp, in µm per pixel; the "
             f"model was trained at {wanted.mpp:g}"
         )
     return check_resolution(given, wanted.mpp, force=force)
@@ -76,6 +72,7 @@ def encode_tiles(
     PixCell's published recipe does with its 256 px tiles.
     """
     features = []
+    # One at a time: in a batch, kernels may round a tile's feature by its neighbours' number.
     for tile in tiles:
         side = encoder.spec.input_px
         if resize and tile.shape[:2] != (side, side):
@@ -86,8 +83,8 @@ def encode_tiles(
     return features
 
 
-def encoder_record(encoder: Encoder, tile_px: int) -> dict[str, Any]:
-    """What encoder.json would say of features that were computed on the way."""
+def describe_encoder(encoder: Encoder, tile_px: int) -> EncoderRecord:
+    """What encoder.json would record of features that were computed on the fly."""
     return {
         "encoder": encoder.spec.name,
         "weights": encoder.weights,
@@ -100,18 +97,12 @@ def encoder_record(encoder: Encoder, tile_px: int) -> dict[str, Any]:
     }
 
 
-def tile_references(
-    names: Sequence[str],
-    tiles: Sequence[Tile],
-    encode: Callable[[Sequence[Tile]], list[npt.NDArray[np.float32]]],
-) -> list[Reference]:
-    """References of tiles that are encoded on the way."""
-    features = encode(tiles)
-    return [Reference(*each) for each in zip(names, tiles, features, strict=True)]
-
-
 def parse_tile_name(text: str) -> tuple[str, int]:
-    """Read "slide_id:rank", a tile of a dataset."""
+    """Read "slide_id:rank", a tile of a dataset.
+
+    >>> parse_tile_name("TCGA-01:17")
+    ('TCGA-01', 17)
+    """
     slide_id, _, rank = text.rpartition(":")
     if not slide_id or not rank.isdigit():
         raise UserError(f"'{text}' is no tile of a dataset; expected SLIDE_ID:RANK")
@@ -123,7 +114,7 @@ def cached_references(
 ) -> list[Reference]:
     """References of a dataset's tiles with their cached features; pixels where they are tiled."""
     tiles = TileStore(dataset, int(identity_value(dataset, "tile_px")))
-    found = []
+    references = []
     for name in names:
         slide_id, rank = parse_tile_name(name)
         feature = np.asarray(store.read(slide_id, [rank])[0], np.float32)
@@ -131,5 +122,5 @@ def cached_references(
             tile = tiles.read(slide_id, [rank])[0]
         except UserError:
             tile = None  # a dataset may hold features of tiles that were removed
-        found.append(Reference(name, tile, feature, (slide_id, rank)))
-    return found
+        references.append(Reference(name, tile, feature, (slide_id, rank)))
+    return references

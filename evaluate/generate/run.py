@@ -1,12 +1,11 @@
-"""The generation loop: sample, encode and write beside it, commit unit by unit."""
+"""The generation loop: sample, encode and write concurrently, commit unit by unit."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import torch
 from common.console import meter, say
 from common.text import format_bytes, format_seconds
 from common.torch_processes import Processes
-from evaluate.generate.guidance import GUIDING_MARK, Guidance
+from evaluate.generate.condition_source import GUIDING_FINGERPRINT, ConditionSource
 from evaluate.generate.plan import (
     Unit,
     micro_batches,
@@ -26,8 +25,8 @@ from evaluate.generate.plan import (
 from evaluate.generate.write import (
     SELECTION_NAME,
     commit_unit,
-    planned_images,
-    standing_spans,
+    committed_spans,
+    count_planned_images,
     write_tables,
 )
 from evaluate.generators import Generator
@@ -48,12 +47,12 @@ _ENCODE_THREADS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What a synthetic dataset is asked to hold.
+    """What a synthetic dataset is to contain.
 
-    `conditions` limits the guidance to its first conditions (None: all); every condition guides
-    `variations` images; `micro_batch` is the fixed number of images a call of the generator.
-    `mpp` is the resolution that the tiles stand for, in micrometres per pixel, None if unknown;
-    `forced` says what was wrong with guidance that `--force` let through.
+    `conditions` limits the source to its first conditions (None: all); every condition guides
+    `variations` images; `micro_batch` is the fixed number of images per call of the generator.
+    `mpp` is the nominal resolution of the tiles in micrometres per pixel, None if unknown;
+    `forced` is what did not fit where `--force` let it pass.
     """
 
     out: Path
@@ -76,32 +75,50 @@ class Outcome:
 
 
 def generate(
-    generator: Generator, guidance: Guidance, request: Request, processes: Processes
+    generator: Generator, source: ConditionSource, request: Request, processes: Processes
 ) -> Outcome:
     """Make the images of a synthetic dataset that are missing, and commit them in units.
 
-    The images are a function of the generator's identity, the guidance, the seed and the
-    micro-batch: not of the number of processes, of restarts or of `conditions`. Raises
+    The images are a function of the generator's identity, the conditions, the seed and the
+    micro-batch: not of the number of processes, of restarts or of their number. Raises
     `UserError` where the dataset at `request.out` was made with other values.
     """
     dataset = Dataset(request.out)
-    claims = _as_begun(dataset, identity_claims(generator, guidance, request))
-    mark = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
+    claims = identity_claims(generator, source, request)
+    # Datasets from before the guiding dataset was recorded go on as they are: nothing in them
+    # says which dataset guided.
+    if dataset.identity_file.exists() and GUIDING_FINGERPRINT not in read_identity(dataset):
+        claims.pop(GUIDING_FINGERPRINT, None)
+    unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def prepare() -> list[tuple[int, ...]]:
-        units = _prepare(dataset, generator, guidance, request, claims, mark)
+        claim_identity(dataset, claims, stage="generate", versions=_software_versions())
+        units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
-    units = [Unit(*row) for row in processes.on_main(prepare)]
-    mine = units[processes.rank :: processes.size]
+    # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances
+    # them without any exchange while they work.
+    units = [Unit(*row) for row in processes.on_main(prepare)][processes.rank :: processes.size]
     started = time.monotonic()
-    with _progress(processes, sum(unit.count for unit in mine)) as advance:
-        made, written = _make(dataset, mark, generator, guidance, request, mine, advance)
+    written = 0
+    with _show_progress(processes, sum(unit.count for unit in units)) as advance:
+        if units:
+            with (
+                Run(dataset, "tile", _software_versions()) as run,
+                _UnitWriter(run, generator.tile_px, unit_fingerprint) as writer,
+            ):
+                for unit in units:
+                    writer.write(unit, _sample_unit(generator, source, request, unit, advance))
+            written = writer.bytes
+    made = sum(unit.count for unit in units)
     made, written = processes.total(torch.tensor([made, written])).tolist()
-    return Outcome(made, planned_images(dataset), written, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Outcome(made, count_planned_images(dataset), written, seconds)
 
 
-def identity_claims(generator: Generator, guidance: Guidance, request: Request) -> dict[str, Any]:
+def identity_claims(
+    generator: Generator, source: ConditionSource, request: Request
+) -> dict[str, object]:
     """The identity of a synthetic dataset: everything that fixes its images but their number."""
     forced = {"forced_guidance": request.forced} if request.forced else {}
     return {
@@ -113,55 +130,46 @@ def identity_claims(generator: Generator, guidance: Guidance, request: Request) 
         "seed": request.seed,
         "variations": request.variations,
         "micro_batch": request.micro_batch,
-        **guidance.identity(),
+        **source.identity(),
         **generator.identity(),
         **forced,
     }
 
 
-def _as_begun(dataset: Dataset, claims: dict[str, Any]) -> dict[str, Any]:
-    """Without the guiding dataset's mark where the images were begun before it was recorded.
-
-    They go on as they are: nothing says which dataset guided them.
-    """
-    if not dataset.identity_file.exists() or GUIDING_MARK in read_identity(dataset):
-        return claims
-    return {key: value for key, value in claims.items() if key != GUIDING_MARK}
-
-
-def _prepare(
+def _plan_missing(
     dataset: Dataset,
     generator: Generator,
-    guidance: Guidance,
+    source: ConditionSource,
     request: Request,
-    claims: dict[str, Any],
-    mark: str,
+    claims: dict[str, object],
+    unit_fingerprint: str,
 ) -> list[Unit]:
-    claim_identity(dataset, claims, stage="generate", versions=_versions())
-    asked = min(request.conditions or guidance.count, guidance.count) * request.variations
-    selected = max(asked, planned_images(dataset))
-    end = None if guidance.end is None else guidance.end * request.variations
+    """Write the tables for all images, and report and return the units that are missing."""
+    conditions = min(request.conditions or source.count, source.count)
+    selected = max(conditions * request.variations, count_planned_images(dataset))
+    # Whole blocks are made even where fewer images are selected: a larger --limit adds to them.
+    end = None if source.end is None else source.end * request.variations
     images = whole_blocks(selected, end)
     write_tables(
         dataset,
-        guidance,
+        source,
         selected=selected,
         images=images,
         variations=request.variations,
         tile_px=generator.tile_px,
         mpp=request.mpp,
-        plan={**claims, "guidance_selection": guidance.name},
+        plan={**claims, "guidance_selection": source.name},
     )
-    spans = standing_spans(dataset, generator.tile_px, mark)
-    units = missing_units(plan_units(images, request.micro_batch), spans)
+    done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
+    units = missing_units(plan_units(images, request.micro_batch), done)
     missing = sum(unit.count for unit in units)
     if missing < images:
         rest = f"making the other {missing:,}" if missing else "nothing to make"
-        say(f"generate: {images - missing:,} of {images:,} images stand already; {rest}")
+        say(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
     return units
 
 
-def _versions() -> dict[str, str]:
+def _software_versions() -> dict[str, str]:
     return software_versions("torch", "numpy", "opencv-python-headless")
 
 
@@ -170,8 +178,8 @@ _Advance = Callable[[int, str], None]
 
 
 @contextmanager
-def _progress(processes: Processes, total: int) -> Iterator[_Advance]:
-    """Progress of the first process, which stands for the others: they have as much to do."""
+def _show_progress(processes: Processes, total: int) -> Iterator[_Advance]:
+    """Progress of the first process, on behalf of the others: they have as much to do."""
     if not processes.is_main or not total:
         yield lambda count, note: None
         return
@@ -180,33 +188,17 @@ def _progress(processes: Processes, total: int) -> Iterator[_Advance]:
         yield shown.advance
 
 
-def _make(
-    dataset: Dataset,
-    mark: str,
-    generator: Generator,
-    guidance: Guidance,
-    request: Request,
-    units: Sequence[Unit],
-    advance: _Advance,
-) -> tuple[int, int]:
-    """Make the units; returns images and bytes. Encoding and writing overlap with sampling."""
-    if not units:
-        return 0, 0
-    with (
-        Run(dataset, "tile", _versions()) as run,
-        _Writer(run, generator.tile_px, mark) as writer,
-    ):
-        for unit in units:
-            writer.write(unit, _sample_unit(generator, guidance, request, unit, advance))
-    return sum(unit.count for unit in units), writer.bytes
-
-
 def _sample_unit(
-    generator: Generator, guidance: Guidance, request: Request, unit: Unit, advance: _Advance
+    generator: Generator,
+    source: ConditionSource,
+    request: Request,
+    unit: Unit,
+    advance: _Advance,
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """The tiles of a unit, in rank order, a micro-batch at a time."""
+    """The tiles of a unit, in rank order, sampled a micro-batch at a time."""
     for batch in micro_batches(unit, request.micro_batch):
-        features = guidance.features(batch.images // request.variations)
+        features = source.features(batch.images // request.variations)
+        # A seed derives from the image's index alone, so any process may make any image.
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
         tiles = generator.sample(
             features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")
@@ -216,49 +208,51 @@ def _sample_unit(
         yield from kept
 
 
-class _Writer:
-    """Encodes tiles as they come and commits whole units, in threads beside the sampling.
+class _UnitWriter:
+    """Encodes tiles as they come and commits whole units, in threads next to the sampling.
 
     One unit may wait to be committed while the next is sampled; an error in a thread is raised
     by the next call.
     """
 
-    def __init__(self, run: Run, tile_px: int, mark: str) -> None:
-        self._run, self._tile_px, self._mark = run, tile_px, mark
+    def __init__(self, run: Run, tile_px: int, unit_fingerprint: str) -> None:
+        self._run, self._tile_px, self._fingerprint = run, tile_px, unit_fingerprint
         self._encoders = ThreadPoolExecutor(_ENCODE_THREADS, "encode")
         self._committer = ThreadPoolExecutor(1, "commit")
         self._pending: Future[int] | None = None
         self.bytes = 0
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "_UnitWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the last commit, also after Ctrl-C: what was sampled whole is kept."""
         try:
-            self._settle()
+            self._wait_for_commit()
         finally:
             self._committer.shutdown()
             self._encoders.shutdown(cancel_futures=True)
 
     def write(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
-        """Encode the tiles of a unit as they are sampled, then hand the unit to be committed."""
+        """Encode the tiles of a unit as they are sampled, then submit the unit for commit."""
         started = time.monotonic()
         pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]
-        self._settle()
-        self._pending = self._committer.submit(self._commit, unit, pngs, started)
 
-    def _commit(self, unit: Unit, pngs: list[Future[bytes]], started: float) -> int:
-        return commit_unit(
-            self._run,
-            unit,
-            [png.result() for png in pngs],
-            tile_px=self._tile_px,
-            fingerprint=self._mark,
-            seconds=time.monotonic() - started,
-        )
+        def commit() -> int:
+            return commit_unit(
+                self._run,
+                unit,
+                [png.result() for png in pngs],
+                tile_px=self._tile_px,
+                unit_fingerprint=self._fingerprint,
+                seconds=time.monotonic() - started,
+            )
 
-    def _settle(self) -> None:
+        # At most one unit's PNGs wait in memory while the next unit is sampled.
+        self._wait_for_commit()
+        self._pending = self._committer.submit(commit)
+
+    def _wait_for_commit(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             self.bytes += pending.result()

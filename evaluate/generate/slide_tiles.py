@@ -1,6 +1,6 @@
 """Tiles of a slide at given places, read as the pipeline reads them.
 
-The pipeline's readers are imported where a slide is asked for: nothing else here needs them.
+The pipeline's readers are imported where a slide is read: nothing else here needs them.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,20 @@ from common.errors import UserError
 
 Place = tuple[float, float]
 """Upper left corner of a tile, in level-0 pixels."""
+_TOLERANCE = 0.02
 
 
 def parse_place(text: str) -> Place:
-    """Read "x,y". Raises `UserError` with what was expected."""
+    """Read "x,y". Raises `UserError` with what was expected.
+
+    >>> parse_place("1200,800")
+    (1200.0, 800.0)
+    """
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"'{text}' is no place on a slide; expected x,y, the tile's upper left corner in "
+            f"'{text}' is not a place on a slide; expected x,y, the tile's upper left corner in "
             "level-0 pixels, such as 1200,800"
         ) from None
     return x, y
@@ -32,8 +37,8 @@ def read_slide_tiles(
 ) -> list[npt.NDArray[np.uint8]]:
     """RGB tiles uint8 [tile_px, tile_px, 3] of a slide at `mpp`, at these places.
 
-    `slide_mpp` is taken where the slide does not say its own resolution. Raises `UserError`,
-    naming the slide, where it cannot be read or a tile does not lie on it.
+    `mpp` is in micrometres per pixel; `slide_mpp` is the slide's where its file records none.
+    Raises `UserError`, naming the slide, where it cannot be read or a tile is not within it.
     """
     try:
         from pipeline.slides.open import open_slide
@@ -48,22 +53,21 @@ def read_slide_tiles(
         raise UserError(f"slide {path}: no such file")
     try:
         with open_slide(path) as reader:
-            own = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
+            native_mpp = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
             level = reader.levels[0]
-            span = plan_read(reader.levels, own, mpp, _TOLERANCE, tile_px).stride_level0
+            span = plan_read(reader.levels, native_mpp, mpp, _TOLERANCE, tile_px).stride_level0
+            # All places are checked before any is read: reading takes seconds on some formats.
             for x, y in places:
                 if not (0 <= x <= level.width - span and 0 <= y <= level.height - span):
                     raise UserError(
-                        f"a tile of {span:g} level-0 pixels at {x:g},{y:g} does not lie on it; "
+                        f"a tile of {span:g} level-0 pixels at {x:g},{y:g} is not within it; "
                         f"it is {level.width} x {level.height} pixels"
                     )
             return [
-                read_region(reader, own, x, y, tile_px, mpp, tolerance=_TOLERANCE)
+                read_region(reader, native_mpp, x, y, tile_px, mpp, tolerance=_TOLERANCE)
                 for x, y in places
             ]
     except UserError as error:
+        # The pipeline's own option has another name here.
         message = str(error).replace("--assume-mpp", "--slide-mpp")
         raise UserError(f"slide {path.name}: {message}") from error
-
-
-_TOLERANCE = 0.02

@@ -1,17 +1,17 @@
 """Writing a synthetic dataset: tables first, then shards under the journal of stage `tile`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from evaluate.generate.guidance import Guidance
-from evaluate.generate.plan import IMAGES_A_SLIDE, Span, Unit, pseudo_slide_id, slide_spans
+from evaluate.generate.condition_source import ConditionSource
+from evaluate.generate.plan import IMAGES_PER_SLIDE, Span, Unit, pseudo_slide_id, slide_spans
 from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
     Entry,
+    FileRecord,
     HashingFile,
     Ledger,
     Run,
@@ -34,10 +34,11 @@ STAGE = "generate"
 TABLE_SCOPE, SELECTION_SCOPE, GUIDANCE_SCOPE = "table", "selection", "guidance"
 GUIDANCE_DIR = "guidance"
 _GRID_SIDE = 32
-"""A pseudo-slide is laid out as 32 x 32 tiles, for readers that ask where a tile lies."""
+"""A pseudo-slide is laid out as 32 x 32 tiles, for readers that ask for a tile's place."""
+assert IMAGES_PER_SLIDE == _GRID_SIDE**2
 
 
-def planned_images(dataset: Dataset) -> int:
+def count_planned_images(dataset: Dataset) -> int:
     """Images of the selection `generated` so far; 0 for a new dataset."""
     if not dataset.selection_file(SELECTION_NAME).exists():
         return 0
@@ -46,58 +47,53 @@ def planned_images(dataset: Dataset) -> int:
 
 def write_tables(
     dataset: Dataset,
-    guidance: Guidance,
+    source: ConditionSource,
     *,
     selected: int,
     images: int,
     variations: int,
     tile_px: int,
     mpp: float | None,
-    plan: dict[str, Any],
+    plan: dict[str, object],
 ) -> None:
-    """Write candidates and slides.parquet for so many images, of which the first are `selected`.
+    """Write candidates and slides.parquet for all images, of which the first are `selected`.
 
-    The selection `generated` and its journal line come last: where they stand with this many
-    rows, the rest stands too. Tables only grow: fewer images than were asked for before change
-    nothing.
+    The selection `generated` and its journal line come last: where they exist with this many
+    rows, the rest exists too. Tables only grow: fewer images than before change nothing.
     """
-    if planned_images(dataset) >= selected and _tables_stand(dataset):
+    if count_planned_images(dataset) >= selected and _tables_are_valid(dataset):
         return
-    mark = fingerprint_of(stage=STAGE, plan=plan)
+    table_fingerprint = fingerprint_of(stage=STAGE, plan=plan)
+
+    def done(name: str, scope: str, *files: FileRecord) -> Entry:
+        return Entry(name, "done", table_fingerprint, scope=scope, files=files)
+
     entries = []
     with Run(dataset, STAGE, software_versions("numpy", "pyarrow")) as run:
         for number, (start, stop) in enumerate(slide_spans(images)):
             slide_id = pseudo_slide_id(number)
-            table = candidates_table(guidance, start, stop, variations, tile_px)
+            table = candidates_table(source, start, stop, variations, tile_px)
             record = write_candidates(dataset, run.run_id, slide_id, table)
-            entries.append(Entry(slide_id, "done", mark, scope=TABLE_SCOPE, files=(record,)))
-        entries += _attachments(dataset, run.run_id, guidance, mark)
+            entries.append(done(slide_id, TABLE_SCOPE, record))
+        # One entry covers all files of the condition source: they are valid together or not.
+        attached = [
+            commit_bytes(dataset, run.run_id, dataset.root / GUIDANCE_DIR / name, data)
+            for name, data in source.attachments().items()
+        ]
+        if attached:
+            entries.append(done(GUIDANCE_DIR, GUIDANCE_SCOPE, *attached))
         record = write_slides(dataset, run.run_id, pseudo_slides(images, tile_px, mpp))
-        name = dataset.slides_file.name
-        run.append([*entries, Entry(name, "done", mark, scope=TABLE_SCOPE, files=(record,))])
+        run.append([*entries, done(dataset.slides_file.name, TABLE_SCOPE, record)])
+        # The selection is the last to appear: readers who find it find all that it names.
         ranks = {
             pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
             for number, (start, stop) in enumerate(slide_spans(selected))
         }
-        selection = make_selection(SELECTION_NAME, ranks, plan)
-        record = write_selection(dataset, run.run_id, selection)
-        scope = SELECTION_SCOPE
-        run.append([Entry(SELECTION_NAME, "done", mark, scope=scope, files=(record,))])
+        record = write_selection(dataset, run.run_id, make_selection(SELECTION_NAME, ranks, plan))
+        run.append([done(SELECTION_NAME, SELECTION_SCOPE, record)])
 
 
-def _attachments(dataset: Dataset, run_id: str, guidance: Guidance, mark: str) -> list[Entry]:
-    """Write what the guidance wants kept; one entry holds all of it."""
-    folder = dataset.root / GUIDANCE_DIR
-    files = tuple(
-        commit_bytes(dataset, run_id, folder / name, data)
-        for name, data in guidance.attachments().items()
-    )
-    if not files:
-        return []
-    return [Entry(GUIDANCE_DIR, "done", mark, scope=GUIDANCE_SCOPE, files=files)]
-
-
-def _tables_stand(dataset: Dataset) -> bool:
+def _tables_are_valid(dataset: Dataset) -> bool:
     """Whether all journalled tables are on disk; tables older than their journal are trusted."""
     ledger = Ledger.read(dataset, STAGE)
     if not ledger.lines:
@@ -129,16 +125,16 @@ def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
 
 
 def candidates_table(
-    guidance: Guidance, start: int, stop: int, variations: int, tile_px: int
+    source: ConditionSource, start: int, stop: int, variations: int, tile_px: int
 ) -> pa.Table:
     """Candidates of images [start, stop): rank, place in the layout, and source tile.
 
     Image i is variation i mod K of condition i // K.
     """
-    sources = guidance.sources(np.arange(start, stop) // variations)
+    sources = source.sources(np.arange(start, stop) // variations)
     ranks = np.arange(stop - start, dtype=np.int32)
     full = np.ones(len(ranks), np.float32)
-    columns: dict[str, Any] = {
+    columns = {
         "rank": ranks,
         "x_level0": (ranks % _GRID_SIDE * tile_px).astype(np.float64),
         "y_level0": (ranks // _GRID_SIDE * tile_px).astype(np.float64),
@@ -150,19 +146,27 @@ def candidates_table(
     return pa.table(columns, schema=GENERATED_SCHEMA)
 
 
-def standing_spans(dataset: Dataset, tile_px: int, fingerprint: str) -> dict[str, list[Span]]:
+def committed_spans(dataset: Dataset, tile_px: int, unit_fingerprint: str) -> dict[str, list[Span]]:
     """Per pseudo-slide, the ranks that are committed with this fingerprint and still on disk."""
     ledger = Ledger.read(dataset, "tile")[str(tile_px)]
     return {
-        slide_id: [(entry.start, entry.stop) for entry in ledger.on_disk(slide_id, fingerprint)]
+        slide_id: [
+            (entry.start, entry.stop) for entry in ledger.on_disk(slide_id, unit_fingerprint)
+        ]
         for slide_id in ledger.written
     }
 
 
 def commit_unit(
-    run: Run, unit: Unit, pngs: Sequence[bytes], *, tile_px: int, fingerprint: str, seconds: float
+    run: Run,
+    unit: Unit,
+    pngs: Sequence[bytes],
+    *,
+    tile_px: int,
+    unit_fingerprint: str,
+    seconds: float,
 ) -> int:
-    """Write a unit's shard and index and journal them; after this they stand. Returns the bytes."""
+    """Write a unit's shard and index, then journal them as done. Returns the bytes written."""
     dataset = run.dataset
     final = dataset.tiles_dir(tile_px) / f"{unit.slide_id}.{unit.start}-{unit.stop}.tar"
     index: list[bytes] = []
@@ -170,12 +174,13 @@ def commit_unit(
     def write(file: HashingFile) -> None:
         index.append(write_tar(file, unit.slide_id, unit.start, pngs))
 
+    # The index is a by-product of writing the tar, and only the journal line makes both valid.
     tar = commit_file(dataset, run.run_id, final, write)
     idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[-1])
     entry = Entry(
         unit.slide_id,
         "done",
-        fingerprint,
+        unit_fingerprint,
         scope=str(tile_px),
         start=unit.start,
         stop=unit.stop,
@@ -185,6 +190,3 @@ def commit_unit(
     )
     run.append([entry])
     return tar.bytes + idx.bytes
-
-
-assert IMAGES_A_SLIDE == _GRID_SIDE**2

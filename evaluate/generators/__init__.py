@@ -1,5 +1,5 @@
 """Generators behind one small interface: features and seeds in, uint8 tiles out."""
 
-from evaluate.generators.interface import Generator
+from evaluate.generators.interface import EncoderRecord, Generator
 
-__all__ = ["Generator"]
+__all__ = ["EncoderRecord", "Generator"]

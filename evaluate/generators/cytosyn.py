@@ -5,38 +5,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from evaluate.generators.interface import EncoderRecord, Features, Seeds, StepProgress, Tiles
+from evaluate.generators.released import choose_dtype
 from model import CytoSyn, SiT
-from model.sampler import Guidance, Solver, sample, time_nodes
+from model.sampler import sample
+from model.sampler_settings import SamplerSettings
 from model.weights import tensors_sha256
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How images are drawn; the defaults are CytoSyn's (arXiv 2603.18089).
-
-    Raises `UserError` for a setting out of its range.
-    """
-
-    solver: Solver = "sde"
-    steps: int = 250
-    guidance_scale: float = 2.5
-    guidance_low: float = 0.0
-    guidance_high: float = 0.75
-
-    def __post_init__(self) -> None:
-        Guidance(self.guidance_scale, self.guidance_low, self.guidance_high)
-        time_nodes(self.solver, self.steps)
 
 
 class CytoSynGenerator:
@@ -55,11 +36,9 @@ class CytoSynGenerator:
         dtype: str,
         compiles: bool = False,
     ) -> None:
-        self._model, self._settings = model.to(device), settings
-        automatic = "bfloat16" if device.type == "cuda" else "float32"
-        self._dtype = automatic if dtype == "auto" else dtype
-        self._compiles = compiles
-        self._network = _network(model, self._dtype, compiles)
+        self._model, self._settings, self._compiles = model.to(device), settings, compiles
+        self._dtype = choose_dtype(dtype, device, "bfloat16")
+        self._network = _prepare_network(model, self._dtype, compiles)
 
     @property
     def tile_px(self) -> int:
@@ -68,7 +47,7 @@ class CytoSynGenerator:
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the tiles that the model was trained on, where it is known."""
+        """Micrometres per pixel of the model's training tiles, where it is known."""
         return self._model.records.mpp
 
     @property
@@ -78,7 +57,7 @@ class CytoSynGenerator:
         return config.condition_dim if config.conditioning == "feature" else None
 
     @property
-    def encoder_record(self) -> dict[str, Any] | None:
+    def encoder_record(self) -> EncoderRecord | None:
         """What the model records of the encoder that it was trained on."""
         records = self._model.records
         if records.encoder_weights_sha256 is None:
@@ -90,54 +69,43 @@ class CytoSynGenerator:
             "random_weights": records.encoder_is_random,
         }
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """The model's sum, the sampler's settings and the arithmetic."""
+        # Keys with a default are left out, so that datasets from before they existed go on.
+        # Images of a model whose encoder was random mean nothing, which every reader must know.
+        random = self._model.records.encoder_is_random
         return {
             "model_sha256": _model_sha256(self._model),
-            **self._encoder_weights(),
-            **asdict(self._settings),
+            **({} if random is None else {"model_encoder_random": random}),
+            **self._settings.arguments(),
             "compute_dtype": self._dtype,
             **({"compiled": True} if self._compiles else {}),
         }
 
-    def _encoder_weights(self) -> dict[str, Any]:
-        """Whether the model's own encoder was random: its images then mean nothing."""
-        random = self._model.records.encoder_is_random
-        return {} if random is None else {"model_encoder_random": random}
-
     def sample(
-        self,
-        features: npt.NDArray[np.float32] | None,
-        seeds: npt.NDArray[np.int64],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> npt.NDArray[np.uint8]:
+        self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
+    ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
-        settings, model = self._settings, self._model
-        dtype = None if self._dtype == "float32" else _DTYPES[self._dtype]
         latents = sample(
-            model.sit,
+            self._model.sit,
             None if features is None else torch.from_numpy(features),
             seeds=torch.from_numpy(seeds),
-            steps=settings.steps,
-            solver=settings.solver,
-            guidance_scale=settings.guidance_scale,
-            guidance_low=settings.guidance_low,
-            guidance_high=settings.guidance_high,
-            interpolant=model.interpolant,
-            dtype=dtype,
+            **self._settings.arguments(),
+            interpolant=self._model.interpolant,
+            dtype=None if self._dtype == "float32" else torch.bfloat16,
             network=self._network,
             progress=progress,
         )
-        with _one_thread_on(model.device):
-            return model.decode(latents)
+        with _one_thread_on(self._model.device):
+            return self._model.decode(latents)
 
 
 @contextmanager
 def _one_thread_on(device: torch.device) -> Iterator[None]:
     """On a CPU, compute in one thread: the VAE's decoder sums in as many parts as there are.
 
-    Its images differed between 1, 2 and 3 threads, and torchrun gives processes other numbers
-    than a lone one has. Beside the sampling of an XL/2 the decoder is nothing.
+    Its images differed between 1, 2 and 3 threads, and torchrun gives each process another
+    number than a single process has. Next to the sampling of an XL/2 the decoder costs nothing.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -153,13 +121,13 @@ _NETWORKS: WeakKeyDictionary[CytoSyn, dict[tuple[str, bool], _Network]] = WeakKe
 """The networks of models that are in use: a sweep makes many generators of one model."""
 
 
-def _network(model: CytoSyn, dtype: str, compiles: bool) -> _Network | None:
+def _prepare_network(model: CytoSyn, dtype: str, compiles: bool) -> _Network | None:
     """What the sampler evaluates: None is the SiT as it is."""
     if dtype == "float32" and not compiles:
         return None
     known = _NETWORKS.setdefault(model, {})
     if (dtype, compiles) not in known:
-        sit = model.sit if dtype == "float32" else with_cast_weights(model.sit, _DTYPES[dtype])
+        sit = model.sit if dtype == "float32" else with_cast_weights(model.sit, torch.bfloat16)
         call: _Network = sit.forward_from_condition
         known[dtype, compiles] = torch.compile(call, fullgraph=True) if compiles else call
     return known[dtype, compiles]

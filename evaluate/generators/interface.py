@@ -1,51 +1,85 @@
-"""What generation asks of a model, whoever made it."""
+"""What generation requires of a model, whatever its origin."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from model.sampler_settings import SamplerSettings
+
+Tiles = npt.NDArray[np.uint8]
+"""RGB tiles [B, px, px, 3], 0 to 255."""
+Features = npt.NDArray[np.float32]
+Seeds = npt.NDArray[np.int64]
+StepProgress = Callable[[int, int], None]
+"""Called with the number of sampler steps done and of all steps."""
+
+
+class EncoderRecord(TypedDict, total=False):
+    """The part of encoder.json that says which features condition a model."""
+
+    encoder: str
+    weights: str | None
+    weights_sha256: str | None
+    random_weights: bool | None
+    dim: int
+    view: str
+    compute_dtype: str
+    tile_px: int
 
 
 class Generator(Protocol):
-    """Makes tiles from conditioning features and seeds; one a process.
+    """Makes tiles from conditioning features and seeds; one per process.
 
-    An image must depend on its own feature and seed, on the number of rows and on its row, and on
+    An image must depend on its feature and seed, on the number of rows and on its row, and on
     nothing else, so that generation may be split and resumed anywhere.
     """
 
     @property
     def tile_px(self) -> int:
         """Side of the tiles in pixels."""
-        ...
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the tiles that it was trained on, where it is known."""
-        ...
+        """Micrometres per pixel of the training tiles, where it is known."""
 
     @property
     def condition_dim(self) -> int | None:
         """Width of the conditioning features, or None for a model that takes none."""
-        ...
 
     @property
-    def encoder_record(self) -> dict[str, Any] | None:
-        """encoder.json of the features that the model was trained on, where it is known."""
-        ...
+    def encoder_record(self) -> EncoderRecord | None:
+        """The encoder whose features the model was trained on, where it is known."""
 
-    def identity(self) -> dict[str, Any]:
-        """What fixes the images beside features and seeds: weights, sampler, dtype, as JSON."""
-        ...
+    def identity(self) -> dict[str, object]:
+        """What fixes the images besides features and seeds: weights, sampler, dtype, as JSON."""
 
     def sample(
-        self,
-        features: npt.NDArray[np.float32] | None,
-        seeds: npt.NDArray[np.int64],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> npt.NDArray[np.uint8]:
-        """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B].
+        self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
+    ) -> Tiles:
+        """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
 
-        `progress` is told of the steps done and of all steps.
-        """
-        ...
+
+MakeGenerator = Callable[[SamplerSettings], Generator]
+"""Makes a generator of a loaded model for any settings."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, where it runs, and what loading it may do.
+
+    `kind` is "own", "cytosyn" or "pixcell"; `pipeline_code` and `vae` are the places of PixCell's
+    parts, if they are not where they were published.
+    """
+
+    kind: str
+    model: str | None
+    device: torch.device
+    dtype: str = "auto"
+    compiles: bool = False
+    trust_remote_code: bool = False
+    pipeline_code: str | None = None
+    vae: str | None = None

@@ -1,4 +1,4 @@
-"""Our exported model behind the call of the released CytoSyn, so that its users change one line.
+"""Our exported model behind the call of the released CytoSyn: its users change one line.
 
     pipeline = CytoSynPipeline.from_pretrained("runs/x/model", torch_dtype=torch.bfloat16)
     images = pipeline.to("cuda")(h0_mini_embeds=cls, num_images_per_prompt=4)["images"]
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from common.errors import UserError
 from model import CytoSyn
-from model.sampler import Solver
+from model.sampler_settings import SamplerSettings, Solver
 
 OutputType = Literal["pil", "np", "pt"]
+_PUBLISHED = SamplerSettings()
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call gives: `output.images`, `output["images"]` and `output[0]` are the same."""
+    """What a call returns: `output.images`, `output["images"]` and `output[0]` are the same."""
 
     images: Any
 
@@ -53,8 +54,8 @@ class CytoSynPipeline:
         """Load what `train export` wrote, from a folder or a hub id.
 
         `torch_dtype` is that of the networks' arithmetic; weights stay in float32.
-        `custom_pipeline` and `trust_remote_code` are taken so that an existing call fits, and
-        nothing is done with them: no code is loaded.
+        `custom_pipeline` and `trust_remote_code` are accepted so that an existing call works,
+        and ignored: no code is loaded.
         """
         return cls(CytoSyn.from_pretrained(source), dtype=torch_dtype)
 
@@ -64,7 +65,7 @@ class CytoSynPipeline:
         return self.model.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the networks, and give the pipeline back."""
+        """Move the networks, and return the pipeline."""
         self.model.to(device)
         return self
 
@@ -73,23 +74,23 @@ class CytoSynPipeline:
         h0_mini_embeds: Tensor | np.ndarray | None = None,
         *,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 250,
-        guidance_scale: float = 2.5,
-        guidance_low: float = 0.0,
-        guidance_high: float = 0.75,
+        num_inference_steps: int = _PUBLISHED.steps,
+        guidance_scale: float = _PUBLISHED.guidance_scale,
+        guidance_low: float = _PUBLISHED.guidance_low,
+        guidance_high: float = _PUBLISHED.guidance_high,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: OutputType = "pil",
-        solver: Solver = "sde",
+        solver: Solver = _PUBLISHED.solver,
         batch_size: int = 32,
     ) -> PipelineOutput:
         """Generate images: PIL, or in [0, 1] as "np" [N, H, W, 3] or "pt" [N, 3, H, W].
 
         `h0_mini_embeds` is [B, d], [d] or [B, 1, d]; each guides `num_images_per_prompt`
         consecutive images. None generates that many without condition. Seeds are drawn from
-        `generator` (one, or one an image), which moves on; from PyTorch's global one without.
-        Raises `UserError` for features of another width and for numbers out of range.
+        `generator` (one, or one per image), which advances; without it, from PyTorch's global
+        generator. Raises `UserError` for features of another width and for numbers out of range.
         """
-        features = None if h0_mini_embeds is None else _rows(torch.as_tensor(h0_mini_embeds))
+        features = None if h0_mini_embeds is None else _as_rows(torch.as_tensor(h0_mini_embeds))
         count = num_images_per_prompt * (1 if features is None else len(features))
         images = self.model.generate(
             features,
@@ -103,39 +104,35 @@ class CytoSynPipeline:
             batch_size=batch_size,
             dtype=None if self.dtype == torch.float32 else self.dtype,
         )
-        return PipelineOutput(_as(images, output_type))
+        return PipelineOutput(_convert_images(images, output_type))
 
 
-def _rows(embeds: Tensor) -> Tensor:
-    if embeds.ndim == 1:
-        embeds = embeds[None]
+def _as_rows(embeds: Tensor) -> Tensor:
+    """Features float32 [B, d] of those in any shape that the published call takes."""
     if embeds.ndim == 3 and embeds.shape[1] == 1:
         embeds = embeds[:, 0]
-    return embeds.float()
+    return (embeds[None] if embeds.ndim == 1 else embeds).float()
 
 
 def _draw_seeds(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> Tensor:
-    if generator is None or isinstance(generator, torch.Generator):
-        return _draw(generator, count)
-    if len(generator) != count:
-        raise UserError(f"{len(generator)} generators for {count} images; pass one, or one each")
-    return torch.cat([_draw(one, 1) for one in generator])
-
-
-def _draw(generator: torch.Generator | None, count: int) -> Tensor:
+    """Seeds int64 [count], from one generator or from one per image."""
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise UserError(
+                f"{len(generator)} generators for {count} images; pass one, or one each"
+            )
+        return torch.cat([_draw_seeds(single, 1) for single in generator])
     device = "cpu" if generator is None else generator.device
-    drawn = torch.randint(2**63 - 1, (count,), generator=generator, device=device)
-    return drawn.cpu()
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).cpu()
 
 
-def _as(images: np.ndarray, output_type: OutputType) -> Any:
+def _convert_images(images: np.ndarray, output_type: OutputType) -> Any:
+    """Images uint8 [N, H, W, 3] in the form that the caller chose."""
     if output_type == "pil":
         return [Image.fromarray(image) for image in images]
+    if output_type not in ("np", "pt"):
+        raise UserError(f"output_type is {output_type!r}; expected pil, np or pt")
     scaled = images.astype(np.float32) / 255
-    if output_type == "np":
-        return scaled
-    if output_type == "pt":
-        return torch.from_numpy(scaled).permute(0, 3, 1, 2)
-    raise UserError(f"output_type is {output_type!r}; expected pil, np or pt")
+    return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 3, 1, 2)

@@ -1,41 +1,116 @@
 """What the released models have in common: they are diffusers pipelines that bring their own code.
 
-Their weights are gated and were never at hand here: what calls them is held to their published
-call signatures by tests on small local pipelines, and every dataset made with them says so.
+Their weights are gated and were never available here: what calls them is held to their published
+call signatures by tests on small local pipelines, and every dataset made with them records that.
 """
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import nn
 
 from common.errors import UserError
+from common.text import one_line
+from evaluate.generators.interface import EncoderRecord, Features, Seeds, Tiles
+from model.sampler_settings import SamplerSettings
 from model.weights import WeightsError, explain_hub_errors, tensors_sha256
 
 UNTESTED = "untested on the gated weights: tested on small pipelines of the published signature"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A diffusers pipeline on its device, and the dtype of its networks by name."""
+
+    pipeline: Any
+    dtype: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """The sum of all weights of the pipeline, by component."""
+        digest = hashlib.sha256()
+        for name, component in sorted(self.pipeline.components.items()):
+            if isinstance(component, nn.Module):
+                digest.update(f"{name}|{tensors_sha256(component.state_dict())}|".encode())
+        return digest.hexdigest()
+
+
+class ReleasedGenerator:
+    """A released model with fixed settings: all of a `Generator` but how its pipeline is called.
+
+    `name` is recorded in datasets, `title` is used in messages; tiles are of 0.5 µm per pixel.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    tile_px: ClassVar[int]
+    condition_dim: ClassVar[int]
+    encoder: ClassVar[str]
+    mpp: ClassVar[float] = 0.5
+
+    def __init__(self, loaded: LoadedPipeline, settings: SamplerSettings) -> None:
+        self.loaded, self.settings = loaded, settings
+
+    @property
+    def encoder_record(self) -> EncoderRecord:
+        """The encoder of the publication; the sum of its gated weights is not known here."""
+        return {
+            "encoder": self.encoder,
+            "weights": "hub",
+            "weights_sha256": None,
+            "random_weights": False,
+        }
+
+    def identity(self) -> dict[str, object]:
+        """The weights' sum, the call's arguments, and that the weights were never available."""
+        return {
+            "generator": self.name,
+            "generator_note": UNTESTED,
+            "model_sha256": self.loaded.sha256,
+            **self.settings.arguments(),
+            "compute_dtype": self.loaded.dtype,
+        }
+
+    def to_tensor(self, features: Features) -> torch.Tensor:
+        """Features [B, d] on the device and in the dtype of the pipeline's networks."""
+        rows = torch.from_numpy(np.ascontiguousarray(features))
+        return rows.to(self.loaded.pipeline.device, _DTYPES[self.loaded.dtype])
+
+    def draw_tiles(self, seeds: Seeds, **arguments: Any) -> Tiles:
+        """Tiles of one call of the pipeline; refused if they are not of the published size."""
+        tiles = call_pipeline(self.loaded.pipeline, seeds, **arguments)
+        if tiles.shape[1:] != (self.tile_px, self.tile_px, 3):
+            raise UserError(
+                f"{self.title} drew images of {tiles.shape[2]} x {tiles.shape[1]} px, expected "
+                f"{self.tile_px}; this is another pipeline than the published one"
+            )
+        return tiles
+
+
 def load_pipeline(
     source: str,
     *,
-    custom_pipeline: str | None,
+    custom_pipeline: str,
     trust_remote_code: bool,
     dtype: str,
     device: torch.device,
     **components: Any,
-) -> Any:
+) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder or the hub, with the code that it brings.
 
-    `custom_pipeline` is where that code is; it runs only where `trust_remote_code` was asked for.
-    Raises `UserError` in one line: diffusers is missing, the code is not trusted, the weights are
-    gated (what to accept, where to put the token) or not to be had.
+    `custom_pipeline` is where that code is; it runs only with `trust_remote_code`. Raises
+    `UserError` in one line: diffusers is missing, the code is not trusted, the weights are gated
+    (with what to accept and where to put the token) or cannot be loaded.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -44,48 +119,44 @@ def load_pipeline(
             f"model {source}: the released models need diffusers, which is not installed; "
             "pip install 'histogen[diffusers]'"
         ) from error
-    if custom_pipeline is not None and not trust_remote_code:
+    if not trust_remote_code:
         raise UserError(
             f"model {source} runs code that comes with it ({custom_pipeline}); read that code, "
             "then give --trust-remote-code"
         )
-    custom = {} if custom_pipeline is None else {"custom_pipeline": custom_pipeline}
     with explain_pipeline_errors(source):
         pipeline = DiffusionPipeline.from_pretrained(
             source,
-            **custom,
+            custom_pipeline=custom_pipeline,
             trust_remote_code=trust_remote_code,
             torch_dtype=_DTYPES[dtype],
             **components,
         )
+    # One bar per call would break up this program's own progress line.
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return LoadedPipeline(pipeline.to(device), dtype)
 
 
-class explain_pipeline_errors:  # noqa: N801 - used as a context manager, like its kin
-    """Turn what loading a pipeline raises into one `UserError` that says what to do."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return
-        if Path(self._source).is_dir():
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+@contextmanager
+def explain_pipeline_errors(source: str) -> Iterator[None]:
+    """Turn what loading a pipeline raises into one `UserError` with what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if Path(source).is_dir():
+            reason = one_line(error, 160) or type(error).__name__
             raise WeightsError(
-                f"model {self._source}: not a diffusers pipeline that loads ({reason}); download "
+                f"model {source}: not a diffusers pipeline that loads ({reason}); download "
                 "the whole repository again"
             ) from error
-        with explain_hub_errors(self._source, instead="the folder of a downloaded copy as --model"):
-            raise _hub_error(error)
+        with explain_hub_errors(source, instead="the folder of a downloaded copy as --model"):
+            raise _find_hub_error(error)  # noqa: B904 - its chain of causes is the message
 
 
-def _hub_error(error: Exception) -> Exception:
-    """The hub's own refusal, where the libraries in between have wrapped it."""
+def _find_hub_error(error: Exception) -> Exception:
+    """The hub's refusal, where the libraries in between have wrapped it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     inner: BaseException | None = error
@@ -96,88 +167,53 @@ def _hub_error(error: Exception) -> Exception:
     return error
 
 
-def pipeline_sha256(pipeline: Any) -> str:
-    """The sum of all weights of a pipeline, by component."""
-    digest = hashlib.sha256()
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, nn.Module):
-            digest.update(f"{name}|{tensors_sha256(component.state_dict())}|".encode())
-    return digest.hexdigest()
+def call_pipeline(pipeline: Any, seeds: Seeds, **arguments: Any) -> Tiles:
+    """Images uint8 [B, H, W, 3] for seeds [B]: of one call, or of one call per row.
 
-
-def call_pipeline(
-    pipeline: Any, rows: int, seeds: npt.NDArray[np.int64], **arguments: Any
-) -> npt.NDArray[np.uint8]:
-    """Images uint8 [rows, H, W, 3] of one call, or of one call a row.
-
-    Each row draws from a generator of its own seed where the pipeline takes `generator`. Where it
+    Each row draws from a generator of its seed where the pipeline takes `generator`. Where it
     does not, rows are drawn one by one, each under PyTorch's global generators at its seed: an
-    image is its own seed's either way. Arguments that are tensors have a row an image.
+    image depends on its seed alone either way. Arguments that are tensors have a row per image.
     """
+    # PyTorch's generators take no negative seeds, so these have 63 bits.
+    positive = [int(seed) & (2**63 - 1) for seed in seeds]
     with torch.no_grad():
         if "generator" in inspect.signature(pipeline.__call__).parameters:
-            generators = [torch.Generator().manual_seed(_positive(seed)) for seed in seeds]
-            return as_uint8(pipeline(**arguments, generator=generators), rows)
+            generators = [torch.Generator().manual_seed(seed) for seed in positive]
+            return _to_uint8(pipeline(**arguments, generator=generators), len(seeds))
         tiles = []
-        for row, seed in enumerate(seeds):
-            one = {
+        for row, seed in enumerate(positive):
+            single = {
                 name: value[row : row + 1] if isinstance(value, torch.Tensor) else value
                 for name, value in arguments.items()
             }
-            if "num_images_per_prompt" in one:
-                one["num_images_per_prompt"] = 1
+            if "num_images_per_prompt" in single:
+                single["num_images_per_prompt"] = 1
+            # The caller's random state stays as it was.
             with torch.random.fork_rng():
-                torch.manual_seed(_positive(seed))
-                tiles.append(as_uint8(pipeline(**one), 1))
+                torch.manual_seed(seed)
+                tiles.append(_to_uint8(pipeline(**single), 1))
         return np.concatenate(tiles)
 
 
-def _positive(seed: np.int64) -> int:
-    """A seed of 63 bits: PyTorch's generators take no negative ones."""
-    return int(seed) & (2**63 - 1)
-
-
-def as_uint8(output: Any, rows: int) -> npt.NDArray[np.uint8]:
-    """The `images` of a pipeline's output as uint8 [rows, H, W, 3].
-
-    Pipelines give PIL images, or arrays or tensors in [0, 1]. Raises `UserError` for another
-    number of them than was asked for.
-    """
+def _to_uint8(output: Any, rows: int) -> Tiles:
+    """The images of a pipeline's output, which are PIL images, or arrays or tensors in [0, 1]."""
     images = output["images"] if isinstance(output, dict) else output.images
     if isinstance(images, torch.Tensor):
         images = images.float().cpu().permute(0, 2, 3, 1).numpy()
-    tiles = [_one_uint8(image) for image in images]
+    tiles = []
+    for image in images:
+        is_pil = isinstance(image, Image.Image)
+        pixels = np.array(image.convert("RGB")) if is_pil else np.asarray(image)
+        if pixels.dtype != np.uint8:
+            pixels = np.rint(pixels.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
+        tiles.append(pixels)
     if len(tiles) != rows:
-        raise UserError(f"the pipeline gave {len(tiles)} images where {rows} were asked for")
+        raise UserError(f"the pipeline gave {len(tiles)} images where {rows} were requested")
     return np.stack(tiles)
 
 
-def _one_uint8(image: Any) -> npt.NDArray[np.uint8]:
-    if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
-    pixels = np.asarray(image)
-    if pixels.dtype == np.uint8:
-        return pixels
-    return np.rint(pixels.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
-
-
-def check_tile(tiles: npt.NDArray[np.uint8], tile_px: int, name: str) -> npt.NDArray[np.uint8]:
-    """The tiles, if they are of the size that the released model is known to draw."""
-    if tiles.shape[1:] != (tile_px, tile_px, 3):
-        raise UserError(
-            f"{name} drew images of {tiles.shape[2]} x {tiles.shape[1]} px, expected {tile_px}; "
-            "the pipeline is another one than the published"
-        )
-    return tiles
-
-
-def automatic_dtype(asked: str, device: torch.device, on_gpu: str) -> str:
-    """The dtype that was asked for; "auto" is `on_gpu` on a GPU and float32 on a CPU."""
-    if asked != "auto":
-        return asked
+def choose_dtype(requested: str, device: torch.device, on_gpu: str) -> str:
+    """The requested dtype; "auto" is `on_gpu` on a GPU and float32 on a CPU."""
+    if requested != "auto":
+        return requested
     return on_gpu if device.type == "cuda" else "float32"
-
-
-def rows_of(features: npt.NDArray[np.float32], pipeline: Any, dtype: str) -> torch.Tensor:
-    """Features as a tensor where the pipeline's networks are."""
-    return torch.from_numpy(np.ascontiguousarray(features)).to(pipeline.device, _DTYPES[dtype])

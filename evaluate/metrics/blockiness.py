@@ -4,21 +4,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 8
-_MARGIN = 2  # columns on either side of a block's edge that it is held against
+_MARGIN = 2  # columns on either side of a block's edge that it is compared with
 _FLOOR = 0.5  # grey levels; smaller steps are rounding, not structure
 
 
 def blockiness(tile: NDArray[np.uint8]) -> float:
-    """How much larger the steps across block edges are than those beside them; 1 is no grid.
+    """How much larger the steps across block edges are than those next to them; 1 is no grid.
 
     The mean absolute step of the luma across each eighth column edge (and row edge), counted
     from the tile's corner as JPEG counts, is divided by that of the four edges around it, so
     that a trend of the content cancels; the median over the edges, so that a single edge of the
-    content counts for little, averaged over the two directions. A slide's own JPEG grid lies
+    content counts for little, averaged over the two directions. A slide's JPEG grid is
     anywhere in its tiles and cancels over many; a grid that was scaled is not seen.
 
     Args:
-        tile: uint8 ``[H, W, 3]``, at least 32 pixels a side.
+        tile: uint8 ``[H, W, 3]``, at least 32 pixels per side.
+
+    >>> blockiness(np.full((64, 64, 3), 200, np.uint8))
+    1.0
 
     Raises:
         ValueError: another shape or a smaller tile.

@@ -8,9 +8,22 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import UserError
 from evaluate.metrics.features import checked_pair
 from evaluate.metrics.frechet import FrechetReference
+from evaluate.metrics.metric import FeaturePair, MetricSettings, WarningKind, plain_fields
 from evaluate.metrics.moments import Moments
 
 _MIN_ROWS = 4  # of 2, 3 and 4 rows
+_MIN_RESULT_ROWS = 64
+_NOT_LINEAR = WarningKind(
+    "not_linear",
+    "the smallest subset has {smallest} rows for {dim} feature dimensions: there the distance is "
+    "not linear in 1/N",
+)
+_BIASED = WarningKind(
+    "biased_real_set", "{n_real} real images for {dim} feature dimensions: their bias stays"
+)
+_NEGATIVE = WarningKind(
+    "below_zero", "the extrapolated distance is below zero: not distinguishable from zero"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ def frechet_infinity(
     """Least squares of Fréchet distances on 1/N (Chong & Forsyth, arXiv 1911.07023).
 
     The subsets are prefixes of one random order, so that their moments come from one pass
-    instead of one a size.
+    instead of one per size.
 
     Args:
         real: ``[n, d]``, used whole.
@@ -63,18 +76,27 @@ def frechet_infinity(
     Raises:
         UserError: fewer than three different sizes, too few rows, NaN or infinity, differing
             dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((2000, 4))
+    >>> line = frechet_infinity(rows[:1000], rows[1000:])
+    >>> len(line.sizes), bool(line.value < line.values[0])
+    (15, True)
     """
     real_rows, generated_rows = checked_pair(real, generated)
     n, d = generated_rows.shape
-    sizes = _sizes(n, points, smallest)
+    sizes = _subset_sizes(n, points, smallest)
     order = np.random.RandomState(seed).permutation(n)
     reference = FrechetReference(Moments.of(real_rows), real_rows)
+    # Each subset has the rows of the one before: only the new ones are added to its moments.
     moments, values = Moments(d), []
     for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):
         moments.update(generated_rows[order[start:stop]])
+        # Of at most d rows the covariance is singular: the rows themselves are its factor.
         rows = generated_rows[order[:stop]] if stop <= d else None
-        values.append(sum(reference.terms(moments, rows)))
+        values.append(sum(reference.distance_terms(moments, rows)))
     slope, intercept = np.polyfit(1 / sizes, values, 1)
+    counts = {"smallest": int(sizes[0]), "n_real": len(real_rows), "dim": d}
+    doubts = {_NOT_LINEAR: sizes[0] <= d, _BIASED: len(real_rows) <= d, _NEGATIVE: intercept < 0}
     return FrechetInfinity(
         value=float(intercept),
         slope=float(slope),
@@ -83,11 +105,11 @@ def frechet_infinity(
         n_real=len(real_rows),
         n_generated=n,
         dim=d,
-        warnings=_warnings(float(intercept), int(sizes[0]), len(real_rows), d),
+        warnings=tuple(kind.format(**counts) for kind, is_true in doubts.items() if is_true),
     )
 
 
-def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
+def _subset_sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
     if n < _MIN_ROWS:
         raise UserError(
             f"generated features: {n} rows, but a line through distances of 3 sizes needs at "
@@ -107,15 +129,10 @@ def _sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64]:
     return sizes
 
 
-def _warnings(value: float, smallest: int, n_real: int, dim: int) -> tuple[str, ...]:
-    warnings = []
-    if smallest <= dim:
-        warnings.append(
-            f"the smallest subset has {smallest} rows for {dim} feature dimensions: there the "
-            f"distance is not linear in 1/N"
-        )
-    if n_real <= dim:
-        warnings.append(f"{n_real} real images for {dim} feature dimensions: their bias stays")
-    if value < 0:
-        warnings.append("the extrapolated distance is below zero: not distinguishable from zero")
-    return tuple(warnings)
+def infinity_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object] | None:
+    """`frechet_infinity` as plain values; None below 64 generated rows, whose line is noise."""
+    if len(pair.generated) < _MIN_RESULT_ROWS:
+        return None
+    line = frechet_infinity(pair.real, pair.generated, seed=settings.seed)
+    lists = {"sizes": line.sizes.tolist(), "values": line.values.tolist()}
+    return plain_fields(line) | lists | {"seed": settings.seed}

@@ -1,4 +1,4 @@
-"""What every metric demands of a feature array, and how it says what is wrong with one."""
+"""What every metric requires of a feature array, and the errors that name what is wrong."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ def checked_features(
     Half precision is widened to float32, integers to float64; nothing else is changed or copied.
 
     Args:
-        features: one row an image.
+        features: ``[n, d]``, one row per image.
         name: how messages call the set, as in "generated".
         min_rows: the fewest rows the metric is defined for.
         any_scale: whether the metric scales rows itself, so that no magnitude is too large.
@@ -45,7 +45,11 @@ def checked_features(
         array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
     largest = _largest_magnitude(array)
     if not np.isfinite(largest):
-        _refuse_non_finite(array, name)
+        bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in chunks(array))
+        raise UserError(
+            f"{name} features: {bad} of {len(array)} rows hold NaN or infinity; "
+            f"recompute them (half precision overflows in some encoders) or leave them out"
+        )
     if not any_scale and largest and not _SMALLEST <= largest <= _LARGEST:
         raise UserError(
             f"{name} features: the largest magnitude is {largest:.3g}, expected {_SMALLEST:g} to "
@@ -104,6 +108,26 @@ def random_subset(n: int, size: int, seed: int) -> NDArray[np.int64]:
     return np.sort(draw).astype(np.int64)
 
 
+def unit_rows(rows: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The rows ``[n, d]`` in float64, scaled to length 1; a row of zeros is left as it is."""
+    wide = rows.astype(np.float64)
+    # Divided by the largest entry first, so that no square over- or underflows.
+    for scale in (np.abs(wide).max(axis=1, keepdims=True), None):
+        length = np.linalg.norm(wide, axis=1, keepdims=True) if scale is None else scale
+        wide /= np.where(length > 0, length, 1.0)
+    return wide
+
+
+def refuse_zero_rows(rows: NDArray[np.floating], name: str) -> None:
+    """Refuse rows of zeros, which cannot be scaled to length 1; `name` is that of the set."""
+    zeros = int((~rows.any(axis=1)).sum())
+    if zeros:
+        raise UserError(
+            f"{name} features: {zeros} rows are all zeros and have no direction; leave them out, "
+            f"or look at what the encoder was given"
+        )
+
+
 def _largest_magnitude(array: NDArray[np.floating]) -> float:
     """NaN where there is one; 0 of no rows."""
     extremes = [0.0]
@@ -111,15 +135,3 @@ def _largest_magnitude(array: NDArray[np.floating]) -> float:
         block = array[start : start + CHUNK_ROWS]
         extremes += [float(block.max()), -float(block.min())]
     return float(np.max(extremes))
-
-
-def _refuse_non_finite(array: NDArray[np.floating], name: str) -> None:
-    bad = sum(
-        int((~np.isfinite(array[start : start + CHUNK_ROWS]).all(axis=1)).sum())
-        for start in range(0, len(array), CHUNK_ROWS)
-    )
-    if bad:
-        raise UserError(
-            f"{name} features: {bad} of {len(array)} rows hold NaN or infinity; "
-            f"recompute them (half precision overflows in some encoders) or leave them out"
-        )

@@ -1,7 +1,7 @@
 """Kernel distances: unbiased in the number of images, where the Fréchet distance is not.
 
 Being unbiased they fall below zero about half the time where two sets are alike; such a value
-says "indistinguishable" and is reported as it is.
+means "indistinguishable" and is reported as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from evaluate.metrics.features import checked_pair
+from evaluate.metrics.features import checked_pair, refuse_zero_rows, unit_rows
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricSettings,
+    TableQuantity,
+    WarningKind,
+    plain_fields,
+    value_at,
+)
 
 Rows = NDArray[np.float64]
 Kernel = Callable[[Rows, Rows], Rows]
@@ -19,6 +28,9 @@ Prepare = Callable[[NDArray[np.floating]], Rows]
 
 _BLOCK_ROWS = 1024
 _MEDIAN_ROWS = 2000
+_SMALL_SUBSETS = WarningKind(
+    "small_subsets", "subsets of {size} rows in place of {wanted}, as no more are there"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class KernelInceptionDistance:
         std: their standard deviation, divisor n - 1; None for one subset.
         standard_error: std / sqrt(subsets); the subsets overlap, so it is a lower bound.
         values: ``[subsets]`` float64.
-        subset_size: rows a side in each subset.
+        subset_size: rows per side in each subset.
         n_real: real rows drawn from.
         n_generated: generated rows drawn from.
         dim: feature dimension.
@@ -83,17 +95,23 @@ def kid(
         real: ``[n, d]``.
         generated: ``[m, d]``.
         subsets: pairs of subsets, each drawn without replacement.
-        subset_size: rows a side; of smaller sets all rows are taken, with a warning.
+        subset_size: rows per side; of smaller sets all rows are taken, with a warning.
         seed: of the draws.
 
     Raises:
         UserError: fewer than two rows, NaN or infinity, differing dimensions, sizes too small.
+
+    >>> rows = np.random.default_rng(0).standard_normal((64, 4))
+    >>> result = kid(rows, rows + 3, subsets=4)
+    >>> result.value > 1, result.subset_size, result.warnings
+    (True, 64, ('subsets of 64 rows in place of 1000, as no more are there',))
     """
     first, second = checked_pair(real, generated)
     if subsets < 1 or subset_size < 2:
         raise UserError(
             f"subsets is {subsets} and subset_size {subset_size}, expected at least 1 and 2"
         )
+    # Equal sizes on both sides, or the estimate would weigh the smaller set more.
     size = min(subset_size, len(first), len(second))
     random = np.random.RandomState(seed)
     values = np.empty(subsets)
@@ -102,7 +120,7 @@ def kid(
             x[random.choice(len(x), size, replace=False)].astype(np.float64)
             for x in (first, second)
         )
-        values[draw] = _kernel_sums(a, b, _cubic).unbiased(size, size)
+        values[draw] = _kernel_sums(a, b, _cubic_kernel).unbiased_distance(size, size)
     std = float(values.std(ddof=1)) if subsets > 1 else None
     return KernelInceptionDistance(
         value=float(values.mean()),
@@ -113,7 +131,9 @@ def kid(
         n_real=len(first),
         n_generated=len(second),
         dim=first.shape[1],
-        warnings=_subset_warnings(size, subset_size),
+        warnings=()
+        if size == subset_size
+        else (_SMALL_SUBSETS.format(size=size, wanted=subset_size),),
     )
 
 
@@ -141,22 +161,30 @@ def mmd(
     Raises:
         UserError: fewer than two rows, NaN or infinity, differing dimensions, rows of zeros to
             be normalised, sigma not positive, a median distance of zero.
+
+    >>> result = mmd(np.eye(3), np.eye(3)[::-1])
+    >>> round(result.sigma, 6), result.biased
+    (1.414214, 0.0)
     """
     first, second = checked_pair(real, generated, any_scale=unit_norm)
     if unit_norm:
-        _refuse_zeros(first, "real")
-        _refuse_zeros(second, "generated")
-    prepare = _unit if unit_norm else _widened
+        refuse_zero_rows(first, "real")
+        refuse_zero_rows(second, "generated")
+    prepare = unit_rows if unit_norm else _to_float64
     width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):
         raise UserError(
             f"the kernel width is {width}: give a positive sigma (the median distance is zero "
             f"where most real rows are copies)"
         )
-    sums = _kernel_sums(first, second, lambda a, b: _gaussian(a, b, width), prepare)
+
+    def gaussian_kernel(a: Rows, b: Rows) -> Rows:
+        return np.exp(_squared_distances(a, b) / (-2 * width**2))
+
+    sums = _kernel_sums(first, second, gaussian_kernel, prepare)
     return MaximumMeanDiscrepancy(
-        value=sums.unbiased(len(first), len(second)),
-        biased=max(0.0, sums.biased(len(first), len(second))),
+        value=sums.unbiased_distance(len(first), len(second)),
+        biased=max(0.0, sums.biased_distance(len(first), len(second))),
         sigma=width,
         n_real=len(first),
         n_generated=len(second),
@@ -164,15 +192,8 @@ def mmd(
     )
 
 
-def _widened(rows: NDArray[np.floating]) -> Rows:
+def _to_float64(rows: NDArray[np.floating]) -> Rows:
     return rows.astype(np.float64)
-
-
-def _unit(rows: NDArray[np.floating]) -> Rows:
-    """Rows in float64, scaled to length 1."""
-    wide = rows.astype(np.float64)
-    wide /= np.abs(wide).max(axis=1, keepdims=True)  # so that no square over- or underflows
-    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -185,11 +206,11 @@ class _KernelSums:
     real_diagonal: float
     generated_diagonal: float
 
-    def unbiased(self, n: int, m: int) -> float:
+    def unbiased_distance(self, n: int, m: int) -> float:
         within = self.real / (n * (n - 1)) + self.generated / (m * (m - 1))
         return within - 2 * self.across / (n * m)
 
-    def biased(self, n: int, m: int) -> float:
+    def biased_distance(self, n: int, m: int) -> float:
         real, generated = self.real + self.real_diagonal, self.generated + self.generated_diagonal
         return real / n**2 + generated / m**2 - 2 * self.across / (n * m)
 
@@ -198,43 +219,44 @@ def _kernel_sums(
     first: NDArray[np.floating],
     second: NDArray[np.floating],
     kernel: Kernel,
-    prepare: Prepare = _widened,
+    prepare: Prepare = _to_float64,
 ) -> _KernelSums:
     """All pairs in blocks; `prepare` makes float64 of each, so that no set is copied whole."""
     (real, real_diagonal), (generated, generated_diagonal) = (
-        _within(rows, kernel, prepare) for rows in (first, second)
+        _sums_within(rows, kernel, prepare) for rows in (first, second)
     )
     across = sum(
-        float(kernel(a, b).sum()) for a in _blocks(first, prepare) for b in _blocks(second, prepare)
+        float(kernel(a, b).sum())
+        for a in _row_blocks(first, prepare)
+        for b in _row_blocks(second, prepare)
     )
     return _KernelSums(real, generated, across, real_diagonal, generated_diagonal)
 
 
-def _within(rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare) -> tuple[float, float]:
+def _sums_within(
+    rows: NDArray[np.floating], kernel: Kernel, prepare: Prepare
+) -> tuple[float, float]:
     """The sum off the diagonal, whose symmetric half is not computed, and on it."""
     off, on = 0.0, 0.0
-    for number, block in enumerate(_blocks(rows, prepare), start=1):
+    for number, block in enumerate(_row_blocks(rows, prepare), start=1):
         square = kernel(block, block)
         diagonal = float(np.trace(square))
         on += diagonal
         off += float(square.sum()) - diagonal
-        later = _blocks(rows[number * _BLOCK_ROWS :], prepare)
+        # The kernel is symmetric: blocks below the diagonal are those above it.
+        later = _row_blocks(rows[number * _BLOCK_ROWS :], prepare)
         off += 2 * sum(float(kernel(block, other).sum()) for other in later)
     return off, on
 
 
-def _blocks(rows: NDArray[np.floating], prepare: Prepare) -> Iterator[Rows]:
+def _row_blocks(rows: NDArray[np.floating], prepare: Prepare) -> Iterator[Rows]:
     starts = range(0, len(rows), _BLOCK_ROWS)
     return (prepare(rows[start : start + _BLOCK_ROWS]) for start in starts)
 
 
-def _cubic(a: Rows, b: Rows) -> Rows:
+def _cubic_kernel(a: Rows, b: Rows) -> Rows:
     base = a @ b.T / a.shape[1] + 1
     return base * base * base
-
-
-def _gaussian(a: Rows, b: Rows, sigma: float) -> Rows:
-    return np.exp(_squared_distances(a, b) / (-2 * sigma**2))
 
 
 def _squared_distances(a: Rows, b: Rows) -> Rows:
@@ -245,21 +267,34 @@ def _squared_distances(a: Rows, b: Rows) -> Rows:
 def _median_distance(rows: NDArray[np.floating], seed: int, prepare: Prepare) -> float:
     if len(rows) > _MEDIAN_ROWS:
         rows = rows[np.random.RandomState(seed).choice(len(rows), _MEDIAN_ROWS, replace=False)]
+    # Each pair once: the diagonal's zeros would lower the median.
     upper = np.triu_indices(len(rows), k=1)
     ready = prepare(rows)
     return float(np.median(np.sqrt(_squared_distances(ready, ready)[upper])))
 
 
-def _refuse_zeros(rows: NDArray[np.floating], name: str) -> None:
-    zero = int((~rows.any(axis=1)).sum())
-    if zero:
-        raise UserError(
-            f"{name} features: {zero} rows hold only zeros and cannot be scaled to length 1; "
-            f"leave them out or set unit_norm to false"
-        )
+def kid_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
+    distance = kid(
+        pair.real, pair.generated, subsets=settings.kid_subsets,
+        subset_size=settings.kid_subset_size, seed=settings.seed,
+    )  # fmt: skip
+    return plain_fields(distance) | {"subsets": settings.kid_subsets, "seed": settings.seed}
 
 
-def _subset_warnings(size: int, wanted: int) -> tuple[str, ...]:
-    if size == wanted:
-        return ()
-    return (f"subsets of {size} rows in place of {wanted}, as no more are there",)
+_TITLE = "Kernel distance (KID)"
+
+METRIC = Metric(
+    name="kernel_distance",
+    title=_TITLE,
+    place=40,
+    compute=kid_result,
+    quantities=(
+        TableQuantity(
+            "kid", _TITLE, "lower", value_at("value"), ideal=(0.0, "equal distributions"),
+            meaning="Like the Fréchet distance, without taking the clouds for Gaussians and "
+            "without its bias; slightly negative values are legitimate.",
+        ),
+    ),
+    warnings=(_SMALL_SUBSETS,),
+)  # fmt: skip

@@ -17,12 +17,29 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
 from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricPart,
+    MetricSettings,
+    TableQuantity,
+    WarningKind,
+    plain_fields,
+    value_at,
+)
 from evaluate.metrics.mixture import Mixture
 from evaluate.metrics.moments import Moments
 
 Mode = Literal["test", "train", "gap"]
 Dtype = Literal["float64", "float32"]
 _SUSPICIOUS = 1000.0
+_DROPPED = WarningKind(
+    "constant_dimensions",
+    "{count} feature dimensions are constant in the test set and were dropped",
+)
+_FAR = WarningKind(
+    "suspicious_value", "a value beyond ±{limit:.0f} points to {cause} or to another encoder"
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ def feature_likelihood_divergence(
         generated: ``[g, d]``.
         mode: which likelihoods are compared, see the result's `value`.
         dtype: of the fit; float32 halves time and memory and moves the value by about 0.001.
-        seeds: each draws its own generated subset, row order and baseline split.
+        seeds: each draws another generated subset, row order and baseline split.
         max_generated: of more generated rows this many are drawn.
         baseline: a former result's, which halves the work.
         device: where the fit is computed.
@@ -119,24 +136,31 @@ def feature_likelihood_divergence(
         raise UserError(f"train features: {len(train_rows)} rows, this metric needs at least 4")
     if constant_features(train_rows).all():
         raise UserError("train features are all constant: no likelihood can be fitted to copies")
+    # All rows are scaled by the test set alone, so that every model is seen in the same space.
     normalise = _Normaliser(test_rows, dtype, device)
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
-    if mode != "gap":
-        baseline = fits.baseline(seeds, baseline)
+    baseline = None if mode == "gap" else fits.complete_baseline(seeds, baseline)
     first, values = None, []
     for seed in seeds:
-        draw = fits.draw(seed)
+        draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
         first = first or (mixture.memorisation(), draw.generated)
-        values.append(_value(mode, mixture, fits, 0.0 if baseline is None else baseline.nll[seed]))
+        nll = mixture.nll(fits.test if mode == "test" else fits.train)
+        # The gap needs no baseline: it compares train and test rows under the same mixture.
+        compared = mixture.nll(fits.test) if baseline is None else baseline.nll[seed]
+        values.append(100 * (nll - compared))
     assert first is not None
+    warnings = normalise.warnings
+    if max(np.abs(values)) > _SUSPICIOUS:
+        cause = "features far from the real ones" if mode == "train" else "copies of train rows"
+        warnings += (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         values=tuple(values),
         seeds=tuple(seeds),
         mode=mode,
-        baseline=None if mode == "gap" else baseline,
+        baseline=baseline,
         memorisation=first[0],
         memorisation_rows=first[1],
         n_train=len(train_rows),
@@ -144,7 +168,7 @@ def feature_likelihood_divergence(
         n_generated=len(first[1]),
         dim=fits.train.shape[1],
         dtype=dtype,
-        warnings=normalise.warnings + _value_warnings(values, mode),
+        warnings=warnings,
     )
 
 
@@ -170,13 +194,10 @@ class _Normaliser:
         moments = Moments.of(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings = (
-            (f"{dropped} feature dimensions are constant in the test set and were dropped",)
-            if dropped
-            else ()
-        )
+        self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
+        # In chunks: a float64 copy of all rows would double the memory.
         scaled = torch.empty((len(rows), len(self._mean)), dtype=self._dtype)
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
@@ -204,7 +225,8 @@ class _Fits:
         self._n_generated, self._used = n_generated, min(n_generated, max_generated)
         self._centres = min(self._used, len(train) // 2)
 
-    def draw(self, seed: int) -> _Draw:
+    def draw_orders(self, seed: int) -> _Draw:
+        # One stream for all four, in this order: the same seed gives the authors' numbers.
         random, n = np.random.RandomState(seed), len(self.train)
         everything = np.arange(self._n_generated)
         capped = self._used < self._n_generated
@@ -215,10 +237,11 @@ class _Fits:
             random.choice(n - self._centres, n - self._centres, replace=False),
         )
 
-    def baseline(
+    def complete_baseline(
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
-        fingerprint = self._fingerprint()
+        # A baseline of other rows would shift the value without a trace.
+        fingerprint = self._hash_inputs()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
                 "the baseline given is of other train or test features, row counts or dtype; "
@@ -229,13 +252,13 @@ class _Fits:
         return LikelihoodBaseline(nll, fingerprint)
 
     def _baseline_nll(self, seed: int) -> float:
-        draw = self.draw(seed)
+        draw = self.draw_orders(seed)
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
         return Mixture(self.train[centres], fitted_to).nll(self.test)
 
-    def _fingerprint(self) -> str:
+    def _hash_inputs(self) -> str:
         digest = hashlib.sha256()
         for rows in (self.train, self.test):
             digest.update(
@@ -245,14 +268,47 @@ class _Fits:
         return digest.hexdigest()
 
 
-def _value(mode: str, mixture: Mixture, fits: _Fits, baseline_nll: float) -> float:
-    if mode == "gap":
-        return 100 * (mixture.nll(fits.train) - mixture.nll(fits.test))
-    return 100 * (mixture.nll(fits.train if mode == "train" else fits.test) - baseline_nll)
+def likelihood_result(
+    pair: FeaturePair, settings: MetricSettings, baseline: LikelihoodBaseline | None = None
+) -> dict[str, object]:
+    """The divergence against held-out rows as plain values, and its baseline for later calls.
+
+    Raises:
+        UserError: the pair has no training features.
+    """
+    if pair.train is None:
+        raise UserError("FLD needs the features of the training tiles: name their selection")
+    result = feature_likelihood_divergence(
+        pair.train, pair.real, pair.generated,
+        seeds=settings.fld_seeds,
+        dtype="float32" if settings.fld_dtype == "float32" else "float64",
+        max_generated=settings.fld_max_generated,
+        baseline=baseline,
+        device=pair.device,
+    )  # fmt: skip
+    assert result.baseline is not None
+    nll = {str(seed): value for seed, value in result.baseline.nll.items()}
+    kept = {"nll": nll, "fingerprint": result.baseline.fingerprint}
+    return plain_fields(result) | {"baseline": kept}
 
 
-def _value_warnings(values: Sequence[float], mode: str) -> tuple[str, ...]:
-    if max(np.abs(values)) <= _SUSPICIOUS:
-        return ()
-    cause = "copies of train rows" if mode != "train" else "features far from the real ones"
-    return (f"a value beyond ±{_SUSPICIOUS:.0f} points to {cause} or to another encoder",)
+_TITLE = "Feature likelihood divergence"
+
+METRIC = Metric(
+    name="feature_likelihood",
+    title=_TITLE,
+    place=30,
+    compute=likelihood_result,
+    quantities=(
+        TableQuantity(
+            "fld", _TITLE, "lower", value_at("value"), value_at("std"),
+            ideal=(0.0, "real training tiles"),
+            meaning="How well the generated tiles explain unseen real ones, against real training "
+            "tiles. Copies of training tiles make it huge. ± is over seeds.",
+        ),
+    ),
+    needs=("train",),
+    depends_on_device=True,
+    warnings=(_DROPPED, _FAR),
+    parts=(MetricPart("gap", "fld_gap", "FLD gap"),),
+)  # fmt: skip

@@ -13,17 +13,26 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
+from common.record import Record
 from evaluate.metrics.features import checked_pair, chunks
+from evaluate.metrics.metric import (
+    FeaturePair,
+    Metric,
+    MetricSettings,
+    TableQuantity,
+    plain_fields,
+    value_at,
+)
 from evaluate.metrics.neighbours import (
     MANY,
     Nearest,
     Neighbours,
     Pairs,
-    Side,
+    ScreenedRows,
     exact_pairs,
     in_sets,
+    neighbours_within,
     open_pairs,
-    own_neighbours,
 )
 
 Semantics = Literal["fld", "kynkaanniemi", "prdc"]
@@ -81,13 +90,13 @@ def precision_recall(
     semantics: Semantics = "fld",
     device: str = "cpu",
 ) -> PrecisionRecall:
-    """Precision and recall, and what the same distances also tell.
+    """Precision and recall, and what else the same distances give.
 
     The rules of the known implementations differ only on a ball's surface, which duplicated
     images reach: "fld" (Jiralerspong et al., the paper's) and "prdc" (Naeem et al.) count it as
     outside, "kynkaanniemi" as inside. Constant features change nothing. On a CPU
-    memory is that of two tiles of 2048 rows, a few blocks of 2048 x 2048 and k neighbours a row;
-    another device holds the rows in float32 too.
+    memory is that of two tiles of 2048 rows, a few blocks of 2048 x 2048 and k neighbours per row;
+    another device has the rows in float32 too.
 
     Args:
         real: ``[n, d]``.
@@ -99,47 +108,59 @@ def precision_recall(
     Raises:
         UserError: k below 1 or not below both row counts, unknown semantics, NaN or infinity,
             differing dimensions.
+
+    >>> rows = np.arange(10.0)[:, None]
+    >>> result = precision_recall(rows, rows + 0.25, k=1)
+    >>> result.precision, result.recall, result.coverage
+    (1.0, 1.0, 1.0)
     """
     first, second = checked_pair(real, generated)
-    _check_arguments(k, semantics, len(first), len(second))
-    centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
-    real_side, generated_side = Side(first, centre, device), Side(second, centre, device)
-    own_real, own_generated = own_neighbours(real_side, k), own_neighbours(generated_side, k)
-    cross = _CrossPass(real_side, generated_side, own_real, own_generated).run()
-    return _summary(cross, own_real, own_generated, semantics)
-
-
-def _check_arguments(k: int, semantics: str, n_real: int, n_generated: int) -> None:
     if semantics not in get_args(Semantics):
         raise UserError(
             f"semantics {semantics!r} is unknown, expected one of {', '.join(get_args(Semantics))}"
         )
-    for n, name in ((n_real, "real"), (n_generated, "generated")):
+    for n, name in ((len(first), "real"), (len(second), "generated")):
         if not 1 <= k < n:
             raise UserError(
                 f"k is {k}, but with {n} {name} rows it must be between 1 and {n - 1} "
                 f"(a row is not its own neighbour)"
             )
+    # Both sets are centred on one point near the data: lengths, and so errors, stay small.
+    centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
+    real_rows, generated_rows = (
+        ScreenedRows(first, centre, device),
+        ScreenedRows(second, centre, device),
+    )
+    real_neighbours, generated_neighbours = (
+        neighbours_within(real_rows, k),
+        neighbours_within(generated_rows, k),
+    )
+    cross = _CrossPass(
+        real_rows, generated_rows, real_neighbours, generated_neighbours
+    ).run_blocks()
+    return _collect_result(cross, real_neighbours, generated_neighbours, semantics)
 
 
 class _Balls:
-    """The balls around one side's rows, and which points of the other side lie in them."""
+    """The balls around one set's rows, and which points of the other set are in them."""
 
-    def __init__(self, side: Side, own: Neighbours, points: Side) -> None:
+    def __init__(self, side: ScreenedRows, neighbours: Neighbours, points: ScreenedRows) -> None:
         self._side, self._points = side, points
-        self.radii = own.distances[:, -1]
+        self.radii = neighbours.distances[:, -1]
         # Recomputed rather than squared, so that a point at the same distance ties exactly.
-        self._exact = exact_pairs(side.exact, np.arange(len(side)), side.exact, own.indices[:, -1])
+        self._exact = exact_pairs(
+            side.exact, np.arange(len(side)), side.exact, neighbours.indices[:, -1]
+        )
         self._squared = torch.from_numpy(self._exact).to(side.device)
-        self._holding = torch.zeros(len(points), dtype=torch.int64, device=side.device)
+        self._counts = torch.zeros(len(points), dtype=torch.int64, device=side.device)
         self._on_surface = np.zeros(len(points), dtype=bool)
 
-    def limits(self, span: slice, error: float) -> torch.Tensor:
+    def open_limits(self, span: slice, error: float) -> torch.Tensor:
         """What a block distance to these balls' centres may be and still be within, float32."""
         squared = self._squared[span].float()
         return squared + error * (3 * self._side.squares[span] + 2 * squared)
 
-    def update(
+    def add_pairs(
         self,
         found: Pairs,
         squared: torch.Tensor,
@@ -152,29 +173,30 @@ class _Balls:
         ball, point = in_sets(found, block, by_columns)
         slack = error * (self._side.squares[ball] + self._points.squares[point])
         beyond = squared[found].double() - self._squared[ball]
+        # Well inside counts at once; what the error leaves open is decided in float64.
         surely = beyond < -slack
-        self._holding += torch.bincount(point[surely], minlength=len(self._points))
+        self._counts += torch.bincount(point[surely], minlength=len(self._points))
         doubtful = ~surely & (beyond <= slack)
         if bool(doubtful.any()):
-            self._decide(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
+            self._decide_exactly(ball[doubtful].cpu().numpy(), point[doubtful].cpu().numpy())
 
-    def _decide(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
-        # A ball of radius 0 holds nothing and touches copies only; one such touch is enough.
+    def _decide_exactly(self, balls: NDArray[np.int64], points: NDArray[np.int64]) -> None:
+        # A ball of radius 0 contains nothing and touches copies only; one such touch is enough.
         useful = (self._exact[balls] > 0) | ~self._on_surface[points]
         balls, points = balls[useful], points[useful]
         squared = exact_pairs(self._side.exact, balls, self._points.exact, points)
         within = points[squared < self._exact[balls]]
         counts = np.bincount(within, minlength=len(self._points))
-        self._holding += torch.from_numpy(counts).to(self._holding.device)
+        self._counts += torch.from_numpy(counts).to(self._counts.device)
         self._on_surface[points[squared == self._exact[balls]]] = True
 
-    def holding(self) -> NDArray[np.int64]:
-        """How many open balls hold each point."""
-        return self._holding.cpu().numpy()
+    def count_balls(self) -> NDArray[np.int64]:
+        """How many open balls contain each point."""
+        return self._counts.cpu().numpy()
 
-    def covers(self, semantics: str) -> NDArray[np.bool_]:
-        """Which points lie in a ball, by the rule of `semantics` for its surface."""
-        inside = self.holding() > 0
+    def covered_points(self, semantics: str) -> NDArray[np.bool_]:
+        """Which points are in a ball, by the rule of `semantics` for its surface."""
+        inside = self.count_balls() > 0
         return inside | self._on_surface if semantics == "kynkaanniemi" else inside
 
 
@@ -185,7 +207,9 @@ class _Realism:
     and decided at the end.
     """
 
-    def __init__(self, real: Side, radii: NDArray[np.float64], generated: Side) -> None:
+    def __init__(
+        self, real: ScreenedRows, radii: NDArray[np.float64], generated: ScreenedRows
+    ) -> None:
         self._real, self._generated, self._radii = real, generated, radii
         self._small = radii <= np.median(radii)
         self._usable = torch.from_numpy(self._small & (radii > 0)).to(real.device)
@@ -195,7 +219,7 @@ class _Realism:
         self._best = torch.full((len(generated),), torch.inf, device=real.device)
         self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def update(self, i: slice, j: slice, squared: torch.Tensor, error: float) -> None:
+    def add_block(self, i: slice, j: slice, squared: torch.Tensor, error: float) -> None:
         """Take in a block of the real rows i and the generated rows j.
 
         A block distance is at most ``D + error (|x|^2 + |g|^2)`` with ``|x|^2`` at most
@@ -206,14 +230,15 @@ class _Realism:
             return
         ratio = squared[rows].sub_(3 * error * self._generated.squares[j])
         ratio.mul_(self._weights[i][rows, None])
+        # Columns without any bound yet get one from their best ball in this block.
         unseen = self._best[j].isinf()
         if bool(unseen.any()):
             column = torch.arange(len(unseen), device=unseen.device)
-            self._bound(rows[ratio.argmin(dim=0)] + i.start, column, j, squared, i, error)
+            self._bound_ratios(rows[ratio.argmin(dim=0)] + i.start, column, j, squared, i, error)
         row, column = open_pairs(ratio, self._best[j] * (1 + 2 * error))
-        self._pool.append(self._bound(rows[row] + i.start, column, j, squared, i, error))
+        self._pool.append(self._bound_ratios(rows[row] + i.start, column, j, squared, i, error))
 
-    def _bound(
+    def _bound_ratios(
         self,
         ball: torch.Tensor,
         column: torch.Tensor,
@@ -229,7 +254,7 @@ class _Realism:
         self._best.scatter_reduce_(0, point, (found + slack) * weight, "amin")
         return ball, point, (found - slack) * weight
 
-    def finish(self, nearest: Neighbours) -> NDArray[np.float64]:
+    def find_ratios(self, nearest: Neighbours) -> NDArray[np.float64]:
         """The ratios ``[n_generated]``, infinite for a copy of a row whose ball is small."""
         copied = ((nearest.distances == 0) & self._small[nearest.indices]).any(axis=1)
         realism = np.where(copied, np.inf, 0.0)
@@ -243,66 +268,74 @@ class _Realism:
 
 
 class _CrossPass:
-    """All real-to-generated blocks, each computed once and shown to everyone who asks."""
+    """All real-to-generated blocks, each computed once for all of its readers."""
 
     def __init__(
-        self, real: Side, generated: Side, own_real: Neighbours, own_generated: Neighbours
+        self,
+        real: ScreenedRows,
+        generated: ScreenedRows,
+        real_neighbours: Neighbours,
+        generated_neighbours: Neighbours,
     ) -> None:
-        k = own_real.indices.shape[1]
+        k = real_neighbours.indices.shape[1]
         self.dim = real.dim
         self._real, self._generated = real, generated
-        self.real_balls = _Balls(real, own_real, generated)
-        self.generated_balls = _Balls(generated, own_generated, real)
+        self.real_balls = _Balls(real, real_neighbours, generated)
+        self.generated_balls = _Balls(generated, generated_neighbours, real)
         self._realism = _Realism(real, self.real_balls.radii, generated)
         self._to_real = Nearest(generated, real, k)
         self._to_generated = Nearest(real, generated, k)
 
-    def run(self) -> "_CrossPass":
-        for i in self._real.spans():
-            left = self._real.left(i)
-            for j in self._generated.spans():
-                self._block(left, i, j)
-        self.nearest_real = self._to_real.finish()
-        self.nearest_generated = self._to_generated.finish()
-        self.realism = self._realism.finish(self.nearest_real)
+    def run_blocks(self) -> "_CrossPass":
+        for i in self._real.tile_spans():
+            left = self._real.left_factor(i)
+            for j in self._generated.tile_spans():
+                self._read_block(left, i, j)
+        self.nearest_real = self._to_real.find_nearest()
+        self.nearest_generated = self._to_generated.find_nearest()
+        self.realism = self._realism.find_ratios(self.nearest_real)
         return self
 
-    def _block(self, left: torch.Tensor, i: slice, j: slice) -> None:
-        right, many = self._generated.right(j), MANY * (i.stop - i.start + j.stop - j.start)
+    def _read_block(self, left: torch.Tensor, i: slice, j: slice) -> None:
+        right, many = self._generated.right_factor(j), MANY * (i.stop - i.start + j.stop - j.start)
         for screen in self._real.screens:
-            squared, error = screen.product(left, right), screen.error
-            seeded_i = not j.start and self._to_generated.seed(i, squared, j, error)
-            seeded_j = not i.start and self._to_real.seed(j, squared.T.contiguous(), i, error)
+            squared, error = screen.squared_distances(left, right), screen.error
+            seeded_i = not j.start and self._to_generated.seed_bounds(i, squared, j, error)
+            seeded_j = not i.start and self._to_real.seed_bounds(
+                j, squared.T.contiguous(), i, error
+            )
             row_limits = torch.maximum(
-                self.real_balls.limits(i, error), self._to_generated.limits(i, error)
+                self.real_balls.open_limits(i, error), self._to_generated.open_limits(i, error)
             )
             column_limits = torch.maximum(
-                self.generated_balls.limits(j, error), self._to_real.limits(j, error)
+                self.generated_balls.open_limits(j, error), self._to_real.open_limits(j, error)
             )
             by_row = open_pairs(squared, row_limits[:, None])
             by_column = open_pairs(squared, column_limits)
+            # A coarse screen that leaves much open costs more than a finer one.
             if len(by_row[0]) + len(by_column[0]) <= many:
                 break
-        self.real_balls.update(by_row, squared, (i, j), error)
-        self._to_generated.update(by_row, squared, (i, j), error, tighten=not seeded_i)
-        self.generated_balls.update(by_column, squared, (i, j), error, by_columns=True)
-        self._to_real.update(
+        # Five readers share the block: balls of both sets, nearest rows both ways, realism.
+        self.real_balls.add_pairs(by_row, squared, (i, j), error)
+        self._to_generated.add_pairs(by_row, squared, (i, j), error, tighten=not seeded_i)
+        self.generated_balls.add_pairs(by_column, squared, (i, j), error, by_columns=True)
+        self._to_real.add_pairs(
             by_column, squared, (i, j), error, by_columns=True, tighten=not seeded_j
         )
-        self._realism.update(i, j, squared, error)
+        self._realism.add_block(i, j, squared, error)
 
 
-def _summary(
-    cross: _CrossPass, own_real: Neighbours, own_generated: Neighbours, semantics: str
+def _collect_result(
+    cross: _CrossPass, real_neighbours: Neighbours, generated_neighbours: Neighbours, semantics: str
 ) -> PrecisionRecall:
-    n, k = own_real.indices.shape
+    n, k = real_neighbours.indices.shape
     nearest = cross.nearest_real
-    authentic = nearest.distances[:, 0] > own_real.distances[nearest.indices[:, 0], 0]
+    authentic = nearest.distances[:, 0] > real_neighbours.distances[nearest.indices[:, 0], 0]
     covered = cross.nearest_generated.distances[:, 0] < cross.real_balls.radii
     return PrecisionRecall(
-        precision=float(cross.real_balls.covers(semantics).mean()),
-        recall=float(cross.generated_balls.covers(semantics).mean()),
-        density=float(cross.real_balls.holding().mean() / k),
+        precision=float(cross.real_balls.covered_points(semantics).mean()),
+        recall=float(cross.generated_balls.covered_points(semantics).mean()),
+        density=float(cross.real_balls.count_balls().mean() / k),
         coverage=float(covered.mean()),
         authenticity=float(authentic.mean()),
         k=k,
@@ -312,8 +345,49 @@ def _summary(
         dim=cross.dim,
         authentic=authentic,
         realism=cross.realism,
-        real_radii=own_real.distances[:, -1],
-        generated_radii=own_generated.distances[:, -1],
+        real_radii=real_neighbours.distances[:, -1],
+        generated_radii=generated_neighbours.distances[:, -1],
         nearest_real=nearest,
         nearest_generated=cross.nearest_generated,
     )
+
+
+_SHOWN = {
+    "precision": "Share of generated tiles that fall among the real ones (within the distance of "
+    "some real tile to its real neighbour number {k}): do they look real?",
+    "recall": "Share of real tiles that fall among the generated ones: is the variety of the real "
+    "tissue covered?",
+    "density": "Like precision, but counts how many real neighbourhoods hold a generated tile, so "
+    "one real outlier weighs little; about 1 for equal distributions, can exceed it.",
+    "coverage": "Share of real tiles with at least one generated tile in their neighbourhood: "
+    "recall that outliers among the generated tiles cannot inflate.",
+}
+"""Numbers that reports and tables show, with their meaning."""
+
+
+def manifold_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The metric as plain values, with its settings."""
+    most = min(len(pair.real), len(pair.generated)) - 1
+    result = precision_recall(
+        pair.real, pair.generated, k=min(settings.k, most), device=pair.device
+    )
+    return plain_fields(result)
+
+
+def manifold_summary(result: Record) -> str:
+    """Precision, recall, density and coverage in a few words."""
+    return ", ".join(f"{key} {result.number(key):.3f}" for key in ("precision", "recall"))
+
+
+METRIC = Metric(
+    name="precision_recall",
+    title="Precision and recall",
+    place=20,
+    compute=manifold_result,
+    compute_floor=manifold_result,
+    quantities=tuple(
+        TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True, meaning=meaning)
+        for key, meaning in _SHOWN.items()
+    ),
+    summary=manifold_summary,
+)

@@ -40,12 +40,16 @@ class Mixture:
         """Fit to the rows ``[n, d]``, which Adam meets in the order given.
 
         Distances are kept for all epochs, ``n M`` numbers of the rows' dtype; above 4 GiB they
-        lie in an unnamed temporary file, mapped, so that memory stays bounded.
+        are in an unnamed temporary file, mapped, so that memory stays bounded.
         """
         self._centres = centres
         squared = _all_squared_distances(fitted_to, centres)
-        self.nearest_squared = _column_minima(squared).to(centres.device)
-        self.log_variances = _fit(
+        # By blocks of rows: the distances may be mapped from a file larger than memory.
+        minima = torch.full_like(squared[0], torch.inf)
+        for block in _row_blocks(len(squared), squared.shape[1], squared.element_size()):
+            torch.minimum(minima, squared[block].amin(dim=0), out=minima)
+        self.nearest_squared = minima.to(centres.device)
+        self.log_variances = _fit_variances(
             squared,
             _ORIGIN_SHRINK**2 * _squared_from_mean(fitted_to),
             ((self.nearest_squared + 1e-3) / centres.shape[1]).log(),
@@ -55,7 +59,7 @@ class Mixture:
     def nll(self, rows: torch.Tensor) -> float:
         """Mean negative log-likelihood per dimension of the rows ``[n, d]``, in nats."""
         d, m = self._centres.shape[1], len(self._centres)
-        scale, constant = _coefficients(self.log_variances, d, m)
+        scale, constant = _density_coefficients(self.log_variances, d, m)
         total = 0.0
         for block in _row_blocks(len(rows), m, rows.element_size()):
             squared = _squared_block(rows[block], self._centres)
@@ -65,11 +69,11 @@ class Mixture:
     def memorisation(self) -> NDArray[np.float64]:
         """Each component's largest log-density per dimension on a row fitted to, ``[M]``."""
         d = self._centres.shape[1]
-        scale, constant = _coefficients(self.log_variances, d, 1)
+        scale, constant = _density_coefficients(self.log_variances, d, 1)
         return ((self.nearest_squared * scale + constant) / d).double().cpu().numpy()
 
 
-def _fit(
+def _fit_variances(
     squared: torch.Tensor, origin_squared: torch.Tensor, initial: torch.Tensor, d: int
 ) -> torch.Tensor:
     """The log-variances after Adam; the last parameter is the origin component's."""
@@ -89,6 +93,7 @@ def _fit(
             scale = (second / (1 - _BETA2**step)).sqrt_().add_(_EPSILON)
             s -= _LEARNING_RATE / (1 - _BETA1**step) * first / scale
             s[:-1].clamp_(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+        # The authors' rule: stop when the last epochs' losses are within a two-thousandth.
         history.append(sum(losses) / len(losses))
         recent = history[-_PATIENCE:]
         if epoch >= _FIRST_STOP and max(abs(recent[-1] - loss) for loss in recent) < _SETTLED:
@@ -101,14 +106,15 @@ def _loss_and_gradient(
 ) -> tuple[float, torch.Tensor]:
     """The batch's mean negative log-likelihood per dimension, and its gradient ``[M + 1]``."""
     m, n = squared.shape[1], len(squared)
-    scale, constant = _coefficients(s[:-1], d, m)
-    origin_scale, origin_constant = _coefficients(s[-1:], d, 1)
+    scale, constant = _density_coefficients(s[:-1], d, m)
+    origin_scale, origin_constant = _density_coefficients(s[-1:], d, 1)
     mass, spread = torch.zeros_like(s), torch.zeros_like(s)
     log_likelihood = 0.0
     for block in _row_blocks(n, m, s.element_size()):
         near = squared[block].to(s.device)
         scores = torch.addcmul(constant, near, scale)
         origin = origin_squared[block] * origin_scale + origin_constant
+        # The largest score is taken out first, so that no exponential overflows.
         top = torch.maximum(scores.amax(dim=1), origin)
         scores.sub_(top[:, None]).exp_()
         origin.sub_(top).exp_()
@@ -123,7 +129,7 @@ def _loss_and_gradient(
     return -log_likelihood / (n * d), gradient
 
 
-def _coefficients(s: torch.Tensor, d: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _density_coefficients(s: torch.Tensor, d: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     """a and c of ``a D + c``, the log of a component's density over the m of equal weight."""
     return -(-s).exp() / 2, -(d / 2) * s - (d / 2 * math.log(2 * math.pi) + math.log(m))
 
@@ -134,14 +140,16 @@ def _all_squared_distances(rows: torch.Tensor, centres: torch.Tensor) -> torch.T
         squared = torch.empty(shape, dtype=rows.dtype, device=rows.device)
     else:
         number_type = np.float64 if rows.dtype == torch.float64 else np.float32
-        squared = torch.from_numpy(_mapped(shape, np.dtype(number_type)))
+        squared = torch.from_numpy(_map_temporary(shape, np.dtype(number_type)))
     for block in _row_blocks(len(rows), len(centres), size):
         squared[block] = _squared_block(rows[block], centres)
     return squared
 
 
-def _mapped(shape: tuple[int, int], number_type: np.dtype[np.floating]) -> NDArray[np.floating]:
-    """An array in an unnamed temporary file that holds all its bytes already.
+def _map_temporary(
+    shape: tuple[int, int], number_type: np.dtype[np.floating]
+) -> NDArray[np.floating]:
+    """An array in an unnamed temporary file whose bytes are allocated already.
 
     A sparse file on a disk that fills up ends the process with SIGBUS, without a word.
     Raises `UserError` where the disk has too little room.
@@ -174,19 +182,13 @@ def _squared_block(rows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """
     lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)
     squared = torch.addmm(lengths, rows, centres.T, alpha=-2)
+    # Where the product cancels more than half of the digits, the difference decides.
     doubtful = squared < math.sqrt(torch.finfo(rows.dtype).eps) * lengths
     i, j = (index.cpu().numpy() for index in doubtful.nonzero(as_tuple=True))
     if len(i):
         exact = exact_pairs(rows.cpu().numpy(), i, centres.cpu().numpy(), j)
         squared[i, j] = torch.from_numpy(exact).to(squared)
     return squared
-
-
-def _column_minima(squared: torch.Tensor) -> torch.Tensor:
-    minima = torch.full_like(squared[0], torch.inf)
-    for block in _row_blocks(len(squared), squared.shape[1], squared.element_size()):
-        torch.minimum(minima, squared[block].amin(dim=0), out=minima)
-    return minima
 
 
 def _row_blocks(n: int, width: int, element_size: int) -> Iterator[slice]:

@@ -12,11 +12,15 @@ from evaluate.metrics.features import checked_features, chunks
 
 
 class Moments:
-    """Running count, mean and scatter of the rows seen: O(d^2) memory, whatever their number.
+    """Running count, mean and scatter of the rows seen: O(d^2) memory for any number of rows.
+
+    >>> moments = Moments.of([[0.0, 1.0], [2.0, 3.0]]).merge(Moments.of([[4.0, 5.0]]))
+    >>> moments.n, moments.mean.tolist(), moments.covariance.tolist()
+    (3, [2.0, 3.0], [[4.0, 4.0], [4.0, 4.0]])
 
     Each block is centred on its own mean before its scatter is taken and the blocks are joined
     by the pairwise update of Chan, Golub & LeVeque (1979), so that features with a large common
-    mean lose no digits, in whatever order the rows come.
+    mean lose no digits in any order of the rows.
 
     Attributes:
         n: rows seen.
@@ -62,16 +66,16 @@ class Moments:
         for block in chunks(array):
             mean = block.mean(axis=0)
             block -= mean
-            self._join(len(block), mean, block.T @ block)
+            self._join_block(len(block), mean, block.T @ block)
         return self
 
     def merge(self, other: Moments) -> Self:
         """Take in all the rows that `other` has seen."""
         self._check_dim(other.dim)
-        self._join(other.n, other.mean, other.scatter)
+        self._join_block(other.n, other.mean, other.scatter)
         return self
 
-    def _join(self, n: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
+    def _join_block(self, n: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
         if n == 0:
             return
         total = self.n + n

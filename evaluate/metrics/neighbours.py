@@ -23,7 +23,7 @@ _TILE = 2048  # rows and columns of a block: 16 MB of float32
 _EXACT_ROWS = 32  # pairs compared at a time in float64: what stays in a core's cache
 _EXACT_TASK = 64 * _EXACT_ROWS  # and by one thread in a row
 _POOL_PAIRS = 1 << 22  # candidates in hand before those overtaken are dropped
-MANY = 32  # open pairs a row in one block; beyond, a finer screen is cheaper than deciding them
+MANY = 32  # open pairs per row in one block; beyond, a finer screen is cheaper than deciding them
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Screen:
     precision: str
     error: float
 
-    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """``left right^T`` float32; the user's own setting stands again afterwards."""
+    def squared_distances(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``left right^T`` float32; the user's setting is restored afterwards."""
         if self.precision == "bfloat16":
             return (left.bfloat16() @ right.bfloat16().T).float()
         before = torch.get_float32_matmul_precision()
@@ -51,8 +51,8 @@ class Screen:
             torch.set_float32_matmul_precision(before)
 
 
-def screens(dim: int, device: torch.device) -> list[Screen]:
-    """The screens worth using for rows of this dimension, coarsest first.
+def choose_screens(dim: int, device: torch.device) -> list[Screen]:
+    """The screens that pay for rows of this dimension, coarsest first.
 
     Float32 sums err like sqrt(d) eps; four times that is beyond what any order of summation
     shows. Rounding both factors to u adds at most ``2 u |x||y|`` to a product (Cauchy-Schwarz),
@@ -64,26 +64,20 @@ def screens(dim: int, device: torch.device) -> list[Screen]:
     exact = Screen("highest", full)
     if device.type == "cuda":
         return [Screen("high", full + 1.01 * 2**-10), exact]
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if amx() and torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
+        return [exact]
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         return [Screen("medium", full + 1.01 * 2**-7), exact]
-    if _has_bfloat16_products():
+    # AVX-512 multiplies bfloat16 twice as fast as float32; of that "medium" gains a fifth only
+    # (docs/performance/metrics.md), factors of the type the rest.
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return [Screen("bfloat16", full + 2.02 * 2**-7), exact]
     return [exact]
 
 
-def _has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 by itself: twice as fast as float32 (AVX-512).
-
-    "medium" gains a fifth there (docs/performance/metrics.md), factors of the type the rest.
-    """
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(supported()) and torch.backends.mkldnn.is_available()
-
-
 @dataclass(frozen=True)
 class Neighbours:
-    """The k nearest rows of another set, or of the own set without the row itself.
+    """The k nearest rows of another set, or of the same set without the row itself.
 
     Attributes:
         indices: ``[n, k]`` int64, nearest first.
@@ -94,15 +88,15 @@ class Neighbours:
     distances: NDArray[np.float64]
 
 
-class Side:
-    """One feature set as a side of the block products: tiles of centred rows in float32.
+class ScreenedRows:
+    """A feature set as a factor of the block products: tiles of centred rows in float32.
 
-    Both sides of a product must be centred on the same point; near the data it keeps the lengths,
-    and so the errors, small. On a CPU tiles are made when asked for, which costs a twentieth of
-    a product and saves a copy of the set; other devices hold the copy.
+    Both factors of a product must be centred on the same point; near the data it keeps the
+    lengths, and so the errors, small. On a CPU tiles are made when they are needed, which costs a
+    twentieth of a product and saves a copy of the set; other devices keep the copy.
 
     Attributes:
-        exact: the rows as they came.
+        exact: the rows ``[n, d]`` as they came.
         squares: ``[n]`` float32, squared lengths of the centred rows.
         screens: the arithmetics that blocks are tried in, coarsest first.
     """
@@ -110,12 +104,12 @@ class Side:
     def __init__(self, rows: Rows, centre: NDArray[np.float64], device: str = "cpu") -> None:
         self.exact = rows
         self.device = torch.device(device)
-        self.screens = screens(rows.shape[1], self.device)
+        self.screens = choose_screens(rows.shape[1], self.device)
         self._centre = centre.astype(np.float32)
         self._resident: torch.Tensor | None = None
         if self.device.type != "cpu":
-            self._resident = torch.cat([self._centred(span) for span in self.spans()])
-        squares = [self._centred(span).square_().sum(dim=1) for span in self.spans()]
+            self._resident = torch.cat([self._centred_tile(span) for span in self.tile_spans()])
+        squares = [self._centred_tile(span).square_().sum(dim=1) for span in self.tile_spans()]
         self.squares = torch.cat(squares)
 
     def __len__(self) -> int:
@@ -126,30 +120,30 @@ class Side:
         """The features' dimension."""
         return self.exact.shape[1]
 
-    def spans(self) -> list[slice]:
+    def tile_spans(self) -> list[slice]:
         """The tiles' row ranges."""
         return [slice(a, min(a + _TILE, len(self))) for a in range(0, len(self), _TILE)]
 
-    def left(self, span: slice) -> torch.Tensor:
+    def left_factor(self, span: slice) -> torch.Tensor:
         """``[-2 x, |x|^2, 1]``, so that the product with `right` is the squared distance."""
-        tile = self._widened(span)
+        tile = self._widened_tile(span)
         tile[:, : self.dim].mul_(-2)
         tile[:, self.dim : -3] = _in_three(self.squares[span])
         return tile
 
-    def right(self, span: slice) -> torch.Tensor:
+    def right_factor(self, span: slice) -> torch.Tensor:
         """``[y, 1, |y|^2]``."""
-        tile = self._widened(span)
+        tile = self._widened_tile(span)
         tile[:, -3:] = _in_three(self.squares[span])
         return tile
 
-    def _widened(self, span: slice) -> torch.Tensor:
+    def _widened_tile(self, span: slice) -> torch.Tensor:
         tile = torch.empty((span.stop - span.start, self.dim + 6), device=self.device)
         tile[:, self.dim :] = 1
-        self._centred(span, out=tile[:, : self.dim])
+        self._centred_tile(span, out=tile[:, : self.dim])
         return tile
 
-    def _centred(self, span: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _centred_tile(self, span: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
             out = torch.empty((span.stop - span.start, self.dim), device=self.device)
         if self._resident is not None:
@@ -187,7 +181,7 @@ def in_sets(found: Pairs, block: tuple[slice, slice], by_columns: bool) -> Pairs
 class Nearest:
     """The k nearest base rows of each query, from all pairs that their bounds leave open."""
 
-    def __init__(self, queries: Side, base: Side, k: int) -> None:
+    def __init__(self, queries: ScreenedRows, base: ScreenedRows, k: int) -> None:
         self._queries, self._base, self._k = queries, base, k
         # The k smallest upper bounds seen: no true neighbour is beyond the last of them.
         self._upper = torch.full((len(queries), k), torch.inf, device=queries.device)
@@ -196,7 +190,7 @@ class Nearest:
         self._pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pooled = 0
 
-    def limits(self, span: slice, error: float) -> torch.Tensor:
+    def open_limits(self, span: slice, error: float) -> torch.Tensor:
         """What a block distance of these queries may be and still be of a neighbour.
 
         The other row's ``|y|^2`` is at most ``2 (|x|^2 + |x - y|^2)``.
@@ -206,7 +200,7 @@ class Nearest:
         limits[self._settled[span]] = -torch.inf
         return limits.clamp_(max=torch.finfo(limits.dtype).max)
 
-    def seed(self, span: slice, squared: torch.Tensor, base: slice, error: float) -> bool:
+    def seed_bounds(self, span: slice, squared: torch.Tensor, base: slice, error: float) -> bool:
         """First bounds for these queries from a block ``[queries, base rows]``, if k are in it."""
         if squared.shape[1] < self._k:
             return False
@@ -215,7 +209,7 @@ class Nearest:
         self._upper[span] = (near.values + error * far).sort(dim=1).values
         return True
 
-    def update(
+    def add_pairs(
         self,
         found: Pairs,
         squared: torch.Tensor,
@@ -227,21 +221,23 @@ class Nearest:
     ) -> None:
         """Take in entries of a block, whose rows, or with `by_columns` columns, are queries.
 
-        Not to `tighten` is for a block that `seed` has seen: a bound must not count twice.
+        A block that `seed` has seen must not `tighten`: a bound would count twice.
         """
         query, base = in_sets(found, block, by_columns)
         slack = error * (self._queries.squares[query] + self._base.squares[base])
         lower = squared[found] - slack
+        # Bounds have tightened since the limits were computed for the block.
         near = lower <= self._upper[query, -1]
         query, base, lower = query[near], base[near], lower[near]
         self._pool.append((query, base, lower))
         self._pooled += len(query)
         if tighten:
-            self._tighten(query, lower + 2 * slack[near])
+            self._tighten_bounds(query, lower + 2 * slack[near])
         if self._pooled > _POOL_PAIRS:
-            self._shrink()
+            self._shrink_pool()
 
-    def _tighten(self, query: torch.Tensor, upper: torch.Tensor) -> None:
+    def _tighten_bounds(self, query: torch.Tensor, upper: torch.Tensor) -> None:
+        # Per query the k smallest of the new bounds, merged with the k known ones.
         lower_than = upper < self._upper[query, -1]
         query, upper = query[lower_than], upper[lower_than]
         order = upper.argsort()
@@ -256,16 +252,17 @@ class Nearest:
         merged = torch.cat([self._upper[rows], table], dim=1)
         self._upper[rows] = merged.sort(dim=1).values[:, : self._k]
 
-    def _shrink(self) -> None:
+    def _shrink_pool(self) -> None:
         """Drop what was overtaken; if that is little, decide, and keep each query's k nearest."""
         query, base = self._near_pairs()
+        # Many ties (duplicated images) would fill the pool without end.
         if len(query) > _POOL_PAIRS // 2:
-            rows, indices, squared = self._decided(query, base)
+            rows, indices, squared = self._decide_pairs(query, base)
             device = self._upper.device
-            self._upper[rows] = torch.from_numpy(_float32(squared, np.inf)).to(device)
+            self._upper[rows] = torch.from_numpy(_round_towards(squared, np.inf)).to(device)
             self._settled[rows[squared[:, -1] == 0]] = True
             row, rank = np.nonzero(indices >= 0)
-            lower = _float32(squared[row, rank], -np.inf)
+            lower = _round_towards(squared[row, rank], -np.inf)
             kept = (rows[row], indices[row, rank], lower)
             query_kept, base_kept, lower_kept = (torch.from_numpy(x).to(device) for x in kept)
             self._pool = [(query_kept, base_kept, lower_kept)]
@@ -277,7 +274,7 @@ class Nearest:
         self._pool = [(query[near], base[near], lower[near])]
         return self._pool[0][0].cpu().numpy(), self._pool[0][1].cpu().numpy()
 
-    def _decided(
+    def _decide_pairs(
         self, query: NDArray[np.int64], base: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         """The queries met, and the k nearest of each's pairs by exact distance, nearest first.
@@ -285,6 +282,7 @@ class Nearest:
         Where a query has fewer pairs its last indices are -1, at infinite distance.
         """
         squared = exact_pairs(self._queries.exact, query, self._base.exact, base)
+        # By query, then by distance, equal distances by row number: ties have one order.
         order = np.lexsort((base, squared, query))
         rows, first, counts = np.unique(query[order], return_index=True, return_counts=True)
         rank = np.arange(len(order)) - np.repeat(first, counts)
@@ -295,71 +293,70 @@ class Nearest:
         distances[row[kept], rank[kept]] = squared[order][kept]
         return rows, indices, distances
 
-    def finish(self) -> Neighbours:
+    def find_nearest(self) -> Neighbours:
         """The k nearest by exact distance, equal ones in the order of their row numbers."""
-        _, indices, squared = self._decided(*self._near_pairs())
+        _, indices, squared = self._decide_pairs(*self._near_pairs())
         self._pool = []
         return Neighbours(indices=indices, distances=np.sqrt(squared))
 
 
-def _float32(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
+def _round_towards(values: NDArray[np.float64], towards: float) -> NDArray[np.float32]:
     """Float32 values no nearer to the other end than these: rounding decides nothing."""
     return np.nextafter(values.astype(np.float32), np.float32(towards))
 
 
-def own_neighbours(side: Side, k: int) -> Neighbours:
+def neighbours_within(rows: ScreenedRows, k: int) -> Neighbours:
     """The k nearest other rows of each row; the symmetric half of the blocks is not computed."""
-    nearest = Nearest(side, side, k)
-    spans = side.spans()
-    for i in spans:  # the diagonal first, as it bounds all rows
-        _own_block(nearest, side, side.left(i), i, i)
+    nearest, spans = Nearest(rows, rows, k), rows.tile_spans()
+    # The diagonal first, as it bounds all rows.
+    for i in spans:
+        _search_block(nearest, rows, rows, rows.left_factor(i), i, i)
     for number, i in enumerate(spans):
-        left = side.left(i)
+        left = rows.left_factor(i)
         for j in spans[number + 1 :]:
-            _own_block(nearest, side, left, i, j)
-    return nearest.finish()
+            _search_block(nearest, rows, rows, left, i, j)
+    return nearest.find_nearest()
 
 
-def _own_block(nearest: Nearest, side: Side, left: torch.Tensor, i: slice, j: slice) -> None:
-    right = side.right(j)
-    for screen in side.screens:
-        squared, seeded = screen.product(left, right), False
-        if i == j:
-            squared.fill_diagonal_(torch.inf)
-            seeded = nearest.seed(i, squared, j, screen.error)
-        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
-        turned = open_pairs(squared, nearest.limits(j, screen.error))
-        if len(found[0]) + len(turned[0]) <= MANY * sum(squared.shape):
-            break
-    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
-    if i != j:
-        nearest.update(turned, squared, (i, j), screen.error, by_columns=True)
-
-
-def other_neighbours(queries: Side, base: Side, k: int) -> Neighbours:
-    """The k nearest rows of another set to each query; both sides are centred on one point.
+def neighbours_between(queries: ScreenedRows, base: ScreenedRows, k: int) -> Neighbours:
+    """The k nearest rows of another set to each query; both sets are centred on one point.
 
     `base` has at least k rows.
     """
     nearest = Nearest(queries, base, k)
-    for i in queries.spans():
-        left = queries.left(i)
-        for j in base.spans():
-            _other_block(nearest, queries, base, left, i, j)
-    return nearest.finish()
+    for i in queries.tile_spans():
+        left = queries.left_factor(i)
+        for j in base.tile_spans():
+            _search_block(nearest, queries, base, left, i, j)
+    return nearest.find_nearest()
 
 
-def _other_block(
-    nearest: Nearest, queries: Side, base: Side, left: torch.Tensor, i: slice, j: slice
+def _search_block(
+    nearest: Nearest,
+    queries: ScreenedRows,
+    base: ScreenedRows,
+    left: torch.Tensor,
+    i: slice,
+    j: slice,
 ) -> None:
-    right = base.right(j)
+    """Take in the block of queries i and base rows j; within one set it serves both."""
+    right, within = base.right_factor(j), base is queries
     for screen in queries.screens:
-        squared = screen.product(left, right)
-        seeded = not j.start and nearest.seed(i, squared, j, screen.error)
-        found = open_pairs(squared, nearest.limits(i, screen.error)[:, None])
-        if len(found[0]) <= MANY * sum(squared.shape):
+        squared = screen.squared_distances(left, right)
+        if within and i == j:
+            squared.fill_diagonal_(torch.inf)
+        # Bounds come from the first block that has each query.
+        is_first = i == j if within else not j.start
+        seeded = is_first and nearest.seed_bounds(i, squared, j, screen.error)
+        found = [open_pairs(squared, nearest.open_limits(i, screen.error)[:, None])]
+        if within and i != j:
+            found.append(open_pairs(squared, nearest.open_limits(j, screen.error)))
+        # A coarse screen that leaves much open costs more than a finer one.
+        if sum(len(pairs[0]) for pairs in found) <= MANY * sum(squared.shape):
             break
-    nearest.update(found, squared, (i, j), screen.error, tighten=not seeded)
+    nearest.add_pairs(found[0], squared, (i, j), screen.error, tighten=not seeded)
+    for pairs in found[1:]:
+        nearest.add_pairs(pairs, squared, (i, j), screen.error, by_columns=True)
 
 
 def exact_pairs(
@@ -368,7 +365,7 @@ def exact_pairs(
     """``|a[i] - b[j]|^2`` of index pairs, in float64, in bounded memory."""
     result = np.empty(len(i))
 
-    def fill(start: int) -> None:
+    def fill_pairs(start: int) -> None:
         for at in range(start, min(start + _EXACT_TASK, len(i)), _EXACT_ROWS):
             part = slice(at, min(at + _EXACT_ROWS, start + _EXACT_TASK))
             difference = a[i[part]].astype(np.float64)
@@ -377,8 +374,8 @@ def exact_pairs(
 
     starts = range(0, len(i), _EXACT_TASK)
     if len(starts) < 2:
-        fill(0)
+        fill_pairs(0)
         return result
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(fill, starts))
+        list(threads.map(fill_pairs, starts))
     return result

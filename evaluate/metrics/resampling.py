@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import UserError
 from evaluate.metrics.features import checked_pair, chunks
 from evaluate.metrics.frechet import FrechetReference
+from evaluate.metrics.metric import FeaturePair, MetricSettings, plain_fields
 from evaluate.metrics.moments import Moments
 
 _DRAW_BYTES = 2 << 30  # covariances of the draws in hand
@@ -73,8 +74,8 @@ def bootstrap(
     """The paper's subsampling, or with `clusters` a cluster bootstrap.
 
     A cluster draw's covariance is the weighted sum of the clusters' second moments. These are
-    taken in tiles of columns, so that 4 GB suffice beside the features and one sorted copy,
-    whatever the number of clusters.
+    computed in tiles of columns, so that 4 GB are enough next to the features and one sorted
+    copy, for any number of clusters.
 
     Args:
         real: ``[n, d]``.
@@ -88,6 +89,11 @@ def bootstrap(
     Raises:
         UserError: labels not of the rows' number, fewer than two clusters, sizes out of range,
             NaN or infinity, differing dimensions.
+
+    >>> rows = np.random.default_rng(0).standard_normal((400, 4))
+    >>> result = bootstrap(rows[:200], rows[200:], draws=8, size=100)
+    >>> result.low < result.value < result.high, result.kind, result.size
+    (True, 'subsample', 100)
     """
     first, second = checked_pair(real, generated)
     if draws < 2:
@@ -96,11 +102,40 @@ def bootstrap(
     if clusters is None:
         if real_clusters is not None:
             raise UserError("real_clusters were given without clusters: give the generated ones")
-        return _subsample(first, second, draws, size, random)
-    return _cluster(first, second, draws, (real_clusters, clusters), random)
+        return _resample_rows(first, second, draws, size, random)
+    return _resample_clusters(first, second, draws, (real_clusters, clusters), random)
 
 
-def _subsample(
+def resampled_widths(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
+    """The paper's subsampling and the cluster bootstraps as plain values; {} with 0 draws.
+
+    The paper draws 50,000 of 100,000 rows; of fewer rows half are drawn, so that its correction
+    by sqrt 2 is the same. Kinds of which there are fewer than two labels are left out.
+    """
+    if not settings.draws:
+        return {}
+    draws, seed, rows = settings.draws, settings.seed, len(pair.generated)
+    size = settings.subsample if settings.subsample < rows else rows // 2
+    widths: dict[str, object] = {}
+    if size >= 2:
+        drawn = bootstrap(pair.real, pair.generated, draws=draws, size=size, seed=seed)
+        widths["subsample"] = plain_fields(drawn) | {"draws": draws, "seed": seed}
+    for kind, labels in (pair.clusters or {}).items():
+        if len(np.unique(labels)) < 2:
+            continue
+        real_labels = (pair.real_clusters or {}).get(kind)
+        if real_labels is not None and len(np.unique(real_labels)) < 2:
+            real_labels = None
+        drawn = bootstrap(
+            pair.real, pair.generated, draws=draws, clusters=labels, real_clusters=real_labels,
+            seed=seed,
+        )  # fmt: skip
+        both = real_labels is not None
+        widths[kind] = plain_fields(drawn) | {"draws": draws, "seed": seed, "both_sides": both}
+    return widths
+
+
+def _resample_rows(
     real: NDArray[np.floating],
     generated: NDArray[np.floating],
     draws: int,
@@ -116,13 +151,14 @@ def _subsample(
     reference = FrechetReference(Moments.of(real), real)
     values = np.empty(draws)
     for draw in range(draws):
+        # Sorted, so that memory is read in order; the set of rows is the same.
         rows = generated[np.sort(random.choice(n, size, replace=False))]
-        values[draw] = sum(reference.terms(Moments.of(rows), rows))
+        values[draw] = sum(reference.distance_terms(Moments.of(rows), rows))
     widening = 1 / np.sqrt(1 - size / n)
-    return _result(values, float(values.mean()), widening, real, n, size=size)
+    return _collect_result(values, float(values.mean()), widening, real, n, size=size)
 
 
-def _cluster(
+def _resample_clusters(
     real: NDArray[np.floating],
     generated: NDArray[np.floating],
     draws: int,
@@ -130,24 +166,25 @@ def _cluster(
     random: np.random.RandomState,
 ) -> FrechetBootstrap:
     fixed = FrechetReference(Moments.of(real), real)
-    point = sum(fixed.terms(Moments.of(generated), generated))
+    point = sum(fixed.distance_terms(Moments.of(generated), generated))
     side = _ClusteredRows(generated, labels[1], "generated")
     other = None if labels[0] is None else _ClusteredRows(real, labels[0], "real")
-    weights = side.draw(draws, random)
-    real_weights = None if other is None else other.draw(draws, random)
+    weights = side.draw_weights(draws, random)
+    real_weights = None if other is None else other.draw_weights(draws, random)
     values = np.empty(draws)
+    # Covariances of many draws at once share one pass over the clusters, within 2 GB.
     group = max(1, _DRAW_BYTES // (8 * real.shape[1] ** 2 * (1 if other is None else 2)))
     for start in range(0, draws, group):
         part = slice(start, start + group)
         references = [fixed] * draws
         if other is not None and real_weights is not None:
-            references = [FrechetReference(m) for m in other.resampled(real_weights[part])]
-        for number, moments in enumerate(side.resampled(weights[part])):
-            values[start + number] = sum(references[number].terms(moments))
-    return _result(values, point, 1.0, real, len(generated), n_clusters=side.n_clusters)
+            references = [FrechetReference(m) for m in other.weighted_moments(real_weights[part])]
+        for number, moments in enumerate(side.weighted_moments(weights[part])):
+            values[start + number] = sum(references[number].distance_terms(moments))
+    return _collect_result(values, point, 1.0, real, len(generated), n_clusters=side.n_clusters)
 
 
-def _result(
+def _collect_result(
     values: NDArray[np.float64],
     centre: float,
     widening: float,
@@ -157,6 +194,7 @@ def _result(
     size: int | None = None,
     n_clusters: int | None = None,
 ) -> FrechetBootstrap:
+    # Draws give the width, the centre is given: repeated rows raise a draw's distance.
     std = float(values.std(ddof=1))
     low, high = centre + widening * (np.quantile(values, _QUANTILES) - values.mean())
     return FrechetBootstrap(
@@ -189,19 +227,20 @@ class _ClusteredRows:
         self.n_clusters = len(names)
         if self.n_clusters < 2:
             raise UserError(f"{name} clusters: all rows have one label, expected 2 or more")
+        # Sorted by cluster, each cluster is one slice.
         self._rows = rows[np.argsort(member, kind="stable")]
         self._stops = np.cumsum(self._counts)
         # Second moments are taken about the common mean, so that nothing large cancels.
         self._centre = np.stack([b.sum(axis=0) for b in chunks(rows)]).sum(axis=0) / len(rows)
-        self._sums = np.stack([block.sum(axis=0) for block in self._blocks()])
+        self._sums = np.stack([block.sum(axis=0) for block in self._cluster_blocks()])
 
-    def draw(self, draws: int, random: np.random.RandomState) -> NDArray[np.float64]:
+    def draw_weights(self, draws: int, random: np.random.RandomState) -> NDArray[np.float64]:
         """How often each cluster is drawn ``[draws, clusters]``, with replacement."""
         c = self.n_clusters
         return random.multinomial(c, np.full(c, 1 / c), size=draws).astype(np.float64)
 
-    def resampled(self, weights: NDArray[np.float64]) -> list[Moments]:
-        """The moments of the rows with each cluster repeated as `weights` says, a draw each."""
+    def weighted_moments(self, weights: NDArray[np.float64]) -> list[Moments]:
+        """The moments of the rows with each cluster repeated by its weight, for each draw."""
         scatter = self._weighted_squares(weights)
         result = []
         for draw, weight in enumerate(weights):
@@ -224,7 +263,7 @@ class _ClusteredRows:
             # The part above the tile is known by symmetry.
             height, columns = d - start, min(width, d - start)
             tile = squares[: c * height * columns].reshape(c, height, columns)
-            for cluster, block in enumerate(self._blocks(start)):
+            for cluster, block in enumerate(self._cluster_blocks(start)):
                 np.matmul(block.T, block[:, :columns], out=tile[cluster])
             summed = sums[: draws * height * columns].reshape(draws, height * columns)
             np.matmul(weights, tile.reshape(c, -1), out=summed)
@@ -234,7 +273,7 @@ class _ClusteredRows:
             result[:, start : start + columns, start + columns :] = below
         return result
 
-    def _blocks(self, first_column: int = 0) -> Iterator[NDArray[np.float64]]:
+    def _cluster_blocks(self, first_column: int = 0) -> Iterator[NDArray[np.float64]]:
         """Each cluster's rows, less the common mean, from a column on."""
         for stop, count in zip(self._stops, self._counts, strict=True):
             rows = self._rows[stop - count : stop, first_column:]

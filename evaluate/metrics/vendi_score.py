@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.errors import UserError
-from evaluate.metrics.features import checked_features, chunks
+from evaluate.metrics.features import checked_features, chunks, refuse_zero_rows, unit_rows
 
 
 @dataclass(frozen=True)
@@ -35,26 +34,24 @@ def vendi(features: ArrayLike) -> VendiScore:
 
     Raises:
         UserError: no rows, NaN or infinity, a row of zeros.
+
+    >>> round(vendi(np.eye(4)).value, 6), round(vendi(np.ones((4, 3))).value, 6)
+    (4.0, 1.0)
     """
     rows = checked_features(features, "given", min_rows=1, any_scale=True)
     n, d = rows.shape
-    zero = int((~rows.any(axis=1)).sum())
-    if zero:
-        raise UserError(f"given features: {zero} rows hold only zeros and have no direction")
+    refuse_zero_rows(rows, "given")
+    # The smaller of the two products has the same non-zero eigenvalues.
     if n <= d:
-        unit = _unit(rows.astype(np.float64))
+        unit = unit_rows(rows)
         gram = unit @ unit.T
     else:
         gram = np.zeros((d, d))
         for block in chunks(rows):
-            unit = _unit(block)
+            unit = unit_rows(block)
             gram += unit.T @ unit
     eigenvalues = np.linalg.eigvalsh(gram / n)
+    # Zero eigenvalues add nothing to the entropy, and rounding makes some of them negative.
     shares = eigenvalues[eigenvalues > np.finfo(np.float64).eps]
     entropy = -float((shares * np.log(shares)).sum())
     return VendiScore(value=float(np.exp(max(entropy, 0.0))), n=n, dim=d)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    scaled = rows / np.abs(rows).max(axis=1, keepdims=True)
-    return np.asarray(scaled / np.linalg.norm(scaled, axis=1, keepdims=True))

@@ -1,38 +1,40 @@
 """What makes a protocol's numbers doubtful: warnings with stable codes, worst first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evaluate.compare.measure import blockiness_warnings
 from evaluate.compare.results import warning
-from evaluate.metric_warnings import metric_warnings
+from evaluate.compare.warnings import FEW_TILES, blockiness_warnings, metric_warnings
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
 
-_FEW_TILES = 1000
+Warnings = list[dict[str, str]]
+Results = Mapping[str, Any]
+"""results.json."""
 _NO_LINE = {"infinity": None}
 
 
-def cautions(protocol: Protocol, results: dict[str, Any]) -> list[dict[str, str]]:
+def find_cautions(protocol: Protocol, results: Results) -> Warnings:
     """What makes the numbers doubtful, worst first, each once."""
-    found = _random_warnings(results) + _size_warnings(results)
-    found += _grid_warnings(results)
-    if protocol.deviations:
-        changed = ", ".join(
-            f"{key} {old!r} → {new!r}" for key, (old, new) in protocol.deviations.items()
+    warnings = _random_warnings(results) + _size_warnings(results) + _grid_warnings(results)
+    changed = ", ".join(
+        f"{key} {old!r} → {new!r}" for key, (old, new) in protocol.deviations.items()
+    )
+    if changed:
+        warnings.append(
+            warning("not_the_protocol", f"this is not the protocol as shipped: {changed}")
         )
-        found.append(warning("not_the_protocol", f"this is not the protocol as shipped: {changed}"))
-    others = [name for name, one in protocol.models.items() if one.generator != "own"]
-    if "vae" in protocol.controls and set(others) - set(protocol.leave_out):
+    released = [name for name, spec in protocol.models.items() if spec.generator != "own"]
+    if "vae" in protocol.controls and set(released) - set(protocol.leave_out):
         message = "no reconstruction ceiling of a released model, whose autoencoder is its own"
-        found.append(warning("no_ceiling", f"{message}: {', '.join(others)}"))
+        warnings.append(warning("no_ceiling", f"{message}: {', '.join(released)}"))
     for name in protocol.leave_out:
-        found.append(warning("left_out", f"the rows of {name} were left out, as was asked"))
-    found += metric_warnings(_measured(results), found)
-    return list({one["message"]: one for one in found}.values())
+        warnings.append(warning("left_out", f"the rows of {name} were left out, as configured"))
+    warnings += metric_warnings(_shown_metrics(results), warnings)
+    return list({entry["message"]: entry for entry in warnings}.values())
 
 
-def _measured(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _shown_metrics(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, results by metric) of all that is shown."""
     for cell in results.get("cells", []):
         metrics = cell["results"]
@@ -46,58 +48,66 @@ def _measured(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{search['names'][key]}, {search['encoder']}", sentences
 
 
-def _random_warnings(results: dict[str, Any]) -> list[dict[str, str]]:
-    found = []
-    random = [
+def _random_warnings(results: Results) -> Warnings:
+    identities = {name: source["identity"] for name, source in results["sources"].items()}
+    random_encoders = [
         f"{encoder} ({records[0]['weights']})"
         for encoder, records in results["encoders"].items()
         if any(record.get("random_weights") for record in records)
     ]
-    if random:
-        message = "encoders with random weights, whose numbers say nothing about image quality"
-        found.append(warning("random_encoder_weights", f"{message}: {', '.join(random)}"))
-    made = {name: one["identity"] for name, one in results["sources"].items()}
-    taught = [name for name, identity in made.items() if identity.get("model_encoder_random")]
-    if taught:
-        message = "made by a model that learned from an encoder with random weights"
-        found.append(warning("random_training_encoder", f"{message}: {', '.join(taught)}"))
-    for name, identity in made.items():
-        if identity.get("generator_note"):
-            found.append(warning("untested", f"{name}: {identity['generator_note']}"))
-    return found
+    random_training = [
+        name for name, identity in identities.items() if identity.get("model_encoder_random")
+    ]
+    warnings = [
+        warning(code, f"{message}: {', '.join(named)}")
+        for code, message, named in (
+            ("random_encoder_weights",
+             "encoders with random weights, whose numbers say nothing about image quality",
+             random_encoders),
+            ("random_training_encoder",
+             "made by a model that learned from an encoder with random weights",
+             random_training),
+        )
+        if named
+    ]  # fmt: skip
+    notes = {name: identity.get("generator_note") for name, identity in identities.items()}
+    return warnings + [
+        warning("untested", f"{name}: {note}") for name, note in notes.items() if note
+    ]
 
 
-def _size_warnings(results: dict[str, Any]) -> list[dict[str, str]]:
-    found = []
-    few = {n: one["rows"] for n, one in results["sources"].items() if one["rows"] < _FEW_TILES}
+def _size_warnings(results: Results) -> Warnings:
+    warnings = []
+    rows_of = {name: source["rows"] for name, source in results["sources"].items()}
+    few = [f"{name} ({rows:,})" for name, rows in rows_of.items() if rows < FEW_TILES]
     if few:
-        named = ", ".join(f"{name} ({rows:,})" for name, rows in few.items())
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"
-        found.append(warning("few_tiles", f"{message}: {named}"))
-    rows = min((one["rows"] for one in results["sources"].values()), default=0)
-    wide = {e: r[0]["dim"] for e, r in results["encoders"].items() if r[0]["dim"] >= rows}
+        warnings.append(warning("few_tiles", f"{message}: {', '.join(few)}"))
+    rows = min(rows_of.values(), default=0)
+    dims = {encoder: records[0]["dim"] for encoder, records in results["encoders"].items()}
+    wide = [f"{encoder} ({dim})" for encoder, dim in dims.items() if dim >= rows]
     if wide:
-        named = ", ".join(f"{encoder} ({dim})" for encoder, dim in wide.items())
-        found.append(
+        warnings.append(
             warning(
                 "fewer_tiles_than_dimensions",
-                f"{rows:,} tiles are no more than the feature dimensions of {named} (n <= d): the "
-                "covariance is singular, Fréchet distances are mostly the bias of small samples",
+                f"{rows:,} tiles are no more than the feature dimensions of {', '.join(wide)} "
+                "(n <= d): the covariance is singular, Fréchet distances are mostly the bias of "
+                "small samples",
             )
         )
-    return found
+    return warnings
 
 
-def _grid_warnings(results: dict[str, Any]) -> list[dict[str, str]]:
-    """One warning of all plain comparisons where only one side bears an 8 x 8 grid."""
+def _grid_warnings(results: Results) -> Warnings:
+    """One warning of all comparisons without views where only one side has an 8 x 8 grid."""
     sources, named = results["sources"], {}
     for cell in results.get("cells", []):
         if cell["kind"] != "model" or cell["real"]["view"] or cell["generated"]["view"]:
             continue
         real, made = cell["real"]["source"], cell["generated"]["source"]
         if blockiness_warnings({"real": sources[real], "generated": sources[made]}):
-            one, other = (sources[x]["tiles"]["blockiness"]["mean"] for x in (made, real))
-            named[made, real] = f"{made} {one:.3f} against {real} {other:.3f}"
+            means = {x: sources[x]["tiles"]["blockiness"]["mean"] for x in (made, real)}
+            named[made, real] = f"{made} {means[made]:.3f} against {real} {means[real]:.3f}"
     if not named:
         return []
     message = (

@@ -1,28 +1,28 @@
-"""The cells of a protocol, measured: sides are read, metrics taken, results kept."""
+"""The cells of a protocol, measured: sides are read, metrics computed, results kept."""
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
 from common.torch_processes import choose_device
-from evaluate.compare.battery import METRICS, Pair, Settings, likelihood
 from evaluate.compare.measure import make_pair, real_halves
-from evaluate.compare.sides import Side, slide_attribute, source_features
-from evaluate.metrics import LikelihoodBaseline
+from evaluate.compare.sides import FeatureSide, slide_attribute, source_features
+from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
+from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
+from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
+from evaluate.metrics.registry import METRICS, needed_features
 from evaluate.protocols.comparable import basis, check_sides
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
 from evaluate.protocols.plan import Cell, Seen, guiding_set
-from evaluate.protocols.store import ResultStore, digest
-from evaluate.protocols.work import Workshop
-from pipeline.dataset import Selection
-from pipeline.dataset.features import FeatureStore
+from evaluate.protocols.sources import ProtocolSources
+from evaluate.protocols.store import ResultStore, digest_array
 
+Results = dict[str, object]
+"""Results by metric, or one metric's result, as JSON values."""
 _OPEN_SIDES = 4
 """Of 100,000 tiles a side of 1536 features is 0.6 GB."""
 
@@ -31,192 +31,166 @@ _OPEN_SIDES = 4
 class OpenSide:
     """A side with the sum of its features, which names results."""
 
-    side: Side
+    side: FeatureSide
     sum: str
 
 
 class Measurer:
     """Measures cells; keeps a few sides open, since neighbouring cells share them."""
 
-    def __init__(self, protocol: Protocol, workshop: Workshop, store: ResultStore) -> None:
-        self._protocol, self._workshop, self._store = protocol, workshop, store
+    def __init__(self, protocol: Protocol, sources: ProtocolSources, store: ResultStore) -> None:
+        self.protocol, self.sources, self.store = protocol, sources, store
         self._device = choose_device(protocol.device, setting="device=").type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
-
-    def feature_store(self, seen: Seen, encoder: str) -> FeatureStore:
-        """The features of a source as seen."""
-        tiles = self._workshop.tiles(seen.source)
-        return FeatureStore(
-            tiles.dataset, tile_px=seen.px or tiles.px, encoder=encoder, view=seen.view
-        )
 
     def side(self, seen: Seen, encoder: str) -> OpenSide:
         """A side, read or still open."""
         key = (seen, encoder)
         if key not in self._sides:
-            tiles, store = self._workshop.tiles(seen.source), self.feature_store(seen, encoder)
+            tiles, features_of = self.sources.tiles(seen.source), self.sources.feature_store
+            store = features_of(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
-            side = Side(tiles.dataset, tiles.used, store, features)
-            self._sides[key] = OpenSide(side, digest(features))
+            side = FeatureSide(tiles.dataset, tiles.used, store, features)
+            self._sides[key] = OpenSide(side, digest_array(features))
             if len(self._sides) > _OPEN_SIDES:
                 self._sides.popitem(last=False)
         self._sides.move_to_end(key)
         return self._sides[key]
 
-    def selection(self, seen: Seen) -> Selection:
-        """The tiles of a source that are used."""
-        return self._workshop.tiles(seen.source).used
-
-    def kept(self, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """A result of these inputs, read where it stands and computed where it does not."""
-        return self._store.get(inputs, compute)
-
-    def basis(self, cell: Cell) -> dict[str, Any]:
+    def basis(self, cell: Cell) -> Results:
         """What the cell's numbers rest on, from records and selections alone.
 
         Raises `UserError` where the two sides were made by different encoders.
         """
-        stores = [self.feature_store(one, cell.encoder) for one in (cell.real, cell.generated)]
-        records = [store.record for store in stores]
-        check_sides(records[0], records[1], f"{cell.label}, {cell.encoder}, {cell.column}")
-        rows = [self._workshop.tiles(s.source).used.rows for s in (cell.real, cell.generated)]
-        settings = self._protocol.settings
-        n = {"n_real": rows[0], "n_generated": rows[1], "k": settings.k}
-        if cell.train is not None:
-            n["n_train"] = self._workshop.tiles(cell.train.source).used.rows
-        return basis(records[0], records[1], n)
+        sides = cell.sides()
+        rows = {f"n_{name}": self.sources.tiles(s.source).used.rows for name, s in sides.items()}
+        real, generated = (
+            self.sources.feature_store(sides[name], cell.encoder).record
+            for name in ("real", "generated")
+        )
+        check_sides(real, generated, cell.place)
+        return basis(real, generated, rows | {"k": self.protocol.settings.k})
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """The cell's results by metric; each is looked for before it is computed."""
+    def measure(self, cell: Cell) -> Results:
+        """The cell's results by metric; each is looked up before it is computed."""
         if cell.control in ("floor-tile", "floor-patient", "neighbour"):
-            return self._control(cell)
-        opened = self._open(cell)
-        pair = self._pair(cell, opened)
-        settings = self._settings(cell)
-        found = {}
-        for metric in cell.metrics:
-            inputs = self._inputs(metric, pair, opened, settings)
-            take: Callable[[Pair, Settings], dict[str, Any]] = METRICS[metric]
-            if metric == "feature_likelihood":
-                take = self._likelihood(opened)
-            found[metric] = self._store.get(inputs, partial(take, pair, settings))
-        if cell.kind == "model" and "groups" in self._protocol.plots:
-            found["groups"] = self._groups(cell, opened)
-        return found
+            return self._measure_real(cell)
+        opened = {name: self.side(s, cell.encoder) for name, s in cell.sides().items()}
+        pair = self._make_pair(cell, opened)
+        # Widths are of models, whose numbers are compared; not of floors and ceilings.
+        settings = self.protocol.settings
+        settings = settings if cell.kind == "model" else replace(settings, draws=0)
+        results: Results = {}
+        for metric in (METRICS[name] for name in cell.metrics):
+            is_likelihood = metric is LIKELIHOOD
+            compute = partial(self._measure_likelihood, opened) if is_likelihood else metric.compute
+            inputs = self._result_inputs(metric, pair, opened, settings)
+            results[metric.name] = self.store.get(inputs, partial(compute, pair, settings))
+        if cell.kind == "model" and "groups" in self.protocol.plots:
+            results["groups"] = self._measure_groups(cell, opened)
+        return results
 
-    def _open(self, cell: Cell) -> dict[str, OpenSide]:
-        sides = {"real": cell.real, "generated": cell.generated}
-        if cell.train is not None:
-            sides["train"] = cell.train
-        return {name: self.side(seen, cell.encoder) for name, seen in sides.items()}
-
-    def _settings(self, cell: Cell) -> Settings:
-        """Widths are taken of models, whose numbers are compared; not of floors and ceilings."""
-        settings = self._protocol.settings
-        return settings if cell.kind == "model" else replace(settings, draws=0)
-
-    def _pair(self, cell: Cell, opened: dict[str, OpenSide]) -> Pair:
+    def _make_pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
-        guide = guiding_set(self._protocol, cell.generated.source)
-        holder = self._workshop.tiles(guide).dataset if guide else real.dataset
+        guide = guiding_set(self.protocol, cell.generated.source)
+        guide_dataset = self.sources.tiles(guide).dataset if guide else real.dataset
         sources = None
-        if "cosine_similarity" in cell.metrics:
+        if "sources" in needed_features(cell.metrics):
             seen = Seen(guide, cell.real.view, cell.real.px)
-            sources, reason = source_features(generated, self.feature_store(seen, cell.encoder))
+            guiding = self.sources.feature_store(seen, cell.encoder)
+            sources, reason = source_features(generated, guiding)
             if sources is None:
                 raise UserError(f"{cell.label}, {cell.column}: {reason}")
         train = opened["train"].side if "train" in opened else None
-        return make_pair(real, generated, holder, sources, train, self._device)
+        return make_pair(real, generated, guide_dataset, sources, train, self._device)
 
-    def _inputs(
-        self, metric: str, pair: Pair, opened: dict[str, OpenSide], settings: Settings
-    ) -> dict[str, Any]:
+    def _result_inputs(
+        self,
+        metric: Metric,
+        pair: FeaturePair,
+        opened: dict[str, OpenSide],
+        settings: MetricSettings,
+    ) -> Results:
         """Everything that a metric's result depends on."""
-        labels = {**(pair.clusters or {})}
-        real = {f"real {key}": value for key, value in (pair.real_clusters or {}).items()}
-        clustered = metric == "frechet_distance" and settings.draws
-        return self._rounding(metric) | {
-            "metric": metric,
+        real = {f"real {key}": labels for key, labels in (pair.real_clusters or {}).items()}
+        is_clustered = metric.reads_clusters and settings.draws
+        clusters = (pair.clusters or {}) | real if is_clustered else {}
+        return self._device_inputs(metric) | {
+            "metric": metric.name,
             "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
-            "sides": {name: one.sum for name, one in opened.items()},
-            "sources": digest(pair.sources) if metric == "cosine_similarity" else "",
-            "clusters": {key: digest(value) for key, value in (labels | real).items()}
-            if clustered
-            else {},
+            "sides": {name: side.sum for name, side in opened.items()},
+            "sources": digest_array(pair.sources) if "sources" in metric.needs else "",
+            "clusters": {key: digest_array(labels) for key, labels in clusters.items()},
         }
 
-    def _rounding(self, metric: str) -> dict[str, Any]:
-        """The device, of FLD alone: the other metrics are the same numbers on all."""
-        likelihood = metric.startswith("feature_likelihood")
-        return {"device": self._device} if likelihood and self._device != "cpu" else {}
+    def _device_inputs(self, metric: Metric) -> Results:
+        """The device, where a metric's rounding depends on it."""
+        is_named = metric.depends_on_device and self._device != "cpu"
+        return {"device": self._device} if is_named else {}
 
-    def _likelihood(
-        self, opened: dict[str, OpenSide]
-    ) -> Callable[[Pair, Settings], dict[str, Any]]:
-        """FLD with its baseline looked for first: it depends on the real sets alone."""
+    def _measure_likelihood(
+        self, opened: dict[str, OpenSide], pair: FeaturePair, settings: MetricSettings
+    ) -> Results:
+        """FLD with its baseline looked up first: it depends on the real sets alone."""
+        inputs = self._device_inputs(LIKELIHOOD) | {
+            "metric": f"{LIKELIHOOD.name} baseline",
+            "sides": {name: opened[name].sum for name in ("real", "train")},
+            "n_generated": len(pair.generated),
+            "cap": settings.fld_max_generated,
+            "seeds": list(settings.fld_seeds),
+            "dtype": settings.fld_dtype,
+        }
+        computed: Results = {}
 
-        def take(pair: Pair, settings: Settings) -> dict[str, Any]:
-            inputs = self._rounding("feature_likelihood") | {
-                "metric": "feature_likelihood baseline",
-                "sides": {name: opened[name].sum for name in ("real", "train")},
-                "n_generated": len(pair.generated),
-                "cap": settings.fld_max_generated,
-                "seeds": list(settings.fld_seeds),
-                "dtype": settings.fld_dtype,
-            }
-            known: list[dict[str, Any]] = []
+        def compute_baseline() -> object:
+            computed.update(likelihood_result(pair, settings))
+            return computed["baseline"]
 
-            def compute() -> dict[str, Any]:
-                known.append(likelihood(pair, settings))
-                return dict(known[0]["baseline"])
+        kept = self.store.get(inputs, compute_baseline)
+        if computed:
+            return computed
+        nll = {int(seed): value for seed, value in kept["nll"].items()}
+        return likelihood_result(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
 
-            kept = self._store.get(inputs, compute)
-            if known:
-                return known[0]
-            nll = {int(seed): value for seed, value in kept["nll"].items()}
-            return likelihood(pair, settings, LikelihoodBaseline(nll, kept["fingerprint"]))
-
-        return take
-
-    def _control(self, cell: Cell) -> dict[str, Any]:
+    def _measure_real(self, cell: Cell) -> Results:
+        """A control that compares real tiles with real tiles of the same set."""
         opened = self.side(cell.real, cell.encoder)
-        side, settings = opened.side, self._protocol.settings
-        slides = labels = side.own_slides
+        side, settings = opened.side, self.protocol.settings
+        slides = labels = side.row_slides
         if cell.control == "floor-patient":
             labels = slide_attribute(side.dataset, slides, "patient")
-
-        def compute() -> Any:
-            if cell.control == "floor-tile":
-                return real_halves(side, settings, self._device)
-            if cell.control == "neighbour":
-                return neighbour_cosines(side.features, slides, seed=settings.seed)
-            return halves_by_label(side.features, labels, settings, self._device)
-
+        compute = {
+            "floor-tile": lambda: real_halves(side, settings, self._device),
+            "floor-patient": lambda: halves_by_label(side.features, labels, settings, self._device),
+            "neighbour": lambda: neighbour_cosines(side.features, slides, seed=settings.seed),
+        }[cell.control]
         inputs = {"metric": cell.control, "sides": {"real": opened.sum},
-                  "seed": settings.seed, "clusters": digest(labels)}  # fmt: skip
+                  "seed": settings.seed, "clusters": digest_array(labels)}  # fmt: skip
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
-        found = self._store.get(inputs, compute) or {}
-        return {"cosine_similarity": found} if cell.control == "neighbour" and found else found
+        result: Results = self.store.get(inputs, compute) or {}
+        is_cosine = cell.control == "neighbour" and result
+        return {"cosine_similarity": result} if is_cosine else result
 
-    def _groups(self, cell: Cell, opened: dict[str, OpenSide]) -> dict[str, Any]:
+    def _measure_groups(self, cell: Cell, opened: dict[str, OpenSide]) -> Results:
+        """Distances within each group of slides, by the kind of group."""
         real, generated = opened["real"].side, opened["generated"].side
-        guide = guiding_set(self._protocol, cell.generated.source)
+        guide = guiding_set(self.protocol, cell.generated.source)
         sources = generated.slides()
         if not guide or sources is None:
             return {}
-        holder, least = self._workshop.tiles(guide).dataset, self._protocol.group_tiles
-        found = {}
-        for kind in self._protocol.groups:
+        guide_dataset, least = self.sources.tiles(guide).dataset, self.protocol.group_tiles
+        groups: Results = {}
+        for kind in self.protocol.groups:
             labels = (
-                slide_attribute(real.dataset, real.own_slides, kind),
-                slide_attribute(holder, sources, kind),
+                slide_attribute(real.dataset, real.row_slides, kind),
+                slide_attribute(guide_dataset, sources, kind),
             )
             inputs = {"metric": f"by {kind}", "least": least,
                       "sides": {name: opened[name].sum for name in ("real", "generated")},
-                      "clusters": [digest(one) for one in labels]}  # fmt: skip
-            found[kind] = self._store.get(
+                      "clusters": [digest_array(values) for values in labels]}  # fmt: skip
+            groups[kind] = self.store.get(
                 inputs,
                 partial(grouped_distances, real.features, generated.features, labels, least=least),
             )
-        return found
+        return groups

@@ -1,21 +1,20 @@
-"""What every table is read against: the floors between real tiles and the neighbour's cosine.
+"""What every table is compared with: floors between real tiles and the neighbour's cosine.
 
 Pure functions of feature arrays and labels.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from evaluate.compare.battery import Pair, Settings, histogram
-from evaluate.compare.measure import least_rows, mean_of_results, set_metrics
+from evaluate.compare.measure import FLOOR_SPLIT_ROWS, FLOOR_SPLITS, least_rows, mean_floors
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.metrics.cosine import cosine_histogram
+from evaluate.metrics.metric import MetricSettings
 
 Features = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.str_]
 
-_SPLITS, _SPLIT_ROWS = 8, 4096
+_GROUP_KEYS = ("value", "mean_term", "covariance_term", "noise_floor", "n_real", "n_generated")
 
 
 def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
@@ -34,32 +33,32 @@ def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def halves_by_label(
-    features: Features, labels: Labels, settings: Settings | None = None, device: str = "cpu"
-) -> dict[str, Any] | None:
+    features: Features, labels: Labels, settings: MetricSettings | None = None, device: str = "cpu"
+) -> dict[str, object] | None:
     """Fréchet distance and precision, recall between halves that share no label.
 
     Means over 8 splits where there are at most 4,096 rows. None with fewer than two labels or
     with fewer than 8 rows (or k + 1) on a side. The halves are about equal in size, so counts are
     the first split's.
     """
-    settings = settings or Settings()
+    settings = settings or MetricSettings()
     splits = []
-    for number in range(_SPLITS if len(features) <= _SPLIT_ROWS else 1):
+    for number in range(FLOOR_SPLITS if len(features) <= FLOOR_SPLIT_ROWS else 1):
         first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
-        splits.append(set_metrics(Pair(features[first], features[~first], device=device), settings))
-    merged = {metric: mean_of_results([one[metric] for one in splits]) for metric in splits[0]}
-    return {"splits": len(splits), "labels": len(np.unique(labels)), **merged}
+        splits.append((features[first], features[~first]))
+    return {"labels": len(np.unique(labels)), **mean_floors(splits, settings, device)}
 
 
 def neighbour_cosines(
     features: Features, slides: Labels, *, seed: int = 0
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """Cosines of each row to another random row of its slide: what tissue alone has in common.
 
     Rows of slides with a single row are left out; None where all are.
     """
+    # A random cycle pairs every row once with another one of its slide.
     random = np.random.RandomState(seed)
     first, second = [], []
     for name in np.unique(slides):
@@ -70,42 +69,33 @@ def neighbour_cosines(
             second.append(np.roll(cycle, 1))
     if not first:
         return None
-    found = cosine_similarity(
+    cosines = cosine_similarity(
         features[np.concatenate(first)], features[np.concatenate(second)], seed=seed
     )
     return {
-        "mean": found.mean,
-        "std": found.std,
-        "centred_mean": found.centred_mean,
-        "n": found.n,
+        "mean": cosines.mean,
+        "std": cosines.std,
+        "centred_mean": cosines.centred_mean,
+        "n": cosines.n,
         "seed": seed,
-        "histogram": histogram(found.values),
+        "histogram": cosine_histogram(cosines.values),
     }
 
 
 def grouped_distances(
     real: Features, generated: Features, labels: tuple[Labels, Labels], *, least: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Fréchet distances within each group of slides (a project, a site), largest groups first.
 
     `labels` are those of the real and of the generated rows. Groups with fewer than `least` rows
     on either side are left out, as is the group without a name.
     """
-    found = []
+    groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
-        sides = [x[own == name] for x, own in zip((real, generated), labels, strict=True)]
+        sides = [rows[names == name] for rows, names in zip((real, generated), labels, strict=True)]
         if min(len(side) for side in sides) < max(least, 2):
             continue
-        one = frechet_distance(*sides, max_generated=None)
-        found.append(
-            {
-                "group": str(name),
-                "value": one.value,
-                "mean_term": one.mean_term,
-                "covariance_term": one.covariance_term,
-                "noise_floor": one.noise_floor,
-                "n_real": one.n_real,
-                "n_generated": one.n_generated,
-            }
-        )
-    return sorted(found, key=lambda one: -one["n_real"])
+        distance = frechet_distance(*sides, max_generated=None)
+        numbers = {key: getattr(distance, key) for key in _GROUP_KEYS}
+        groups.append((distance.n_real, {"group": str(name), **numbers}))
+    return [entry for _, entry in sorted(groups, key=lambda group: -group[0])]

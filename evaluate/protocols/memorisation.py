@@ -5,7 +5,7 @@ that nearness to a slide counts for both; val-out from slides never seen.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,112 +13,131 @@ import numpy.typing as npt
 from common.console import meter
 from common.errors import UserError
 from common.torch_processes import choose_device
-from evaluate.generate.guidance import guiding_mark
+from evaluate.generate.condition_source import guiding_fingerprint
 from evaluate.generate.plan import source_order
 from evaluate.metrics import feature_likelihood_divergence
 from evaluate.metrics.neighbours import Neighbours
 from evaluate.protocols.cells import Measurer, OpenSide
-from evaluate.protocols.config import Protocol
 from evaluate.protocols.nearest import copying_test, distance_ratios, nearest_in_blocks
 from evaluate.protocols.plan import Seen, all_images
-from evaluate.protocols.store import digest
-from pipeline.dataset import Selection
-from pipeline.dataset.features import FeatureStore
+from evaluate.protocols.store import digest_array
 
 Features = npt.NDArray[np.floating]
+Found = dict[str, object]
+"""Plain numbers, as JSON values."""
 
 _BLOCK_ROWS = 16_384
 _SAMPLE_ROWS = 100_000
-"""Of more training tiles FLD and C_T take so many, drawn in a fixed order."""
+"""Of more training tiles FLD and C_T use this many, drawn in a fixed order."""
 _BINS = 60
+_VALIDATION = ("val_in", "val_out")
+_QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
 
 
-def measure_memorisation(protocol: Protocol, measurer: Measurer) -> list[dict[str, Any]]:
-    """One entry an encoder and a dataset of images: distances, tests, the most suspicious tiles."""
+class Likelihood(TypedDict):
+    """FLD's gap over its seeds, and the memorisation score of each of `rows`."""
+
+    gap: float
+    gap_std: float
+    warnings: list[str]
+    score: list[float]
+    rows: list[int]
+
+
+def measure_memorisation(measurer: Measurer) -> list[Found]:
+    """One entry per encoder and dataset of images: distances, tests, the most suspicious tiles."""
+    protocol = measurer.protocol
     if len(protocol.columns) != 2 or not protocol.train:
         raise UserError("memorisation needs columns=[val-in,val-out] and train=SET")
-    found = []
+    searches = []
     images = all_images(protocol)
     with meter("memorisation", len(protocol.encoders) * len(images), "searches") as shown:
         for encoder in protocol.encoders:
-            for one in images:
-                found.append(_Search(protocol, measurer, encoder, one.key).run())
-                shown.advance(1, f"{encoder}, {one.key}")
-    return found
+            for source in images:
+                searches.append(CopySearch(measurer, encoder, source.key).run())
+                shown.advance(1, f"{encoder}, {source.key}")
+    return searches
 
 
-class _Search:
-    """One encoder's search of the training tiles for the neighbours of one set of images."""
+class CopySearch:
+    """One encoder's search of the training tiles for the neighbours of one source's images."""
 
-    def __init__(self, protocol: Protocol, measurer: Measurer, encoder: str, source: str) -> None:
-        self._protocol, self._measurer, self._encoder = protocol, measurer, encoder
-        self._source, self._device = source, choose_device(protocol.device, setting="device=").type
-        self._train = Seen(protocol.train)
-        self._selection: Selection = measurer.selection(self._train)
-        self._store: FeatureStore = measurer.feature_store(self._train, encoder)
+    def __init__(self, measurer: Measurer, encoder: str, source: str) -> None:
+        self._measurer, self._protocol, self._encoder = measurer, measurer.protocol, encoder
+        self._source = source
+        self._device = choose_device(self._protocol.device, setting="device=").type
+        train = Seen(self._protocol.train)
+        self._selection = measurer.sources.tiles(train.source).used
+        self._store = measurer.sources.feature_store(train, encoder)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Found:
         """Everything the panel shows, as plain numbers."""
-        names = {"generated": self._source, "val_in": self._protocol.columns[0],
-                 "val_out": self._protocol.columns[1]}  # fmt: skip
+        names = dict(zip(("generated", *_VALIDATION), (self._source, *self._protocol.columns),
+                         strict=True))  # fmt: skip
         sides = {key: self._measurer.side(Seen(name), self._encoder) for key, name in names.items()}
-        nearest = {key: self._nearest(one) for key, one in sides.items()}
-        sample = self._sample()
-        likelihood = {key: self._likelihood(sample, sides, key) for key in sides}
-        own = self._own_distances(nearest["generated"].indices[:, 0])
-        distances = {key: found.distances[:, 0] for key, found in nearest.items()}
-        made = (sides["generated"].side.features, distances["generated"])
+        nearest = {key: self._find_nearest(opened) for key, opened in sides.items()}
+        # FLD and C_T fit models to the training tiles: a fixed sample bounds their cost.
+        order = source_order(self._selection.rows, self._selection.content_hash)
+        sample = self._train_rows(np.sort(order[:_SAMPLE_ROWS]))
+        likelihood = {key: self._measure_likelihood(sample, sides, key) for key in sides}
+        among_training = self._own_distances(nearest["generated"].indices[:, 0])
+        distances = {key: neighbours.distances[:, 0] for key, neighbours in nearest.items()}
+        compared = {key: (sides[key].side.features, distances[key]) for key in sides}
         return {
             "encoder": self._encoder,
             "source": self._source,
             "train": {"set": self._protocol.train, "rows": self._selection.rows,
                       "sample": len(sample)},
             "names": names,
-            "sets": {key: _summary(key, nearest[key], likelihood[key]) for key in sides},
-            "authenticity": float((distances["generated"] > own).mean()),
+            "sets": {key: _summarise_set(key, nearest[key], likelihood[key]) for key in sides},
+            "authenticity": float((distances["generated"] > among_training).mean()),
             "copying_test": {
-                key: copying_test(sample, made, (sides[key].side.features, distances[key]))
-                for key in ("val_in", "val_out")
+                key: copying_test(sample, compared["generated"], compared[key])
+                for key in _VALIDATION
             },
             "suspicious_share": _suspicious_share(nearest),
-            "top": self._top(sides["generated"], nearest["generated"], likelihood["generated"]),
+            "top": self._most_suspicious(
+                sides["generated"], nearest["generated"], likelihood["generated"]
+            ),
         }  # fmt: skip
 
-    def _nearest(self, opened: OpenSide) -> Neighbours:
+    def _find_nearest(self, opened: OpenSide) -> Neighbours:
         inputs = {"metric": "nearest", "sides": {"queries": opened.sum},
-                  "train": self._train_mark(), "k": 2}  # fmt: skip
+                  "train": self.train_fingerprint(), "k": 2}  # fmt: skip
 
-        def compute() -> dict[str, Any]:
-            found = nearest_in_blocks(
-                opened.side.features, self._blocks(), k=2, device=self._device
+        def compute() -> object:
+            neighbours = nearest_in_blocks(
+                opened.side.features, self._train_blocks(), k=2, device=self._device
             )
-            return {"indices": found.indices.tolist(), "distances": found.distances.tolist()}
+            return {
+                "indices": neighbours.indices.tolist(),
+                "distances": neighbours.distances.tolist(),
+            }
 
-        kept = self._measurer.kept(inputs, compute)
+        kept = self._measurer.store.get(inputs, compute)
         return Neighbours(np.array(kept["indices"], np.int64), np.array(kept["distances"]))
 
-    def _train_mark(self) -> list[Any]:
+    def train_fingerprint(self) -> list[object]:
         """What names the training features without reading them all: selection and encoder."""
-        record = self._store.record
-        root = str(self._store.dataset.root.resolve())
-        mark = guiding_mark(self._store.dataset)
-        return [root, mark, self._selection.content_hash, record["weights_sha256"], record["view"],
+        record, dataset = self._store.record, self._store.dataset
+        return [str(dataset.root.resolve()), guiding_fingerprint(dataset),
+                self._selection.content_hash, record["weights_sha256"], record["view"],
                 record["compute_dtype"], record["tile_px"], self._encoder]  # fmt: skip
 
-    def _blocks(self) -> Iterator[Features]:
+    def _train_blocks(self) -> Iterator[Features]:
         """The training features in the selection's order, some 16,384 rows at a time."""
-        held: list[Features] = []
+        pending: list[Features] = []
         for slide_id, ranks in self._selection.items():
-            held.append(self._store.read(slide_id, ranks))
-            if sum(map(len, held)) >= _BLOCK_ROWS:
-                yield np.concatenate(held)
-                held = []
-        if held:
-            yield np.concatenate(held)
+            pending.append(self._store.read(slide_id, ranks))
+            if sum(map(len, pending)) >= _BLOCK_ROWS:
+                yield np.concatenate(pending)
+                pending = []
+        if pending:
+            yield np.concatenate(pending)
 
-    def _rows(self, rows: npt.NDArray[np.int64]) -> Features:
-        """Training features by their place in the selection."""
-        slides = self._slides(rows)
+    def _train_rows(self, rows: npt.NDArray[np.int64]) -> Features:
+        """Training features [n, d] by their place in the selection."""
+        slides = self._slides_of(rows)
         result: Features = np.empty((len(rows), int(self._store.record["dim"])), np.float32)
         for slide in np.unique(slides):
             where = np.flatnonzero(slides == slide)
@@ -126,54 +145,58 @@ class _Search:
             result[where] = self._store.read(self._selection.slide_ids[slide], ranks)
         return result
 
-    def _slides(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        found = np.searchsorted(self._selection.offsets, rows, side="right") - 1
-        return np.asarray(found, np.int64)
-
-    def _sample(self) -> Features:
-        order = source_order(self._selection.rows, self._selection.content_hash)
-        return self._rows(np.sort(order[:_SAMPLE_ROWS]))
+    def _slides_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+        return np.searchsorted(self._selection.offsets, rows, side="right") - 1
 
     def _own_distances(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The distance of each of these training tiles to its own nearest training tile."""
-        names, member = np.unique(rows, return_inverse=True)
-        inputs = {"metric": "own nearest", "rows": digest(names), "train": self._train_mark()}
+        unique, member = np.unique(rows, return_inverse=True)
+        inputs = {"metric": "own nearest", "rows": digest_array(unique),
+                  "train": self.train_fingerprint()}  # fmt: skip
 
-        def compute() -> list[float]:
-            found = nearest_in_blocks(self._rows(names), self._blocks(), k=2, device=self._device)
-            itself = found.indices[:, 0] == names
-            return list(np.where(itself, found.distances[:, 1], found.distances[:, 0]).tolist())
+        def compute() -> object:
+            queries = self._train_rows(unique)
+            neighbours = nearest_in_blocks(queries, self._train_blocks(), k=2, device=self._device)
+            # The nearest is the tile itself, unless a copy of it comes before it.
+            is_itself = neighbours.indices[:, 0] == unique
+            return np.where(
+                is_itself, neighbours.distances[:, 1], neighbours.distances[:, 0]
+            ).tolist()
 
-        return np.array(self._measurer.kept(inputs, compute))[member]
+        return np.array(self._measurer.store.get(inputs, compute))[member]
 
-    def _likelihood(self, sample: Features, sides: dict[str, OpenSide], key: str) -> dict[str, Any]:
+    def _measure_likelihood(
+        self, sample: Features, sides: dict[str, OpenSide], key: str
+    ) -> Likelihood:
         """FLD's gap and memorisation score of one of the three sets; val-out is the test set.
 
         So a gap of val-out itself, Gaussians on the very rows that they are tested on, says
-        nothing; `_summary` leaves it out.
+        nothing; `_summarise_set` leaves it out.
         """
         settings = self._protocol.settings
         inputs = {"metric": "memorisation score", "sides": {k: sides[k].sum for k in
-                  (key, "val_out")}, "train": digest(sample),
+                  (key, "val_out")}, "train": digest_array(sample),
                   "seeds": list(settings.fld_seeds), "dtype": settings.fld_dtype,
                   "cap": settings.fld_max_generated}  # fmt: skip
 
-        def compute() -> dict[str, Any]:
-            found = feature_likelihood_divergence(
+        def compute() -> object:
+            divergence = feature_likelihood_divergence(
                 sample, sides["val_out"].side.features, sides[key].side.features, mode="gap",
                 seeds=settings.fld_seeds,
                 dtype="float32" if settings.fld_dtype == "float32" else "float64",
                 max_generated=settings.fld_max_generated,
             )  # fmt: skip
-            return {"gap": found.value, "gap_std": found.std, "warnings": list(found.warnings),
-                    "score": found.memorisation.tolist(),
-                    "rows": found.memorisation_rows.tolist()}  # fmt: skip
+            return {"gap": divergence.value, "gap_std": divergence.std,
+                    "warnings": list(divergence.warnings),
+                    "score": divergence.memorisation.tolist(),
+                    "rows": divergence.memorisation_rows.tolist()}  # fmt: skip
 
-        return dict(self._measurer.kept(inputs, compute))
+        kept: Likelihood = self._measurer.store.get(inputs, compute)
+        return kept
 
-    def _top(
-        self, opened: OpenSide, nearest: Neighbours, likelihood: dict[str, Any]
-    ) -> dict[str, list[dict[str, Any]]]:
+    def _most_suspicious(
+        self, opened: OpenSide, nearest: Neighbours, likelihood: Likelihood
+    ) -> dict[str, list[Found]]:
         """The most suspicious images by the ratio of distances and by FLD's score."""
         ratios = distance_ratios(nearest)
         by_score = np.array(likelihood["rows"])[np.argsort(likelihood["score"])[::-1]]
@@ -181,32 +204,30 @@ class _Search:
         orders = {"ratio": np.argsort(ratios, kind="stable"), "score": by_score}
         return {
             name: [
-                self._entry(opened, int(row), nearest, float(ratios[row]), score.get(int(row)))
+                self._describe_image(opened, int(row), nearest)
+                | {"ratio": float(ratios[row]), "score": score.get(int(row))}
                 for row in order[: self._protocol.top]
             ]
             for name, order in orders.items()
         }
 
-    def _entry(
-        self, opened: OpenSide, row: int, nearest: Neighbours, ratio: float, score: float | None
-    ) -> dict[str, Any]:
+    def _describe_image(self, opened: OpenSide, row: int, nearest: Neighbours) -> Found:
+        """An image, its guide, its nearest training tile and the next of that tile's slide."""
         side = opened.side
         place = int(np.searchsorted(side.selection.offsets, row, side="right")) - 1
         sources = side.sources
         first = int(nearest.indices[row, 0])
-        slide = int(self._slides(np.array([first]))[0])
+        slide = int(self._slides_of(np.array([first]))[0])
         return {
             "generated": [side.selection.slide_ids[place], int(side.selection.ranks[row])],
             "guide": None if sources is None
             else [str(sources.slides[row]), int(sources.ranks[row])],
             "nearest": [self._selection.slide_ids[slide], int(self._selection.ranks[first])],
-            "same_slide": self._same_slide(side.features[row], slide, first),
+            "same_slide": self._next_of_slide(side.features[row], slide, first),
             "distance": float(nearest.distances[row, 0]),
-            "ratio": ratio,
-            "score": score,
         }  # fmt: skip
 
-    def _same_slide(self, query: Features, slide: int, first: int) -> list[Any] | None:
+    def _next_of_slide(self, query: Features, slide: int, first: int) -> list[object] | None:
         """The next nearest tile of the slide that the nearest one is of."""
         start, stop = self._selection.offsets[slide : slide + 2]
         if stop - start < 2:
@@ -214,36 +235,29 @@ class _Search:
         ranks = self._selection.ranks[start:stop]
         rows = self._store.read(self._selection.slide_ids[slide], ranks)
         distances = np.linalg.norm(rows.astype(np.float64) - query, axis=1)
-        distances[first - start] = np.inf
+        distances[first - start] = np.inf  # the nearest tile itself is already shown
         best = int(distances.argmin())
         return [self._selection.slide_ids[slide], int(ranks[best]), float(distances[best])]
 
 
-def _summary(key: str, nearest: Neighbours, likelihood: dict[str, Any]) -> dict[str, Any]:
+def _summarise_set(key: str, nearest: Neighbours, likelihood: Likelihood) -> Found:
     """Quantiles and histograms of one set's distances, ratios and scores."""
-    ratios, distances = distance_ratios(nearest), nearest.distances[:, 0]
+    ratios, is_test_set = distance_ratios(nearest), key == "val_out"
+    counts, edges = np.histogram(ratios, bins=_BINS, range=(0.0, 1.0))
     return {
         "n": len(ratios),
-        "distance": _quantiles(distances),
-        "ratio": _quantiles(ratios),
-        "score": _quantiles(np.array(likelihood["score"])),
-        "gap": None if key == "val_out" else likelihood["gap"],
-        "gap_std": None if key == "val_out" else likelihood["gap_std"],
+        "distance": _summarise_values(nearest.distances[:, 0]),
+        "ratio": _summarise_values(ratios),
+        "score": _summarise_values(np.array(likelihood["score"])),
+        "gap": None if is_test_set else likelihood["gap"],
+        "gap_std": None if is_test_set else likelihood["gap_std"],
         "warnings": likelihood["warnings"],
-        "ratio_histogram": _histogram(ratios, 0.0, 1.0),
+        "ratio_histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
     }
 
 
-_QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
-
-
-def _quantiles(values: npt.NDArray[np.floating]) -> dict[str, float]:
+def _summarise_values(values: npt.NDArray[np.floating]) -> dict[str, float]:
     return {name: float(np.quantile(values, share)) for name, share in _QUANTILES.items()}
-
-
-def _histogram(values: npt.NDArray[np.floating], low: float, high: float) -> dict[str, Any]:
-    counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
-    return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
 def _suspicious_share(nearest: dict[str, Neighbours]) -> dict[str, float]:
@@ -251,5 +265,5 @@ def _suspicious_share(nearest: dict[str, Neighbours]) -> dict[str, float]:
     made = distance_ratios(nearest["generated"])
     return {
         key: float((made < np.quantile(distance_ratios(nearest[key]), 0.01)).mean())
-        for key in ("val_in", "val_out")
+        for key in _VALIDATION
     }

@@ -1,91 +1,82 @@
 """The memorisation protocol's numbers as tables, every encoder a column."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-Found = Mapping[str, Any]
+from common.record import Record
+from evaluate.protocols.layout import Table, TableBuilder, TableColumn, column_key
 
-_OF_SETS = (
-    ("ratio_median", "d₁/d₂ to the training tiles, median", "higher", "ratio", "median"),
-    ("ratio_q01", "d₁/d₂ to the training tiles, first percentile", "higher", "ratio", "q01"),
-    ("score_q99", "FLD’s memorisation score, 99th percentile", "lower", "score", "q99"),
-)
+_ALL_SETS = ("generated", "val_in", "val_out")
 
 
-def memorisation_tables(searches: Sequence[Found]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class SearchQuantity:
+    """A number of a search, read for each of the sets in `of` ("" for the search as a whole).
+
+    `against` marks a number of the images compared with that set, whose row names both.
+    """
+
+    name: str
+    title: str
+    better: str
+    read: Callable[[Record, str], float | None]
+    of: tuple[str, ...] = ("",)
+    against: bool = False
+
+
+def _quantile(key: str, quantile: str) -> Callable[[Record, str], float | None]:
+    return lambda search, name: search.part("sets").part(name).part(key).number(quantile)
+
+
+QUANTITIES = (
+    SearchQuantity("ratio_median", "d₁/d₂ to the training tiles, median", "higher",
+                   _quantile("ratio", "median"), _ALL_SETS),
+    SearchQuantity("ratio_q01", "d₁/d₂ to the training tiles, first percentile", "higher",
+                   _quantile("ratio", "q01"), _ALL_SETS),
+    SearchQuantity("score_q99", "FLD’s memorisation score, 99th percentile", "lower",
+                   _quantile("score", "q99"), _ALL_SETS),
+    SearchQuantity("fld_gap", "FLD gap (clearly negative is copying)", "",
+                   lambda search, name: search.part("sets").part(name).optional("gap"),
+                   ("generated", "val_in")),
+    SearchQuantity("authenticity", "Authenticity", "higher",
+                   lambda search, name: search.number("authenticity")),
+    SearchQuantity("suspicious", "Share of images with a smaller d₁/d₂ than 99 % of the set",
+                   "lower", lambda search, name: search.part("suspicious_share").number(name),
+                   ("val_in", "val_out"), against=True),
+    SearchQuantity("copying_test", "C_T against the set (below −3 is copying)", "",
+                   lambda search, name: search.part("copying_test").part(name).optional("value"),
+                   ("val_in", "val_out"), against=True),
+)  # fmt: skip
+
+
+def memorisation_tables(searches: Sequence[Mapping[str, object]]) -> list[Table]:
     """Tables of the searches, in the layout of every protocol's tables."""
-    columns = [
-        {"encoder": encoder, "set": searches[0]["train"]["set"]}
-        for encoder in dict.fromkeys(one["encoder"] for one in searches)
-    ]
-    tables = [_of_sets(searches, columns, *spec) for spec in _OF_SETS]
-    tables.append(_gaps(searches, columns))
-    tables.append(
-        _table("authenticity", "Authenticity", "higher", columns, [
-            (one["source"], "model", one, one["authenticity"]) for one in searches
-        ])
-    )  # fmt: skip
-    for name, title, better, key in (
-        ("suspicious", "Share of images with a smaller d₁/d₂ than 99 % of the set", "lower",
-         "suspicious_share"),
-        ("copying_test", "C_T against the set (below −3 is copying)", "", "copying_test"),
-    ):  # fmt: skip
-        rows = [
-            (f"{one['source']} against {one['names'][against]}", "model", one,
-             _number(one[key][against]))
-            for against in ("val_in", "val_out")
-            for one in searches
-        ]  # fmt: skip
-        tables.append(_table(name, title, better, columns, rows))
-    return tables
+    records = [Record(search, "memorisation") for search in searches]
+    encoders = dict.fromkeys(search.text("encoder") for search in records)
+    train = records[0].part("train").text("set")
+    columns = [TableColumn(encoder=encoder, set=train) for encoder in encoders]
+    return [_lay_out(quantity, records, columns) for quantity in QUANTITIES]
 
 
-def _number(found: Any) -> Any:
-    return found["value"] if isinstance(found, Mapping) else found
-
-
-def _of_sets(
-    searches: Sequence[Found], columns: list[dict[str, str]], name: str, title: str, better: str,
-    key: str, quantile: str,
-) -> dict[str, Any]:  # fmt: skip
-    rows = [
-        (one["names"][of], _kind(of), one, one["sets"][of][key][quantile])
-        for of in ("generated", "val_in", "val_out")
-        for one in searches
-    ]
-    return _table(name, title, better, columns, rows)
-
-
-def _gaps(searches: Sequence[Found], columns: list[dict[str, str]]) -> dict[str, Any]:
-    rows = [
-        (one["names"][of], _kind(of), one, one["sets"][of]["gap"])
-        for of in ("generated", "val_in")
-        for one in searches
-    ]
-    return _table("fld_gap", "FLD gap (clearly negative is copying)", "", columns, rows)
-
-
-def _kind(of: str) -> str:
-    return "model" if of == "generated" else "reference"
-
-
-def _table(
-    name: str,
-    title: str,
-    better: str,
-    columns: list[dict[str, str]],
-    values: Sequence[tuple[str, str, Found, Any]],
-) -> dict[str, Any]:
-    """Rows by label from (label, kind, search, value), in the order in which they first come."""
-    rows: dict[str, dict[str, Any]] = {}
-    empty = dict.fromkeys(f"{one['encoder']}/{one['set']}" for one in columns)
-    for label, kind, search, value in values:
-        row = rows.setdefault(
-            label, {"label": label, "kind": kind, "note": "", "cells": dict(empty)}
-        )
-        if value is not None:
-            counts = {"n": search["sets"]["generated"]["n"], "training": search["train"]["rows"]}
-            column = f"{search['encoder']}/{search['train']['set']}"
-            row["cells"][column] = {"value": float(value), "spread": None, "n": counts}
-    return {"name": name, "title": title, "better": better, "share": False,
-            "columns": columns, "rows": list(rows.values())}  # fmt: skip
+def _lay_out(
+    quantity: SearchQuantity, searches: Sequence[Record], columns: Sequence[TableColumn]
+) -> Table:
+    builder = TableBuilder(columns)
+    for name in quantity.of:
+        for search in searches:
+            train, names = search.part("train"), search.part("names")
+            label, kind = search.text("source"), "model"
+            if quantity.against:
+                label = f"{label} against {names.text(name)}"
+            elif name:
+                label = names.text(name)
+                kind = "model" if name == "generated" else "reference"
+            value = quantity.read(search, name)
+            n = {"n": search.part("sets").part("generated").count("n"),
+                 "training": train.count("rows")}  # fmt: skip
+            column = TableColumn(encoder=search.text("encoder"), set=train.text("set"))
+            builder.add(
+                kind, label, column_key(column),
+                None if value is None else {"value": float(value), "spread": None, "n": n},
+            )  # fmt: skip
+    return builder.build(quantity.name, quantity.title, quantity.better)

@@ -4,7 +4,6 @@ Pure functions of feature arrays.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from common.errors import UserError
-from evaluate.metrics.neighbours import Neighbours, Side, other_neighbours
+from evaluate.metrics.neighbours import Neighbours, ScreenedRows, neighbours_between
 
 Features = npt.NDArray[np.floating]
 Distances = npt.NDArray[np.float64]
@@ -27,31 +26,33 @@ def nearest_in_blocks(
     Each block's own k nearest are exact (`evaluate.metrics.neighbours`), so the merged ones are.
     Memory is that of the queries and one block. Raises `UserError` with fewer than k rows in all.
     """
-    best = np.full((len(queries), 0), np.inf)
-    where = np.zeros((len(queries), 0), np.int64)
+    distances = np.full((len(queries), 0), np.inf)
+    indices = np.zeros((len(queries), 0), np.int64)
     start, centre = 0, None
     for block in blocks:
         if not len(block):
             continue
+        # Distances are computed about the first block's mean, where float32 cancels least.
         centre = block.mean(axis=0, dtype=np.float64) if centre is None else centre
-        one, other = Side(queries, centre, device), Side(block, centre, device)
-        found = other_neighbours(one, other, min(k, len(block)))
-        best = np.concatenate([best, found.distances], axis=1)
-        where = np.concatenate([where, found.indices + start], axis=1)
-        order = np.lexsort((where, best), axis=1)[:, :k]
-        best, where = (np.take_along_axis(x, order, axis=1) for x in (best, where))
+        first, second = (ScreenedRows(rows, centre, device) for rows in (queries, block))
+        found = neighbours_between(first, second, min(k, len(block)))
+        distances = np.concatenate([distances, found.distances], axis=1)
+        indices = np.concatenate([indices, found.indices + start], axis=1)
+        # The k best so far: of equal distances the lower index comes first.
+        order = np.lexsort((indices, distances), axis=1)[:, :k]
+        distances, indices = (np.take_along_axis(x, order, axis=1) for x in (distances, indices))
         start += len(block)
     if start < k:
         raise UserError(f"{start} training tiles, at least {k} are needed to find the {k} nearest")
-    return Neighbours(indices=where, distances=best)
+    return Neighbours(indices=indices, distances=distances)
 
 
-def distance_ratios(found: Neighbours) -> Distances:
+def distance_ratios(neighbours: Neighbours) -> Distances:
     """Distance to the nearest over that to the second nearest, [n] in [0, 1]; 0 for a copy.
 
     Two copies of one tile in the training set make 0 / 0, which counts as 0.
     """
-    first, second = found.distances[:, 0], found.distances[:, 1]
+    first, second = neighbours.distances[:, 0], neighbours.distances[:, 1]
     return np.divide(first, second, out=np.zeros_like(first), where=second > 0)
 
 
@@ -63,23 +64,27 @@ def copying_test(
     cells: int = 3,
     components: int = 64,
     seed: int = 0,
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """C_T of Meehan et al. (arXiv 2004.05675): are generated tiles nearer to the training tiles?
 
     Both sets come as (features, distance to the nearest training tile). The feature space is cut
     in cells by k-means on principal components of training features; in each the distances are
     compared by Mann-Whitney's z, and C_T is their mean weighted by the cells' training tiles.
-    Below -3 says copying, above 3 underfitting. Distances are of the whole feature space, not of
+    Below -3 means copying, above 3 underfitting. Distances are of the whole feature space, not of
     the components. None where a cell has fewer than 4 tiles of either set.
     """
+    # C_T needs cells of similar tiles; k-means in hundreds of dimensions finds none.
     components = min(components, *train.shape)
     project = PCA(components, svd_solver="full", random_state=seed).fit(train)
     model = KMeans(cells, n_init=4, random_state=seed).fit(project.transform(train))
     labels = [model.predict(project.transform(x)) for x, _ in (generated, held_out)]
     scores, weights = [], []
     for cell in range(cells):
-        near = [d[own == cell] for (_, d), own in zip((generated, held_out), labels, strict=True)]
-        if min(len(one) for one in near) < 4:
+        near = [
+            distances[cell_of == cell]
+            for (_, distances), cell_of in zip((generated, held_out), labels, strict=True)
+        ]
+        if min(len(distances) for distances in near) < 4:
             return None
         scores.append(mann_whitney_z(*near))
         weights.append(float((model.labels_ == cell).mean()))

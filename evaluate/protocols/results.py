@@ -24,7 +24,7 @@ Schema 1, one JSON object:
                      of the result classes of evaluate.metrics with their seeds, and `groups`
     tables           name, title, better, columns (encoder, set) and rows: label, kind, cells by
                      "encoder/set" of value, spread, n; null where there is no number
-    memorisation     in place of cells: one search an encoder
+    memorisation     in place of cells: one search per encoder
     warnings         a list of {code, message}; codes are stable, messages are for people
     seconds, versions, hardware
 """

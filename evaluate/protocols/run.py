@@ -8,112 +8,106 @@ from typing import Any
 
 from common.console import meter, say
 from common.errors import UserError
-from evaluate.protocols.cautions import cautions
+from evaluate.protocols.cautions import find_cautions
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import check_table
 from evaluate.protocols.config import Protocol
-from evaluate.protocols.describe import describe
+from evaluate.protocols.describe import describe_protocol
+from evaluate.protocols.image_checks import check_images, given_deviations
+from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.memorisation import measure_memorisation
 from evaluate.protocols.memorisation_tables import memorisation_tables
-from evaluate.protocols.plan import Cell, all_features, plan_cells, sources, used_sets
-from evaluate.protocols.standing import check_images, given_deviations
+from evaluate.protocols.plan import Cell, all_features, made_sources, plan_cells, used_sets
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
-from evaluate.protocols.work import Workshop
 
 
 def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, Any]:
     """Run a protocol to its end; returns results.json as a dictionary.
 
     Raises `UserError` where a set is too small, numbers do not belong together, or a command
-    that was asked to make something failed. What was made until then stands.
+    that makes something failed. What was made until then is kept.
     """
     started = time.monotonic()
-    workshop = Workshop(protocol, command)
+    sources = SourceMaker(protocol, command)
     cells = plan_cells(protocol)
-    _check_sets(workshop)
-    protocol = replace(protocol, deviations=given_deviations(workshop))
+    for name in used_sets(protocol):
+        sources.tiles(name)  # a set that is too small is refused before days of generation
+    protocol = replace(protocol, deviations=given_deviations(sources))
     say(f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders")
-    prepare(workshop, cells)
+    make_missing(sources, cells)
     store = ResultStore(Path(protocol.out) / "cells")
-    measurer = Measurer(protocol, workshop, store)
+    measurer = Measurer(protocol, sources, store)
+    # What does not belong in one table is refused before hours of measuring.
     bases = [measurer.basis(cell) for cell in cells]
     _check_tables(protocol, cells, bases)
+    results: dict[str, Any]
     if protocol.kind == "memorisation":
-        searches = measure_memorisation(protocol, measurer)
-        measured: dict[str, Any] = {
-            "memorisation": searches,
-            "tables": memorisation_tables(searches),
-        }
+        searches = measure_memorisation(measurer)
+        results = {"memorisation": searches, "tables": memorisation_tables(searches)}
     else:
-        found = _measure(measurer, cells, bases)
-        measured = {"cells": found, "tables": build_tables(protocol, found)}
+        measured = _measure_cells(measurer, cells, bases)
+        results = {"cells": measured, "tables": build_tables(protocol, measured)}
     say(f"protocol {protocol.name}: {store.computed} results computed, {store.reused} reused")
-    results = measured | describe(protocol, workshop, cells, store)
-    results["warnings"] = cautions(protocol, results)
+    results |= describe_protocol(protocol, sources, cells, store)
+    results["warnings"] = find_cautions(protocol, results)
     return results | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def _check_sets(workshop: Workshop) -> None:
-    """Refuse a set that is too small before days are spent on generation."""
-    for name in used_sets(workshop.protocol):
-        workshop.tiles(name)
+def make_missing(sources: SourceMaker, cells: list[Cell]) -> None:
+    """Make images and features that are missing; what is valid is passed over."""
+    for seen, encoder in sources.conditioning_features():
+        sources.make_features(seen, encoder, whole=True)
+    for source in made_sources(sources.protocol, cells):
+        sources.make_images(source)
+    check_images(sources)
+    for seen, encoder in all_features(sources.protocol, cells):
+        sources.make_features(seen, encoder)
 
 
-def prepare(workshop: Workshop, cells: list[Cell]) -> None:
-    """Make images and features that are missing; a stage that stands is passed over."""
-    for seen, encoder in workshop.conditioning_features():
-        workshop.make_features(seen, encoder, whole=True)
-    for source in sources(workshop.protocol, cells):
-        workshop.make_images(source)
-    check_images(workshop)
-    for seen, encoder in all_features(workshop.protocol, cells):
-        workshop.make_features(seen, encoder)
-
-
-def missing(workshop: Workshop, cells: list[Cell]) -> list[str]:
-    """What is still to be made, a line each, as commands where they are the pipeline's."""
+def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
+    """What is still to be made, one line each, as commands where they are the pipeline's."""
     lines = [
-        f"python -m {' '.join(workshop.cache_command(seen, encoder))}"
-        for seen, encoder in workshop.conditioning_features()
-        if workshop.missing_features(seen, encoder, whole=True)
+        f"python -m {' '.join(sources.cache_command(seen, encoder))}"
+        for seen, encoder in sources.conditioning_features()
+        if sources.missing_features(seen, encoder, whole=True)
     ]
-    absent = set()
-    for source in sources(workshop.protocol, cells):
-        count = workshop.missing_images(source)
-        if count:
-            absent.add(source)
-            lines.append(f"{source}: {count:,} images into {workshop.folder(source)}")
-    for seen, encoder in all_features(workshop.protocol, cells):
-        if seen.source in absent:
+    counts = {name: sources.missing_images(name) for name in made_sources(sources.protocol, cells)}
+    lines += [
+        f"{source}: {count:,} images into {sources.folder(source)}"
+        for source, count in counts.items()
+        if count
+    ]
+    for seen, encoder in all_features(sources.protocol, cells):
+        if counts.get(seen.source):
             view = f" through {seen.view}" if seen.view else ""
-            lines.append(f"{encoder} features of {seen.source}{view}, once it stands")
-        elif workshop.missing_features(seen, encoder):
-            lines.append(f"python -m {' '.join(workshop.cache_command(seen, encoder))}")
+            lines.append(f"{encoder} features of {seen.source}{view}, once it is made")
+        elif sources.missing_features(seen, encoder):
+            lines.append(f"python -m {' '.join(sources.cache_command(seen, encoder))}")
     return list(dict.fromkeys(lines))
 
 
-def _check_tables(protocol: Protocol, cells: list[Cell], bases: list[dict[str, Any]]) -> None:
-    """Numbers of one metric stand in one table: all but the controls must rest on the same."""
+def _check_tables(protocol: Protocol, cells: list[Cell], bases: list[dict[str, object]]) -> None:
+    """Numbers of one metric are in one table: all but the controls must rest on the same."""
     for metric in dict.fromkeys(metric for cell in cells for metric in cell.metrics):
         rows = [
-            (f"{cell.label}, {cell.encoder}, {cell.column}", basis)
+            (cell.place, basis)
             for cell, basis in zip(cells, bases, strict=True)
             if metric in cell.metrics and cell.kind != "control"
         ]
         check_table(metric, rows, protocol.varies)
 
 
-def _measure(
-    measurer: Measurer, cells: list[Cell], bases: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    found = []
+def _measure_cells(
+    measurer: Measurer, cells: list[Cell], bases: list[dict[str, object]]
+) -> list[dict[str, object]]:
+    measured = []
     with meter("measure", len(cells), "comparisons") as shown:
         for cell, basis in zip(cells, bases, strict=True):
-            metrics = measurer.measure(cell)
-            found.append(asdict(cell) | {"basis": basis, "results": metrics})
-            shown.advance(1, f"{cell.label}, {cell.encoder}, {cell.column}")
-    return found
+            results = measurer.measure(cell)
+            measured.append(asdict(cell) | {"basis": basis, "results": results})
+            shown.advance(1, cell.place)
+    return measured
 
 
 def out_folder(protocol: Protocol) -> Path:

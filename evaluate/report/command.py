@@ -2,12 +2,39 @@
 
 from pathlib import Path
 
+from common.console import EXIT_OK, say
 from common.errors import UserError
+from common.files import write_bytes, write_text
+from common.text import format_bytes
 from evaluate.compare.results import read_results
-from evaluate.report.page import gather, render
-from evaluate.report.picture import picture
-from evaluate.report.runlog import read_run
+from evaluate.protocols.results import read_protocol_results
+from evaluate.report.config import ReportConfig
+from evaluate.report.page import gather_content, render_page
+from evaluate.report.picture import draw_picture
+from evaluate.report.protocol_files import write_protocol_files
+from evaluate.report.run_curves import read_run
 from pipeline.dataset import open_dataset
+
+
+def report_command(config: ReportConfig) -> int:
+    """Run the command; returns the exit status."""
+    protocol = read_protocol_results(config.results)
+    if protocol is not None:
+        written = write_protocol_files(protocol, config.out.parent, config.out)
+    elif config.dataset is None or config.generated is None:
+        raise UserError("results of `measure` need --dataset DATASET and --generated SYN")
+    else:
+        written = write_report(
+            results_file=config.results,
+            run_dir=config.run_dir,
+            real=config.dataset,
+            generated=config.generated,
+            out=config.out,
+            picture_file=config.picture,
+        )
+    for path in written:
+        say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
+    return EXIT_OK
 
 
 def write_report(
@@ -20,22 +47,14 @@ def write_report(
     picture_file: Path | None = None,
 ) -> list[Path]:
     """Write the page, and the picture if a file is named for it; returns what was written."""
-    content = gather(
+    content = gather_content(
         read_results(results_file),
         read_run(run_dir) if run_dir is not None else None,
         open_dataset(real),
         open_dataset(generated),
     )
-    written = [_write(out, render(content).encode())]
-    if picture_file is not None:
-        written.append(_write(picture_file, picture(content)))
-    return written
-
-
-def _write(path: Path, data: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
-    return path
+    write_text(out, render_page(content))
+    if picture_file is None:
+        return [out]
+    write_bytes(picture_file, draw_picture(content))
+    return [out, picture_file]

@@ -1,6 +1,5 @@
-"""Images for a page that carries them itself."""
+"""Images for a page: pairs of tiles, samples of a selection, overlays of slides."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from evaluate.generate.guidance import foreign_guidance
+from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.plan import source_order
 from pipeline.dataset import (
     Dataset,
@@ -23,24 +22,19 @@ from pipeline.dataset import (
 Tile = npt.NDArray[np.uint8]
 
 
-def data_uri(data: bytes, kind: str) -> str:
-    """Bytes of a MIME type as a URI that a page can hold."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def png(tile: Tile) -> bytes:
-    """An RGB image [H, W, 3] as PNG: lossless, since artefacts are judged."""
-    ok, data = cv2.imencode(
+def encode_page_png(tile: Tile) -> bytes:
+    """An RGB image uint8 ``[H, W, 3]`` as PNG: lossless, since readers look for artefacts."""
+    encoded, data = cv2.imencode(
         ".png", cv2.cvtColor(tile, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6]
     )
-    if not ok:
+    if not encoded:
         raise ValueError(f"cannot encode an image of shape {tile.shape}")
     return data.tobytes()
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A generated tile and, where it was guided by one, the real tile that guided it."""
+class ImagePair:
+    """A generated tile and, where there is one, the real tile that guided it."""
 
     generated: Tile
     generated_name: str
@@ -48,34 +42,37 @@ class Pair:
     real_name: str
 
 
-def tile_pairs(
+def read_tile_pairs(
     generated: Dataset, selection: Selection, guidance: Dataset, count: int
-) -> list[Pair]:
-    """The first generated images, up to `count`, one a condition, beside their source tiles.
+) -> list[ImagePair]:
+    """The first generated images, up to `count`, one per condition, with their source tiles.
 
     Tiles that are not on disk (a selection that was never tiled) leave the place empty, as do
     those of another dataset than the one that guided.
     """
+    # The same rank of another dataset is another tile, which would look like a bad image.
     foreign = foreign_guidance(generated, guidance)
     real_store = None if foreign else TileStore(guidance, int(identity_value(guidance, "tile_px")))
     store = TileStore(generated, int(identity_value(generated, "tile_px")))
-    pairs: list[Pair] = []
+    pairs: list[ImagePair] = []
     seen: set[tuple[str, int]] = set()
     for slide_id, ranks in selection.items():
         rows = read_candidates(generated, slide_id).take(ranks).to_pylist()
         for rank, row in zip(ranks, rows, strict=True):
             source = (str(row.get("source_slide_id") or ""), int(row.get("source_rank") or 0))
+            # One image per condition: variations of a tile look alike.
             if source in seen and source[0]:
                 continue
             seen.add(source)
             tile = store.read(slide_id, [int(rank)])[0]
-            pairs.append(Pair(tile, f"{slide_id}, {rank}", *_source_tile(real_store, *source)))
+            name = f"{slide_id}, {rank}"
+            pairs.append(ImagePair(tile, name, *_read_source_tile(real_store, *source)))
             if len(pairs) == count:
                 return pairs
     return pairs
 
 
-def _source_tile(store: TileStore | None, slide_id: str, rank: int) -> tuple[Tile | None, str]:
+def _read_source_tile(store: TileStore | None, slide_id: str, rank: int) -> tuple[Tile | None, str]:
     if not slide_id:
         return None, "no source tile"
     name = f"{slide_id}, {rank}"
@@ -106,10 +103,8 @@ class Overlay:
     jpeg: bytes
 
 
-def overlays(dataset: Dataset, slide_ids: Sequence[str], count: int) -> list[Overlay]:
+def read_overlays(dataset: Dataset, slide_ids: Sequence[str], count: int) -> list[Overlay]:
     """The overlays of the first slides that have one."""
-    having = (slide_id for slide_id in slide_ids if dataset.overlay_file(slide_id).exists())
-    return [
-        Overlay(slide_id, dataset.overlay_file(slide_id).read_bytes())
-        for slide_id in islice(having, count)
-    ]
+    files = ((slide_id, dataset.overlay_file(slide_id)) for slide_id in slide_ids)
+    existing = ((slide_id, file) for slide_id, file in files if file.exists())
+    return [Overlay(slide_id, file.read_bytes()) for slide_id, file in islice(existing, count)]

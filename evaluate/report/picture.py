@@ -10,40 +10,41 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError
-from evaluate.report import numbers
+from evaluate.metrics.registry import summarise_metrics
 from evaluate.report.images import Tile
-from evaluate.report.page import Content
-from evaluate.report.plots import MUTED, PANELS, STYLE, curves
+from evaluate.report.page import PageContent
+from evaluate.report.plots import MUTED, STYLE, draw_curves, logged_panels
 
 _COLUMNS = 6
 _MAX_BYTES = 400_000
 
 
-def picture(content: Content) -> bytes:
+def draw_picture(content: PageContent) -> bytes:
     """PNG of the overlay, a row of real tiles, one of generated tiles, a loss curve; < 400 kB."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.55), dpi=100)
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 2.75), height_ratios=(1, 1))
-        _overlay(figure.add_subplot(grid[0, 0]), content)
-        _curve(figure.add_subplot(grid[1, 0]), content)
+        _draw_overlay(figure.add_subplot(grid[0, 0]), content)
+        _draw_first_curves(figure.add_subplot(grid[1, 0]), content)
         rows = grid[:, 1].subgridspec(2, _COLUMNS, wspace=0.04, hspace=0.22)
+        # Pairs with both tiles first: the rows are then one above the other.
         pairs = [pair for pair in content.pairs if pair.real is not None] or content.pairs
         real = [pair.real for pair in pairs if pair.real is not None] or content.real_tiles
-        made = [pair.generated for pair in pairs]
-        for row, (title, tiles) in enumerate((("real", real), ("generated from each", made))):
+        generated = [pair.generated for pair in pairs]
+        for row, (title, tiles) in enumerate((("real", real), ("generated from each", generated))):
             for column in range(min(_COLUMNS, len(tiles))):
                 axes = figure.add_subplot(rows[row, column])
-                _show(axes, tiles[column])
+                _draw_image(axes, tiles[column])
                 if column == 0:
                     axes.set_title(title if content.is_paired else title.split()[0])
         figure.subplots_adjust(
             left=0.06, right=0.99, top=0.93, bottom=0.12, wspace=0.08, hspace=0.35
         )
-        _footer(figure, content)
-        return _within(figure, _MAX_BYTES)
+        _draw_footer(figure, content)
+        return _encode_below(figure, _MAX_BYTES)
 
 
-def _overlay(axes: Axes, content: Content) -> None:
+def _draw_overlay(axes: Axes, content: PageContent) -> None:
     if not content.overlays:
         axes.set_axis_off()
         return
@@ -51,38 +52,33 @@ def _overlay(axes: Axes, content: Content) -> None:
     image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise UserError(f"the overlay of {content.overlays[0].slide_id} is no readable JPEG")
-    _show(axes, np.asarray(image, np.uint8))
+    _draw_image(axes, np.asarray(image, np.uint8))
     axes.set_title("tissue")
 
 
-def _curve(axes: Axes, content: Content) -> None:
-    series = content.run.series if content.run else {}
-    for panel in PANELS:
-        shown = {label: series[key] for label, key in panel.series.items() if key in series}
-        if shown:
-            curves(axes, shown, panel.title)
-            return
+def _draw_first_curves(axes: Axes, content: PageContent) -> None:
+    for panel, shown in logged_panels(content.run.series if content.run else {}):
+        draw_curves(axes, shown, panel.title)
+        return
     axes.set_axis_off()
 
 
-def _show(axes: Axes, image: Tile) -> None:
+def _draw_image(axes: Axes, image: Tile) -> None:
     axes.imshow(image, interpolation="antialiased")
     axes.set_axis_off()
 
 
-def _footer(figure: Figure, content: Content) -> None:
-    frechet = content.results["metrics"]["frechet_distance"]
-    text = (
-        f"Fréchet distance {numbers.show(frechet['value'])}"
-        f" (noise floor {numbers.show(frechet['noise_floor'])})"
-    )
+def _draw_footer(figure: Figure, content: PageContent) -> None:
+    summaries = summarise_metrics(content.results)
+    text = summaries[0] if summaries else ""
     random = any(one["code"].startswith("random_") for one in content.warnings)
     note = "; encoder weights are random: the number means nothing" if random else ""
     figure.text(0.985, 0.025, text + note, ha="right", color="#b3261e" if random else MUTED)
 
 
-def _within(figure: Figure, limit: int) -> bytes:
+def _encode_below(figure: Figure, limit: int) -> bytes:
     """The figure as a palette PNG, at the largest scale that keeps it under the limit."""
+    # A README's picture must load quickly: smaller until it is light enough.
     for dpi in (110, 95, 80, 65, 50):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi)

@@ -1,74 +1,82 @@
 """A protocol's tables as Markdown and LaTeX, from the same rows as the page's."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-Table = Mapping[str, Any]
+from common.record import Record
+from common.text import format_number, format_share
 
 _BETTER = {"lower": "↓", "higher": "↑", "": ""}
-_KINDS = {"control": "Controls", "reference": "", "model": "", "published": ""}
 
 
-def number(value: float | None, *, share: bool = False) -> str:
-    """A value of a table: three decimals for shares, else four significant digits."""
-    if value is None:
+def entry_text(entry: Record, *, share: bool = False) -> str:
+    """A value with its spread where it has one, a dash for an empty entry.
+
+    >>> entry_text(Record({"value": 12.3, "spread": 0.4})), entry_text(Record({}))
+    ('12.3 ± 0.4', '–')
+    """
+    if not entry:
         return "–"
-    if share:
-        return f"{value:.3f}"
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    numbers = [entry.number("value")]
+    if entry.optional("spread") is not None:
+        numbers.append(entry.number("spread"))
+    return " ± ".join(map(format_share if share else format_number, numbers))
 
 
-def entry_text(entry: Mapping[str, Any] | None, *, share: bool = False) -> str:
-    """A value with its spread where it has one: 12.3 ± 0.4."""
-    if entry is None:
-        return "–"
-    text = number(entry["value"], share=share)
-    if entry.get("spread") is None:
-        return text
-    return f"{text} ± {number(entry['spread'], share=share)}"
+def row_entries(row: Record) -> list[Record]:
+    """The entries of a table's row in the order of its columns, empty where it has no number."""
+    cells = row.part("cells")
+    return [cells.part(column) for column in cells]
 
 
-def counts_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The sample counts of rows, where all their entries agree; else what they range over."""
-    found: dict[str, set[int]] = {}
-    for row in rows:
-        for entry in row["cells"].values():
-            for key, count in (entry or {}).get("n", {}).items():
-                found.setdefault(key, set()).add(count)
+def counts_text(row: Record) -> str:
+    """The sample counts of a row's entries, as a range where they differ."""
+    counts: dict[str, set[int]] = {}
+    for entry in row_entries(row):
+        for key in entry.part("n"):
+            counts.setdefault(key, set()).add(entry.part("n").count(key))
+    # Known counts first, in a fixed order; others as the protocol names them.
     names = {"n_real": "real", "n_generated": "generated", "n": "tiles"}
-    order = [key for key in names if key in found] + [key for key in found if key not in names]
-    return ", ".join(f"{_span(found[key])} {names.get(key, key)}" for key in order)
+    order = [key for key in names if key in counts] + [key for key in counts if key not in names]
+    return ", ".join(
+        f"{' to '.join(f'{n:,}' for n in sorted({min(counts[key]), max(counts[key])}))} "
+        f"{names.get(key, key)}"
+        for key in order
+    )
 
 
-def _span(counts: set[int]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def markdown(results: Mapping[str, Any]) -> str:
+def tables_as_markdown(results: Record) -> str:
     """All tables as GitHub's Markdown, with the warnings in front."""
     lines = [f"# {results['title']}", ""]
     if results["source"]:
         lines += [f"Protocol `{results['protocol']}`: {results['source']}.", ""]
-    lines += [f"> **Warning.** {one['message']}\n" for one in results["warnings"]]
-    for table in results.get("tables", []):
+    lines += [f"> **Warning.** {one['message']}\n" for one in results.parts("warnings")]
+    for table in results.parts("tables"):
         lines += [*_markdown_table(table), ""]
     return "\n".join(lines)
 
 
-def _markdown_table(table: Table) -> list[str]:
-    heads = [f"{one['encoder']}, {one['set']}" for one in table["columns"]]
+def _table_heading(table: Record) -> str:
+    return f"{table['title']} {_BETTER[table.text('better')]}".rstrip()
+
+
+def _texts_by_row(table: Record) -> Iterator[tuple[Record, list[str]]]:
+    share = bool(table["share"])
+    for row in table.parts("rows"):
+        yield row, [entry_text(entry, share=share) for entry in row_entries(row)]
+
+
+def _markdown_table(table: Record) -> list[str]:
+    heads = [f"{one['encoder']}, {one['set']}" for one in table.parts("columns")]
     lines = [
-        f"## {table['title']} {_BETTER[table['better']]}".rstrip(),
+        f"## {_table_heading(table)}",
         "",
         "| " + " | ".join(["", *heads, "n"]) + " |",
         "|---|" + "---:|" * len(heads) + "---|",
     ]
-    for row in table["rows"]:
-        values = [entry_text(one, share=table["share"]) for one in row["cells"].values()]
-        label = f"*{row['label']}*" if row["kind"] != "model" else row["label"]
-        counts = counts_text([row])
-        lines.append("| " + " | ".join([label.replace("|", "\\|"), *values, counts]) + " |")
+    for row, values in _texts_by_row(table):
+        label = row.text("label") if row["kind"] == "model" else f"*{row['label']}*"
+        cells = [label.replace("|", "\\|"), *values, counts_text(row)]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -80,40 +88,41 @@ _ESCAPES = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": 
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it reads."""
+    """Text that LaTeX sets as it reads.
+
+    >>> escape_latex("50 % ± 2")
+    '50 \\\\% $\\\\pm$ 2'
+    """
     return "".join(_ESCAPES.get(character, character) for character in text)
 
 
-def latex(results: Mapping[str, Any]) -> str:
-    """All tables in booktabs' form, a comment in front saying what to beware of."""
+def tables_as_latex(results: Record) -> str:
+    """All tables in booktabs' form, the warnings in front as comments."""
     lines = ["% \\usepackage{booktabs}"]
-    lines += [f"% warning: {one['message']}" for one in results["warnings"]]
-    for table in results.get("tables", []):
-        lines += ["", *_latex_table(results, table)]
+    lines += [f"% warning: {one['message']}" for one in results.parts("warnings")]
+    for table in results.parts("tables"):
+        lines += ["", *_latex_table(results.text("protocol"), table)]
     return "\n".join(lines) + "\n"
 
 
-def _latex_table(results: Mapping[str, Any], table: Table) -> list[str]:
-    columns = table["columns"]
-    sets = list(dict.fromkeys(one["set"] for one in columns))
-    encoders = list(dict.fromkeys(one["encoder"] for one in columns))
+def _latex_table(protocol: str, table: Record) -> list[str]:
+    columns = table.parts("columns")
+    sets = {column.text("set") for column in columns}
+    encoders = list(dict.fromkeys(column.text("encoder") for column in columns))
     heads = [
         rf"\multicolumn{{{len(sets)}}}{{c}}{{{escape_latex(encoder)}}}" for encoder in encoders
     ]
-    below = [escape_latex(one["set"]) for one in columns]
-    title = escape_latex(f"{table['title']} {_BETTER[table['better']]}".rstrip())
-    rows = []
-    before = ""
-    for row in table["rows"]:
-        if before and row["kind"] == "control" != before:
+    below = [escape_latex(column.text("set")) for column in columns]
+    rows, kind_before = [], ""
+    for row, values in _texts_by_row(table):
+        if kind_before and row["kind"] == "control" != kind_before:
             rows.append(r"\midrule")
-        before = row["kind"]
-        values = [entry_text(one, share=table["share"]) for one in row["cells"].values()]
-        rows.append(" & ".join(map(escape_latex, [row["label"], *values])) + r" \\")
+        kind_before = row.text("kind")
+        rows.append(" & ".join(map(escape_latex, [row.text("label"), *values])) + r" \\")
     return [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{title} ({escape_latex(results['protocol'])}).}}",
+        rf"\caption{{{escape_latex(_table_heading(table))} ({escape_latex(protocol)}).}}",
         r"\begin{tabular}{l" + "r" * len(columns) + "}",
         r"\toprule",
         " & ".join(["", *heads]) + r" \\",

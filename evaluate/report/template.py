@@ -1,15 +1,27 @@
-"""The templates of this folder, filled strictly, and the style that their pages share."""
+"""The templates of this folder, filled strictly, with the style and images that pages carry."""
 
+import base64
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from evaluate.report.images import encode_page_png
 
 _HERE = Path(__file__).parent
 
 
-def template(name: str) -> Template:
-    """A template by its file's name: every value is escaped, one that is missing is an error."""
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes of a MIME type as a URI that a page can hold.
+
+    >>> data_uri(b"tile", "image/png")
+    'data:image/png;base64,dGlsZQ=='
+    """
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def render_template(name: str, **values: object) -> str:
+    """A template of this folder, filled: every value is escaped, a missing one is an error."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -17,9 +29,10 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(name)
-
-
-def style() -> Markup:
-    """The style sheet, to stand inside the page."""
-    return Markup((_HERE / "page.css").read_text(encoding="utf-8"))
+    return environment.get_template(name).render(
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        svg_uri=lambda data: data_uri(data, "image/svg+xml"),
+        jpeg_uri=lambda data: data_uri(data, "image/jpeg"),
+        tile_uri=lambda tile: data_uri(encode_page_png(tile), "image/png"),
+        **values,
+    )

@@ -11,7 +11,7 @@ import evaluate.__main__ as evaluate_door
 import pipeline.__main__ as pipeline_door
 import train.__main__ as train_door
 from common.errors import UserError
-from evaluate.protocols.config import load as load_protocol
+from evaluate.protocols.config import load_protocol
 from tests.docs.doc_commands import PAGES, ROOT, Block, blocks, call_of, words
 from train.config import load_config
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from common.torch_processes import ALONE
-from evaluate.generate.guidance import Guidance
+from evaluate.generate.condition_source import ConditionSource
 from evaluate.generate.run import Request, generate
 from model import CytoSyn, SiT, SiTConfig
 from model.cytosyn import Records
@@ -217,7 +217,7 @@ class Stripes:
 
 def make_synthetic(
     root: Path,
-    guidance: Guidance,
+    guidance: ConditionSource,
     *,
     record: dict[str, Any] | None = None,
     shift: float = 0.0,

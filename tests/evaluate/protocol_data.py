@@ -13,9 +13,9 @@ import torch
 from evaluate_data import RECORD, make_real, random_features, write_features
 
 from common.torch_processes import ALONE
-from evaluate.protocols.config import Protocol, load
-from evaluate.protocols.plan import Seen, all_features, plan_cells, sources
-from evaluate.protocols.work import Workshop
+from evaluate.protocols.config import Protocol, load_protocol
+from evaluate.protocols.making import SourceMaker
+from evaluate.protocols.plan import Seen, all_features, made_sources, plan_cells
 from model import CytoSyn, SiT, SiTConfig
 from model.cytosyn import Records
 from model.encoders import load_encoder
@@ -97,28 +97,28 @@ def toy(root: Path, name: str, *more: str) -> Protocol:
         "settings.subsample=32", "settings.kid_subsets=4", "settings.fld_seeds=[0,1]",
         "group_tiles=8", "tiles=4", "top=6",
     ]  # fmt: skip
-    return load(name, None, [*fixed, *more])
+    return load_protocol(name, None, [*fixed, *more])
 
 
-def make_all(protocol: Protocol) -> Workshop:
+def make_all(protocol: Protocol) -> SourceMaker:
     """Make the images with the model and write features of them, as `cache` would."""
-    workshop, cells = Workshop(protocol), plan_cells(protocol)
-    for seen, encoder in workshop.conditioning_features():
-        if workshop.missing_features(seen, encoder, whole=True):
-            _write_generated(workshop, seen, encoder)
-    for source in sources(protocol, cells):
-        if workshop.missing_images(source):
-            workshop.generate(source, ALONE)
+    sources, cells = SourceMaker(protocol), plan_cells(protocol)
+    for seen, encoder in sources.conditioning_features():
+        if sources.missing_features(seen, encoder, whole=True):
+            _write_generated(sources, seen, encoder)
+    for source in made_sources(protocol, cells):
+        if sources.missing_images(source):
+            sources.generate(source, ALONE)
     for seen, encoder in all_features(protocol, cells):
-        if workshop.missing_features(seen, encoder):
-            _write_generated(workshop, seen, encoder)
-    return workshop
+        if sources.missing_features(seen, encoder):
+            _write_generated(sources, seen, encoder)
+    return sources
 
 
-def _write_generated(workshop: Workshop, seen: Seen, encoder: str) -> None:
+def _write_generated(sources: SourceMaker, seen: Seen, encoder: str) -> None:
     """Features of images, or of tiles through a view: their source's own, noisy and shifted."""
-    tiles = workshop.tiles(seen.source)
-    store = FeatureStore(Dataset(Path(workshop.protocol.dataset)), tile_px=PX, encoder=encoder)
+    tiles = sources.tiles(seen.source)
+    store = FeatureStore(Dataset(Path(sources.protocol.dataset)), tile_px=PX, encoder=encoder)
     noise = 0.05 if seen.source.startswith("vae:") else 0.3
     found = {}
     for slide_id in tiles.whole.slide_ids:

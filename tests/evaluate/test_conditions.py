@@ -9,10 +9,10 @@ from scipy.spatial import geometric_slerp
 
 from common.errors import UserError
 from evaluate.generate.conditions import (
-    ConditionGuidance,
+    ConditionList,
     Reference,
-    between,
-    each,
+    conditions_between,
+    each_alone,
     interpolate,
     mean_of,
 )
@@ -29,10 +29,8 @@ def references(count: int) -> list[Reference]:
     return [Reference(f"tile {i}", None, row, ("A", i)) for i, row in enumerate(vectors(0, count))]
 
 
-def guided_by(conditions: list, tiles: list[Reference]) -> ConditionGuidance:
-    return ConditionGuidance(
-        "test", conditions, tiles, record=RECORD, tile_px=224, mpp=0.5, what={}
-    )
+def guided_by(conditions: list, tiles: list[Reference]) -> ConditionList:
+    return ConditionList("test", conditions, tiles, record=RECORD, tile_px=224, mpp=0.5, how={})
 
 
 @given(seeds, factors)
@@ -79,7 +77,7 @@ def test_ways_that_are_not_defined_are_refused() -> None:
 
 def test_pairs_are_cut_at_each_factor_in_turn() -> None:
     tiles = references(3)
-    found = between(tiles, [(0, 2), (1, 0)], (0.2, 0.8), "lerp")
+    found = conditions_between(tiles, [(0, 2), (1, 0)], (0.2, 0.8), "lerp")
     assert [(one.references, one.factor) for one in found] == [
         ((0, 2), 0.2), ((0, 2), 0.8), ((1, 0), 0.2), ((1, 0), 0.8)
     ]  # fmt: skip
@@ -94,7 +92,7 @@ def test_a_mean_has_no_single_source_and_a_tile_has() -> None:
     expected = np.mean([tile.feature.astype(np.float64) for tile in tiles], axis=0)
     np.testing.assert_allclose(mean.feature, expected, rtol=1e-6)
     assert guided_by([mean], tiles).sources(np.array([0, 0])).slide_ids == [None, None]
-    sources = guided_by(each(tiles), tiles).sources(np.array([2, 0]))
+    sources = guided_by(each_alone(tiles), tiles).sources(np.array([2, 0]))
     assert (sources.slide_ids, sources.ranks.tolist()) == (["A", "A"], [2, 0])
 
 
@@ -103,9 +101,10 @@ def test_other_tiles_or_another_way_between_them_are_another_identity() -> None:
     sums = {
         guided_by(conditions, tiles).identity()["guidance_conditions_sha256"]
         for conditions in (
-            each(tiles), each(tiles[:2]), mean_of(tiles),
-            between(tiles, [(0, 1)], (0.2,), "lerp"), between(tiles, [(0, 1)], (0.4,), "lerp"),
-            between(tiles, [(1, 0)], (0.2,), "lerp"),
+            each_alone(tiles), each_alone(tiles[:2]), mean_of(tiles),
+            conditions_between(tiles, [(0, 1)], (0.2,), "lerp"),
+            conditions_between(tiles, [(0, 1)], (0.4,), "lerp"),
+            conditions_between(tiles, [(1, 0)], (0.2,), "lerp"),
         )
     }  # fmt: skip
     assert len(sums) == 6

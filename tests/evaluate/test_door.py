@@ -99,7 +99,7 @@ def test_kill_9_loses_no_committed_unit_and_makes_none_twice(
     assert stood == 128
     again = call(arguments, threads=2)
     assert again.returncode == 0, again.stderr
-    assert "128 of 248 images stand already; making the other 120" in again.stdout
+    assert "128 of 248 images are done; making the other 120" in again.stdout
     spans = [(entry.start, entry.stop) for entry in read_journal(dataset, "tile")]
     assert spans == [(0, 128), (128, 248)]
     assert call(command("whole", "--variations", "4", "--steps", "4")).returncode == 0

@@ -13,12 +13,12 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluate.__main__ import main
-from evaluate.figures.draw import draw
-from evaluate.figures.layout import Sheet, column_lefts, compose
+from evaluate.figures.draw import draw_sheet
+from evaluate.figures.layout import Sheet, column_lefts, compose_sheet
 from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
-from evaluate.figures.tiles import Synthetic
-from evaluate.generate.conditions import ConditionGuidance, Reference, between
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.figures.tiles import GeneratedTiles
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
+from evaluate.generate.conditions import ConditionList, Reference, conditions_between
 from evaluate.generate.run import Request, generate
 from pipeline.dataset import Dataset, claim_identity, read_candidates
 
@@ -34,7 +34,7 @@ def tiles(rows: int, columns: int, px: int = 8) -> list[list[np.ndarray]]:
 @given(st.integers(1, 5), st.integers(1, 6), st.sets(st.integers(0, 5)))
 def test_tiles_stand_unchanged_on_white(rows: int, columns: int, real: set[int]) -> None:
     grid = tiles(rows, columns)
-    canvas = compose(Sheet(grid, [""] * columns, frozenset(real)))
+    canvas = compose_sheet(Sheet(grid, [""] * columns, frozenset(real)))
     gap = 1
     rest = canvas.pixels.copy()
     for r, row in enumerate(grid):
@@ -51,11 +51,11 @@ def test_real_tiles_are_set_apart_by_a_wider_gap() -> None:
 
 def test_a_pixel_of_a_tile_is_a_pixel_of_the_png_and_bytes_are_the_same_every_time() -> None:
     sheet = Sheet(tiles(2, 3, px=320), ["real", "1", "2"], frozenset([0]))
-    files = draw(sheet, ("RANDOM ENCODER WEIGHTS",))
-    assert files == draw(sheet, ("RANDOM ENCODER WEIGHTS",))
+    files = draw_sheet(sheet, ("RANDOM ENCODER WEIGHTS",))
+    assert files == draw_sheet(sheet, ("RANDOM ENCODER WEIGHTS",))
     assert files[".pdf"].startswith(b"%PDF-")
     picture = np.array(Image.open(io.BytesIO(files[".png"])).convert("RGB"))
-    expected = compose(sheet).pixels
+    expected = compose_sheet(sheet).pixels
     left, bottom = 24, 24
     shown = picture[-bottom - len(expected) : -bottom, left : left + expected.shape[1]]
     assert (shown == expected).all()
@@ -65,7 +65,7 @@ def test_a_pixel_of_a_tile_is_a_pixel_of_the_png_and_bytes_are_the_same_every_ti
 @pytest.fixture
 def guided(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> tuple[Dataset, Dataset]:
     real = evaluate_real()
-    guidance = SelectionGuidance.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open(real, "train", "h0-mini")
     request = Request(out=tmp_path / "syn", conditions=4, variations=5)
     generate(Stripes(), guidance, request, ALONE)
     return real, Dataset(tmp_path / "syn")
@@ -75,7 +75,7 @@ def test_figure_2_has_the_real_tile_and_its_own_variations(
     guided: tuple[Dataset, Dataset],
 ) -> None:
     real, syn = guided
-    made = Synthetic(syn, real)
+    made = GeneratedTiles(syn, real)
     sheet = variations_sheet(made, 8, 5)
     rows = read_candidates(syn, "gen-00000").to_pylist()
     assert len(sheet.rows) == made.images // 5
@@ -86,13 +86,13 @@ def test_figure_2_has_the_real_tile_and_its_own_variations(
         for k in range(5):
             assert (row[k + 1] == made.tile(5 * number + k)).all()
     with pytest.raises(UserError, match="give --guidance DATASET"):
-        variations_sheet(Synthetic(syn), 8, 5)
+        variations_sheet(GeneratedTiles(syn), 8, 5)
     claim_identity(real, {"seed": 1}, stage="scan", versions={})
     with pytest.raises(UserError, match="guided by tiles of another dataset"):
-        variations_sheet(Synthetic(syn, real), 8, 5)
-    with pytest.raises(UserError, match="5 images a tile, not 6; generate with more --variations"):
+        variations_sheet(GeneratedTiles(syn, real), 8, 5)
+    with pytest.raises(UserError, match="5 images per tile, not 6; generate with more"):
         variations_sheet(made, 8, 6)
-    with pytest.raises(UserError, match=r"holds no interpolation.*--interpolate A B"):
+    with pytest.raises(UserError, match=r"contains no interpolation.*--interpolate A B"):
         interpolation_sheet(made, 8)
 
 
@@ -102,12 +102,12 @@ def test_figure_3_has_each_pairs_real_tiles_at_both_ends(tmp_path: Path) -> None
         Reference(name, real_tile(name, 1), rng.normal(size=12).astype(np.float32))
         for name in ("a", "b", "c")
     ]
-    conditions = between(ends, [(0, 1), (2, 0)], (0.2, 0.4, 0.6, 0.8), "slerp")
-    guidance = ConditionGuidance(
-        "interpolation", conditions, ends, record=RECORD, tile_px=PX, mpp=0.5, what={}
+    conditions = conditions_between(ends, [(0, 1), (2, 0)], (0.2, 0.4, 0.6, 0.8), "slerp")
+    guidance = ConditionList(
+        "interpolation", conditions, ends, record=RECORD, tile_px=PX, mpp=0.5, how={}
     )
     generate(Stripes(), guidance, Request(out=tmp_path / "syn", variations=2), ALONE)
-    made = Synthetic(Dataset(tmp_path / "syn"))
+    made = GeneratedTiles(Dataset(tmp_path / "syn"))
     sheet = interpolation_sheet(made, 8)
     assert sheet.titles == ["real", "0.2", "0.4", "0.6", "0.8", "real"]
     for number, row in enumerate(sheet.rows):
@@ -127,7 +127,7 @@ def test_figure_1_is_one_command_and_says_what_it_must_not_hide(
             return {**super().identity(), "model_encoder_random": True}
 
     generate(FromRandom(), Unconditional(20), Request(out=tmp_path / "syn"), ALONE)
-    sheet = grid_sheet(Synthetic(Dataset(tmp_path / "syn")), 8, 4)
+    sheet = grid_sheet(GeneratedTiles(Dataset(tmp_path / "syn")), 8, 4)
     assert (len(sheet.rows), len(sheet.rows[0])) == (5, 4)
     figure = ["figure", "grid", "--generated", str(tmp_path / "syn"), "--columns", "4"]
     assert main([*figure, "--out", str(tmp_path / "a/figure1.png")]) == 0
@@ -139,5 +139,5 @@ def test_figure_1_is_one_command_and_says_what_it_must_not_hide(
 
 
 def test_a_real_dataset_is_no_synthetic_one(evaluate_real: Callable[..., Dataset]) -> None:
-    with pytest.raises(UserError, match="holds no generated images"):
-        Synthetic(evaluate_real())
+    with pytest.raises(UserError, match="contains no generated images"):
+        GeneratedTiles(evaluate_real())

@@ -10,9 +10,9 @@ import pytest
 from evaluate_data import ALONE, DIM, PX, RECORD, Stripes, tile_hashes
 
 from common.errors import UserError
-from evaluate.generate.guidance import (
-    GUIDING_MARK,
-    SelectionGuidance,
+from evaluate.generate.condition_source import (
+    GUIDING_FINGERPRINT,
+    SelectionConditions,
     Unconditional,
     check_condition_dim,
     check_encoder,
@@ -35,7 +35,7 @@ from pipeline.dataset.features import FeatureStore
 
 @pytest.fixture
 def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., Outcome]:
-    guidance = SelectionGuidance.open(evaluate_real(), "train", "h0-mini")
+    guidance = SelectionConditions.open(evaluate_real(), "train", "h0-mini")
 
     def call(out: str = "syn", *, generator: Stripes | None = None, **request: Any) -> Outcome:
         return generate(
@@ -86,25 +86,25 @@ def test_the_same_ranks_of_another_dataset_are_other_tiles(
 ) -> None:
     other = evaluate_real(name="other")
     claim_identity(other, {"seed": 1}, stage="scan", versions={})
-    guidance = SelectionGuidance.open(other, "train", "h0-mini")
+    guidance = SelectionConditions.open(other, "train", "h0-mini")
     run()
-    with pytest.raises(UserError, match=GUIDING_MARK):
+    with pytest.raises(UserError, match=GUIDING_FINGERPRINT):
         generate(Stripes(), guidance, Request(out=tmp_path / "syn"), ALONE)
 
 
 def test_images_that_did_not_record_the_guiding_dataset_go_on(
     run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = SelectionGuidance.identity
+    recorded = SelectionConditions.identity
     with monkeypatch.context() as patch:
         patch.setattr(
-            SelectionGuidance,
+            SelectionConditions,
             "identity",
-            lambda self: {k: v for k, v in recorded(self).items() if k != GUIDING_MARK},
+            lambda self: {k: v for k, v in recorded(self).items() if k != GUIDING_FINGERPRINT},
         )
         run(conditions=16)
     assert run(conditions=32).made == 16
-    assert GUIDING_MARK not in read_identity(Dataset(tmp_path / "syn"))
+    assert GUIDING_FINGERPRINT not in read_identity(Dataset(tmp_path / "syn"))
 
 
 def test_images_do_not_depend_on_the_batch_and_batches_have_one_shape(
@@ -250,4 +250,4 @@ def test_guidance_without_features_names_the_cache_command(
     evaluate_real: Callable[..., Dataset],
 ) -> None:
     with pytest.raises(UserError, match=r"pipeline cache .* --encoder uni2-h --selection train`"):
-        SelectionGuidance.open(evaluate_real(), "train", "uni2-h")
+        SelectionConditions.open(evaluate_real(), "train", "uni2-h")

@@ -11,20 +11,23 @@ from evaluate_data import PX, RECORD, make_synthetic, random_features, write_fea
 from PIL import Image
 
 from common.errors import UserError
-from evaluate.compare import battery
-from evaluate.compare.battery import Settings
-from evaluate.compare.measure import Side, blockiness_warnings, measure, real_halves
+from common.record import Record
+from evaluate.compare.measure import measure, real_halves
 from evaluate.compare.results import read_results, write_results
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
-from evaluate.metric_warnings import metric_warnings
+from evaluate.compare.sides import FeatureSide
+from evaluate.compare.warnings import blockiness_warnings, metric_warnings
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics import (
     cosine_similarity,
     feature_likelihood_divergence,
     frechet_distance,
+    likelihood,
+    manifold,
     precision_recall,
 )
 from evaluate.metrics.blockiness import blockiness
-from evaluate.report.images import tile_pairs
+from evaluate.metrics.metric import MetricSettings
+from evaluate.report.images import read_tile_pairs
 from evaluate.report.page import all_warnings
 from pipeline.dataset import (
     Dataset,
@@ -44,12 +47,12 @@ def real(evaluate_real: Callable[..., Dataset]) -> Dataset:
 
 @pytest.fixture
 def synthetic(real: Dataset, tmp_path: Path) -> Dataset:
-    return make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    return make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
 
 
-def sides(real: Dataset, synthetic: Dataset) -> tuple[Side, Side]:
-    first = Side.open(real.root, "train", "h0-mini", like=None)
-    return first, Side.open(synthetic.root, "generated", "h0-mini", like=first)
+def sides(real: Dataset, synthetic: Dataset) -> tuple[FeatureSide, FeatureSide]:
+    first = FeatureSide.open(real.root, "train", "h0-mini", like=None)
+    return first, FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
 
 
 def test_the_numbers_are_those_of_the_metrics_on_the_cached_features(
@@ -76,7 +79,7 @@ def test_the_cosine_pairs_each_image_with_its_own_source(real: Dataset, syntheti
     assert cosine["mean"] > 0.98 > 0.9 > cosine["null_mean"]
     assert cosine["retrieval_at_1"] == 1.0
     assert sum(cosine["histogram"]["counts"]) == 62
-    guidance = SelectionGuidance.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open(real, "train", "h0-mini")
     sources = guidance.features(np.arange(62))
     assert cosine["mean"] == pytest.approx(cosine_similarity(sources, second.features).mean)
 
@@ -102,7 +105,7 @@ def test_tiles_of_another_dataset_are_not_taken_for_the_sources(
     assert results["metrics"]["cosine_similarity"] is None
     (reason,) = (one["message"] for one in results["warnings"] if one["code"] == "no_cosine")
     assert "guided by tiles of another dataset" in reason
-    pairs = tile_pairs(synthetic, sides(real, synthetic)[1].selection, other, 3)
+    pairs = read_tile_pairs(synthetic, sides(real, synthetic)[1].selection, other, 3)
     assert [pair.real for pair in pairs] == [None] * 3
     assert "of another dataset" in pairs[0].real_name
 
@@ -147,10 +150,10 @@ def test_what_a_metric_says_against_itself_reaches_the_warnings(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real()
-    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
     first, second = sides(real, synthetic)
     first.features[:, 4] = 0.5
-    settings = Settings(draws=0, fld_seeds=(0,))
+    settings = MetricSettings(draws=0, fld_seeds=(0,))
     results = measure(first, second, train=first, settings=settings)
     found = {(one["code"], one["message"]) for one in results["warnings"]}
     for code, text in (
@@ -167,12 +170,14 @@ def test_warnings_name_a_model_that_means_nothing(real: Dataset, synthetic: Data
     note = "untested on the gated weights"
     says = {"model_encoder_random": True, "generator_note": note}
     claim_identity(synthetic, says, stage="generate", versions={})
-    results = measure(*sides(real, synthetic), settings=Settings(draws=0))
+    results = measure(*sides(real, synthetic), settings=MetricSettings(draws=0))
     found = {one["code"]: one["message"] for one in results["warnings"]}
     assert "encoder with random weights" in found["random_training_encoder"]
     assert found["untested"] == note
     (shown,) = (
-        one for one in all_warnings(results, None) if one["code"] == "random_training_encoder"
+        one
+        for one in all_warnings(Record(results), None)
+        if one["code"] == "random_training_encoder"
     )
     assert shown["title"] == "This model means nothing"
 
@@ -181,13 +186,13 @@ def test_fewer_tiles_than_dimensions_is_a_warning(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real({"A": 12}, name="small")
-    synthetic = make_synthetic(tmp_path / "syn", SelectionGuidance.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
     assert "fewer_tiles_than_dimensions" in codes
 
 
 def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
-    side = Side.open(real.root, "train", "h0-mini", like=None)
+    side = FeatureSide.open(real.root, "train", "h0-mini", like=None)
     halves = real_halves(side)
     assert halves is not None
     assert halves["frechet_distance"]["n_real"] == halves["frechet_distance"]["n_generated"] == 31
@@ -198,18 +203,18 @@ def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
 def test_the_floor_is_taken_by_the_settings_of_the_numbers_above_it(
     real: Dataset, synthetic: Dataset
 ) -> None:
-    results = measure(*sides(real, synthetic), settings=Settings(draws=0, k=5))
+    results = measure(*sides(real, synthetic), settings=MetricSettings(draws=0, k=5))
     assert results["metrics"]["precision_recall"]["k"] == 5
     assert results["references"]["real_vs_real"]["precision_recall"]["k"] == 5
-    side = Side.open(real.root, "train", "h0-mini", like=None)
-    assert real_halves(side, Settings(k=31)) is None  # a smaller k would be another number
+    side = FeatureSide.open(real.root, "train", "h0-mini", like=None)
+    assert real_halves(side, MetricSettings(k=31)) is None  # a smaller k would be another number
 
 
 def test_a_selection_too_small_to_measure_is_refused(real: Dataset, synthetic: Dataset) -> None:
     few: Selection = make_selection("few", {"C-2": np.arange(3, dtype=np.int32)}, {})
     write_selection(real, new_run_id(), few)
-    first = Side.open(real.root, "few", "h0-mini", like=None)
-    second = Side.open(synthetic.root, "generated", "h0-mini", like=first)
+    first = FeatureSide.open(real.root, "few", "h0-mini", like=None)
+    second = FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
     with pytest.raises(UserError, match="few has 3 tiles, at least 8"):
         measure(first, second)
 
@@ -220,7 +225,7 @@ def test_results_survive_the_file_and_foreign_files_are_refused(
     path = tmp_path / "deep" / "results.json"
     results = measure(*sides(real, synthetic))
     write_results(path, results)
-    assert read_results(path) == json.loads(json.dumps(results))
+    assert dict(read_results(path)) == json.loads(json.dumps(results))
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
     path.write_text('{"schema_version": 99}')
     with pytest.raises(UserError, match="schema_version 99"):
@@ -234,7 +239,9 @@ def test_results_survive_the_file_and_foreign_files_are_refused(
 
 def test_the_battery_carries_n_seeds_and_widths(real: Dataset, synthetic: Dataset) -> None:
     first, second = sides(real, synthetic)
-    results = measure(first, second, train=first, settings=Settings(draws=4, fld_seeds=(0, 1)))
+    results = measure(
+        first, second, train=first, settings=MetricSettings(draws=4, fld_seeds=(0, 1))
+    )
     metrics = results["metrics"]
     frechet = metrics["frechet_distance"]
     widths = frechet["widths"]
@@ -311,10 +318,13 @@ def test_distances_are_computed_on_the_device_that_was_asked_for(
 
         return call
 
-    for metric in (precision_recall, feature_likelihood_divergence):
-        monkeypatch.setattr(battery, metric.__name__, on_a_cpu(metric))
+    for module, metric in (
+        (manifold, precision_recall),
+        (likelihood, feature_likelihood_divergence),
+    ):
+        monkeypatch.setattr(module, metric.__name__, on_a_cpu(metric))
     first, second = sides(real, synthetic)
-    settings = Settings(draws=0, fld_seeds=(0,))
+    settings = MetricSettings(draws=0, fld_seeds=(0,))
     measure(first, second, train=first, settings=settings, device="cuda")
     assert {device for _, device in asked} == {"cuda"}
     assert [name for name, _ in asked].count("feature_likelihood_divergence") == 1
@@ -323,7 +333,10 @@ def test_distances_are_computed_on_the_device_that_was_asked_for(
 
 def test_a_metrics_sentence_is_said_once_with_its_places() -> None:
     line = {"infinity": {"warnings": ["not linear"]}}
-    few = "3 real images for 9 feature dimensions: the covariance is singular and so on"
+    few = (
+        "3 real images for 9 feature dimensions: the covariance is singular and the Fréchet "
+        "distance mostly measures how few images there are"
+    )
     found = [(f"row {i}", {"frechet_distance": {"warnings": [few], **line}}) for i in range(5)]
     said = metric_warnings(found, [])
     assert [one["code"] for one in said] == ["metric_frechet_distance", "metric_frechet_infinity"]

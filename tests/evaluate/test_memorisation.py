@@ -12,6 +12,7 @@ from scipy.stats import mannwhitneyu
 from test_report import Page
 
 from common.errors import UserError
+from common.record import Record
 from evaluate.protocols.nearest import (
     copying_test,
     distance_ratios,
@@ -19,8 +20,8 @@ from evaluate.protocols.nearest import (
     nearest_in_blocks,
 )
 from evaluate.protocols.run import run_protocol
-from evaluate.report.protocol_files import render
-from evaluate.report.protocol_text import latex
+from evaluate.report.protocol_files import render_protocol
+from evaluate.report.protocol_text import tables_as_latex
 
 
 def naive(queries: np.ndarray, base: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,13 +110,13 @@ def test_the_set_that_gaps_are_tested_on_has_no_gap_of_its_own(results: dict[str
     (found,) = results["memorisation"]
     assert found["sets"]["val_out"]["gap"] is None
     assert found["sets"]["generated"]["gap"] < found["sets"]["val_in"]["gap"]
-    line = next(one for one in render(results).splitlines() if 'scope="row">val-out</th>' in one
-                and "</td></tr>" in one)  # fmt: skip
+    lines = render_protocol(results).splitlines()
+    line = next(x for x in lines if 'scope="row">val-out</th>' in x and "</td></tr>" in x)
     assert line.endswith('<td class="number">–</td></tr>')
 
 
 def test_the_panel_shows_the_tiles_side_by_side(results: dict[str, Any]) -> None:
-    page = Page(render(results))
+    page = Page(render_protocol(results))
     alts = page.attributes("alt")
     assert sum(alt.startswith("nearest training tile:") for alt in alts) == 12
     assert any("Histogram of distance ratios" in alt for alt in alts)
@@ -130,4 +131,4 @@ def test_the_numbers_stand_in_tables(results: dict[str, Any]) -> None:
     against = {row["label"]: row["cells"]["uni2-h/train"] for row in tables["copying_test"]["rows"]}
     value = against["from-guidance against val-out"]["value"]
     assert value == found["copying_test"]["val_out"]["value"]
-    assert "C\\_T" in latex(results)
+    assert "C\\_T" in tables_as_latex(Record(results))

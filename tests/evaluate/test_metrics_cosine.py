@@ -70,7 +70,7 @@ def test_near_ties_below_float32_are_decided_in_float64():
 def test_the_null_pairs_nothing_with_its_own_source():
     for n in (2, 3, 50):
         for seed in range(20):
-            partner = cosine._derangement(n, seed)
+            partner = cosine._draw_derangement(n, seed)
             assert sorted(partner) == list(range(n))
             assert (partner != np.arange(n)).all()
 
@@ -100,7 +100,7 @@ def test_rows_all_alike_have_no_centred_direction():
     ("real", "generated", "message"),
     [
         (np.ones((4, 3)), np.ones((5, 3)), "4 real and 5 generated rows"),
-        (np.eye(3), np.zeros((3, 3)), "generated features: 3 rows hold only zeros"),
+        (np.eye(3), np.zeros((3, 3)), "generated features: 3 rows are all zeros"),
         (np.ones((1, 3)), np.ones((1, 3)), "at least 2"),
         (np.ones((4, 3)), np.full((4, 3), np.nan), "generated features: 4 of 4 rows hold NaN"),
         (np.ones((4, 3)), np.ones((4, 2)), "real features have 3 dimensions"),

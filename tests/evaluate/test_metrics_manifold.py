@@ -113,10 +113,10 @@ def test_a_screen_of_coarse_arithmetic_changes_nothing(
 ):
     """Near copies leave thousands of pairs open, which `many` sends to float32 or to decision."""
     dim = 24
-    full = neighbours.screens(dim, torch.device("cpu"))[-1]
+    full = neighbours.choose_screens(dim, torch.device("cpu"))[-1]
     coarse = neighbours.Screen(precision, full.error + error)
-    monkeypatch.setattr(neighbours, "screens", lambda *_: [coarse, full])
-    monkeypatch.setattr(neighbours.Screen, "product", rounded_product)
+    monkeypatch.setattr(neighbours, "choose_screens", lambda *_: [coarse, full])
+    monkeypatch.setattr(neighbours.Screen, "squared_distances", rounded_product)
     for module in (neighbours, manifold):
         monkeypatch.setattr(module, "MANY", many)
     rng = np.random.default_rng(8)
@@ -129,20 +129,20 @@ def test_a_screen_of_coarse_arithmetic_changes_nothing(
 
 @settings(max_examples=20, deadline=None)
 @given(d=st.integers(1, 64), seed=st.integers(0, 10**6), offset=st.sampled_from([0.0, 50.0]))
-def test_a_screens_error_stays_within_its_bound(d, seed, offset):
+def test_a_screens_error_stays_within_its_bound_ratios(d, seed, offset):
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((40, d)) * rng.exponential(2.0, (1, d)) + offset
-    side = neighbours.Side(rows.astype(np.float32), rows.mean(axis=0))
+    side = neighbours.ScreenedRows(rows.astype(np.float32), rows.mean(axis=0))
     span = slice(0, 40)
     exact = squared(rows.astype(np.float32), rows.astype(np.float32))
     scale = (side.squares[:, None] + side.squares).double().numpy()
-    full = neighbours.screens(d, torch.device("cpu"))[-1]
-    left, right = side.left(span), side.right(span)
+    full = neighbours.choose_screens(d, torch.device("cpu"))[-1]
+    left, right = side.left_factor(span), side.right_factor(span)
     for screen in (full, *(neighbours.Screen(name, full.error + error) for name, error in COARSE)):
         found = rounded_product(screen, left, right).double().numpy()
         assert (np.abs(found - exact) <= screen.error * scale).all()
-    for screen in neighbours.screens(d, torch.device("cpu")):  # those of this machine
-        found = screen.product(left, right).double().numpy()
+    for screen in neighbours.choose_screens(d, torch.device("cpu")):  # those of this machine
+        found = screen.squared_distances(left, right).double().numpy()
         assert (np.abs(found - exact) <= screen.error * scale).all()
 
 

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate.generate.plan import (
-    IMAGES_A_SLIDE,
+    IMAGES_PER_SLIDE,
     Unit,
     micro_batches,
     missing_units,
@@ -14,7 +14,7 @@ from evaluate.generate.plan import (
 )
 from pipeline.dataset import BLOCK_ROWS
 
-images = st.integers(1, 3 * IMAGES_A_SLIDE)
+images = st.integers(1, 3 * IMAGES_PER_SLIDE)
 batches = st.integers(1, 70)
 
 
@@ -33,7 +33,7 @@ def test_units_hold_every_image_once_and_begin_on_blocks(count: int, batch: int)
 
 @given(images, batches)
 def test_whole_units_are_whole_micro_batches(count: int, batch: int) -> None:
-    if unit_images(batch) < IMAGES_A_SLIDE:
+    if unit_images(batch) < IMAGES_PER_SLIDE:
         assert unit_images(batch) % batch == 0
 
 
@@ -70,7 +70,7 @@ def test_an_image_keeps_its_row_whatever_part_it_is_made_in(count: int, batch: i
             for call in micro_batches(part, batch):
                 assert call.images.shape == (batch,)
                 for row in range(call.begin, call.end):
-                    assert call.images[row] % IMAGES_A_SLIDE % batch == row
+                    assert call.images[row] % IMAGES_PER_SLIDE % batch == row
                 kept += call.images[call.begin : call.end].tolist()
             assert kept == [part.image(rank) for rank in range(part.start, part.stop)]
 

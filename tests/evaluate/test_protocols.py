@@ -26,27 +26,30 @@ from protocol_data import (
 from test_report import Page
 
 from common.errors import UserError
-from evaluate.__main__ import main, parse
+from common.record import Record
+from evaluate.__main__ import main, parse_arguments
 from evaluate.metrics import cosine_similarity, frechet_distance
+from evaluate.metrics.registry import METRICS
 from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import basis, check_sides, check_table
-from evaluate.protocols.config import load, names
+from evaluate.protocols.config import load_protocol, protocol_names
 from evaluate.protocols.controls import (
     grouped_distances,
     halves_by_label,
     neighbour_cosines,
     split_in_halves,
 )
-from evaluate.protocols.memorisation import _Search
+from evaluate.protocols.image_checks import given_deviations
+from evaluate.protocols.making import SourceMaker
+from evaluate.protocols.memorisation import CopySearch
 from evaluate.protocols.plan import all_images, plan_cells, vae_key
-from evaluate.protocols.run import missing, run_protocol
-from evaluate.protocols.standing import given_deviations
+from evaluate.protocols.run import list_missing, run_protocol
+from evaluate.protocols.sources import first_tiles
 from evaluate.protocols.store import ResultStore
-from evaluate.protocols.tables import quantity_table, variability
-from evaluate.protocols.work import Workshop, first_tiles
-from evaluate.report.protocol_files import render, write_protocol_files
-from evaluate.report.protocol_text import latex, markdown
+from evaluate.protocols.tables import quantity_table, variability_table
+from evaluate.report.protocol_files import render_protocol, write_protocol_files
+from evaluate.report.protocol_text import tables_as_latex, tables_as_markdown
 from pipeline.dataset import (
     Dataset,
     claim_identity,
@@ -78,17 +81,17 @@ def cells(results: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
     return [c for c in results["cells"] if all(c[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", protocol_names())
 def test_a_shipped_protocol_is_the_papers_and_has_no_deviation(name: str) -> None:
-    protocol = load(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
+    protocol = load_protocol(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
     assert protocol.deviations == {}
     assert protocol.rows
     assert set(protocol.encoders) <= {"h-optimus-0", "virchow2", "uni2-h", "inception-v3"}
-    assert load(name, None, ["count=99"]).deviations["count"][1] == 99
+    assert load_protocol(name, None, ["count=99"]).deviations["count"][1] == 99
 
 
 def test_table_2_is_as_the_paper_has_it() -> None:
-    protocol = load("table2")
+    protocol = load_protocol("table2")
     assert protocol.count == 100_000
     assert protocol.settings.max_generated == 50_000
     made = {one.generation: one.spec for one in all_images(protocol)}
@@ -103,7 +106,7 @@ def test_table_2_is_as_the_paper_has_it() -> None:
 
 
 def test_figure_4_is_a_grid_of_unconditional_images() -> None:
-    images = all_images(load("figure4"))
+    images = all_images(load_protocol("figure4"))
     assert len(images) == 16
     assert {one.point["solver"] for one in images} == {"ode", "sde"}
     assert (min(i.point["steps"] for i in images), max(i.point["steps"] for i in images)) == (
@@ -113,7 +116,7 @@ def test_figure_4_is_a_grid_of_unconditional_images() -> None:
 
 
 def test_table_4_holds_each_arm_and_the_control() -> None:
-    protocol = load("table4")
+    protocol = load_protocol("table4")
     rows = {row.label: row for row in protocol.rows}
     control = rows["CytoSyn 224; JPEG validation (negative control)"]
     assert (control.real_view, control.generated) == ("jpeg70", "cytosyn-png")
@@ -127,19 +130,19 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
     ("overrides", "message"),
     [
         (["counts=3"], "unknown configuration key 'counts'"),
-        (["sets.val-in.selektion=a"], "sets.val-in: unknown configuration key 'selektion'"),
+        (["sets.val-in.selektion=a"], "unknown configuration key 'sets.val-in.selektion'"),
         (["columns=[elsewhere]"], "no set 'elsewhere'"),
         (["leave_out=[dalle]"], "no model 'dalle'"),
         (["count=3"], "expected 8 tiles or more"),
         (["generations.from-guidance.model=other"], "no model 'other'"),
         (["generations.from-guidance.steps=[20"], "steps=[20: not a YAML value"),
-        (["settings.fld_seeds=[0"], "settings: fld_seeds=[0: not a YAML value"),
+        (["settings.fld_seeds=[0"], "settings.fld_seeds=[0: not a YAML value"),
         (["settings.seed=-1"], "seed is -1; expected a whole number from 0"),
     ],
 )
 def test_a_wrong_key_is_one_line_that_names_it(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        load("table2", None, overrides)
+        load_protocol("table2", None, overrides)
 
 
 @pytest.mark.parametrize("generated", ["from-{col}", "from-{0}", "from-{", "{column.x}"])
@@ -147,30 +150,37 @@ def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f'rows: [{{label: Ours, generated: "{generated}"}}]')
     with pytest.raises(UserError, match=r"row 'Ours': generated is .* only \{column\} may stand"):
-        load("table2", file)
+        load_protocol("table2", file)
+
+
+def test_a_row_without_a_key_that_it_needs_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rows: [{label: Ours}]")
+    with pytest.raises(UserError, match=r"'rows\[0\]\.generated' is missing"):
+        load_protocol("table2", file)
 
 
 def test_a_persons_yaml_and_stars_lie_over_the_shipped_one(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("dataset: /data\nsets: {val-in: {dataset: /other}}\n")
-    protocol = load("table2", file, ["generations.*.steps=20"])
+    protocol = load_protocol("table2", file, ["generations.*.steps=20"])
     assert protocol.sets["val-in"].dataset == "/other"
     assert protocol.sets["val-in"].selection == "val-in"
     assert {one.spec.steps for one in all_images(protocol)} == {(20,)}
     with pytest.raises(UserError, match="no protocol 'table9'"):
-        load("table9")
+        load_protocol("table9")
 
 
 def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -> None:
     (cell,) = cells(table2, label="Guidance tiles", encoder="uni2-h", column="val-out")
     protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
-    workshop = Workshop(protocol)
-    used = {name: workshop.tiles(name).used for name in ("guidance", "val-out")}
+    on_disk = SourceMaker(protocol)
+    used = {name: on_disk.tiles(name).used for name in ("guidance", "val-out")}
     assert used["guidance"].rows == COUNT
     assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
     from pipeline.dataset.features import FeatureStore
 
-    store = FeatureStore(workshop.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
+    store = FeatureStore(on_disk.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
     real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))
     expected = frechet_distance(real, made)
     assert cell["results"]["frechet_distance"]["value"] == expected.value
@@ -219,8 +229,8 @@ def test_results_say_what_they_are_of(table2: dict[str, Any]) -> None:
     (line,) = (one for one in said if "not linear in 1/N" in one)
     assert line.startswith("Fréchet distance at infinitely many images: the smallest subset has 6")
     assert "Reconstructed" not in line  # whose line no table shows
-    assert line in " ".join(Page(render(table2)).text)
-    assert line in markdown(table2)
+    assert line in " ".join(Page(render_protocol(table2)).text)
+    assert line in tables_as_markdown(Record(table2))
     (cell,) = cells(table2, label="Model", column="val-in", encoder="uni2-h", note="")[:1]
     groups = cell["results"]["groups"]
     assert {one["group"] for one in groups["project"]} == {"T-0", "T-1"}
@@ -266,9 +276,9 @@ def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_
         for dtype in ("bfloat16", "float32")
     )
     make_all(half)
-    workshop = Workshop(full)
-    assert workshop.missing_images("from-conditioning") == COUNT
-    shutil.move(Workshop(half).folder("from-conditioning"), workshop.folder("from-conditioning"))
+    on_disk = SourceMaker(full)
+    assert on_disk.missing_images("from-conditioning") == COUNT
+    shutil.move(SourceMaker(half).folder("from-conditioning"), on_disk.folder("from-conditioning"))
     with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
         run_protocol(full)
 
@@ -280,11 +290,11 @@ def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
     protocol = toy(world, "memorisation", "encoders=[uni2-h]", f"dataset={real}")
 
     def marks() -> list[Any]:
-        workshop = Workshop(protocol)
-        measurer = Measurer(protocol, workshop, ResultStore(tmp_path / "cells"))
-        search = _Search(protocol, measurer, "uni2-h", "from-guidance")
+        on_disk = SourceMaker(protocol)
+        measurer = Measurer(protocol, on_disk, ResultStore(tmp_path / "cells"))
+        search = CopySearch(measurer, "uni2-h", "from-guidance")
         sources = ("from-guidance", vae_key("model", "val-in"))
-        return [*(str(workshop.folder(one)) for one in sources), str(search._train_mark())]
+        return [*(str(on_disk.folder(one)) for one in sources), str(search.train_fingerprint())]
 
     before = marks()
     assert marks() == before
@@ -300,7 +310,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     key = "generations.from-conditioning"
     made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
     make_all(made)
-    syn = Workshop(made).folder("from-conditioning")
+    syn = SourceMaker(made).folder("from-conditioning")
     given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
     assert not [name for name in given.deviations if name.startswith(key)]
     results = run_protocol(given)
@@ -310,9 +320,9 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     (told,) = (one for one in results["warnings"] if one["code"] == "not_the_protocol")
     assert f"{key}.seed [0] → [7]" in told["message"]
     same = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=3")
-    assert given_deviations(Workshop(same))[f"{key}.steps"] == ([250], [3])
+    assert given_deviations(SourceMaker(same))[f"{key}.steps"] == ([250], [3])
     with pytest.raises(UserError, match="seed has 3 values"):
-        load("table5", None, ["generations.from-guidance.dataset=syn"])
+        load_protocol("table5", None, ["generations.from-guidance.dataset=syn"])
     other = shutil.copytree(world / "real", tmp_path / "real")
     claim_identity(Dataset(other), {"seed": 1}, stage="scan", versions={})
     foreign = replace(same, dataset=str(other))
@@ -358,7 +368,7 @@ def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -
     assert {"solver": "ode", "steps": 6} in points
     labels = [row["label"] for row in results["tables"][0]["rows"]]
     assert "Model, 6 steps, SDE" in labels or "Model, SDE, 6 steps" in labels
-    page = Page(render(results))
+    page = Page(render_protocol(results))
     assert any("Fréchet distance against steps" in alt for alt in page.attributes("alt"))
 
 
@@ -406,9 +416,9 @@ def distance_cell(label: str, value: float, **more: Any) -> dict[str, Any]:
 
 
 def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
-    protocol = load("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    protocol = load_protocol("table5", None, ["encoders=[uni2-h]", "columns=[val-in]"])
     grid = [(label, steps, seed) for label in ("A", "B") for steps in (20, 50) for seed in (0, 1)]
-    found = variability(
+    found = variability_table(
         protocol,
         [
             distance_cell(label, 100 * (label == "B") + steps + seed, point={"steps": steps,
@@ -425,7 +435,7 @@ def test_the_spread_over_seeds_is_over_seeds_alone() -> None:
 
 
 def test_a_floor_of_each_row_stands_by_itself() -> None:
-    protocol = load("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
+    protocol = load_protocol("table2", None, ["encoders=[uni2-h]", "columns=[val-in]"])
 
     def controls(*floors: float) -> dict[str, float]:
         cells = [distance_cell(f"row {i}", 2.0, floor=floor) for i, floor in enumerate(floors)]
@@ -473,16 +483,18 @@ def test_the_page_needs_nothing_and_holds_the_tables(
     text = " ".join(page.text)
     for word in ("These numbers mean nothing", "Run card", "Do the encoders agree?", "val-out"):
         assert word in text or word in " ".join(page.attributes("alt"))
-    assert render(hostile) == html
+    assert render_protocol(hostile) == html
     assert [path.name for path in written] == ["report.html", "tables.md", "tables.tex"]
-    assert r"<script>\&\_\%" in latex(hostile)
-    line = next(one for one in markdown(table2).splitlines() if one.startswith("| Model"))
+    assert r"<script>\&\_\%" in tables_as_latex(Record(hostile))
+    line = next(
+        one for one in tables_as_markdown(Record(table2)).splitlines() if one.startswith("| Model")
+    )
     assert line.count("|") == 2 + 1 + 2 * len(ENCODERS)
 
 
 def test_the_plan_says_what_is_missing_as_commands(world: Path, tmp_path: Path) -> None:
     protocol = toy(world, "table2", "encoders=[uni2-h,phikon-v2]", f"out={tmp_path}")
-    lines = missing(Workshop(protocol), plan_cells(protocol))
+    lines = list_missing(SourceMaker(protocol), plan_cells(protocol))
     assert any(line.startswith("from-guidance: 64 images into") for line in lines)
     (command,) = [line for line in lines if "pipeline cache" in line and "val-out" in line]
     assert "--encoder phikon-v2 --weights random:0 --dtype float32 --tokens none" in command
@@ -500,7 +512,7 @@ def test_the_door_reports_and_lists(
 ) -> None:
     assert main(["protocol", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in names())
+    assert all(name in listed for name in protocol_names())
     results = tmp_path / "results.json"
     results.write_text(json.dumps(table2))
     assert main(["report", "--results", str(results), "--out", str(tmp_path / "r.html")]) == 0
@@ -511,12 +523,14 @@ def test_the_door_reports_and_lists(
 
 
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    options = parse(["protocol", "table2", "count=9", "--dry-run", "dataset=/x", "out=/y"])
+    options = parse_arguments(
+        ["protocol", "table2", "count=9", "--dry-run", "dataset=/x", "out=/y"]
+    )
     assert options.overrides == ["count=9", "dataset=/x", "out=/y"]
     assert options.dry_run
     for wrong in (["protocol", "table2", "--fast=1"], ["generate", "--out", "x", "count=9"]):
         with pytest.raises(SystemExit):
-            parse(wrong)
+            parse_arguments(wrong)
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
@@ -552,7 +566,7 @@ def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_pa
     for k in (3, 5):
         more = (f"out={tmp_path}", f"settings.k={k}")
         protocol = toy(world, "table2", "encoders=[uni2-h]", *more)
-        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path / "cells"))
+        measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path / "cells"))
         floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
         found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
         assert found == [k] * 4
@@ -566,7 +580,7 @@ def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: 
 
     def measured() -> dict[str, Any]:
         store = ResultStore(tmp_path / "cells")
-        return Measurer(protocol, Workshop(protocol), store).measure(cell)
+        return Measurer(protocol, SourceMaker(protocol), store).measure(cell)
 
     assert measured()["labels"] == 4
     slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
@@ -582,13 +596,14 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
                and one.column == "val-out")  # fmt: skip
     names = {}
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(cells_module, "choose_device", lambda _, d=device: torch.device(d))
-        measurer = Measurer(protocol, Workshop(protocol), ResultStore(tmp_path))
-        opened = measurer._open(cell)
-        pair = measurer._pair(cell, opened)
+        chosen = torch.device(device)
+        monkeypatch.setattr(cells_module, "choose_device", lambda *_, chosen=chosen, **__: chosen)
+        measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
+        opened = {name: measurer.side(seen, cell.encoder) for name, seen in cell.sides().items()}
+        pair = measurer._make_pair(cell, opened)
         assert pair.device == device
         names[device] = [
-            measurer._inputs(metric, pair, opened, protocol.settings)
+            measurer._result_inputs(METRICS[metric], pair, opened, protocol.settings)
             for metric in ("precision_recall", "feature_likelihood")
         ]
     assert names["cpu"][0] == names["cuda"][0]

@@ -15,8 +15,9 @@ from evaluate_data import RECORD, make_real, tile_hashes
 
 from common.errors import UserError
 from evaluate.__main__ import main
-from evaluate.generators.cytosyn import SamplerSettings
-from evaluate.generators.open import Source, open_generator, settings_for
+from evaluate.generators.interface import ModelSource
+from evaluate.generators.open import open_generator, settings_for
+from model.sampler_settings import SamplerSettings
 from pipeline.dataset import Dataset, read_identity
 
 pytest.importorskip("diffusers")
@@ -36,10 +37,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def source(folders: dict[str, Path], name: str, *, trust: bool = True) -> Source:
+def source(folders: dict[str, Path], name: str, *, trust: bool = True) -> ModelSource:
     folder = str(folders[name])
-    return Source(name.split()[0], folder, CPU, trust_remote_code=trust, pipeline_code=folder,
-                  vae="none")  # fmt: skip
+    return ModelSource(name.split()[0], folder, CPU, trust_remote_code=trust,
+                       pipeline_code=folder, vae="none")  # fmt: skip
 
 
 def features(dim: int) -> np.ndarray:
@@ -91,7 +92,7 @@ def test_a_pipelines_code_runs_only_when_it_is_trusted(folders: dict[str, Path])
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"model {tmp_path}: not a diffusers pipeline that loads"):
-        open_generator(Source("cytosyn", str(tmp_path), CPU, trust_remote_code=True))
+        open_generator(ModelSource("cytosyn", str(tmp_path), CPU, trust_remote_code=True))
 
 
 def test_generate_with_a_released_model_says_that_it_is_untested(

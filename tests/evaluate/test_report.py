@@ -12,14 +12,17 @@ from evaluate_data import make_synthetic
 from PIL import Image
 
 from common.errors import UserError
-from evaluate.compare.battery import Settings
-from evaluate.compare.measure import Side, measure
+from common.record import Record
+from common.text import format_number
+from evaluate.compare.measure import measure
 from evaluate.compare.results import write_results
-from evaluate.generate.guidance import SelectionGuidance, Unconditional
+from evaluate.compare.sides import FeatureSide
+from evaluate.generate.condition_source import SelectionConditions, Unconditional
+from evaluate.metrics.metric import MetricSettings
 from evaluate.report.command import write_report
-from evaluate.report.numbers import rows, show
+from evaluate.report.numbers import metric_rows
 from evaluate.report.plots import running_median
-from evaluate.report.runlog import read_run
+from evaluate.report.run_curves import read_run
 from pipeline.dataset import Dataset
 
 _HOSTILE = "<script>alert('x')</script>&\"'"
@@ -102,12 +105,12 @@ def report(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..
         guidance = (
             Unconditional(20)
             if options.get("unconditional")
-            else SelectionGuidance.open(real, "train", "h0-mini")
+            else SelectionConditions.open(real, "train", "h0-mini")
         )
         synthetic = make_synthetic(tmp_path / "syn", guidance)
-        first = Side.open(real.root, "train", "h0-mini", like=None)
-        second = Side.open(synthetic.root, "generated", "h0-mini", like=first)
-        results = measure(first, second, settings=Settings(draws=2, kid_subsets=2))
+        first = FeatureSide.open(real.root, "train", "h0-mini", like=None)
+        second = FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
+        results = measure(first, second, settings=MetricSettings(draws=2, kid_subsets=2))
         change(results)
         write_results(tmp_path / "results.json", results)
         write_report(
@@ -146,7 +149,7 @@ def test_the_page_shows_the_numbers_and_the_run(report: Callable[..., str]) -> N
     text = " ".join("".join(Page(report(seen.update)).text).split())
     distance = seen["metrics"]["frechet_distance"]
     for value in (distance["value"], distance["noise_floor"]):
-        assert show(value) in text
+        assert format_number(value) in text
     for words in ("0.4321", "0.1234", "17.5", "200 steps in 12.5 s", "Precision", "Coverage"):
         assert words in text
     assert "stripes" in text  # the model's sum
@@ -253,6 +256,6 @@ def test_running_median_follows_a_line_and_drops_a_spike() -> None:
 def test_each_row_says_what_it_means(report: Callable[..., str]) -> None:
     seen: dict = {}
     report(seen.update)
-    table = rows(seen)
+    table = metric_rows(Record(seen))
     assert len(table) == 13
     assert all(len(row.meaning) > 40 for row in table)

@@ -1,8 +1,10 @@
 """A grid of sampler settings: its points, and the datasets and table that it makes."""
 
 import csv
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +13,15 @@ from evaluate_data import DOOR_PX, tile_hashes
 from common.errors import UserError
 from evaluate.__main__ import main
 from evaluate.generate.sweep import parse_sweep
+from model import sampler, sampler_settings
+from model.sampler_settings import SamplerSettings
 from pipeline.dataset import Dataset, TileStore, read_identity
+
+
+def test_the_solvers_to_choose_from_are_the_samplers() -> None:
+    assert get_args(sampler_settings.Solver) == get_args(sampler.Solver)
+    names = inspect.signature(sampler.sample).parameters
+    assert set(SamplerSettings().arguments()) <= set(names)
 
 
 def test_the_last_key_turns_fastest() -> None:

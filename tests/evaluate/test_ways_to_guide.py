@@ -21,8 +21,8 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluate.__main__ import main
-from evaluate.generate.guidance import SelectionGuidance
-from evaluate.generate.means import mean_guidance
+from evaluate.generate.condition_source import SelectionConditions
+from evaluate.generate.means import mean_conditions
 from model.encoders import load_encoder
 from pipeline.dataset import (
     Dataset,
@@ -79,11 +79,11 @@ def test_interpolation_between_cached_tiles_and_its_figure(
 
 
 def test_means_are_of_the_selections_features(real: Dataset) -> None:
-    selection = SelectionGuidance.open(real, "train", "h0-mini")
+    selection = SelectionConditions.open(real, "train", "h0-mini")
     chosen = read_selection(real, "train")
     store = FeatureStore(real, tile_px=DOOR_PX, encoder="h0-mini")
     everything = store.read_selection(chosen).astype(np.float64)
-    whole, slides = mean_guidance(selection, "all"), mean_guidance(selection, "slide")
+    whole, slides = mean_conditions(selection, "all"), mean_conditions(selection, "slide")
     assert (whole.count, slides.count) == (1, len(chosen.slide_ids))
     np.testing.assert_allclose(
         whole.features(np.array([0]))[0], everything.mean(axis=0), rtol=1e-5, atol=1e-6
@@ -195,8 +195,8 @@ def test_tiles_that_do_not_fit_the_model_are_refused(
         (["--images", good, "--images-mpp", "0.25"], r"0.25 µm per pixel.*trained at 0.5.*--force"),
         (["--images", "/nowhere.png", *half], "image /nowhere.png: no such file"),
         (["--images", str(SLIDE.parent / "README.md"), *half], "not a readable image"),
-        ([*slide, "1e6,0"], r"CMU-1-Small-Region.svs: a tile of .* does not lie on it; it is"),
-        ([*slide, "12"], "'12' is no place on a slide; expected x,y"),
+        ([*slide, "1e6,0"], r"CMU-1-Small-Region.svs: a tile of .* is not within it; it is"),
+        ([*slide, "12"], "'12' is not a place on a slide; expected x,y"),
         (["--slide", "/nowhere.svs", "--at", "0,0"], "slide /nowhere.svs: no such file"),
         (["--slide", str(SLIDE)], "--slide needs --at x,y"),
         (["--images", good, *half, "--weights", "random:1"], r"trained on h0-mini .*--force"),

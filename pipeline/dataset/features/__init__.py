@@ -11,6 +11,7 @@ from pipeline.dataset.features.parquet import (
     token_table,
     write_blocks,
 )
+from pipeline.dataset.features.record import MADE, NETWORK, FeatureRecord
 from pipeline.dataset.features.store import (
     FeatureStore,
     encoder_file,
@@ -19,6 +20,9 @@ from pipeline.dataset.features.store import (
 )
 
 __all__ = [
+    "MADE",
+    "NETWORK",
+    "FeatureRecord",
     "FeatureShard",
     "FeatureStore",
     "cls_table",
