@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_yaml(values: Mapping[str, Any]) -> str:
+def write_yaml(values: Mapping[str, object]) -> str:
     """YAML text of plain values, in the order given."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 

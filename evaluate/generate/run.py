@@ -65,7 +65,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GenerationOutcome:
     """What one run of generation made, over all processes, and how many images are selected."""
 
     made: int
@@ -76,7 +76,7 @@ class Outcome:
 
 def generate(
     generator: Generator, source: ConditionSource, request: Request, processes: Processes
-) -> Outcome:
+) -> GenerationOutcome:
     """Make the images of a synthetic dataset that are missing, and commit them in units.
 
     The images are a function of the generator's identity, the conditions, the seed and the
@@ -113,7 +113,7 @@ def generate(
     made = sum(unit.count for unit in units)
     made, written = processes.total(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started
-    return Outcome(made, count_planned_images(dataset), written, seconds)
+    return GenerationOutcome(made, count_planned_images(dataset), written, seconds)
 
 
 def identity_claims(
@@ -258,7 +258,7 @@ class _UnitWriter:
             self.bytes += pending.result()
 
 
-def final_line(outcome: Outcome, out: Path) -> str:
+def final_line(outcome: GenerationOutcome, out: Path) -> str:
     """What was made, where, how many, how long, at what rate."""
     selection = f"selection '{SELECTION_NAME}' of {out} has {outcome.selected:,} images"
     if not outcome.made:

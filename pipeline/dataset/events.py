@@ -59,7 +59,7 @@ def now() -> str:
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
 
 
-def whereabouts() -> dict[str, Any]:
+def whereabouts() -> dict[str, object]:
     """Where this process runs: host, process, batch job."""
     names = {"slurm_job": "SLURM_JOB_ID", "slurm_array_task": "SLURM_ARRAY_TASK_ID"}
     batch = {key: os.environ[name] for key, name in names.items() if name in os.environ}

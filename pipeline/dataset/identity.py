@@ -4,6 +4,7 @@ import copy
 import json
 import platform
 import zlib
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def identity_value(dataset: Dataset, key: str) -> Any:
 
 def claim_identity(
     dataset: Dataset,
-    claims: dict[str, Any],
+    claims: Mapping[str, object],
     *,
     stage: str,
     versions: dict[str, str],
@@ -100,7 +101,7 @@ def claim_identity(
 
 
 def _with_claims(
-    dataset: Dataset, claims: dict[str, Any], stage: str, record: dict[str, Any]
+    dataset: Dataset, claims: Mapping[str, object], stage: str, record: Mapping[str, object]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """dataset.json as it is (None: there is none), and with a stage's claims and record."""
     before = _read_document(dataset) if _is_there(dataset) else None
@@ -118,7 +119,7 @@ def _with_claims(
     return before, after
 
 
-def _checksum_of(document: dict[str, Any]) -> str:
+def _checksum_of(document: Mapping[str, object]) -> str:
     """Checksum of identity and records, so that a flipped byte is not taken for another mpp."""
     parts = {key: document[key] for key in ("identity", "records")}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -15,7 +15,7 @@ from common.errors import UserError
 from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
 from pipeline.slides.barcode import parse_barcode
-from pipeline.slides.entries import TableRow
+from pipeline.slides.entries import SlideTableRow
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg"})
 _PATHS = ("path", "tile_path", "file", "filename", "file_name", "image")
@@ -120,7 +120,7 @@ class _SlideRows:
     their path without detours.
     """
 
-    first: TableRow
+    first: SlideTableRow
     name: str
     files: list[str] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def _from_csv(table: Path) -> list[TileFolder]:
             pairs = (("x", "y"), ("col", "row"))
             pair = next((pair for pair in pairs if set(pair) <= set(columns)), None)
             for number, values in enumerate(reader, 2):
-                row = TableRow(table, number, values)
+                row = SlideTableRow(table, number, values)
                 _add_row(slides, row, path_column, slide_column, pair)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read as a table of tiles: {error}") from error
@@ -151,7 +151,7 @@ def _from_csv(table: Path) -> list[TileFolder]:
 
 def _add_row(
     slides: dict[str, _SlideRows],
-    row: TableRow,
+    row: SlideTableRow,
     path_column: str,
     slide_column: str,
     pair: tuple[str, str] | None,

@@ -223,7 +223,7 @@ class ImportTilesStage(Stage[_ListedFolder]):
         self.folders = find_tile_folders(config.source)
         self.slides: dict[str, Slide] = {}
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """All values of the identity: no other stage has any to add."""
         return self.config.identity()
 

@@ -43,7 +43,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Rate:
+class MeasuredRate:
     """Bytes and seconds of one worker per slide or tile; seconds are None where not measured."""
 
     bytes: float
@@ -51,21 +51,23 @@ class Rate:
     source: str
 
 
-def measure_rate(entries: Iterable[Entry], assumed_bytes: float, *, per_tile: bool = False) -> Rate:
+def measure_rate(
+    entries: Iterable[Entry], assumed_bytes: float, *, per_tile: bool = False
+) -> MeasuredRate:
     """The rate of the entries that are done, per slide or per tile.
 
     >>> measure_rate([Entry("s", "done", "", start=0, stop=16, seconds=2.0)], 1.0, per_tile=True)
-    Rate(bytes=1.0, seconds=0.125, source='measured on 16 tiles')
+    MeasuredRate(bytes=1.0, seconds=0.125, source='measured on 16 tiles')
     """
     timed = [entry for entry in entries if entry.outcome == "done" and entry.seconds > 0]
     tiles = sum(max(0, entry.stop - entry.start) for entry in timed)
     amount = tiles if per_tile else len(timed)
     if not amount:
-        return Rate(assumed_bytes, None, "no rate measured yet")
+        return MeasuredRate(assumed_bytes, None, "no rate measured yet")
     size = sum(record.bytes for entry in timed for record in entry.files)
     seconds = sum(entry.seconds for entry in timed)
     source = f"measured on {amount:,} {'tiles' if per_tile else 'slides'}"
-    return Rate(size / amount or assumed_bytes, seconds / amount, source)
+    return MeasuredRate(size / amount or assumed_bytes, seconds / amount, source)
 
 
 def plan_recipe(recipe: Recipe) -> list[tuple[Step, StepPlan]]:

@@ -277,7 +277,9 @@ class Drain:
             if now - since > _REPORTED_WITHIN_S
         ]
 
-    def _submit_bundle(self, address: str, worker: dict[str, Any], tasks: list[SlideTask]) -> None:
+    def _submit_bundle(
+        self, address: str, worker: dict[str, object], tasks: list[SlideTask]
+    ) -> None:
         name = f"{worker.get('name', '')} {address}"
         for task in tasks:
             self._progress.begin_slide(task)

@@ -75,7 +75,7 @@ class Stage(ABC, Generic[Item]):
         """The stages whose journals it writes: its own, or several whose work it does at once."""
         return (self.name,)
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """Identity values that every stage must agree with; {} for none."""
         return {}
 

@@ -38,7 +38,7 @@ class SlideTask:
     arguments: tuple[Any, ...]
     cost: float = 0.0
     units: int = 1
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
     scopes: tuple[str, ...] = ("",)
 
     def failed(self, reason: str) -> list[Entry]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -208,7 +207,7 @@ def _require_features(work: _Curation) -> list[str]:
     return sorted(slides)
 
 
-def _write_result(work: _Curation, labels: Labels, record: Mapping[str, Any]) -> None:
+def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object]) -> None:
     """Deny-list, classifier and report, unless they are done already."""
     dataset, config = work.dataset, work.config
     denied, scored = _denied_ranks(work)
@@ -294,7 +293,7 @@ def _removed_by_site(
     return dict(sorted(table.items()))
 
 
-def _classifier_record(work: _Curation, record: Mapping[str, Any]) -> dict[str, Any]:
+def _classifier_record(work: _Curation, record: Mapping[str, object]) -> dict[str, object]:
     return {
         "kind": "logistic regression on CLS features, mean of the folds' probabilities",
         "encoder": work.config.encoder, "view": work.config.view,
@@ -312,7 +311,7 @@ def _curation_report(
     rows: Selection,
     scored: int,
     removed: Mapping[str, Mapping[str, Mapping[str, int]]],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     trained = work.trained
     return {
         "labels": {"usable": int((~labels.is_artifact).sum()),

@@ -17,7 +17,7 @@ _ROWS_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SelectionOutcome:
     """A selection's line in a table: counts, divergences in bits, deviation in percent points."""
 
     name: str
@@ -35,11 +35,11 @@ class Outcome:
     below: int
 
 
-def outcome_of(selection: Selection) -> Outcome:
+def outcome_of(selection: Selection) -> SelectionOutcome:
     """The outcome of a selection that was made just now."""
     plan = plan_of(selection)
     site, project = plan["distribution"]["site"], plan["distribution"]["project"]
-    return Outcome(
+    return SelectionOutcome(
         name=selection.name,
         tiles=plan["selected"]["tiles"],
         slides=plan["selected"]["slides"],
@@ -76,7 +76,7 @@ def print_exclusions(title: str, excluded: Sequence[Exclusion]) -> None:
     stdout.print(table)
 
 
-def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+def print_outcomes(outcomes: Sequence[SelectionOutcome]) -> None:
     """A table of several selections."""
     table = Table(
         "selection", "tiles", "slides", "projects", "sites", "JSD by project, bits",

@@ -230,7 +230,7 @@ def _record_spread(
     }  # fmt: skip
 
 
-def ties_to_json(ties: Ties) -> dict[str, Any]:
+def ties_to_json(ties: Ties) -> dict[str, object]:
     """Ties as JSON values, for the plan and the journal."""
     return {
         "role": ties.role, "patients": list(ties.patients), "honours": dict(ties.honours),

@@ -147,7 +147,7 @@ def _read_table(table: Path) -> Iterator[_Mention]:
                     f"{', '.join(_PATH_COLUMNS)}, there: {', '.join(columns) or 'none'}"
                 )
             for number, values in enumerate(rows, 2):
-                row = TableRow(table, number, values)
+                row = SlideTableRow(table, number, values)
                 entry = _manifest_entry(row) if is_manifest else _table_entry(row, path_column)
                 yield _Mention(entry, f"{table}, line {number}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -155,7 +155,7 @@ def _read_table(table: Path) -> Iterator[_Mention]:
 
 
 @dataclass(frozen=True)
-class TableRow:
+class SlideTableRow:
     """A line of a CSV table; its values are None where the line is too short."""
 
     table: Path
@@ -203,7 +203,7 @@ class TableRow:
         return value
 
 
-def _table_entry(row: TableRow, path_column: str) -> SlideEntry:
+def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
     text = row.path(path_column)
     if not text:
         raise row.error(f"no value in column '{path_column}'")
@@ -226,7 +226,7 @@ def _table_entry(row: TableRow, path_column: str) -> SlideEntry:
     )
 
 
-def _manifest_entry(row: TableRow) -> SlideEntry:
+def _manifest_entry(row: SlideTableRow) -> SlideEntry:
     """A row of a GDC manifest: the slide is `<id>/<filename>`, as gdc-client lays it out."""
     uuid, name = row.path("id"), row.path("filename")
     if not uuid or not name:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from common.console import say
 from common.errors import UserError
@@ -66,7 +65,7 @@ def _slide_of_entry(entry: Entry) -> Slide:
     return Slide(**({"slide_id": entry.slide_id, "path": ""} | values))
 
 
-def slide_values(slide: Slide) -> dict[str, Any]:
+def slide_values(slide: Slide) -> dict[str, object]:
     """What a journal line of `scan` says of a slide; its reason is the line's own.
 
     Words for people are said once, where secrets are taken out of them; the rest is data.
@@ -233,7 +232,7 @@ class ScanStage(Stage[SlideEntry]):
                 ".ndpi, .mrxs, .dcm or the like, or a CSV with a path column"
             )
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """Resolution, grid and seed of the tiles to come."""
         return self.config.identity()
 

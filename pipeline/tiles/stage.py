@@ -292,7 +292,7 @@ class TileStage(Stage[_SlideNeed]):
         self.config = replace(config, tile_px=self.tile_px)
         self.scopes = (str(self.tile_px),)
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """Resampler, colour handling and codec."""
         return self.config.identity()
 

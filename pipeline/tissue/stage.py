@@ -50,13 +50,13 @@ _GRID_KEYS = ("mpp", "mpp_tolerance", "tile_px", "grid", "seed")
 _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
 
 
-def detector_identity(detector: Detector) -> dict[str, Any]:
+def detector_identity(detector: Detector) -> dict[str, object]:
     """The detector's hash and, for a person, what was hashed."""
     parameters = detector.identity()
     return {"detector": fingerprint_of(**parameters), "detector_parameters": parameters}
 
 
-def slide_key(slide: Slide) -> dict[str, Any]:
+def slide_key(slide: Slide) -> dict[str, object]:
     """What identifies a slide for the stages after scan: its bytes and its resolution."""
     return {**slide.content_key, "mpp": slide.mpp, "reader": slide.reader}
 
@@ -300,7 +300,7 @@ class TissueStage(Stage[Slide]):
         self.um_per_px = open_detector(self.config.detector).um_per_px
         self.slides = usable_slides(dataset)
 
-    def identity_claims(self) -> dict[str, Any]:
+    def identity_claims(self) -> dict[str, object]:
         """The detector and its thresholds."""
         return self.config.identity()
 

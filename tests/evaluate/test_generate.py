@@ -18,7 +18,7 @@ from evaluate.generate.condition_source import (
     check_encoder,
     check_resolution,
 )
-from evaluate.generate.run import Outcome, Request, generate
+from evaluate.generate.run import GenerationOutcome, Request, generate
 from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
@@ -34,10 +34,12 @@ from pipeline.dataset.features import FeatureStore
 
 
 @pytest.fixture
-def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., Outcome]:
+def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., GenerationOutcome]:
     guidance = SelectionConditions.open(evaluate_real(), "train", "h0-mini")
 
-    def call(out: str = "syn", *, generator: Stripes | None = None, **request: Any) -> Outcome:
+    def call(
+        out: str = "syn", *, generator: Stripes | None = None, **request: Any
+    ) -> GenerationOutcome:
         return generate(
             generator or Stripes(), guidance, Request(out=tmp_path / out, **request), ALONE
         )
@@ -46,7 +48,7 @@ def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., 
 
 
 def test_the_dataset_reads_back_by_the_contract(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     outcome = run(mpp=0.5)
     dataset, real = Dataset(tmp_path / "syn"), Dataset(tmp_path / "real")
@@ -75,14 +77,14 @@ def test_the_dataset_reads_back_by_the_contract(
 
 
 def test_no_path_of_this_machine_is_in_the_datasets_identity(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     run(conditions=4)
     assert str(tmp_path) not in (tmp_path / "syn" / "dataset.json").read_text()
 
 
 def test_the_same_ranks_of_another_dataset_are_other_tiles(
-    evaluate_real: Callable[..., Dataset], run: Callable[..., Outcome], tmp_path: Path
+    evaluate_real: Callable[..., Dataset], run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     other = evaluate_real(name="other")
     claim_identity(other, {"seed": 1}, stage="scan", versions={})
@@ -93,7 +95,7 @@ def test_the_same_ranks_of_another_dataset_are_other_tiles(
 
 
 def test_images_that_did_not_record_the_guiding_dataset_go_on(
-    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., GenerationOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = SelectionConditions.identity
     with monkeypatch.context() as patch:
@@ -108,7 +110,7 @@ def test_images_that_did_not_record_the_guiding_dataset_go_on(
 
 
 def test_images_do_not_depend_on_the_batch_and_batches_have_one_shape(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     generators = {batch: Stripes() for batch in (1, 7, 16)}
     for batch, generator in generators.items():
@@ -119,7 +121,7 @@ def test_images_do_not_depend_on_the_batch_and_batches_have_one_shape(
 
 
 def test_a_second_run_makes_nothing_and_changes_no_byte(
-    run: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., GenerationOutcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
     before = {p: p.read_bytes() for p in (tmp_path / "syn").rglob("*") if p.is_file()}
@@ -132,7 +134,7 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     request = {"variations": 5, "micro_batch": 16}  # 310 images: units of 128, 128, 54
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +153,9 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert shards["syn"] == shards["whole"]
 
 
-def test_a_shard_that_was_lost_is_made_again(run: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_shard_that_was_lost_is_made_again(
+    run: Callable[..., GenerationOutcome], tmp_path: Path
+) -> None:
     run(variations=3)
     before = tile_hashes(Dataset(tmp_path / "syn"))
     next((tmp_path / f"syn/tiles/{PX}").glob("*.0-128.tar")).unlink()
@@ -159,7 +163,9 @@ def test_a_shard_that_was_lost_is_made_again(run: Callable[..., Outcome], tmp_pa
     assert tile_hashes(Dataset(tmp_path / "syn")) == before
 
 
-def test_a_larger_limit_extends_a_smaller_one(run: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_larger_limit_extends_a_smaller_one(
+    run: Callable[..., GenerationOutcome], tmp_path: Path
+) -> None:
     run(conditions=21)
     small = tile_hashes(Dataset(tmp_path / "syn"))
     assert len(small) == 21
@@ -173,7 +179,7 @@ def test_a_larger_limit_extends_a_smaller_one(run: Callable[..., Outcome], tmp_p
 
 
 def test_other_values_than_the_datasets_are_refused(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     run(conditions=4)
     with pytest.raises(UserError, match=r"seed is 0 in this dataset, 1 was asked for"):
@@ -182,7 +188,9 @@ def test_other_values_than_the_datasets_are_refused(
         run(conditions=4, generator=Stripes("other"))
 
 
-def test_neighbouring_seeds_share_no_image(run: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_neighbouring_seeds_share_no_image(
+    run: Callable[..., GenerationOutcome], tmp_path: Path
+) -> None:
     for seed in (0, 1):
         run(f"s{seed}", seed=seed)
     first, second = (set(tile_hashes(Dataset(tmp_path / f"s{seed}")).values()) for seed in (0, 1))
@@ -190,7 +198,7 @@ def test_neighbouring_seeds_share_no_image(run: Callable[..., Outcome], tmp_path
 
 
 def test_variations_of_a_tile_are_different_images_of_one_source(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     run(conditions=16, variations=3)
     dataset = Dataset(tmp_path / "syn")
@@ -208,7 +216,7 @@ def test_unconditional_images_have_no_source(tmp_path: Path) -> None:
 
 
 def test_shards_are_journalled_like_those_of_the_tile_stage(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:
     run(variations=3)
     dataset = Dataset(tmp_path / "syn")

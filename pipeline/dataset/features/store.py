@@ -56,7 +56,7 @@ def read_encoder_record(
 
 
 def refuse_other_features(
-    path: Path, written: Mapping[str, Any], wanted: Mapping[str, Any]
+    path: Path, written: Mapping[str, object], wanted: Mapping[str, object]
 ) -> None:
     """Refuse features that were made with other values than are wanted, with both of them."""
     for key, value in wanted.items():
@@ -93,7 +93,7 @@ class FeatureStore:
         encoder: str,
         kind: str = "cls",
         view: str = "",
-        expect: Mapping[str, Any] | None = None,
+        expect: Mapping[str, object] | None = None,
         selection: str = "",
     ) -> None:
         self.dataset, self.encoder, self.kind, self.view = dataset, encoder, kind, view

@@ -78,7 +78,7 @@ class Slide:
     tile_mpp: float | None = None
 
     @property
-    def content_key(self) -> dict[str, Any]:
+    def content_key(self) -> dict[str, object]:
         """What identifies the slide's bytes: sha256 where known, else size and time or md5."""
         if self.sha256:
             return {"sha256": self.sha256}

@@ -61,7 +61,7 @@ def _zstd_codec() -> Any:
     return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
 
 
-def metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, Any]:
+def metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, object]:
     """The array's zarr.json."""
     shape = [stop - start, tile_px, tile_px, 3]
     inner = [
