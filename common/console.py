@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, Self
 
 from rich.console import Console
@@ -119,18 +118,13 @@ class Meter:
             self._task = self._bar.add_task(self.label, total=self.total, note="")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     @property
     def seconds(self) -> float:
-        """Seconds since the meter was made."""
+        """How many seconds ago the meter was made."""
         return time.monotonic() - self.started
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -153,7 +147,10 @@ class Meter:
 
 @contextmanager
 def meter(label: str, total: int, unit: str) -> Iterator[Meter]:
-    """Progress over `total` units with a rate and an ETA; call `.advance()` as they finish."""
+    """Progress over `total` units with a rate in units per second and an ETA.
+
+    Call `.advance()` as they finish.
+    """
     with Meter(label, total, unit) as progress:
         yield progress
 

@@ -62,7 +62,7 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 
 def write_bytes(final: Path, data: bytes) -> None:
-    """Write a whole file; see `replacing`.
+    """Write bytes as a whole file; see `replacing`.
 
     >>> from pathlib import Path
     >>> write_bytes(Path("tiles/index"), b"v1.2 0"), Path("tiles/index").read_bytes()
@@ -73,7 +73,7 @@ def write_bytes(final: Path, data: bytes) -> None:
 
 
 def write_text(final: Path, text: str) -> None:
-    """Write a whole UTF-8 text file; see `replacing`."""
+    """Write the UTF-8 bytes of a text as a whole file; see `replacing`."""
     write_bytes(final, text.encode())
 
 
@@ -88,5 +88,5 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_json(final: Path, value: Any) -> None:
-    """Write a whole JSON file with sorted keys; see `replacing`."""
+    """Write the bytes that `json_bytes` gives as a whole file; see `replacing`."""
     write_bytes(final, json_bytes(value))

@@ -219,7 +219,7 @@ parse_seconds = number_within(0.001, float("inf"), "a number of seconds above 0"
 
 
 def parse_count(text: str, least: int = 1) -> int:
-    """A positive whole number.
+    """A whole number of at least `least`, from 1 up by default.
 
     >>> parse_count("40_000_000"), parse_count("40,000,000")
     (40000000, 40000000)
@@ -235,7 +235,7 @@ def parse_count(text: str, least: int = 1) -> int:
 
 
 def parse_count_or_zero(text: str) -> int:
-    """A whole number from 0."""
+    """A whole number from 0 up."""
     return parse_count(text, least=0)
 
 

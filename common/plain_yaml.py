@@ -11,8 +11,9 @@ _MOST_VALUES = 200_000
 def load_yaml(text: str) -> Any:
     """The value of a YAML text; raises `ValueError` with one line where anything is wrong with it.
 
-    No tags of Python. Aliases (`*name`) are allowed, but what they expand to is counted before it
-    is made: ten lines of aliases can expand to a billion values, or to themselves.
+    No tags of Python, at most 4 Mi characters. Aliases (`*name`) are allowed, but what they expand
+    to is counted before it is made, at most 200,000 values: ten lines of aliases can expand to a
+    billion values, or to themselves.
     """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"{len(text):,} characters are more than a configuration has")

@@ -49,9 +49,9 @@ _PATTERNS = tuple(
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """The text with secrets replaced by `***`.
 
-    Hidden are values of variables that are named as secrets (HF_TOKEN, AWS_SECRET_ACCESS_KEY),
-    passwords in addresses, tokens and signatures in queries, options and headers, whatever the
-    quotes around them.
+    Hidden are values, of at least 8 characters, of variables that are named as secrets (HF_TOKEN,
+    AWS_SECRET_ACCESS_KEY), passwords in addresses, tokens and signatures in queries, options and
+    headers, with any quotes around them.
     """
     for name, value in environment.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
@@ -76,7 +76,7 @@ def redact_all(value: Any) -> Any:
 
 
 def secrets_in(command: str) -> list[str]:
-    """The words that `redact` takes out of a command, the longest first.
+    """The words of at least 8 characters that `redact` takes out of a command, longest first.
 
     What the command prints may repeat them without their names.
     """

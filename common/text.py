@@ -26,7 +26,7 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def list_some(names: Sequence[str], most: int = 20) -> str:
-    """The first names, and how many more there are.
+    """The first names, at most 20 by default, and how many more there are.
 
     >>> list_some(["a", "b", "c"], 2), list_some([])
     ('a, b and 1 more', 'none')
@@ -83,7 +83,7 @@ def format_number(value: object, digits: int = 4) -> str:
 
 
 def format_share(value: float | None) -> str:
-    """A share or a cosine with three decimals; a dash for None.
+    """A share in [0, 1] or a cosine in [-1, 1] with three decimals; a dash for None.
 
     >>> format_share(0.5)
     '0.500'

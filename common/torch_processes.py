@@ -30,7 +30,7 @@ class ReportedElsewhereError(Exception):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number `rank` of `size`, and the device that it computes on."""
+    """This process, number `rank` (from 0 to `size` - 1), and the device that it computes on."""
 
     rank: int = 0
     size: int = 1
@@ -42,7 +42,7 @@ class Processes:
         return self.rank == 0
 
     def agree_on_any(self, flags: Sequence[bool | Tensor]) -> list[bool]:
-        """Whether each flag is set on any process; the host waits for the device here."""
+        """Whether each flag (bool or 0-dim tensor) is set on any process; waits for the device."""
         values = torch.stack(
             [torch.as_tensor(flag, device=self.device).to(torch.float32) for flag in flags]
         )
@@ -120,7 +120,7 @@ def joined_processes(
 
 
 def choose_device(name: str, local_rank: int = 0, *, setting: str = "--device ") -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`: the GPU numbered `local_rank` on this machine.
+    """The device for `auto`, `cpu` or `cuda`: GPU `local_rank`, from 0 up, of this machine.
 
     Raises `UserError` where that GPU is missing; `setting` is how the user chose the device
     (`--device `, `run.device=`).

@@ -88,7 +88,7 @@ class CheckpointWriter:
     where a GPU copies into them, and returns; a thread writes, syncs and renames. One checkpoint
     is written at a time: `save` waits for the one before. Where that one failed, `save` reports
     it, writes the present state all the same and returns when that is on disk. Leaving the
-    context manager waits, too.
+    context manager waits, too. The newest `keep`, at least 1, stay.
     """
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
@@ -158,8 +158,8 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step`, durably, then remove all but the newest `keep`.
 
-    `files` are the tensors of each safetensors file by its stem. Raises `UserError` where the
-    folder cannot be written; earlier checkpoints then remain.
+    `keep` is at least 1; `files` are the tensors of each safetensors file by its stem. Raises
+    `UserError` where the folder cannot be written; earlier checkpoints then remain.
     """
     folder = checkpoints_dir(run_dir)
     final = folder / f"step-{state.step:08d}"

@@ -37,7 +37,7 @@ def _check_at_least(
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long and on what the run trains."""
+    """Where, how long and on what the run trains, in float32 or with bfloat16 networks."""
 
     dir: str = ""  # the run directory
     mode: ModeName = "repa-e"  # repa: frozen VAE, aligned; ldm: frozen VAE, no alignment
@@ -58,7 +58,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tiles and features, and how they are read."""
+    """Which tiles and features, and how they are read; each count is at least 1."""
 
     dataset: str = ""  # a dataset directory
     selection: str = "train"
@@ -79,7 +79,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Where the patch tokens come from that the alignment aims at."""
+    """Where the patch tokens of the alignment come from; online ones in float32 or bfloat16."""
 
     source: Literal["cache", "online"] = "cache"  # online: data.encoder runs in every step
     weights: str = "hub"  # of the online encoder: hub, hub:ID, a file or random:SEED
@@ -111,7 +111,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW for each network, at a constant learning rate."""
+    """AdamW for each network, at a constant learning rate > 0 and betas in [0, 1)."""
 
     lr_vae: float = 1e-4
     lr_discriminator: float = 1e-4
@@ -135,7 +135,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Moving averages of the SiT (with its latent statistics) and of the VAE."""
+    """Moving averages of the SiT (with its latent statistics) and of the VAE: decays < 1."""
 
     sit: float = 0.9999
     vae: float = 0.9999
@@ -149,7 +149,7 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What the run reports, and how often; 0 switches an interval off."""
+    """What the run reports, and how often in steps: at least 1; `samples_every` = 0 draws none."""
 
     every: int = 50  # steps between lines of metrics.jsonl
     tensorboard: bool = True
@@ -176,7 +176,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the run's state is saved; it always is at the end and on SIGTERM or SIGUSR1."""
+    """How often, at least 1 step apart, the state is saved; always at the end and on signals."""
 
     every: int = 5_000  # steps
     keep: int = 3  # newest checkpoints that stay
@@ -233,7 +233,7 @@ class Config:
         return MODES[self.run.mode]
 
     def uses_loss(self, name: LossName) -> bool:
-        """Whether the mode has that loss and its weight is above 0."""
+        """Whether the mode has that loss and its weight is > 0."""
         return name in self.mode.losses and getattr(self.loss, name, 1.0) > 0
 
     @property

@@ -24,7 +24,8 @@ def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
 class Ema(Generic[Network]):
     """A network's moving average: parameters and floating-point buffers.
 
-    `module` is a copy in evaluation mode that begins at the network's weights. Integer buffers
+    `decay` is in [0, 1). `module` is a copy in evaluation mode that begins at the network's
+    weights. Integer buffers
     (counters) are copied, and with `copy_buffers` all: statistics of what does not move need no
     average over tens of thousands of steps. Source: REPA-E's training loop (model.md 2.4, step 6).
     """
@@ -38,7 +39,7 @@ class Ema(Generic[Network]):
 
     @torch.no_grad()
     def update(self, network: Network, step: int) -> None:
-        """average <- d average + (1 - d) network, with the decay of that update."""
+        """average <- d average + (1 - d) network, with the decay of update `step`, from 0 up."""
         # Floats move in one fused operation; counters have no average and are copied.
         weight = 1 - ema_decay(self.decay, step, warmup=self.warmup)
         averages = dict(self.module.state_dict(keep_vars=True))

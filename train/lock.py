@@ -33,12 +33,15 @@ class RunLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
     def acquire(self) -> None:
-        """Acquire the lock; raises `UserError` naming the process that has it."""
+        """Acquire the lock, waiting 10 s for a holder on this machine and 120 s for one elsewhere.
+
+        Raises `UserError` naming the process that still has it.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+", encoding="utf-8")

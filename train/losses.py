@@ -46,7 +46,7 @@ SIT_LOSSES: tuple[LossName, ...] = ("denoise", "sit_align")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and switches of the loss terms (model.md, section 2); `denoise` has weight 1."""
+    """Weights, from 0 up, and switches of the loss terms (model.md, 2); `denoise` has weight 1."""
 
     reconstruction: float = 1.0  # mean |x - reconstruction| in [-1, 1]
     perceptual: float = 1.0
@@ -93,7 +93,7 @@ class StepInputs:
     draws: Draws
 
     def select_part(self, places: slice) -> "StepInputs":
-        """The tiles [start, stop) of the batch."""
+        """The tiles [start, stop) of the batch, each tensor [stop - start, ...]."""
         return StepInputs(
             self.images[places],
             None if self.condition is None else self.condition[places],

@@ -82,7 +82,8 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for a task of `srun --ntasks=N python -m train`; {} if none apply.
 
     None apply under torchrun (which sets WORLD_SIZE), outside a step (a batch script that starts
-    one process, whatever its job's --ntasks), and in a step of one task.
+    one process, whatever its job's --ntasks), and in a step of one task. A port that is not set is
+    one from 20000 to 39999, by job and step.
     """
     size = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" in environ or "SLURM_STEP_ID" not in environ or size == "1":

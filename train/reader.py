@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Literal, Self
 
 import torch
@@ -47,7 +46,7 @@ class SlotReader:
         self._visits: dict[int, Visit] = {}
 
     def read(self, step: int) -> tuple[Sample, str | None]:
-        """The slot's sample at that step, and where it stands in for a damaged one, its error.
+        """The slot's sample, tile uint8 [px, px, 3], at that step, and a stand-in's error.
 
         The stand-in is the nearest earlier row of the same cursor and epoch that can be read,
         or the nearest later one at the stretch's start: a function of the step and the files
@@ -104,8 +103,8 @@ class BatchReader:
 
     At most `prefetch` batches are in memory beside the one in use. A damaged tile raises its
     `UserError` at the very step it belongs to, or is replaced with on_error="skip". `wait_s` is
-    the time the consumer has waited for data. Use as a context manager: leaving it stops the
-    threads.
+    how many seconds the consumer has waited for data. Use as a context manager: leaving it
+    stops the threads.
     """
 
     def __init__(
@@ -141,12 +140,7 @@ class BatchReader:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -44,7 +44,7 @@ _NOTED = ("vae/l1", "sit/denoise", "sit/align")  # shown at the end of the progr
 
 
 class Averages:
-    """Means of metrics over steps, kept on the device so that no step waits for the host.
+    """Means of metrics over steps, float32 on the device so that no step waits for the host.
 
     Every process must add the same names in the same order.
     """
@@ -56,7 +56,7 @@ class Averages:
         self._counts: dict[str, int] = {}
 
     def add_step(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one step's local batch means (0-dim)."""
+        """Add one step's local batch means (0-dim), as float32."""
         for name, value in metrics.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -79,7 +79,7 @@ class Averages:
 
 @dataclass
 class Window:
-    """Counters since the last line of the log."""
+    """Counters since the last line of the log; `started` and `waited_before` are in seconds."""
 
     started: float = field(default_factory=time.monotonic)
     images: int = 0
@@ -238,7 +238,7 @@ class Reporter:
             self._meter.advance(1, self._note)
 
     def total_seconds(self) -> float:
-        """Seconds of training up to now, over all restarts."""
+        """How many seconds the run has trained up to now, over all restarts."""
         return self._start.seconds + time.monotonic() - self._started
 
     def skipped_tiles(self) -> int:
@@ -247,11 +247,11 @@ class Reporter:
         return self._start.skipped_tiles + int(self.processes.total(here).item())
 
     def is_due(self, interval: int) -> bool:
-        """Whether what happens every `interval` steps happens now; never for 0."""
+        """Whether what happens every `interval` >= 1 steps happens now; never for 0."""
         return interval > 0 and self.state.step % interval == 0
 
     def measure_reconstruction(self) -> ReconstructionQuality:
-        """How well the exported VAE reconstructs the fixed tiles now (PSNR in dB)."""
+        """How well the exported VAE reconstructs the fixed tiles: L1 in [0, 1], PSNR in dB."""
         tiles = self._fixed.tiles[: self.config.log.fixed_tiles]
         return measure_reconstruction(self._exported_networks()[1], tiles)
 

@@ -26,6 +26,6 @@ class StopRequests:
             self._previous[number] = signal.signal(number, note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

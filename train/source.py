@@ -14,16 +14,22 @@ from train.stream import BlockTable
 
 
 class Sample(NamedTuple):
-    """A tile and what the encoder made of it; features that the run does not use are None."""
+    """An RGB `tile` uint8 [px, px, 3], its `cls` float32 [d] and `tokens` float16 [t, d].
 
-    tile: npt.NDArray[np.uint8]  # [px, px, 3] RGB
-    cls: npt.NDArray[np.floating] | None  # [d] float32
-    tokens: npt.NDArray[np.floating] | None  # [t, d] float16
+    Features that the run does not use are None.
+    """
+
+    tile: npt.NDArray[np.uint8]
+    cls: npt.NDArray[np.floating] | None
+    tokens: npt.NDArray[np.floating] | None
 
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block read from disk, its tiles still PNG: 16 decoded ones would be five times that."""
+    """A block read from disk: PNG bytes by rank, `cls` [r, d] and `tokens` [r, t, d] by row.
+
+    Decoded, its 16 tiles would take five times as much memory.
+    """
 
     slide_id: str
     block: int
@@ -65,7 +71,7 @@ class BlockSource:
         return dict(store.record) if store is not None else {}
 
     def open(self, slide_id: str, block: int) -> OpenBlock:
-        """Read a block; raises `UserError` naming the file where it cannot be read."""
+        """Read a block of at most 16 tiles; raises `UserError` naming the file it cannot read."""
         return OpenBlock(
             slide_id,
             block,
@@ -75,7 +81,7 @@ class BlockSource:
         )
 
     def sample(self, block: OpenBlock, rank: int, row: int) -> Sample:
-        """Row `row` of an open block, decoded; raises `UserError` where the tile is damaged."""
+        """Row `row`, from 0 to 15, of an open block; raises `UserError` for a damaged tile."""
         where = f"slide {block.slide_id}, rank {rank}"
         if rank not in block.png:
             raise UserError(f"{where}: the tile is not in its shard; run `python -m pipeline tile`")

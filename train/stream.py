@@ -36,7 +36,7 @@ _KEPT_EPOCHS = 2  # reader threads run ahead into the next epoch while others en
 class BlockTable:
     """The selected rows of a dataset as blocks, sorted by (slide_id, block).
 
-    `blocks` has BLOCK_DTYPE; its `slide` indexes `slide_ids`.
+    `blocks` has BLOCK_DTYPE, 10 bytes per block; its `slide` indexes `slide_ids`.
     """
 
     slide_ids: tuple[str, ...]
@@ -44,7 +44,7 @@ class BlockTable:
 
     @cached_property
     def row_counts(self) -> npt.NDArray[np.int64]:
-        """Selected rows of each block."""
+        """Selected rows of each block, int64, from 1 to 16."""
         bits = (self.blocks["mask"][:, None] >> _BITS) & 1
         return bits.sum(axis=1, dtype=np.int64)
 
@@ -55,7 +55,7 @@ class BlockTable:
 
     @property
     def read_amplification(self) -> float:
-        """Tiles read from disk for each one trained on: blocks are read whole, 16 ranks each."""
+        """Tiles read from disk for each one trained on: whole blocks are read, so 1 to 16."""
         return len(self.blocks) * BLOCK_ROWS / max(self.num_rows, 1)
 
     def spread_rows(self, count: int) -> list[tuple[str, int]]:
@@ -95,7 +95,7 @@ def compile_blocks(selection: Selection) -> BlockTable:
 
 
 def write_blocks(table: BlockTable, folder: Path) -> None:
-    """Keep a table as `slides.json` and `blocks.npy`, each whole or not at all."""
+    """Write a table as whole files: `slides.json`, and `blocks.npy` with 10 bytes per block."""
     folder.mkdir(parents=True, exist_ok=True)
     staged = folder / f".writing-{os.getpid()}"
     staged.write_text(json.dumps(table.slide_ids))
@@ -112,7 +112,7 @@ def map_blocks(folder: Path) -> BlockTable:
 
 
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The permutation of the blocks in an epoch: the stable sort order of Philox's first words.
+    """The order int64 of an epoch's blocks: the stable sort order of Philox's first words.
 
     Raw words under the key (seed, epoch), not NumPy's `permutation`, whose algorithm may change
     between versions.
@@ -122,13 +122,13 @@ def epoch_order(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]
 
 
 def slots_of_rank(rank: int, num_ranks: int, batch_size: int) -> range:
-    """The slots [r B // R, (r+1) B // R) of the global batch that rank r of R owns."""
+    """The slots [r B // R, (r+1) B // R) of the global batch for rank r from 0 to R - 1."""
     return range(rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks)
 
 
 @dataclass(frozen=True)
 class StreamRow:
-    """One tile of the stream: which cursor reads it, and where it is."""
+    """One tile of the stream: which cursor reads it, and its block's row from 0 to 15."""
 
     cursor: int
     slide_id: str
@@ -137,13 +137,13 @@ class StreamRow:
 
     @property
     def rank(self) -> int:
-        """The tile's rank in its slide."""
+        """The tile's rank in its slide, from 0 up."""
         return self.block * BLOCK_ROWS + self.row
 
 
 @dataclass(frozen=True)
 class Visit:
-    """A block in an epoch: its selected rows `bits` stand at positions from `first` on."""
+    """A block in an epoch: its selected rows `bits` (0 to 15) are at positions from `first` on."""
 
     epoch: int
     first: int

@@ -86,8 +86,8 @@ def measure_validation(
     """Losses of the networks on the tiles, with those of the blind predictors.
 
     `denoise` and `denoise_gaussian` are mean squared errors of velocities, `align` and
-    `align_mean_token` (with `align`) mean cosines, `psnr` in dB. Latents are normalised by the
-    SiT's running statistics and no condition is dropped. Float32 at any precision of the run.
+    `align_mean_token` (with `align`) mean cosines in [-1, 1], `psnr` in dB. Latents are normalised
+    by the SiT's running statistics and no condition is dropped. All in float32.
     """
     path, device = Interpolant(config.model.path), sit.pos_embed.device
     num_draws, sums = config.log.validation_draws, dict.fromkeys(_TERMS, 0.0)
