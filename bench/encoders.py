@@ -107,7 +107,7 @@ def forward_seconds(encoder: Encoder, images: np.ndarray) -> float:
 def operations(spec: EncoderSpec) -> int:
     """Floating-point operations of one tile's forward pass; nothing is computed for it."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = spec.construction.build().eval()
+        network = spec.construction.build_network().eval()
         network(torch.empty(1, 3, spec.input_px, spec.input_px))
     return counter.get_total_flops()
 

@@ -71,7 +71,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return result
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass with these nested values, its defaults elsewhere.
 
     Raises `UserError` naming the dotted key for an unknown key (with the nearest known one) and
@@ -98,7 +98,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_plain_values(config: Any) -> dict[str, Any]:
     """Nested plain values of a dataclass, ready for YAML and JSON."""
     return _tuples_to_lists(asdict(config))
 

@@ -28,8 +28,8 @@ from rich.progress import (
 from rich.text import Text
 
 from common.errors import UserError
-from common.redact import redact
-from common.text import format_seconds, nearest
+from common.redact import redact_secrets
+from common.text import find_nearest, format_seconds
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
@@ -39,9 +39,9 @@ stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatt
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """Print one line, without secrets, on the terminal or in the batch job's log."""
-    stdout.print(redact(message), markup=False)
+    stdout.print(redact_secrets(message), markup=False)
 
 
 def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
@@ -64,7 +64,7 @@ def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
 def report_error(error: UserError | KeyboardInterrupt) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
-        stderr.print(redact(f"error: {error}"), markup=False, style="bold red")
+        stderr.print(redact_secrets(f"error: {error}"), markup=False, style="bold red")
         return EXIT_USAGE
     stderr.print("interrupted: what was committed stays; run the same command to go on")
     return EXIT_INTERRUPTED
@@ -134,7 +134,7 @@ class Meter:
             self._bar.update(self._task, advance=count, note=note)
         elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
-            say(self._plain_line(note))
+            print_line(self._plain_line(note))
 
     def _plain_line(self, note: str) -> str:
         rate = self.done / max(self.seconds, 1e-9)
@@ -146,7 +146,7 @@ class Meter:
 
 
 @contextmanager
-def meter(label: str, total: int, unit: str) -> Iterator[Meter]:
+def open_meter(label: str, total: int, unit: str) -> Iterator[Meter]:
     """Progress over `total` units with a rate in units per second and an ETA.
 
     Call `.advance()` as they finish.
@@ -168,7 +168,7 @@ class OneLineParser(argparse.ArgumentParser):
         known = _all_options(self)
         if word in known:
             return f" ({word} is an option of another command)"
-        close = nearest(word, known) if word else ""
+        close = find_nearest(word, known) if word else ""
         return f" (did you mean {close}?)" if close else ""
 
 

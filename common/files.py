@@ -22,7 +22,7 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def replacing(final: Path, staged: Path | None = None) -> Iterator[IO[bytes]]:
+def replacing_file(final: Path, staged: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file to write; it gets its final name, synced, when the block ends well.
 
     Args:
@@ -62,18 +62,18 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 
 def write_bytes(final: Path, data: bytes) -> None:
-    """Write bytes as a whole file; see `replacing`.
+    """Write bytes as a whole file; see `replacing_file`.
 
     >>> from pathlib import Path
     >>> write_bytes(Path("tiles/index"), b"v1.2 0"), Path("tiles/index").read_bytes()
     (None, b'v1.2 0')
     """
-    with replacing(final) as file:
+    with replacing_file(final) as file:
         file.write(data)
 
 
 def write_text(final: Path, text: str) -> None:
-    """Write the UTF-8 bytes of a text as a whole file; see `replacing`."""
+    """Write the UTF-8 bytes of a text as a whole file; see `replacing_file`."""
     write_bytes(final, text.encode())
 
 
@@ -88,5 +88,5 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_json(final: Path, value: Any) -> None:
-    """Write the bytes that `json_bytes` gives as a whole file; see `replacing`."""
+    """Write the bytes that `json_bytes` gives as a whole file; see `replacing_file`."""
     write_bytes(final, json_bytes(value))

@@ -5,7 +5,7 @@ the dataclass are then filled from that one place:
 
     @dataclass(frozen=True)
     class CropConfig:
-        files: tuple[str, ...] = field(metadata=option("pictures", positional=True))
+        files: tuple[str, ...] = field(metadata=option_metadata("pictures", positional=True))
         mpp: float = option_field(0.5, "µm per pixel", parse=parse_mpp)
         mode: Literal["fast", "exact"] = option_field("fast", "how to crop")
         skip: tuple[str, ...] = option_field((), "left out; may be given several times")
@@ -25,8 +25,8 @@ the dataclass are then filled from that one place:
 | no metadata | not an option: it keeps its default, or is given to `config_from_options` |
 
 A default that says something is shown at the end of the help text. `option_field(default, ...)`
-is short for `field(default=default, metadata=option(...))`; a field without a default is written
-out, so that type checkers know that it must be given.
+is short for `field(default=default, metadata=option_metadata(...))`; a field without a default is
+written out, so that type checkers know that it must be given.
 """
 
 import argparse
@@ -62,18 +62,18 @@ class Option:
     separator: str = ""
 
 
-def option(help: str, **more: Any) -> Mapping[str, Option]:
+def option_metadata(help: str, **more: Any) -> Mapping[str, Option]:
     """Metadata of a field that is an option; the keywords are the fields of `Option`.
 
-    >>> option("target µm per pixel", metavar="MPP")["option"].metavar
+    >>> option_metadata("target µm per pixel", metavar="MPP")["option"].metavar
     'MPP'
     """
     return {_KEY: Option(help, **more)}
 
 
 def option_field(default: T, help: str | Mapping[str, Option], **more: Any) -> T:
-    """A field with a default that is an option; `help` may be what `option` gave elsewhere."""
-    metadata = option(help, **more) if isinstance(help, str) else help
+    """A field with a default that is an option; `help` may be `option_metadata` from elsewhere."""
+    metadata = option_metadata(help, **more) if isinstance(help, str) else help
     return field(default=default, metadata=metadata)
 
 
@@ -132,7 +132,7 @@ def _add_option(parser: argparse._ActionsContainer, item: Field[Any], hint: Any,
     if kind is bool:
         settings |= {"action": "store_true"}
     else:
-        choices = _choices(words, kind)
+        choices = _list_choices(words, kind)
         shown = None if choices else flag.strip("-").replace("-", "_").upper()
         settings |= {"type": _word_parser(words, kind), "choices": choices}
         settings["metavar"] = words.metavar or shown
@@ -177,7 +177,7 @@ def _word_parser(words: Option, kind: Any) -> Callable[[str], object]:
     return parse_list
 
 
-def _choices(words: Option, kind: Any) -> list[str] | None:
+def _list_choices(words: Option, kind: Any) -> list[str] | None:
     if get_origin(kind) is Literal:
         return [value for value in get_args(kind) if value != ""]
     return list(words.choices() if callable(words.choices) else words.choices) or None

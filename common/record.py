@@ -34,14 +34,14 @@ class Record(Mapping[str, object]):
         """A number as it was written, None where it is null or absent."""
         value = self._values.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self._mismatch(key, "a number")
+            raise self._mismatch_error(key, "a number")
         return value
 
     def number(self, key: str) -> float:
         """A number that must be there."""
         value = self.optional(key)
         if value is None:
-            raise self._mismatch(key, "a number")
+            raise self._mismatch_error(key, "a number")
         return float(value)
 
     def count(self, key: str) -> int:
@@ -53,14 +53,14 @@ class Record(Mapping[str, object]):
         value = self._values.get(key)
         value = default if value is None else value
         if not isinstance(value, str):
-            raise self._mismatch(key, "a text")
+            raise self._mismatch_error(key, "a text")
         return value
 
     def part(self, key: str) -> "Record":
         """An object within this one."""
         value = self._values.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise self._mismatch(key, "an object")
+            raise self._mismatch_error(key, "an object")
         return Record(value or {}, f"{self._path}.{key}")
 
     def parts(self, key: str) -> "list[Record]":
@@ -74,21 +74,21 @@ class Record(Mapping[str, object]):
         """A list of anything; empty where it is null or absent."""
         value = self._values.get(key)
         if value is not None and not isinstance(value, list | tuple):
-            raise self._mismatch(key, "a list")
+            raise self._mismatch_error(key, "a list")
         return list(value or ())
 
     def numbers(self, key: str) -> list[float]:
         """A list of numbers; empty where it is null or absent."""
         values = [item for item in self.items_of(key) if isinstance(item, int | float)]
         if len(values) < len(self.items_of(key)):
-            raise self._mismatch(key, "a list of numbers")
+            raise self._mismatch_error(key, "a list of numbers")
         return values
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; empty where it is null or absent."""
         return [str(item) for item in self.items_of(key)]
 
-    def _mismatch(self, key: str, expected: str) -> UserError:
+    def _mismatch_error(self, key: str, expected: str) -> UserError:
         found = repr(self._values[key]) if key in self._values else "nothing"
         where = f"{self._path}.{key}".strip(".")
         return UserError(f"{where}: expected {expected}, found {found}; make the file again")

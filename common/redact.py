@@ -46,7 +46,7 @@ _PATTERNS = tuple(
 )
 
 
-def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def redact_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """The text with secrets replaced by `***`.
 
     Hidden are values, of at least 8 characters, of variables that are named as secrets (HF_TOKEN,
@@ -72,15 +72,15 @@ def redact_all(value: Any) -> Any:
         return [redact_all(one) for one in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return redact(str(value))
+    return redact_secrets(str(value))
 
 
 def secrets_in(command: str) -> list[str]:
-    """The words of at least 8 characters that `redact` takes out of a command, longest first.
+    """The words of at least 8 characters that `redact_secrets` hides, longest first.
 
     What the command prints may repeat them without their names.
     """
-    shown = set(_WORD.findall(redact(command)))
+    shown = set(_WORD.findall(redact_secrets(command)))
     hidden = {word for word in _WORD.findall(command) if word not in shown}
     return sorted((word for word in hidden if len(word) >= _SHORTEST), key=lambda word: -len(word))
 

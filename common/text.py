@@ -13,12 +13,12 @@ def one_line(reason: object, most: int = 200) -> str:
     return " ".join(str(reason).split())[:most]
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known word that is most like the given one, "" where none is like it.
 
     Likeness is that of `difflib`, from 0 to 1; below `cutoff` a word is not offered.
 
-    >>> nearest("bacth_size", ["batch_size", "seed"]), nearest("x", ["batch_size"])
+    >>> find_nearest("bacth_size", ["batch_size", "seed"]), find_nearest("x", ["batch_size"])
     ('batch_size', '')
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

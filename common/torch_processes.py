@@ -50,13 +50,13 @@ class Processes:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [value > 0 for value in values.tolist()]
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_values(self, values: Tensor) -> Tensor:
         """The sum over processes, in place; on the CPU for gloo, on `device` for nccl."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()

@@ -180,7 +180,7 @@ class CytoSyn(nn.Module):
         `noise` [N, C, h, w] a sample. Normalised by the running statistics, as in training.
         """
         batch = from_uint8(images).to(self.device)
-        with self._precision(dtype):
+        with self._use_precision(dtype):
             posterior = self.vae.encode(batch.to(self.vae.quant_conv.weight.dtype))
         latents = posterior.mode() if noise is None else posterior.sample(noise.to(self.device))
         return self.sit.bn.normalise(latents, use_batch=False)
@@ -198,7 +198,7 @@ class CytoSyn(nn.Module):
         Raises UserError where an image is not finite, which as bytes would be a black tile.
         """
         raw = self.sit.bn.denormalise(latents.to(self.device))
-        with self._precision(dtype):
+        with self._use_precision(dtype):
             images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
         bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if bad:
@@ -293,7 +293,7 @@ class CytoSyn(nn.Module):
             raise UserError(f"labels must be in [0, {config.num_classes - 1}]")
         return prompts.to(self.device).repeat_interleave(repeats, dim=0)
 
-    def _precision(self, dtype: torch.dtype | None) -> Any:
+    def _use_precision(self, dtype: torch.dtype | None) -> Any:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 

@@ -63,12 +63,12 @@ class PerceptualLoss(nn.Module):
         # Without values where a file has them: a random initialisation would be thrown away.
         if self.is_random:
             with seeded_init(source.seed):
-                self._build()
+                self._build_network()
         elif not self.is_off:
             from_file = source.kind == "file"
             tensors = _from_published(read_tensors(weights) if from_file else _read_vgg16())
             with torch.device("meta"):
-                self._build()
+                self._build_network()
             assign_tensors(self, tensors, source=weights if from_file else "torchvision's VGG16")
         self.weights_sha256 = tensors_sha256(self.state_dict())
         self.requires_grad_(False).eval()
@@ -76,7 +76,7 @@ class PerceptualLoss(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def _build(self) -> None:
+    def _build_network(self) -> None:
         """VGG16 as it is initialised, and heads that weigh all channels alike."""
         self.features = _vgg16_features()
         self.heads.extend(torch.full((width,), 1.0 / width) for width, _ in _STAGES)

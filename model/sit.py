@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from common.config import build, plain
+from common.config import build_config, to_plain_values
 from common.errors import UserError
 from model.latent_norm import LatentNorm
 
@@ -114,11 +114,11 @@ class SiTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
         """The inverse of `to_dict`; raises UserError for an unknown key or a wrong type."""
-        return build(cls, values)
+        return build_config(cls, values)
 
     def to_dict(self) -> dict[str, object]:
         """The fields as plain values, ready for JSON."""
-        return plain(self)
+        return to_plain_values(self)
 
 
 def position_embedding(grid_size: int, width: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.config import build, plain
+from common.config import build_config, to_plain_values
 from common.errors import UserError
 from model.losses import kl_loss
 from model.vae_keys import VAELayout, from_native, to_native
@@ -101,12 +101,12 @@ class VAEConfig:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return plain(self)
+        return to_plain_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
         """The inverse of `to_dict`; raises UserError for an unknown key or a wrong type."""
-        return build(cls, values)
+        return build_config(cls, values)
 
 
 class Posterior(NamedTuple):

@@ -5,18 +5,24 @@ Like every module of configurations it imports nothing heavy: `--help` reads the
 
 from typing import Literal
 
-from common.options import number_within, option, parse_fraction
+from common.options import number_within, option_metadata, parse_fraction
 
 Icc = Literal["ignore", "srgb"]
 PngEffort = Literal["small", "fast"]
 
 parse_mpp = number_within(0.01, 100.0, "micrometres per pixel from 0.01 to 100")
 
-SELECTIONS = option(
+SELECTIONS = option_metadata(
     "a selection's name; may be given several times (default: all selections)",
     flag="--selection", metavar="NAME",
 )  # fmt: skip
-RANK_SEED = option("seed of the tiles' rank order")
-PNG = option("how hard PNG files are compressed: fast encodes five times as fast, 3 to 7% larger")
-MIN_TISSUE = option("smallest share of a candidate tile that is tissue", parse=parse_fraction)
-MAX_ARTIFACT = option("largest share of a candidate tile that is artifact", parse=parse_fraction)
+RANK_SEED = option_metadata("seed of the tiles' rank order")
+PNG = option_metadata(
+    "how hard PNG files are compressed: fast encodes five times as fast, 3 to 7% larger"
+)
+MIN_TISSUE = option_metadata(
+    "smallest share of a candidate tile that is tissue", parse=parse_fraction
+)
+MAX_ARTIFACT = option_metadata(
+    "largest share of a candidate tile that is artifact", parse=parse_fraction
+)

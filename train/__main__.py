@@ -44,10 +44,10 @@ def main(arguments: Sequence[str]) -> int:
 
         export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
         return 0
-    return _train(arguments)
+    return _run_training(arguments)
 
 
-def _train(arguments: Sequence[str]) -> int:
+def _run_training(arguments: Sequence[str]) -> int:
     options = train_parser().parse_intermixed_args(arguments)
     # Before torch is loaded. On cores shared with other work, threads that spin while they wait
     # made a CPU run take 2.5 to 4 times as long as threads that sleep.

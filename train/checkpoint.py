@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from common.files import json_bytes, sync_directory
 from model.weights import fit_tensors, read_tensors, write_tensors
@@ -103,17 +103,19 @@ class CheckpointWriter:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self.wait()
-        elif (failed := self.settle()) is not None:  # the other error is the one that ends the run
-            say(f"warning: {failed}")
+        elif (
+            failed := self.settle_write()
+        ) is not None:  # the other error is the one that ends the run
+            print_line(f"warning: {failed}")
 
     def save(self, state: RunState, trainees: Trainees) -> None:
         """Begin the checkpoint of `state.step`: it has the values of this moment.
 
         Raises `UserError` where the write before failed and this one does too.
         """
-        failed = self.settle()
+        failed = self.settle_write()
         if failed is not None:
-            say(f"warning: {failed}; now trying step {state.step}")
+            print_line(f"warning: {failed}; now trying step {state.step}")
         # Copied at once: the next step changes the tensors while the thread still writes.
         files = _collect_tensors(trainees)
         for name, tensors in files.items():
@@ -141,10 +143,10 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait until what was begun is on disk; raises `UserError` where it failed."""
-        if (error := self.settle()) is not None:
+        if (error := self.settle_write()) is not None:
             raise error
 
-    def settle(self) -> BaseException | None:
+    def settle_write(self) -> BaseException | None:
         """Wait for what was begun; the error that prevented it, returned once."""
         if self._thread is not None:
             self._thread.join()

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import build, check_setting, plain, read_yaml, with_overrides, write_yaml
+from common.config import (
+    build_config,
+    check_setting,
+    read_yaml,
+    to_plain_values,
+    with_overrides,
+    write_yaml,
+)
 from common.errors import UserError
 from model.discriminator import DiscriminatorConfig
 from model.interpolant import PathName
@@ -222,7 +229,7 @@ class Config:
                 "configuration key 'model.sit.conditioning': datasets have no labels; "
                 "expected feature or none"
             )
-        flat = _flatten(self.to_dict())
+        flat = _flatten_keys(self.to_dict())
         for key, meaning in self.mode.required.items():
             if not flat[key]:
                 raise UserError(f"run.mode={self.run.mode}: set {key} to {meaning}")
@@ -263,7 +270,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
-        return plain(self)
+        return to_plain_values(self)
 
     def to_yaml(self) -> str:
         """The complete configuration; `load_config` reads it back unchanged."""
@@ -304,13 +311,13 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
         (0.9, 0.95)
     """
     values = read_yaml(path) if path is not None else {}
-    return build(Config, with_overrides(values, overrides))
+    return build_config(Config, with_overrides(values, overrides))
 
 
 def differing_keys(ours: Config, theirs: Config) -> list[str]:
     """Dotted keys by which two configurations are different runs, with both values."""
     free = {f"{section}.{key}" for section, keys in _FREE_KEYS.items() for key in keys}
-    here, there = _flatten(ours.to_dict()), _flatten(theirs.to_dict())
+    here, there = _flatten_keys(ours.to_dict()), _flatten_keys(theirs.to_dict())
     return [
         f"{key} is {there[key]!r} there, {value!r} here"
         for key, value in here.items()
@@ -320,11 +327,11 @@ def differing_keys(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def _flatten_keys(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= _flatten_keys(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from model.cytosyn import CytoSyn, Records
 from model.interpolant import Interpolant
@@ -69,7 +69,7 @@ def export_run(
             raise UserError(f"{checkpoint}: {name} is not finite: export an older step with --step")
     model.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    say(
+    print_line(
         f"exported {checkpoint.name} of {run_dir}: SiT {chosen_sit}, VAE {chosen_vae}, "
         f"{size:.1f} MB: {out}"
     )

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO, Self
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 
 LOCK_FILE = ".lock"
@@ -56,7 +56,7 @@ class RunLock:
                     "use another run.dir"
                 )
             if not reported:
-                say(f"waiting for {holder} to release {self.path.parent}")
+                print_line(f"waiting for {holder} to release {self.path.parent}")
                 reported = True
             time.sleep(0.2)
 
@@ -68,7 +68,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise UserError(f"cannot lock {self.path}: {error.strerror}") from error
-            say(f"warning: no locks at {self.path}: never start a second training there")
+            print_line(f"warning: no locks at {self.path}: never start a second training there")
             return True
         holder: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid()}
         if job := os.environ.get("SLURM_JOB_ID"):

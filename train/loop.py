@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.errors import UserError
 from common.torch_processes import Processes
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
@@ -45,7 +45,9 @@ def train(config: Config, resume: Resume = "auto") -> int:
     with StopRequests() as requests, joined_training(config.run.device) as processes:
         if is_finished(config):
             if processes.is_main:
-                say(f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do")
+                print_line(
+                    f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do"
+                )
             return EXIT_OK
         with RunLock(run_directory(config)) as lock:
             processes.on_main(lock.acquire)
@@ -99,12 +101,12 @@ class Training:
         reporter, stopping = self.reporter, False
         step = TrainingStep(self.config, self.processes, self.parts, encode=self.encode)
         reporter.announce_run()
-        with self.checkpoints, reporter.opened(), self._open_reader() as reader:
+        with self.checkpoints, reporter.open_log(), self._open_reader() as reader:
             reporter.catch_up()
             for batch in reader:
                 # All processes stop after the same step, whichever of them received the signal.
                 metrics, skipped, stopping = step(batch, stop=self.requests.received)
-                self._count(batch.step + 1, metrics, skipped=skipped)
+                self._count_step(batch.step + 1, metrics, skipped=skipped)
                 reporter.note_damage(batch)
 
                 # A line of the log, its checkpoint, then what may fail or be made up for later.
@@ -116,10 +118,11 @@ class Training:
                 reporter.advance_progress()
                 if stopping:
                     break
-        self.processes.wait()  # torchrun ends all with the first: the last checkpoint comes first
+        # torchrun ends all with the first: the last checkpoint comes first.
+        self.processes.wait_for_all()
         if stopping and not self._is_last:
             if self.processes.is_main:
-                say(
+                print_line(
                     f"stopped on request at step {self.state.step} of {self.config.run.steps}; "
                     f"saved in {self.run_dir}; the same command continues (exit status "
                     f"{EXIT_REQUEUE})"
@@ -149,12 +152,12 @@ class Training:
     def _set_state(self, **changes: Any) -> None:
         self.state = self.reporter.state = replace(self.state, **changes)
 
-    def _count(self, done: int, metrics: Metrics, *, skipped: bool) -> None:
+    def _count_step(self, done: int, metrics: Metrics, *, skipped: bool) -> None:
         self._set_state(step=done)
         self.reporter.count_step(metrics, skipped=skipped)
         self._bad_steps = self._bad_steps + 1 if skipped else 0
         if self._bad_steps >= self.config.optim.max_bad_steps:
-            self.checkpoints.settle()  # had its write failed, this is still what ends the run
+            self.checkpoints.settle_write()  # had its write failed, this is still what ends the run
             good = latest_checkpoint(self.run_dir) or "none yet"
             raise TrainingDivergedError(
                 f"{self._bad_steps} steps in a row up to step {done} had non-finite gradients; "

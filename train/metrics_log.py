@@ -59,7 +59,7 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def sync(self) -> None:
+    def sync_file(self) -> None:
         """Let what was written survive a power loss, as the checkpoint that follows it will."""
         self._file.flush()
         os.fsync(self._file.fileno())

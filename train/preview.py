@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.files import replacing
+from common.files import replacing_file
 from model.cytosyn import CytoSyn
 from model.images import from_uint8
 from model.interpolant import Interpolant
@@ -52,8 +52,8 @@ def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> Fi
     [n, px, px, 3], CLS float32 [n, d], tokens float16 [n, t, d]."""
     samples = []
     for slide_id, rank in rows:
-        block = source.open(slide_id, rank // BLOCK_ROWS)
-        samples.append(source.sample(block, rank, rank % BLOCK_ROWS))
+        block = source.open_block(slide_id, rank // BLOCK_ROWS)
+        samples.append(source.read_sample(block, rank, rank % BLOCK_ROWS))
     cls = [torch.tensor(s.cls) for s in samples if s.cls is not None]
     tokens = [torch.tensor(s.tokens) for s in samples if s.tokens is not None]
     tiles = torch.from_numpy(np.stack([s.tile for s in samples]))
@@ -102,7 +102,7 @@ def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.N
 
 def save_picture(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
     """Write an RGB picture uint8 [h, w, 3] as PNG, whole or not at all."""
-    with replacing(path) as file:
+    with replacing_file(path) as file:
         Image.fromarray(pixels).save(file, format="PNG")
 
 

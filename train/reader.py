@@ -53,40 +53,40 @@ class SlotReader:
         alone, so resume stays exact. Raises `UserError` where none can be read.
         """
         try:
-            return self._sample(self._row(step)), None
+            return self._read_sample(self._find_row(step)), None
         except UserError as error:
             if self.on_error == "stop":
                 raise
-            stand_in = self._stand_in(step)
+            stand_in = self._read_stand_in(step)
             if stand_in is None:
                 raise
             return stand_in, str(error)
 
-    def _row(self, step: int) -> StreamRow:
-        """`stream.row`, looked up once a block."""
-        epoch, cursor, position = self.stream.place(step, self.slot)
+    def _find_row(self, step: int) -> StreamRow:
+        """`stream.find_row`, looked up once a block."""
+        epoch, cursor, position = self.stream.find_place(step, self.slot)
         visit = self._visits.get(cursor)
-        if visit is None or not visit.covers(epoch, position):
-            visit = self._visits[cursor] = self.stream.visit(epoch, position)
-        return visit.row(cursor, position)
+        if visit is None or not visit.covers_position(epoch, position):
+            visit = self._visits[cursor] = self.stream.find_visit(epoch, position)
+        return visit.make_row(cursor, position)
 
-    def _stand_in(self, step: int) -> Sample | None:
+    def _read_stand_in(self, step: int) -> Sample | None:
         for other in self.stream.cursor_neighbours(step):
             try:
-                return self._sample(self.stream.row(other, self.slot))
+                return self._read_sample(self.stream.find_row(other, self.slot))
             except UserError:
                 continue
         return None
 
-    def _sample(self, row: StreamRow) -> Sample:
+    def _read_sample(self, row: StreamRow) -> Sample:
         block = self._open.get(row.cursor)
         if block is None or (block.slide_id, block.block) != (row.slide_id, row.block):
             try:
-                block = self.source.open(row.slide_id, row.block)
+                block = self.source.open_block(row.slide_id, row.block)
             except UserError as error:  # of a whole block: say for which tile it was read
                 raise UserError(f"slide {row.slide_id}, rank {row.rank}: {error}") from error
             self._open[row.cursor] = block
-        return self.source.sample(block, row.rank, row.row)
+        return self.source.read_sample(block, row.rank, row.row)
 
 
 @dataclass
@@ -131,7 +131,9 @@ class BatchReader:
         self._changed = threading.Condition()
         count = max(1, min(threads, len(slots)))
         self._threads = [
-            threading.Thread(target=self._work, args=(range(k, len(slots), count),), daemon=True)
+            threading.Thread(
+                target=self._fill_slots, args=(range(k, len(slots), count),), daemon=True
+            )
             for k in range(count)
         ]
 
@@ -149,12 +151,12 @@ class BatchReader:
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.first_step, self.stop_step):
-            yield self._take(step)
+            yield self._take_batch(step)
 
-    def _take(self, step: int) -> Batch:
+    def _take_batch(self, step: int) -> Batch:
         started = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self._ready(step))
+            self._changed.wait_for(lambda: self._is_ready(step))
             pending = self._pending.pop(step)
             self._next = step + 1
             self._changed.notify_all()
@@ -164,28 +166,28 @@ class BatchReader:
         assert pending.batch is not None
         return pending.batch
 
-    def _ready(self, step: int) -> bool:
+    def _is_ready(self, step: int) -> bool:
         pending = self._pending.get(step)
         return pending is not None and (
             bool(pending.errors) or pending.filled == len(self._readers)
         )
 
-    def _work(self, places: range) -> None:
+    def _fill_slots(self, places: range) -> None:
         """A thread's life: its slots of each step, never further ahead than the prefetch."""
         for step in range(self.first_step, self.stop_step):
-            pending = self._begin(step)
+            pending = self._begin_batch(step)
             if pending is None:
                 return
             try:
                 for place in places:
-                    self._place(pending, step, place)
+                    self._place_sample(pending, step, place)
             except BaseException as error:
                 with self._changed:
                     pending.errors.append(error)
                     self._changed.notify_all()
                 return
 
-    def _begin(self, step: int) -> _Pending | None:
+    def _begin_batch(self, step: int) -> _Pending | None:
         """The batch to fill, once there is room for it; None when the reader was stopped."""
 
         def may_go() -> bool:
@@ -195,11 +197,11 @@ class BatchReader:
             self._changed.wait_for(may_go)
             return None if self._stopped else self._pending.setdefault(step, _Pending())
 
-    def _place(self, pending: _Pending, step: int, place: int) -> None:
+    def _place_sample(self, pending: _Pending, step: int, place: int) -> None:
         sample, damage = self._readers[place].read(step)
         with self._changed:
             if pending.batch is None:
-                pending.batch = self._allocate(step, sample)
+                pending.batch = self._allocate_batch(step, sample)
             batch = pending.batch
         stores = (batch.tiles, batch.cls, batch.tokens)
         for store, values in zip(stores, sample, strict=True):
@@ -214,16 +216,16 @@ class BatchReader:
             ):  # a wake-up a tile would cost as much as reading
                 self._changed.notify_all()
 
-    def _allocate(self, step: int, sample: Sample) -> Batch:
+    def _allocate_batch(self, step: int, sample: Sample) -> Batch:
         count = len(self.slots)
 
-        def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        def allocate_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty((count, *shape), dtype=dtype, pin_memory=self.pin_memory)
 
         return Batch(
             step,
             self.slots,
-            room(sample.tile.shape, torch.uint8),
-            None if sample.cls is None else room(sample.cls.shape, torch.float32),
-            None if sample.tokens is None else room(sample.tokens.shape, torch.float16),
+            allocate_tensor(sample.tile.shape, torch.uint8),
+            None if sample.cls is None else allocate_tensor(sample.cls.shape, torch.float32),
+            None if sample.tokens is None else allocate_tensor(sample.tokens.shape, torch.float16),
         )

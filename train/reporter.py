@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from common.console import Meter, meter, say
+from common.console import Meter, open_meter, print_line
 from common.errors import UserError
 from common.files import write_json
 from common.text import format_seconds
@@ -71,7 +71,7 @@ class Averages:
             return {}
         # One exchange for all names: a line of the log must not cost a round trip per metric.
         means = torch.stack([self._sums[n] / self._counts[n] for n in self._sums])
-        values = self._processes.total(means * self._share).tolist()
+        values = self._processes.sum_values(means * self._share).tolist()
         result = dict(zip(self._sums, values, strict=True))
         self._sums, self._counts = {}, {}
         return result
@@ -122,7 +122,7 @@ class Reporter:
         self._meter: Meter | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def open_log(self) -> Iterator[None]:
         """Keep the log and the progress open inside the block; the main process has both."""
         if not self.processes.is_main:
             yield
@@ -130,7 +130,7 @@ class Reporter:
         first = self._start.step
         with (
             MetricsLog(self.run_dir, self.config, step=first) as self._log,
-            meter("train", self.config.run.steps - first, "steps") as self._meter,
+            open_meter("train", self.config.run.steps - first, "steps") as self._meter,
         ):
             yield
 
@@ -140,12 +140,14 @@ class Reporter:
             return
         stream, config = self.data.stream, self.config
         if self._start.step:
-            say(f"going on from step {self._start.step} of {self.run_dir}")
+            print_line(f"going on from step {self._start.step} of {self.run_dir}")
         if self.data.source.encoder_record.get("random_weights"):
-            say("the encoder has RANDOM weights: conditions and alignment targets have no meaning")
+            print_line(
+                "the encoder has RANDOM weights: conditions and alignment targets have no meaning"
+            )
         if "perceptual" in config.mode.losses and self.parts.networks.perceptual is None:
-            say("perceptual loss (LPIPS): off by the configuration")
-        say(
+            print_line("perceptual loss (LPIPS): off by the configuration")
+        print_line(
             f"training on {stream.table.num_rows} tiles, {stream.steps_per_epoch} steps of "
             f"{config.data.batch_size} an epoch, on {self.processes.size} x "
             f"{self.processes.device.type}; {stream.table.read_amplification:.2f} tiles are read "
@@ -157,7 +159,7 @@ class Reporter:
         self._damaged_here += len(batch.damaged)
         for damage in batch.damaged:
             if damage not in self._damage_said:
-                say(f"skipped: {damage}")
+                print_line(f"skipped: {damage}")
             self._damage_said.add(damage)
             line = json.dumps({"step": batch.step + 1, "skipped": damage}) + "\n"
             with (self.run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
@@ -190,7 +192,7 @@ class Reporter:
         """Let the log survive a power loss; before the checkpoint of the same step."""
         if self._log is not None:
             with self._tolerate_failure("the log"):
-                self._log.sync()
+                self._log.sync_file()
 
     def catch_up(self) -> None:
         """Measure before the first step, or what a stop right after the checkpoint prevented.
@@ -244,7 +246,7 @@ class Reporter:
     def skipped_tiles(self) -> int:
         """Damaged tiles replaced so far, over all processes (which all call this) and restarts."""
         here = torch.tensor(float(self._damaged_here), device=self.processes.device)
-        return self._start.skipped_tiles + int(self.processes.total(here).item())
+        return self._start.skipped_tiles + int(self.processes.sum_values(here).item())
 
     def is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` >= 1 steps happens now; never for 0."""
@@ -285,11 +287,11 @@ class Reporter:
             "encoder_record": self.data.source.encoder_record,
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)
-        say(
+        print_line(
             f"trained {state.step} steps, {images} tiles in {format_seconds(state.seconds)} "
             f"({images_per_s:.3g} tiles/s): {self.run_dir}"
         )
-        say(
+        print_line(
             f"reconstruction: PSNR untrained {before['psnr']:.2f} dB -> trained {after.psnr:.2f} "
             f"dB, L1 {before['l1']:.4f} -> {after.l1:.4f} (grey scale 0 to 1, {after.tiles} tiles "
             f"of selection '{selection}')"
@@ -337,7 +339,9 @@ class Reporter:
             reason = str(UserError(error))
             if isinstance(error, torch.OutOfMemoryError):
                 reason = reason.partition(". ")[0]  # a paragraph on allocation follows
-            say(f"warning: {what} of step {self.state.step} failed, training goes on: {reason}")
+            print_line(
+                f"warning: {what} of step {self.state.step} failed, training goes on: {reason}"
+            )
             if self.processes.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -79,7 +79,7 @@ def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
     tables[data.selection] = table
     kinds = ["cls"] * config.uses_condition + [config.tokens_kind] * config.reads_tokens
 
-    def check() -> None:
+    def check_tables() -> None:
         for wanted in tables.values():
             check_coverage(
                 dataset,
@@ -90,7 +90,7 @@ def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
                 kinds=kinds,
             )
 
-    processes.on_main(check)
+    processes.on_main(check_tables)
 
     # Spread over the selection: neighbouring tiles of one slide would say little.
     fixed = tables[config.fixed_selection].spread_rows(max(log.fixed_tiles, log.samples))
@@ -149,9 +149,9 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now has: restore that selection, or use another run.dir"
             )
-    processes.wait()  # all have read before the main process writes
+    processes.wait_for_all()  # all have read before the main process writes
 
-    def claim() -> None:
+    def claim_directory() -> None:
         remove_unfinished(run_dir)
         record = data.source.encoder_record
         header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
@@ -169,7 +169,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
         }
         write_json(run_dir / RECORDS_FILE, records)
 
-    processes.on_main(claim)
+    processes.on_main(claim_directory)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
 
 

@@ -19,11 +19,11 @@ class StopRequests:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        def note(number: int, frame: FrameType | None) -> None:
+        def note_signal(number: int, frame: FrameType | None) -> None:
             self.received = True
 
         for number in _WARNINGS:
-            self._previous[number] = signal.signal(number, note)
+            self._previous[number] = signal.signal(number, note_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

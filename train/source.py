@@ -70,7 +70,7 @@ class BlockSource:
         store = self._tokens or self._cls
         return dict(store.record) if store is not None else {}
 
-    def open(self, slide_id: str, block: int) -> OpenBlock:
+    def open_block(self, slide_id: str, block: int) -> OpenBlock:
         """Read a block of at most 16 tiles; raises `UserError` naming the file it cannot read."""
         return OpenBlock(
             slide_id,
@@ -80,7 +80,7 @@ class BlockSource:
             self._tokens.read_block(slide_id, block) if self._tokens else None,
         )
 
-    def sample(self, block: OpenBlock, rank: int, row: int) -> Sample:
+    def read_sample(self, block: OpenBlock, rank: int, row: int) -> Sample:
         """Row `row`, from 0 to 15, of an open block; raises `UserError` for a damaged tile."""
         where = f"slide {block.slide_id}, rank {rank}"
         if rank not in block.png:
@@ -113,15 +113,17 @@ def check_coverage(
     """
     root = dataset.root
     tiles = Ledger.read(dataset, "tile")[str(tile_px)]
-    _require(table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}")
+    _require_blocks(
+        table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}"
+    )
     caches = Ledger.read(dataset, "cache")
     for kind in kinds:
         done = caches[feature_scope(tile_px, encoder, view, kind)]
         command = f"python -m pipeline cache --dataset {root} --encoder {encoder}"
-        _require(table, done, f"{kind} features of {encoder}", command)
+        _require_blocks(table, done, f"{kind} features of {encoder}", command)
 
 
-def _require(table: BlockTable, ledger: ScopeLedger, what: str, command: str) -> None:
+def _require_blocks(table: BlockTable, ledger: ScopeLedger, what: str, command: str) -> None:
     # Blocks are sorted by slide, so that each slide's are one stretch.
     missing = 0
     first = ""

@@ -78,14 +78,14 @@ class TrainingStep:
         if config.run.recompute and processes.size > 1:
             # PyTorch's cutting of compiled graphs at gradient buckets refuses recomputation.
             torch._dynamo.config.optimize_ddp = False
-        self._call_vae = self._compile(self._vae)
-        self._encode_frozen = self._compile(encode_frozen)
-        self._call_sit = self._compile(self._sit)
-        self._vae_losses = self._compile(vae_losses)
-        self._vae_alignment = self._compile(vae_alignment)
-        self._discriminator_loss = self._compile(discriminator_loss)
+        self._call_vae = self._compile_call(self._vae)
+        self._encode_frozen = self._compile_call(encode_frozen)
+        self._call_sit = self._compile_call(self._sit)
+        self._vae_losses = self._compile_call(vae_losses)
+        self._vae_alignment = self._compile_call(vae_alignment)
+        self._discriminator_loss = self._compile_call(discriminator_loss)
 
-    def _compile(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _compile_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
         backend = self.config.run.compile
         return call if backend == "off" else torch.compile(call, backend=backend, dynamic=False)
 
@@ -93,15 +93,15 @@ class TrainingStep:
         """The batch on the device, with its randomness: images float32 [n, 3, px, px]."""
         device = self.processes.device
 
-        def move(values: Tensor | None) -> Tensor | None:
+        def move_to_device(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(device, non_blocking=True)
 
         tiles = batch.tiles.to(device, non_blocking=True)
-        tokens = move(batch.tokens)
+        tokens = move_to_device(batch.tokens)
         if self._encode_tokens is not None:
             tokens = torch.cat([self._encode_tokens(tiles[places]) for places in self._parts])
         draws = draw_randomness(self.config, batch.step, batch.slots, device)
-        return StepInputs(from_uint8(tiles), move(batch.cls), tokens, draws)
+        return StepInputs(from_uint8(tiles), move_to_device(batch.cls), tokens, draws)
 
     def __call__(self, batch: Batch, *, stop: bool = False) -> tuple[Metrics, bool, bool]:
         """Train on one batch: its local metrics (0-dim), whether it was skipped as non-finite,

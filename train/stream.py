@@ -151,11 +151,11 @@ class Visit:
     block: int
     bits: tuple[int, ...]
 
-    def covers(self, epoch: int, position: int) -> bool:
+    def covers_position(self, epoch: int, position: int) -> bool:
         """Whether the position is in this block."""
         return epoch == self.epoch and 0 <= position - self.first < len(self.bits)
 
-    def row(self, cursor: int, position: int) -> StreamRow:
+    def make_row(self, cursor: int, position: int) -> StreamRow:
         """The row at a position that the block covers, as a cursor reads it."""
         return StreamRow(cursor, self.slide_id, self.block, self.bits[position - self.first])
 
@@ -177,7 +177,7 @@ class Stream:
         self.batch_size, self.cursors = batch_size, cursors
         self.stretch = table.num_rows // (batch_size * cursors)
         if self.stretch == 0:
-            raise UserError(_too_small(table.num_rows, batch_size, cursors))
+            raise UserError(_describe_shortage(table.num_rows, batch_size, cursors))
         self._epochs: dict[int, _Epoch] = {}
         self._lock = threading.Lock()
 
@@ -186,20 +186,20 @@ class Stream:
         """E = L K."""
         return self.stretch * self.cursors
 
-    def place(self, step: int, slot: int) -> tuple[int, int, int]:
+    def find_place(self, step: int, slot: int) -> tuple[int, int, int]:
         """Epoch, cursor and position in the epoch of what the slot reads at that step."""
         epoch, i = divmod(step, self.steps_per_epoch)
         cursor = i % self.cursors
         return epoch, cursor, (slot * self.cursors + cursor) * self.stretch + i // self.cursors
 
-    def row(self, step: int, slot: int) -> StreamRow:
+    def find_row(self, step: int, slot: int) -> StreamRow:
         """The row that the slot reads at that step."""
-        epoch, cursor, position = self.place(step, slot)
-        return self.visit(epoch, position).row(cursor, position)
+        epoch, cursor, position = self.find_place(step, slot)
+        return self.find_visit(epoch, position).make_row(cursor, position)
 
-    def batch(self, step: int) -> list[StreamRow]:
+    def find_batch(self, step: int) -> list[StreamRow]:
         """The rows of the whole global batch, by slot."""
-        return [self.row(step, slot) for slot in range(self.batch_size)]
+        return [self.find_row(step, slot) for slot in range(self.batch_size)]
 
     def cursor_neighbours(self, step: int) -> Iterator[int]:
         """The steps of the same epoch at which a slot's same cursor reads: nearest earlier ones
@@ -208,9 +208,9 @@ class Stream:
         yield from range(step - self.cursors, first - 1, -self.cursors)
         yield from range(step + self.cursors, first + self.steps_per_epoch, self.cursors)
 
-    def visit(self, epoch: int, position: int) -> Visit:
+    def find_visit(self, epoch: int, position: int) -> Visit:
         """The block that holds a position of an epoch."""
-        shuffled = self._epoch(epoch)
+        shuffled = self._shuffle_epoch(epoch)
         place = int(np.searchsorted(shuffled.ends, position, side="right"))
         entry = int(shuffled.order[place])
         slide, block, mask = self.table.blocks[entry].item()
@@ -218,7 +218,7 @@ class Stream:
         first = int(shuffled.ends[place]) - len(bits)
         return Visit(epoch, first, self.table.slide_ids[slide], block, bits)
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def _shuffle_epoch(self, epoch: int) -> _Epoch:
         with self._lock:
             if epoch not in self._epochs:
                 order = epoch_order(len(self.table.blocks), self.seed, epoch)
@@ -233,12 +233,12 @@ def _set_bits(mask: int) -> list[int]:
     return [bit for bit in range(BLOCK_ROWS) if mask >> bit & 1]
 
 
-def _too_small(rows: int, batch_size: int, cursors: int) -> str:
+def _describe_shortage(rows: int, batch_size: int, cursors: int) -> str:
     need = f"data.batch_size x data.cursors = {batch_size} x {cursors} = {batch_size * cursors}"
     if rows == 0:
-        mend = "select tiles with `python -m pipeline select`"
+        fix = "select tiles with `python -m pipeline select`"
     elif rows < batch_size:
-        mend = f"lower data.batch_size to {rows} or less (with data.cursors=1), or select more"
+        fix = f"lower data.batch_size to {rows} or less (with data.cursors=1), or select more"
     else:
-        mend = f"lower data.cursors to {rows // batch_size}, or select more tiles"
-    return f"the selection has {rows} rows, fewer than {need} that a step draws from: {mend}"
+        fix = f"lower data.cursors to {rows // batch_size}, or select more tiles"
+    return f"the selection has {rows} rows, fewer than {need} that a step draws from: {fix}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.record import Record
 from common.text import format_seconds
 from common.torch_processes import choose_device
@@ -37,10 +37,10 @@ def measure_command(config: MeasureConfig) -> int:
 
     record = Record(results, str(config.out))
     for warning in record.parts("warnings"):
-        say(f"warning: {warning['message']}")
-    say(f"measure: {', '.join(summarise_metrics(record))}")
+        print_line(f"warning: {warning['message']}")
+    print_line(f"measure: {', '.join(summarise_metrics(record))}")
     tiles, seconds = len(real.features) + len(generated.features), record.number("seconds")
-    say(
+    print_line(
         f"measure: {len(generated.features):,} generated against {len(real.features):,} real tiles "
         f"in {format_seconds(seconds)} ({tiles / max(seconds, 1e-9):,.0f} tiles/s); "
         f"wrote {config.out}"

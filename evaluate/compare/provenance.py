@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from common.console import meter
+from common.console import open_meter
 from common.errors import UserError
 from evaluate.generate.plan import source_order
 from evaluate.metrics.blockiness import blockiness
@@ -85,7 +85,7 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
     digest = hashlib.sha256()
     with (
         ThreadPoolExecutor(_DECODERS, "decode") as pool,
-        meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
+        open_meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
     ):
         blocks = (
             (slide_id, ranks[ranks // BLOCK_ROWS == block].tolist())

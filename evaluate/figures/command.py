@@ -2,7 +2,7 @@
 
 import argparse
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.text import format_bytes
 from evaluate.figures.draw import draw_sheet, write_figure
 from evaluate.figures.sheets import grid_sheet, interpolation_sheet, variations_sheet
@@ -21,7 +21,7 @@ def figure_command(options: argparse.Namespace) -> int:
     else:
         sheet = interpolation_sheet(made, options.rows)
     for warning in made.warnings():
-        say(f"warning: {warning}")
+        print_line(f"warning: {warning}")
     for path in write_figure(options.out, draw_sheet(sheet, made.warnings())):
-        say(f"figure: wrote {path}, {format_bytes(path.stat().st_size)}")
+        print_line(f"figure: wrote {path}, {format_bytes(path.stat().st_size)}")
     return EXIT_OK

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.errors import UserError
 from common.torch_processes import Processes, joined_processes, make_sums_independent_of_threads
 from evaluate.generate.condition_source import ConditionSource, check_fit
@@ -44,7 +44,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
         warnings += check_fit(source, first, force=options.force)
         if processes.is_main:
             for message in [*opened.notices, *warnings, *_encoder_warnings(source, first)]:
-                say(f"warning: {message}")
+                print_line(f"warning: {message}")
         forced = "; ".join(warnings) or None
         for point, settings in points:
             out = options.out if point is None else options.out / point.name
@@ -103,7 +103,7 @@ def _generate_point(
     )
     outcome = generate(generator, source, request, processes)
     if processes.is_main:
-        say(final_line(outcome, out))
+        print_line(final_line(outcome, out))
 
 
 def _finish_sweep(
@@ -115,5 +115,5 @@ def _finish_sweep(
         if point is not None
     ]
     path = write_table(out, rows)
-    say(path.read_text().rstrip())
-    say(f"generate: {len(rows)} datasets of one sweep; wrote {path}")
+    print_line(path.read_text().rstrip())
+    print_line(f"generate: {len(rows)} datasets of one sweep; wrote {path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.options import add_config_options, config_from_options, option, option_field
+from common.options import add_config_options, config_from_options, option_field, option_metadata
 from model.sampler_settings import SamplerSettings
 
 
@@ -14,7 +14,7 @@ from model.sampler_settings import SamplerSettings
 class GenerateOptions:
     """The options of `generate` with their types, but for the sampler's settings."""
 
-    out: Path = field(metadata=option("synthetic dataset, new or begun"))
+    out: Path = field(metadata=option_metadata("synthetic dataset, new or begun"))
     model: str | None = option_field(
         None,
         "exported model: a directory or a hub id; with --generator cytosyn or pixcell a downloaded "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.console import meter, say
+from common.console import open_meter, print_line
 from common.text import format_bytes, format_seconds
 from common.torch_processes import Processes
 from evaluate.generate.condition_source import GUIDING_FINGERPRINT, ConditionSource
@@ -111,7 +111,7 @@ def generate(
                     writer.write(unit, _sample_unit(generator, source, request, unit, advance))
             written = writer.bytes
     made = sum(unit.count for unit in units)
-    made, written = processes.total(torch.tensor([made, written])).tolist()
+    made, written = processes.sum_values(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started
     return GenerationOutcome(made, count_planned_images(dataset), written, seconds)
 
@@ -165,7 +165,7 @@ def _plan_missing(
     missing = sum(unit.count for unit in units)
     if missing < images:
         rest = f"making the other {missing:,}" if missing else "nothing to make"
-        say(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
+        print_line(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
     return units
 
 
@@ -184,7 +184,7 @@ def _show_progress(processes: Processes, total: int) -> Iterator[_Advance]:
         yield lambda count, note: None
         return
     label = "generate" if processes.size == 1 else f"generate (1 of {processes.size} processes)"
-    with meter(label, total, "images") as shown:
+    with open_meter(label, total, "images") as shown:
         yield shown.advance
 
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.text import format_bytes, format_seconds
 from common.torch_processes import joined_processes, make_sums_independent_of_threads
 from evaluate.compare.results import write_results
@@ -22,7 +22,7 @@ def protocol_command(options: argparse.Namespace) -> int:
     make_sums_independent_of_threads()  # images that it makes are those of `generate`
     if options.name == "list":
         for name in protocol_names():
-            say(f"{name:14} {load_protocol(name).title}")
+            print_line(f"{name:14} {load_protocol(name).title}")
         return EXIT_OK
     protocol = load_protocol(options.name, options.config, options.overrides)
     if options.generate:
@@ -34,9 +34,9 @@ def protocol_command(options: argparse.Namespace) -> int:
         cells = plan_cells(protocol)
         lines = list_missing(SourceMaker(protocol), cells)
         for line in lines:
-            say(line)
+            print_line(line)
         rest = f"{len(lines)} things are missing" if lines else "nothing is missing"
-        say(f"protocol {protocol.name}: {len(cells)} comparisons; {rest}")
+        print_line(f"protocol {protocol.name}: {len(cells)} comparisons; {rest}")
     else:
         _run_and_write(protocol, options.arguments)
     return EXIT_OK
@@ -48,7 +48,7 @@ def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> None:
     write_results(folder / "results.json", results)
     written = [folder / "results.json", *write_protocol_files(results, folder)]
     for warning in results["warnings"]:
-        say(f"warning: {warning['message']}")
+        print_line(f"warning: {warning['message']}")
     for path in written:
-        say(f"protocol {protocol.name}: wrote {path}, {format_bytes(path.stat().st_size)}")
-    say(f"protocol {protocol.name}: done in {format_seconds(results['seconds'])}")
+        print_line(f"protocol {protocol.name}: wrote {path}, {format_bytes(path.stat().st_size)}")
+    print_line(f"protocol {protocol.name}: done in {format_seconds(results['seconds'])}")

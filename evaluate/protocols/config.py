@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import build, plain, read_yaml, with_overrides
+from common.config import build_config, read_yaml, to_plain_values, with_overrides
 from common.errors import UserError
 from evaluate.metrics.metric import MetricSettings
 from evaluate.metrics.registry import METRICS
@@ -188,9 +188,9 @@ def load_protocol(name: str, config: Path | None = None, overrides: Sequence[str
     # Both are built alike, so that a deviation is a difference of values and not of spelling.
     shipped = _read_shipped(name)
     merged = _merge(shipped, read_yaml(config) if config else {})
-    protocol = build(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))
+    protocol = build_config(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))
     _check_names(protocol)
-    return replace(protocol, deviations=_deviations(build(Protocol, shipped), protocol))
+    return replace(protocol, deviations=_deviations(build_config(Protocol, shipped), protocol))
 
 
 def _expand_stars(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
@@ -258,7 +258,7 @@ def _require(named: Iterable[str], known: Mapping[str, object], where: str, kind
 
 def _deviations(shipped: Protocol, used: Protocol) -> dict[str, Deviation]:
     """What was changed of the protocol itself: key to (as shipped, as used)."""
-    first, second = _flatten(plain(shipped)), _flatten(plain(used))
+    first, second = _flatten(to_plain_values(shipped)), _flatten(to_plain_values(used))
     return {
         key: (first.get(key), second.get(key))
         for key in sorted(first.keys() | second.keys())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from common.config import plain
+from common.config import to_plain_values
 from evaluate.compare.provenance import tile_provenance
 from evaluate.compare.results import describe_hardware
 from evaluate.protocols.config import Protocol
@@ -25,7 +25,7 @@ def describe_protocol(
     protocol: Protocol, sources: ProtocolSources, cells: list[Cell], store: ResultStore
 ) -> dict[str, object]:
     """Everything of results.json but the numbers, which says what they are of."""
-    config = plain(protocol)
+    config = to_plain_values(protocol)
     config.pop("deviations")
     text = json.dumps(config, sort_keys=True)
     used = dict.fromkeys([*used_sets(protocol), *made_sources(protocol, cells)])

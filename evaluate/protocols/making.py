@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from common.torch_processes import Processes, joined_processes
 from evaluate.generate.condition_source import (
@@ -87,7 +87,7 @@ class SourceMaker(ProtocolSources):
         )
         outcome = generate(generator, conditions, request, processes)
         if processes.is_main:
-            say(f"{source}: {final_line(outcome, request.out)}")
+            print_line(f"{source}: {final_line(outcome, request.out)}")
         self.forget_tiles(source)
 
     def _open_generator(self, images: Images, device: torch.device) -> Generator:
@@ -135,7 +135,9 @@ class SourceMaker(ProtocolSources):
 
 def _run_command(command: list[str]) -> None:
     """Run a command with this terminal; raises `UserError` where it fails."""
-    say("$ " + shlex.join(["python" if word == sys.executable else word for word in command]))
+    print_line(
+        "$ " + shlex.join(["python" if word == sys.executable else word for word in command])
+    )
     status = subprocess.run(command, check=False).returncode
     if status:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from common.console import meter
+from common.console import open_meter
 from common.errors import UserError
 from common.torch_processes import choose_device
 from evaluate.generate.condition_source import guiding_fingerprint
@@ -51,7 +51,7 @@ def measure_memorisation(measurer: Measurer) -> list[Found]:
         raise UserError("memorisation needs columns=[val-in,val-out] and train=SET")
     searches = []
     images = all_images(protocol)
-    with meter("memorisation", len(protocol.encoders) * len(images), "searches") as shown:
+    with open_meter("memorisation", len(protocol.encoders) * len(images), "searches") as shown:
         for encoder in protocol.encoders:
             for source in images:
                 searches.append(CopySearch(measurer, encoder, source.key).run())

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.console import meter, say
+from common.console import open_meter, print_line
 from common.errors import UserError
 from evaluate.protocols.cautions import find_cautions
 from evaluate.protocols.cells import Measurer
@@ -34,7 +34,9 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     for name in used_sets(protocol):
         sources.tiles(name)  # a set that is too small is refused before days of generation
     protocol = replace(protocol, deviations=given_deviations(sources))
-    say(f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders")
+    print_line(
+        f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders"
+    )
     make_missing(sources, cells)
     store = ResultStore(Path(protocol.out) / "cells")
     measurer = Measurer(protocol, sources, store)
@@ -48,7 +50,9 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     else:
         measured = _measure_cells(measurer, cells, bases)
         results = {"cells": measured, "tables": build_tables(protocol, measured)}
-    say(f"protocol {protocol.name}: {store.computed} results computed, {store.reused} reused")
+    print_line(
+        f"protocol {protocol.name}: {store.computed} results computed, {store.reused} reused"
+    )
     results |= describe_protocol(protocol, sources, cells, store)
     results["warnings"] = find_cautions(protocol, results)
     return results | {"seconds": round(time.monotonic() - started, 3)}
@@ -102,7 +106,7 @@ def _measure_cells(
     measurer: Measurer, cells: list[Cell], bases: list[dict[str, object]]
 ) -> list[dict[str, object]]:
     measured = []
-    with meter("measure", len(cells), "comparisons") as shown:
+    with open_meter("measure", len(cells), "comparisons") as shown:
         for cell, basis in zip(cells, bases, strict=True):
             results = measurer.measure(cell)
             measured.append(asdict(cell) | {"basis": basis, "results": results})

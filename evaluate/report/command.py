@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.errors import UserError
 from common.files import write_bytes, write_text
 from common.text import format_bytes
@@ -33,7 +33,7 @@ def report_command(config: ReportConfig) -> int:
             picture_file=config.picture,
         )
     for path in written:
-        say(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
+        print_line(f"report: wrote {path}, {format_bytes(path.stat().st_size)}")
     return EXIT_OK
 
 

@@ -3,26 +3,26 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.options import option
+from common.options import option_metadata
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Results, the training run and the datasets they belong to, and the files to write."""
 
-    results: Path = field(metadata=option("results.json of measure or of a protocol"))
+    results: Path = field(metadata=option_metadata("results.json of measure or of a protocol"))
     run_dir: Path | None = field(
-        default=None, metadata=option("training run", flag="--run", metavar="RUN")
+        default=None, metadata=option_metadata("training run", flag="--run", metavar="RUN")
     )
     dataset: Path | None = field(
         default=None,
-        metadata=option("real dataset (for results of measure)", metavar="DATASET"),
+        metadata=option_metadata("real dataset (for results of measure)", metavar="DATASET"),
     )
     generated: Path | None = field(
         default=None,
-        metadata=option("synthetic dataset (for results of measure)", metavar="SYN"),
+        metadata=option_metadata("synthetic dataset (for results of measure)", metavar="SYN"),
     )
-    out: Path = field(default=Path("report.html"), metadata=option("page to write"))
+    out: Path = field(default=Path("report.html"), metadata=option_metadata("page to write"))
     picture: Path | None = field(
-        default=None, metadata=option("small picture to write as well", metavar="FILE.png")
+        default=None, metadata=option_metadata("small picture to write as well", metavar="FILE.png")
     )

@@ -23,7 +23,7 @@ class MissingPackageError(UserError):
 class Construction(Protocol):
     """How an encoder's network is made."""
 
-    def build(self) -> nn.Module:
+    def build_network(self) -> nn.Module:
         """Build the network, freshly initialised; no weights are fetched."""
         ...
 
@@ -45,7 +45,7 @@ class TimmConstruction:
     architecture: str
     options: Mapping[str, Any]
 
-    def build(self) -> nn.Module:
+    def build_network(self) -> nn.Module:
         """Build it; [B, 3, px, px] to all tokens after the last normalisation, [B, N, D]."""
         every_token = {"num_classes": 0, "global_pool": ""}
         return timm.create_model(
@@ -59,7 +59,7 @@ class InceptionConstruction:
 
     variant: Variant
 
-    def build(self) -> nn.Module:
+    def build_network(self) -> nn.Module:
         """Build it; [B, 3, px, px] to [B, 2048]."""
         return InceptionV3(self.variant)
 
@@ -74,7 +74,7 @@ class ConchConstruction:
 
     image_px: int
 
-    def build(self) -> nn.Module:
+    def build_network(self) -> nn.Module:
         """Build it; [B, 3, px, px] to [B, 512], neither projected nor normalised."""
         return _ConchImage(self.image_px)
 

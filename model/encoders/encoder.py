@@ -77,7 +77,7 @@ class Encoder:
         `UserError` for tiles of another size and `ValueError` for another dtype or layout.
         """
         with torch.no_grad():
-            output = self.network(self._normalise(images))
+            output = self.network(self._normalise_tiles(images))
             cls, patches = self.spec.readout(output)
             self._check_widths(cls, patches)
             if not tokens or patches is None:
@@ -85,7 +85,7 @@ class Encoder:
             resized = resize_tokens(patches, self.spec.native_grid, self.spec.token_grid)
             return EncoderOutput(cls.float(), resized)
 
-    def _normalise(self, images: Tensor | np.ndarray) -> Tensor:
+    def _normalise_tiles(self, images: Tensor | np.ndarray) -> Tensor:
         """Bring tiles to the device and the network's input range, [B, 3, px, px]."""
         batch = as_uint8_nchw(images).to(self.device, non_blocking=True)
         # An encoder without a kernel in the table refuses: resizing silently changes features.
@@ -151,7 +151,7 @@ def load_spec(
         raise UserError(f"encoder {spec.name}: weights 'none' is not possible; give hub or a file")
     if source.kind == "random":
         with seeded_init(source.seed):
-            network = spec.construction.build()
+            network = spec.construction.build_network()
         # Open the residual branches, so that a random network uses its blocks.
         with torch.no_grad():
             for parameter_name, parameter in network.named_parameters():
@@ -180,7 +180,7 @@ def _build_from_file(spec: EncoderSpec, path: Path) -> nn.Module:
     """The network around a published file's tensors, without a random initialisation first."""
     tensors = read_tensors(path, containers=spec.containers, mapped=True)
     tensors = spec.layout(without_prefix(tensors, spec.prefixes), source=str(path))
-    return build_from_tensors(spec.construction.build, tensors, source=str(path))
+    return build_from_tensors(spec.construction.build_network, tensors, source=str(path))
 
 
 def published_sha256(spec: EncoderSpec, path: Path) -> str:

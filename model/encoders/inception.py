@@ -78,7 +78,7 @@ class _Convolution(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-def _convolution(width_in: int, text: str) -> _Convolution:
+def _build_convolution(width_in: int, text: str) -> _Convolution:
     size, _, stride = text.partition("/")
     width, _, kernel = size.partition("@")
     height, _, breadth = kernel.partition("x")
@@ -105,7 +105,7 @@ class _Block(nn.Module):
             self.width += self._add_branch(name, text.split(), width_in)
         self._pool = pool
         if pooled_width:
-            self.branch_pool = _convolution(width_in, f"{pooled_width}@1x1")
+            self.branch_pool = _build_convolution(width_in, f"{pooled_width}@1x1")
         self._has_pooled = bool(pooled_width)
 
     def _add_branch(self, name: str, steps: list[str], width_in: int) -> int:
@@ -116,7 +116,7 @@ class _Block(nn.Module):
             suffix = "" if len(steps) == 1 else f"_{number}"
             keys = [f"branch{name}{suffix}{'ab'[i] if len(sides) > 1 else ''}" for i in (0, 1)]
             names.append(keys[: len(sides)])
-            modules = [_convolution(width_in, side) for side in sides]
+            modules = [_build_convolution(width_in, side) for side in sides]
             for key, module in zip(names[-1], modules, strict=True):
                 self.add_module(key, module)
             width_in = sum(module.conv.out_channels for module in modules)
@@ -147,10 +147,10 @@ class InceptionV3(nn.Module):
         super().__init__()
         mean = _mean_without_padding if variant == "fid" else _mean_with_padding
         last = _max_same if variant == "fid" else _mean_with_padding
-        self.Conv2d_1a_3x3 = _convolution(3, "32@3x3/2")
+        self.Conv2d_1a_3x3 = _build_convolution(3, "32@3x3/2")
         self.Conv2d_2a_3x3 = _Convolution(32, 32, (3, 3), 1, padding=0)
-        self.Conv2d_2b_3x3 = _convolution(32, "64@3x3")
-        self.Conv2d_3b_1x1 = _convolution(64, "80@1x1")
+        self.Conv2d_2b_3x3 = _build_convolution(32, "64@3x3")
+        self.Conv2d_3b_1x1 = _build_convolution(64, "80@1x1")
         self.Conv2d_4a_3x3 = _Convolution(80, 192, (3, 3), 1, padding=0)
         width = 192
         # Name, branches, pooling, and the width of the convolution after it (0: none).

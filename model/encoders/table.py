@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor
 
 from common.errors import UserError
-from common.text import nearest
+from common.text import find_nearest
 from model.encoders.construct import (
     SWIGLU,
     ConchConstruction,
@@ -85,7 +85,7 @@ class EncoderSpec:
     `dim` is the width of the CLS feature, `token_dim` that of a patch token;
     `native_grid` is the side of the network's patch grid and `token_grid` the side it is
     resized to (all 0 for an encoder without patch tokens). `mean` and `std` are for RGB in
-    [0, 1]. `parameters` counts the network that `construction.build()` makes.
+    [0, 1]. `parameters` counts the network that `construction.build_network()` makes.
 
     The network sees `input_px` pixels a side. Without `resize` tiles must have that size, and are
     taken as they are; with it, tiles of any size are resized by that kernel of
@@ -400,6 +400,7 @@ def encoder_spec(name: str) -> EncoderSpec:
     if name in ENCODERS:
         return ENCODERS[name]
     raise UserError(
-        f"encoder {name!r} is not known; did you mean {nearest(name, ENCODERS, cutoff=0.0)!r}? "
+        f"encoder {name!r} is not known; did you mean "
+        f"{find_nearest(name, ENCODERS, cutoff=0.0)!r}? "
         f"Known: {', '.join(ENCODERS)}"
     )

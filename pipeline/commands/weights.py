@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the action."""
-    from common.console import EXIT_OK, say
+    from common.console import EXIT_OK, print_line
     from pipeline.upkeep.weights import fetch_weights, table_rows
 
     if options.action == "fetch":
@@ -32,5 +32,5 @@ def run(options: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        say("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
     return EXIT_OK

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from common.files import json_bytes, replacing
+from common.files import json_bytes, replacing_file
 from pipeline.dataset.layout import Dataset
 
 
@@ -74,7 +74,7 @@ def commit_file(
     Raises `UserError` naming the file when the disk is full or not writable.
     """
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
-    with replacing(final, staged) as raw:
+    with replacing_file(final, staged) as raw:
         file = HashingFile(raw)
         write(file)
     return FileRecord(dataset.relative(final), file.bytes, file.sha256)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from common.files import sync_directory
-from common.redact import redact
+from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
 from pipeline.dataset.layout import Dataset, is_inside
@@ -134,7 +134,7 @@ class Run:
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Append lines and sync: after this returns, the entries count."""
-        entries = [replace(entry, reason=redact(entry.reason)) for entry in entries]
+        entries = [replace(entry, reason=redact_secrets(entry.reason)) for entry in entries]
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:
             if self._handle is None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from common.console import say, stdout
+from common.console import print_line, stdout
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, read_journal
 from pipeline.features.config import STAGE, CacheConfig
@@ -79,20 +79,20 @@ def print_plan(
     most = max(tiles.values(), default=0)
     rate = journal_rate(read_journal(dataset, STAGE), config.scope(tile_px, "cls"))
     if rate is None:
-        say(
+        print_line(
             "cache: no rate is measured yet for this encoder, view and tile size: cache a small "
             "selection first, then ask again"
         )
     else:
         seconds = most / (rate.tiles_per_s * workers)
-        say(
+        print_line(
             f"cache: {format_seconds(seconds)} with {workers} worker{'s' if workers > 1 else ''} "
             f"at {rate.tiles_per_s:.3g} tiles/s each ({rate.source})"
         )
     if any(kind != "cls" for kind in config.kinds) and config.encoder == "h0-mini":
         share = 100 * _H0_MINI_GFLOP / _STEP_GFLOP
         again = f"{format_seconds(most / rate.tiles_per_s)} of one worker" if rate else "that time"
-        say(
+        print_line(
             f"instead of storing tokens, training can compute them (alignment.source=online): "
             f"no bytes, {_H0_MINI_GFLOP:.0f} of {_STEP_GFLOP:,.0f} GFLOP per tile ({share:.1f} % "
             f"of a step's operations), {again} for every epoch"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
@@ -218,7 +218,7 @@ class CacheStage(Stage[_SlideBlocks]):
         """Write encoder.json, or refuse features made otherwise."""
         claim_encoder(self.dataset, run, self.tile_px, self.config, self.encoder_record)
         if tasks:
-            say(f"cache: device: {self.config.device}, workers: {self.engine.workers}")
+            print_line(f"cache: device: {self.config.device}, workers: {self.engine.workers}")
 
     def make_bundles(
         self, tasks: Sequence[SlideTask], engine: EngineConfig

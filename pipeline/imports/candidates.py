@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from common.console import meter, say
+from common.console import open_meter, print_line
 from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
@@ -83,7 +83,7 @@ def record_candidates(
     shared = 0
     with (
         Run(dataset, TISSUE, stage_versions()) as run,
-        meter("import", len(slides), "slides") as progress,
+        open_meter("import", len(slides), "slides") as progress,
     ):
         writer = CandidatesWriter(dataset, run, fingerprints, summary)
         unions = _union_by_slide(identity["seed"], slides, imported)
@@ -100,9 +100,13 @@ def record_candidates(
     _write_selections(dataset, imported, ranks, fingerprints, identity["seed"], detector, summary)
     for tiles, count in zip(imported, duplicates.tolist(), strict=True):
         if count:
-            say(f"import: {count:,} rows of '{tiles.name}' repeat a tile of it and were dropped")
+            print_line(
+                f"import: {count:,} rows of '{tiles.name}' repeat a tile of it and were dropped"
+            )
     if shared:
-        say(f"import: {shared:,} tiles are in more than one of these selections: do they overlap?")
+        print_line(
+            f"import: {shared:,} tiles are in more than one of these selections: do they overlap?"
+        )
     return report_summary(summary, dataset.root / "candidates")
 
 
@@ -205,7 +209,7 @@ def _write_selections(
         if ledger.done(tiles.name, draft.fingerprint) is None:
             drafts.append(draft)
         else:
-            say(f"import: {_describe(draft.selection)} already there, nothing to redo")
+            print_line(f"import: {_describe(draft.selection)} already there, nothing to redo")
     _check_dependents(dataset, drafts, ledger)
     with Run(dataset, SELECT, stage_versions()) as run:
         for draft in drafts:
@@ -219,7 +223,7 @@ def _write_selections(
             summary.files += 1
             summary.bytes += record.bytes
             file = dataset.selection_file(selection.name)
-            say(f"import: {_describe(selection)}, wrote {file}")
+            print_line(f"import: {_describe(selection)}, wrote {file}")
 
 
 def _describe(selection: Selection) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
-from common.options import option, option_field, parse_count
+from common.options import option_field, option_metadata, parse_count
 from pipeline.options import (
     MAX_ARTIFACT,
     MIN_TISSUE,
@@ -22,8 +22,10 @@ from pipeline.tiles.config import PNG_CODECS
 Anchor = Literal["corner", "center"]
 Units = Literal["", "level0", "level", "mpp"]
 
-_ANCHOR = option("what of the tile a position is: its upper left corner, or its centre")
-_DROP_OUTSIDE = option("leave out tiles that are not wholly on their slide (default: refuse)")
+_ANCHOR = option_metadata("what of the tile a position is: its upper left corner, or its centre")
+_DROP_OUTSIDE = option_metadata(
+    "leave out tiles that are not wholly on their slide (default: refuse)"
+)
 
 
 def _column(of: str, role: str) -> str:
@@ -67,7 +69,7 @@ class CoordinatesConfig:
     """
 
     files: tuple[tuple[str, Path], ...] = field(
-        metadata=option(
+        metadata=option_metadata(
             "a CSV or Parquet table and the selection that it becomes; all of them in one call",
             metavar="NAME=FILE", positional=True, parse=parse_named_file,
         )
@@ -89,11 +91,11 @@ class H5Config:
     """
 
     folder: Path = field(
-        metadata=option(
+        metadata=option_metadata(
             "folder of <slide_id>.h5 or <slide_id>_patches.h5", metavar="FOLDER", positional=True
         )
     )
-    name: str = field(metadata=option("the selection that they become"))
+    name: str = field(metadata=option_metadata("the selection that they become"))
     anchor: Anchor = option_field("corner", _ANCHOR)
     drop_outside: bool = option_field(False, _DROP_OUTSIDE)
 
@@ -103,12 +105,12 @@ class TilesConfig:
     """Where pictures are and what they are: µm per pixel, size in pixels, what names say."""
 
     source: Path = field(
-        metadata=option(
+        metadata=option_metadata(
             "folder of <slide>/<tile>.png or .jpeg, at any depth; or a CSV with path and slide",
             metavar="FOLDER", positional=True,
         )
     )  # fmt: skip
-    mpp: float = field(metadata=option("µm per pixel of the pictures", parse=parse_mpp))
+    mpp: float = field(metadata=option_metadata("µm per pixel of the pictures", parse=parse_mpp))
     tile_px: int = option_field(224, "side of the pictures in pixels", parse=parse_count)
     seed: int = option_field(0, RANK_SEED)
     names: Literal["none", "x_y", "col_row"] = option_field(
@@ -155,7 +157,7 @@ class MasksConfig:
     """
 
     folder: Path = field(
-        metadata=option(
+        metadata=option_metadata(
             "folder of <slide_id>.geojson (QuPath) or .png", metavar="FOLDER", positional=True
         )
     )

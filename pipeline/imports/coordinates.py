@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
 from common.text import list_some
@@ -97,7 +97,7 @@ def _place_table(
             raise UserError(
                 f"{what}; are --units and --anchor right? --drop-outside leaves them out"
             )
-        say(f"import: {what}; left out")
+        print_line(f"import: {what}; left out")
     origin = {"file": table.path.name, "units": table.units, "anchor": config.anchor}
     return ImportedTiles(name, codes[is_inside], x[is_inside], y[is_inside], origin)
 
@@ -107,7 +107,7 @@ def _report_unknown(table: PositionTable, slide_index: Ints) -> None:
     counts = np.bincount(table.codes, minlength=len(table.slides))
     unknown = [table.slides[i] for i in np.flatnonzero((slide_index < 0) & (counts > 0))]
     if unknown:
-        say(
+        print_line(
             f"import: {table.path}: {counts[slide_index < 0].sum():,} rows are of "
             f"{len(unknown):,} slides that are not among the usable ones of this dataset: "
             f"{list_some(unknown)}"

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.console import meter
+from common.console import open_meter
 from common.errors import UserError
 from common.files import write_bytes
 from pipeline.dataset import (
@@ -59,7 +59,7 @@ def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineCo
         for entry in entries:
             summary.add(entry)
 
-    with meter("geojson", len(tasks), "slides") as progress:
+    with open_meter("geojson", len(tasks), "slides") as progress:
         run_tasks(export_slide, tasks, engine, add_entries, progress)
         summary.seconds = progress.seconds
     return report_summary(summary, out)

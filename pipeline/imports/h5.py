@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
 from common.text import list_some, one_line
@@ -87,7 +87,7 @@ def find_files(folder: Path, slides: Sequence[Slide], known: Sequence[str]) -> d
             f"{slides[0].slide_id}.h5, there: {', '.join(unknown[:3]) or 'none'}"
         )
     if unknown:
-        say(
+        print_line(
             f"import: {len(unknown):,} h5 files are of no usable slide of this dataset: "
             f"{list_some(unknown)}"
         )
@@ -156,7 +156,7 @@ def _place_patches(
         )
         if not config.drop_outside:
             raise UserError(f"{what}; --drop-outside leaves them out")
-        say(f"import: {what}; left out")
+        print_line(f"import: {what}; left out")
     if not is_inside.any():
         raise UserError(f"{config.folder}: no tile is on its slide; nothing was written")
     origin = {"folder": config.folder.name, "anchor": config.anchor, "files": len(patches)}
@@ -169,11 +169,11 @@ def _report_sizes(
     """Report how many slides have patches of another size than our tiles."""
     tools = " and ".join(sorted({slide_patches.tool for slide_patches in patches.values()}))
     total = sum(len(slide_patches.corners) for slide_patches in patches.values())
-    say(f"import: {total:,} patches of {len(patches):,} slides, written by {tools}")
+    print_line(f"import: {total:,} patches of {len(patches):,} slides, written by {tools}")
     different = [i for i, found in patches.items() if abs(found.size - frames.size[i]) > 1]
     if different:
         index = different[0]
-        say(
+        print_line(
             f"import: on {len(different):,} of {len(patches):,} slides a patch is not as large as "
             f"a tile of this dataset: {slides[index].slide_id} {patches[index].size:g} against "
             f"{frames.size[index]:g} level-0 px; see --anchor"

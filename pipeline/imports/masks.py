@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
 from common.text import list_some, one_line
@@ -125,7 +125,9 @@ def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
         )
     if files:
         strangers = list_some([*files])
-        say(f"import: {len(files):,} masks are of no usable slide of this dataset: {strangers}")
+        print_line(
+            f"import: {len(files):,} masks are of no usable slide of this dataset: {strangers}"
+        )
     return masks
 
 
@@ -261,7 +263,9 @@ class ImportMasksStage(Stage[Slide]):
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Remind of selections that name former candidates."""
         if summary.done_slides and self.dataset.selection_names():
-            say("import: candidates changed; make the selections again, they name the former ones")
+            print_line(
+                "import: candidates changed; make the selections again, they name the former ones"
+            )
 
     @property
     def output_path(self) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from common.console import EXIT_OK, EXIT_USAGE, say, stdout
+from common.console import EXIT_OK, EXIT_USAGE, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes
 from pipeline.dataset import Dataset, Run, software_versions
@@ -32,16 +32,18 @@ def run_recipe(recipe: Recipe, *, max_bytes: int | None = None, dry_run: bool = 
     root = next((step.dataset for step in recipe.steps if step.dataset is not None), Path("."))
     with Run(Dataset(root), "run", software_versions()) as log:
         for number, step in enumerate(recipe.steps, 1):
-            say(f"run: step {number} of {len(recipe.steps)}: {step}")
+            print_line(f"run: step {number} of {len(recipe.steps)}: {step}")
             log.event("step begun", number=number, command=str(step))
             status = _run_step(step)
             log.event("step ended", number=number, status=status)
             worst = max(worst, status)
             if status >= EXIT_USAGE:
-                say(f"run: step {number} ({step.name}) ended with status {status}: stopped there")
+                print_line(
+                    f"run: step {number} ({step.name}) ended with status {status}: stopped there"
+                )
                 return worst
     tail = "" if worst == EXIT_OK else "; some slides failed, see `pipeline status`"
-    say(f"run: all {len(recipe.steps)} steps of {recipe.path} are done{tail}")
+    print_line(f"run: all {len(recipe.steps)} steps of {recipe.path} are done{tail}")
     return worst
 
 
@@ -79,7 +81,7 @@ def _print_plans(recipe: Recipe, plans: Iterable[tuple[Step, StepPlan]]) -> None
     stdout.print(table)
     for _, plan in plans:
         if not plan.is_known:
-            say(f"run: what `{plan.name}` takes is not in the plan")
+            print_line(f"run: what `{plan.name}` takes is not in the plan")
     for root, written in by_root.items():
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         size, files = sum(plan.bytes for plan in written), sum(plan.files for plan in written)
@@ -87,7 +89,7 @@ def _print_plans(recipe: Recipe, plans: Iterable[tuple[Step, StepPlan]]) -> None
         # A file system without a fixed number of inodes states 0 of them.
         room, inodes = disk.f_frsize * disk.f_bavail, disk.f_favail or files
         fits = "fits" if size <= room and files <= inodes else "DOES NOT FIT"
-        say(
+        print_line(
             f"run: {root}: {format_bytes(size)} in {files:,} files (inodes) to write, "
             f"{format_bytes(room)} and {inodes:,} inodes free: {fits}"
         )

@@ -26,7 +26,7 @@ import yaml
 
 from common.errors import UserError
 from common.plain_yaml import load_yaml
-from common.text import nearest, one_line
+from common.text import find_nearest, one_line
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
 _KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")
@@ -137,7 +137,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
 
 
 def _suggest(word: object, known: Iterable[str]) -> str:
-    close = nearest(str(word), known)
+    close = find_nearest(str(word), known)
     return f" (did you mean {close}?)" if close else f"; known are {', '.join(known)}"
 
 

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from common.console import meter, say
+from common.console import open_meter, print_line
 from common.text import format_bytes
 from pipeline.dataset import Dataset, commit_bytes, new_run_id
 from pipeline.dataset.commit import clean_staging
@@ -30,7 +30,7 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
     is_new = False
     try:
         missing = [thumb for thumb in thumbs if not thumb.is_fresh]
-        with meter("report", len(missing), "pictures") as progress:
+        with open_meter("report", len(missing), "pictures") as progress:
             threads = workers or len(os.sched_getaffinity(0))
             errors = make_thumbs(target, run_id, missing, threads, progress.advance)
         tissue = os.path.relpath((dataset.root / "tissue").absolute(), out).replace(os.sep, "/")
@@ -44,12 +44,12 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
         with suppress(OSError):  # another run may be writing
             target.staging_dir(run_id).parent.rmdir()
     for slide_id, error in sorted(errors.items()):
-        say(f"report: no small picture of {slide_id}: {error}")
+        print_line(f"report: no small picture of {slide_id}: {error}")
     made = len(missing) - len(errors)
     if not made and not is_new:
-        say(f"report: {len(slides):,} slides, already done, nothing to redo: {out / PAGE}")
+        print_line(f"report: {len(slides):,} slides, already done, nothing to redo: {out / PAGE}")
         return 0
-    say(
+    print_line(
         f"report: {len(slides):,} slides; wrote {made:,} of {len(thumbs):,} small pictures and "
         f"{out / PAGE} ({format_bytes(len(page))}); open it in a browser"
     )

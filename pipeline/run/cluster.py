@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import build, read_yaml
+from common.config import build_config, read_yaml
 from common.errors import UserError
 from common.text import one_line
 
@@ -118,7 +118,7 @@ def load_cluster(path: Path, stage: str) -> ClusterConfig:
     """
     shared, own = read_cluster_file(path, stage)
     try:
-        return build(ClusterConfig, {**shared, **own})
+        return build_config(ClusterConfig, {**shared, **own})
     except UserError as error:
         raise UserError(f"--cluster {path}: {error}") from None
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from common.console import Meter, say
+from common.console import Meter, print_line
 from common.errors import UserError
-from common.redact import redact
+from common.redact import redact_secrets
 from common.text import format_seconds, one_line
 from pipeline.dataset import Entry
 from pipeline.dataset.journal import decode_line
@@ -101,7 +101,7 @@ def run_bundles(
         )  # fmt: skip
         check = None
         if config.cluster:
-            say(
+            print_line(
                 f"{config.cluster.system}: jobs: up to {config.cluster.max_jobs}, workers in "
                 f"each: {config.cluster.workers}, logs in {config.cluster.log_dir}"
             )
@@ -235,7 +235,7 @@ class Drain:
         if "units" in message:
             self._progress.report_units(message["slide_id"], message["units"])
         elif "note" in message:
-            self._actions.put(partial(say, message["note"]))
+            self._actions.put(partial(print_line, message["note"]))
         else:
             self._actions.put(partial(self._take_early, message))
 
@@ -319,7 +319,7 @@ class Drain:
         elif len(flight.rest) > 1:
             self._try_apart(flight)
         else:
-            text = redact(one_line(error, 10_000))[:200]
+            text = redact_secrets(one_line(error, 10_000))[:200]
             reason = f"internal error: {type(error).__name__}: {text}"
             self._take_entries(flight, flight.slide.failed(reason))
 
@@ -356,7 +356,7 @@ class Drain:
         # Once per run: what one slide wastes, others may waste too.
         if attempts.wasted_a_whole_life and not self._has_warned:
             self._has_warned = True
-            say(
+            print_line(
                 f"{slide_id}: workers ended before it did, up to "
                 f"{format_seconds(attempts.longest_s)} after it began: is the walltime long enough?"
             )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
-from common.console import meter
+from common.console import open_meter
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -202,6 +202,6 @@ def _run_tasks(
         for entry in entries:
             summary.add(entry)
 
-    with meter(summary.stage, total, stage.unit) as progress:
+    with open_meter(summary.stage, total, stage.unit) as progress:
         run_bundles(work, bundles, engine, on_entries, progress, runs[0])
         summary.seconds = progress.seconds

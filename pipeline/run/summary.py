@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
-from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
-from common.redact import redact
+from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
+from common.redact import redact_secrets
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Entry
 
@@ -71,7 +71,7 @@ def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
     total = summary.counts.get(rate_of, 0)
     if total and summary.seconds > 0:
         line += f" ({total / summary.seconds:.1f} {rate_of}/s)"
-    say(line)
+    print_line(line)
     return summary.status
 
 
@@ -83,7 +83,7 @@ def _print_reasons(summary: Summary) -> None:
     table = Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
     for outcome, slide_id, reason in rows[:_ROWS_SHOWN]:
         # As plain text: a reason quotes what others wrote, and may contain rich's brackets.
-        table.add_row(Text(slide_id), outcome, Text(redact(reason)))
+        table.add_row(Text(slide_id), outcome, Text(redact_secrets(reason)))
     stdout.print(table)
     if len(rows) > _ROWS_SHOWN:
-        say(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")
+        print_line(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")

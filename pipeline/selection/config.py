@@ -4,26 +4,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.options import option, option_field, parse_count
+from common.options import option_field, option_metadata, parse_count
 from pipeline.options import SELECTIONS
 
 Share = Literal["tiles", "slides"]
 
-_STRATIFY = option(
+_STRATIFY = option_metadata(
     "what the budget is divided among", choices=("site", "project", "project+site", "none")
 )
-_SHARE = option("whether a stratum's share is that of its candidate tiles or of its slides")
-_COVER = option(
+_SHARE = option_metadata(
+    "whether a stratum's share is that of its candidate tiles or of its slides"
+)
+_COVER = option_metadata(
     "what a hold-out covers: project, site (in proportion), site=N (at least N)",
     metavar="LIST", separator=",",
 )  # fmt: skip
-_SAMPLE_TYPES = option(
+_SAMPLE_TYPES = option_metadata(
     "TCGA sample types to take, such as 01,06 (default: all)", metavar="LIST", separator=","
 )
-_MIN_CANDIDATES = option(
+_MIN_CANDIDATES = option_metadata(
     "leave out slides with fewer candidate tiles", metavar="N", parse=parse_count
 )
-_FROZEN = option("take frozen sections as well")
+_FROZEN = option_metadata("take frozen sections as well")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Rules:
 class SelectConfig:
     """What a selection is to be; `tiles` None takes all there is."""
 
-    name: str = field(metadata=option("the selection's name", is_optional=True))
+    name: str = field(metadata=option_metadata("the selection's name", is_optional=True))
     tiles: int | None = option_field(
         None, "number of tiles (default: all there are)", parse=parse_count
     )
@@ -133,10 +135,14 @@ class CurateConfig:
     """
 
     labels: Path = field(
-        metadata=option("columns slide_id, rank, label (usable or artifact)", metavar="CSV")
+        metadata=option_metadata(
+            "columns slide_id, rank, label (usable or artifact)", metavar="CSV"
+        )
     )
     encoder: str = field(
-        metadata=option("whose cached CLS features to use", flag="--features", metavar="ENCODER")
+        metadata=option_metadata(
+            "whose cached CLS features to use", flag="--features", metavar="ENCODER"
+        )
     )
     name: str = option_field("curated", "name of the deny-list; selection S is cleaned as S-NAME")
     view: str = option_field("", "preprocessing view of the features (default: none)")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from common.console import EXIT_OK, say, stdout
+from common.console import EXIT_OK, print_line, stdout
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
@@ -81,7 +81,9 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     work = _Curation(dataset, config, tissue.cohort, selections, shards, trained, fingerprint)
     status = run_stage(_ScoreStage(work), engine)
     if status != EXIT_OK:
-        say("curate: without all scores no deny-list is written; fix the slides and run again")
+        print_line(
+            "curate: without all scores no deny-list is written; fix the slides and run again"
+        )
         return status
     _write_result(work, labels, store.record)
     for name in selections:
@@ -219,7 +221,7 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
     )  # fmt: skip
     scope = f"{config.name}/result"
     if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
-        say(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
+        print_line(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
         return
     _check_dependents(dataset, config, work.selections, rows.content_hash)
     removed = {name: _removed_by_site(work, name, denied) for name in work.selections}
@@ -243,7 +245,9 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
     for name, table in removed.items():
         print_removed(name, table)
     share = rows.rows / max(1, scored)
-    say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
+    print_line(
+        f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}"
+    )
 
 
 def _selection_hashes(work: _Curation) -> dict[str, str]:
@@ -340,7 +344,7 @@ def print_trained(config: CurateConfig, labels: Labels, trained: Trained, is_ran
         rest = (fold.artifact_removed, fold.artifact_kept, fold.usable_removed, fold.usable_kept)
         table.add_row(str(number), str(fold.tiles), str(fold.patients), auc, *map(str, rest))
     stdout.print(table)
-    say(
+    print_line(
         f"curate: threshold {trained.threshold:.4g} keeps {trained.usable_recall:.2%} of usable "
         f"tiles (at least {config.usable_recall:.2%} asked) and removes "
         f"{trained.artifact_recall:.2%} of artifacts; ROC-AUC {trained.roc_auc:.4f}, all on tiles "
@@ -357,4 +361,4 @@ def print_removed(name: str, table: Mapping[str, Mapping[str, int]]) -> None:
         shown.add_row(site or "not stated", f"{tiles:,}", f"{gone:,}", f"{gone / tiles:.2%}")
     stdout.print(shown)
     if len(order) > _SITES_SHOWN:
-        say(f"... and {len(order) - _SITES_SHOWN} sites more, in report.json")
+        print_line(f"... and {len(order) - _SITES_SHOWN} sites more, in report.json")

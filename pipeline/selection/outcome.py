@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from common.console import say, stdout
+from common.console import print_line, stdout
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import Exclusion
 from pipeline.selection.draw import Division
@@ -95,11 +95,11 @@ def print_selection(selection: Selection, path: object) -> None:
     """A new selection in three lines."""
     plan = plan_of(selection)
     for column, spread in plan["distribution"].items():
-        say(
+        print_line(
             f"{selection.name}: {spread['covered']} of {spread['of']} {column}s, Jensen-Shannon "
             f"divergence of tiles from the cohort {spread['jsd_bits_tiles'] or 0.0:.2g} bits"
         )
-    say(
+    print_line(
         f"select: {selection.rows:,} tiles of {len(selection.slide_ids):,} slides in "
         f"{len(plan['strata'])} strata ({plan['parameters']['stratify']}), wrote {path}"
     )
@@ -115,7 +115,7 @@ def print_below_quota(division: Division) -> None:
     for row in below[:_ROWS_SHOWN]:
         table.add_row(row.name, f"{row.slides:,}", f"{row.quota:,.1f}", f"{row.selected:,}")
     stdout.print(table)
-    say(
+    print_line(
         f"select: {len(below)} strata give less than their share for want of candidates; their "
         f"{lost:,.0f} tiles went to the others (all are listed in the plan)"
     )

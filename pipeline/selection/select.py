@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
@@ -97,7 +97,7 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     if all(ledger.done(name, fingerprints[name]) for name in config.names):
         for name in config.names:
             rows = read_selection(dataset, name).rows
-            say(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
+            print_line(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
     # Only a part of an imported selection is sure to be on its side of the split.
     if not config.parent:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
 from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
 from pipeline.dataset.tables.selections import read_plan
@@ -139,7 +139,7 @@ def remove_selection(dataset: Dataset, name: str) -> None:
         run.append([Entry(name, "pruned", _REMOVED, "removed by the user")])
         path.unlink(missing_ok=True)
         excluded_file(dataset, name).unlink(missing_ok=True)
-    say(f"select: removed selection '{name}'; tiles and features stay")
+    print_line(f"select: removed selection '{name}'; tiles and features stay")
 
 
 def excluded_file(dataset: Dataset, name: str) -> Path:

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from common.console import meter, say
+from common.console import open_meter, print_line
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, commit_bytes, new_run_id, write_selection, write_slides
 from pipeline.dataset.commit import clean_staging
@@ -18,7 +18,7 @@ def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
     """Write slides.parquet, selections/*.parquet, excluded.csv and report.html under `out`."""
     table = read_cohort_csv(table_file, config.candidates)
     target, run_id = Dataset(out), new_run_id()
-    with meter("plan-cohort", len(config.train) + 3, "selections") as progress:
+    with open_meter("plan-cohort", len(config.train) + 3, "selections") as progress:
         slides = write_slides(target, run_id, table.slides)
         planned = plan_selections(table, config, slides.sha256)
         size = slides.bytes
@@ -35,7 +35,7 @@ def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
         seconds = progress.seconds
     print_exclusions("plan-cohort", planned.excluded)
     print_outcomes([outcome_of(selection) for selection in planned.selections.values()])
-    say(
+    print_line(
         f"plan-cohort: {len(table.slides):,} slides planned in {format_seconds(seconds)}; wrote "
         f"{format_bytes(size)}: {out / 'report.html'} and {out / 'selections'}"
     )

@@ -9,8 +9,8 @@ from typing import Literal
 from common.errors import UserError
 from common.options import (
     number_within,
-    option,
     option_field,
+    option_metadata,
     parse_count,
     parse_count_or_zero,
     parse_seconds,
@@ -39,7 +39,7 @@ class StageIn:
     command: str = field(
         default="",
         repr=False,  # Dask logs the arguments of what raises
-        metadata=option(
+        metadata=option_metadata(
             "fetch each slide to local scratch with this command, delete it after; also {id} "
             "(before the last / of the uri), {name}, {dir}",
             flag="--stage-in", metavar="'CMD {uri} {dest}'",
@@ -105,7 +105,7 @@ class ScanConfig:
     """What to scan, and the resolution (µm per pixel) and size (pixels) of the tiles."""
 
     inputs: tuple[str, ...] = field(
-        metadata=option(
+        metadata=option_metadata(
             "folders, files, globs, a CSV with a path column, or a GDC manifest",
             metavar="SLIDES", positional=True,
         )

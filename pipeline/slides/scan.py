@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from common.console import say
+from common.console import print_line
 from common.errors import UserError
-from common.redact import redact
+from common.redact import redact_secrets
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -59,7 +59,7 @@ def _slide_of_entry(entry: Entry) -> Slide:
     """The slide of a journal line; one whose worker died has only what was known before."""
     values = dict(entry.values)
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
-    values["reason"] = "" if entry.outcome == "done" else redact(entry.reason)
+    values["reason"] = "" if entry.outcome == "done" else redact_secrets(entry.reason)
     if entry.outcome == "failed":
         values["status"] = "failed"
     return Slide(**({"slide_id": entry.slide_id, "path": ""} | values))
@@ -257,7 +257,9 @@ class ScanStage(Stage[SlideEntry]):
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Write slides.parquet; the elements of a job array leave it to one more scan."""
         if engine.is_part:
-            say(f"{self.output_path} is written by one more `scan`, without --array, at the end")
+            print_line(
+                f"{self.output_path} is written by one more `scan`, without --array, at the end"
+            )
         else:
             record_slides(self.dataset, runs[0], summary)
 

@@ -21,7 +21,7 @@ from time import sleep
 from common.errors import UserError
 from common.files import hash_file
 from common.processes import is_process_alive
-from common.redact import HIDDEN, redact, secrets_in
+from common.redact import HIDDEN, redact_secrets, secrets_in
 from pipeline.dataset import Slide
 from pipeline.slides.config import JOB_SCRATCH, StageIn
 
@@ -121,7 +121,7 @@ def _without_secrets(argv: list[str], text: str) -> str:
     """
     for secret in secrets_in(shlex.join(argv)):
         text = text.replace(secret, HIDDEN)
-    return redact(text)
+    return redact_secrets(text)
 
 
 def _run_command(argv: list[str], timeout_s: float) -> str:

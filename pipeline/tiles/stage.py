@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.console import EXIT_OK, say
+from common.console import EXIT_OK, print_line
 from common.errors import UserError
 from pipeline.dataset import (
     BLOCK_ROWS,
@@ -62,7 +62,9 @@ def _nothing_to_cut(dataset: Dataset, config: TileConfig) -> int:
         raise UserError(
             f"--tile-px {config.tile_px}: {dataset.root} contains imported tiles, no slides"
         )
-    say(f"tile: {dataset.root} contains imported tiles: nothing to cut (lost ones: `import tiles`)")
+    print_line(
+        f"tile: {dataset.root} contains imported tiles: nothing to cut (lost ones: `import tiles`)"
+    )
     return EXIT_OK
 
 

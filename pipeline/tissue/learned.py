@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.text import nearest
+from common.text import find_nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.colour import glass_level
 from pipeline.tissue.detect import Detection
@@ -66,7 +66,7 @@ def read_description(path: Path) -> NetworkDescription:
     if not isinstance(values, dict):
         raise DetectorFileError(f"{path}: expected an object with {', '.join(_KEYS[:4])}")
     for key in values.keys() - set(_KEYS):
-        close = nearest(key, _KEYS)
+        close = find_nearest(key, _KEYS)
         hint = f"; did you mean '{close}'?" if close else f"; known: {', '.join(_KEYS)}"
         raise DetectorFileError(f"{path}: unknown key '{key}'{hint}")
     description = NetworkDescription(

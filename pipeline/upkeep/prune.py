@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from common.console import EXIT_OK, meter, say, stdout
+from common.console import EXIT_OK, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import (
@@ -91,14 +91,14 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
                 table.add_row(row.kind, f"{row.files:,}", format_bytes(row.bytes))
         stdout.print(table)
     for note in plan.notes:
-        say(f"note: {note}")
+        print_line(f"note: {note}")
     if not (plan.files or plan.folders or plan.entries):
-        say(f"prune: nothing to remove in {dataset.root}")
+        print_line(f"prune: nothing to remove in {dataset.root}")
         return EXIT_OK
     what = f"{plan.files:,} files, {format_bytes(plan.bytes)}"
     # Removing is the exception: tiles of a cohort take days to cut again.
     if not yes:
-        say(f"prune: would remove {what}; nothing was removed, give --yes to do it")
+        print_line(f"prune: would remove {what}; nothing was removed, give --yes to do it")
         return EXIT_OK
     try:
         seconds = _remove_planned(dataset, plan)
@@ -106,7 +106,7 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
         raise UserError(
             f"cannot remove {error.filename}: {error.strerror}; fix that and prune again"
         ) from error
-    say(f"prune: removed {what} from {dataset.root} in {format_seconds(seconds)}")
+    print_line(f"prune: removed {what} from {dataset.root} in {format_seconds(seconds)}")
     return EXIT_OK
 
 
@@ -231,7 +231,7 @@ def is_needed(ranks: Sequence[npt.NDArray[np.int32]], entry: Entry) -> bool:
 
 def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
     """Do it: lines first, then files. Returns seconds."""
-    with meter("prune", plan.files, "files") as progress:
+    with open_meter("prune", plan.files, "files") as progress:
         # What no journal names goes without a line.
         for folder in plan.folders:
             if folder.path.is_dir() and not folder.path.is_symlink():

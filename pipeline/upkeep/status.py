@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from common.console import say, stdout
-from common.redact import redact
+from common.console import print_line, stdout
+from common.redact import redact_secrets
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, Entry, Ledger, Selection, read_selection
 from pipeline.upkeep.activity import Running, list_running
@@ -95,7 +95,7 @@ def read_status(dataset: Dataset) -> Status:
             status = _stage_status(stage, scope, current, done)
             stages.append(status)
             failures += [
-                Failure(stage, scope, entry.slide_id, redact(entry.reason))
+                Failure(stage, scope, entry.slide_id, redact_secrets(entry.reason))
                 for rows in current.values()
                 for entry in rows
                 if entry.outcome == "failed"
@@ -177,7 +177,9 @@ def print_status(dataset: Dataset, *, as_json: bool = False) -> int:
     for run in status.running:
         _say_running(run)
     if not status.stages:
-        say(f"status: nothing has been done in {dataset.root} yet; begin with `pipeline scan`")
+        print_line(
+            f"status: nothing has been done in {dataset.root} yet; begin with `pipeline scan`"
+        )
         return 0
     table = Table("stage", "scope", "done", "rejected", "failed", "bytes", "tiles/s per worker")
     for row in status.stages:
@@ -190,7 +192,7 @@ def print_status(dataset: Dataset, *, as_json: bool = False) -> int:
     _say_failures(status.failures)
     total = sum(status.bytes.values())
     kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in status.bytes.items())
-    say(f"status: {format_bytes(total)} in {dataset.root}: {kinds}")
+    print_line(f"status: {format_bytes(total)} in {dataset.root}: {kinds}")
     return 0
 
 
@@ -199,12 +201,12 @@ def _say_running(run: Running) -> None:
     part = f" (element {run.array_task})" if run.array_task else ""
     where = f"{run.stage}{part} on {run.host}{job}, since {run.since}"
     if not run.alive:
-        say(f"killed: {where}, last log line {run.last}; run it again to go on")
+        print_line(f"killed: {where}, last log line {run.last}; run it again to go on")
         return
     rate = f", {run.rate:.3g} {run.unit}/s" if run.rate else ""
     left = f", {format_seconds(run.seconds_left)} left" if run.seconds_left is not None else ""
     progress = f"{run.done:,}/{run.total:,} {run.unit}{rate}{left}"
-    say(f"running: {where}: {progress}; slides in progress: {run.in_progress}")
+    print_line(f"running: {where}: {progress}; slides in progress: {run.in_progress}")
 
 
 def _say_failures(failures: list[Failure]) -> None:
@@ -215,9 +217,11 @@ def _say_failures(failures: list[Failure]) -> None:
     example = {(failure.stage, failure.reason): failure.slide for failure in reversed(failures)}
     for (stage, reason), count in reasons.most_common(_REASONS_SHOWN):
         more = f" and {count - 1:,} more" if count > 1 else ""
-        say(f"failed in {stage}: {example[stage, reason]}{more}: {reason}")
+        print_line(f"failed in {stage}: {example[stage, reason]}{more}: {reason}")
     if len(reasons) > _REASONS_SHOWN:
-        say(f"... and {len(reasons) - _REASONS_SHOWN:,} other reasons: `status --json` lists all")
+        print_line(
+            f"... and {len(reasons) - _REASONS_SHOWN:,} other reasons: `status --json` lists all"
+        )
 
 
 def _coverage_table(coverages: list[Coverage]) -> Table:

@@ -15,7 +15,7 @@ from typing import TypedDict
 
 import torchvision
 
-from common.console import EXIT_FAILURES, EXIT_OK, say, stdout
+from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
 from common.errors import UserError
 from common.files import hash_file, sync_directory, write_json
 from common.text import format_bytes
@@ -104,7 +104,9 @@ def fetch_weights(names: list[str], folder: Path, *, mirror: str = "") -> int:
     wanted = {item.name: item for item in map(_find_item, names)}
     failed = [item.name for item in wanted.values() if not _ensure_item(item, folder, mirror)]
     failures = f", {len(failed)} failed ({', '.join(failed)})" if failed else ""
-    say(f"weights: {len(wanted) - len(failed)} in {folder}{failures}; use them as --weights FILE")
+    print_line(
+        f"weights: {len(wanted) - len(failed)} in {folder}{failures}; use them as --weights FILE"
+    )
     return EXIT_FAILURES if failed else EXIT_OK
 
 
@@ -127,7 +129,7 @@ def _ensure_item(item: Item, folder: Path, mirror: str) -> bool:
     if record is not None:
         path = folder / record["file"]
         if path.is_file() and hash_file(path) == record["sha256"]:
-            say(f"{item.name}: is in {path}")
+            print_line(f"{item.name}: is in {path}")
             return True
     try:
         record = _fetch_item(item, folder, mirror)
@@ -135,16 +137,16 @@ def _ensure_item(item: Item, folder: Path, mirror: str) -> bool:
         records = {**_read_records(folder), item.name: record}
         write_json(folder / RECORDS, records)
     except UserError as error:
-        say(f"{item.name}: failed: {error}")
+        print_line(f"{item.name}: failed: {error}")
         return False
-    say(f"{item.name}: wrote {folder / record['file']}, {format_bytes(record['bytes'])}")
+    print_line(f"{item.name}: wrote {folder / record['file']}, {format_bytes(record['bytes'])}")
     return True
 
 
 def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
     """Fetch one item, check that it fits, and only then give it its name."""
     gating = f"; gated: {item.gating}" if item.gating else ""
-    say(f"{item.name}: from {item.published.id}; licence: {item.licence}{gating}")
+    print_line(f"{item.name}: from {item.published.id}; licence: {item.licence}{gating}")
     staging = folder / f".fetching-{item.name}"
     final = folder / f"{item.name}.safetensors"
     try:
@@ -163,7 +165,7 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
         try:
             weights_sha256 = item.check(staged)
         except MissingPackageError as error:
-            say(f"{item.name}: not checked against its network: {error}")
+            print_line(f"{item.name}: not checked against its network: {error}")
         record: WeightsRecord = {
             "file": final.name,
             "bytes": staged.stat().st_size,

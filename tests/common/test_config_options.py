@@ -12,29 +12,29 @@ from common.errors import UserError
 from common.options import (
     add_config_options,
     config_from_options,
-    option,
     option_field,
+    option_metadata,
     parse_count,
 )
 
 
 @dataclass(frozen=True)
 class Inner:
-    depth: int = field(default=3, metadata=option("how deep"))
+    depth: int = field(default=3, metadata=option_metadata("how deep"))
 
 
 @dataclass(frozen=True)
 class Config:
-    files: tuple[Path, ...] = field(metadata=option("files", positional=True))
-    out: Path = field(metadata=option("where to", metavar="DIR"))
-    name: str = field(default="a", metadata=option("100% of the name", flag="--called"))
-    rows: int | None = field(default=None, metadata=option("rows", parse=parse_count))
-    share: float = field(default=0.5, metadata=option("a share"))
-    kind: Literal["", "x", "y"] = field(default="", metadata=option("of what kind"))
-    exact: bool = field(default=False, metadata=option("exactly"))
-    skip: tuple[str, ...] = field(default=("z",), metadata=option("skipped"))
-    some: tuple[int, ...] = field(default=(), metadata=option("several words", many=True))
-    listed: tuple[str, ...] = field(default=(), metadata=option("a list", separator=","))
+    files: tuple[Path, ...] = field(metadata=option_metadata("files", positional=True))
+    out: Path = field(metadata=option_metadata("where to", metavar="DIR"))
+    name: str = field(default="a", metadata=option_metadata("100% of the name", flag="--called"))
+    rows: int | None = field(default=None, metadata=option_metadata("rows", parse=parse_count))
+    share: float = field(default=0.5, metadata=option_metadata("a share"))
+    kind: Literal["", "x", "y"] = field(default="", metadata=option_metadata("of what kind"))
+    exact: bool = field(default=False, metadata=option_metadata("exactly"))
+    skip: tuple[str, ...] = field(default=("z",), metadata=option_metadata("skipped"))
+    some: tuple[int, ...] = field(default=(), metadata=option_metadata("several words", many=True))
+    listed: tuple[str, ...] = field(default=(), metadata=option_metadata("a list", separator=","))
     inner: Inner = Inner()
     hidden: int = 7
 

@@ -129,7 +129,7 @@ def test_the_network_has_the_published_size(name: str) -> None:
         assert spec.parameters == same.parameters
         return
     with torch.device("meta"):
-        network = spec.construction.build()
+        network = spec.construction.build_network()
         output = network(torch.empty(1, 3, spec.input_px, spec.input_px))
     assert sum(p.numel() for p in network.parameters()) == spec.parameters
     assert output.shape == (1, *FACTS[name].network_output)
@@ -209,7 +209,9 @@ def test_inception_is_torchvisions_with_the_poolings_it_names(
         torch.manual_seed(1)
         oracle = theirs.Inception3(aux_logits=False, init_weights=False).eval()
     oracle.fc = nn.Identity()
-    ours = InceptionConstruction("fid" if variant == "fid" else "torchvision").build().eval()
+    ours = (
+        InceptionConstruction("fid" if variant == "fid" else "torchvision").build_network().eval()
+    )
     ours.load_state_dict(oracle.state_dict())
     if variant == "fid":
         functional = theirs.F
@@ -269,7 +271,7 @@ def anonymous_peak() -> Iterator[list[int]]:
 def write_seeded(spec: EncoderSpec, path: Path, dtype: torch.dtype) -> int:
     """A checkpoint of the whole network, without building it; returns its parameters."""
     with torch.device("meta"):
-        shapes = spec.construction.build().state_dict()
+        shapes = spec.construction.build_network().state_dict()
     generator = torch.Generator().manual_seed(0)
     tensors = {
         key: torch.empty(value.shape, dtype=dtype).normal_(0, 0.02, generator=generator)

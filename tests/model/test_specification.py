@@ -63,7 +63,7 @@ def training_step() -> dict[str, float]:
     image, latents = empty(1, 3, 224, 224, grad=True), empty(1, 4, 28, 28, grad=True)
     perceptual = PerceptualLoss("random:0").to("meta")
     with torch.device("meta"):
-        encoder = encoder_spec("h0-mini").construction.build()
+        encoder = encoder_spec("h0-mini").construction.build_network()
     generator = gflop(lambda: discriminator(image, frozen=True).sum().backward())
     return {
         "encoder": gflop(lambda: encode_and_back(vae)),

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.console import say
-from common.redact import HIDDEN, redact
+from common.console import print_line
+from common.redact import HIDDEN, redact_secrets
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Run, read_journal
 from pipeline.dataset.events import decode_event, read_events
@@ -83,8 +83,8 @@ SECRETS = {
     ],
 )
 def test_secrets_are_hidden(text: str, hidden: str) -> None:
-    assert redact(text, SECRETS) == hidden
-    assert redact(hidden, SECRETS) == hidden
+    assert redact_secrets(text, SECRETS) == hidden
+    assert redact_secrets(hidden, SECRETS) == hidden
 
 
 def test_a_secret_that_json_escapes_is_hidden_in_a_log(
@@ -101,7 +101,7 @@ def test_a_secret_that_json_escapes_is_hidden_in_a_log(
 @given(st.text(max_size=60), st.text(min_size=8, max_size=30), st.text(max_size=60))
 def test_no_named_secret_stays(before: str, secret: str, after: str) -> None:
     if secret not in HIDDEN * 20:
-        assert secret not in redact(before + secret + after, {"MY_API_KEY": secret})
+        assert secret not in redact_secrets(before + secret + after, {"MY_API_KEY": secret})
 
 
 def test_what_is_printed_logged_and_journalled_holds_no_secret(
@@ -112,7 +112,7 @@ def test_what_is_printed_logged_and_journalled_holds_no_secret(
     with Run(dataset, "scan", {}) as run:
         run.event("note", text="fetching with tok-1234567890")
         run.append([Entry("s", "failed", "f", "curl -H tok-1234567890: 403")])
-    say("token tok-1234567890")
+    print_line("token tok-1234567890")
     written = "".join(p.read_text() for p in (tmp_path / "status" / "scan").iterdir())
     assert written.count(HIDDEN) == 3
     assert "tok-1234567890" not in written + capsys.readouterr().out

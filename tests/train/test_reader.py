@@ -56,7 +56,7 @@ def test_tiles_come_with_their_own_features(train_dataset: Dataset) -> None:
     for batch in read(train_dataset):
         assert batch.cls is not None
         assert batch.tokens is not None
-        for place, row in enumerate(stream.batch(batch.step)):
+        for place, row in enumerate(stream.find_batch(batch.step)):
             slide = int(row.slide_id[2])
             cls, tokens = train_features(slide, row.rank)
             assert np.array_equal(batch.tiles[place].numpy(), train_tile(slide, row.rank))
@@ -74,7 +74,7 @@ def test_int8_tokens_read_as_float16(train_dataset: Dataset) -> None:
         batch = next(iter(reader))
     assert batch.tokens is not None
     assert batch.tokens.dtype == torch.float16
-    for place, row in enumerate(make_stream(train_dataset).batch(0)):
+    for place, row in enumerate(make_stream(train_dataset).find_batch(0)):
         _, tokens = train_features(int(row.slide_id[2]), row.rank)
         difference = np.abs(batch.tokens[place].numpy() - tokens)
         assert 0 < difference.max() <= np.abs(tokens).max() / 127
@@ -177,7 +177,7 @@ def test_each_block_is_read_once_a_cursor_visit(
         for block in {
             (row.slide_id, row.block)
             for t in range(cursor, stop, K)
-            for row in [stream.row(t, slot)]
+            for row in [stream.find_row(t, slot)]
         }
     )
     assert opened == visits
@@ -243,7 +243,7 @@ def first_step_of(dataset: Dataset, rank: int, *, after: int = 0) -> tuple[int, 
     return next(
         (t, slot)
         for t in range(after, 3 * stream.steps_per_epoch)
-        for slot, row in enumerate(stream.batch(t))
+        for slot, row in enumerate(stream.find_batch(t))
         if (row.slide_id, row.rank) == ("S.0-x", rank)
     )
 
@@ -274,7 +274,7 @@ def test_skipping_takes_the_cursors_previous_row_and_counts(tmp_path: Path) -> N
     batches = read(dataset, stop=step + 1, on_error="skip")
     assert [len(batch.damaged) for batch in batches] == [0] * step + [1]
     assert f"tile {rank} of slide S.0-x" in batches[step].damaged[0]
-    stand_in = stream.row(step - K, slot)
+    stand_in = stream.find_row(step - K, slot)
     expected = train_tile(int(stand_in.slide_id[2]), stand_in.rank)
     assert np.array_equal(batches[step].tiles[slot].numpy(), expected)
     resumed = read(dataset, first=step, stop=step + 1, on_error="skip")
@@ -284,10 +284,10 @@ def test_skipping_takes_the_cursors_previous_row_and_counts(tmp_path: Path) -> N
 def test_skipping_at_a_stretchs_start_takes_a_later_row(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     stream = make_stream(dataset)
-    slot, row = next((s, r) for s, r in enumerate(stream.batch(0)) if r.slide_id == "S.0-x")
+    slot, row = next((s, r) for s, r in enumerate(stream.find_batch(0)) if r.slide_id == "S.0-x")
     damage(dataset, row.rank)
     batch = read(dataset, stop=1, on_error="skip")[0]
-    later = stream.row(K, slot)
+    later = stream.find_row(K, slot)
     expected = train_tile(int(later.slide_id[2]), later.rank)
     assert np.array_equal(batch.tiles[slot].numpy(), expected)
 
@@ -314,7 +314,7 @@ def test_damaged_tokens_stop_or_are_skipped_with_their_file(tmp_path: Path) -> N
         batches("stop")
     skipped = 0
     for batch in batches("skip"):
-        rows = stream.batch(batch.step)
+        rows = stream.find_batch(batch.step)
         hit = [row for row in rows if (row.slide_id, row.block) == ("S.0-x", 1)]
         assert len(batch.damaged) == len(hit)
         assert all("S.0-x.0-48.parquet" in text for text in batch.damaged)

@@ -61,7 +61,7 @@ def test_batches_equal_the_oracle(
         return
     stream = Stream(table, seed=seed, batch_size=B, cursors=K)
     t = data.draw(st.integers(0, 3 * stream.steps_per_epoch))
-    rows = [(row.slide_id, row.rank) for row in stream.batch(t)]
+    rows = [(row.slide_id, row.rank) for row in stream.find_batch(t)]
     assert rows == oracle(selection, seed, B, K, t)
 
 
@@ -76,7 +76,7 @@ def test_no_row_twice_in_an_epoch_and_few_left_out(selection: Selection, B: int,
         seen = [
             (row.slide_id, row.rank)
             for t in range(first, first + stream.steps_per_epoch)
-            for row in stream.batch(t)
+            for row in stream.find_batch(t)
         ]
         assert len(seen) == len(set(seen))
         assert 0 <= selection.rows - len(seen) < B * K
@@ -91,7 +91,7 @@ def test_ranks_cut_the_batch_without_gap_or_overlap(num_ranks: int) -> None:
 def test_a_cursor_reads_a_block_from_end_to_end() -> None:
     selection = make_selection("s", {"a": np.arange(640, dtype=np.int32)}, {})
     stream = Stream(compile_blocks(selection), seed=0, batch_size=2, cursors=2)
-    rows = [stream.row(t, 1) for t in range(0, stream.steps_per_epoch, 2)]
+    rows = [stream.find_row(t, 1) for t in range(0, stream.steps_per_epoch, 2)]
     blocks = [row.block for row in rows]
     visits = [b for k, b in enumerate(blocks) if k == 0 or blocks[k - 1] != b]
     assert len(visits) == len(set(visits))
@@ -105,7 +105,7 @@ def test_neighbours_are_the_same_cursor_in_the_same_epoch() -> None:
     found = list(stream.cursor_neighbours(step))
     assert found[:2] == [step - 2, step - 4]
     assert sorted([*found, step]) == list(range(step - 4, 2 * stream.steps_per_epoch, 2))
-    assert {stream.row(t, 3).cursor for t in found} == {stream.row(step, 3).cursor}
+    assert {stream.find_row(t, 3).cursor for t in found} == {stream.find_row(step, 3).cursor}
 
 
 def test_epochs_and_seeds_shuffle_differently() -> None:
@@ -138,7 +138,7 @@ def test_a_mapped_table_is_the_table_and_is_not_in_memory(tmp_path: Path) -> Non
     assert mapped.content_hash == table.content_hash
     assert isinstance(mapped.blocks, np.memmap)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks.npy", "slides.json"]
-    batches = [Stream(t, seed=1, batch_size=3, cursors=2).batch(5) for t in (table, mapped)]
+    batches = [Stream(t, seed=1, batch_size=3, cursors=2).find_batch(5) for t in (table, mapped)]
     assert batches[0] == batches[1]
 
 

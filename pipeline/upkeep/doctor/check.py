@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common.console import EXIT_FAILURES, EXIT_OK, say
+from common.console import EXIT_FAILURES, EXIT_OK, print_line
 from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
 from pipeline.upkeep.doctor.machine import (
@@ -29,11 +29,11 @@ def doctor(config: DoctorConfig, *, as_json: bool = False) -> int:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))
         return EXIT_FAILURES if bad else EXIT_OK
     for finding in findings:
-        say(f"{_SIGNS[finding.state]} {finding.subject}: {finding.result}")
+        print_line(f"{_SIGNS[finding.state]} {finding.subject}: {finding.result}")
         if finding.fix:
-            say(f"          fix: {finding.fix}")
+            print_line(f"          fix: {finding.fix}")
     host = os.uname().nodename
-    say(f"doctor: {len(findings)} findings, {bad} bad, {warnings} warnings on {host}")
+    print_line(f"doctor: {len(findings)} findings, {bad} bad, {warnings} warnings on {host}")
     return EXIT_FAILURES if bad else EXIT_OK
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from common.console import EXIT_FAILURES, EXIT_OK, Meter, meter, say, stdout
+from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity
@@ -131,7 +131,7 @@ class Verification:
         expected = {path: [line.record for line in ls] for path, ls in inventory.named.items()}
         inside = {path: rows for path, rows in expected.items() if is_inside(path)}
         total = sum(records[-1].bytes for records in expected.values())
-        with meter("verify", total // _MB, "MB") as progress:
+        with open_meter("verify", total // _MB, "MB") as progress:
             advance = _ByteCounter(progress)
             damaged = damaged_files(self.dataset.root, inside, workers, advance)
             self.seconds = progress.seconds
@@ -182,13 +182,13 @@ class Verification:
         # A lost folder makes thousands of problems, with one fix.
         fixes = Counter(problem.fix for problem in self.problems[_ROWS_SHOWN:])
         for fix, count in fixes.most_common(_EXAMPLES):
-            say(f"... and {count:,} more: {fix}")
+            print_line(f"... and {count:,} more: {fix}")
         for note in self.notes:
-            say(note)
+            print_line(note)
         rate = f" ({self.bytes / _MB / self.seconds:.0f} MB/s)" if self.seconds > 0.05 else ""
         bad = len(self.problems)
         verdict = f"{bad:,} problem{'s'[: bad > 1]}" if bad else "all as written"
-        say(
+        print_line(
             f"verify: {self.files:,} files, {format_bytes(self.bytes)} checked in "
             f"{format_seconds(self.seconds)}{rate}: {verdict}"
         )
@@ -245,7 +245,7 @@ def _print_problems(problems: list[Problem]) -> None:
     longest = max(len(problem.path) for problem in problems)
     if longest + _WORDS_WIDTH > stdout.width:
         for problem in problems:
-            say(f"{problem.path}: {problem.what}; {problem.fix}")
+            print_line(f"{problem.path}: {problem.what}; {problem.fix}")
         return
     table = Table(title="verify: problems")
     table.add_column("file", no_wrap=True, min_width=longest)

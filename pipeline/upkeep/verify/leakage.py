@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 from rich.table import Table
 
-from common.console import EXIT_FAILURES, EXIT_OK, meter, say, stdout
+from common.console import EXIT_FAILURES, EXIT_OK, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_seconds
 from pipeline.dataset import (
@@ -244,7 +244,10 @@ def _compare_tiles(
             )
         return list(_slide_overlaps(dataset, slides[slide_id], tile, sides))
 
-    with meter("leakage", len(common), "slides") as progress, ThreadPoolExecutor(workers) as pool:
+    with (
+        open_meter("leakage", len(common), "slides") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         # In turns: results of a whole cohort would fill the memory before they are added up.
         for start in range(0, len(common), _SLIDES_PER_TURN):
             turn = common[start : start + _SLIDES_PER_TURN]
@@ -316,14 +319,14 @@ def _report_pairs(pairs: list[SelectionPair], notes: list[str], seconds: float) 
     stdout.print(table)
     for pair in pairs:
         for example in pair.examples if pair.leaks else ():
-            say(f"leak: {pair.seen.name} and {pair.held.name}: {example}")
+            print_line(f"leak: {pair.seen.name} and {pair.held.name}: {example}")
     for note in notes:
-        say(f"note: {note}")
+        print_line(f"note: {note}")
     # A selection is in several pairs, and is counted once.
     leaks = sum(pair.leaks for pair in pairs)
     selections = {id(s): s for pair in pairs for s in (pair.seen, pair.held)}
     rows = sum(selection.rows for selection in selections.values())
-    say(
+    print_line(
         f"verify --leakage: {len(selections)} selections, {rows:,} rows, {len(pairs)} pairs in "
         f"{format_seconds(seconds)}: {f'{leaks:,} leaks' if leaks else 'no leak'}"
     )
