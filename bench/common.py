@@ -69,6 +69,7 @@ def best_seconds(
     With `warm_up` a first round, which fills caches and compiles, is not counted.
     """
     best = dict.fromkeys(contenders, math.inf)
+    # In turns: what else the machine does then slows all contenders alike.
     for number in range(rounds + warm_up):
         for name, run in contenders.items():
             start = clock()
@@ -86,6 +87,7 @@ def device_clock(device: Any) -> Callable[[], float]:
     def clock() -> float:
         import torch
 
+        # Kernels run after the call that starts them has returned.
         torch.cuda.synchronize(device)
         return time.perf_counter()
 

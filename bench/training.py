@@ -238,6 +238,7 @@ def measure_step(
         clock = device_clock(device)
         started, done = clock(), 0
         while (spent := clock() - started) < seconds or done == 0:
+            # Several per reading, since the clock makes the host wait for the GPU.
             for at in range(3 if on_gpu else 1):
                 step(batches[at % 2])
                 done += 1
@@ -245,6 +246,7 @@ def measure_step(
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
+        # Freed here, or the next version would find the memory full.
         step = batches = None  # type: ignore[assignment]
         gc.collect()
         torch._dynamo.reset()

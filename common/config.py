@@ -33,12 +33,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"configuration {path}: cannot be read ({error})") from error
     except ValueError as error:
         raise UserError(f"configuration {path}: not YAML: {error}") from error
+    # An empty file is a configuration of defaults.
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(
-            f"configuration {path}: expected keys and values, got a {_kind_of_value(values)}"
-        )
+        kind = "list" if isinstance(values, list) else type(values).__name__
+        raise UserError(f"configuration {path}: expected keys and values, got a {kind}")
     return values
 
 
@@ -115,6 +115,7 @@ def _build_section(cls: type[T], values: Any, prefix: str, known: list[str]) -> 
         raise _mismatch_error(prefix.rstrip("."), "a section of keys", values)
     hints = get_type_hints(cls)
     names = [field.name for field in _settable_fields(cls)]
+    # Unknown keys come first: a misspelt key would else be reported as a missing one.
     for name in values:
         if name not in names:
             raise UserError(_unknown_key_message(f"{prefix}{name}", known))
@@ -158,6 +159,7 @@ def _check_scalar(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if value is False and "off" in args:
             value = "off"  # which YAML takes for false
+        # True equals 1: a boolean must not pass for a number among the choices.
         if value not in args or isinstance(value, bool) not in {isinstance(a, bool) for a in args}:
             raise _mismatch_error(key, "one of " + ", ".join(map(str, args)), value)
         return value
@@ -173,6 +175,7 @@ def _check_scalar(hint: Any, value: Any, key: str) -> Any:
     expected = {bool: "true or false", int: "a whole number", str: "text"}
     if hint not in expected:
         raise TypeError(f"{key}: configuration fields of type {hint} are not supported")
+    # Not isinstance: a bool is an int.
     if type(value) is not hint:
         raise _mismatch_error(key, expected[hint], value)
     return value
@@ -212,6 +215,7 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known if "." in key else known + sections, n=1)
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    # The same key in another section is likelier meant than a similar spelling.
     best = (same_leaf or near)[:1]
     hint = f"did you mean '{best[0]}'?" if best else f"sections are {', '.join(sections)}"
     return f"unknown configuration key '{key}': {hint}"
@@ -220,10 +224,6 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 def _mismatch_error(key: str, expected: str, value: Any) -> UserError:
     shown = str(value) if isinstance(value, str) else repr(value)
     return UserError(f"configuration key '{key}': expected {expected}, got '{shown}'")
-
-
-def _kind_of_value(value: Any) -> str:
-    return "list" if isinstance(value, list) else type(value).__name__
 
 
 def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:

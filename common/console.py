@@ -56,6 +56,7 @@ def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
     except (UserError, KeyboardInterrupt) as error:
         status = report_error(error)
     except BrokenPipeError:
+        # The reader has gone (`| head`): Python's last flush must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILURES
     sys.exit(status)
@@ -72,6 +73,7 @@ def report_error(error: UserError | KeyboardInterrupt) -> int:
 
 def _check_rooms(rooms: tuple[str, ...]) -> None:
     home = Path(__file__).resolve().parents[1]
+    # `python -m` searches the working folder before this project.
     for room in rooms:
         path = getattr(import_module(room), "__file__", None)
         if path is None or Path(path).resolve().parents[1] != home:
@@ -101,6 +103,7 @@ class Meter:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
+        # In a job's log a bar would leave a line per refresh.
         if stdout.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),

@@ -38,10 +38,12 @@ def replacing_file(final: Path, staged: Path | None = None) -> Iterator[IO[bytes
         staged.parent.mkdir(parents=True, exist_ok=True)
         with staged.open("wb") as file:
             yield file
+            # Bytes before the name: a power loss must not leave the final name on an empty file.
             file.flush()
             os.fsync(file.fileno())
         final.parent.mkdir(parents=True, exist_ok=True)
         staged.replace(final)
+        # A rename survives a power loss only once its folder is synced.
         sync_directory(final.parent)
     except OSError as error:
         staged.unlink(missing_ok=True)

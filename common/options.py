@@ -107,6 +107,7 @@ def config_from_options(
             continue
         if is_dataclass(hint) and isinstance(hint, type):
             values[item.name] = config_from_options(hint, options, f"{name}.")
+        # None was not given: the dataclass's default then holds.
         elif (value := getattr(options, name)) is not None:
             values[item.name] = tuple(value) if isinstance(value, list) else value
     return config(**values)
@@ -206,6 +207,7 @@ def number_within(least: float, most: float, expected: str) -> Callable[[str], f
         try:
             value = float(text)
         except ValueError:
+            # Within no limits, so that words are refused below like numbers out of range.
             value = float("nan")
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")

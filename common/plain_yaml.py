@@ -20,6 +20,7 @@ def load_yaml(text: str) -> Any:
     loader = None
     try:
         loader = yaml.SafeLoader(text)
+        # Nodes only: no value is made before all of them are counted.
         node = loader.get_single_node()
         if node is None:
             return None
@@ -47,6 +48,7 @@ def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:
         if count is None:
             raise ValueError("an alias refers to something that contains it")
         return count
+    # Begun but not counted: to meet it again below means that it contains itself.
     known[id(node)] = None
     below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
     total = 1 + sum(_count_values(part, known) for part in below)

@@ -53,11 +53,12 @@ def redact_secrets(text: str, environment: Mapping[str, str] = os.environ) -> st
     AWS_SECRET_ACCESS_KEY), passwords in addresses, tokens and signatures in queries, options and
     headers, with any quotes around them.
     """
+    # Values by themselves: a tool may print them without name or header.
     for name, value in environment.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
     for pattern in _PATTERNS:
-        text = pattern.sub(_hide_value, text)
+        text = pattern.sub(lambda match: match.groupdict().get("keep", "") + HIDDEN, text)
     return text
 
 
@@ -83,7 +84,3 @@ def secrets_in(command: str) -> list[str]:
     shown = set(_WORD.findall(redact_secrets(command)))
     hidden = {word for word in _WORD.findall(command) if word not in shown}
     return sorted((word for word in hidden if len(word) >= _SHORTEST), key=lambda word: -len(word))
-
-
-def _hide_value(found: re.Match[str]) -> str:
-    return found.groupdict().get("keep", "") + HIDDEN

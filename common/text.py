@@ -45,6 +45,7 @@ def format_seconds(seconds: float) -> str:
         return "unknown"
     if seconds < 60:
         return f"{seconds:.1f} s"
+    # Rounded before it is divided, so that no duration ends in 60 s.
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"

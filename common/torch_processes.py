@@ -43,6 +43,7 @@ class Processes:
 
     def agree_on_any(self, flags: Sequence[bool | Tensor]) -> list[bool]:
         """Whether each flag (bool or 0-dim tensor) is set on any process; waits for the device."""
+        # All flags in one exchange: each costs a round trip.
         values = torch.stack(
             [torch.as_tensor(flag, device=self.device).to(torch.float32) for flag in flags]
         )
@@ -75,6 +76,7 @@ class Processes:
                 results.append(work())
             except UserError as error:
                 mistake = error
+        # An empty list tells of a failure: without a message the others would wait for days.
         message = [results]
         dist.broadcast_object_list(message, src=0)
         if mistake is not None:
@@ -110,6 +112,7 @@ def joined_processes(
         yield Processes(device=chosen)
         return
     backend = gpu_backend if chosen.type == "cuda" else "gloo"
+    # By hand, to keep the store: in it the processes agree on who reports an error.
     store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
@@ -169,6 +172,7 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
             status = report_error(error) if first else EXIT_USAGE
         elif first:
             traceback.print_exception(error)
+    # What follows flushes nothing by itself.
     for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

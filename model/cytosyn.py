@@ -200,13 +200,7 @@ class CytoSyn(nn.Module):
         raw = self.sit.bn.denormalise(latents.to(self.device))
         with self._use_precision(dtype):
             images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
-        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(
-                f"{len(bad)} of {len(images)} images are not finite (first: {bad[0]}); look for "
-                "NaN in the features or the weights, or compute in bfloat16 or float32 instead of "
-                "float16"
-            )
+        _refuse_unfinite(images)
         return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -60,6 +60,7 @@ class Discriminator(nn.Module):
             *_normed_layer(4 * width, 8 * width, stride=1),
             nn.Conv2d(8 * width, 1, 4, stride=1, padding=1),
         )
+        # The initialisation of pix2pix, whose discriminator this is.
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)

@@ -137,6 +137,7 @@ def _vgg16_features() -> nn.Sequential:
 
 def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:
     """Published names to ours; the classifier is left out, absent heads come from `lpips`."""
+    # A file of VGG16 alone: LPIPS's heads come with its package.
     if not any(key.startswith("lin") for key in tensors):
         package = importlib.util.find_spec("lpips")
         if package is None or package.origin is None:

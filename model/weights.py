@@ -60,6 +60,7 @@ def parse_weights(weights: str) -> WeightsSource:
     if head == "hub":
         return WeightsSource("hub", tail)
     if head == "random":
+        # '²' is a digit for Python, but no number.
         if not (tail.isascii() and tail.isdigit()):
             raise WeightsError(
                 f"weights {weights!r}: random weights need a seed, a whole number from 0 up, "

@@ -250,6 +250,7 @@ def _collect_tensors(trainees: Trainees) -> dict[str, dict[str, Tensor]]:
         name: dict(network.state_dict()) for name, network in trainees.networks.items()
     }
     for name, optimizer in trainees.optimizers.items():
+        # PyTorch numbers parameters by their order; files have names, which outlive it.
         names = list(trainees.parameters(name))
         files[f"optimizer_{name}"] = {
             f"{names[index]}:{moment}": value

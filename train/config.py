@@ -220,6 +220,7 @@ class Config:
     def __post_init__(self) -> None:
         version = self.config_version
         check_setting(version == CONFIG_VERSION, "config_version", version, str(CONFIG_VERSION))
+        # Sizes that do not fit would fail in the first step only, as a tensor's shape.
         latent, down = self.model.sit.latent_size, self.model.vae.downsampling
         expected = f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}"
         good = self.data.tile_px == latent * down

@@ -30,6 +30,7 @@ def load_initial_weights(sit: SiT, vae: VAE, config: Config) -> None:
     if config.init.vae:
         path = weights_file(config.init.vae, "vae")
         published = _read_repa_e(path, "vae")
+        # No archive of REPA-E's trainer: a file of the network alone.
         if published is None:
             published = dict(VAE.load(path, vae.config).state_dict())
         fit_tensors(vae, published, source=str(path))

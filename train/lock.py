@@ -44,6 +44,7 @@ class RunLock:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # To append, since opening must not erase the holder's name.
             self._file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
@@ -70,6 +71,7 @@ class RunLock:
                 raise UserError(f"cannot lock {self.path}: {error.strerror}") from error
             print_line(f"warning: no locks at {self.path}: never start a second training there")
             return True
+        # Only for messages: the kernel's lock decides, not what is written here.
         holder: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid()}
         if job := os.environ.get("SLURM_JOB_ID"):
             holder["job"] = job

@@ -1,7 +1,6 @@
 """The networks, optimizers and averages of a run, built from its configuration."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from train.ema import Ema
 from train.initial import load_initial_weights, set_latent_statistics
 from train.losses import Networks
 from train.sync_norm import synchronise_norms
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def check_online(config: Config) -> None:
     from model.encoders import encoder_spec
 
     spec, sit = encoder_spec(config.data.encoder), config.model.sit
+    # Cached CLS tokens of a view and tokens of the tiles would be of two images.
     if config.data.view:
         raise UserError(
             f"data.view={config.data.view}: alignment.source=online computes tokens of the tiles "

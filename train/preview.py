@@ -87,6 +87,7 @@ def draw_samples(config: Config, sit: SiT, vae: VAE, fixed: FixedTiles) -> npt.N
     guides = fixed.tiles[: config.log.samples].numpy()
     features = None if fixed.cls is None else fixed.cls[: len(guides)]
     model = CytoSyn(sit, vae, interpolant=Interpolant(config.model.path))
+    # Without a condition, too, the row is as wide as that of the guides above it.
     with evaluation_mode(sit), evaluation_mode(vae):
         images = model.generate(
             features,

@@ -89,6 +89,7 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
     if "WORLD_SIZE" in environ or "SLURM_STEP_ID" not in environ or size == "1":
         return {}
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    # Jobs on one node, and steps of one job, must not meet on a port.
     step = int(environ["SLURM_JOB_ID"]) + 97 * int(environ["SLURM_STEP_ID"])
     return {
         "RANK": environ["SLURM_PROCID"],

@@ -58,6 +58,7 @@ class SlotReader:
             if self.on_error == "stop":
                 raise
             stand_in = self._read_stand_in(step)
+            # The tile's error says more than that of its last neighbour.
             if stand_in is None:
                 raise
             return stand_in, str(error)
@@ -129,6 +130,7 @@ class BatchReader:
         self._next = first_step
         self._stopped = False
         self._changed = threading.Condition()
+        # A thread without a slot would only wait.
         count = max(1, min(threads, len(slots)))
         self._threads = [
             threading.Thread(

@@ -141,6 +141,7 @@ class Reporter:
         stream, config = self.data.stream, self.config
         if self._start.step:
             print_line(f"going on from step {self._start.step} of {self.run_dir}")
+        # Such a run looks like any other until somebody trusts its images.
         if self.data.source.encoder_record.get("random_weights"):
             print_line(
                 "the encoder has RANDOM weights: conditions and alignment targets have no meaning"

@@ -155,6 +155,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
         remove_unfinished(run_dir)
         record = data.source.encoder_record
         header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
+        # Where a reader of the configuration cannot miss it.
         if record.get("random_weights"):
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
         write_text(run_dir / CONFIG_FILE, header + config.to_yaml())

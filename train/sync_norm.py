@@ -28,6 +28,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             assert self.num_batches_tracked is not None
             assert self.momentum is not None
             count = statistics.num_values
+            # As PyTorch does: running statistics take the unbiased variance.
             variance = statistics.variance * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(statistics.mean, self.momentum)
             self.running_var.lerp_(variance.to(statistics.variance.dtype), self.momentum)

@@ -46,6 +46,7 @@ def fixed_noise(config: Config, count: int, draws: int, index: int) -> FixedNois
     """
     sit = config.model.sit
     shape = (sit.latent_channels, sit.latent_size, sit.latent_size)
+    # Each draw has other slots, so that no two share their noise.
     slots = list(range(index * count, (index + 1) * count))
     seed, step = VALIDATION_SEED, VALIDATION_STEP
     part = uniform(seed, (), stream=RandomStream.TIME, step=step, slot=slots)

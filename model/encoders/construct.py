@@ -92,6 +92,7 @@ class _ConchImage(nn.Module):
 
 
 def _conch_model(image_px: int) -> Any:
+    # A package that is absent and one that fails to import need different advice.
     if importlib.util.find_spec("conch") is None:
         raise MissingPackageError(
             "encoder conch-v1 needs its package, which is not installed: "

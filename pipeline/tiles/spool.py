@@ -3,7 +3,6 @@
 import os
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 from common.errors import UserError
 
@@ -59,12 +58,7 @@ class Spool:
     def __enter__(self) -> "Spool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
