@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def best_seconds(
             if number >= warm_up:
                 best[name] = min(best[name], clock() - start)
     return best
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call."""
+
+    cpu: float
+    wall: float
+
+
+def clock_call(function: Callable[[], object]) -> Times:
+    """CPU seconds of this process and wall seconds that a call takes."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    function()
+    return Times(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def device_clock(device: Any) -> Callable[[], float]:

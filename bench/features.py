@@ -15,7 +15,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from bench.common import (
     SLIDES,
     best_seconds,
     candidates_table,
+    clock_call,
     commit_tiles,
     markdown,
     missed_goals,
@@ -78,13 +78,6 @@ WRITE_GOAL_MB_S = 400
 TOKEN_ROWS = 1024
 
 
-def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall seconds and seconds of CPU time of a call."""
-    began, cpu = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - began, time.process_time() - cpu
-
-
 def tiled(folder: Path) -> Dataset:
     """The committed slide's tiles."""
     return run_stages(
@@ -97,7 +90,7 @@ def tiled(folder: Path) -> Dataset:
 
 
 def enlarged(dataset: Dataset, slides: int, rows: int) -> list[str]:
-    """So many slides of so many tiles, in shards of the committed slide's PNGs over and over."""
+    """So many slides of so many 224 px tiles: in shards, the committed slide's PNGs."""
     store = TileStore(dataset, 224)
     pngs = list(chain(*(store.read_block_bytes(SLIDE, block).values() for block in range(3))))
     names = [f"slide-{number:02d}" for number in range(slides)]
@@ -184,9 +177,10 @@ def measure_cache(
                 writers[span.slide_id].put(partial(_same, some))
                 if last:
                     writers[span.slide_id].put(None)
-            for one in writers.values():
-                one.result.result()
+            for writer in writers.values():
+                writer.result.result()
 
+    # The first pass on a device sets it up, which is no contender's work.
     encoder.encode(images[:batch], tokens=True)
     contenders = {
         "bare forward": bare,
@@ -194,13 +188,11 @@ def measure_cache(
         "decode alone": decode,
         "write alone": write,
     }
-    best = dict.fromkeys(contenders, (float("inf"), float("inf")))
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            wall, cpu = seconds(function)
-            best[name] = min(best[name][0], wall), min(best[name][1], cpu)
-    wall_rates = {name: count / wall for name, (wall, _) in best.items()}
-    return wall_rates, {name: count / cpu for name, (_, cpu) in best.items()}
+    # In turns: what else the machine does then slows all contenders alike.
+    turns = [{name: clock_call(run) for name, run in contenders.items()} for _ in range(rounds)]
+    wall_rates = {name: count / min(turn[name].wall for turn in turns) for name in contenders}
+    cpu_rates = {name: count / min(turn[name].cpu for turn in turns) for name in contenders}
+    return wall_rates, cpu_rates
 
 
 def _same(features: Features) -> Features:
@@ -328,10 +320,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
-    slides, tiles = (
-        options.slides or (8 if on_gpu else 1),
-        options.tiles or (4096 if on_gpu else 48),
-    )
+    slides = options.slides or (8 if on_gpu else 1)
+    tiles = options.tiles or (4096 if on_gpu else 48)
     batch = options.batch or (128 if on_gpu else 16)
     torch.set_num_threads(CORES)
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -34,7 +34,9 @@ from bench.common import (
     MACHINE,
     OUT,
     SLIDE,
+    Times,
     candidates_table,
+    clock_call,
     markdown,
     missed_goals,
     new_dataset,
@@ -76,21 +78,6 @@ GOALS = {
     "stage, one worker, over plain loop, fast PNG": 6.0,
     "two workers over one": 1.8,
 }
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one round."""
-
-    cpu: float
-    wall: float
-
-
-def clocked(function: Callable[[], object]) -> Times:
-    """CPU and wall seconds of a call."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    function()
-    return Times(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 @dataclass(frozen=True)
@@ -204,7 +191,7 @@ def single_process(
     times: dict[str, list[Times]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (_, function) in runs.items():
-            times[name].append(clocked(function))
+            times[name].append(clock_call(function))
     return {name: best_rates(tiles, times[name]) for name, (tiles, _) in runs.items()}
 
 

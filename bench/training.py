@@ -196,12 +196,8 @@ def step_config(device: torch.device, batch: int, overrides: tuple[str, ...]) ->
 
 def make_batch(config: Config, step: int) -> Batch:
     """Random tiles and features; in pinned memory, as the reader gives them, on a GPU."""
-    generator, n, sit = (
-        torch.Generator().manual_seed(step),
-        config.data.batch_size,
-        config.model.sit,
-    )
-    px = config.data.tile_px
+    generator = torch.Generator().manual_seed(step)
+    n, px, sit = config.data.batch_size, config.data.tile_px, config.model.sit
     tiles = torch.randint(0, 256, (n, px, px, 3), dtype=torch.uint8, generator=generator)
     cls = torch.randn(n, sit.condition_dim, generator=generator)
     tokens = torch.randn(n, sit.num_tokens, sit.token_dim, generator=generator).half()

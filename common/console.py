@@ -137,15 +137,12 @@ class Meter:
             self._bar.update(self._task, advance=count, note=note)
         elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
-            print_line(self._plain_line(note))
-
-    def _plain_line(self, note: str) -> str:
-        rate = self.done / max(self.seconds, 1e-9)
-        seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        return (
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, "
-            f"ETA {format_seconds(seconds_left)}{'  ' + note if note else ''}"
-        )
+            rate = self.done / max(self.seconds, 1e-9)
+            seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
+            print_line(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, "
+                f"ETA {format_seconds(seconds_left)}{'  ' + note if note else ''}"
+            )
 
 
 @contextmanager

@@ -200,7 +200,14 @@ class CytoSyn(nn.Module):
         raw = self.sit.bn.denormalise(latents.to(self.device))
         with self._use_precision(dtype):
             images = self.vae.decode(raw.to(self.vae.post_quant_conv.weight.dtype))
-        _refuse_unfinite(images)
+        # As bytes they would be black tiles that look like a result.
+        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(images)} images are not finite (first: {bad[0]}); look for "
+                "NaN in the features or the weights, or compute in bfloat16 or float32 instead of "
+                "float16"
+            )
         return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -289,15 +296,6 @@ class CytoSyn(nn.Module):
 
     def _use_precision(self, dtype: torch.dtype | None) -> Any:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-
-def _refuse_unfinite(images: Tensor) -> None:
-    bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"{len(bad)} of {len(images)} images are not finite (first: {bad[0]}); look for NaN in "
-            "the features or the weights, or compute in bfloat16 or float32 instead of float16"
-        )
 
 
 def _image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:

@@ -160,13 +160,13 @@ def test_each_block_is_read_once_a_cursor_visit(
     train_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: Counter[tuple[str, int]] = Counter()
-    original = BlockSource.open
+    original = BlockSource.open_block
 
     def count(self: BlockSource, slide_id: str, block: int) -> OpenBlock:
         opened[slide_id, block] += 1
         return original(self, slide_id, block)
 
-    monkeypatch.setattr(BlockSource, "open", count)
+    monkeypatch.setattr(BlockSource, "open_block", count)
     stream = make_stream(train_dataset)
     stop = stream.steps_per_epoch
     read(train_dataset, stop=stop, threads=2)
