@@ -107,7 +107,7 @@ def _key(patient: str) -> int:
 
 
 def train(options: argparse.Namespace, dataset: Dataset, arm: str, seed: int) -> None:
-    """One run, in a process of its own; goes on where it was stopped."""
+    """One run, in a separate process; continues where it was stopped."""
     run_dir = options.work / f"{arm}-{seed}"
     _run(
         "train",
@@ -183,7 +183,7 @@ def plot(path: Path, rows: list[dict[str, float | str]]) -> None:
 
 
 def summary(rows: list[dict[str, float | str]], options: argparse.Namespace) -> str:
-    """A table of the judged step: mean over seeds and their range, and what PSNR gained."""
+    """A table of the judged step: mean over seeds and their range, and the gain in PSNR (dB)."""
     head = (
         f"{options.config}, {options.steps} steps, encoder weights {options.weights}; mean over "
         "seeds (least to largest)\n\n"

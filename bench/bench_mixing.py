@@ -43,7 +43,7 @@ def slides_of_steps(
 
 
 def autocorrelation(slides: Counts, num_slides: int, lags: list[int]) -> list[float]:
-    """Of the batches' counts a slide, at each lag."""
+    """Autocorrelation, from -1 to 1, of the batches' counts per slide, at each lag in steps."""
     counts = np.stack([np.bincount(row, minlength=num_slides) for row in slides]).astype(np.float32)
     centred = counts - counts.mean(axis=0)
     variance = float((centred**2).sum()) / len(centred)
@@ -54,7 +54,7 @@ def autocorrelation(slides: Counts, num_slides: int, lags: list[int]) -> list[fl
 
 
 def ideal_slides(shares: npt.NDArray[np.float64], draws: int) -> float:
-    """Expected number of distinct groups among so many rows drawn at random."""
+    """Expected number of distinct groups, of `shares` in [0, 1], among `draws` random rows."""
     return float((1 - (1 - shares) ** draws).sum())
 
 

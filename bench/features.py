@@ -79,7 +79,7 @@ TOKEN_ROWS = 1024
 
 
 def tiled(folder: Path) -> Dataset:
-    """The committed slide's tiles."""
+    """The committed slide's 224 px tiles."""
     return run_stages(
         folder / "dataset",
         ["scan", str(SLIDES), "--workers", "1"],

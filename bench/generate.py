@@ -122,7 +122,7 @@ def build(
 
 
 def guidance(images: int) -> ConditionList:
-    """A random feature an image."""
+    """A random feature float32 [768] per image."""
     rows = np.random.default_rng(0).normal(size=(images, DIM)).astype(np.float32)
     record = {"encoder": "random", "weights_sha256": None, "dim": DIM}
     conditions = [Condition(str(i), (), row) for i, row in enumerate(rows)]

@@ -142,7 +142,7 @@ class ModelParts:
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype, scale: ModelScale) -> "ModelParts":
-        """Fresh networks; zero initialisations stirred, so that no product is by zeros."""
+        """Fresh networks in `dtype`; zeros are replaced, so that no product is by zeros."""
         with torch.device(device):
             sit = SiT(SiTConfig.preset(scale.sit, latent_size=scale.latent_size))
             vae, discriminator = VAE(VAEConfig.preset("f8d4")), Discriminator()

@@ -114,6 +114,7 @@ def make_tables(root: Path, slides: int, candidates: int) -> dict[str, float]:
     codec = {"resampler": "area", "icc": "ignore", "codec": "png"}
     identity = claim_identity(dataset, codec, stage="tile", versions=stage_versions())
     prototypes = [_prototype(dataset, candidates + 61 * k) for k in range(PROTOTYPES)]
+    # Written at one go: a commit and a sync per slide would take hours.
     journals = {stage: _journal(dataset, stage) for stage in ("scan", "tissue", "tile")}
     versions = stage_versions("tifffile", "imagecodecs")
     total = 0

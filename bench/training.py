@@ -195,7 +195,7 @@ def step_config(device: torch.device, batch: int, overrides: tuple[str, ...]) ->
 
 
 def make_batch(config: Config, step: int) -> Batch:
-    """Random tiles and features; in pinned memory, as the reader gives them, on a GPU."""
+    """Random tiles uint8 [n, px, px, 3] with features; pinned on a GPU, as the reader's are."""
     generator = torch.Generator().manual_seed(step)
     n, px, sit = config.data.batch_size, config.data.tile_px, config.model.sit
     tiles = torch.randint(0, 256, (n, px, px, 3), dtype=torch.uint8, generator=generator)

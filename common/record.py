@@ -65,6 +65,7 @@ class Record(Mapping[str, object]):
 
     def parts(self, key: str) -> "list[Record]":
         """A list of objects; empty where it is null or absent."""
+        # Through `part`, whose error names the item that is no object.
         return [
             Record({"": item}, f"{self._path}.{key}[{index}]").part("")
             for index, item in enumerate(self.items_of(key))

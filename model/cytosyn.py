@@ -180,6 +180,7 @@ class CytoSyn(nn.Module):
         `noise` [N, C, h, w] a sample. Normalised by the running statistics, as in training.
         """
         batch = from_uint8(images).to(self.device)
+        # The VAE may be in half precision; its inputs follow its weights.
         with self._use_precision(dtype):
             posterior = self.vae.encode(batch.to(self.vae.quant_conv.weight.dtype))
         latents = posterior.mode() if noise is None else posterior.sample(noise.to(self.device))

@@ -159,6 +159,7 @@ def _from_published(tensors: Mapping[str, Tensor]) -> Tensors:
 def _read_vgg16() -> Tensors:
     published = torchvision.models.VGG16_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[1]
+    # The cache first: compute nodes often have no network.
     if cached.is_file():
         return read_tensors(cached)
     try:

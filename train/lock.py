@@ -82,6 +82,7 @@ class RunLock:
 
     def _describe_holder(self) -> tuple[str, bool]:
         """The process that has the lock, in words, and whether it is on this machine."""
+        # A holder that is just starting may not have written its name yet.
         try:
             holder = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

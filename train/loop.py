@@ -43,6 +43,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
     fix.
     """
     with StopRequests() as requests, joined_training(config.run.device) as processes:
+        # Before the lock: a finished run needs neither it nor its dataset.
         if is_finished(config):
             if processes.is_main:
                 print_line(

@@ -52,6 +52,7 @@ class MetricsLog:
     def write_line(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as events."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # At once, for those who follow the file while the run goes on.
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():

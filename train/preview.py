@@ -70,6 +70,7 @@ def measure_reconstruction(vae: VAE, tiles: Tensor) -> ReconstructionQuality:
         for part in tiles.split(_AT_ONCE):
             images = from_uint8(part.to(next(vae.parameters()).device))
             decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
+            # Images span 2, from -1 to 1, while errors are given on the scale from 0 to 1.
             difference = (decoded - images) / 2
             errors.append(difference.abs().mean(dim=(1, 2, 3)))
             mse = difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10)

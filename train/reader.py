@@ -213,9 +213,8 @@ class BatchReader:
             if damage is not None:
                 batch.damaged.append(damage)
             pending.filled += 1
-            if pending.filled == len(
-                self._readers
-            ):  # a wake-up a tile would cost as much as reading
+            # Per batch: a wake-up per tile would cost as much as reading it.
+            if pending.filled == len(self._readers):
                 self._changed.notify_all()
 
     def _allocate_batch(self, step: int, sample: Sample) -> Batch:

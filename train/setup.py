@@ -139,6 +139,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and resume == "never":
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
+    # Before anything is written: the files of another run stay as they are.
     _check_same_configuration(config, run_dir)
     table = data.stream.table
     state = RunState(0, table.content_hash, config.hash)
@@ -186,6 +187,7 @@ def is_finished(config: Config) -> bool:
     run_dir = run_directory(config)
     _check_same_configuration(config, run_dir)
     checkpoint = latest_checkpoint(run_dir)
+    # The summary is the last file that a run writes.
     if checkpoint is None or not (run_dir / SUMMARY_FILE).exists():
         return False
     return read_state(checkpoint).step >= config.run.steps

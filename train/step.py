@@ -99,6 +99,7 @@ class TrainingStep:
         tiles = batch.tiles.to(device, non_blocking=True)
         tokens = move_to_device(batch.tokens)
         if self._encode_tokens is not None:
+            # In the parts of the step, since the whole batch may not fit into memory.
             tokens = torch.cat([self._encode_tokens(tiles[places]) for places in self._parts])
         draws = draw_randomness(self.config, batch.step, batch.slots, device)
         return StepInputs(from_uint8(tiles), move_to_device(batch.cls), tokens, draws)

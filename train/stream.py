@@ -86,6 +86,7 @@ def compile_blocks(selection: Selection) -> BlockTable:
     )
     numbers = (selection.ranks // BLOCK_ROWS).astype(np.uint32)
     bits = np.left_shift(np.uint16(1), (selection.ranks % BLOCK_ROWS).astype(np.uint16))
+    # Slides and ranks are sorted, so that the rows of a block are neighbours.
     changes = (np.diff(slides) != 0) | (np.diff(numbers) != 0)
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1]) if len(slides) else np.zeros(0, int)
     blocks = np.empty(len(starts), BLOCK_DTYPE)

@@ -42,6 +42,7 @@ def synchronise_norms(network: nn.Module) -> None:
     """Replace every `nn.BatchNorm2d` below the network by a synchronised one with its state."""
     for module in list(network.modules()):
         for name, child in module.named_children():
+            # The exact type: those that are synchronised already are of a subclass.
             if type(child) is nn.BatchNorm2d:
                 synced = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum)
                 synced.load_state_dict(child.state_dict())

@@ -128,6 +128,7 @@ def _hub_progress(wanted: bool) -> Iterator[None]:
         enable_progress_bars,
     )
 
+    # The switch is global: bars that the user has switched off stay off.
     if wanted or are_progress_bars_disabled():
         yield
         return

@@ -34,6 +34,7 @@ def antialias_bicubic_matrix(size_in: int, size_out: int) -> Tensor:
         centre = (row + 0.5) * step
         first = max(math.floor(centre - 2 * stretch + 0.5), 0)
         last = min(math.floor(centre + 2 * stretch + 0.5), size_in)
+        # Samples outside the signal are left out, and the row is scaled to 1 below.
         for column in range(first, last):
             matrix[row, column] = _keys_cubic((column + 0.5 - centre) / stretch)
     return matrix / matrix.sum(dim=1, keepdim=True)

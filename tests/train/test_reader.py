@@ -22,8 +22,8 @@ from pipeline.dataset import (
     software_versions,
     write_selection,
 )
-from pipeline.dataset import tiles as tiles_module
 from pipeline.dataset.features import store as store_module
+from pipeline.dataset.tiles import store as tiles_module
 from pipeline.dataset.tiles.zarr_shard import commit_zarr, encode_chunk
 from train.reader import Batch, BatchReader, OnError
 from train.source import BlockSource, OpenBlock, check_coverage
