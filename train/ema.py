@@ -27,7 +27,7 @@ class Ema(Generic[Network]):
     `decay` is in [0, 1). `module` is a copy in evaluation mode that begins at the network's
     weights. Integer buffers
     (counters) are copied, and with `copy_buffers` all: statistics of what does not move need no
-    average over tens of thousands of steps. Source: REPA-E's training loop (model.md 2.4, step 6).
+    average over tens of thousands of steps. Source: REPA-E's training loop.
     """
 
     def __init__(
