@@ -137,14 +137,18 @@ def _build_value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is object:  # anything: no type says what is right
         entries = value.items() if isinstance(value, Mapping) else ()
-        return {n: _build_value(object, item, f"{key}.{n}", known) for n, item in entries} or value
+        return {
+            name: _build_value(object, item, f"{key}.{name}", known) for name, item in entries
+        } or value
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _mismatch_error(key, "names and their values", value)
         return {name: _build_entry(args[1], item, f"{key}.{name}") for name, item in value.items()}
     if origin is tuple and is_dataclass(args[0]):
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_build_entry(args[0], item, f"{key}[{i}]") for i, item in enumerate(items))
+        return tuple(
+            _build_entry(args[0], item, f"{key}[{index}]") for index, item in enumerate(items)
+        )
     return _check_scalar(hint, value, key)
 
 
@@ -227,7 +231,10 @@ def _mismatch_error(key: str, expected: str, value: Any) -> UserError:
 
 
 def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy_nested(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return {
+        key: _copy_nested(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+    }
 
 
 def _tuples_to_lists(value: Any) -> Any:

@@ -68,9 +68,9 @@ def redact_all(value: Any) -> Any:
     To be used before the value is encoded: JSON escapes what a secret may contain.
     """
     if isinstance(value, Mapping):
-        return {str(key): redact_all(one) for key, one in value.items()}
+        return {str(key): redact_all(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact_all(one) for one in value]
+        return [redact_all(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     return redact_secrets(str(value))

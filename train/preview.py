@@ -54,9 +54,9 @@ def read_fixed_tiles(source: BlockSource, rows: Iterable[tuple[str, int]]) -> Fi
     for slide_id, rank in rows:
         block = source.open_block(slide_id, rank // BLOCK_ROWS)
         samples.append(source.read_sample(block, rank, rank % BLOCK_ROWS))
-    cls = [torch.tensor(s.cls) for s in samples if s.cls is not None]
-    tokens = [torch.tensor(s.tokens) for s in samples if s.tokens is not None]
-    tiles = torch.from_numpy(np.stack([s.tile for s in samples]))
+    cls = [torch.tensor(sample.cls) for sample in samples if sample.cls is not None]
+    tokens = [torch.tensor(sample.tokens) for sample in samples if sample.tokens is not None]
+    tiles = torch.from_numpy(np.stack([sample.tile for sample in samples]))
     return FixedTiles(
         tiles, torch.stack(cls) if cls else None, torch.stack(tokens) if tokens else None
     )

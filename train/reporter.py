@@ -70,7 +70,7 @@ class Averages:
         if not self._sums:
             return {}
         # One exchange for all names: a line of the log must not cost a round trip per metric.
-        means = torch.stack([self._sums[n] / self._counts[n] for n in self._sums])
+        means = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
         values = self._processes.sum_values(means * self._share).tolist()
         result = dict(zip(self._sums, values, strict=True))
         self._sums, self._counts = {}, {}

@@ -112,7 +112,9 @@ class TrainingStep:
         """
         # Forward passes move running statistics; a skipped step puts them back.
         moving = (self.networks.sit, self.networks.discriminator)
-        buffers = [b for network in moving if network is not None for b in network.buffers()]
+        buffers = [
+            buffer for network in moving if network is not None for buffer in network.buffers()
+        ]
         before = [value.clone() for value in buffers]
         metrics = self._compute_gradients(self.prepare_inputs(batch), batch.step)
         norms = self._clip_gradients()
@@ -131,7 +133,7 @@ class TrainingStep:
     def _compute_gradients(self, inputs: StepInputs, step: int) -> Metrics:
         """The three backward passes, each over the parts of the batch."""
         total = len(inputs.images)
-        shares = [(p.stop - p.start) / total for p in self._parts]
+        shares = [(places.stop - places.start) / total for places in self._parts]
         terms: list[Metrics] = []
         latents: list[Tensor] = []
         for places, share in zip(self._parts, shares, strict=True):
@@ -270,4 +272,4 @@ def parts_of(count: int, parts: int) -> list[slice]:
             f"optim.accumulate={parts}, but a process has {count} tiles of a step: lower it to "
             f"{count}, or raise data.batch_size"
         )
-    return [slice(k * count // parts, (k + 1) * count // parts) for k in range(parts)]
+    return [slice(index * count // parts, (index + 1) * count // parts) for index in range(parts)]

@@ -74,9 +74,9 @@ class BlockTable:
     @cached_property
     def content_hash(self) -> str:
         """sha256 of the slides and blocks: two tables of one hash give one stream."""
-        sha = hashlib.sha256("\0".join(self.slide_ids).encode() + b"\0\0")
-        sha.update(self.blocks.tobytes())
-        return sha.hexdigest()
+        digest = hashlib.sha256("\0".join(self.slide_ids).encode() + b"\0\0")
+        digest.update(self.blocks.tobytes())
+        return digest.hexdigest()
 
 
 def compile_blocks(selection: Selection) -> BlockTable:
@@ -189,9 +189,10 @@ class Stream:
 
     def find_place(self, step: int, slot: int) -> tuple[int, int, int]:
         """Epoch, cursor and position in the epoch of what the slot reads at that step."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        cursor = i % self.cursors
-        return epoch, cursor, (slot * self.cursors + cursor) * self.stretch + i // self.cursors
+        epoch, index = divmod(step, self.steps_per_epoch)
+        cursor = index % self.cursors
+        position = (slot * self.cursors + cursor) * self.stretch + index // self.cursors
+        return epoch, cursor, position
 
     def find_row(self, step: int, slot: int) -> StreamRow:
         """The row that the slot reads at that step."""
