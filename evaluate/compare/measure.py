@@ -100,7 +100,7 @@ def make_pair(
     train: FeatureSide | None,
     device: str = "cpu",
 ) -> FeaturePair:
-    """Two sides as features with the slides and patients of their rows."""
+    """Two sides as float32 ``[n, d]`` features with the slide and patient of each row ``[n]``."""
     # Generated rows are labelled by the slides of the tiles that guided them.
     slides = generated.slides()
     labelled = guidance if generated.is_generated else generated.dataset
@@ -159,14 +159,14 @@ def real_halves(
 
 
 def least_rows(settings: MetricSettings) -> int:
-    """Rows that each half of a floor needs: of fewer, recall would use a smaller k."""
+    """Rows that each half of a floor needs, at least 8: of fewer, recall would use a smaller k."""
     return max(_MIN_ROWS, settings.k + 1)
 
 
 def mean_floors(
     splits: Sequence[tuple[Features, Features]], settings: MetricSettings, device: str
 ) -> dict[str, object]:
-    """Metrics between the halves of each split: fractional numbers as their means.
+    """Metrics between the halves of each split, float32 ``[n, d]``: fractions as their means.
 
     Whole numbers and texts are those of the first split.
     """

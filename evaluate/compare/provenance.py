@@ -29,7 +29,8 @@ Tile = npt.NDArray[np.uint8]
 def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, object]:
     """The selection's codec, rounding and sums, and how blocky its tiles are.
 
-    `files_sha256` is of the journal's sums of all shards that hold selected tiles, in order of
+    `tile_px` is the side of the tiles in pixels.
+    `files_sha256` is of the journal's sums of all shards that contain selected tiles, in order of
     slide and rank; `pixels_sha256` is of the decoded pixels of the selected tiles in that order,
     which does not depend on the codec. Where tiles are gone (features may outlive them) both sums
     and the blockiness are None, and `missing` names a tile.

@@ -27,7 +27,7 @@ Labels = npt.NDArray[np.str_]
 
 @dataclass(frozen=True)
 class FeatureSide:
-    """One side of a comparison: a selection of a dataset, and its features."""
+    """One side of a comparison: a selection of a dataset, and its features float32 ``[n, d]``."""
 
     dataset: Dataset
     selection: Selection
@@ -45,7 +45,7 @@ class FeatureSide:
         view: str = "",
         tile_px: int | None = None,
     ) -> "FeatureSide":
-        """Read the CLS features of a selection.
+        """Read the CLS features float32 ``[n, d]`` of a selection; `tile_px` in pixels.
 
         Raises `UserError` naming the `cache` command where they are missing, and where they were
         made otherwise than those of `like`.
@@ -75,17 +75,17 @@ class FeatureSide:
 
     @cached_property
     def row_slides(self) -> Labels:
-        """The slide of each row."""
+        """The slide of each row ``[n]``."""
         counts = np.diff(self.selection.offsets)
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
 
     @cached_property
     def sources(self) -> "RowSources | None":
-        """The real tile behind each row; None where the dataset is real or a row has none."""
+        """The real tile behind each row ``[n]``; None for a real dataset or if a row has none."""
         return _read_sources(self)
 
     def slides(self) -> Labels | None:
-        """The real slide that each row is of or was made from; None where there is none."""
+        """The real slide ``[n]`` that each row is of or was made from; None where there is none."""
         if not self.is_generated:
             return self.row_slides
         return None if self.sources is None else self.sources.slides
@@ -106,7 +106,7 @@ class RowSources:
 
 
 def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
-    """A column of slides.parquet (patient, site, project) for each of these slides.
+    """A column of slides.parquet (patient, site, project) for each of these slides ``[n]``.
 
     A slide without an entry is its own patient; its other attributes are ''.
     """

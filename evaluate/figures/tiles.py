@@ -47,16 +47,16 @@ class GeneratedTiles:
         return self.images // self.variations
 
     def tile(self, image: int) -> Tile:
-        """A generated tile by its image index, from 0."""
+        """A generated tile, uint8 [px, px, 3], by its image index, from 0 up."""
         slide, rank = divmod(image, IMAGES_PER_SLIDE)
         return self._store.read(pseudo_slide_id(slide), [rank])[0]
 
     def variation(self, condition: int, number: int) -> Tile:
-        """A generated tile by its condition and variation, both from 0."""
+        """A generated tile, uint8 [px, px, 3], by its condition and variation, both from 0 up."""
         return self.tile(condition * self.variations + number)
 
     def ends(self, condition: int) -> tuple[tuple[int, int], float] | None:
-        """The two reference tiles and the factor of an interpolated condition, else None."""
+        """The two reference tiles and the factor, from 0 to 1, of an interpolated condition."""
         listed = self._listing["conditions"][condition] if self._listing else None
         if listed is None or listed["factor"] is None:
             return None
@@ -64,7 +64,7 @@ class GeneratedTiles:
         return (first, second), float(listed["factor"])
 
     def reference(self, condition: int) -> Tile:
-        """The real tile behind a condition.
+        """The real tile behind a condition, uint8 [px, px, 3].
 
         Raises `UserError` where there is no single tile (none, a mean), or its pixels are
         elsewhere.
@@ -91,7 +91,7 @@ class GeneratedTiles:
         return store.read(source_slide, [source_rank])[0]
 
     def reference_tile(self, number: int) -> Tile:
-        """A reference tile that the dataset keeps a copy of, by its number in the listing."""
+        """A reference tile, uint8 [px, px, 3], that the dataset has a copy of, by its number."""
         listing = self._listing
         if listing is None:
             raise UserError(f"{self.dataset.root} keeps no copies of the tiles that guided it")

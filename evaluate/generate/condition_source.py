@@ -81,14 +81,14 @@ class ConditionSource(ABC):
 
     @abstractmethod
     def sources(self, positions: Positions) -> SourceTiles:
-        """The real tiles behind the conditions at these positions [n]."""
+        """The real tiles behind the conditions at these positions, int64 [n]."""
 
     @abstractmethod
     def features(self, positions: Positions) -> Features | None:
         """Features float32 [n, d] of the conditions at positions [n]; None: unconditional."""
 
     def attachments(self) -> dict[str, bytes]:
-        """Files, by name, that the synthetic dataset keeps in `guidance/`."""
+        """Files, bytes by name, that the synthetic dataset has in `guidance/`."""
         return {}
 
 
@@ -113,7 +113,7 @@ class Unconditional(ConditionSource):
 
 
 class ShuffledSelection(ConditionSource):
-    """The tiles of a selection as conditions, in a fixed shuffled order (`source_order`)."""
+    """The tiles of a selection, `tile_px` pixels wide, in a fixed shuffled order."""
 
     tile_px: int
 
@@ -126,7 +126,7 @@ class ShuffledSelection(ConditionSource):
         self._slides, self._ranks = slides[order], selection.ranks[order]
 
     def sources(self, positions: Positions) -> SourceTiles:
-        """The selection's tiles at these positions [n] of the order in which they guide."""
+        """The tiles at these positions, int64 [n], of the order in which they guide."""
         names = self.selection.slide_ids
         slide_ids: list[str | None] = [names[slide] for slide in self._slides[positions]]
         return SourceTiles(slide_ids, self._ranks[positions].astype(np.int32))
@@ -141,7 +141,7 @@ class ShuffledSelection(ConditionSource):
 
 
 class SelectionConditions(ShuffledSelection):
-    """The cached CLS features of a selection's tiles, of any size and through any view."""
+    """The cached CLS features float32 [n, d] of a selection's tiles, of any size and view."""
 
     encoder_record: EncoderRecord
 

@@ -38,7 +38,7 @@ class ListedTile(TypedDict):
 
 
 class ListedCondition(TypedDict):
-    """A condition in conditions.json: the numbers of its tiles, and its place between two."""
+    """A condition in conditions.json: its tiles' numbers; `factor` from 0 to 1 between two."""
 
     name: str
     tiles: list[int]
@@ -108,9 +108,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Condition:
-    """What guides `--variations` images: the references at its ends, and its feature.
+    """What guides `--variations` images: the references at its ends, and its feature [d].
 
-    `factor` is the place between two references; None for one reference or a mean of many.
+    `factor` is the place between two references, from 0 to 1; None for one reference or a mean.
     """
 
     name: str
@@ -186,7 +186,7 @@ class ConditionList(ConditionSource):
         }
 
     def sources(self, positions: Positions) -> SourceTiles:
-        """The dataset's tile behind each condition that is one such tile, and none elsewhere."""
+        """The tile behind each condition [n] that is a single tile of a dataset, none elsewhere."""
         tiles: list[tuple[str | None, int]] = []
         for position in positions:
             numbers = self._conditions[position].references
@@ -199,7 +199,7 @@ class ConditionList(ConditionSource):
         return self._features[positions]
 
     def attachments(self) -> dict[str, bytes]:
-        """The list of conditions as JSON and the references' pixels as PNG, by file name."""
+        """The bytes by file name: the conditions as JSON, the references' pixels as PNG."""
         files = {CONDITIONS_FILE: (json.dumps(self._listing(), indent=2) + "\n").encode()}
         for number, reference in enumerate(self._references):
             if reference.tile is not None:

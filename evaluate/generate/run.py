@@ -66,7 +66,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """What one run of generation made, over all processes, and how many images are selected."""
+    """What one run of generation made, over all processes: images, bytes written, seconds."""
 
     made: int
     selected: int
@@ -259,7 +259,7 @@ class _UnitWriter:
 
 
 def final_line(outcome: GenerationOutcome, out: Path) -> str:
-    """What was made, where, how many, how long, at what rate."""
+    """How many images were made, where, in how many seconds, at what rate."""
     selection = f"selection '{SELECTION_NAME}' of {out} has {outcome.selected:,} images"
     if not outcome.made:
         return f"generate: nothing to redo; {selection}"

@@ -107,7 +107,7 @@ def _tables_are_valid(dataset: Dataset) -> bool:
 
 
 def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
-    """The rows of slides.parquet."""
+    """The rows of slides.parquet; `tile_px` in pixels, `mpp` in micrometres per pixel."""
     side = _GRID_SIDE * tile_px
     return [
         Slide(

@@ -47,12 +47,12 @@ class CytoSynGenerator:
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the model's training tiles, where it is known."""
+        """Resolution (mpp) of the model's training tiles, where it is known."""
         return self._model.records.mpp
 
     @property
     def condition_dim(self) -> int | None:
-        """Width of the conditioning features, or None for a model that takes none."""
+        """Width d of the features ``[n, d]``, or None for a model that takes none."""
         config = self._model.sit.config
         return config.condition_dim if config.conditioning == "feature" else None
 

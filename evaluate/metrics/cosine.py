@@ -181,7 +181,7 @@ def cosine_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, obje
 
 
 def shuffled_context(result: Record) -> ContextEntry:
-    """The cosine of shuffled pairs, a row of controls in tables."""
+    """The cosine of shuffled pairs, in [-1, 1], a row of controls in tables."""
     return ContextEntry("Sources shuffled", result.number("null_mean"), {"n": result.count("n")})
 
 
@@ -191,7 +191,7 @@ def centred_context(result: Record) -> ContextEntry:
 
 
 def chance_context(result: Record) -> ContextEntry:
-    """The share of sources found first by chance."""
+    """The share of sources found first by chance, from 0 to 1."""
     pool = result.count("retrieval_pool")
     return ContextEntry("Chance", 1 / pool, {"n": pool})
 

@@ -66,7 +66,7 @@ def checked_pair(
     names: tuple[str, str] = ("real", "generated"),
     any_scale: bool = False,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Two feature sets of one dimension, each as `checked_features` leaves it.
+    """Two feature sets ``[n, d]`` and ``[m, d]``, each as `checked_features` leaves it.
 
     Raises:
         UserError: as `checked_features`, or the two sets differ in dimension.
@@ -98,7 +98,7 @@ def constant_features(features: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def random_subset(n: int, size: int, seed: int) -> NDArray[np.int64]:
-    """`size` of the indices 0..n-1 without replacement, ascending.
+    """`size` of the indices 0..n-1 without replacement, ascending, int64 ``[size]``.
 
     numpy's legacy generator draws them, because its stream is frozen for good: the same seed
     names the same subset under every numpy version, and the one that the implementation of
@@ -119,7 +119,7 @@ def unit_rows(rows: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def refuse_zero_rows(rows: NDArray[np.floating], name: str) -> None:
-    """Refuse rows of zeros, which cannot be scaled to length 1; `name` is that of the set."""
+    """Refuse rows ``[n, d]`` with one of zeros, which has no direction; `name` is the set's."""
     zeros = int((~rows.any(axis=1)).sum())
     if zeros:
         raise UserError(

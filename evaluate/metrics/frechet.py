@@ -148,7 +148,7 @@ def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
 
 
 class FrechetReference:
-    """The real side of many distances, factored once."""
+    """The real side of many distances, its covariance ``[d, d]`` factored once, in float64."""
 
     def __init__(self, real: Moments, rows: NDArray[np.floating] | None = None) -> None:
         """Take the real moments, and the rows too where no more than d of them exist.
@@ -170,14 +170,14 @@ class FrechetReference:
         )
 
     def noise_floor(self, n_generated: int) -> float:
-        """See `expected_noise`, of the real spectrum."""
+        """`expected_noise` of the real spectrum ``[d]``, in squared feature units."""
         floor = expected_noise(self._scaled_spectrum, self._moments.n, n_generated)
         return floor * _largest_variance(self._covariance)
 
     def distance_terms(
         self, generated: Moments, rows: NDArray[np.floating] | None = None
     ) -> tuple[float, float]:
-        """The mean and the covariance term of the distance to the generated moments.
+        """The mean and the covariance term, both ≥ 0, of the distance to the generated moments.
 
         Raises:
             UserError: fewer than two generated rows.

@@ -66,7 +66,7 @@ class MaximumMeanDiscrepancy:
 
     Attributes:
         value: the unbiased estimate; may be slightly negative.
-        biased: the biased one, never negative, CMMD's (which prints it times 1000).
+        biased: the biased one, ≥ 0, CMMD's (which prints it times 1000).
         sigma: the kernel's width; values compare only at equal sigma.
         n_real: real rows.
         n_generated: generated rows.

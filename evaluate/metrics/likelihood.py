@@ -47,7 +47,7 @@ class LikelihoodBaseline:
     """What real train rows score in place of generated ones; reusable for other models.
 
     Attributes:
-        nll: seed to mean negative log-likelihood per dimension of the test rows.
+        nll: seed to mean negative log-likelihood per dimension of the test rows ``[t, d]``.
         fingerprint: of all it depends on: both real sets, the row counts and the dtype.
     """
 

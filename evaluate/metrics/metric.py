@@ -31,6 +31,7 @@ class MetricSettings:
     """How the metrics are computed; the defaults are the paper's where it states them.
 
     `draws` resamples of `subsample` rows give the paper's interval; 0 draws leave all out.
+    Seeds are from 0 to 2**32 - 1, `k` is at least 1, `fld_dtype` is "float64" or "float32".
     """
 
     max_generated: int = 50_000
@@ -193,7 +194,7 @@ class MetricPlot:
     caption: str
 
     def bind_result(self, result: Record) -> "Callable[[Axes], None]":
-        """What draws this result on axes."""
+        """A function that draws this result on axes."""
         return lambda axes: self.draw(axes, result)
 
 

@@ -41,7 +41,7 @@ class Moments:
 
     @property
     def dim(self) -> int:
-        """The dimension d of the features."""
+        """The dimension d of the features ``[n, d]``."""
         return len(self.mean)
 
     @property

@@ -13,7 +13,7 @@ class VendiScore:
     """A Vendi score.
 
     Attributes:
-        value: in [1, min(n, d)]; 1 for copies of one image, n for mutually orthogonal ones.
+        value: from 1 to min(n, d); 1 for copies of one image, n for mutually orthogonal ones.
         n: rows. The score grows with n: compare at equal n.
         dim: feature dimension.
     """

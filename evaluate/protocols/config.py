@@ -37,7 +37,8 @@ _FEWEST_TILES = 8
 class TileSet:
     """Real tiles: a selection of a dataset ("": the protocol's), of which `count` are used.
 
-    `count` 0 is the protocol's, -1 is all. `tile_px` chooses another size than the dataset's.
+    `count` 0 is the protocol's, -1 is all. `tile_px` chooses another size
+    in pixels than the dataset's.
     """
 
     dataset: str = ""

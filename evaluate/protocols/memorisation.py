@@ -35,7 +35,7 @@ _QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
 
 
 class Likelihood(TypedDict):
-    """FLD's gap over its seeds, and the memorisation score of each of `rows`."""
+    """FLD's gap over its seeds, and the memorisation scores ``[n]`` of the `rows` ``[n]``."""
 
     gap: float
     gap_std: float

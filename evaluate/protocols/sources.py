@@ -33,7 +33,7 @@ from pipeline.dataset.features import FeatureStore, encoder_file, feature_scope,
 
 @dataclass(frozen=True)
 class SelectedTiles:
-    """A source's tiles on disk: the whole selection, and the part that the protocol uses."""
+    """A source's tiles, `px` pixels wide: the whole selection, and the part that is used."""
 
     dataset: Dataset
     whole: Selection

@@ -29,7 +29,7 @@ _DANGERS = VOIDING | {"forced_guidance": "Guidance does not fit the model"}
 
 @dataclass(frozen=True)
 class PageContent:
-    """All that the page and the picture show."""
+    """All that the page and the picture show; tiles are uint8 [px, px, 3]."""
 
     results: Record
     run: RunCurves | None

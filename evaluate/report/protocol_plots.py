@@ -287,7 +287,7 @@ def _draw_scenarios(axes: Axes, cells: Sequence[Record], floor: float | None, ti
 
 
 def concordance_plots(results: Record) -> list[ProtocolPlot]:
-    """Kendall's tau between encoders: do they rank the rows alike?"""
+    """Kendall's tau, from -1 to 1, between encoders: do they rank the rows alike?"""
     by_encoder: dict[str, dict[tuple[str, str], float]] = {}
     for cell in _cells_with(results, "frechet_distance", "model", "reference", "control"):
         if cell["control"] != "neighbour":

@@ -12,7 +12,7 @@ _HERE = Path(__file__).parent
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes of a MIME type as a URI that a page can hold.
+    """Bytes of a MIME type as a URI for a page.
 
     >>> data_uri(b"tile", "image/png")
     'data:image/png;base64,dGlsZQ=='
