@@ -171,6 +171,7 @@ def mean_floors(
     Whole numbers and texts are those of the first split.
     """
     floors = [compute_floors(FeaturePair(*split, device=device), settings) for split in splits]
+    # Counts and labels are no measurements: their mean over splits would mean nothing.
     means = {
         name: {
             key: float(np.mean([floor[name][key] for floor in floors]))

@@ -36,6 +36,7 @@ def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dic
     and the blockiness are None, and `missing` names a tile.
     """
     identity = read_identity(dataset)
+    # All keys are always there, so that a reader can tell "not known" from "older results".
     unknown = dict.fromkeys(("files_sha256", "pixels_sha256", "blockiness", "missing"))
     described = {"codec": identity.get("codec"), "rounding": identity.get("rounding"), **unknown}
     try:

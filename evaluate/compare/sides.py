@@ -52,6 +52,7 @@ class FeatureSide:
         """
         dataset = open_dataset(root)
         selection = read_selection(dataset, selection_name)
+        # Both sides need the same weights, so the advice for a missing cache names them.
         store = open_store(
             dataset, selection_name, encoder, view=view, tile_px=tile_px,
             weights=like.store.record["weights"] if like else None,
@@ -131,6 +132,7 @@ def open_store(
     """The CLS features; where there are none, the message is the command that makes them."""
     tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
+        # The command can be pasted as it is: it repeats weights and view.
         more = f" --weights {weights}" if weights else ""
         more += f" --view {view}" if view else ""
         raise UserError(

@@ -36,6 +36,7 @@ def set_warnings(
         if count < FEW_TILES:
             few = f"{count:,} {name} tiles: fewer than 1,000, the numbers are noisy and biased"
             warnings.append(warning(f"few_{name}_tiles", few))
+    # The covariance of n rows has rank n - 1 at most.
     smallest, dim = min(len(real.features), len(generated.features)), real.features.shape[1]
     if smallest <= dim:
         warnings.append(

@@ -23,6 +23,7 @@ def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
             f"{made.dataset.root} has {made.variations} images per tile, not {variations}; "
             "generate with more --variations, or give this command fewer"
         )
+    # A dataset cut short by --limit draws the rows that it has.
     rows = min(rows, made.conditions)
     if not rows:
         raise UserError(f"{made.dataset.root} has no tile with all its {made.variations} images")

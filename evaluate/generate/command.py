@@ -59,6 +59,7 @@ def _requested_points(
     options: GenerateOptions,
 ) -> list[tuple[SweepPoint | None, SamplerSettings]]:
     """The settings to run, one or those of a sweep, all checked."""
+    # All points are checked before the first is made: a sweep runs for hours.
     given = dict(options.sampler)
     if options.unconditional:
         given["guidance_scale"] = 1.0  # there is nothing to guide by

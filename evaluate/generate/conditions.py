@@ -65,6 +65,7 @@ def interpolate(first: Features, second: Features, factor: float, kind: Interpol
     """
     if not 0 <= factor <= 1:
         raise UserError(f"--factors: {factor} lies outside [0, 1]")
+    # In float64: the sine of a small angle has few digits in float32.
     a, b = first.astype(np.float64), second.astype(np.float64)
     weights = (1 - factor, factor) if kind == "lerp" else _arc_weights(a, b, factor)
     return (weights[0] * a + weights[1] * b).astype(np.float32)

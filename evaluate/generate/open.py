@@ -44,6 +44,7 @@ def check_guidance_options(options: GenerateOptions) -> None:
     """Refuse options for two kinds of guidance, for none, or that do not belong together."""
     given = [f"--{name}" for name in _SOURCES if getattr(options, name)]
     counted, combined = options.count is not None, options.mean or options.interpolate
+    # In this order: the first refusal that applies is the most basic mistake.
     refusals = (
         (len(given) > 1, f"{' and '.join(given)} exclude each other; give one of them"),
         (counted and not options.unconditional,
@@ -100,6 +101,7 @@ def _open_cached(
     encoder = options.encoder or _trained_encoder(generator)
     if options.interpolate:
         names = _tile_names(options, [])
+        # Only the named tiles are read: the dataset needs no selection here.
         tile_px, mpp = int(identity_value(dataset, "tile_px")), read_identity(dataset).get("mpp")
         store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder)
         references = cached_references(dataset, names, store)
@@ -177,6 +179,7 @@ def _combine(
     mpp: float | None,
 ) -> ConditionList:
     """The references as they are, their mean, or points between pairs of them."""
+    # `how` becomes part of the identity: other points between the tiles are other images.
     how: dict[str, object]
     if options.interpolate:
         pairs = [(keys.index(a), keys.index(b)) for a, b in options.interpolate]

@@ -120,6 +120,7 @@ def identity_claims(
     generator: Generator, source: ConditionSource, request: Request
 ) -> dict[str, object]:
     """The identity of a synthetic dataset: everything that fixes its images but their number."""
+    # The key is absent unless forced, so that ordinary datasets have one form of identity.
     forced = {"forced_guidance": request.forced} if request.forced else {}
     return {
         "kind": "generated",

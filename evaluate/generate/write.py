@@ -108,6 +108,7 @@ def _tables_are_valid(dataset: Dataset) -> bool:
 
 def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
     """The rows of slides.parquet; `tile_px` in pixels, `mpp` in micrometres per pixel."""
+    # Readers of real slides must find a level 0 that contains every place of the layout.
     side = _GRID_SIDE * tile_px
     return [
         Slide(
@@ -133,6 +134,7 @@ def candidates_table(
     """
     sources = source.sources(np.arange(start, stop) // variations)
     ranks = np.arange(stop - start, dtype=np.int32)
+    # Generated tiles are all tissue, and pass every filter of a selection.
     full = np.ones(len(ranks), np.float32)
     columns = {
         "rank": ranks,

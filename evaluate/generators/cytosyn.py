@@ -96,6 +96,7 @@ class CytoSynGenerator:
             network=self._network,
             progress=progress,
         )
+        # The decoder alone sums in an order that depends on the number of threads.
         with _one_thread_on(self._model.device):
             return self._model.decode(latents)
 

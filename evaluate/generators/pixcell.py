@@ -78,6 +78,7 @@ class PixCell(ReleasedGenerator):
         """
         pipeline = self.loaded.pipeline
         null = pipeline.get_unconditional_embedding(len(seeds)).to(pipeline.device)
+        # The published pipeline takes no None: without a condition it is given its null.
         embeds = null
         if features is not None:
             embeds = self.to_tensor(features)[:, None]

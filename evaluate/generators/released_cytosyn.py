@@ -52,6 +52,7 @@ class ReleasedCytoSyn(ReleasedGenerator):
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
         }
+        # Bounds of guidance mean nothing without a condition to guide by.
         if features is not None:
             arguments |= {
                 "h0_mini_embeds": self.to_tensor(features),

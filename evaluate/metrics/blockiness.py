@@ -28,6 +28,7 @@ def blockiness(tile: NDArray[np.uint8]) -> float:
     """
     if tile.ndim != 3 or tile.shape[2] != 3 or min(tile.shape[:2]) < 4 * _BLOCK:
         raise ValueError(f"expected a tile [H, W, 3] of 32 px or more, got shape {tile.shape}")
+    # JPEG has luma at full resolution; the grid of the colours is often coarser.
     luma = tile.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     return float(np.mean([_edge_ratio(luma), _edge_ratio(luma.T)]))
 

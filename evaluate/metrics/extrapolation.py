@@ -115,11 +115,13 @@ def _subset_sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64
             f"generated features: {n} rows, but a line through distances of 3 sizes needs at "
             f"least {_MIN_ROWS}; measure more images"
         )
+    # Distances of few rows leave the line; of nearly all rows they span too little of 1/N.
     first = max(2, min(5000, n // 10)) if smallest is None else smallest
     if not 2 <= first < n:
         raise UserError(
             f"the smallest subset has {first} rows, expected 2 to {n - 1} of the {n} generated"
         )
+    # Few rows give the same size twice, which would weigh double in the fit.
     sizes = np.unique(np.linspace(first, n, max(points, 0)).astype(np.int64))
     if len(sizes) < 3:
         raise UserError(

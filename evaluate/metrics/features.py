@@ -43,6 +43,7 @@ def checked_features(
         )
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+    # One pass finds both: a NaN anywhere makes the largest magnitude NaN.
     largest = _largest_magnitude(array)
     if not np.isfinite(largest):
         bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in chunks(array))

@@ -359,6 +359,7 @@ def frechet_rows(result: Record, halves: Record) -> list[MetricRow]:
             "large second one is missing or surplus variety.",
         ),
     ]  # fmt: skip
+    # An interval needs draws and a line 64 generated tiles: either may be absent.
     interval, line = result.part("widths").part("slide"), result.part("infinity")
     if interval:
         rows.append(MetricRow(

@@ -170,6 +170,7 @@ def mmd(
     if unit_norm:
         refuse_zero_rows(first, "real")
         refuse_zero_rows(second, "generated")
+    # Scaling is block by block too: a whole float64 copy may not fit in memory.
     prepare = unit_rows if unit_norm else _to_float64
     width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):

@@ -252,6 +252,7 @@ class _Fits:
         return LikelihoodBaseline(nll, fingerprint)
 
     def _baseline_nll(self, seed: int) -> float:
+        # Centres must not be among the rows that they are fitted to: variances would vanish.
         draw = self.draw_orders(seed)
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
@@ -287,6 +288,7 @@ def likelihood_result(
         device=pair.device,
     )  # fmt: skip
     assert result.baseline is not None
+    # JSON has no integer keys.
     nll = {str(seed): value for seed, value in result.baseline.nll.items()}
     kept = {"nll": nll, "fingerprint": result.baseline.fingerprint}
     return plain_fields(result) | {"baseline": kept}

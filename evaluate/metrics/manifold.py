@@ -330,6 +330,7 @@ def _collect_result(
 ) -> PrecisionRecall:
     n, k = real_neighbours.indices.shape
     nearest = cross.nearest_real
+    # Authentic: farther from the nearest real tile than that tile is from its own nearest.
     authentic = nearest.distances[:, 0] > real_neighbours.distances[nearest.indices[:, 0], 0]
     covered = cross.nearest_generated.distances[:, 0] < cross.real_balls.radii
     return PrecisionRecall(

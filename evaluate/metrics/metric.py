@@ -173,6 +173,7 @@ class TableQuantity:
         text, spread = as_text(self.value(result)), self.spread(result)
         if spread is not None:
             text += f" ± {format_share(spread) if self.share else format_number(spread, 2)}"
+        # A known ideal says more than a null, and a null more than the halves of real tiles.
         if self.ideal is not None:
             reference, name = format_share(self.ideal[0]), self.ideal[1]
         elif self.context is not None:

@@ -98,6 +98,7 @@ def bootstrap(
     first, second = checked_pair(real, generated)
     if draws < 2:
         raise UserError(f"draws is {draws}, expected at least 2")
+    # The legacy generator, whose stream numpy keeps for good.
     random = np.random.RandomState(seed)
     if clusters is None:
         if real_clusters is not None:
@@ -123,6 +124,7 @@ def resampled_widths(pair: FeaturePair, settings: MetricSettings) -> dict[str, o
     for kind, labels in (pair.clusters or {}).items():
         if len(np.unique(labels)) < 2:
             continue
+        # A single real slide cannot be drawn again: that side is then fixed.
         real_labels = (pair.real_clusters or {}).get(kind)
         if real_labels is not None and len(np.unique(real_labels)) < 2:
             real_labels = None

@@ -24,12 +24,14 @@ def find_cautions(protocol: Protocol, results: Results) -> Warnings:
         warnings.append(
             warning("not_the_protocol", f"this is not the protocol as shipped: {changed}")
         )
+    # Only this project's own models can reconstruct.
     released = [name for name, spec in protocol.models.items() if spec.generator != "own"]
     if "vae" in protocol.controls and set(released) - set(protocol.leave_out):
         message = "no reconstruction ceiling of a released model, whose autoencoder is its own"
         warnings.append(warning("no_ceiling", f"{message}: {', '.join(released)}"))
     for name in protocol.leave_out:
         warnings.append(warning("left_out", f"the rows of {name} were left out, as configured"))
+    # Last, since a sentence that is covered by a warning above is left out.
     warnings += metric_warnings(_shown_metrics(results), warnings)
     return list({entry["message"]: entry for entry in warnings}.values())
 
@@ -83,6 +85,7 @@ def _size_warnings(results: Results) -> Warnings:
     if few:
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"
         warnings.append(warning("few_tiles", f"{message}: {', '.join(few)}"))
+    # The smallest set decides: any comparison with it has a singular covariance.
     rows = min(rows_of.values(), default=0)
     dims = {encoder: records[0]["dim"] for encoder, records in results["encoders"].items()}
     wide = [f"{encoder} ({dim})" for encoder, dim in dims.items() if dim >= rows]
@@ -102,6 +105,7 @@ def _grid_warnings(results: Results) -> Warnings:
     """One warning of all comparisons without views where only one side has an 8 x 8 grid."""
     sources, named = results["sources"], {}
     for cell in results.get("cells", []):
+        # A view resamples the pixels, and with them the grid.
         if cell["kind"] != "model" or cell["real"]["view"] or cell["generated"]["view"]:
             continue
         real, made = cell["real"]["source"], cell["generated"]["source"]

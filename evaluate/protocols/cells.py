@@ -113,6 +113,7 @@ class Measurer:
     ) -> Results:
         """Everything that a metric's result depends on."""
         real = {f"real {key}": labels for key, labels in (pair.real_clusters or {}).items()}
+        # Labels count only where they are drawn: others would split equal results.
         is_clustered = metric.reads_clusters and settings.draws
         clusters = (pair.clusters or {}) | real if is_clustered else {}
         return self._device_inputs(metric) | {
@@ -146,6 +147,7 @@ class Measurer:
             computed.update(likelihood_result(pair, settings))
             return computed["baseline"]
 
+        # A baseline that had to be computed came with the result itself.
         kept = self.store.get(inputs, compute_baseline)
         if computed:
             return computed
@@ -166,6 +168,7 @@ class Measurer:
         }[cell.control]
         inputs = {"metric": cell.control, "sides": {"real": opened.sum},
                   "seed": settings.seed, "clusters": digest_array(labels)}  # fmt: skip
+        # Cosines do not depend on k or the cap: their file is shared by all values.
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
         result: Results = self.store.get(inputs, compute) or {}
@@ -182,6 +185,7 @@ class Measurer:
         guide_dataset, least = self.sources.tiles(guide).dataset, self.protocol.group_tiles
         groups: Results = {}
         for kind in self.protocol.groups:
+            # A generated tile belongs to the group of the tile that guided it.
             labels = (
                 slide_attribute(real.dataset, real.row_slides, kind),
                 slide_attribute(guide_dataset, sources, kind),

@@ -60,6 +60,7 @@ def check_table(name: str, rows: Sequence[tuple[str, Basis]], varies: Iterable[s
         for key, value in row_basis.items():
             if key in ignored:
                 continue
+            # Encoders differ from each other by design; each must agree with itself.
             scope = f"{row_basis['encoder']}/{key}" if key in _ENCODER else key
             other, first = first_of.setdefault(scope, (label, value))
             if first != value:

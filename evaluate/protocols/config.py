@@ -235,6 +235,7 @@ def _check_names(protocol: Protocol) -> None:
         _require([spec.model], protocol.models, f"{where}.model", "model")
         _require([spec.guidance] if spec.guidance else [], protocol.sets,
                  f"{where}.guidance", "set")  # fmt: skip
+        # An existing dataset is a single point: it cannot be swept.
         for key in SWEPT_KEYS if spec.dataset else ():
             values = getattr(spec, key)
             if len(values) > 1:

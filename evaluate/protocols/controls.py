@@ -44,6 +44,7 @@ def halves_by_label(
     settings = settings or MetricSettings()
     splits = []
     for number in range(FLOOR_SPLITS if len(features) <= FLOOR_SPLIT_ROWS else 1):
+        # Another split for each number; seeds wrap, as numpy takes 32 bits.
         first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
@@ -93,6 +94,7 @@ def grouped_distances(
     groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
         sides = [rows[names == name] for rows, names in zip((real, generated), labels, strict=True)]
+        # A covariance needs two rows, whatever the configuration allows.
         if min(len(side) for side in sides) < max(least, 2):
             continue
         distance = frechet_distance(*sides, max_generated=None)

@@ -60,6 +60,7 @@ def given_deviations(sources: ProtocolSources) -> dict[str, Deviation]:
         for key, (configured, recorded) in find_differences(sources, images).items():
             name = f"{where}.{key}"
             pair: Deviation = (configured, recorded)
+            # The configuration has lists where the identity has a single value.
             if key in _LISTS:
                 pair = ([configured], [recorded])
             deviations[name] = (deviations.get(name, pair)[0], pair[1])

@@ -198,6 +198,7 @@ class CopySearch:
         self, opened: OpenSide, nearest: Neighbours, likelihood: Likelihood
     ) -> dict[str, list[Found]]:
         """The most suspicious images by the ratio of distances and by FLD's score."""
+        # Scores exist for a sample of the images alone; ratios for all of them.
         ratios = distance_ratios(nearest)
         by_score = np.array(likelihood["rows"])[np.argsort(likelihood["score"])[::-1]]
         score = dict(zip(likelihood["rows"], likelihood["score"], strict=True))

@@ -65,6 +65,7 @@ def _lay_out(
     for name in quantity.of:
         for search in searches:
             train, names = search.part("train"), search.part("names")
+            # Validation sets are real tiles, which tables set apart as references.
             label, kind = search.text("source"), "model"
             if quantity.against:
                 label = f"{label} against {names.text(name)}"

@@ -70,8 +70,9 @@ def copying_test(
     Both sets come as (features ``[n, d]``, distance ``[n]`` to the nearest training tile). The
     feature space is cut in cells by k-means on principal components of training features; in
     each the distances are compared by Mann-Whitney's z, and C_T is their mean weighted by the
-    cells' training tiles. Below -3 means copying, above 3 underfitting.
-    Distances are of the whole feature space, not of the components. None where a cell has fewer than 4 tiles of either set.
+    cells' training tiles. Below -3 means copying, above 3 underfitting. Distances are of the
+    whole feature space, not of the components. None where a cell has fewer than 4 tiles of
+    either set.
     """
     # C_T needs cells of similar tiles; k-means in hundreds of dimensions finds none.
     components = min(components, *train.shape)

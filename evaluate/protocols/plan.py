@@ -131,6 +131,7 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
         if _is_left_out(protocol, source):
             continue
         is_generated = source in protocol.generations
+        # A real set in a row is compared like images, but has no generation behind it.
         reference = Images(source, "", GenerationSpec())
         train = Seen(protocol.train, row.real_view, row.real_px)
         cells += [

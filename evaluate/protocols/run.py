@@ -56,6 +56,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
 
 def make_missing(sources: SourceMaker, cells: list[Cell]) -> None:
     """Make images and features that are missing; what is valid is passed over."""
+    # Images need the features that guide them; these are of the whole guiding selection.
     for seen, encoder in sources.conditioning_features():
         sources.make_features(seen, encoder, whole=True)
     for source in made_sources(sources.protocol, cells):
@@ -78,6 +79,7 @@ def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
         for source, count in counts.items()
         if count
     ]
+    # Features of images that do not exist yet cannot be counted, only announced.
     for seen, encoder in all_features(sources.protocol, cells):
         if counts.get(seen.source):
             view = f" through {seen.view}" if seen.view else ""

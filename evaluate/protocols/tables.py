@@ -141,6 +141,7 @@ def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     for cell in (Record(cell, "cells") for cell in cells):
         if cell.text("kind") == "model" and _metric_result(cell, "frechet_distance"):
             groups.setdefault(row_label(cell, without="seed"), []).append(cell)
+    # A single group needs no prefix on its labels.
     for name, models in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
         _add_widths(builder, prefix, models)
@@ -184,6 +185,7 @@ def _with_published(protocol: Protocol, table: Table) -> Table:
     """
     published = Record(protocol.published, "published")
     values = published.part("values").part(table["name"])
+    # Published numbers next to those of a changed protocol would invite a false comparison.
     if protocol.deviations or not values:
         return table
     rows: list[LabelledRow] = []

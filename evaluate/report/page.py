@@ -91,6 +91,7 @@ def render_page(content: PageContent) -> str:
     """The page as one HTML string: styles and images inside, no address outside."""
     summary = content.run.summary if content.run else Record({})
     metrics = content.results.part("metrics")
+    # Metrics bring their plots: a new metric needs no change here.
     plots = [
         (metric.plot, draw_svg(metric.plot.bind_result(metrics.part(name))))
         for name, metric in METRICS.items()
