@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from common.errors import UserError
-from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, warning
+from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, make_warning
 from evaluate.compare.sides import (
     Features,
     FeatureSide,
@@ -70,14 +70,14 @@ def measure(
     metrics: dict[str, object] = {name: None for name, metric in METRICS.items() if metric.needs}
     metrics |= compute_metrics(pair, names, settings)
     halves = real_halves(real, settings, device)
-    described = {"real": real.described(), "generated": generated.described()}
+    described = {"real": real.describe_side(), "generated": generated.describe_side()}
     warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
-    warnings += [warning("no_cosine", no_cosine)] if no_cosine else []
+    warnings += [make_warning("no_cosine", no_cosine)] if no_cosine else []
     return {
         "schema_version": SCHEMA_VERSION,
         "real": described["real"],
         "generated": {**described["generated"], "identity": identity},
-        "train": None if train is None else train.described(),
+        "train": None if train is None else train.describe_side(),
         "model_sha256": identity.get("model_sha256"),
         "sampler": {key: identity.get(key) for key in _SAMPLER_KEYS},
         "encoder": real.store.record,

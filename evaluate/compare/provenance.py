@@ -10,7 +10,7 @@ import numpy.typing as npt
 from common.console import meter
 from common.errors import UserError
 from evaluate.generate.plan import source_order
-from evaluate.metrics.blockiness import blockiness
+from evaluate.metrics.blockiness import measure_blockiness
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -63,7 +63,7 @@ def mean_blockiness(
     store = TileStore(dataset, tile_px)
     slides = np.searchsorted(selection.offsets, sample, side="right") - 1
     scores = [
-        blockiness(store.read(selection.slide_ids[slide], [int(selection.ranks[row])])[0])
+        measure_blockiness(store.read(selection.slide_ids[slide], [int(selection.ranks[row])])[0])
         for slide, row in zip(slides, sample, strict=True)
     ]
     spread = float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None

@@ -44,7 +44,7 @@ _REQUIRED = (
 )  # fmt: skip
 
 
-def warning(code: str, message: str) -> dict[str, str]:
+def make_warning(code: str, message: str) -> dict[str, str]:
     """One entry of `warnings`."""
     return {"code": code, "message": message}
 

@@ -61,7 +61,7 @@ class FeatureSide:
             check_comparable(like.store, store)
         return cls(dataset, selection, store, np.asarray(store.read_selection(selection)))
 
-    def described(self) -> dict[str, object]:
+    def describe_side(self) -> dict[str, object]:
         """The side's entry in results.json."""
         return {
             "dataset": str(self.dataset.root),
@@ -82,8 +82,23 @@ class FeatureSide:
 
     @cached_property
     def sources(self) -> "RowSources | None":
-        """The real tile behind each row ``[n]``; None for a real dataset or if a row has none."""
-        return _read_sources(self)
+        """The real tile behind each row ``[n]`` of a synthetic dataset; None if one has none."""
+        names: list[str | None] = []
+        ranks: list[npt.NDArray[np.int64]] = []
+        for slide_id, rows in self.selection.items():
+            table = read_candidates(self.dataset, slide_id)
+            if "source_slide_id" not in table.column_names:
+                raise UserError(
+                    f"{self.dataset.root} is no synthetic dataset: its candidates have no "
+                    "source_slide_id; give one that `python -m evaluate generate` made"
+                )
+            picked = table.take(rows)
+            names.extend(picked["source_slide_id"].to_pylist())
+            ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+        # A dataset is guided as a whole: one image without a source means none has one.
+        if None in names:
+            return None
+        return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
     def slides(self) -> Labels | None:
         """The real slide ``[n]`` that each row is of or was made from; None where there is none."""
@@ -155,25 +170,6 @@ def check_comparable(first: FeatureStore, second: FeatureStore) -> None:
             f"{other!r} in {second.dataset.root}; cache both with the same encoder, weights and "
             "dtype"
         )
-
-
-def _read_sources(side: FeatureSide) -> RowSources | None:
-    names: list[str | None] = []
-    ranks: list[npt.NDArray[np.int64]] = []
-    for slide_id, rows in side.selection.items():
-        table = read_candidates(side.dataset, slide_id)
-        if "source_slide_id" not in table.column_names:
-            raise UserError(
-                f"{side.dataset.root} is no synthetic dataset: its candidates have no "
-                "source_slide_id; give one that `python -m evaluate generate` made"
-            )
-        picked = table.take(rows)
-        names.extend(picked["source_slide_id"].to_pylist())
-        ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
-    # A dataset is guided as a whole: one image without a source means none has one.
-    if None in names:
-        return None
-    return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
 
 def source_features(

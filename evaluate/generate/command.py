@@ -69,7 +69,8 @@ def _requested_points(
     if options.unconditional and any({"scale", "low", "high"} & set(p.options) for p in points):
         raise UserError("--sweep of scale, low or high needs guidance, --unconditional has none")
     return [
-        (point, settings_for(options.generator, {**given, **point.settings()})) for point in points
+        (point, settings_for(options.generator, {**given, **point.sampler_settings()}))
+        for point in points
     ]
 
 

@@ -80,14 +80,14 @@ class ConditionSource(ABC):
         """What fixes the conditions, as JSON values for dataset.json; no paths."""
 
     @abstractmethod
-    def sources(self, positions: Positions) -> SourceTiles:
+    def source_tiles(self, positions: Positions) -> SourceTiles:
         """The real tiles behind the conditions at these positions, int64 [n]."""
 
     @abstractmethod
-    def features(self, positions: Positions) -> Features | None:
+    def read_features(self, positions: Positions) -> Features | None:
         """Features float32 [n, d] of the conditions at positions [n]; None: unconditional."""
 
-    def attachments(self) -> dict[str, bytes]:
+    def guidance_files(self) -> dict[str, bytes]:
         """Files, bytes by name, that the synthetic dataset has in `guidance/`."""
         return {}
 
@@ -104,11 +104,11 @@ class Unconditional(ConditionSource):
         """The kind of guidance alone."""
         return {"guidance": "none"}
 
-    def sources(self, positions: Positions) -> SourceTiles:
+    def source_tiles(self, positions: Positions) -> SourceTiles:
         """No image has a tile behind it."""
         return SourceTiles([None] * len(positions), np.full(len(positions), -1, np.int32))
 
-    def features(self, positions: Positions) -> None:
+    def read_features(self, positions: Positions) -> None:
         """Nothing guides."""
 
 
@@ -125,7 +125,7 @@ class ShuffledSelection(ConditionSource):
         slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
         self._slides, self._ranks = slides[order], selection.ranks[order]
 
-    def sources(self, positions: Positions) -> SourceTiles:
+    def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tiles at these positions, int64 [n], of the order in which they guide."""
         names = self.selection.slide_ids
         slide_ids: list[str | None] = [names[slide] for slide in self._slides[positions]]
@@ -183,7 +183,7 @@ class SelectionConditions(ShuffledSelection):
             | ({"guidance_view": view} if view else {})
         )
 
-    def features(self, positions: Positions) -> Features:
+    def read_features(self, positions: Positions) -> Features:
         """CLS features float32 [n, d]; every slide is read once."""
         slides, ranks = self._slides[positions], self._ranks[positions]
         features = np.empty((len(positions), self.encoder_record["dim"]), np.float32)

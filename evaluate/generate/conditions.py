@@ -52,7 +52,9 @@ class ConditionListing(TypedDict):
     conditions: list[ListedCondition]
 
 
-def interpolate(first: Features, second: Features, factor: float, kind: Interpolation) -> Features:
+def interpolate_features(
+    first: Features, second: Features, factor: float, kind: Interpolation
+) -> Features:
     """The feature [d] at `factor` in [0, 1] of the way from `first` (0) to `second` (1).
 
     "lerp" is the straight line. "slerp" weighs both by their angle (Shoemake 1985,
@@ -60,7 +62,7 @@ def interpolate(first: Features, second: Features, factor: float, kind: Interpol
     Raises `UserError` for a factor outside [0, 1] and for slerp between opposite vectors or from
     a zero vector, where the way is not defined.
 
-    >>> interpolate(np.array([0.0, 4.0]), np.array([2.0, 4.0]), 0.25, "lerp").tolist()
+    >>> interpolate_features(np.array([0.0, 4.0]), np.array([2.0, 4.0]), 0.25, "lerp").tolist()
     [0.5, 4.0]
     """
     if not 0 <= factor <= 1:
@@ -143,7 +145,7 @@ def conditions_between(
     for first, second in pairs:
         a, b = references[first], references[second]
         for factor in factors:
-            feature = interpolate(a.feature, b.feature, factor, kind)
+            feature = interpolate_features(a.feature, b.feature, factor, kind)
             name = f"{a.name} to {b.name}, {factor:g}"
             conditions.append(Condition(name, (first, second), feature, factor))
     return conditions
@@ -179,14 +181,16 @@ class ConditionList(ConditionSource):
     def identity(self) -> dict[str, object]:
         """Which tiles guide, by their sums, how they are combined, and by which encoder."""
         # The listing has sums and names but no paths: a file that was moved is the same.
-        conditions = hashlib.sha256(json.dumps(self._listing(), sort_keys=True).encode())
+        conditions = hashlib.sha256(
+            json.dumps(self._describe_conditions(), sort_keys=True).encode()
+        )
         return {
             **self._how,
             "guidance_conditions_sha256": conditions.hexdigest(),
             **encoder_identity(self.encoder_record),
         }
 
-    def sources(self, positions: Positions) -> SourceTiles:
+    def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tile behind each condition [n] that is a single tile of a dataset, none elsewhere."""
         tiles: list[tuple[str | None, int]] = []
         for position in positions:
@@ -195,19 +199,21 @@ class ConditionList(ConditionSource):
             tiles.append(single or (None, -1))
         return SourceTiles([slide for slide, _ in tiles], np.array([r for _, r in tiles], np.int32))
 
-    def features(self, positions: Positions) -> Features:
+    def read_features(self, positions: Positions) -> Features:
         """Features float32 [n, d] of the conditions at positions [n]."""
         return self._features[positions]
 
-    def attachments(self) -> dict[str, bytes]:
+    def guidance_files(self) -> dict[str, bytes]:
         """The bytes by file name: the conditions as JSON, the references' pixels as PNG."""
-        files = {CONDITIONS_FILE: (json.dumps(self._listing(), indent=2) + "\n").encode()}
+        files = {
+            CONDITIONS_FILE: (json.dumps(self._describe_conditions(), indent=2) + "\n").encode()
+        }
         for number, reference in enumerate(self._references):
             if reference.tile is not None:
                 files[_tile_file(number)] = encode_png(reference.tile)
         return files
 
-    def _listing(self) -> ConditionListing:
+    def _describe_conditions(self) -> ConditionListing:
         return {
             "tiles": [
                 {

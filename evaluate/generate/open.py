@@ -106,7 +106,7 @@ def _open_cached(
         store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder)
         references = cached_references(dataset, names, store)
         record = cast(EncoderRecord, dict(store.record))
-        return _combine(options, names, references, record, tile_px, mpp)
+        return _combine_references(options, names, references, record, tile_px, mpp)
     selection = SelectionConditions.open(dataset, options.selection or "", encoder)
     # Before any feature is read for a mean.
     check_condition_dim(selection.encoder_record, generator.condition_dim)
@@ -158,7 +158,7 @@ def _open_tiles(
     features = encode_tiles(encoder, tiles, resize=options.generator == "pixcell")
     references = [Reference(*each) for each in zip(names, tiles, features, strict=True)]
     record = describe_encoder(encoder, wanted.tile_px)
-    return _combine(options, keys, references, record, wanted.tile_px, mpp), warnings
+    return _combine_references(options, keys, references, record, wanted.tile_px, mpp), warnings
 
 
 def _tile_names(options: GenerateOptions, single: Sequence[str]) -> list[str]:
@@ -170,7 +170,7 @@ def _tile_names(options: GenerateOptions, single: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for pair in options.interpolate for name in pair))
 
 
-def _combine(
+def _combine_references(
     options: GenerateOptions,
     keys: Sequence[str],
     references: Sequence[Reference],

@@ -65,7 +65,7 @@ class Unit:
         """Number of images."""
         return self.stop - self.start
 
-    def image(self, rank: int) -> int:
+    def image_index(self, rank: int) -> int:
         """The image index, from 0 up, of a rank."""
         return self.slide * IMAGES_PER_SLIDE + rank
 

@@ -121,6 +121,6 @@ def cached_references(
         try:
             tile = tiles.read(slide_id, [rank])[0]
         except UserError:
-            tile = None  # a dataset may hold features of tiles that were removed
+            tile = None  # a dataset may have features of tiles that were removed
         references.append(Reference(name, tile, feature, (slide_id, rank)))
     return references

@@ -91,14 +91,16 @@ def generate(
         claims.pop(GUIDING_FINGERPRINT, None)
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
-    def prepare() -> list[tuple[int, ...]]:
+    def claim_and_plan() -> list[tuple[int, ...]]:
         claim_identity(dataset, claims, stage="generate", versions=_software_versions())
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
     # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances
     # them without any exchange while they work.
-    units = [Unit(*row) for row in processes.on_main(prepare)][processes.rank :: processes.size]
+    units = [Unit(*row) for row in processes.on_main(claim_and_plan)][
+        processes.rank :: processes.size
+    ]
     started = time.monotonic()
     written = 0
     with _show_progress(processes, sum(unit.count for unit in units)) as advance:
@@ -198,10 +200,10 @@ def _sample_unit(
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The tiles of a unit, in rank order, sampled a micro-batch at a time."""
     for batch in micro_batches(unit, request.micro_batch):
-        features = source.features(batch.images // request.variations)
+        features = source.read_features(batch.images // request.variations)
         # A seed derives from the image's index alone, so any process may make any image.
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
-        tiles = generator.sample(
+        tiles = generator.generate_tiles(
             features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")
         )
         kept = tiles[batch.begin : batch.end]
@@ -239,7 +241,7 @@ class _UnitWriter:
         started = time.monotonic()
         pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]
 
-        def commit() -> int:
+        def commit_images() -> int:
             return commit_unit(
                 self._run,
                 unit,
@@ -251,7 +253,7 @@ class _UnitWriter:
 
         # At most one unit's PNGs wait in memory while the next unit is sampled.
         self._wait_for_commit()
-        self._pending = self._committer.submit(commit)
+        self._pending = self._committer.submit(commit_images)
 
     def _wait_for_commit(self) -> None:
         pending, self._pending = self._pending, None

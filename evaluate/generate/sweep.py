@@ -33,7 +33,7 @@ class SweepPoint:
         return "_".join(f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}"
                         for key, value in self.options.items())  # fmt: skip
 
-    def settings(self) -> dict[str, Value]:
+    def sampler_settings(self) -> dict[str, Value]:
         """The same under the sampler's names."""
         return {FIELD_OF_OPTION[key]: value for key, value in self.options.items()}
 

@@ -82,7 +82,7 @@ class CytoSynGenerator:
             **({"compiled": True} if self._compiles else {}),
         }
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""

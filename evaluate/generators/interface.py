@@ -57,7 +57,7 @@ class Generator(Protocol):
     def identity(self) -> dict[str, object]:
         """What fixes the images besides features and seeds: weights, sampler, dtype, as JSON."""
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""

@@ -8,7 +8,7 @@ _MARGIN = 2  # columns on either side of a block's edge that it is compared with
 _FLOOR = 0.5  # grey levels; smaller steps are rounding, not structure
 
 
-def blockiness(tile: NDArray[np.uint8]) -> float:
+def measure_blockiness(tile: NDArray[np.uint8]) -> float:
     """How much larger the steps across block edges are than those next to them; 1 is no grid.
 
     The mean absolute step of the luma across each eighth column edge (and row edge), counted
@@ -20,7 +20,7 @@ def blockiness(tile: NDArray[np.uint8]) -> float:
     Args:
         tile: uint8 ``[H, W, 3]``, at least 32 pixels per side.
 
-    >>> blockiness(np.full((64, 64, 3), 200, np.uint8))
+    >>> measure_blockiness(np.full((64, 64, 3), 200, np.uint8))
     1.0
 
     Raises:

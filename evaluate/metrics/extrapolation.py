@@ -86,7 +86,7 @@ def frechet_infinity(
     n, d = generated_rows.shape
     sizes = _subset_sizes(n, points, smallest)
     order = np.random.RandomState(seed).permutation(n)
-    reference = FrechetReference(Moments.of(real_rows), real_rows)
+    reference = FrechetReference(Moments.from_rows(real_rows), real_rows)
     # Each subset has the rows of the one before: only the new ones are added to its moments.
     moments, values = Moments(d), []
     for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):

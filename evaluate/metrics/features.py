@@ -46,7 +46,7 @@ def checked_features(
     # One pass finds both: a NaN anywhere makes the largest magnitude NaN.
     largest = _largest_magnitude(array)
     if not np.isfinite(largest):
-        bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in chunks(array))
+        bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in row_chunks(array))
         raise UserError(
             f"{name} features: {bad} of {len(array)} rows hold NaN or infinity; "
             f"recompute them (half precision overflows in some encoders) or leave them out"
@@ -82,14 +82,16 @@ def checked_pair(
     return first, second
 
 
-def chunks(features: NDArray[np.floating], rows: int = CHUNK_ROWS) -> Iterator[NDArray[np.float64]]:
+def row_chunks(
+    features: NDArray[np.floating], rows: int = CHUNK_ROWS
+) -> Iterator[NDArray[np.float64]]:
     """Consecutive blocks of at most `rows` rows, each widened to float64."""
     for start in range(0, len(features), rows):
         yield features[start : start + rows].astype(np.float64)
 
 
 def constant_features(features: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Which dimensions hold one single value in all rows, as a mask ``[d]``."""
+    """Which dimensions have a single value in all rows, as a mask ``[d]``."""
     low, high = features[0].copy(), features[0].copy()
     for start in range(0, len(features), CHUNK_ROWS):
         block = features[start : start + CHUNK_ROWS]

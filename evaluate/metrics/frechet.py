@@ -110,7 +110,7 @@ def frechet_distance(
             )
         generated_rows = generated_rows[random_subset(len(generated_rows), max_generated, seed)]
     # Sums in float64 in one pass: no copy of the features in that precision.
-    first, second = Moments.of(real_rows), Moments.of(generated_rows)
+    first, second = Moments.from_rows(real_rows), Moments.from_rows(generated_rows)
     warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
         generated_rows, "generated"
     )

@@ -144,10 +144,10 @@ def feature_likelihood_divergence(
     for seed in seeds:
         draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
-        first = first or (mixture.memorisation(), draw.generated)
-        nll = mixture.nll(fits.test if mode == "test" else fits.train)
+        first = first or (mixture.memorisation_scores(), draw.generated)
+        nll = mixture.mean_nll(fits.test if mode == "test" else fits.train)
         # The gap needs no baseline: it compares train and test rows under the same mixture.
-        compared = mixture.nll(fits.test) if baseline is None else baseline.nll[seed]
+        compared = mixture.mean_nll(fits.test) if baseline is None else baseline.nll[seed]
         values.append(100 * (nll - compared))
     assert first is not None
     warnings = normalise.warnings
@@ -191,7 +191,7 @@ class _Normaliser:
         dropped = int((~self._kept).sum())
         if dropped == len(self._kept):
             raise UserError("test features are all constant: nothing can be scaled by them")
-        moments = Moments.of(test[:, self._kept])
+        moments = Moments.from_rows(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
         self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
@@ -241,7 +241,13 @@ class _Fits:
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
         # A baseline of other rows would shift the value without a trace.
-        fingerprint = self._hash_inputs()
+        digest = hashlib.sha256()
+        for rows in (self.train, self.test):
+            digest.update(
+                f"{tuple(rows.shape)} {rows.dtype} {self._n_generated} {self._used};".encode()
+            )
+            digest.update(rows.cpu().numpy().data)
+        fingerprint = digest.hexdigest()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
                 "the baseline given is of other train or test features, row counts or dtype; "
@@ -257,16 +263,7 @@ class _Fits:
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
-        return Mixture(self.train[centres], fitted_to).nll(self.test)
-
-    def _hash_inputs(self) -> str:
-        digest = hashlib.sha256()
-        for rows in (self.train, self.test):
-            digest.update(
-                f"{tuple(rows.shape)} {rows.dtype} {self._n_generated} {self._used};".encode()
-            )
-            digest.update(rows.cpu().numpy().data)
-        return digest.hexdigest()
+        return Mixture(self.train[centres], fitted_to).mean_nll(self.test)
 
 
 def likelihood_result(

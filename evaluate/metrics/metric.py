@@ -102,10 +102,10 @@ class WarningKind:
 
     def matches(self, sentence: str) -> bool:
         """Whether this kind wrote the sentence."""
-        return self._pattern.fullmatch(sentence) is not None
+        return self._sentence_pattern.fullmatch(sentence) is not None
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _sentence_pattern(self) -> re.Pattern[str]:
         return re.compile(".+".join(map(re.escape, re.split(r"\{[^}]*\}", self.template))))
 
 
@@ -251,12 +251,12 @@ def value_at(*keys: str) -> Reader:
     2.5
     """
 
-    def read(result: Record) -> float | None:
+    def read_number(result: Record) -> float | None:
         for key in keys[:-1]:
             result = result.part(key)
         return result.optional(keys[-1])
 
-    return read
+    return read_number
 
 
 def plain_fields(result: object) -> dict[str, object]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evaluate.metrics.features import checked_features, chunks, refuse_zero_rows, unit_rows
+from evaluate.metrics.features import checked_features, refuse_zero_rows, row_chunks, unit_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def vendi(features: ArrayLike) -> VendiScore:
         gram = unit @ unit.T
     else:
         gram = np.zeros((d, d))
-        for block in chunks(rows):
+        for block in row_chunks(rows):
             unit = unit_rows(block)
             gram += unit.T @ unit
     eigenvalues = np.linalg.eigvalsh(gram / n)

@@ -14,7 +14,7 @@ from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
 from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
 from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
 from evaluate.metrics.registry import METRICS, needed_features
-from evaluate.protocols.comparable import basis, check_sides
+from evaluate.protocols.comparable import check_sides, number_basis
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
 from evaluate.protocols.plan import Cell, Seen, guiding_set
@@ -43,7 +43,7 @@ class Measurer:
         self._device = choose_device(protocol.device, setting="device=").type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
 
-    def side(self, seen: Seen, encoder: str) -> OpenSide:
+    def open_side(self, seen: Seen, encoder: str) -> OpenSide:
         """A side, read or still open."""
         key = (seen, encoder)
         if key not in self._sides:
@@ -57,7 +57,7 @@ class Measurer:
         self._sides.move_to_end(key)
         return self._sides[key]
 
-    def basis(self, cell: Cell) -> Results:
+    def cell_basis(self, cell: Cell) -> Results:
         """What the cell's numbers rest on, from records and selections alone.
 
         Raises `UserError` where the two sides were made by different encoders.
@@ -69,13 +69,13 @@ class Measurer:
             for name in ("real", "generated")
         )
         check_sides(real, generated, cell.place)
-        return basis(real, generated, rows | {"k": self.protocol.settings.k})
+        return number_basis(real, generated, rows | {"k": self.protocol.settings.k})
 
-    def measure(self, cell: Cell) -> Results:
+    def measure_cell(self, cell: Cell) -> Results:
         """The cell's results by metric; each is looked up before it is computed."""
         if cell.control in ("floor-tile", "floor-patient", "neighbour"):
             return self._measure_real(cell)
-        opened = {name: self.side(s, cell.encoder) for name, s in cell.sides().items()}
+        opened = {name: self.open_side(s, cell.encoder) for name, s in cell.sides().items()}
         pair = self._make_pair(cell, opened)
         # Widths are of models, whose numbers are compared; not of floors and ceilings.
         settings = self.protocol.settings
@@ -85,7 +85,9 @@ class Measurer:
             is_likelihood = metric is LIKELIHOOD
             compute = partial(self._measure_likelihood, opened) if is_likelihood else metric.compute
             inputs = self._result_inputs(metric, pair, opened, settings)
-            results[metric.name] = self.store.get(inputs, partial(compute, pair, settings))
+            results[metric.name] = self.store.get_or_compute(
+                inputs, partial(compute, pair, settings)
+            )
         if cell.kind == "model" and "groups" in self.protocol.plots:
             results["groups"] = self._measure_groups(cell, opened)
         return results
@@ -148,7 +150,7 @@ class Measurer:
             return computed["baseline"]
 
         # A baseline that had to be computed came with the result itself.
-        kept = self.store.get(inputs, compute_baseline)
+        kept = self.store.get_or_compute(inputs, compute_baseline)
         if computed:
             return computed
         nll = {int(seed): value for seed, value in kept["nll"].items()}
@@ -156,7 +158,7 @@ class Measurer:
 
     def _measure_real(self, cell: Cell) -> Results:
         """A control that compares real tiles with real tiles of the same set."""
-        opened = self.side(cell.real, cell.encoder)
+        opened = self.open_side(cell.real, cell.encoder)
         side, settings = opened.side, self.protocol.settings
         slides = labels = side.row_slides
         if cell.control == "floor-patient":
@@ -171,7 +173,7 @@ class Measurer:
         # Cosines do not depend on k or the cap: their file is shared by all values.
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
-        result: Results = self.store.get(inputs, compute) or {}
+        result: Results = self.store.get_or_compute(inputs, compute) or {}
         is_cosine = cell.control == "neighbour" and result
         return {"cosine_similarity": result} if is_cosine else result
 
@@ -193,7 +195,7 @@ class Measurer:
             inputs = {"metric": f"by {kind}", "least": least,
                       "sides": {name: opened[name].sum for name in ("real", "generated")},
                       "clusters": [digest_array(values) for values in labels]}  # fmt: skip
-            groups[kind] = self.store.get(
+            groups[kind] = self.store.get_or_compute(
                 inputs,
                 partial(grouped_distances, real.features, generated.features, labels, least=least),
             )

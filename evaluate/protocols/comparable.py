@@ -12,7 +12,7 @@ Basis = Mapping[str, object]
 """What a number rests on, by key."""
 
 
-def basis(
+def number_basis(
     record: Mapping[str, object], generated_record: Mapping[str, object], n: Mapping[str, int]
 ) -> dict[str, object]:
     """What a number rests on: encoder, kernel, dtype, views, sizes and sample counts.

@@ -94,7 +94,7 @@ def grouped_distances(
     groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
         sides = [rows[names == name] for rows, names in zip((real, generated), labels, strict=True)]
-        # A covariance needs two rows, whatever the configuration allows.
+        # A covariance needs two rows, even where the configuration allows fewer.
         if min(len(side) for side in sides) < max(least, 2):
             continue
         distance = frechet_distance(*sides, max_generated=None)

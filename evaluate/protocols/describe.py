@@ -60,7 +60,9 @@ def describe_source(sources: ProtocolSources, name: str, store: ResultStore) -> 
               "root": str(tiles.dataset.root.resolve()),
               "selection": tiles.used.content_hash}  # fmt: skip
     # Decoding 100,000 tiles for their sums takes minutes, so these are kept, too.
-    provenance = store.get(inputs, lambda: tile_provenance(tiles.dataset, tiles.used, tiles.px))
+    provenance = store.get_or_compute(
+        inputs, lambda: tile_provenance(tiles.dataset, tiles.used, tiles.px)
+    )
     if provenance["missing"]:  # the tiles may be back by now
         provenance = tile_provenance(tiles.dataset, tiles.used, tiles.px)
     generated = name not in sources.protocol.sets

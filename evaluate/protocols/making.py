@@ -59,9 +59,9 @@ class SourceMaker(ProtocolSources):
             self.forget_tiles(source)  # another process has made them
             return
         with joined_processes(self.protocol.device, setting="device=") as processes:
-            self.generate(source, processes)
+            self.generate_images(source, processes)
 
-    def generate(self, source: str, processes: Processes) -> None:
+    def generate_images(self, source: str, processes: Processes) -> None:
         """Make a source's images in this process, or in this process's share of many."""
         vae = parse_vae(source)
         conditions: ConditionSource

@@ -120,14 +120,15 @@ def plan_cells(protocol: Protocol) -> list[Cell]:
         cell
         for encoder in protocol.encoders
         for column in protocol.columns
-        for cell in _row_cells(protocol, encoder, column) + _controls(protocol, encoder, column)
+        for cell in _row_cells(protocol, encoder, column)
+        + _control_cells(protocol, encoder, column)
     ]
 
 
 def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
     cells: list[Cell] = []
     for row in protocol.rows:
-        source = row.source(column)
+        source = row.source_in(column)
         if _is_left_out(protocol, source):
             continue
         is_generated = source in protocol.generations
@@ -160,7 +161,7 @@ _REAL_CONTROLS = {
 _VAE_METRICS = ("frechet_distance", "precision_recall", "cosine_similarity")
 
 
-def _controls(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
+def _control_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
     real = Seen(column)
     cells = [
         Cell(_REAL_CONTROLS[name], "control", encoder, column, (name,), real, real, control=name)

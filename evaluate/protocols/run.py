@@ -39,7 +39,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     store = ResultStore(Path(protocol.out) / "cells")
     measurer = Measurer(protocol, sources, store)
     # What does not belong in one table is refused before hours of measuring.
-    bases = [measurer.basis(cell) for cell in cells]
+    bases = [measurer.cell_basis(cell) for cell in cells]
     _check_tables(protocol, cells, bases)
     results: dict[str, Any]
     if protocol.kind == "memorisation":
@@ -106,7 +106,7 @@ def _measure_cells(
     measured = []
     with meter("measure", len(cells), "comparisons") as shown:
         for cell, basis in zip(cells, bases, strict=True):
-            results = measurer.measure(cell)
+            results = measurer.measure_cell(cell)
             measured.append(asdict(cell) | {"basis": basis, "results": results})
             shown.advance(1, cell.place)
     return measured

@@ -52,7 +52,7 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
             # One row for all where their number is the same, else a row for each.
             context_label = f"{context[0]}: {label}" if context[0] in repeated else context[0]
             _add_number(builder, cell, context_label, context[1], kind="control")
-    table = builder.build(name, quantity.title, quantity.better, share=quantity.share)
+    table = builder.build_table(name, quantity.title, quantity.better, share=quantity.share)
     order = {"model": 0, "reference": 1, "control": 2}
     table["rows"].sort(key=lambda row: order[row["kind"]])
     return _with_published(protocol, table)
@@ -119,7 +119,7 @@ def relative_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
             number = _table_number(_above_floor(result) / divisor, sizes)
             _add_number(builder, cell, row_label(cell), number)
     title = f"Fréchet distance above its noise floor, in units of that of “{protocol.relative_to}”"
-    return builder.build("fd_relative", title, "lower")
+    return builder.build_table("fd_relative", title, "lower")
 
 
 _WIDTHS = (
@@ -146,7 +146,7 @@ def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
         prefix = f"{name}: " if len(groups) > 1 else ""
         _add_widths(builder, prefix, models)
         _add_seeds(builder, prefix, models)
-    return builder.build("variability", "Fréchet distance, mean ± standard deviation")
+    return builder.build_table("variability", "Fréchet distance, mean ± standard deviation")
 
 
 def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
@@ -214,7 +214,7 @@ def _add_number(
 ) -> None:
     """A cell's number, in the row of that label and in the cell's own column."""
     kind = kind or cell.text("kind")
-    builder.add(kind, label, _column_of(cell), number, cell.text("note", ""))
+    builder.add_number(kind, label, _column_of(cell), number, cell.text("note", ""))
 
 
 def _table_number(

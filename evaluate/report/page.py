@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.record import Record
 from common.text import format_number
-from evaluate.compare.results import warning
+from evaluate.compare.results import make_warning
 from evaluate.metrics.registry import METRICS
 from evaluate.report import numbers
 from evaluate.report.images import (
@@ -83,7 +83,7 @@ def all_warnings(results: Record, run: RunCurves | None) -> list[LevelledWarning
             f"the model was trained on features of {record.get('encoder')} with random weights "
             f"({record.get('weights')}): what it learned from them has no biological meaning"
         )
-        warnings.append({**warning("random_training_encoder", message)})
+        warnings.append({**make_warning("random_training_encoder", message)})
     return with_levels(warnings, _DANGERS)
 
 

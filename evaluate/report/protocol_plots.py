@@ -334,7 +334,7 @@ def draw_ratios(search: Record) -> bytes:
     labels = {"generated": "generated", "val_in": names.text("val_in"),
               "val_out": names.text("val_out")}  # fmt: skip
 
-    def draw(axes: Axes) -> None:
+    def draw_histograms(axes: Axes) -> None:
         lowest = 1.0
         for colour, (key, label) in zip(COLOURS, labels.items(), strict=False):
             histogram = search.part("sets").part(key).part("ratio_histogram")
@@ -349,4 +349,4 @@ def draw_ratios(search: Record) -> bytes:
         axes.set_ylabel("share of tiles")
         axes.legend(loc="upper left")
 
-    return draw_svg(draw)
+    return draw_svg(draw_histograms)

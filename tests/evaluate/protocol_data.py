@@ -108,7 +108,7 @@ def make_all(protocol: Protocol) -> SourceMaker:
             _write_generated(sources, seen, encoder)
     for source in made_sources(protocol, cells):
         if sources.missing_images(source):
-            sources.generate(source, ALONE)
+            sources.generate_images(source, ALONE)
     for seen, encoder in all_features(protocol, cells):
         if sources.missing_features(seen, encoder):
             _write_generated(sources, seen, encoder)

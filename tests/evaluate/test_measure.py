@@ -25,7 +25,7 @@ from evaluate.metrics import (
     manifold,
     precision_recall,
 )
-from evaluate.metrics.blockiness import blockiness
+from evaluate.metrics.blockiness import measure_blockiness
 from evaluate.metrics.metric import MetricSettings
 from evaluate.report.images import read_tile_pairs
 from evaluate.report.page import all_warnings
@@ -80,7 +80,7 @@ def test_the_cosine_pairs_each_image_with_its_own_source(real: Dataset, syntheti
     assert cosine["retrieval_at_1"] == 1.0
     assert sum(cosine["histogram"]["counts"]) == 62
     guidance = SelectionConditions.open(real, "train", "h0-mini")
-    sources = guidance.features(np.arange(62))
+    sources = guidance.read_features(np.arange(62))
     assert cosine["mean"] == pytest.approx(cosine_similarity(sources, second.features).mean)
 
 
@@ -261,16 +261,16 @@ def test_the_battery_carries_n_seeds_and_widths(real: Dataset, synthetic: Datase
 
 def test_sums_are_of_the_tiles_themselves(real: Dataset, synthetic: Dataset) -> None:
     first, second = sides(real, synthetic)
-    tiles = first.described()["tiles"]
+    tiles = first.describe_side()["tiles"]
     store = TileStore(real, PX)
     digest = hashlib.sha256()
     for slide_id, ranks in first.selection.items():
         for tile in store.read(slide_id, ranks):
             digest.update(tile.tobytes())
     assert tiles["pixels_sha256"] == digest.hexdigest()
-    assert tiles["files_sha256"] != second.described()["tiles"]["files_sha256"]
+    assert tiles["files_sha256"] != second.describe_side()["tiles"]["files_sha256"]
     next(real.tiles_dir(PX).glob("C-2*.tar")).unlink()
-    gone = first.described()["tiles"]
+    gone = first.describe_side()["tiles"]
     assert gone["pixels_sha256"] is None
     assert "C-2" in gone["missing"]
 
@@ -298,12 +298,12 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, "JPEG", quality=70)
     compressed = np.array(Image.open(buffer))
-    assert abs(blockiness(tile) - 1) < 0.03
-    assert blockiness(compressed) > 1.15
-    assert abs(blockiness(compressed[3:-5, 3:-5]) - 1) < 0.1  # another slide's grid
-    assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
+    assert abs(measure_blockiness(tile) - 1) < 0.03
+    assert measure_blockiness(compressed) > 1.15
+    assert abs(measure_blockiness(compressed[3:-5, 3:-5]) - 1) < 0.1  # another slide's grid
+    assert measure_blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
     with pytest.raises(ValueError, match="32 px or more"):
-        blockiness(np.zeros((16, 16, 3), np.uint8))
+        measure_blockiness(np.zeros((16, 16, 3), np.uint8))
 
 
 def test_distances_are_computed_on_the_device_that_was_asked_for(

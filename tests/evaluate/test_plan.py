@@ -19,7 +19,7 @@ batches = st.integers(1, 70)
 
 
 def indices(units: list[Unit]) -> list[int]:
-    return [unit.image(rank) for unit in units for rank in range(unit.start, unit.stop)]
+    return [unit.image_index(rank) for unit in units for rank in range(unit.start, unit.stop)]
 
 
 @given(images, batches)
@@ -72,7 +72,7 @@ def test_an_image_keeps_its_row_whatever_part_it_is_made_in(count: int, batch: i
                 for row in range(call.begin, call.end):
                     assert call.images[row] % IMAGES_PER_SLIDE % batch == row
                 kept += call.images[call.begin : call.end].tolist()
-            assert kept == [part.image(rank) for rank in range(part.start, part.stop)]
+            assert kept == [part.image_index(rank) for rank in range(part.start, part.stop)]
 
 
 @given(st.integers(1, 500))
