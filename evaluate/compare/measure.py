@@ -102,7 +102,7 @@ def make_pair(
 ) -> FeaturePair:
     """Two sides as float32 ``[n, d]`` features with the slide and patient of each row ``[n]``."""
     # Generated rows are labelled by the slides of the tiles that guided them.
-    slides = generated.slides()
+    slides = generated.source_slides()
     labelled = guidance if generated.is_generated else generated.dataset
     return FeaturePair(
         real.features,

@@ -35,7 +35,7 @@ class FeatureSide:
     features: Features
 
     @classmethod
-    def open(
+    def open_selection(
         cls,
         root: Path,
         selection_name: str,
@@ -100,7 +100,7 @@ class FeatureSide:
             return None
         return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
-    def slides(self) -> Labels | None:
+    def source_slides(self) -> Labels | None:
         """The real slide ``[n]`` that each row is of or was made from; None where there is none."""
         if not self.is_generated:
             return self.row_slides

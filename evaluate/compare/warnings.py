@@ -105,7 +105,7 @@ def metric_warnings(
     for place, metrics in results:
         for name, sentence in _read_sentences(metrics):
             kinds = METRICS[name].warnings if name in METRICS else ()
-            if not any(k.covered_by in known_codes and k.matches(sentence) for k in kinds):
+            if not any(k.covered_by in known_codes and k.matches_sentence(sentence) for k in kinds):
                 places.setdefault((name, sentence), {})[place] = None
     titles = {metric.name: metric.title for metric in METRICS.values()}
     titles |= {part.name: part.title for metric in METRICS.values() for part in metric.parts}

@@ -151,7 +151,9 @@ class SelectionConditions(ShuffledSelection):
         self.encoder_record = cast(EncoderRecord, dict(store.record))
 
     @classmethod
-    def open(cls, dataset: Dataset, selection_name: str, encoder: str) -> "SelectionConditions":
+    def open_selection(
+        cls, dataset: Dataset, selection_name: str, encoder: str
+    ) -> "SelectionConditions":
         """Open a selection's features; names the `cache` command where they are missing."""
         selection = read_selection(dataset, selection_name)
         if selection.rows == 0:

@@ -103,7 +103,7 @@ class Reference:
     feature: Features
     source: tuple[str, int] | None = None
 
-    def sha256(self) -> str:
+    def content_sha256(self) -> str:
         """The sum of what guides: the pixels, or the feature where it came from a cache."""
         data = self.feature if self.source or self.tile is None else self.tile
         return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
@@ -218,7 +218,7 @@ class ConditionList(ConditionSource):
             "tiles": [
                 {
                     "name": reference.name,
-                    "sha256": reference.sha256(),
+                    "sha256": reference.content_sha256(),
                     "file": None if reference.tile is None else _tile_file(number),
                 }
                 for number, reference in enumerate(self._references)

@@ -107,7 +107,7 @@ def _open_cached(
         references = cached_references(dataset, names, store)
         record = cast(EncoderRecord, dict(store.record))
         return _combine_references(options, names, references, record, tile_px, mpp)
-    selection = SelectionConditions.open(dataset, options.selection or "", encoder)
+    selection = SelectionConditions.open_selection(dataset, options.selection or "", encoder)
     # Before any feature is read for a mean.
     check_condition_dim(selection.encoder_record, generator.condition_dim)
     selection.require_features(None if options.mean else options.limit)

@@ -61,7 +61,7 @@ class Unit:
         return pseudo_slide_id(self.slide)
 
     @property
-    def count(self) -> int:
+    def image_count(self) -> int:
         """Number of images."""
         return self.stop - self.start
 

@@ -103,16 +103,16 @@ def generate(
     ]
     started = time.monotonic()
     written = 0
-    with _show_progress(processes, sum(unit.count for unit in units)) as advance:
+    with _show_progress(processes, sum(unit.image_count for unit in units)) as advance:
         if units:
             with (
                 Run(dataset, "tile", _software_versions()) as run,
                 _UnitWriter(run, generator.tile_px, unit_fingerprint) as writer,
             ):
                 for unit in units:
-                    writer.write(unit, _sample_unit(generator, source, request, unit, advance))
+                    writer.write_unit(unit, _sample_unit(generator, source, request, unit, advance))
             written = writer.bytes
-    made = sum(unit.count for unit in units)
+    made = sum(unit.image_count for unit in units)
     made, written = processes.total(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started
     return GenerationOutcome(made, count_planned_images(dataset), written, seconds)
@@ -165,7 +165,7 @@ def _plan_missing(
     )
     done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     units = missing_units(plan_units(images, request.micro_batch), done)
-    missing = sum(unit.count for unit in units)
+    missing = sum(unit.image_count for unit in units)
     if missing < images:
         rest = f"making the other {missing:,}" if missing else "nothing to make"
         say(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
@@ -236,7 +236,7 @@ class _UnitWriter:
             self._committer.shutdown()
             self._encoders.shutdown(cancel_futures=True)
 
-    def write(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
+    def write_unit(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
         """Encode the tiles of a unit as they are sampled, then submit the unit for commit."""
         started = time.monotonic()
         pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]

@@ -187,7 +187,7 @@ def commit_unit(
         start=unit.start,
         stop=unit.stop,
         files=(tar, idx),
-        counts={"tiles": unit.count},
+        counts={"tiles": unit.image_count},
         seconds=round(seconds, 3),
     )
     run.append([entry])

@@ -105,7 +105,9 @@ def frechet_infinity(
         n_real=len(real_rows),
         n_generated=n,
         dim=d,
-        warnings=tuple(kind.format(**counts) for kind, is_true in doubts.items() if is_true),
+        warnings=tuple(
+            kind.format_sentence(**counts) for kind, is_true in doubts.items() if is_true
+        ),
     )
 
 

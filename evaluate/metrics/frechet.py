@@ -295,12 +295,12 @@ def _graded_cholesky(covariance: Matrix) -> tuple[Matrix, NDArray[np.int64]]:
 def _size_warnings(moments: Moments, side: str) -> tuple[str, ...]:
     if moments.n > moments.dim:
         return ()
-    return (_SINGULAR.format(rows=moments.n, side=side, dim=moments.dim),)
+    return (_SINGULAR.format_sentence(rows=moments.n, side=side, dim=moments.dim),)
 
 
 def _constant_warnings(rows: NDArray[np.floating], side: str) -> tuple[str, ...]:
     count = int(constant_features(rows).sum())
-    return (_CONSTANT.format(count=count, dim=rows.shape[1], side=side),) if count else ()
+    return (_CONSTANT.format_sentence(count=count, dim=rows.shape[1], side=side),) if count else ()
 
 
 def distance_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:

@@ -133,7 +133,7 @@ def kid(
         dim=first.shape[1],
         warnings=()
         if size == subset_size
-        else (_SMALL_SUBSETS.format(size=size, wanted=subset_size),),
+        else (_SMALL_SUBSETS.format_sentence(size=size, wanted=subset_size),),
     )
 
 

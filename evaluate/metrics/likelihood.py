@@ -153,7 +153,7 @@ def feature_likelihood_divergence(
     warnings = normalise.warnings
     if max(np.abs(values)) > _SUSPICIOUS:
         cause = "features far from the real ones" if mode == "train" else "copies of train rows"
-        warnings += (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
+        warnings += (_FAR.format_sentence(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -194,7 +194,9 @@ class _Normaliser:
         moments = Moments.from_rows(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
+        self.warnings: tuple[str, ...] = (
+            (_DROPPED.format_sentence(count=dropped),) if dropped else ()
+        )
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
         # In chunks: a float64 copy of all rows would double the memory.

@@ -88,19 +88,19 @@ class WarningKind:
         covered_by: code of a warning about all sets with the same message, "" if there is none.
 
     >>> kind = WarningKind("constant", "{count} of {dim} dimensions are constant")
-    >>> kind.matches(kind.format(count=2, dim=768)), kind.matches("constant")
-    (True, False)
+    >>> kind.matches_sentence(kind.format_sentence(count=2, dim=768))
+    True
     """
 
     code: str
     template: str
     covered_by: str = ""
 
-    def format(self, **values: object) -> str:
+    def format_sentence(self, **values: object) -> str:
         """The sentence with these values."""
         return self.template.format(**values)
 
-    def matches(self, sentence: str) -> bool:
+    def matches_sentence(self, sentence: str) -> bool:
         """Whether this kind wrote the sentence."""
         return self._sentence_pattern.fullmatch(sentence) is not None
 

@@ -47,7 +47,7 @@ class Measurer:
         """A side, read or still open."""
         key = (seen, encoder)
         if key not in self._sides:
-            tiles, features_of = self.sources.tiles(seen.source), self.sources.feature_store
+            tiles, features_of = self.sources.select_tiles(seen.source), self.sources.feature_store
             store = features_of(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
             side = FeatureSide(tiles.dataset, tiles.used, store, features)
@@ -62,8 +62,10 @@ class Measurer:
 
         Raises `UserError` where the two sides were made by different encoders.
         """
-        sides = cell.sides()
-        rows = {f"n_{name}": self.sources.tiles(s.source).used.rows for name, s in sides.items()}
+        sides = cell.compared_sides()
+        rows = {
+            f"n_{name}": self.sources.select_tiles(s.source).used.rows for name, s in sides.items()
+        }
         real, generated = (
             self.sources.feature_store(sides[name], cell.encoder).record
             for name in ("real", "generated")
@@ -75,7 +77,9 @@ class Measurer:
         """The cell's results by metric; each is looked up before it is computed."""
         if cell.control in ("floor-tile", "floor-patient", "neighbour"):
             return self._measure_real(cell)
-        opened = {name: self.open_side(s, cell.encoder) for name, s in cell.sides().items()}
+        opened = {
+            name: self.open_side(s, cell.encoder) for name, s in cell.compared_sides().items()
+        }
         pair = self._make_pair(cell, opened)
         # Widths are of models, whose numbers are compared; not of floors and ceilings.
         settings = self.protocol.settings
@@ -95,7 +99,7 @@ class Measurer:
     def _make_pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
         guide = guiding_set(self.protocol, cell.generated.source)
-        guide_dataset = self.sources.tiles(guide).dataset if guide else real.dataset
+        guide_dataset = self.sources.select_tiles(guide).dataset if guide else real.dataset
         sources = None
         if "sources" in needed_features(cell.metrics):
             seen = Seen(guide, cell.real.view, cell.real.px)
@@ -181,10 +185,10 @@ class Measurer:
         """Distances within each group of slides, by the kind of group."""
         real, generated = opened["real"].side, opened["generated"].side
         guide = guiding_set(self.protocol, cell.generated.source)
-        sources = generated.slides()
+        sources = generated.source_slides()
         if not guide or sources is None:
             return {}
-        guide_dataset, least = self.sources.tiles(guide).dataset, self.protocol.group_tiles
+        guide_dataset, least = self.sources.select_tiles(guide).dataset, self.protocol.group_tiles
         groups: Results = {}
         for kind in self.protocol.groups:
             # A generated tile belongs to the group of the tile that guided it.

@@ -54,7 +54,7 @@ def describe_protocol(
 
 def describe_source(sources: ProtocolSources, name: str, store: ResultStore) -> dict[str, object]:
     """A source's dataset, selection, sums of files and pixels, and identity."""
-    tiles = sources.tiles(name)
+    tiles = sources.select_tiles(name)
     identity = read_identity(tiles.dataset)
     inputs = {"metric": "tiles", "dataset": identity, "px": tiles.px,
               "root": str(tiles.dataset.root.resolve()),

@@ -67,7 +67,7 @@ class CopySearch:
         self._source = source
         self._device = choose_device(self._protocol.device, setting="device=").type
         train = Seen(self._protocol.train)
-        self._selection = measurer.sources.tiles(train.source).used
+        self._selection = measurer.sources.select_tiles(train.source).used
         self._store = measurer.sources.feature_store(train, encoder)
 
     def search_copies(self) -> Found:

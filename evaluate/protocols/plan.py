@@ -65,7 +65,7 @@ class Cell:
         """What messages call it: row, encoder, column."""
         return f"{self.label}, {self.encoder}, {self.column}"
 
-    def sides(self) -> dict[str, Seen]:
+    def compared_sides(self) -> dict[str, Seen]:
         """The tiles that are compared, by side: real, generated and, where there is one, train."""
         train = {} if self.train is None else {"train": self.train}
         return {"real": self.real, "generated": self.generated} | train
@@ -191,7 +191,9 @@ def all_features(protocol: Protocol, cells: list[Cell]) -> list[Features]:
     features: dict[Features, None] = {}
     # A dict as an ordered set: the order is that in which features are cached and read.
     for cell in cells:
-        features.update(dict.fromkeys((seen, cell.encoder) for seen in cell.sides().values()))
+        features.update(
+            dict.fromkeys((seen, cell.encoder) for seen in cell.compared_sides().values())
+        )
         guide = guiding_set(protocol, cell.generated.source)
         if guide and "sources" in needed_features(cell.metrics):
             features[Seen(guide, cell.real.view, cell.real.px), cell.encoder] = None

@@ -32,7 +32,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     sources = SourceMaker(protocol, command)
     cells = plan_cells(protocol)
     for name in used_sets(protocol):
-        sources.tiles(name)  # a set that is too small is refused before days of generation
+        sources.select_tiles(name)  # a set that is too small is refused before days of generation
     protocol = replace(protocol, deviations=given_deviations(sources))
     say(f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders")
     make_missing(sources, cells)
@@ -75,7 +75,7 @@ def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
     ]
     counts = {name: sources.missing_images(name) for name in made_sources(sources.protocol, cells)}
     lines += [
-        f"{source}: {count:,} images into {sources.folder(source)}"
+        f"{source}: {count:,} images into {sources.image_folder(source)}"
         for source, count in counts.items()
         if count
     ]

@@ -65,7 +65,7 @@ def test_a_pixel_of_a_tile_is_a_pixel_of_the_png_and_bytes_are_the_same_every_ti
 @pytest.fixture
 def guided(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> tuple[Dataset, Dataset]:
     real = evaluate_real()
-    guidance = SelectionConditions.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(real, "train", "h0-mini")
     request = Request(out=tmp_path / "syn", conditions=4, variations=5)
     generate(Stripes(), guidance, request, ALONE)
     return real, Dataset(tmp_path / "syn")

@@ -28,7 +28,7 @@ def test_units_hold_every_image_once_and_begin_on_blocks(count: int, batch: int)
     assert indices(units) == list(range(count))
     assert all(unit.start % BLOCK_ROWS == 0 for unit in units)
     assert all(unit.stop % BLOCK_ROWS == 0 or unit == units[-1] for unit in units)
-    assert all(unit.count <= unit_images(batch) for unit in units)
+    assert all(unit.image_count <= unit_images(batch) for unit in units)
 
 
 @given(images, batches)
@@ -65,7 +65,7 @@ def test_only_the_end_of_the_guidance_cuts_a_block(count: int, more: int) -> Non
 @given(images, batches)
 def test_an_image_keeps_its_row_whatever_part_it_is_made_in(count: int, batch: int) -> None:
     for unit in plan_units(count, batch)[:3]:
-        for part in (unit, Unit(unit.slide, unit.start + unit.count // 2, unit.stop)):
+        for part in (unit, Unit(unit.slide, unit.start + unit.image_count // 2, unit.stop)):
             kept = []
             for call in micro_batches(part, batch):
                 assert call.images.shape == (batch,)

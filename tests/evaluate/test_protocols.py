@@ -175,12 +175,12 @@ def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -
     (cell,) = cells(table2, label="Guidance tiles", encoder="uni2-h", column="val-out")
     protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
     on_disk = SourceMaker(protocol)
-    used = {name: on_disk.tiles(name).used for name in ("guidance", "val-out")}
+    used = {name: on_disk.select_tiles(name).used for name in ("guidance", "val-out")}
     assert used["guidance"].rows == COUNT
     assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
     from pipeline.dataset.features import FeatureStore
 
-    store = FeatureStore(on_disk.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
+    store = FeatureStore(on_disk.select_tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
     real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))
     expected = frechet_distance(real, made)
     assert cell["results"]["frechet_distance"]["value"] == expected.value
@@ -278,7 +278,10 @@ def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_
     make_all(half)
     on_disk = SourceMaker(full)
     assert on_disk.missing_images("from-conditioning") == COUNT
-    shutil.move(SourceMaker(half).folder("from-conditioning"), on_disk.folder("from-conditioning"))
+    shutil.move(
+        SourceMaker(half).image_folder("from-conditioning"),
+        on_disk.image_folder("from-conditioning"),
+    )
     with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
         run_protocol(full)
 
@@ -294,7 +297,10 @@ def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
         measurer = Measurer(protocol, on_disk, ResultStore(tmp_path / "cells"))
         search = CopySearch(measurer, "uni2-h", "from-guidance")
         sources = ("from-guidance", vae_key("model", "val-in"))
-        return [*(str(on_disk.folder(one)) for one in sources), str(search.train_fingerprint())]
+        return [
+            *(str(on_disk.image_folder(one)) for one in sources),
+            str(search.train_fingerprint()),
+        ]
 
     before = marks()
     assert marks() == before
@@ -310,7 +316,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     key = "generations.from-conditioning"
     made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
     make_all(made)
-    syn = SourceMaker(made).folder("from-conditioning")
+    syn = SourceMaker(made).image_folder("from-conditioning")
     given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
     assert not [name for name in given.deviations if name.startswith(key)]
     results = run_protocol(given)
@@ -600,7 +606,8 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
         monkeypatch.setattr(cells_module, "choose_device", lambda *_, chosen=chosen, **__: chosen)
         measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
         opened = {
-            name: measurer.open_side(seen, cell.encoder) for name, seen in cell.sides().items()
+            name: measurer.open_side(seen, cell.encoder)
+            for name, seen in cell.compared_sides().items()
         }
         pair = measurer._make_pair(cell, opened)
         assert pair.device == device

@@ -79,7 +79,7 @@ def test_interpolation_between_cached_tiles_and_its_figure(
 
 
 def test_means_are_of_the_selections_features(real: Dataset) -> None:
-    selection = SelectionConditions.open(real, "train", "h0-mini")
+    selection = SelectionConditions.open_selection(real, "train", "h0-mini")
     chosen = read_selection(real, "train")
     store = FeatureStore(real, tile_px=DOOR_PX, encoder="h0-mini")
     everything = store.read_selection(chosen).astype(np.float64)
