@@ -35,8 +35,8 @@ class TileStore:
         """Slides with at least one shard, sorted."""
         return sorted(self._ledger.written)
 
-    def blocks(self, slide_id: str) -> set[int]:
-        """Blocks of the slide that are on disk."""
+    def recorded_blocks(self, slide_id: str) -> set[int]:
+        """Blocks of the slide that the journal says were written."""
         return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
