@@ -66,9 +66,11 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 def write_bytes(final: Path, data: bytes) -> None:
     """Write bytes as a whole file; see `replacing_file`.
 
-    >>> from pathlib import Path
-    >>> write_bytes(Path("tiles/index"), b"v1.2 0"), Path("tiles/index").read_bytes()
-    (None, b'v1.2 0')
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_bytes(Path(folder, "tiles", "index"), b"v1.2 0")
+    ...     Path(folder, "tiles", "index").read_bytes()
+    b'v1.2 0'
     """
     with replacing_file(final) as file:
         file.write(data)
