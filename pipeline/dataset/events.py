@@ -1,4 +1,4 @@
-"""The machine's copy of what a person reads: one JSON line an event of a run.
+"""The machine's copy of what users read: one JSON line per event of a run.
 
 `status/<stage>/<run_id>.log` is next to the run's journal. Nothing depends on it: it is neither
 synced nor checked, and a line may be torn by a kill. `pipeline status` reads it for what runs now.
@@ -53,7 +53,7 @@ class EventLog:
 
 
 def now() -> str:
-    """The time in UTC, to the millisecond."""
+    """The time in UTC, to 1 ms: `YYYY-MM-DDTHH:MM:SS.mmmZ`."""
     seconds = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"

@@ -30,7 +30,7 @@ def software_versions(*packages: str) -> dict[str, str]:
 
 
 def open_dataset(root: Path) -> Dataset:
-    """The dataset at `root`; refuses a folder that holds none, or one of another major format."""
+    """The dataset at `root`; refuses a folder without one, or one of another major format."""
     dataset = Dataset(root)
     if not _is_there(dataset):
         raise UserError(
@@ -50,6 +50,7 @@ def identity_damage(dataset: Dataset) -> str:
 
     A file without a checksum (made before there was one, or edited on purpose) is only read.
     """
+    # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
         data = dataset.identity_file.read_bytes()
@@ -83,7 +84,7 @@ def claim_identity(
     """Add a stage's identity values, or check them against the recorded ones.
 
     Another value than the recorded one is refused with both in the message. The stage's
-    software versions and platform are recorded beside; records hold no time and no host name,
+    software versions and platform are recorded too; records have no time and no host name in them,
     so that two datasets made alike are alike in bytes.
     """
     claims = json.loads(json.dumps(claims))

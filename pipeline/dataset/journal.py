@@ -30,7 +30,7 @@ class Entry:
     """What became of one slide in one stage.
 
     `scope` says which part of the stage ("" or e.g. `224/h0-mini/cls`); `start`/`stop` is the
-    half-open rank range, both -1 where the stage has none.
+    half-open rank range, both -1 where the stage has none; `seconds` is how long it took.
     """
 
     slide_id: str
@@ -52,11 +52,12 @@ def _checksum_of(record: Mapping[str, object]) -> str:
 
 
 def encode_line(entry: Entry, versions: dict[str, str]) -> str:
-    """One journal line, newline included."""
+    """One journal line, newline included: JSON and a CRC-32 over the bytes of its other keys."""
     record = asdict(entry) | {
         "versions": versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    # Through JSON first: the checksum is of what a reader gets back (tuples become lists).
     record = json.loads(json.dumps(record))
     record["crc"] = _checksum_of(record)
     return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
@@ -71,6 +72,7 @@ def decode_line(line: str) -> Entry | None:
         return None
     if crc != _checksum_of(record):
         return None
+    # Keys of newer releases are passed over.
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
         known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
@@ -101,7 +103,10 @@ def _file_record(one: dict[str, Any]) -> FileRecord:
 
 
 class Run:
-    """One run of one stage: its id, its staging folder, its journal, its log of events."""
+    """One run of one stage: its id, its staging folder, its journal, its log of events.
+
+    The log's last line has the run's outcomes and how many seconds it took.
+    """
 
     def __init__(
         self, dataset: Dataset, stage: str, versions: dict[str, str], *, device: str = ""
@@ -192,7 +197,7 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     entries: list[Entry] = []
     folder = dataset.status_dir(stage)
     try:
-        # Not a glob, which takes a folder that may not be read for an empty one.
+        # Not a glob: that takes a folder that may not be read for an empty one.
         for name in sorted(os.listdir(folder) if folder.exists() else ()):
             if name.endswith(".jsonl"):
                 with (folder / name).open(encoding="utf-8", errors="replace") as lines:
@@ -208,7 +213,7 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:
-    """Whether every file that the entry names is there with the recorded size."""
+    """Whether every file that the entry names is there with the recorded number of bytes."""
     for record in entry.files:
         try:
             if (dataset.root / record.path).stat().st_size != record.bytes:

@@ -57,7 +57,10 @@ def _binary_column(values: npt.NDArray[Any], count: int) -> pa.Array:
 
 
 def open_writer(file: HashingFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer in the layout of the cache; write whole blocks with `write_blocks`."""
+    """A Parquet writer in the layout of the cache, pages of at most 1 GiB.
+
+    Write whole blocks with `write_blocks`.
+    """
     return pq.ParquetWriter(
         file,
         schema,
@@ -70,12 +73,12 @@ def open_writer(file: HashingFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_blocks(writer: pq.ParquetWriter, table: pa.Table) -> None:
-    """Append rows of whole blocks, one row group a block (the slide's last may be shorter)."""
+    """Append rows [n, ...] of whole blocks, one row group per block (the last may be shorter)."""
     writer.write_table(table, row_group_size=BLOCK_ROWS)
 
 
 class FeatureShard:
-    """An open feature file; features come as views of the file's own pages, with no copy.
+    """An open feature file; features [rows, ...] come as views of the file's pages, with no copy.
 
     Safe to share between threads.
     """

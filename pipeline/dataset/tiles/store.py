@@ -18,10 +18,10 @@ _OPEN_FILES = 128
 
 
 class TileStore:
-    """Random access to the tiles of one size. Safe to share between threads.
+    """Random access to the tiles uint8 [px, px, 3] of one size. Safe to share between threads.
 
     Only shards that a journal line names are seen. At most 128 files are open at a time; what
-    stays in memory is one offset a block.
+    stays in memory is one offset per block.
     """
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
@@ -36,7 +36,7 @@ class TileStore:
         return sorted(self._ledger.written)
 
     def blocks(self, slide_id: str) -> set[int]:
-        """Blocks of the slide that are on disk."""
+        """Blocks of the slide that are on disk: numbers from 0 up, of 16 ranks each."""
         return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
@@ -52,7 +52,7 @@ class TileStore:
         return tiles
 
     def decode(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
-        """Decode what `read_block_bytes` gave: a PNG, or a Zarr chunk.
+        """Decode what `read_block_bytes` gave, a PNG or a Zarr chunk, to uint8 [px, px, 3].
 
         A `UserError` names slide, rank and file where it is damaged.
         """
@@ -85,6 +85,7 @@ class TileStore:
                 f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
                 f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
             )
+        # Two threads may open the same shard: the second then replaces an equal one.
         path = _shard_path(entry)
         with self._lock:
             shard = self._shards.get(path)
