@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 class SlideWork:
     """One slide's missing features, as a worker receives them.
 
-    `spans` are the runs of blocks to compute, each with the kinds of features that it lacks.
+    `spans` are the ranges [start, stop) of blocks to compute, each with the kinds of features that
+    it lacks; `tile_px` is the tile side in px.
     """
 
     root: str
@@ -78,7 +79,10 @@ class SlideWork:
 
 
 def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
-    """Compute and write the missing features of several slides; one slide's entries at a time."""
+    """Compute and write the missing features of several slides; one slide's entries at a time.
+
+    CLS is float32 [d] per tile, patch tokens are [t, d] in float16 or int8.
+    """
     works = [work for (work,) in bundle]
     first = works[0]
     config = first.config
@@ -127,6 +131,7 @@ class _SlideWriters:
         entries: list[Entry] = []
         written: set[range] = set()
         failure, stopped = self.error, None
+        # Every writer is waited for, also after a failure: what was written is journalled.
         for blocks, writer in sorted(self.by_span.items(), key=lambda item: item[0].start):
             try:
                 entries += writer.result.result()
@@ -135,6 +140,7 @@ class _SlideWriters:
                 stopped = error
             except UserError as error:
                 failure = failure or error
+        # A writer that was stopped does not know why: another one's reason comes first.
         failure = failure or stopped
         if failure is not None:
             spans = self.job.work.spans.items()
@@ -180,6 +186,7 @@ class _Bundle:
             if not slide.is_stopped:
                 self._encode_batch(slide, batch, forward)
             slide.unended_spans -= batch.last
+            # In the bundle's order: the coordinator counts slides as they come.
             while yielded < batch.span.slide and self._slides[yielded].has_ended:
                 yield self._slides[yielded].entries()
                 yielded += 1
@@ -283,7 +290,7 @@ def _write_table(table: pa.Table, file: HashingFile) -> None:
 
 @lru_cache(maxsize=1)
 def loaded(name: str, weights: str, device: str, dtype: str) -> "Encoder":
-    """The encoder, kept by its process from slide to slide."""
+    """The encoder in `dtype` (float32 or bfloat16), kept by its process from slide to slide."""
     import torch
 
     from model.encoders import load_encoder

@@ -67,13 +67,13 @@ class CacheConfig:
         return ("cls", f"tokens-{self.tokens}") if self.stores_tokens else ("cls",)
 
     def scope(self, tile_px: int, kind: str) -> str:
-        """The journal's scope of a kind of these features."""
+        """The journal's scope of a kind of these features, of tiles of `tile_px` px."""
         from pipeline.dataset.features.store import feature_scope
 
         return feature_scope(tile_px, self.encoder, self.view, kind)
 
     def file(self, dataset: "Dataset", tile_px: int, kind: str) -> Path:
-        """The encoder.json of a kind of these features."""
+        """The encoder.json of a kind of these features, of tiles of `tile_px` px."""
         from pipeline.dataset.features.store import encoder_file
 
         return encoder_file(dataset, tile_px, self.encoder, self.view, kind)

@@ -48,7 +48,7 @@ _FIXED = frozenset(
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
-    """With its number of workers; here one per GPU, or one on all cores, where nothing is said."""
+    """With its number of workers; by default one per local GPU, or one on all cores."""
     if engine.cluster:
         jobs = engine.cluster
         workers, threads = jobs.max_jobs * jobs.workers, jobs.cores // jobs.workers
@@ -114,7 +114,10 @@ def _describe_encoder(encoder: "Encoder", tile_px: int, config: CacheConfig) -> 
 def claim_encoder(
     dataset: Dataset, run: Run, tile_px: int, config: CacheConfig, record: dict[str, Any]
 ) -> None:
-    """Write and journal encoder.json of each kind, or refuse features made otherwise."""
+    """Write and journal encoder.json of each kind, or refuse features made otherwise.
+
+    `tile_px` is the tile side in px.
+    """
     ledger = Ledger.read(dataset, STAGE)
     for kind in config.kinds:
         path = config.file(dataset, tile_px, kind)
@@ -139,7 +142,10 @@ class _SlideBlocks:
 
 
 class CacheStage(Stage[_SlideBlocks]):
-    """Compute and store the features that are missing for the named selections."""
+    """Compute and store the features that are missing for the named selections.
+
+    CLS float32 [d] and patch tokens [t, d] (float16 or int8) per tile.
+    """
 
     name = label = STAGE
     unit = rate_of = "tiles"
@@ -194,7 +200,7 @@ class CacheStage(Stage[_SlideBlocks]):
         return ledger.missing(item.slide_id, item.blocks, fingerprint, self.scopes)
 
     def count_tiles(self, slide_id: str, spans: Iterable[range]) -> int:
-        """Tiles in spans of blocks of a slide."""
+        """Tiles in spans [start, stop) of blocks of a slide, of 16 each but the slide's last."""
         rows = candidate_count(self.dataset, slide_id)
         return sum(len(ranks_of_blocks(span, rows)) for span in spans)
 
@@ -254,6 +260,7 @@ def cache(
 
 def _print_missing(stage: CacheStage) -> int:
     """Print what the stage would write, by kind of features."""
+    # By the same rule as a run's: what a dry run counts is what a run would write.
     ledger = Ledger.read(stage.dataset, STAGE)
     tiles, files = dict.fromkeys(stage.config.kinds, 0), dict.fromkeys(stage.config.kinds, 0)
     for slide in stage.slides:

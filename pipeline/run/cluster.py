@@ -37,8 +37,9 @@ _SECONDS_AFTER_DAYS = {1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)}
 class ClusterConfig:
     """One stage's jobs; the keys of a cluster file (docs/cluster.md).
 
-    `cores`, `memory` and `walltime` are a job's, which has `workers` Dask workers. `directives`
-    are further lines for SLURM (`--gres=gpu:1`), `prologue` shell lines before the worker.
+    `cores` (at least 1), `memory` (such as 4GB) and `walltime` (see `parse_walltime`) are a job's,
+    which has `workers` Dask workers. `directives` are further lines for SLURM (`--gres=gpu:1`),
+    `prologue` shell lines before the worker.
     """
 
     system: str = "slurm"
@@ -84,7 +85,7 @@ class ClusterConfig:
 
     @property
     def lifetime_s(self) -> int:
-        """After how many seconds a worker leaves on its own."""
+        """After how many seconds a worker leaves: 300 s, or a tenth, before the walltime."""
         walltime = parse_walltime(self.walltime)
         return int(walltime - min(_MARGIN_S, _MARGIN_SHARE * walltime))
 
@@ -226,7 +227,7 @@ class JobWatch:
         self._queried = time.monotonic()
 
     def check(self) -> None:
-        """Raise `UserError` where jobs end without ever becoming a worker."""
+        """Raise `UserError` where at least three jobs in a row ended before a worker answered."""
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise UserError(
                 f"{self.failed_starts} jobs ended before their worker answered: see the logs in "
@@ -235,7 +236,7 @@ class JobWatch:
             )
 
     def lost(self, jobs: dict[str, set[str]], present: set[str]) -> list[str]:
-        """Jobs whose workers were there once and have all been gone for a while.
+        """Jobs whose workers were there once and have all been gone for 60 seconds.
 
         `jobs` are the names of each job's workers, `present` the names of workers now there.
         """
@@ -251,7 +252,7 @@ class JobWatch:
         return gone
 
     def is_query_due(self) -> bool:
-        """Whether the queue may be queried again: squeue is shared by all users of a cluster."""
+        """Whether the queue may be queried, every 20 s: all users of a cluster share squeue."""
         now = time.monotonic()
         if now - self._queried < _QUERY_QUEUE_EVERY_S:
             return False
@@ -272,7 +273,7 @@ class JobWatch:
 
 
 def query_alive_jobs(job_ids: set[str]) -> set[str] | None:
-    """Which of the jobs wait or run; None where squeue does not answer."""
+    """Which of the jobs wait or run; None where squeue does not answer within 30 s."""
     states = "PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED,REQUEUED"
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--states={states}"]
     try:
@@ -311,6 +312,7 @@ def _scaler_class() -> Any:
             """Workers of jobs that are idle as a whole."""
             workers = self.cluster.scheduler_info["workers"]
             busy = {str(workers[at]["name"]) for at in self._busy() if at in workers}
+            # A job ends as a whole: workers that idle next to a busy one cost nothing more.
             spare, chosen = len(self.plan) - target, []
             for names in self._worker_names().values():
                 if len(names) <= spare and not names & busy:

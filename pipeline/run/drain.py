@@ -159,7 +159,7 @@ class _Fleet:
 
 
 class Drain:
-    """Keeps one bundle on every worker that is there, until none is left."""
+    """Keeps at most one bundle on every worker that is there, until none is left."""
 
     def __init__(
         self,
@@ -265,6 +265,7 @@ class Drain:
 
     def _left_in_good_order(self, present: set[str], now: float) -> list[str]:
         """Workers that are gone though nothing failed (their walltime): no slide is to blame."""
+        # A worker that died is gone too: its task then fails within two seconds or so.
         gone = {
             address
             for address, flight in self._flights.items()
@@ -284,6 +285,7 @@ class Drain:
         for task in tasks:
             self._progress.begin_slide(task)
             self._observer.begun(task.slide_id, name)
+        # Bound to its worker: Dask must not give a second bundle to one that has a slide already.
         number = next(self._numbers)
         future = self._client.submit(
             run_bundle, self._function, [task.arguments for task in tasks], number, pure=False,
@@ -299,6 +301,7 @@ class Drain:
 
     def _end_flight(self, address: str, number: int) -> None:
         """A bundle has ended: take its entries, or judge what ended it."""
+        # The worker may have left meanwhile, and its address may have another bundle.
         flight = self._flights.get(address)
         if flight is None or flight.number != number:
             return

@@ -72,7 +72,7 @@ class Stage(ABC, Generic[Item]):
 
     @property
     def journals(self) -> tuple[str, ...]:
-        """The stages whose journals it writes: its own, or several whose work it does at once."""
+        """The stages whose journals it writes: one, or several whose work it does at once."""
         return (self.name,)
 
     def identity_claims(self) -> dict[str, object]:
@@ -135,6 +135,7 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
             for name in stage.journals
         ]
         tasks, lines = _plan_stage(stage, runs[0].run_id, summary)
+        # The elements of a job array plan alike, and each does and journals its part.
         tasks = [task for task in tasks if engine.includes(task.slide_id)]
         _record_lines(stage, runs, [e for e in lines if engine.includes(e.slide_id)], summary)
         stage.before_tasks(runs[0], tasks)
@@ -150,6 +151,7 @@ def _plan_stage(
     ledger = Ledger.read(stage.dataset, stage.name)
     tasks: list[SlideTask] = []
     lines: list[Entry] = []
+    # A pass over all slides before any work: what must be refused is reported at once.
     for item in stage.list_items():
         fingerprint = stage.item_fingerprint(item)
         if refusal := stage.reason_to_refuse(item, fingerprint, ledger):
@@ -159,6 +161,7 @@ def _plan_stage(
                 for scope in stage.scopes
             ]
             continue
+        # Withdrawn first: a lost file's line would hide the new file from readers.
         missing = stage.find_missing(item, fingerprint, ledger)
         lines += missing.withdrawn
         if missing:

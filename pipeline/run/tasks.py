@@ -56,7 +56,7 @@ def sort_dearest_first(tasks: Sequence[SlideTask]) -> list[SlideTask]:
 
 
 def bundle_tasks(tasks: Sequence[SlideTask], most_units: int) -> list[list[SlideTask]]:
-    """Tasks in their order, in bundles of at most `most_units` (or of one larger task)."""
+    """Tasks in their order, in bundles of at most `most_units` >= 1 (or of one larger task)."""
     bundles: list[list[SlideTask]] = []
     units = 0
     for task in tasks:

@@ -48,7 +48,7 @@ class EngineConfig:
         return f"local, {self.workers or 'all'} workers{part}"
 
     def includes(self, slide_id: str) -> bool:
-        """Whether a slide is this array element's; it never depends on what is done already."""
+        """Whether a slide is this array element's: by 8 bytes of its hash, not by what is done."""
         element, elements = self.array
         digest = hashlib.blake2b(slide_id.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % elements == element
@@ -64,7 +64,7 @@ class EngineConfig:
         }
 
     def worker_count(self, tasks: int) -> int:
-        """Local workers: as asked, else one per core, never more than tasks."""
+        """Local workers, at least one: as requested, else one per core, never more than tasks."""
         cores = len(os.sched_getaffinity(0))
         return max(1, min(self.workers or cores, tasks))
 
@@ -79,7 +79,10 @@ class EngineConfig:
 
 @contextmanager
 def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
-    """A Dask client; a local cluster lives as long as the context."""
+    """A Dask client; a local cluster lives as long as the context.
+
+    Raises `UserError` where a running scheduler does not answer within 10 s.
+    """
     import dask
     from distributed import Client
 

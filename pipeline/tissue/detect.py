@@ -52,7 +52,7 @@ class DetectorConfig:
     min_fold_um2: float = 5_000.0
 
     def as_dict(self) -> dict[str, float | str]:
-        """For the dataset's identity: another detector is another dataset."""
+        """For the dataset's identity (lengths in µm): another detector is another dataset."""
         return {"name": "classical-2", **asdict(self)}
 
 
@@ -123,6 +123,7 @@ def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple
     sure, margin = ink_colour(density)
     px2, wide_px = um_per_px**2, config.ink_margin_um / um_per_px
     wide_enough = _morph(sure, cv2.MORPH_OPEN, config.min_ink_width_um / um_per_px)
+    # Stain may have the hue of ink in thin or small spots: a pen leaves broad strokes.
     core = _drop_small(wide_enough, config.min_ink_core_um2 / px2)
     strokes = _drop_small(_keep_touching(margin | sure, core), config.min_ink_um2 / px2)
     if strokes.any():

@@ -66,7 +66,7 @@ class PatchSource:
 def slide_patches(
     reader: SlideReader, mpp_level0: float, config: FocusConfig
 ) -> PatchSource | None:
-    """Patches of an open slide at about `config.um_per_px`; None where the slide is coarser."""
+    """Patches of an open slide at about `config.um_per_px`; None where it is > 1.4 µm per px."""
     # The coarsest level that is fine enough, reduced by a whole factor: no resampling blur.
     levels = [mpp_level0 * downsample for downsample in level_downsamples(reader.levels)]
     fine = [i for i, mpp in enumerate(levels) if mpp <= 1.05 * config.um_per_px]
@@ -119,6 +119,7 @@ def _probe_sharpness(
     """Sharpness per cell of the lattice [rows, columns]; NaN where its middle is not tissue."""
     side = config.patch_um / um_per_px
     rows, columns = (max(1, int(length // pitch_px)) for length in tissue.shape)
+    # In the middle of each cell, and only where that is tissue: a patch costs a read of the slide.
     values = np.full((rows, columns), np.nan)
     for row in range(rows):
         for column in range(columns):

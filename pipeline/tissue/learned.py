@@ -39,7 +39,10 @@ class DetectorFileError(UserError):
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """What the JSON file of a network says; `classes[i]` is what channel i means."""
+    """What the JSON file of a network says; `classes[i]` is what channel i means.
+
+    `mean` and `std` are of colours from 0 to 1; `window_px` and `margin_px` are in px.
+    """
 
     um_per_px: float
     mean: tuple[float, float, float]
@@ -49,7 +52,7 @@ class NetworkDescription:
     margin_px: int = 32
 
     def as_dict(self) -> dict[str, object]:
-        """For the dataset's identity."""
+        """For the dataset's identity; resolution in µm per px."""
         return {**self.__dict__, "classes": [CLASS_NAMES[value] for value in self.classes]}
 
 
@@ -135,7 +138,7 @@ class OnnxDetector:
 
     @property
     def um_per_px(self) -> float:
-        """Resolution of the overview that `detect` wants."""
+        """Resolution of the overview that `detect` wants, in µm per px."""
         return self.description.um_per_px
 
     def identity(self) -> dict[str, object]:
@@ -144,6 +147,7 @@ class OnnxDetector:
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
         """Classify an overview uint8 [h, w, 3]; the mask has its size."""
+        # Resampled only where the scale is off by more than 2 %: resampling blurs.
         shape = rgb.shape[:2]
         scale = um_per_px / self.um_per_px
         if abs(scale - 1) > 0.02:

@@ -14,7 +14,7 @@ _FAINT_TISSUE = 0.01
 
 
 class Verdict(IntEnum):
-    """What became of a tile; artifacts have the values of their `TissueClass`."""
+    """What became of a tile (uint8); artifacts have the values of their `TissueClass`."""
 
     NO_TISSUE = 0
     KEPT = 1
@@ -35,7 +35,7 @@ VERDICT_NAMES = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """Per tile: tissue and artifact fractions float32, and a `Verdict` uint8."""
+    """Per tile: tissue and artifact fractions float32 from 0 to 1, and a `Verdict` uint8; [n]."""
 
     tissue: npt.NDArray[np.float32]
     artifact: npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ class Judgement:
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
-        """The tiles that become candidates."""
+        """The tiles that become candidates, bool [n]."""
         return self.verdict == Verdict.KEPT
 
     def counts(self) -> dict[str, int]:
