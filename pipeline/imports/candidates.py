@@ -167,7 +167,7 @@ class CandidatesWriter:
 
 
 def candidates_table(x: Floats | pa.Array, y: Floats | pa.Array) -> pa.Table:
-    """Candidates in rank order whose shares of tissue and artifact were not measured: null."""
+    """Candidates in rank order, x and y float64 [n] in level-0 px; shares of tissue are null."""
     unknown = pa.nulls(len(x), pa.float32())
     ranks = pa.array(np.arange(len(x), dtype=np.int32))
     columns = [ranks, pa.array(x, pa.float64()), pa.array(y, pa.float64()), unknown, unknown]

@@ -119,7 +119,7 @@ class TilesConfig:
     png: PngEffort = option_field("small", PNG)
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run on a dataset must share."""
         from pipeline.dataset import fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
         from pipeline.imports.tiles import VERSION

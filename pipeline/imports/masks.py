@@ -62,7 +62,7 @@ class MaskFile:
 
     @property
     def um_per_px(self) -> float:
-        """Resolution at which the mask is kept."""
+        """Resolution at which the mask is kept, in µm per px."""
         return DetectorConfig().um_per_px
 
     def identity(self) -> dict[str, object]:
@@ -81,7 +81,7 @@ class MaskFile:
 
 
 def masks_identity(config: MasksConfig) -> dict[str, object]:
-    """The values that make it this dataset and no other; masks may be added and changed."""
+    """The values that every run on a dataset must share; masks may be added and changed."""
     parameters = {
         "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
     }  # fmt: skip
@@ -138,7 +138,7 @@ def mask_slide(
     fingerprint: str,
     source: str,
 ) -> list[Entry]:
-    """Mask, overlay and candidates of one slide, from its mask file."""
+    """Mask uint8 [h, w], overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
     detector = MaskFile(path, slide, parse_classes(config.classes))
     try:

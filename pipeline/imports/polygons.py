@@ -25,11 +25,11 @@ class Polygon:
 
     @property
     def rings(self) -> tuple[Floats, ...]:
-        """Shell, then holes."""
+        """Shell, then holes, each float64 [n, 2] of (x, y)."""
         return (self.shell, *self.holes)
 
     def scaled(self, factor: float) -> "Polygon":
-        """In pixels `factor` times as small."""
+        """The polygon in px `factor` times as small."""
         return Polygon(self.shell * factor, tuple(hole * factor for hole in self.holes))
 
 

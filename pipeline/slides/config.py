@@ -33,7 +33,7 @@ class StageIn:
     UUID of a row of a GDC manifest), {name} the part after it, {dest} the file to write and {dir}
     its folder. It is run without a shell. `scratch` is a local folder, $NAMES in it are the
     worker's; each slide has a folder there while it is in use. `retries` fetches are tried after
-    the first, with doubling pauses.
+    the first, with doubling pauses; each may take `timeout_s` seconds.
     """
 
     command: str = field(
@@ -130,7 +130,7 @@ class ScanConfig:
     stage_in: StageIn = IN_PLACE
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run on a dataset must share: µm per px, tile side in px, seed."""
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 
         return {

@@ -112,6 +112,7 @@ class NativeReader(SlideReader):
 
     def _spans(self, level: int, windows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
         """Half-open columns and rows of native tiles that windows [n, 4] (x, y, w, h) touch."""
+        # Cut at the level's edge: windows may reach over it, native tiles there do not exist.
         native, size = self.native[level], self.levels[level]
         x, y, width, height = windows.T
         right, bottom = np.minimum(x + width, size.width), np.minimum(y + height, size.height)
@@ -157,7 +158,10 @@ class NativeReader(SlideReader):
         return tile
 
     def decode(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
-        """Read and decode one native tile; raises ValueError where its bytes are damaged."""
+        """Read and decode one native tile, uint8 [tile_height, tile_width, 3].
+
+        Raises ValueError where its bytes are damaged.
+        """
         native = self.native[level]
         index = row * native.columns + column
         offset, size = int(native.offsets[index]), int(native.sizes[index])

@@ -22,7 +22,7 @@ class SlideReadError(UserError):
 
 @dataclass(frozen=True)
 class Level:
-    """A pyramid level: size in pixels, and level-0 pixels per pixel of this level."""
+    """A pyramid level: size in pixels, and level-0 pixels per pixel of this level (>= 1)."""
 
     width: int
     height: int
@@ -31,14 +31,17 @@ class Level:
 
 @dataclass(frozen=True)
 class ResolutionTags:
-    """Micrometres per pixel at level 0 as (x, y), by where they were found."""
+    """µm per pixel at level 0 as (x, y), by where they were found."""
 
     vendor: tuple[float, float] | None = None
     tiff: tuple[float, float] | None = None
 
 
 class SlideReader(ABC):
-    """An open slide. Use as a context manager, so that no handle outlives its slide."""
+    """An open slide, read as RGB uint8 [h, w, 3]. Use as a context manager, so that it is closed.
+
+    `levels` are (width, height) in px and level-0 px per px of the level, the finest first.
+    """
 
     name: ClassVar[str]
     path: Path
@@ -78,6 +81,7 @@ class SlideReader(ABC):
         size = self.levels[level]
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, size.width), min(y + height, size.height)
+        # Libraries differ in what they show beyond the slide: it never gets to them.
         inside = right > left and bottom > top
         try:
             if inside and (right - left, bottom - top) == (width, height):

@@ -41,7 +41,8 @@ class StageInError(UserError):
 def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]:
     """The slide as a local path, for as long as the context lasts.
 
-    `folder` is used where no scratch was named. Raises `StageInError` naming slide and command.
+    `folder` is used where no scratch was named. A copy of another size in bytes, or another MD5,
+    than the table states is fetched again. Raises `StageInError` naming slide and command.
     """
     if not stage_in.command:
         path = Path(slide.path)
@@ -91,7 +92,7 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     name = slide.path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         name = slide.slide_id
-    # Under the slide's own name, by which tools that write into a folder call it.
+    # Under the slide's name, by which tools that write into a folder call it.
     dest, problem = folder / name, ""
     argv = stage_in.argv(slide.path, dest)
     for attempt in range(stage_in.retries + 1):

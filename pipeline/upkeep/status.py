@@ -42,7 +42,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a selection a scope has, in tiles, and how long one worker takes for the rest."""
+    """How much of a selection a scope has, in tiles, and seconds of one worker for the rest."""
 
     stage: str
     scope: str
