@@ -26,7 +26,7 @@ class EventLog:
         self._broken = False
 
     @property
-    def used(self) -> bool:
+    def has_events(self) -> bool:
         """Whether an event was written."""
         return self._handle is not None
 
@@ -34,7 +34,13 @@ class EventLog:
         """One line: time (UTC), run, stage, event, and the fields, without secrets."""
         if self._broken:
             return
-        record = {"time": now(), "run": self._run, "stage": self._stage, "event": event, **fields}
+        record = {
+            "time": utc_now(),
+            "run": self._run,
+            "stage": self._stage,
+            "event": event,
+            **fields,
+        }
         line = json.dumps(redact_all(record), ensure_ascii=False) + "\n"
         try:
             if self._handle is None:
@@ -52,14 +58,14 @@ class EventLog:
             self._handle = None
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time in UTC, to 1 ms: `YYYY-MM-DDTHH:MM:SS.mmmZ`."""
     seconds = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
 
 
-def whereabouts() -> dict[str, object]:
+def process_location() -> dict[str, object]:
     """Where this process runs: host, process, batch job."""
     names = {"slurm_job": "SLURM_JOB_ID", "slurm_array_task": "SLURM_ARRAY_TASK_ID"}
     batch = {key: os.environ[name] for key, name in names.items() if name in os.environ}

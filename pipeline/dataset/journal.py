@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import sync_directory
 from common.redact import redact
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
-from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
+from pipeline.dataset.events import SUFFIX, EventLog, process_location
 from pipeline.dataset.layout import Dataset, is_inside
 
 Outcome = Literal["done", "rejected", "failed", "pruned"]
@@ -126,16 +126,16 @@ class Run:
         """This run's journal."""
         return self.dataset.status_dir(self.stage) / f"{self.run_id}.jsonl"
 
-    def event(self, name: str, **fields: Any) -> None:
+    def log_event(self, name: str, **fields: Any) -> None:
         """Add a line to the run's log; the first one is preceded by where and with what it runs."""
-        if not self._log.used:
-            self._log.write("begin", **whereabouts(), **self._device, versions=self.versions)
+        if not self._log.has_events:
+            self._log.write("begin", **process_location(), **self._device, versions=self.versions)
         self._log.write(name, **fields)
 
-    def begun(self, slide_id: str, worker: str) -> None:
+    def log_begun(self, slide_id: str, worker: str) -> None:
         """Log that a slide was given to a worker."""
         self._workers[slide_id] = worker
-        self.event("slide begun", slide=slide_id, worker=worker)
+        self.log_event("slide begun", slide=slide_id, worker=worker)
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Append lines and sync: after this returns, the entries count."""
@@ -164,7 +164,7 @@ class Run:
             fields["reason"] = entry.reason
         if entry.start >= 0:
             fields["ranks"] = [entry.start, entry.stop]
-        self.event(
+        self.log_event(
             f"slide {entry.outcome}", slide=entry.slide_id, scope=entry.scope, **fields,
             seconds=round(entry.seconds, 3), bytes=sum(file.bytes for file in entry.files),
             **({"counts": entry.counts} if entry.counts else {}),
@@ -172,7 +172,7 @@ class Run:
 
     def close(self) -> None:
         """Close the journal and the log and remove the staging folder."""
-        if self._log.used:
+        if self._log.has_events:
             seconds = round(time.monotonic() - self._began, 3)
             self._log.write("end", outcomes=dict(self._outcomes), seconds=seconds)
             self._log.close()

@@ -33,9 +33,9 @@ from pipeline.features.compute import (
     SpanWriter,
     TileBatch,
     TileDecoder,
-    batches,
     decode_threads,
     lanes_for,
+    order_batches,
     worker_threads,
 )
 from pipeline.features.config import CacheConfig
@@ -87,7 +87,9 @@ def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
     first = works[0]
     config = first.config
     try:
-        encoder = loaded(config.encoder, config.weights, worker_device(config.device), config.dtype)
+        encoder = load_encoder_once(
+            config.encoder, config.weights, worker_device(config.device), config.dtype
+        )
         if encoder.weights_sha256 != first.weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
@@ -181,7 +183,7 @@ class _Bundle:
         """The entries of each slide, in order, as soon as its last file is committed."""
         forward = Forward(self._encoder, self._config.batch, self._config.tokens, report_note)
         yielded = 0
-        for batch in self._decoder.run(batches(self._spans, self._config.batch, self._lanes)):
+        for batch in self._decoder.run(order_batches(self._spans, self._config.batch, self._lanes)):
             slide = self._slides[batch.span.slide]
             if not slide.is_stopped:
                 self._encode_batch(slide, batch, forward)
@@ -289,7 +291,7 @@ def _write_table(table: pa.Table, file: HashingFile) -> None:
 
 
 @lru_cache(maxsize=1)
-def loaded(name: str, weights: str, device: str, dtype: str) -> "Encoder":
+def load_encoder_once(name: str, weights: str, device: str, dtype: str) -> "Encoder":
     """The encoder in `dtype` (float32 or bfloat16), kept by its process from slide to slide."""
     import torch
 

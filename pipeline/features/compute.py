@@ -72,7 +72,9 @@ class TileBatch:
     tiles: "Future[Tiles]" = field(default_factory=Future)
 
 
-def batches(spans: list[Span], rows: int, lanes: int = 1) -> Iterator[tuple[Span, range, bool]]:
+def order_batches(
+    spans: list[Span], rows: int, lanes: int = 1
+) -> Iterator[tuple[Span, range, bool]]:
     """Each span's blocks in order, at most `rows` tiles (but a whole block) at a time.
 
     Of `lanes` spans (at least 1) by turns, whose files are then written at the same time: what a
@@ -118,12 +120,12 @@ class TileDecoder:
         """Batches whose `tiles` [n, px, px, 3] are being decoded; damage raises in `result`."""
         waiting: deque[TileBatch] = deque()
         for span, blocks, last in work:
-            waiting.append(self._begin(span, blocks, last))
+            waiting.append(self._begin_decoding(span, blocks, last))
             if len(waiting) > _DECODED_AHEAD * self._threads:
                 yield waiting.popleft()
         yield from waiting
 
-    def _begin(self, span: Span, blocks: range, last: bool) -> TileBatch:
+    def _begin_decoding(self, span: Span, blocks: range, last: bool) -> TileBatch:
         tiles = self._pool.submit(self._decode_blocks, span.slide_id, blocks)
         return TileBatch(span, blocks, last, tiles)
 
@@ -157,7 +159,8 @@ class Forward:
             size = self.batch
             try:
                 parts = [
-                    self._begin(tiles[i : i + size], tokens) for i in range(0, len(tiles), size)
+                    self._begin_batch(tiles[i : i + size], tokens)
+                    for i in range(0, len(tiles), size)
                 ]
                 return lambda: _join_parts([part() for part in parts])
             except RuntimeError as error:
@@ -179,7 +182,7 @@ class Forward:
             f"cache: out of memory on {self._encoder.device}, going on with batches of {self.batch}"
         )
 
-    def _begin(self, tiles: Tiles, tokens: bool) -> Callable[[], Features]:
+    def _begin_batch(self, tiles: Tiles, tokens: bool) -> Callable[[], Features]:
         import torch
 
         images: Any = tiles
@@ -188,11 +191,13 @@ class Forward:
         output = self._encoder.encode(images, tokens=tokens)
         stored: list[Tensor] = [output.cls]
         if output.tokens is not None:
-            stored += quantised(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
+            stored += (
+                quantise_tensor(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
+            )
         return _fetch_results(stored)
 
 
-def quantised(tokens: "Tensor") -> "list[Tensor]":
+def quantise_tensor(tokens: "Tensor") -> "list[Tensor]":
     """int8 tokens [n, t, d] and scales float16 [n, t], as `quantise.py` defines."""
     import torch
 

@@ -22,7 +22,7 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.features.store import refuse_other_features
 from pipeline.dataset.layout import ranks_of_blocks
-from pipeline.features.bundle import SlideWork, cache_bundle, loaded
+from pipeline.features.bundle import SlideWork, cache_bundle, load_encoder_once
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.device import gpu_count, stage_device
 from pipeline.features.plan import print_plan
@@ -78,7 +78,7 @@ def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict
             if written["weights"] == config.weights and not Path(config.weights).exists():
                 return written
     return _describe_encoder(
-        loaded(config.encoder, config.weights, "cpu", "float32"), tile_px, config
+        load_encoder_once(config.encoder, config.weights, "cpu", "float32"), tile_px, config
     )
 
 
@@ -154,7 +154,7 @@ class CacheStage(Stage[_SlideBlocks]):
 
     def __init__(self, dataset: Dataset, config: CacheConfig, engine: EngineConfig) -> None:
         super().__init__(dataset)
-        config = config.resolved()
+        config = config.resolve_tokens()
         check_view(config.view)
         self.tile_px = config.tile_px or int(identity_value(dataset, "tile_px"))
         needs = needed_blocks(dataset, config.selections)

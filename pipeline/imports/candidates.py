@@ -150,7 +150,7 @@ class CandidatesWriter:
             self.run.append(entries)
         for entry in entries:
             if entry.outcome != "rejected":
-                self.summary.add(entry)
+                self.summary.add_entry(entry)
 
     def _write_slide(self, pair: tuple[Slide, RankedUnion]) -> Entry:
         slide, union = pair
@@ -205,7 +205,7 @@ def _write_selections(
         if ledger.done(tiles.name, draft.fingerprint) is None:
             drafts.append(draft)
         else:
-            say(f"import: {_describe(draft.selection)} already there, nothing to redo")
+            say(f"import: {_describe_selection(draft.selection)} already there, nothing to redo")
     _check_dependents(dataset, drafts, ledger)
     with Run(dataset, SELECT, stage_versions()) as run:
         for draft in drafts:
@@ -219,10 +219,10 @@ def _write_selections(
             summary.files += 1
             summary.bytes += record.bytes
             file = dataset.selection_file(selection.name)
-            say(f"import: {_describe(selection)}, wrote {file}")
+            say(f"import: {_describe_selection(selection)}, wrote {file}")
 
 
-def _describe(selection: Selection) -> str:
+def _describe_selection(selection: Selection) -> str:
     count = len(selection.slide_ids)
     return f"selection '{selection.name}': {selection.rows:,} tiles of {count:,} slides"
 

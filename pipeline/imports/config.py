@@ -26,7 +26,7 @@ _ANCHOR = option("what of the tile a position is: its upper left corner, or its 
 _DROP_OUTSIDE = option("leave out tiles that are not wholly on their slide (default: refuse)")
 
 
-def _column(of: str, role: str) -> str:
+def _column_option(of: str, role: str) -> str:
     text = f"name of the table's column of {of} (default: the first known name, see docs/import.md)"
     return option_field("", text, flag=f"--{role}-column", metavar="NAME")
 
@@ -35,11 +35,11 @@ def _column(of: str, role: str) -> str:
 class Columns:
     """The columns' names in the table; '' where the synonyms or nothing will do."""
 
-    slide: str = _column("slide names", "slide")
-    x: str = _column("x positions", "x")
-    y: str = _column("y positions", "y")
-    level: str = _column("pyramid levels", "level")
-    mpp: str = _column("µm per pixel", "mpp")
+    slide: str = _column_option("slide names", "slide")
+    x: str = _column_option("x positions", "x")
+    y: str = _column_option("y positions", "y")
+    level: str = _column_option("pyramid levels", "level")
+    mpp: str = _column_option("µm per pixel", "mpp")
 
     def as_dict(self) -> dict[str, str]:
         """By role."""

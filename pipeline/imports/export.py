@@ -57,7 +57,7 @@ def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineCo
 
     def add_entries(entries: list[Entry]) -> None:
         for entry in entries:
-            summary.add(entry)
+            summary.add_entry(entry)
 
     with meter("geojson", len(tasks), "slides") as progress:
         run_tasks(export_slide, tasks, engine, add_entries, progress)

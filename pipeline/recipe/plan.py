@@ -132,7 +132,7 @@ class DatasetPlanner:
                 if name in self.dataset.selection_names():
                     return StepPlan(step.name, basis=f"'{name}' is done")
                 tiles = self.planned_tiles.get(name, self.candidates)
-                basis = f"'{name}': {self._about}{tiles:,} tiles"
+                basis = f"'{name}': {self._about_prefix}{tiles:,} tiles"
                 return StepPlan(step.name, tiles * _SELECTION_BYTES_PER_TILE, 2, basis=basis)
             case "tile":
                 return self._plan_tile(step)
@@ -171,7 +171,7 @@ class DatasetPlanner:
         config = CacheConfig(
             str(step.values.get("encoder", "h0-mini")), view=str(step.values.get("view", "")),
             tokens=str(step.values.get("tokens", "auto")),
-        ).resolved()  # fmt: skip
+        ).resolve_tokens()  # fmt: skip
         name, spec = f"cache {config.encoder}", encoder_spec(config.encoder)
         px = int(str(step.values.get("tile-px", self.tile_px)))
         ledger = Ledger.read(self.dataset, step.name)
@@ -194,7 +194,7 @@ class DatasetPlanner:
         return StepPlan(name, size, files, seconds, f"{words}, {rate.source}")
 
     @property
-    def _about(self) -> str:
+    def _about_prefix(self) -> str:
         return "" if self.is_exact else "about "
 
     def _count_missing(self, step: Step, done: Mapping[str, list[Entry]]) -> tuple[int, int, str]:
@@ -217,7 +217,7 @@ class DatasetPlanner:
             return tiles, slides, f"{tiles:,} tiles of {slides:,} slides"
         # Whole blocks are written: on average half a block more per slide than was selected.
         tiles += coming + self.slides * BLOCK_ROWS // 2
-        return tiles, self.slides, f"{self._about}{coming:,} tiles planned"
+        return tiles, self.slides, f"{self._about_prefix}{coming:,} tiles planned"
 
 
 def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:

@@ -197,7 +197,7 @@ class _FactsReader:
         ):
             reason = "not looked at yet, or changed since: run `tissue`"
             return SlideFacts(slide, "waiting", TISSUE, reason, note)
-        status, stage, reason = self._verdict(entry)
+        status, stage, reason = self._judge_slide(entry)
         values = entry.values
         if source:
             imported = f"imported, not detected (sha256 {source[:12]})"
@@ -217,7 +217,7 @@ class _FactsReader:
     def _last_entry(self, stage: str, slide_id: str) -> Entry | None:
         return self.journals.get(stage, {}).get("", {}).get(slide_id)
 
-    def _verdict(self, entry: Entry) -> tuple[str, str, str]:
+    def _judge_slide(self, entry: Entry) -> tuple[str, str, str]:
         """Status, deciding stage and reason of a slide whose tissue line is current."""
         if entry.outcome != "done":
             return entry.outcome, TISSUE, entry.reason or _UNKNOWN_REASON

@@ -235,7 +235,7 @@ class JobWatch:
                 "refused? a node that cannot reach this one? `interface` names the network)"
             )
 
-    def lost(self, jobs: dict[str, set[str]], present: set[str]) -> list[str]:
+    def find_lost(self, jobs: dict[str, set[str]], present: set[str]) -> list[str]:
         """Jobs whose workers were there once and have all been gone for 60 seconds.
 
         `jobs` are the names of each job's workers, `present` the names of workers now there.
@@ -259,7 +259,7 @@ class JobWatch:
         self._queried = now
         return True
 
-    def ended(self, job_ids: dict[str, str]) -> list[str]:
+    def find_ended(self, job_ids: dict[str, str]) -> list[str]:
         """Of jobs (by name, with SLURM's id), those that neither wait nor run any more."""
         submitted = {name: job_id for name, job_id in job_ids.items() if job_id}
         alive = query_alive_jobs(set(submitted.values())) if submitted else None
@@ -330,10 +330,10 @@ def _scaler_class() -> Any:
         async def _replace_lost(self) -> None:
             """Forget jobs that have ended: the cluster then submits others for them."""
             present = {str(w["name"]) for w in self.cluster.scheduler_info["workers"].values()}
-            gone = self._watch.lost(self._worker_names(), present)
+            gone = self._watch.find_lost(self._worker_names(), present)
             if self._watch.is_query_due():
                 ids = {name: job.job_id for name, job in self._jobs.workers.items()}
-                gone += await asyncio.to_thread(self._watch.ended, ids)
+                gone += await asyncio.to_thread(self._watch.find_ended, ids)
             for name in dict.fromkeys(gone):
                 job = self._jobs.workers.pop(name, None)
                 if job is not None:

@@ -35,7 +35,7 @@ class SlideProgress:
             self._ended += 1
             self._meter.advance(task.units - reported, note=self._progress_note(task.slide_id))
 
-    def state(self) -> dict[str, int | float | str]:
+    def report_state(self) -> dict[str, int | float | str]:
         """How far the stage is: done, total, unit, and units per second."""
         meter = self._meter
         rate = meter.done / meter.seconds if meter.seconds > 0 else 0.0

@@ -136,8 +136,8 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
         ]
         tasks, lines = _plan_stage(stage, runs[0].run_id, summary)
         # The elements of a job array plan alike, and each does and journals its part.
-        tasks = [task for task in tasks if engine.includes(task.slide_id)]
-        _record_lines(stage, runs, [e for e in lines if engine.includes(e.slide_id)], summary)
+        tasks = [task for task in tasks if engine.includes_slide(task.slide_id)]
+        _record_lines(stage, runs, [e for e in lines if engine.includes_slide(e.slide_id)], summary)
         stage.before_tasks(runs[0], tasks)
         _run_tasks(stage, runs, tasks, engine, summary)
         stage.after_tasks(runs, summary, engine)
@@ -181,7 +181,7 @@ def _record_lines(
     for entry in lines:
         # A withdrawn file is no result of this run.
         if entry.outcome != "pruned":
-            summary.add(entry)
+            summary.add_entry(entry)
 
 
 def _run_tasks(
@@ -194,7 +194,7 @@ def _run_tasks(
     """Send the tasks to workers; journal and count every slide as it ends."""
     total = sum(task.units for task in tasks)
     if tasks:
-        runs[0].event("tasks", slides=len(tasks), total=total, unit=stage.unit,
+        runs[0].log_event("tasks", slides=len(tasks), total=total, unit=stage.unit,
                       engine=engine.description)  # fmt: skip
     bundles, work = stage.make_bundles(tasks, engine), stage.work
     if bundles is None:
@@ -203,7 +203,7 @@ def _run_tasks(
     def on_entries(entries: list[Entry]) -> None:
         stage.journal_entries(runs, entries)
         for entry in entries:
-            summary.add(entry)
+            summary.add_entry(entry)
 
     with meter(summary.stage, total, stage.unit) as progress:
         run_bundles(work, bundles, engine, on_entries, progress, runs[0])

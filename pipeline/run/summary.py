@@ -27,7 +27,7 @@ class Summary:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, entry: Entry) -> None:
+    def add_entry(self, entry: Entry) -> None:
         """Count one entry."""
         if entry.outcome == "rejected":
             self.rejected.append((entry.slide_id, entry.reason))

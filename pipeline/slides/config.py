@@ -73,10 +73,10 @@ class StageIn:
                 "or into the folder {dir}, such as 'cp {uri} {dest}'"
             )
 
-    def argv(self, uri: str, dest: Path) -> list[str]:
+    def make_command(self, uri: str, dest: Path) -> list[str]:
         """The command for one slide, as a list of arguments.
 
-        >>> StageIn("cp {uri} {dest}").argv("store/a.svs", Path("/tmp/a.svs"))
+        >>> StageIn("cp {uri} {dest}").make_command("store/a.svs", Path("/tmp/a.svs"))
         ['cp', 'store/a.svs', '/tmp/a.svs']
         """
         values = {
@@ -142,6 +142,6 @@ class ScanConfig:
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
         }
 
-    def parameters(self) -> dict[str, object]:
+    def row_parameters(self) -> dict[str, object]:
         """What a scanned row depends on in addition to the slide's bytes."""
         return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}

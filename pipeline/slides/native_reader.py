@@ -68,7 +68,7 @@ class NativeReader(SlideReader):
         self.decoded = 0
         try:
             with tifffile.TiffFile(path) as tiff:
-                self._describe(tiff)
+                self._describe_levels(tiff)
             self._file = os.open(path, os.O_RDONLY)
         except SlideOpenError:
             raise
@@ -76,7 +76,7 @@ class NativeReader(SlideReader):
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"native: {error}") from error
 
-    def _describe(self, tiff: tifffile.TiffFile) -> None:
+    def _describe_levels(self, tiff: tifffile.TiffFile) -> None:
         # Those vendors have their own rules for levels and gaps, which OpenSlide knows.
         other = [name for name in _OTHER_VENDORS if getattr(tiff, f"is_{name}", False)]
         if other:
@@ -105,12 +105,14 @@ class NativeReader(SlideReader):
         """Keep each native tile of the level until the last of these windows has been read."""
         native = self.native[level]
         uses = np.zeros((native.rows, native.columns), np.int32)
-        left, top, right, bottom = self._spans(level, windows)
+        left, top, right, bottom = self._tile_spans(level, windows)
         for row, column, row_end, column_end in zip(top, left, bottom, right, strict=True):
             uses[row:row_end, column:column_end] += 1
         self._uses[level] = uses
 
-    def _spans(self, level: int, windows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    def _tile_spans(
+        self, level: int, windows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], ...]:
         """Half-open columns and rows of native tiles that windows [n, 4] (x, y, w, h) touch."""
         # Cut at the level's edge: windows may reach over it, native tiles there do not exist.
         native, size = self.native[level], self.levels[level]
@@ -133,12 +135,12 @@ class NativeReader(SlideReader):
             for column in range(x // native.tile_width, -(-(x + width) // native.tile_width)):
                 at_x = column * native.tile_width
                 left, right = max(x, at_x), min(x + width, at_x + native.tile_width)
-                tile = self._tile(level, row, column)
+                tile = self._native_tile(level, row, column)
                 part = tile[top - at_y : bottom - at_y, left - at_x : right - at_x]
                 canvas[top - y : bottom - y, left - x : right - x] = part
         return canvas
 
-    def _tile(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
+    def _native_tile(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
         """A decoded native tile [tile_height, tile_width, 3], from the cache where it is there."""
         key = (level, row, column)
         tile = self._cache.pop(key, None)
@@ -179,10 +181,10 @@ class NativeReader(SlideReader):
         if tile.shape != shape or tile.dtype != np.uint8:
             raise ValueError(f"a native tile is {tile.dtype} {tile.shape}, expected uint8 {shape}")
         if native.codec == "jpeg" and (tile[-_MCU:, -_MCU:] == _GREY).all():
-            self._confirm(level, row, column, tile)
+            self._confirm_tile(level, row, column, tile)
         return np.asarray(tile)
 
-    def _confirm(self, level: int, row: int, column: int, tile: npt.NDArray[np.uint8]) -> None:
+    def _confirm_tile(self, level: int, row: int, column: int, tile: npt.NDArray[np.uint8]) -> None:
         """Ask OpenSlide about a tile that ends in the grey which libjpeg leaves where data ended.
 
         imagecodecs passes over libjpeg's warnings; OpenSlide takes them for the errors they are.

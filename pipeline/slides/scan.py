@@ -85,7 +85,7 @@ def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     size, mtime_ns = _bytes_and_time(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint_of(
-        stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.parameters()
+        stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.row_parameters()
     )
 
 

@@ -54,7 +54,7 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
         yield path
         return
     scratch = _make_scratch(stage_in, folder)
-    prefix = f"{_PREFIX}-{_host()}-"
+    prefix = f"{_PREFIX}-{_host_name()}-"
     # Copies of processes that were killed on this machine: nothing else would remove them.
     for abandoned in scratch.glob(f"{prefix}*"):
         pid = abandoned.name.removeprefix(prefix).split("-")[0]
@@ -74,7 +74,7 @@ def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
     if not named or named == JOB_SCRATCH:
         named = str(folder)
     elif "$" in named:
-        raise StageInError(f"--scratch {stage_in.scratch}: no such variable on {_host()}")
+        raise StageInError(f"--scratch {stage_in.scratch}: no such variable on {_host_name()}")
     try:
         Path(named).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,7 +84,7 @@ def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
     return Path(named)
 
 
-def _host() -> str:
+def _host_name() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:24]
 
 
@@ -94,7 +94,7 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
         name = slide.slide_id
     # Under the slide's name, by which tools that write into a folder call it.
     dest, problem = folder / name, ""
-    argv = stage_in.argv(slide.path, dest)
+    argv = stage_in.make_command(slide.path, dest)
     for attempt in range(stage_in.retries + 1):
         if attempt:
             sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))

@@ -56,7 +56,7 @@ class TileConfig:
         """The values that every run of the stage on a dataset must share."""
         return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
 
-    def encoder(self) -> Callable[["npt.NDArray[np.uint8]"], bytes]:
+    def make_encoder(self) -> Callable[["npt.NDArray[np.uint8]"], bytes]:
         """From an RGB tile uint8 [h, w, 3] to its lossless bytes."""
         from pipeline.dataset import encode_png
         from pipeline.dataset.tiles.zarr_shard import encode_chunk

@@ -169,7 +169,7 @@ def _write_shards(
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     with Spool(folder) as spool:
         began = time.monotonic()
-        rank_spans = job.fill(spool, spans)
+        rank_spans = job.fill_spool(spool, spans)
         # All tiles are read in one pass, whose time counts for the first shard.
         read_seconds = time.monotonic() - began
         for span in rank_spans:
@@ -189,7 +189,7 @@ class _TileJob:
     config: TileConfig
     tile_px: int
 
-    def fill(self, spool: Spool, block_spans: list[range]) -> list[range]:
+    def fill_spool(self, spool: Spool, block_spans: list[range]) -> list[range]:
         """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
         # Spans may share native tiles of the slide, which one pass decodes once.
         candidates = read_candidates(self.dataset, self.slide.slide_id)
@@ -198,7 +198,7 @@ class _TileJob:
         ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         x = candidates["x_level0"].to_numpy()[ranks]
         y = candidates["y_level0"].to_numpy()[ranks]
-        encode = self.config.encoder()
+        encode = self.config.make_encoder()
         folder = self.dataset.staging_dir(self.run_id)
         with (
             local_slide(self.slide, self.config.stage_in, folder) as path,

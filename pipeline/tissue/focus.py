@@ -39,7 +39,7 @@ class FocusConfig:
     min_contrast: float = 0.004
 
 
-def sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float) -> float:
+def measure_sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float) -> float:
     """Detail of 1 µm over detail of 4 µm of a patch uint8 [h, w, 3]; NaN without contrast.
 
     About 1 on sharp H&E at 0.8 to 1.2 µm per pixel, 0.3 where points spread over 4 µm around.
@@ -131,7 +131,9 @@ def _probe_sharpness(
             window = tissue[first_row : max(end_row, first_row + 1), first : max(end, first + 1)]
             if window.size and window.mean() >= config.min_patch_tissue:
                 patch = patches.read(left * um_per_px, top * um_per_px)
-                values[row, column] = sharpness(patch, patches.um_per_px, config.min_contrast)
+                values[row, column] = measure_sharpness(
+                    patch, patches.um_per_px, config.min_contrast
+                )
     return values
 
 

@@ -172,14 +172,14 @@ class OnnxDetector:
     def _classify_window(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Classes of the inner part of a window uint8 [window_px, window_px, 3]."""
         window, margin = self.description.window_px, self.description.margin_px
-        scores = self._scores(field)
+        scores = self._class_scores(field)
         # Networks often give their classes at a part of the input's resolution.
         if scores.shape[1:] != (window, window):
             scores = np.stack([cv2.resize(plane, (window, window)) for plane in scores])
         channel = scores[:, margin : window - margin, margin : window - margin].argmax(0)
         return np.asarray(np.array(self.description.classes, np.uint8)[channel])
 
-    def _scores(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _class_scores(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         mean, std = (np.array(v, np.float32) for v in (self.description.mean, self.description.std))
         planes = ((field.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
         try:

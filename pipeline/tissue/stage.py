@@ -145,7 +145,7 @@ def record_tissue(
     counts = {"grid tiles": len(grid.x), "candidate tiles": table.num_rows}
     values = {
         "glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan),
-        "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.counts(),
+        "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.count_verdicts(),
     }  # fmt: skip
     # Files are kept also where no tile is: the overlay shows why.
     outcome: Outcome = "done" if table.num_rows else "rejected"
@@ -217,7 +217,9 @@ def _overlay_title(slide: Slide, detection: Detection, um_per_px: float) -> str:
 
 def _why_none(judgement: Judgement) -> str:
     """Why a slide has no candidate, from what became of its tiles."""
-    refused = {name: count for name, count in judgement.counts().items() if name != "no tissue"}
+    refused = {
+        name: count for name, count in judgement.count_verdicts().items() if name != "no tissue"
+    }
     if not refused:
         return "no tile has enough tissue: an empty slide, or tissue too pale to be found"
     tally = ", ".join(f"{name} {count}" for name, count in refused.items())

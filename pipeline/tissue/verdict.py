@@ -46,7 +46,7 @@ class Judgement:
         """The tiles that become candidates, bool [n]."""
         return self.verdict == Verdict.KEPT
 
-    def counts(self) -> dict[str, int]:
+    def count_verdicts(self) -> dict[str, int]:
         """Tiles by verdict, those that occur."""
         numbers = np.bincount(self.verdict, minlength=len(Verdict))
         return {VERDICT_NAMES[v]: int(numbers[v]) for v in Verdict if numbers[v]}

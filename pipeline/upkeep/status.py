@@ -101,7 +101,9 @@ def read_status(dataset: Dataset) -> Status:
                 if entry.outcome == "failed"
             ]
             if stage in _BY_SELECTION:
-                coverages += [_cover(status, selection, current) for selection in selections]
+                coverages += [
+                    _count_coverage(status, selection, current) for selection in selections
+                ]
     return Status(stages, coverages, list_running(dataset), failures, dict(sorted(kinds.items())))
 
 
@@ -140,7 +142,7 @@ def _stage_status(
     )  # fmt: skip
 
 
-def _cover(
+def _count_coverage(
     status: StageStatus, selection: Selection, current: Mapping[str, list[Entry]]
 ) -> Coverage:
     stored = 0

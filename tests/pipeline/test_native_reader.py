@@ -10,7 +10,7 @@ import tifffile
 
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, read_journal, read_slides
-from pipeline.slides.compare import TILES_COMPARED, disagreement, sampled_tiles
+from pipeline.slides.compare import TILES_COMPARED, find_disagreement, sampled_tiles
 from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import best_reader, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReadError
@@ -172,14 +172,14 @@ def test_one_grey_level_in_one_tile_is_noticed(cmu_slide, monkeypatch):
             return tile
 
         monkeypatch.setattr(native, "decode", altered)
-        assert f"native tile {column}, {row} of level 0 differs by 1" in disagreement(
+        assert f"native tile {column}, {row} of level 0 differs by 1" in find_disagreement(
             native, reference
         )
 
 
 def test_a_slide_that_agrees_agrees(cmu_slide):
     with NativeReader(cmu_slide) as native, open_slide(cmu_slide, "openslide") as reference:
-        assert disagreement(native, reference) == ""
+        assert find_disagreement(native, reference) == ""
 
 
 def test_scan_records_the_reader_and_why_not_native(tmp_path, cmu_slide):

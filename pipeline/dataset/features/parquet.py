@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from common.errors import UserError
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
-from pipeline.dataset.features.quantise import dequantise
+from pipeline.dataset.features.quantise import dequantise_tokens
 from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
 
 _META_KEY = b"features"
@@ -128,7 +128,7 @@ class FeatureShard:
         tokens = self._page_of_group(block, "tokens", self.shape)
         if self.dtype == "float16":
             return tokens
-        return dequantise(tokens, self._page_of_group(block, "scale", self.shape[:1]))
+        return dequantise_tokens(tokens, self._page_of_group(block, "scale", self.shape[:1]))
 
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
         """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
