@@ -78,7 +78,7 @@ def commit_file(
     with replacing(final, staged) as raw:
         file = HashingFile(raw)
         write(file)
-    return FileRecord(dataset.relative(final), file.bytes, file.sha256)
+    return FileRecord(dataset.relative_path(final), file.bytes, file.sha256)
 
 
 def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> FileRecord:

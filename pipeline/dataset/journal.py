@@ -75,7 +75,7 @@ def decode_line(line: str) -> Entry | None:
     # Keys of newer releases are passed over.
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
-        known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
+        known["files"] = tuple(map(_file_record, record.get("files", ())))
         return _check_types(Entry(**known))
     except (TypeError, ValueError, KeyError):
         return None
@@ -94,8 +94,8 @@ def _check_types(entry: Entry) -> Entry:
     return entry
 
 
-def _file_record(one: dict[str, Any]) -> FileRecord:
-    record = FileRecord(**one)
+def _file_record(values: dict[str, Any]) -> FileRecord:
+    record = FileRecord(**values)
     texts = isinstance(record.path, str) and isinstance(record.sha256, str)
     if not texts or type(record.bytes) is not int:
         raise ValueError("not a file's record")
@@ -148,9 +148,9 @@ class Run:
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)
             # A disk that is all but full takes a part of the bytes without an error.
-            left = memoryview(data)
-            while left:
-                left = left[os.write(self._handle, left) :]
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[os.write(self._handle, unwritten) :]
             os.fsync(self._handle)
         except OSError as error:
             raise UserError(f"cannot write {self.journal_file}: {error.strerror}") from error

@@ -135,7 +135,7 @@ class Dataset:
         """Where a run writes before it renames; on the same file system as the rest."""
         return self.root / ".tmp" / run_id
 
-    def relative(self, path: Path) -> str:
+    def relative_path(self, path: Path) -> str:
         """The path as journals name it: relative to the dataset, with '/'."""
         return path.relative_to(self.root).as_posix()
 

@@ -64,7 +64,7 @@ class SlideWork:
     fingerprint: str
     weights_sha256: str
 
-    def failed(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
+    def failed_entries(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
         """The lines of a failure, of the kinds that some span lacks and a later run writes.
 
         No other scope will have a line that says that the slide is done.
@@ -94,7 +94,7 @@ def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
         for work in works:
-            yield work.failed(str(error), work.spans.values())
+            yield work.failed_entries(str(error), work.spans.values())
         return
     store = TileStore(Dataset(Path(first.root)), first.tile_px)
     with _Bundle(works, encoder, store) as slides:
@@ -146,8 +146,8 @@ class _SlideWriters:
         failure = failure or stopped
         if failure is not None:
             spans = self.job.work.spans.items()
-            left = [kinds for blocks, kinds in spans if blocks not in written]
-            entries += self.job.work.failed(str(failure), left)
+            unwritten = [kinds for blocks, kinds in spans if blocks not in written]
+            entries += self.job.work.failed_entries(str(failure), unwritten)
         return entries
 
 
@@ -240,7 +240,8 @@ class _FeatureJob:
             cls.extend(part.cls for part in parts)
             stop = start + sum(map(len, cls))
         else:
-            stop = self._last_rank(span)
+            rows = candidate_count(self.dataset, self.work.slide_id)
+            stop = ranks_of_blocks(span.blocks, rows).stop
             path = self._file_path(token_kind, start, stop)
             write = partial(self._write_tokens, parts, cls)
             staged.append((token_kind, commit_file(self.dataset, self.work.run_id, path, write)))
@@ -278,11 +279,6 @@ class _FeatureJob:
         config = self.work.config
         folder = self.dataset.features_dir(self.work.tile_px, config.encoder, config.view) / kind
         return folder / str(ShardName(self.work.slide_id, start, stop, "parquet"))
-
-    def _last_rank(self, span: Span) -> int:
-        """The rank after the last tile of the span."""
-        rows = candidate_count(self.dataset, self.work.slide_id)
-        return ranks_of_blocks(span.blocks, rows).stop
 
 
 def _write_table(table: pa.Table, file: HashingFile) -> None:

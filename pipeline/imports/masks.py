@@ -107,6 +107,7 @@ def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of <slide_id>.geojson or .png")
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    # By name alone, and each at most once: what is left over is reported below.
     masks = {}
     for slide in slides:
         names = [slide.slide_id + suffix for suffix in SUFFIXES]

@@ -155,6 +155,7 @@ class DatasetPlanner:
         tiles, slides, basis = self._count_missing(step, done)
         if not tiles:
             return StepPlan(step.name, basis="all done")
+        # By what these tiles took so far: size and speed depend on codec, slides and machine.
         entries = (entry for rows in done.values() for entry in rows)
         rate = measure_rate(entries, _TILE_BYTES, per_tile=True)
         seconds = None if rate.seconds is None else tiles * rate.seconds
@@ -226,6 +227,7 @@ def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:
 
     inputs = [text for step in steps if step.name == "scan" for text in step.texts("slides")]
     sizes = {}
+    # A planned dataset may not exist yet: sizes are all that is known of its slides.
     for slide in find_slides(inputs):
         try:
             sizes[slide.slide_id] = slide.bytes or slide.path.stat().st_size

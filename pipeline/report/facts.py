@@ -170,6 +170,7 @@ class _FactsReader:
         self, dataset: Dataset, identity: dict[str, Any], journals: Mapping[str, LastEntries]
     ) -> None:
         self.dataset, self.identity, self.journals = dataset, identity, journals
+        # Classes on trial refuse no tile, so that the page must not blame them.
         detector = str((identity.get("detector_parameters") or {}).get("name", ""))
         on_trial = (
             ClassicalDetector.experimental if detector.startswith("classical") else frozenset()
@@ -221,6 +222,7 @@ class _FactsReader:
         """Status, deciding stage and reason of a slide whose tissue line is current."""
         if entry.outcome != "done":
             return entry.outcome, TISSUE, entry.reason or _UNKNOWN_REASON
+        # A later stage's failure decides: the slide is not usable as far as it got.
         for stage, scopes in self.journals.items():
             for scope in scopes.values() if stage not in ("scan", TISSUE) else ():
                 later = scope.get(entry.slide_id)
@@ -233,7 +235,7 @@ class _FactsReader:
             check_slide_id(entry.slide_id)  # the id becomes a file name
         except UserError:
             return False
-        name = self.dataset.relative(self.dataset.overlay_file(entry.slide_id))
+        name = self.dataset.relative_path(self.dataset.overlay_file(entry.slide_id))
         return any(record.path == name for record in entry.files)
 
 

@@ -310,13 +310,15 @@ class Drain:
         if flight is None or flight.number != number:
             return
         del self._flights[address]
+        from distributed.scheduler import KilledWorker
+
         error = flight.future.exception()
         if error is None:
             for entries in flight.future.result()[flight.received :]:
                 self._take_entries(flight, entries)
         elif isinstance(error, UnfitWorkerError):
             raise UserError(str(error))
-        elif _is_death(error):
+        elif isinstance(error, KilledWorker):
             slide_id = flight.slide.slide_id if flight.rest else ""
             self._observer.log_event("worker died", worker=flight.worker, slide=slide_id)
             if self._external:
@@ -328,7 +330,7 @@ class Drain:
         else:
             text = redact(one_line(error, 10_000))[:200]
             reason = f"internal error: {type(error).__name__}: {text}"
-            self._take_entries(flight, flight.slide.failed(reason))
+            self._take_entries(flight, flight.slide.failed_entries(reason))
 
     def _judge_deaths(self, nannies: set[str], now: float) -> None:
         """A worker that died and came back was killed by its slide; a job that ended was not."""
@@ -378,7 +380,7 @@ class Drain:
             return
         if behind := flight.rest[1:]:
             self._waiting.appendleft(behind)
-        self._take_entries(flight, flight.slide.failed(reason))
+        self._take_entries(flight, flight.slide.failed_entries(reason))
 
     def _try_apart(self, flight: _Flight) -> None:
         """Any slide of the bundle may be to blame: each is tried alone."""
@@ -387,9 +389,3 @@ class Drain:
 
     def _attempts_of(self, task: SlideTask) -> Attempts:
         return self._attempts.get(task.slide_id, Attempts())
-
-
-def _is_death(error: BaseException) -> bool:
-    from distributed.scheduler import KilledWorker
-
-    return isinstance(error, KilledWorker)

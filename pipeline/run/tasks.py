@@ -41,7 +41,7 @@ class SlideTask:
     values: Mapping[str, object] = field(default_factory=dict)
     scopes: tuple[str, ...] = ("",)
 
-    def failed(self, reason: str) -> list[Entry]:
+    def failed_entries(self, reason: str) -> list[Entry]:
         """The lines that say why the slide failed, one per scope."""
         return [
             Entry(self.slide_id, "failed", self.fingerprint, reason, scope=scope,

@@ -55,6 +55,7 @@ class EngineConfig:
 
     def job_environment(self) -> dict[str, str]:
         """The same for a worker in a batch job, which reads Dask's settings from there too."""
+        # A stage that uses threads at all gets its share of the job's cores, any other one each.
         threads = self.cluster.cores // self.cluster.workers if self.cluster else self.threads
         variables = replace(self, threads=threads if self.threads > 1 else 1).worker_environment()
         return variables | {

@@ -223,7 +223,9 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
     rows = make_selection(config.name, denied, plan)
     fingerprint = fingerprint_of(
         classifier=work.fingerprint, threshold=plan["threshold"], rows=rows.content_hash,
-        selections=_selection_hashes(work),
+        selections={
+            name: read_selection(work.dataset, name).content_hash for name in work.selections
+        },
     )  # fmt: skip
     scope = f"{config.name}/result"
     if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
@@ -253,10 +255,6 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
         print_removed(name, table)
     share = rows.rows / max(1, scored)
     say(f"curate: {rows.rows:,} of {scored:,} scored tiles ({share:.2%}) denied, wrote {path}")
-
-
-def _selection_hashes(work: _Curation) -> dict[str, str]:
-    return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
 
 
 def _denied_ranks(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:

@@ -145,7 +145,7 @@ class NativeReader(SlideReader):
         key = (level, row, column)
         tile = self._cache.pop(key, None)
         if tile is None:
-            tile = self.decode(level, row, column)
+            tile = self.decode_native(level, row, column)
             self._cached_bytes += tile.nbytes
         # A tile that no expected window needs again is not kept.
         uses = self._uses.get(level)
@@ -159,7 +159,7 @@ class NativeReader(SlideReader):
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def decode(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
+    def decode_native(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
         """Read and decode one native tile, uint8 [tile_height, tile_width, 3].
 
         Raises ValueError where its bytes are damaged.

@@ -132,6 +132,7 @@ def _stage_status(
         seen = {entry.outcome for entry in entries}
         worst = [outcome for outcome in ("failed", "rejected", "done") if outcome in seen]
         outcomes[worst[0] if worst else "pruned"] += 1
+    # Imported lines have no time, and would make the rate look higher than it is.
     timed = [entry for entry in done if entry.seconds > 0 and entry.stop > entry.start >= 0]
     seconds = sum(entry.seconds for entry in timed)
     tiles = sum(entry.stop - entry.start for entry in timed)
@@ -149,6 +150,7 @@ def _count_coverage(
     for slide, ranks in selection.items():
         done = [entry for entry in current.get(slide, ()) if entry.outcome == "done"]
         stored += count_covered(ranks, [(entry.start, entry.stop) for entry in done])
+    # At the measured rate of one worker: how many will work is not known here.
     missing, rate = selection.rows - stored, status.tiles_per_s
     seconds = missing / rate if rate else None
     return Coverage(status.stage, status.scope, selection.name, selection.rows, stored, seconds)

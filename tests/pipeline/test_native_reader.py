@@ -163,7 +163,7 @@ def test_sixteen_tiles_are_compared_with_the_heaviest_among_them(cmu_slide):
 def test_one_grey_level_in_one_tile_is_noticed(cmu_slide, monkeypatch):
     with NativeReader(cmu_slide) as native, open_slide(cmu_slide, "openslide") as reference:
         level, row, column = sampled_tiles(native)[-1]
-        decode = native.decode
+        decode = native.decode_native
 
         def altered(at_level, at_row, at_column):
             tile = decode(at_level, at_row, at_column)
@@ -171,7 +171,7 @@ def test_one_grey_level_in_one_tile_is_noticed(cmu_slide, monkeypatch):
                 tile[3, 5, 1] ^= 1
             return tile
 
-        monkeypatch.setattr(native, "decode", altered)
+        monkeypatch.setattr(native, "decode_native", altered)
         assert f"native tile {column}, {row} of level 0 differs by 1" in find_disagreement(
             native, reference
         )

@@ -99,7 +99,7 @@ def assert_every_flip_is_found(dataset, capsys, files, rounds):
         for _ in range(rounds):
             place = flip(path, rng)
             status, out = verify(dataset, capsys)
-            name = dataset.relative(path)
+            name = dataset.relative_path(path)
             assert status == 1, f"{name}, byte {place}"
             assert name in out, f"{name}, byte {place}: {out}"
             path.write_bytes(sound)
@@ -222,7 +222,7 @@ def test_a_file_that_does_not_let_itself_be_read_again_is_kept(whole, capsys, mo
     monkeypatch.setattr(repair, "sha256_of", fails)
     status, out = verify(whole, capsys, "--repair")
     assert status == 1
-    assert f"kept {whole.relative(tar)}: cannot be read" in out
+    assert f"kept {whole.relative_path(tar)}: cannot be read" in out
     assert tar.exists()
 
 

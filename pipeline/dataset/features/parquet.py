@@ -107,15 +107,15 @@ class FeatureShard:
         known = {("cls", "float32", 1), ("tokens", "float16", 2), ("tokens", "int8", 2)}
         if (self.kind, self.dtype, len(self.shape)) not in known:
             raise ValueError(f"its features are stated as {meta}")
-        if any(type(one) is not int or one < 1 for one in self.shape):
+        if any(type(length) is not int or length < 1 for length in self.shape):
             raise ValueError(f"its shape is {self.shape}")
-        held = schema.field(self.kind).type
+        found = schema.field(self.kind).type
         if self.kind == "cls":
             expected: pa.DataType = pa.list_(pa.float32(), self.shape[0])
         else:
             expected = pa.binary(int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize)
-        if held != expected:
-            raise ValueError(f"column {self.kind} is {held}, expected {expected}")
+        if found != expected:
+            raise ValueError(f"column {self.kind} is {found}, expected {expected}")
 
     def read_block(self, block: int) -> npt.NDArray[np.floating]:
         """Features of a block: float32 [rows, d] for CLS, float16 [rows, t, d] for tokens.
@@ -144,17 +144,10 @@ class FeatureShard:
     ) -> npt.NDArray[Any]:
         dtype = np.dtype("<f2" if column == "scale" else DTYPES[self.dtype])
         try:
-            return self._pages.values(
-                self._read_group(block), column, dtype, shape, is_list=is_list
-            )
+            group = block - self.start // BLOCK_ROWS
+            return self._pages.values(group, column, dtype, shape, is_list=is_list)
         except (ValueError, IndexError) as error:
-            raise self._damaged_error(block, error) from error
-
-    def _read_group(self, block: int) -> int:
-        return block - self.start // BLOCK_ROWS
-
-    def _damaged_error(self, block: int, error: Exception) -> UserError:
-        return UserError(
-            f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
-            "run `python -m pipeline verify`"
-        )
+            raise UserError(
+                f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
+                "run `python -m pipeline verify`"
+            ) from error

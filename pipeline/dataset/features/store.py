@@ -138,7 +138,7 @@ class FeatureStore:
             raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
         return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
 
-    def require(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
+    def require_ranks(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
         """Raise `UserError`, with the `cache` command, where a rank of int [n] is missing."""
         cached = np.zeros(len(ranks), bool)
         for entry in self._ledger.written.get(slide_id, ()):

@@ -168,9 +168,10 @@ def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray
     for chunk in column.chunks:
         encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        if encoded.null_count or not all(isinstance(one, str) for one in names):
+        if encoded.null_count or not all(isinstance(name, str) for name in names):
             raise ValueError("a slide_id is missing or no text")
-        place = np.array([known.setdefault(one, len(known)) for one in names], np.int32)
+        # Every row group has a dictionary of its names: codes of one mean nothing in another.
+        place = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
         parts.append(place[encoded.indices.to_numpy(zero_copy_only=False)])
     return np.concatenate(parts)
 

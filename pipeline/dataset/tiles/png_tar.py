@@ -175,13 +175,13 @@ class TarShard:
             )
         return cls(path, name.start, name.stop, starts)
 
-    def handle(self) -> ShardHandle:
+    def open_handle(self) -> ShardHandle:
         """Open the tar for reading of bytes."""
         return ShardHandle(self.path)
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """PNG bytes by rank of one block of the slide, in one read."""
-        handle = handle or self.handle()
+        handle = handle or self.open_handle()
         index = block - self.start // BLOCK_ROWS
         if not 0 <= index < len(self.block_starts) - 1:
             raise UserError(f"{self.path} has no block {block}: run `verify`")

@@ -40,7 +40,7 @@ class TileStore:
         return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
-        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
+        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode_tile`)."""
         shard = self._shard_of_block(slide_id, block)
         return shard.read_block(block, self._open_handle(shard))
 
@@ -48,10 +48,10 @@ class TileStore:
         """RGB tiles uint8 [px, px, 3] by rank of a block."""
         tiles = {}
         for rank, data in self.read_block_bytes(slide_id, block).items():
-            tiles[rank] = self.decode(slide_id, rank, data)
+            tiles[rank] = self.decode_tile(slide_id, rank, data)
         return tiles
 
-    def decode(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
+    def decode_tile(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
         """Decode what `read_block_bytes` gave, a PNG or a Zarr chunk, to uint8 [px, px, 3].
 
         A `UserError` names slide, rank and file where it is damaged.
@@ -75,7 +75,9 @@ class TileStore:
             block: self.read_block_bytes(slide_id, block)
             for block in sorted({rank // BLOCK_ROWS for rank in wanted})
         }
-        return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
+        return [
+            self.decode_tile(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted
+        ]
 
     def _shard_of_block(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
@@ -103,7 +105,7 @@ class TileStore:
                 self._handles.move_to_end(key)
                 return self._handles[key]
         try:
-            handle = shard.handle()
+            handle = shard.open_handle()
         except OSError as error:
             raise UserError(f"{shard.path} cannot be opened: {error.strerror}") from error
         with self._lock:

@@ -61,7 +61,7 @@ def _zstd_codec() -> Any:
     return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
 
 
-def metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, object]:
+def array_metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, object]:
     """zarr.json of an array uint8 [ranks, px, px, 3], one chunk [1, px, px, 3] per tile."""
     shape = [stop - start, tile_px, tile_px, 3]
     inner = [
@@ -102,7 +102,9 @@ def commit_zarr(
     """
     name = parse_shard_name(final.name)
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
-    head = json.dumps(metadata(name.slide_id, name.start, name.stop, tile_px), indent=2).encode()
+    head = json.dumps(
+        array_metadata(name.slide_id, name.start, name.stop, tile_px), indent=2
+    ).encode()
     try:
         body = staged.joinpath(*_CHUNK_FILE)
         body.parent.mkdir(parents=True)
@@ -123,7 +125,7 @@ def commit_zarr(
         shutil.rmtree(staged, ignore_errors=True)
     paths = [final / "zarr.json", final.joinpath(*_CHUNK_FILE)]
     return tuple(
-        FileRecord(dataset.relative(path), size, sha256)
+        FileRecord(dataset.relative_path(path), size, sha256)
         for path, (size, sha256) in zip(paths, sizes, strict=True)
     )
 
@@ -196,13 +198,13 @@ class ZarrShard:
             )
         return cls(path, name.start, name.stop, index)
 
-    def handle(self) -> ShardHandle:
+    def open_handle(self) -> ShardHandle:
         """Open the shard's file for reading of bytes."""
         return ShardHandle(self.path.joinpath(*_CHUNK_FILE))
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """Encoded chunks by rank of one block of the slide, in one read."""
-        handle = handle or self.handle()
+        handle = handle or self.open_handle()
         first = block * BLOCK_ROWS
         if not self.start <= first < self.stop:
             raise UserError(f"{self.path} has no block {block}: run `verify`")

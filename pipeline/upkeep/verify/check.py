@@ -104,12 +104,12 @@ class Verification:
                 try:
                     self._check_journal(journal, journals[index + 1 :])
                 except OSError as error:
-                    path = self.dataset.relative(journal)
+                    path = self.dataset.relative_path(journal)
                     fix = f"run {_command_of(folder.name)}"
                     self.problems.append(Problem(path, describe_unreadable(error), fix))
 
     def _check_journal(self, journal: Path, later: list[Path]) -> None:
-        path, size = self.dataset.relative(journal), 0
+        path, size = self.dataset.relative_path(journal), 0
         for line in journal_lines(journal):
             size += len(line.data)
             if line.damage is None:

@@ -130,6 +130,7 @@ def selection_roles(
     What the caller names comes first; where a side is not named, the role in the selection's
     plan, then its name.
     """
+    # A name that tells a validation set must not be overruled by --val alone.
     planned = {name: _planned_role(dataset, name) for name in dataset.selection_names()}
     named = dict.fromkeys(train, TRAIN) | dict.fromkeys(val_out, VAL_OUT)
     for name in val:
@@ -169,6 +170,7 @@ def _make_pairs(dataset: Dataset, roles: Mapping[str, str]) -> list[SelectionPai
     for name, role in roles.items():
         if role:
             by_role.setdefault(role, []).append(read_selection(dataset, name))
+    # With one side empty nothing could leak, and the check would pass for nothing.
     for side, option, present in (
         ("training", "--train", TRAIN in by_role),
         ("validation", "--val", VAL_IN in by_role or VAL_OUT in by_role),
@@ -227,6 +229,7 @@ def _compare_tiles(
     ]  # fmt: skip
     # Only slides on both sides can share pixels.
     common = sorted(set().union(*(left.keys() & right.keys() for left, right in places)))
+    # From the identity, not from slides.parquet: tiles were cut by what the identity states.
     mpp, tolerance, tile_px = (
         identity_value(dataset, key) for key in ("mpp", "mpp_tolerance", "tile_px")
     )
