@@ -74,6 +74,7 @@ def commit_file(
     The record has the size in bytes. Raises `UserError` naming the file when the disk is full or
     not writable.
     """
+    # A random prefix: two workers of a run may write files of one name.
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
     with replacing(final, staged) as raw:
         file = HashingFile(raw)

@@ -43,12 +43,14 @@ class EventLog:
         }
         line = json.dumps(redact_all(record), ensure_ascii=False) + "\n"
         try:
+            # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.path, flags, 0o666)
             os.write(self._handle, line.encode())
         except OSError:
+            # A full disk would fail again at every event.
             self._broken = True
 
     def close(self) -> None:
@@ -95,5 +97,6 @@ def decode_event(line: str) -> Event | None:
 
 def read_events(path: Path) -> list[Event]:
     """Every whole line of a log."""
+    # A torn line may end inside a character.
     with path.open(encoding="utf-8", errors="replace") as lines:
         return [event for line in lines if (event := decode_event(line)) is not None]

@@ -66,6 +66,7 @@ def window_means(
 def _sample_bilinear(
     table: npt.NDArray[np.float64], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
+    # At the far edge the cell before it, so that all four corners exist.
     x = np.clip(x, 0, table.shape[1] - 1)
     y = np.clip(y, 0, table.shape[0] - 1)
     left = np.minimum(x.astype(np.int64), table.shape[1] - 2)
@@ -88,6 +89,7 @@ def rank_keys(
     """
     text = f"{seed}\0{slide_id}".encode()
     slide = np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    # Whole numbers, so that keys are equal on every machine.
     column = np.rint(x * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
     row = np.rint(y * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
     return _mix_bits(_mix_bits(slide + column * _GOLDEN) + row * _GOLDEN)

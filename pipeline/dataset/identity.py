@@ -154,6 +154,7 @@ def _read_document(dataset: Dataset) -> dict[str, Any]:
         raise UserError(_unreadable_message(dataset, error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
+    # Before the checksum, which another format may take otherwise.
     if version != FORMAT_VERSION:
         raise UserError(
             f"{dataset.identity_file}: format version {version}, this software reads "

@@ -194,6 +194,7 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     A journal is data, and others may have written it: a line that names a file outside the
     dataset is left out, but for `verify`, which reports it (`outside`).
     """
+    # By name, which begins with the run's time: the oldest run comes first.
     entries: list[Entry] = []
     folder = dataset.status_dir(stage)
     try:

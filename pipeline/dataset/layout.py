@@ -48,6 +48,7 @@ def safe_slide_id(name: str) -> str:
     What would be longer than 200 bytes ends in a hash of the whole.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")
+    # Two long names that begin alike must not become one id.
     if len(safe) > _MOST_LETTERS:
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
         safe = f"{safe[: _MOST_LETTERS - len(digest) - 1]}.{digest}"

@@ -254,6 +254,7 @@ class Ledger:
         self, slide_id: str, wanted: Collection[int], fingerprint: str, scopes: Iterable[str]
     ) -> Missing:
         """What a slide lacks of the wanted blocks in each of the scopes."""
+        # A span that several scopes lack is one pass over the slide.
         missing: dict[range, tuple[str, ...]] = {}
         withdrawn: list[Entry] = []
         for scope in scopes:

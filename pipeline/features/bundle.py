@@ -90,6 +90,7 @@ def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
         encoder = load_encoder_once(
             config.encoder, config.weights, worker_device(config.device), config.dtype
         )
+        # Each worker reads the weights, which may have been replaced since the stage began.
         if encoder.weights_sha256 != first.weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
@@ -174,6 +175,7 @@ class _Bundle:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Also after an exception: writers wait for features that will never come.
         for slide in self._slides:
             slide.stop(UserError("interrupted"))
         self._decoder.close()

@@ -75,6 +75,7 @@ def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict
         written = _written_record(path)
         if written is not None:
             refuse_other_features(path, written, {"compute_dtype": config.dtype})
+            # A file may have changed under the same name: its weights are read again.
             if written["weights"] == config.weights and not Path(config.weights).exists():
                 return written
     return _describe_encoder(
@@ -173,6 +174,7 @@ class CacheStage(Stage[_SlideBlocks]):
 
     def check_inputs(self) -> None:
         """Raise `UserError` where tiles are missing, or features were made otherwise."""
+        # By the journals alone: looking at every file of a cohort takes minutes.
         for slide in self.slides:
             if not slide.blocks <= self.tiles.recorded_blocks(slide.slide_id):
                 raise UserError(

@@ -164,6 +164,7 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
 
 def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[str, Any]:
     """The arguments of dask-jobqueue's cluster class."""
+    # Absolute: jobs do not start in this process's folder everywhere.
     logs = Path(config.log_dir).resolve()
     logs.mkdir(parents=True, exist_ok=True)
     exports = [f"export {name}={value}" for name, value in environment.items()]
@@ -240,6 +241,7 @@ class JobWatch:
 
         `jobs` are the names of each job's workers, `present` the names of workers now there.
         """
+        # A job that was never seen may still wait in the queue: it is not lost.
         now = time.monotonic()
         seen = present | self._take_seen()
         came = {job for job, names in jobs.items() if names & seen}
@@ -274,6 +276,7 @@ class JobWatch:
 
 def query_alive_jobs(job_ids: set[str]) -> set[str] | None:
     """Which of the jobs wait or run; None where squeue does not answer within 30 s."""
+    # Only states count from which a job may still run.
     states = "PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED,REQUEUED"
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--states={states}"]
     try:

@@ -107,6 +107,7 @@ def collect_entries(
 
     Entries that were made before the error are kept: their files are written.
     """
+    # One by one, since `entries` writes files as it goes on.
     made: list[Entry] = []
     try:
         made.extend(entries)

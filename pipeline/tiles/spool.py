@@ -26,6 +26,7 @@ class Spool:
 
     def put(self, key: int, data: bytes) -> None:
         """Keep the bytes."""
+        # Memory first: small slides never need the file.
         if len(data) <= self._room:
             self._room -= len(data)
             self._kept[key] = data
@@ -33,6 +34,7 @@ class Spool:
         try:
             if self._file < 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                # Without a name from the start, so that nothing is left of a killed worker.
                 self._file, name = tempfile.mkstemp(prefix="spool-", dir=self._folder)
                 os.unlink(name)
             _write_all(self._file, data, self.file_bytes)

@@ -97,6 +97,7 @@ def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, 
             need.blocks.update(np.unique(ranks // BLOCK_ROWS).tolist())
             if ranks[-1] > need.last:
                 need.last, need.selection = int(ranks[-1]), name
+    # In one order, whatever the order of the selections.
     return {slide_id: needs[slide_id] for slide_id in sorted(needs)}
 
 
@@ -350,6 +351,7 @@ class TileStage(Stage[_SlideNeed]):
             str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
             self.config,
         )  # fmt: skip
+        # Slides differ in codec and in how much of them a tile covers.
         cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)
         return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
 

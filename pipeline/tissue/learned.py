@@ -80,6 +80,7 @@ def read_description(path: Path) -> NetworkDescription:
         window_px=int(_parse_number(path, {"window_px": 512, **values}, "window_px", 16, 8192)),
         margin_px=int(_parse_number(path, {"margin_px": 32, **values}, "margin_px", 0, 4096)),
     )
+    # Each value may be right and both together not.
     if 2 * description.margin_px >= description.window_px:
         raise DetectorFileError(
             f"{path}: margin_px {description.margin_px} leaves nothing of window_px "

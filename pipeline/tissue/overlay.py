@@ -52,6 +52,7 @@ def draw_overlay(
     canvas = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
     large = _resize_image(mask, canvas.shape[1], canvas.shape[0], cv2.INTER_NEAREST)
     tint_artifacts(canvas, large, 0.45)
+    # Pen is on the glass, not of the slide: its outline would be taken for tissue's.
     tissue = (large > TissueClass.BACKGROUND) & (large != TissueClass.PEN)
     outlines, _ = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(canvas, outlines, -1, _OUTLINE, 1, cv2.LINE_AA)

@@ -269,6 +269,7 @@ def _read_picture(
     reader: SlideReader, mpp: float, overview: npt.NDArray[np.uint8], um_per_px: float
 ) -> tuple[npt.NDArray[np.uint8], float]:
     """The slide at a size to look at: finer than the mask where the slide is small."""
+    # A small slide's mask is a few pixels wide: too few to judge it by eye.
     longest_um = max(reader.levels[0].width, reader.levels[0].height) * mpp
     wanted = longest_um / _OVERLAY_PX
     if wanted >= um_per_px:

@@ -72,6 +72,7 @@ def judge_tiles(
     artifacts = [c for c in TissueClass if c > TissueClass.TISSUE and c not in experimental]
     tissue = _class_shares(mask, counted, x, y, size)
     artifact = _class_shares(mask, artifacts, x, y, size)
+    # Little tissue and none are told apart, so that the overlay shows what a threshold costs.
     verdict = np.where(tissue >= _FAINT_TISSUE, Verdict.LITTLE_TISSUE, Verdict.NO_TISSUE)
     verdict[(tissue >= min_tissue) & (artifact <= max_artifact)] = Verdict.KEPT
     spoiled = artifact > max_artifact

@@ -86,6 +86,7 @@ class FeatureShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.start = parse_shard_name(path.name).start
+        # Only the footer is read here; pages are read when their block is.
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata

@@ -102,6 +102,7 @@ class FeatureStore:
         self.record = read_encoder_record(
             dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view, selection=selection
         )
+        # The view too is in the record: a folder that was renamed is found out.
         refuse_other_features(
             encoder_file(dataset, tile_px, encoder, view, kind), self.record,
             {"view": view} | dict(expect or {}),

@@ -58,6 +58,7 @@ def make_selection(
     name: str, ranks_by_slide: dict[str, npt.NDArray[np.int32]], plan: dict[str, Any]
 ) -> Selection:
     """A selection from ranks int32 [n] by slide; slides without ranks are left out."""
+    # Sorted: equal rows give an equal hash, whatever made them.
     slides = sorted(slide for slide, ranks in ranks_by_slide.items() if len(ranks))
     parts = [np.sort(ranks_by_slide[slide]).astype(np.int32) for slide in slides]
     offsets = np.zeros(len(slides) + 1, np.int64)

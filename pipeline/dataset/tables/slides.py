@@ -89,6 +89,7 @@ class Slide:
 
 def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> FileRecord:
     """Write slides.parquet, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
+    # Sorted, so that equal slides give equal bytes.
     rows = []
     for slide in sorted(slides, key=lambda s: s.slide_id):
         row = dict(slide.__dict__)
@@ -101,6 +102,7 @@ def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> File
 def read_slides(dataset: Dataset) -> list[Slide]:
     """All slides, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
     table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
+    # Columns of newer releases are passed over.
     rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
     try:
         return [_slide_of_row(row) for row in rows.to_pylist()]

@@ -83,6 +83,7 @@ def _average_filtered(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def decode_png(data: bytes | memoryview, tile_px: int | None = None) -> npt.NDArray[np.uint8]:
     """RGB tile [H, W, 3]; raises ValueError on damaged bytes, and on another size than tile_px."""
+    # The size first: a few bytes may state a picture of gigabytes.
     if tile_px is not None and png_size(data) != (tile_px, tile_px):
         raise ValueError(f"it is {png_size(data)} px, expected {tile_px}x{tile_px}")
     try:
@@ -187,6 +188,7 @@ class TarShard:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
+        # Ranks by the tar's headers, not by the index: a mixed-up pair of files is found out.
         members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):

@@ -35,6 +35,7 @@ _INDEX_ROW, _CRC = 16, 4
 
 def encode_chunk(tile: npt.NDArray[np.uint8]) -> bytes:
     """The bytes of one chunk [1, px, px, 3]."""
+    # Neighbours of one channel are alike: their differences compress better.
     flat = tile.transpose(2, 0, 1).ravel()
     delta = np.empty_like(flat)
     delta[0] = flat[0]
@@ -115,6 +116,7 @@ def commit_zarr(
         # The data first, then the folders that name it, from the innermost out.
         for folder in [*body.parents][: len(_CHUNK_FILE)]:
             sync_directory(folder)
+        # Renamed as a whole: readers see all of the array or nothing.
         final.parent.mkdir(parents=True, exist_ok=True)
         _replace_folder(staged, final)
     except OSError as error:
@@ -186,6 +188,7 @@ class ZarrShard:
         """Read the shard's index, 16 bytes per rank; `path` is the array's folder."""
         name = parse_shard_name(path.name)
         count = name.stop - name.start
+        # The index is at the end, and its length follows from the ranks in the name.
         try:
             with path.joinpath(*_CHUNK_FILE).open("rb") as file:
                 file.seek(-(count * _INDEX_ROW + _CRC), os.SEEK_END)
