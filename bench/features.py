@@ -181,9 +181,9 @@ def measure_cache(
                 rows = min(len(part) * 16, len(features.cls))
                 assert features.tokens is not None
                 some = Features(features.cls[:rows], features.tokens[:rows])
-                writers[span.slide_id].put(partial(_same, some))
+                writers[span.slide_id].put_item(partial(_same, some))
                 if last:
-                    writers[span.slide_id].put(None)
+                    writers[span.slide_id].put_item(None)
             for one in writers.values():
                 one.result.result()
 

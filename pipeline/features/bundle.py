@@ -120,7 +120,9 @@ class _SlideWriters:
         """No further features come: of a damaged tile, or as a writer failed (which says why)."""
         self.is_stopped, self.error = True, error
         for writer in self.by_span.values():
-            writer.put(error or _StoppedError("another file of the slide could not be written"))
+            writer.put_item(
+                error or _StoppedError("another file of the slide could not be written")
+            )
 
     @property
     def has_ended(self) -> bool:
@@ -206,12 +208,12 @@ class _Bundle:
         writer = slide.by_span[span.blocks]
         try:
             tiles = batch.tiles.result()
-            goes_on = writer.put(forward(tiles, tokens=span.wants_tokens))
+            goes_on = writer.put_item(forward(tiles, tokens=span.wants_tokens))
             report_progress(span.slide_id, len(tiles))
         except UserError as error:
             slide.stop(error)
             return
-        if not goes_on or (batch.last and not writer.put(None)):
+        if not goes_on or (batch.last and not writer.put_item(None)):
             slide.stop()
 
 

@@ -303,7 +303,7 @@ class SpanWriter:
     """Feeds one span's features to a function that runs in the writer's thread.
 
     `write` is given an iterator over the features and returns what it made. A full queue holds
-    the encoder back; a writer that failed raises in `put`.
+    the encoder back; a writer that failed raises in `put_item`.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class SpanWriter:
                 raise item
             yield item()
 
-    def put(self, item: Callable[[], Features] | UserError | None) -> bool:
+    def put_item(self, item: Callable[[], Features] | UserError | None) -> bool:
         """Hand over a batch, the end (None), or why there is no more; False: the writer failed."""
         # With a time limit, since a writer that has failed empties the queue no more.
         while not self.result.done():

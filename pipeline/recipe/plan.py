@@ -79,7 +79,7 @@ def plan_recipe(recipe: Recipe) -> list[tuple[Step, StepPlan]]:
             if step.dataset not in planners:
                 steps = [other for other in recipe.steps if other.dataset == step.dataset]
                 planners[step.dataset] = DatasetPlanner(step.dataset, steps)
-            plans.append((step, planners[step.dataset].plan(step)))
+            plans.append((step, planners[step.dataset].plan_step(step)))
         elif step.name == "train":
             plans.append((step, plan_training(step)))
         else:
@@ -109,16 +109,18 @@ class DatasetPlanner:
             self.candidates = int(sum(sizes.values()) / _SLIDE_BYTES_PER_CANDIDATE)
         self.is_exact = bool(counts) and not self.without_tissue
         self.planned_tiles = {
-            str(step.values.get("name")): parse_count(step.texts("tiles")[0])
+            str(step.values.get("name")): parse_count(step.option_texts("tiles")[0])
             if "tiles" in step.values
             else self.candidates
             for step in steps
             if step.name == "select"
         }
-        stated_px = [px for step in steps if step.name == "scan" for px in step.texts("tile-px")]
+        stated_px = [
+            px for step in steps if step.name == "scan" for px in step.option_texts("tile-px")
+        ]
         self.tile_px = int(stated_px[0]) if stated_px else _DEFAULT_TILE_PX
 
-    def plan(self, step: Step) -> StepPlan:
+    def plan_step(self, step: Step) -> StepPlan:
         """What the step would still do."""
         match step.name:
             case "scan":
@@ -201,7 +203,7 @@ class DatasetPlanner:
     def _count_missing(self, step: Step, done: Mapping[str, list[Entry]]) -> tuple[int, int, str]:
         """Tiles that a stage still lacks, in how many slides, and both in words."""
         existing = set(self.dataset.selection_names())
-        wanted = set(step.texts("selection")) or existing | set(self.planned_tiles)
+        wanted = set(step.option_texts("selection")) or existing | set(self.planned_tiles)
         new = wanted - existing
         coming = sum(self.planned_tiles.get(name, self.candidates) for name in new)
         # Selections overlap: together they have no more tiles than there are candidates.
@@ -225,7 +227,7 @@ def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:
     """Bytes of the slides that the recipe's scan would find; 0 where that is unknown."""
     from pipeline.slides.entries import find_slides
 
-    inputs = [text for step in steps if step.name == "scan" for text in step.texts("slides")]
+    inputs = [text for step in steps if step.name == "scan" for text in step.option_texts("slides")]
     sizes = {}
     # A planned dataset may not exist yet: sizes are all that is known of its slides.
     for slide in find_slides(inputs):

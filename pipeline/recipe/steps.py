@@ -82,7 +82,7 @@ class Step:
         text = self.values.get("dataset")
         return Path(str(text)) if text is not None and self.room == "pipeline" else None
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def option_texts(self, key: str) -> tuple[str, ...]:
         """The values of an option, given once or as a list; () where it is not given."""
         value = self.values.get(key, [])
         return tuple(map(str, value if isinstance(value, list) else [value]))

@@ -145,7 +145,7 @@ class _Square:
     def y(self, share: float) -> float:
         return self.floor - self._axis_position(share)
 
-    def frame(self) -> str:
+    def draw_frame(self) -> str:
         """Decades of both axes, their names, and the line on which shares are equal."""
         end, middle = 10.0**self.low, self.left + self.side / 2
         lines = [
@@ -187,7 +187,7 @@ def share_scatter_svg(shares: Shares, what: str) -> Markup:
     near = sorted(set(range(len(cohort))) - set(far))
     # A stroke of no length with a round cap is a dot: all of them are one element.
     dots = "".join(f"M{square.x(cohort[i]):.1f} {square.y(selected[i]):.1f}h0" for i in near)
-    parts = [square.frame(), f'<path class="dots" d="{dots}"/>']
+    parts = [square.draw_frame(), f'<path class="dots" d="{dots}"/>']
     for i in far:
         kind = "short" if selected[i] < cohort[i] else "dot"
         label = escape(

@@ -67,7 +67,7 @@ class StageIn:
     )
 
     def __post_init__(self) -> None:
-        if self.command and not any("{dest}" in p or "{dir}" in p for p in self._parts()):
+        if self.command and not any("{dest}" in p or "{dir}" in p for p in self._command_parts()):
             raise UserError(
                 f"--stage-in '{self.command}': expected a command that writes the file {{dest}} "
                 "or into the folder {dir}, such as 'cp {uri} {dest}'"
@@ -86,10 +86,10 @@ class StageIn:
         # In one pass, since a slide's name may itself have braces.
         return [
             re.sub(r"\{\w+\}", lambda match: values.get(match[0], match[0]), part)
-            for part in self._parts()
+            for part in self._command_parts()
         ]
 
-    def _parts(self) -> list[str]:
+    def _command_parts(self) -> list[str]:
         try:
             return shlex.split(self.command)
         except ValueError as error:

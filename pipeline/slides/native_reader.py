@@ -101,7 +101,7 @@ class NativeReader(SlideReader):
         self.resolution = _resolution_tags(base, self.vendor)
         self.icc_profile = _tag_value(base, 34675)
 
-    def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:
+    def expect_windows(self, level: int, windows: npt.NDArray[np.int64]) -> None:
         """Keep each native tile of the level until the last of these windows has been read."""
         native = self.native[level]
         uses = np.zeros((native.rows, native.columns), np.int32)
@@ -125,7 +125,9 @@ class NativeReader(SlideReader):
             -(-bottom // native.tile_height),
         )
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         native = self.native[level]
         # The window is inside the level, so that native tiles cover all of the canvas.
         canvas = np.empty((height, width, 3), np.uint8)

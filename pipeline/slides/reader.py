@@ -58,14 +58,16 @@ class SlideReader(ABC):
     """Most memory that decoded native tiles take."""
 
     @abstractmethod
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         """RGB uint8 [height, width, 3] of a window inside the level; raises where it cannot."""
 
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
 
-    def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
+    def expect_windows(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
         """Receive the windows int64 [n, 4] (x, y, w, h) of a level that will be read, each once.
 
         A reader that can keeps what several of them share until the last is read; others do
@@ -85,10 +87,10 @@ class SlideReader(ABC):
         inside = right > left and bottom > top
         try:
             if inside and (right - left, bottom - top) == (width, height):
-                return self._read(level, x, y, width, height)
+                return self._read_window(level, x, y, width, height)
             canvas = np.full((height, width, 3), 255, np.uint8)
             if inside:
-                part = self._read(level, left, top, right - left, bottom - top)
+                part = self._read_window(level, left, top, right - left, bottom - top)
                 canvas[top - y : bottom - y, left - x : right - x] = part
             return canvas
         except Exception as error:

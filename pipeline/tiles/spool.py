@@ -24,7 +24,7 @@ class Spool:
         self._file = -1
         self.file_bytes = 0
 
-    def put(self, key: int, data: bytes) -> None:
+    def put_bytes(self, key: int, data: bytes) -> None:
         """Keep the bytes."""
         # Memory first: small slides never need the file.
         if len(data) <= self._room:
@@ -46,7 +46,7 @@ class Spool:
         self._placed[key] = (self.file_bytes, len(data))
         self.file_bytes += len(data)
 
-    def take(self, key: int) -> bytes:
+    def take_bytes(self, key: int) -> bytes:
         """Give the bytes back, once; raises KeyError for what was never put."""
         kept = self._kept.pop(key, None)
         if kept is not None:

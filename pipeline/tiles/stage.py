@@ -207,7 +207,7 @@ class _TileJob:
         ):
             done = 0
             for done, (index, image) in enumerate(self._cut_tiles(reader, x, y), 1):
-                spool.put(int(ranks[index]), encode(image))
+                spool.put_bytes(int(ranks[index]), encode(image))
                 if done % _PROGRESS_TILES == 0:
                     report_progress(self.slide.slide_id, _PROGRESS_TILES)
         return spans
@@ -239,7 +239,7 @@ class _TileJob:
     def write_shard(self, spool: Spool, span: range) -> Entry:
         """Write the tiles of a span of ranks as one shard, in rank order."""
         began = time.monotonic()
-        encoded = (spool.take(rank) for rank in span)
+        encoded = (spool.take_bytes(rank) for rank in span)
         write = self._write_zarr if self.config.format == "zarr" else self._write_tar
         return Entry(
             self.slide.slide_id, "done", self.fingerprint, scope=str(self.tile_px),

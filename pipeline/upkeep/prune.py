@@ -189,7 +189,7 @@ def _plan_stage(
 ) -> None:
     """The stage's current shards that no need touches, scope by scope."""
     by_scope: dict[str, list[Entry]] = {}
-    for entry in inventory.current(stage):
+    for entry in inventory.current_entries(stage):
         if entry.outcome == "done":
             by_scope.setdefault(entry.scope, []).append(entry)
     chosen: list[Entry] = []

@@ -136,7 +136,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path, cmu_slide):
 def test_each_native_tile_is_decoded_once_and_let_go(cmu_slide):
     with NativeReader(cmu_slide) as native:
         windows = np.array([(x, y, 448, 448) for y in range(0, 2400, 448) for x in (0, 448, 896)])
-        native.expect(0, windows)
+        native.expect_windows(0, windows)
         for x, y, w, h in windows:
             native.read(0, int(x), int(y), int(w), int(h))
         assert native.decoded == 6 * 12

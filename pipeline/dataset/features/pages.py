@@ -35,7 +35,7 @@ class PlainPages:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._lock = threading.Lock()
 
-    def values(
+    def read_values(
         self,
         group: int,
         column: str,

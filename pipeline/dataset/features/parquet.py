@@ -146,7 +146,7 @@ class FeatureShard:
         dtype = np.dtype("<f2" if column == "scale" else DTYPES[self.dtype])
         try:
             group = block - self.start // BLOCK_ROWS
-            return self._pages.values(group, column, dtype, shape, is_list=is_list)
+            return self._pages.read_values(group, column, dtype, shape, is_list=is_list)
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "

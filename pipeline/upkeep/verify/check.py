@@ -68,7 +68,7 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     check.note_strays(inventory)
     if repair:
         check.notes += repair_damage(dataset, damaged)
-    return check.report()
+    return check.report_problems()
 
 
 class Verification:
@@ -175,7 +175,7 @@ class Verification:
                 f"{folder.files:,} files, {format_bytes(folder.bytes)}"
             )
 
-    def report(self) -> int:
+    def report_problems(self) -> int:
         """Print problems, notes and the summary; returns the exit status."""
         if self.problems:
             _print_problems(self.problems[:_ROWS_SHOWN])

@@ -66,7 +66,7 @@ class SelectionPair:
         """How many tiles, pairs of pixels, patients and files are on both sides: 0 is right."""
         return self.tiles + self.pixels + self.unplaced + self.patients + self.files
 
-    def add(self, overlap: "SlideOverlap") -> None:
+    def add_overlap(self, overlap: "SlideOverlap") -> None:
         """Count what the two share on a slide."""
         slide_id = overlap.slide_id
         self.tiles += len(overlap.shared)
@@ -253,7 +253,7 @@ def _compare_tiles(
             turn = common[start : start + _SLIDES_PER_TURN]
             for overlaps in pool.map(compare_slide, turn):
                 for overlap in overlaps:
-                    pairs[overlap.pair].add(overlap)
+                    pairs[overlap.pair].add_overlap(overlap)
                 progress.advance()
     flat = [s for s in common if s in slides and not is_placed(slides[s])]
     if not flat:
