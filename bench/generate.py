@@ -168,7 +168,7 @@ def doubled(bench: GenerationBench, network: Callable[[Tensor, Tensor], Tensor])
     keys = seed_tensor(derive_seeds(0, torch.arange(n)), bench.device)
     shape = (4, LATENT, LATENT)
     rule = Guidance(2.5, 0.0, 0.75)
-    features = torch.from_numpy(guidance(n).features(np.arange(n))).to(bench.device)
+    features = torch.from_numpy(guidance(n).read_features(np.arange(n))).to(bench.device)
     both = torch.cat([sit.embed_condition(features), sit.embed_condition(None).expand(n, -1)])
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -233,14 +233,17 @@ def measure(bench: GenerationBench, rounds: int) -> dict[str, Any]:
     """All figures of a run."""
     scale, network = bench.scale, bench.network()
     rows = np.arange(scale.batch)
-    features, seeds = guidance(scale.batch).features(rows), derive_seeds(0, rows.tolist()).numpy()
+    features, seeds = (
+        guidance(scale.batch).read_features(rows),
+        derive_seeds(0, rows.tolist()).numpy(),
+    )
     ours = bench.generator()
     whole = bench.generator(guidance_high=1.0)
     contenders = {
         "generate": lambda: stage(bench, scale.steps),
         "bare evaluations": lambda: bare(bench, network, scale.steps),
-        "sample, guided in [0, 0.75]": lambda: ours.sample(features, seeds),
-        "sample, guided in [0, 1]": lambda: whole.sample(features, seeds),
+        "sample, guided in [0, 0.75]": lambda: ours.generate_tiles(features, seeds),
+        "sample, guided in [0, 1]": lambda: whole.generate_tiles(features, seeds),
         "sample, always doubled": lambda: doubled(bench, network),
     }
     seconds = best_seconds(contenders, rounds, device_clock(bench.device), warm_up=True)

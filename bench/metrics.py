@@ -72,7 +72,7 @@ def frechet_data(sizes: dict[str, int]) -> dict[str, Any]:
     """The moments of two sets."""
     dim = sizes["frechet dim"]
     return {
-        name: Moments.of(features(2 * dim, dim, seed)[0])
+        name: Moments.from_rows(features(2 * dim, dim, seed)[0])
         for name, seed in (("real", 1), ("generated", 2))
     }
 
@@ -116,16 +116,17 @@ def bootstrap_ours(data: dict[str, Any]) -> dict[str, float]:
 
 def bootstrap_sqrtm(data: dict[str, Any]) -> dict[str, float]:
     """Two of the draws, each from its rows."""
-    real = Moments.of(data["real"])
+    real = Moments.from_rows(data["real"])
     values = [sqrtm_distance(real, numpys_moments(rows)) for rows in drawn_rows(data)]
     return {"first": values[0], "second": values[1], "draws": 2}
 
 
 def bootstrap_recomputed(data: dict[str, Any]) -> dict[str, float]:
     """The same with this project's own distance, real moments kept."""
-    real = Moments.of(data["real"])
+    real = Moments.from_rows(data["real"])
     values = [
-        frechet_distance_of_moments(real, Moments.of(rows)).value for rows in drawn_rows(data)
+        frechet_distance_of_moments(real, Moments.from_rows(rows)).value
+        for rows in drawn_rows(data)
     ]
     return {"first": values[0], "second": values[1], "draws": 2}
 
@@ -198,7 +199,7 @@ def likelihood_data(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Any]
 
 def likelihood_ours(data: dict[str, Any]) -> dict[str, float]:
     """The fit, and the score of the test rows."""
-    return {"nll": Mixture(data["centres"], data["train"]).nll(data["test"])}
+    return {"nll": Mixture(data["centres"], data["train"]).mean_nll(data["test"])}
 
 
 def likelihood_autograd(data: dict[str, Any]) -> dict[str, float]:

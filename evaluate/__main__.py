@@ -72,7 +72,7 @@ COMMANDS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """All options of the commands."""
     top = argparse.ArgumentParser(prog="python -m evaluate", description=__doc__)
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; a protocol's key=value texts may come before and after them."""
-    top = parser()
+    top = make_parser()
     options, rest = top.parse_known_args(arguments)
     if options.command == "protocol" and all("=" in text and text[0] != "-" for text in rest):
         options.overrides += rest

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from common.console import OneLineParser, run_door
 from pipeline.commands import COMMANDS
-from pipeline.commands.stages import STAGES
+from pipeline.commands.stages import STAGE_COMMANDS
 
 _DESCRIPTION = (
     "Whole-slide images in, an immutable dataset of tiles and features out. Stages run in the "
@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m pipeline", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = STAGES.get(name) or import_module(f"pipeline.commands.{name}")
+        module = STAGE_COMMANDS.get(name) or import_module(f"pipeline.commands.{name}")
         # `import` is a keyword: its module is import_; plan_cohort is `plan-cohort`.
         word = name.rstrip("_").replace("_", "-")
         command = commands.add_parser(word, help=module.HELP, description=module.HELP)

@@ -26,7 +26,7 @@ class Ema(Generic[Network]):
 
     `module` is a copy in evaluation mode that begins at the network's weights. Integer buffers
     (counters) are copied, and with `copy_buffers` all: statistics of what does not move need no
-    average over tens of thousands of steps. Source: REPA-E's training loop (model.md 2.4, step 6).
+    average over tens of thousands of steps. Source: REPA-E's training loop.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def set_latent_statistics(norm: LatentNorm, vae: VAE, tiles: Tensor) -> None:
 
     Where they began at 0 and 1, the alignment loss of a pretrained VAE would see latents of a
     wrong scale for the first steps, and the average, which scales the samples, for tens of
-    thousands. Source: REPA-E's training script, which reads them from a file (model.md 1.4).
+    thousands. Source: REPA-E's training script, which reads them from a file.
     The variance is that of posterior samples: of the means, and the mean of the variances.
     """
     means, variances = [], []

@@ -46,7 +46,7 @@ SIT_LOSSES: tuple[LossName, ...] = ("denoise", "sit_align")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and switches of the loss terms (model.md, section 2); `denoise` has weight 1."""
+    """Weights and switches of the loss terms (REPA-E, arXiv 2504.10483); `denoise` has weight 1."""
 
     reconstruction: float = 1.0  # mean |x - reconstruction| in [-1, 1]
     perceptual: float = 1.0

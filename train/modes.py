@@ -14,6 +14,8 @@ ModeName = Literal["repa-e", "repa", "ldm"]
 class Mode:
     """What a mode trains, by which losses, and what it needs.
 
+    A mode may leave out `perceptual`, `generator`, `vae_align` and `sit_align`. The others belong
+    to their network: `reconstruction` and `kl` to the VAE, `denoise` to the SiT.
     The SiT always trains, the VAE with `trains_vae`, and the discriminator where the generator's
     loss is among `losses` and its weight is above 0. `required` are dotted configuration keys
     that must not be empty, each with what to set it to.

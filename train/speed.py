@@ -46,7 +46,7 @@ def step_flop(config: Config, perceptual: "PerceptualLoss | None" = None) -> dic
     VAE), `discriminator` and `sit`, those that the configuration runs.
 
     The step's loss functions run on shapes without values. `perceptual` is the run's LPIPS network.
-    The paper's sizes give 2,843 GFLOP in all (model.md, section 7.1); an encoder that runs online
+    The paper's sizes give 2,843 GFLOP in all; an encoder that runs online
     is not counted.
     """
     run, data = replace(config.run, dir="", seed=0), replace(config.data, dataset="")

@@ -22,7 +22,7 @@ def measure_command(config: MeasureConfig) -> int:
     device = choose_device(config.device).type
 
     def open_side(root: Path, selection: str, like: FeatureSide | None) -> FeatureSide:
-        return FeatureSide.open(
+        return FeatureSide.open_selection(
             root, selection, config.encoder, like=like, view=config.view, tile_px=config.tile_px
         )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 
 from common.errors import UserError
-from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, warning
+from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, make_warning
 from evaluate.compare.sides import (
     Features,
     FeatureSide,
@@ -70,14 +70,14 @@ def measure(
     metrics: dict[str, object] = {name: None for name, metric in METRICS.items() if metric.needs}
     metrics |= compute_metrics(pair, names, settings)
     halves = real_halves(real, settings, device)
-    described = {"real": real.described(), "generated": generated.described()}
+    described = {"real": real.describe_side(), "generated": generated.describe_side()}
     warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
-    warnings += [warning("no_cosine", no_cosine)] if no_cosine else []
+    warnings += [make_warning("no_cosine", no_cosine)] if no_cosine else []
     return {
         "schema_version": SCHEMA_VERSION,
         "real": described["real"],
         "generated": {**described["generated"], "identity": identity},
-        "train": None if train is None else train.described(),
+        "train": None if train is None else train.describe_side(),
         "model_sha256": identity.get("model_sha256"),
         "sampler": {key: identity.get(key) for key in _SAMPLER_KEYS},
         "encoder": real.store.record,
@@ -100,9 +100,9 @@ def make_pair(
     train: FeatureSide | None,
     device: str = "cpu",
 ) -> FeaturePair:
-    """Two sides as features with the slides and patients of their rows."""
+    """Two sides as float32 ``[n, d]`` features with the slide and patient of each row ``[n]``."""
     # Generated rows are labelled by the slides of the tiles that guided them.
-    slides = generated.slides()
+    slides = generated.source_slides()
     labelled = guidance if generated.is_generated else generated.dataset
     return FeaturePair(
         real.features,
@@ -159,18 +159,19 @@ def real_halves(
 
 
 def least_rows(settings: MetricSettings) -> int:
-    """Rows that each half of a floor needs: of fewer, recall would use a smaller k."""
+    """Rows that each half of a floor needs, at least 8: of fewer, recall would use a smaller k."""
     return max(_MIN_ROWS, settings.k + 1)
 
 
 def mean_floors(
     splits: Sequence[tuple[Features, Features]], settings: MetricSettings, device: str
 ) -> dict[str, object]:
-    """Metrics between the halves of each split: fractional numbers as their means.
+    """Metrics between the halves of each split, float32 ``[n, d]``: fractions as their means.
 
     Whole numbers and texts are those of the first split.
     """
     floors = [compute_floors(FeaturePair(*split, device=device), settings) for split in splits]
+    # Counts and labels are no measurements: their mean over splits would mean nothing.
     means = {
         name: {
             key: float(np.mean([floor[name][key] for floor in floors]))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from common.console import meter
 from common.errors import UserError
 from evaluate.generate.plan import source_order
-from evaluate.metrics.blockiness import blockiness
+from evaluate.metrics.blockiness import measure_blockiness
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -29,12 +29,14 @@ Tile = npt.NDArray[np.uint8]
 def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, object]:
     """The selection's codec, rounding and sums, and how blocky its tiles are.
 
-    `files_sha256` is of the journal's sums of all shards that hold selected tiles, in order of
+    `tile_px` is the side of the tiles in pixels.
+    `files_sha256` is of the journal's sums of all shards that contain selected tiles, in order of
     slide and rank; `pixels_sha256` is of the decoded pixels of the selected tiles in that order,
     which does not depend on the codec. Where tiles are gone (features may outlive them) both sums
     and the blockiness are None, and `missing` names a tile.
     """
     identity = read_identity(dataset)
+    # All keys are always there, so that a reader can tell "not known" from "older results".
     unknown = dict.fromkeys(("files_sha256", "pixels_sha256", "blockiness", "missing"))
     described = {"codec": identity.get("codec"), "rounding": identity.get("rounding"), **unknown}
     try:
@@ -61,7 +63,7 @@ def mean_blockiness(
     store = TileStore(dataset, tile_px)
     slides = np.searchsorted(selection.offsets, sample, side="right") - 1
     scores = [
-        blockiness(store.read(selection.slide_ids[slide], [int(selection.ranks[row])])[0])
+        measure_blockiness(store.read(selection.slide_ids[slide], [int(selection.ranks[row])])[0])
         for slide, row in zip(slides, sample, strict=True)
     ]
     spread = float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None

@@ -44,7 +44,7 @@ _REQUIRED = (
 )  # fmt: skip
 
 
-def warning(code: str, message: str) -> dict[str, str]:
+def make_warning(code: str, message: str) -> dict[str, str]:
     """One entry of `warnings`."""
     return {"code": code, "message": message}
 
@@ -63,6 +63,7 @@ def read_results(path: Path) -> Record:
         raise UserError(f"no results at {path}: run `python -m evaluate measure` first") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a results file: {error}") from error
+    # Older results lack keys that reports read; a clear refusal beats a half-empty page.
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(

@@ -27,7 +27,7 @@ Labels = npt.NDArray[np.str_]
 
 @dataclass(frozen=True)
 class FeatureSide:
-    """One side of a comparison: a selection of a dataset, and its features."""
+    """One side of a comparison: a selection of a dataset, and its features float32 ``[n, d]``."""
 
     dataset: Dataset
     selection: Selection
@@ -35,7 +35,7 @@ class FeatureSide:
     features: Features
 
     @classmethod
-    def open(
+    def open_selection(
         cls,
         root: Path,
         selection_name: str,
@@ -45,13 +45,14 @@ class FeatureSide:
         view: str = "",
         tile_px: int | None = None,
     ) -> "FeatureSide":
-        """Read the CLS features of a selection.
+        """Read the CLS features float32 ``[n, d]`` of a selection; `tile_px` in pixels.
 
         Raises `UserError` naming the `cache` command where they are missing, and where they were
         made otherwise than those of `like`.
         """
         dataset = open_dataset(root)
         selection = read_selection(dataset, selection_name)
+        # Both sides need the same weights, so the advice for a missing cache names them.
         store = open_store(
             dataset, selection_name, encoder, view=view, tile_px=tile_px,
             weights=like.store.record["weights"] if like else None,
@@ -60,7 +61,7 @@ class FeatureSide:
             check_comparable(like.store, store)
         return cls(dataset, selection, store, np.asarray(store.read_selection(selection)))
 
-    def described(self) -> dict[str, object]:
+    def describe_side(self) -> dict[str, object]:
         """The side's entry in results.json."""
         return {
             "dataset": str(self.dataset.root),
@@ -75,17 +76,32 @@ class FeatureSide:
 
     @cached_property
     def row_slides(self) -> Labels:
-        """The slide of each row."""
+        """The slide of each row ``[n]``."""
         counts = np.diff(self.selection.offsets)
         return np.repeat(np.array(self.selection.slide_ids, dtype=np.str_), counts)
 
     @cached_property
     def sources(self) -> "RowSources | None":
-        """The real tile behind each row; None where the dataset is real or a row has none."""
-        return _read_sources(self)
+        """The real tile behind each row ``[n]`` of a synthetic dataset; None if one has none."""
+        names: list[str | None] = []
+        ranks: list[npt.NDArray[np.int64]] = []
+        for slide_id, rows in self.selection.items():
+            table = read_candidates(self.dataset, slide_id)
+            if "source_slide_id" not in table.column_names:
+                raise UserError(
+                    f"{self.dataset.root} is no synthetic dataset: its candidates have no "
+                    "source_slide_id; give one that `python -m evaluate generate` made"
+                )
+            picked = table.take(rows)
+            names.extend(picked["source_slide_id"].to_pylist())
+            ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
+        # A dataset is guided as a whole: one image without a source means none has one.
+        if None in names:
+            return None
+        return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
-    def slides(self) -> Labels | None:
-        """The real slide that each row is of or was made from; None where there is none."""
+    def source_slides(self) -> Labels | None:
+        """The real slide ``[n]`` that each row is of or was made from; None where there is none."""
         if not self.is_generated:
             return self.row_slides
         return None if self.sources is None else self.sources.slides
@@ -106,7 +122,7 @@ class RowSources:
 
 
 def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
-    """A column of slides.parquet (patient, site, project) for each of these slides.
+    """A column of slides.parquet (patient, site, project) for each of these slides ``[n]``.
 
     A slide without an entry is its own patient; its other attributes are ''.
     """
@@ -131,6 +147,7 @@ def open_store(
     """The CLS features; where there are none, the message is the command that makes them."""
     tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
+        # The command can be pasted as it is: it repeats weights and view.
         more = f" --weights {weights}" if weights else ""
         more += f" --view {view}" if view else ""
         raise UserError(
@@ -153,25 +170,6 @@ def check_comparable(first: FeatureStore, second: FeatureStore) -> None:
             f"{other!r} in {second.dataset.root}; cache both with the same encoder, weights and "
             "dtype"
         )
-
-
-def _read_sources(side: FeatureSide) -> RowSources | None:
-    names: list[str | None] = []
-    ranks: list[npt.NDArray[np.int64]] = []
-    for slide_id, rows in side.selection.items():
-        table = read_candidates(side.dataset, slide_id)
-        if "source_slide_id" not in table.column_names:
-            raise UserError(
-                f"{side.dataset.root} is no synthetic dataset: its candidates have no "
-                "source_slide_id; give one that `python -m evaluate generate` made"
-            )
-        picked = table.take(rows)
-        names.extend(picked["source_slide_id"].to_pylist())
-        ranks.append(picked["source_rank"].to_numpy().astype(np.int64))
-    # A dataset is guided as a whole: one image without a source means none has one.
-    if None in names:
-        return None
-    return RowSources(np.array(names, dtype=np.str_), np.concatenate(ranks))
 
 
 def source_features(

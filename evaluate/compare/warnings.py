@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from common.record import Record
-from evaluate.compare.results import warning
+from evaluate.compare.results import make_warning
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.registry import METRICS
 
@@ -25,7 +25,7 @@ def set_warnings(
     record = real.store.record
     if record.get("random_weights"):
         warnings.append(
-            warning(
+            make_warning(
                 "random_encoder_weights",
                 f"the encoder {record['encoder']} has random weights ({record['weights']}): "
                 "no number here says anything about image quality",
@@ -35,11 +35,12 @@ def set_warnings(
         count = len(side.features)
         if count < FEW_TILES:
             few = f"{count:,} {name} tiles: fewer than 1,000, the numbers are noisy and biased"
-            warnings.append(warning(f"few_{name}_tiles", few))
+            warnings.append(make_warning(f"few_{name}_tiles", few))
+    # The covariance of n rows has rank n - 1 at most.
     smallest, dim = min(len(real.features), len(generated.features)), real.features.shape[1]
     if smallest <= dim:
         warnings.append(
-            warning(
+            make_warning(
                 "fewer_tiles_than_dimensions",
                 f"n = {smallest:,} tiles for {dim} feature dimensions (n <= d): the covariance is "
                 "singular, the Fréchet distance is mostly the bias of a small sample",
@@ -56,10 +57,10 @@ def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:
             "the images were made by a model that learned from an encoder with random weights: "
             "what it learned has no biological meaning"
         )
-        warnings.append(warning("random_training_encoder", message))
+        warnings.append(make_warning("random_training_encoder", message))
     for key, code in (("forced_guidance", "forced_guidance"), ("generator_note", "untested")):
         if identity.get(key):
-            warnings.append(warning(code, str(identity[key])))
+            warnings.append(make_warning(code, str(identity[key])))
     return warnings
 
 
@@ -80,7 +81,7 @@ def blockiness_warnings(described: Mapping[str, Mapping[str, object]]) -> list[d
     if abs(means[0] - means[1]) <= max(_BLOCKINESS_GAP, 2 * error):
         return []
     return [
-        warning(
+        make_warning(
             "blockiness_mismatch",
             f"JPEG blockiness differs: {means[0]:.3f} of the real tiles, "
             f"{means[1]:.3f} of the generated ones (1 is no grid). One side was "
@@ -104,7 +105,7 @@ def metric_warnings(
     for place, metrics in results:
         for name, sentence in _read_sentences(metrics):
             kinds = METRICS[name].warnings if name in METRICS else ()
-            if not any(k.covered_by in known_codes and k.matches(sentence) for k in kinds):
+            if not any(k.covered_by in known_codes and k.matches_sentence(sentence) for k in kinds):
                 places.setdefault((name, sentence), {})[place] = None
     titles = {metric.name: metric.title for metric in METRICS.values()}
     titles |= {part.name: part.title for metric in METRICS.values() for part in metric.parts}
@@ -113,7 +114,7 @@ def metric_warnings(
         shown, more = list(named)[:_PLACES_NAMED], len(named) - _PLACES_NAMED
         where = "; ".join(shown) + (f" and {more} more" if more > 0 else "")
         message = f"{titles.get(name, name)}: {sentence}" + (f" ({where})" if where else "")
-        warnings.append(warning(f"metric_{name}", message))
+        warnings.append(make_warning(f"metric_{name}", message))
     return warnings
 
 

@@ -20,8 +20,8 @@ def figure_command(options: argparse.Namespace) -> int:
         sheet = variations_sheet(made, options.rows, options.variations)
     else:
         sheet = interpolation_sheet(made, options.rows)
-    for warning in made.warnings():
+    for warning in made.image_warnings():
         say(f"warning: {warning}")
-    for path in write_figure(options.out, draw_sheet(sheet, made.warnings())):
+    for path in write_figure(options.out, draw_sheet(sheet, made.image_warnings())):
         say(f"figure: wrote {path}, {format_bytes(path.stat().st_size)}")
     return EXIT_OK

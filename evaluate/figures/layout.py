@@ -30,7 +30,7 @@ class Canvas:
 
 
 def compose_sheet(sheet: Sheet) -> Canvas:
-    """Lay out a sheet on white, tiles pixel by pixel, real ones set apart by a wider gap."""
+    """Lay out a sheet on white, uint8 [H, W, 3], real tiles set apart by a wider gap."""
     side = sheet.rows[0][0].shape[0]
     gap = max(round(GAP * side), 1)
     lefts = column_lefts(len(sheet.titles), side, gap, sheet.real)
@@ -44,7 +44,7 @@ def compose_sheet(sheet: Sheet) -> Canvas:
 
 
 def column_lefts(columns: int, side: int, gap: int, real: frozenset[int]) -> tuple[int, ...]:
-    """Left edges of the columns; the gap is three times as wide between real and generated."""
+    """Left edges of the columns in px; the gap is 3 times as wide between real and generated."""
     lefts = [0]
     for column in range(1, columns):
         wide = (column in real) != (column - 1 in real)

@@ -12,7 +12,7 @@ def grid_sheet(made: GeneratedTiles, rows: int, columns: int) -> Sheet:
             f"{made.dataset.root} has {made.images} images, a row needs {columns}; give --columns"
         )
     rows = min(rows, made.images // columns)
-    tiles = [[made.tile(row * columns + c) for c in range(columns)] for row in range(rows)]
+    tiles = [[made.read_tile(row * columns + c) for c in range(columns)] for row in range(rows)]
     return Sheet(tiles, [""] * columns)
 
 
@@ -23,11 +23,15 @@ def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
             f"{made.dataset.root} has {made.variations} images per tile, not {variations}; "
             "generate with more --variations, or give this command fewer"
         )
-    rows = min(rows, made.conditions)
+    # A dataset cut short by --limit draws the rows that it has.
+    rows = min(rows, made.condition_count)
     if not rows:
         raise UserError(f"{made.dataset.root} has no tile with all its {made.variations} images")
     tiles = [
-        [made.reference(row), *(made.variation(row, number) for number in range(variations))]
+        [
+            made.read_reference(row),
+            *(made.read_variation(row, number) for number in range(variations)),
+        ]
         for row in range(rows)
     ]
     titles = ["real", *(f"generated {number + 1}" for number in range(variations))]
@@ -37,8 +41,8 @@ def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
 def interpolation_sheet(made: GeneratedTiles, rows: int) -> Sheet:
     """Figure 3: between two real tiles, the images at each factor; rows are pairs, variations."""
     pairs: dict[tuple[int, int], list[tuple[float, int]]] = {}
-    for condition in range(made.conditions):
-        ends = made.ends(condition)
+    for condition in range(made.condition_count):
+        ends = made.interpolation_ends(condition)
         if ends is not None:
             pair, factor = ends
             pairs.setdefault(pair, []).append((factor, condition))
@@ -53,7 +57,9 @@ def interpolation_sheet(made: GeneratedTiles, rows: int) -> Sheet:
         if len(points) != len(factors):
             continue  # --limit may have cut the last pair short
         for number in range(made.variations):
-            between = [made.variation(condition, number) for _, condition in points]
-            tiles.append([made.reference_tile(first), *between, made.reference_tile(second)])
+            between = [made.read_variation(condition, number) for _, condition in points]
+            tiles.append(
+                [made.read_reference_tile(first), *between, made.read_reference_tile(second)]
+            )
     titles = ["real", *(f"{factor:g}" for factor in factors), "real"]
     return Sheet(tiles[:rows], titles, frozenset([0, len(factors) + 1]))

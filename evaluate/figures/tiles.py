@@ -42,29 +42,29 @@ class GeneratedTiles:
         self._listing = _read_listing(dataset)
 
     @property
-    def conditions(self) -> int:
+    def condition_count(self) -> int:
         """Number of conditions that have all their variations."""
         return self.images // self.variations
 
-    def tile(self, image: int) -> Tile:
-        """A generated tile by its image index, from 0."""
+    def read_tile(self, image: int) -> Tile:
+        """A generated tile, uint8 [px, px, 3], by its image index, from 0 up."""
         slide, rank = divmod(image, IMAGES_PER_SLIDE)
         return self._store.read(pseudo_slide_id(slide), [rank])[0]
 
-    def variation(self, condition: int, number: int) -> Tile:
-        """A generated tile by its condition and variation, both from 0."""
-        return self.tile(condition * self.variations + number)
+    def read_variation(self, condition: int, number: int) -> Tile:
+        """A generated tile, uint8 [px, px, 3], by its condition and variation, both from 0 up."""
+        return self.read_tile(condition * self.variations + number)
 
-    def ends(self, condition: int) -> tuple[tuple[int, int], float] | None:
-        """The two reference tiles and the factor of an interpolated condition, else None."""
+    def interpolation_ends(self, condition: int) -> tuple[tuple[int, int], float] | None:
+        """The two reference tiles and the factor, from 0 to 1, of an interpolated condition."""
         listed = self._listing["conditions"][condition] if self._listing else None
         if listed is None or listed["factor"] is None:
             return None
         first, second = listed["tiles"]
         return (first, second), float(listed["factor"])
 
-    def reference(self, condition: int) -> Tile:
-        """The real tile behind a condition.
+    def read_reference(self, condition: int) -> Tile:
+        """The real tile behind a condition, uint8 [px, px, 3].
 
         Raises `UserError` where there is no single tile (none, a mean), or its pixels are
         elsewhere.
@@ -73,7 +73,7 @@ class GeneratedTiles:
             tiles = self._listing["conditions"][condition]["tiles"]
             if len(tiles) != 1:
                 raise UserError(f"{self.dataset.root}: its images are guided by no single tile")
-            return self.reference_tile(tiles[0])
+            return self.read_reference_tile(tiles[0])
         # A selection's tiles are named by the candidates, and their pixels are in its own dataset.
         slide, rank = divmod(condition * self.variations, IMAGES_PER_SLIDE)
         table = read_candidates(self.dataset, pseudo_slide_id(slide))
@@ -90,8 +90,8 @@ class GeneratedTiles:
         store = TileStore(self.guidance, int(identity_value(self.guidance, "tile_px")))
         return store.read(source_slide, [source_rank])[0]
 
-    def reference_tile(self, number: int) -> Tile:
-        """A reference tile that the dataset keeps a copy of, by its number in the listing."""
+    def read_reference_tile(self, number: int) -> Tile:
+        """A reference tile, uint8 [px, px, 3], that the dataset has a copy of, by its number."""
         listing = self._listing
         if listing is None:
             raise UserError(f"{self.dataset.root} keeps no copies of the tiles that guided it")
@@ -104,7 +104,7 @@ class GeneratedTiles:
         except OSError as error:
             raise UserError(f"{path} cannot be read; run the same `generate` again") from error
 
-    def warnings(self) -> tuple[str, ...]:
+    def image_warnings(self) -> tuple[str, ...]:
         """What a figure must not hide of its images."""
         identity = self.identity
         texts = {

@@ -59,6 +59,7 @@ def _requested_points(
     options: GenerateOptions,
 ) -> list[tuple[SweepPoint | None, SamplerSettings]]:
     """The settings to run, one or those of a sweep, all checked."""
+    # All points are checked before the first is made: a sweep runs for hours.
     given = dict(options.sampler)
     if options.unconditional:
         given["guidance_scale"] = 1.0  # there is nothing to guide by
@@ -68,7 +69,8 @@ def _requested_points(
     if options.unconditional and any({"scale", "low", "high"} & set(p.options) for p in points):
         raise UserError("--sweep of scale, low or high needs guidance, --unconditional has none")
     return [
-        (point, settings_for(options.generator, {**given, **point.settings()})) for point in points
+        (point, settings_for(options.generator, {**given, **point.sampler_settings()}))
+        for point in points
     ]
 
 

@@ -80,15 +80,15 @@ class ConditionSource(ABC):
         """What fixes the conditions, as JSON values for dataset.json; no paths."""
 
     @abstractmethod
-    def sources(self, positions: Positions) -> SourceTiles:
-        """The real tiles behind the conditions at these positions [n]."""
+    def source_tiles(self, positions: Positions) -> SourceTiles:
+        """The real tiles behind the conditions at these positions, int64 [n]."""
 
     @abstractmethod
-    def features(self, positions: Positions) -> Features | None:
+    def read_features(self, positions: Positions) -> Features | None:
         """Features float32 [n, d] of the conditions at positions [n]; None: unconditional."""
 
-    def attachments(self) -> dict[str, bytes]:
-        """Files, by name, that the synthetic dataset keeps in `guidance/`."""
+    def guidance_files(self) -> dict[str, bytes]:
+        """Files, bytes by name, that the synthetic dataset has in `guidance/`."""
         return {}
 
 
@@ -104,16 +104,16 @@ class Unconditional(ConditionSource):
         """The kind of guidance alone."""
         return {"guidance": "none"}
 
-    def sources(self, positions: Positions) -> SourceTiles:
+    def source_tiles(self, positions: Positions) -> SourceTiles:
         """No image has a tile behind it."""
         return SourceTiles([None] * len(positions), np.full(len(positions), -1, np.int32))
 
-    def features(self, positions: Positions) -> None:
+    def read_features(self, positions: Positions) -> None:
         """Nothing guides."""
 
 
 class ShuffledSelection(ConditionSource):
-    """The tiles of a selection as conditions, in a fixed shuffled order (`source_order`)."""
+    """The tiles of a selection, `tile_px` pixels wide, in a fixed shuffled order."""
 
     tile_px: int
 
@@ -125,8 +125,8 @@ class ShuffledSelection(ConditionSource):
         slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
         self._slides, self._ranks = slides[order], selection.ranks[order]
 
-    def sources(self, positions: Positions) -> SourceTiles:
-        """The selection's tiles at these positions [n] of the order in which they guide."""
+    def source_tiles(self, positions: Positions) -> SourceTiles:
+        """The tiles at these positions, int64 [n], of the order in which they guide."""
         names = self.selection.slide_ids
         slide_ids: list[str | None] = [names[slide] for slide in self._slides[positions]]
         return SourceTiles(slide_ids, self._ranks[positions].astype(np.int32))
@@ -141,7 +141,7 @@ class ShuffledSelection(ConditionSource):
 
 
 class SelectionConditions(ShuffledSelection):
-    """The cached CLS features of a selection's tiles, of any size and through any view."""
+    """The cached CLS features float32 [n, d] of a selection's tiles, of any size and view."""
 
     encoder_record: EncoderRecord
 
@@ -151,7 +151,9 @@ class SelectionConditions(ShuffledSelection):
         self.encoder_record = cast(EncoderRecord, dict(store.record))
 
     @classmethod
-    def open(cls, dataset: Dataset, selection_name: str, encoder: str) -> "SelectionConditions":
+    def open_selection(
+        cls, dataset: Dataset, selection_name: str, encoder: str
+    ) -> "SelectionConditions":
         """Open a selection's features; names the `cache` command where they are missing."""
         selection = read_selection(dataset, selection_name)
         if selection.rows == 0:
@@ -183,7 +185,7 @@ class SelectionConditions(ShuffledSelection):
             | ({"guidance_view": view} if view else {})
         )
 
-    def features(self, positions: Positions) -> Features:
+    def read_features(self, positions: Positions) -> Features:
         """CLS features float32 [n, d]; every slide is read once."""
         slides, ranks = self._slides[positions], self._ranks[positions]
         features = np.empty((len(positions), self.encoder_record["dim"]), np.float32)

@@ -38,7 +38,7 @@ class ListedTile(TypedDict):
 
 
 class ListedCondition(TypedDict):
-    """A condition in conditions.json: the numbers of its tiles, and its place between two."""
+    """A condition in conditions.json: its tiles' numbers; `factor` from 0 to 1 between two."""
 
     name: str
     tiles: list[int]
@@ -52,7 +52,9 @@ class ConditionListing(TypedDict):
     conditions: list[ListedCondition]
 
 
-def interpolate(first: Features, second: Features, factor: float, kind: Interpolation) -> Features:
+def interpolate_features(
+    first: Features, second: Features, factor: float, kind: Interpolation
+) -> Features:
     """The feature [d] at `factor` in [0, 1] of the way from `first` (0) to `second` (1).
 
     "lerp" is the straight line. "slerp" weighs both by their angle (Shoemake 1985,
@@ -60,11 +62,12 @@ def interpolate(first: Features, second: Features, factor: float, kind: Interpol
     Raises `UserError` for a factor outside [0, 1] and for slerp between opposite vectors or from
     a zero vector, where the way is not defined.
 
-    >>> interpolate(np.array([0.0, 4.0]), np.array([2.0, 4.0]), 0.25, "lerp").tolist()
+    >>> interpolate_features(np.array([0.0, 4.0]), np.array([2.0, 4.0]), 0.25, "lerp").tolist()
     [0.5, 4.0]
     """
     if not 0 <= factor <= 1:
         raise UserError(f"--factors: {factor} lies outside [0, 1]")
+    # In float64: the sine of a small angle has few digits in float32.
     a, b = first.astype(np.float64), second.astype(np.float64)
     weights = (1 - factor, factor) if kind == "lerp" else _arc_weights(a, b, factor)
     return (weights[0] * a + weights[1] * b).astype(np.float32)
@@ -100,7 +103,7 @@ class Reference:
     feature: Features
     source: tuple[str, int] | None = None
 
-    def sha256(self) -> str:
+    def content_sha256(self) -> str:
         """The sum of what guides: the pixels, or the feature where it came from a cache."""
         data = self.feature if self.source or self.tile is None else self.tile
         return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
@@ -108,9 +111,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Condition:
-    """What guides `--variations` images: the references at its ends, and its feature.
+    """What guides `--variations` images: the references at its ends, and its feature [d].
 
-    `factor` is the place between two references; None for one reference or a mean of many.
+    `factor` is the place between two references, from 0 to 1; None for one reference or a mean.
     """
 
     name: str
@@ -142,7 +145,7 @@ def conditions_between(
     for first, second in pairs:
         a, b = references[first], references[second]
         for factor in factors:
-            feature = interpolate(a.feature, b.feature, factor, kind)
+            feature = interpolate_features(a.feature, b.feature, factor, kind)
             name = f"{a.name} to {b.name}, {factor:g}"
             conditions.append(Condition(name, (first, second), feature, factor))
     return conditions
@@ -178,15 +181,17 @@ class ConditionList(ConditionSource):
     def identity(self) -> dict[str, object]:
         """Which tiles guide, by their sums, how they are combined, and by which encoder."""
         # The listing has sums and names but no paths: a file that was moved is the same.
-        conditions = hashlib.sha256(json.dumps(self._listing(), sort_keys=True).encode())
+        conditions = hashlib.sha256(
+            json.dumps(self._describe_conditions(), sort_keys=True).encode()
+        )
         return {
             **self._how,
             "guidance_conditions_sha256": conditions.hexdigest(),
             **encoder_identity(self.encoder_record),
         }
 
-    def sources(self, positions: Positions) -> SourceTiles:
-        """The dataset's tile behind each condition that is one such tile, and none elsewhere."""
+    def source_tiles(self, positions: Positions) -> SourceTiles:
+        """The tile behind each condition [n] that is a single tile of a dataset, none elsewhere."""
         tiles: list[tuple[str | None, int]] = []
         for position in positions:
             numbers = self._conditions[position].references
@@ -194,24 +199,26 @@ class ConditionList(ConditionSource):
             tiles.append(single or (None, -1))
         return SourceTiles([slide for slide, _ in tiles], np.array([r for _, r in tiles], np.int32))
 
-    def features(self, positions: Positions) -> Features:
+    def read_features(self, positions: Positions) -> Features:
         """Features float32 [n, d] of the conditions at positions [n]."""
         return self._features[positions]
 
-    def attachments(self) -> dict[str, bytes]:
-        """The list of conditions as JSON and the references' pixels as PNG, by file name."""
-        files = {CONDITIONS_FILE: (json.dumps(self._listing(), indent=2) + "\n").encode()}
+    def guidance_files(self) -> dict[str, bytes]:
+        """The bytes by file name: the conditions as JSON, the references' pixels as PNG."""
+        files = {
+            CONDITIONS_FILE: (json.dumps(self._describe_conditions(), indent=2) + "\n").encode()
+        }
         for number, reference in enumerate(self._references):
             if reference.tile is not None:
                 files[_tile_file(number)] = encode_png(reference.tile)
         return files
 
-    def _listing(self) -> ConditionListing:
+    def _describe_conditions(self) -> ConditionListing:
         return {
             "tiles": [
                 {
                     "name": reference.name,
-                    "sha256": reference.sha256(),
+                    "sha256": reference.content_sha256(),
                     "file": None if reference.tile is None else _tile_file(number),
                 }
                 for number, reference in enumerate(self._references)

@@ -21,6 +21,7 @@ def mean_conditions(selection: SelectionConditions, over: MeanOver) -> Condition
         for slide_id, ranks in selection.selection.items()
         if len(ranks)
     }
+    # The overall mean weighs tiles, not slides, equally.
     counts = {slide_id: len(ranks) for slide_id, ranks in selection.selection.items()}
     parts = [(f" of {slide}", total, counts[slide]) for slide, total in sums.items()]
     if over == "all":

@@ -44,6 +44,7 @@ def check_guidance_options(options: GenerateOptions) -> None:
     """Refuse options for two kinds of guidance, for none, or that do not belong together."""
     given = [f"--{name}" for name in _SOURCES if getattr(options, name)]
     counted, combined = options.count is not None, options.mean or options.interpolate
+    # In this order: the first refusal that applies is the most basic mistake.
     refusals = (
         (len(given) > 1, f"{' and '.join(given)} exclude each other; give one of them"),
         (counted and not options.unconditional,
@@ -100,12 +101,13 @@ def _open_cached(
     encoder = options.encoder or _trained_encoder(generator)
     if options.interpolate:
         names = _tile_names(options, [])
+        # Only the named tiles are read: the dataset needs no selection here.
         tile_px, mpp = int(identity_value(dataset, "tile_px")), read_identity(dataset).get("mpp")
         store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder)
         references = cached_references(dataset, names, store)
         record = cast(EncoderRecord, dict(store.record))
-        return _combine(options, names, references, record, tile_px, mpp)
-    selection = SelectionConditions.open(dataset, options.selection or "", encoder)
+        return _combine_references(options, names, references, record, tile_px, mpp)
+    selection = SelectionConditions.open_selection(dataset, options.selection or "", encoder)
     # Before any feature is read for a mean.
     check_condition_dim(selection.encoder_record, generator.condition_dim)
     selection.require_features(None if options.mean else options.limit)
@@ -156,7 +158,7 @@ def _open_tiles(
     features = encode_tiles(encoder, tiles, resize=options.generator == "pixcell")
     references = [Reference(*each) for each in zip(names, tiles, features, strict=True)]
     record = describe_encoder(encoder, wanted.tile_px)
-    return _combine(options, keys, references, record, wanted.tile_px, mpp), warnings
+    return _combine_references(options, keys, references, record, wanted.tile_px, mpp), warnings
 
 
 def _tile_names(options: GenerateOptions, single: Sequence[str]) -> list[str]:
@@ -168,7 +170,7 @@ def _tile_names(options: GenerateOptions, single: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for pair in options.interpolate for name in pair))
 
 
-def _combine(
+def _combine_references(
     options: GenerateOptions,
     keys: Sequence[str],
     references: Sequence[Reference],
@@ -177,6 +179,7 @@ def _combine(
     mpp: float | None,
 ) -> ConditionList:
     """The references as they are, their mean, or points between pairs of them."""
+    # `how` becomes part of the identity: other points between the tiles are other images.
     how: dict[str, object]
     if options.interpolate:
         pairs = [(keys.index(a), keys.index(b)) for a, b in options.interpolate]

@@ -61,12 +61,12 @@ class Unit:
         return pseudo_slide_id(self.slide)
 
     @property
-    def count(self) -> int:
+    def image_count(self) -> int:
         """Number of images."""
         return self.stop - self.start
 
-    def image(self, rank: int) -> int:
-        """The image index of a rank."""
+    def image_index(self, rank: int) -> int:
+        """The image index, from 0 up, of a rank."""
         return self.slide * IMAGES_PER_SLIDE + rank
 
 
@@ -140,7 +140,7 @@ def micro_batches(unit: Unit, micro_batch: int) -> Iterator[MicroBatch]:
 
 
 def source_order(rows: int, key: str) -> npt.NDArray[np.int64]:
-    """A fixed permutation of a selection's rows: the order in which they guide images.
+    """A fixed permutation, int64 ``[n]``, of a selection's rows: the order in which they guide.
 
     A selection is sorted by slide; in the permuted order any prefix (`--limit`) is a fair sample
     of it, and a larger limit extends a smaller one. Raw Philox bits are sorted instead of

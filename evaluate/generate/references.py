@@ -51,7 +51,7 @@ def read_image(path: Path, wanted: Wanted) -> Tile:
 
 
 def check_image_mpp(given: float | None, wanted: Wanted, *, force: bool) -> str:
-    """Compare the stated resolution of image files with the model's; files do not record it.
+    """Compare the stated mpp of image files with the model's; files do not record it.
 
     Returns a warning as `check_resolution` does. Raises `UserError` where none was stated.
     """
@@ -84,7 +84,7 @@ def encode_tiles(
 
 
 def describe_encoder(encoder: Encoder, tile_px: int) -> EncoderRecord:
-    """What encoder.json would record of features that were computed on the fly."""
+    """What encoder.json would record of features computed on the fly; `tile_px` in pixels."""
     return {
         "encoder": encoder.spec.name,
         "weights": encoder.weights,
@@ -112,7 +112,7 @@ def parse_tile_name(text: str) -> tuple[str, int]:
 def cached_references(
     dataset: Dataset, names: Sequence[str], store: FeatureStore
 ) -> list[Reference]:
-    """References of a dataset's tiles with their cached features; pixels where they are tiled."""
+    """References of a dataset's tiles: cached features [d]; pixels [px, px, 3] where tiled."""
     tiles = TileStore(dataset, int(identity_value(dataset, "tile_px")))
     references = []
     for name in names:
@@ -121,6 +121,6 @@ def cached_references(
         try:
             tile = tiles.read(slide_id, [rank])[0]
         except UserError:
-            tile = None  # a dataset may hold features of tiles that were removed
+            tile = None  # a dataset may have features of tiles that were removed
         references.append(Reference(name, tile, feature, (slide_id, rank)))
     return references

@@ -66,7 +66,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """What one run of generation made, over all processes, and how many images are selected."""
+    """What one run of generation made, over all processes: images, bytes written, seconds."""
 
     made: int
     selected: int
@@ -91,26 +91,28 @@ def generate(
         claims.pop(GUIDING_FINGERPRINT, None)
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
-    def prepare() -> list[tuple[int, ...]]:
+    def claim_and_plan() -> list[tuple[int, ...]]:
         claim_identity(dataset, claims, stage="generate", versions=_software_versions())
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
     # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances
     # them without any exchange while they work.
-    units = [Unit(*row) for row in processes.on_main(prepare)][processes.rank :: processes.size]
+    units = [Unit(*row) for row in processes.on_main(claim_and_plan)][
+        processes.rank :: processes.size
+    ]
     started = time.monotonic()
     written = 0
-    with _show_progress(processes, sum(unit.count for unit in units)) as advance:
+    with _show_progress(processes, sum(unit.image_count for unit in units)) as advance:
         if units:
             with (
                 Run(dataset, "tile", _software_versions()) as run,
                 _UnitWriter(run, generator.tile_px, unit_fingerprint) as writer,
             ):
                 for unit in units:
-                    writer.write(unit, _sample_unit(generator, source, request, unit, advance))
+                    writer.write_unit(unit, _sample_unit(generator, source, request, unit, advance))
             written = writer.bytes
-    made = sum(unit.count for unit in units)
+    made = sum(unit.image_count for unit in units)
     made, written = processes.total(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started
     return GenerationOutcome(made, count_planned_images(dataset), written, seconds)
@@ -120,6 +122,7 @@ def identity_claims(
     generator: Generator, source: ConditionSource, request: Request
 ) -> dict[str, object]:
     """The identity of a synthetic dataset: everything that fixes its images but their number."""
+    # The key is absent unless forced, so that ordinary datasets have one form of identity.
     forced = {"forced_guidance": request.forced} if request.forced else {}
     return {
         "kind": "generated",
@@ -162,7 +165,7 @@ def _plan_missing(
     )
     done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     units = missing_units(plan_units(images, request.micro_batch), done)
-    missing = sum(unit.count for unit in units)
+    missing = sum(unit.image_count for unit in units)
     if missing < images:
         rest = f"making the other {missing:,}" if missing else "nothing to make"
         say(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
@@ -197,10 +200,10 @@ def _sample_unit(
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The tiles of a unit, in rank order, sampled a micro-batch at a time."""
     for batch in micro_batches(unit, request.micro_batch):
-        features = source.features(batch.images // request.variations)
+        features = source.read_features(batch.images // request.variations)
         # A seed derives from the image's index alone, so any process may make any image.
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
-        tiles = generator.sample(
+        tiles = generator.generate_tiles(
             features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")
         )
         kept = tiles[batch.begin : batch.end]
@@ -233,12 +236,12 @@ class _UnitWriter:
             self._committer.shutdown()
             self._encoders.shutdown(cancel_futures=True)
 
-    def write(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
+    def write_unit(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
         """Encode the tiles of a unit as they are sampled, then submit the unit for commit."""
         started = time.monotonic()
         pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]
 
-        def commit() -> int:
+        def commit_images() -> int:
             return commit_unit(
                 self._run,
                 unit,
@@ -250,7 +253,7 @@ class _UnitWriter:
 
         # At most one unit's PNGs wait in memory while the next unit is sampled.
         self._wait_for_commit()
-        self._pending = self._committer.submit(commit)
+        self._pending = self._committer.submit(commit_images)
 
     def _wait_for_commit(self) -> None:
         pending, self._pending = self._pending, None
@@ -259,7 +262,7 @@ class _UnitWriter:
 
 
 def final_line(outcome: GenerationOutcome, out: Path) -> str:
-    """What was made, where, how many, how long, at what rate."""
+    """How many images were made, where, in how many seconds, at what rate."""
     selection = f"selection '{SELECTION_NAME}' of {out} has {outcome.selected:,} images"
     if not outcome.made:
         return f"generate: nothing to redo; {selection}"

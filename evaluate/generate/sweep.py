@@ -33,7 +33,7 @@ class SweepPoint:
         return "_".join(f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{value}"
                         for key, value in self.options.items())  # fmt: skip
 
-    def settings(self) -> dict[str, Value]:
+    def sampler_settings(self) -> dict[str, Value]:
         """The same under the sampler's names."""
         return {FIELD_OF_OPTION[key]: value for key, value in self.options.items()}
 
@@ -57,6 +57,7 @@ def parse_sweep(texts: Sequence[str]) -> list[SweepPoint]:
             axes[key] = [_parse_value(key, value) for value in values.split(",")]
         except ValueError:
             raise UserError(f"--sweep {text}: '{values}' are no values of {key}") from None
+        # Two points of one name would write into the same folder.
         if len(set(axes[key])) != len(axes[key]):
             raise UserError(f"--sweep {text}: a value is given twice")
     return [

@@ -65,7 +65,7 @@ def write_tables(
         return
     table_fingerprint = fingerprint_of(stage=STAGE, plan=plan)
 
-    def done(name: str, scope: str, *files: FileRecord) -> Entry:
+    def done_entry(name: str, scope: str, *files: FileRecord) -> Entry:
         return Entry(name, "done", table_fingerprint, scope=scope, files=files)
 
     entries = []
@@ -74,23 +74,23 @@ def write_tables(
             slide_id = pseudo_slide_id(number)
             table = candidates_table(source, start, stop, variations, tile_px)
             record = write_candidates(dataset, run.run_id, slide_id, table)
-            entries.append(done(slide_id, TABLE_SCOPE, record))
+            entries.append(done_entry(slide_id, TABLE_SCOPE, record))
         # One entry covers all files of the condition source: they are valid together or not.
         attached = [
             commit_bytes(dataset, run.run_id, dataset.root / GUIDANCE_DIR / name, data)
-            for name, data in source.attachments().items()
+            for name, data in source.guidance_files().items()
         ]
         if attached:
-            entries.append(done(GUIDANCE_DIR, GUIDANCE_SCOPE, *attached))
+            entries.append(done_entry(GUIDANCE_DIR, GUIDANCE_SCOPE, *attached))
         record = write_slides(dataset, run.run_id, pseudo_slides(images, tile_px, mpp))
-        run.append([*entries, done(dataset.slides_file.name, TABLE_SCOPE, record)])
+        run.append([*entries, done_entry(dataset.slides_file.name, TABLE_SCOPE, record)])
         # The selection is the last to appear: readers who find it find all that it names.
         ranks = {
             pseudo_slide_id(number): np.arange(stop - start, dtype=np.int32)
             for number, (start, stop) in enumerate(slide_spans(selected))
         }
         record = write_selection(dataset, run.run_id, make_selection(SELECTION_NAME, ranks, plan))
-        run.append([done(SELECTION_NAME, SELECTION_SCOPE, record)])
+        run.append([done_entry(SELECTION_NAME, SELECTION_SCOPE, record)])
 
 
 def _tables_are_valid(dataset: Dataset) -> bool:
@@ -107,7 +107,8 @@ def _tables_are_valid(dataset: Dataset) -> bool:
 
 
 def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
-    """The rows of slides.parquet."""
+    """The rows of slides.parquet; `tile_px` in pixels, `mpp` in micrometres per pixel."""
+    # Readers of real slides must find a level 0 that contains every place of the layout.
     side = _GRID_SIDE * tile_px
     return [
         Slide(
@@ -131,8 +132,9 @@ def candidates_table(
 
     Image i is variation i mod K of condition i // K.
     """
-    sources = source.sources(np.arange(start, stop) // variations)
+    sources = source.source_tiles(np.arange(start, stop) // variations)
     ranks = np.arange(stop - start, dtype=np.int32)
+    # Generated tiles are all tissue, and pass every filter of a selection.
     full = np.ones(len(ranks), np.float32)
     columns = {
         "rank": ranks,
@@ -171,11 +173,11 @@ def commit_unit(
     final = dataset.tiles_dir(tile_px) / f"{unit.slide_id}.{unit.start}-{unit.stop}.tar"
     index: list[bytes] = []
 
-    def write(file: HashingFile) -> None:
+    def write_shard(file: HashingFile) -> None:
         index.append(write_tar(file, unit.slide_id, unit.start, pngs))
 
     # The index is a by-product of writing the tar, and only the journal line makes both valid.
-    tar = commit_file(dataset, run.run_id, final, write)
+    tar = commit_file(dataset, run.run_id, final, write_shard)
     idx = commit_bytes(dataset, run.run_id, final.with_suffix(".idx"), index[-1])
     entry = Entry(
         unit.slide_id,
@@ -185,7 +187,7 @@ def commit_unit(
         start=unit.start,
         stop=unit.stop,
         files=(tar, idx),
-        counts={"tiles": unit.count},
+        counts={"tiles": unit.image_count},
         seconds=round(seconds, 3),
     )
     run.append([entry])

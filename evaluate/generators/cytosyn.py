@@ -47,12 +47,12 @@ class CytoSynGenerator:
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the model's training tiles, where it is known."""
+        """Resolution (mpp) of the model's training tiles, where it is known."""
         return self._model.records.mpp
 
     @property
     def condition_dim(self) -> int | None:
-        """Width of the conditioning features, or None for a model that takes none."""
+        """Width d of the features ``[n, d]``, or None for a model that takes none."""
         config = self._model.sit.config
         return config.condition_dim if config.conditioning == "feature" else None
 
@@ -82,7 +82,7 @@ class CytoSynGenerator:
             **({"compiled": True} if self._compiles else {}),
         }
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
@@ -96,6 +96,7 @@ class CytoSynGenerator:
             network=self._network,
             progress=progress,
         )
+        # The decoder alone sums in an order that depends on the number of threads.
         with _one_thread_on(self._model.device):
             return self._model.decode(latents)
 

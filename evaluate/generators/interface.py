@@ -19,7 +19,7 @@ StepProgress = Callable[[int, int], None]
 
 
 class EncoderRecord(TypedDict, total=False):
-    """The part of encoder.json that says which features condition a model."""
+    """The part of encoder.json on the features ``[n, dim]`` that condition a model."""
 
     encoder: str
     weights: str | None
@@ -32,7 +32,7 @@ class EncoderRecord(TypedDict, total=False):
 
 
 class Generator(Protocol):
-    """Makes tiles from conditioning features and seeds; one per process.
+    """Makes tiles uint8 [B, px, px, 3] from features [B, d] and seeds [B]; one per process.
 
     An image must depend on its feature and seed, on the number of rows and on its row, and on
     nothing else, so that generation may be split and resumed anywhere.
@@ -44,11 +44,11 @@ class Generator(Protocol):
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the training tiles, where it is known."""
+        """Resolution of the training tiles (mpp, micrometres per pixel), where it is known."""
 
     @property
     def condition_dim(self) -> int | None:
-        """Width of the conditioning features, or None for a model that takes none."""
+        """Width d of the features ``[n, d]``, or None for a model that takes none."""
 
     @property
     def encoder_record(self) -> EncoderRecord | None:
@@ -57,7 +57,7 @@ class Generator(Protocol):
     def identity(self) -> dict[str, object]:
         """What fixes the images besides features and seeds: weights, sampler, dtype, as JSON."""
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] for features [B, d] (None: unconditional), seeds [B]."""
@@ -71,6 +71,7 @@ MakeGenerator = Callable[[SamplerSettings], Generator]
 class ModelSource:
     """Which model, where it runs, and what loading it may do.
 
+    `dtype` is "auto", "float32" or "bfloat16".
     `kind` is "own", "cytosyn" or "pixcell"; `pipeline_code` and `vae` are the places of PixCell's
     parts, if they are not where they were published.
     """

@@ -91,6 +91,7 @@ class CytoSynPipeline:
         generator. Raises `UserError` for features of another width and for numbers out of range.
         """
         features = None if h0_mini_embeds is None else _as_rows(torch.as_tensor(h0_mini_embeds))
+        # Seeds are drawn for all images at once, so that batch_size does not change them.
         count = num_images_per_prompt * (1 if features is None else len(features))
         images = self.model.generate(
             features,

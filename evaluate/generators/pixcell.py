@@ -69,7 +69,7 @@ class PixCell(ReleasedGenerator):
     name = title = "PixCell-256"
     tile_px, condition_dim, encoder = 256, 1536, "uni2-h"
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, 256, 256, 3] for UNI2-h features [B, 1536], or none, and seeds [B].
@@ -78,6 +78,7 @@ class PixCell(ReleasedGenerator):
         """
         pipeline = self.loaded.pipeline
         null = pipeline.get_unconditional_embedding(len(seeds)).to(pipeline.device)
+        # The published pipeline takes no None: without a condition it is given its null.
         embeds = null
         if features is not None:
             embeds = self.to_tensor(features)[:, None]

@@ -30,7 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device, and the dtype of its networks by name."""
+    """A diffusers pipeline on its device, and its dtype, such as "bfloat16"."""
 
     pipeline: Any
     dtype: str
@@ -87,7 +87,7 @@ class ReleasedGenerator:
         return rows.to(self.loaded.pipeline.device, _DTYPES[self.loaded.dtype])
 
     def draw_tiles(self, seeds: Seeds, **arguments: Any) -> Tiles:
-        """Tiles of one call of the pipeline; refused if they are not of the published size."""
+        """Tiles uint8 [B, px, px, 3] of one call; refused if they are not of the published size."""
         tiles = call_pipeline(self.loaded.pipeline, seeds, **arguments)
         if tiles.shape[1:] != (self.tile_px, self.tile_px, 3):
             raise UserError(

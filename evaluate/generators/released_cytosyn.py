@@ -39,7 +39,7 @@ class ReleasedCytoSyn(ReleasedGenerator):
         """The weights' sum, the call's arguments, and that the weights were never available."""
         return super().identity() | {"solver": "the pipeline's own"}
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, 224, 224, 3] for H0-mini features [B, 768], or none, and seeds [B].
@@ -52,6 +52,7 @@ class ReleasedCytoSyn(ReleasedGenerator):
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
         }
+        # Bounds of guidance mean nothing without a condition to guide by.
         if features is not None:
             arguments |= {
                 "h0_mini_embeds": self.to_tensor(features),

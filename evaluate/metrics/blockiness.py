@@ -8,7 +8,7 @@ _MARGIN = 2  # columns on either side of a block's edge that it is compared with
 _FLOOR = 0.5  # grey levels; smaller steps are rounding, not structure
 
 
-def blockiness(tile: NDArray[np.uint8]) -> float:
+def measure_blockiness(tile: NDArray[np.uint8]) -> float:
     """How much larger the steps across block edges are than those next to them; 1 is no grid.
 
     The mean absolute step of the luma across each eighth column edge (and row edge), counted
@@ -20,7 +20,7 @@ def blockiness(tile: NDArray[np.uint8]) -> float:
     Args:
         tile: uint8 ``[H, W, 3]``, at least 32 pixels per side.
 
-    >>> blockiness(np.full((64, 64, 3), 200, np.uint8))
+    >>> measure_blockiness(np.full((64, 64, 3), 200, np.uint8))
     1.0
 
     Raises:
@@ -28,6 +28,7 @@ def blockiness(tile: NDArray[np.uint8]) -> float:
     """
     if tile.ndim != 3 or tile.shape[2] != 3 or min(tile.shape[:2]) < 4 * _BLOCK:
         raise ValueError(f"expected a tile [H, W, 3] of 32 px or more, got shape {tile.shape}")
+    # JPEG has luma at full resolution; the grid of the colours is often coarser.
     luma = tile.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     return float(np.mean([_edge_ratio(luma), _edge_ratio(luma.T)]))
 

@@ -17,9 +17,9 @@ from common.record import Record
 from evaluate.metrics.features import (
     CHUNK_ROWS,
     checked_pair,
-    chunks,
     random_subset,
     refuse_zero_rows,
+    row_chunks,
     unit_rows,
 )
 from evaluate.metrics.metric import (
@@ -102,7 +102,9 @@ def cosine_similarity(
     refuse_zero_rows(images, "generated")
     values = _pair_cosines(sources, images)
     # The real set's mean: what all tissue shares, and would make any two tiles similar.
-    centre = np.concatenate([b.sum(axis=0)[None] for b in chunks(sources)]).sum(0) / len(sources)
+    centre = np.concatenate([b.sum(axis=0)[None] for b in row_chunks(sources)]).sum(0) / len(
+        sources
+    )
     pool = random_subset(len(sources), min(retrieval_pool, len(sources)), seed)
     return CosineSimilarity(
         mean=float(values.mean()),
@@ -181,7 +183,7 @@ def cosine_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, obje
 
 
 def shuffled_context(result: Record) -> ContextEntry:
-    """The cosine of shuffled pairs, a row of controls in tables."""
+    """The cosine of shuffled pairs, in [-1, 1], a row of controls in tables."""
     return ContextEntry("Sources shuffled", result.number("null_mean"), {"n": result.count("n")})
 
 
@@ -191,7 +193,7 @@ def centred_context(result: Record) -> ContextEntry:
 
 
 def chance_context(result: Record) -> ContextEntry:
-    """The share of sources found first by chance."""
+    """The share of sources found first by chance, from 0 to 1."""
     pool = result.count("retrieval_pool")
     return ContextEntry("Chance", 1 / pool, {"n": pool})
 

@@ -86,7 +86,7 @@ def frechet_infinity(
     n, d = generated_rows.shape
     sizes = _subset_sizes(n, points, smallest)
     order = np.random.RandomState(seed).permutation(n)
-    reference = FrechetReference(Moments.of(real_rows), real_rows)
+    reference = FrechetReference(Moments.from_rows(real_rows), real_rows)
     # Each subset has the rows of the one before: only the new ones are added to its moments.
     moments, values = Moments(d), []
     for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):
@@ -105,7 +105,9 @@ def frechet_infinity(
         n_real=len(real_rows),
         n_generated=n,
         dim=d,
-        warnings=tuple(kind.format(**counts) for kind, is_true in doubts.items() if is_true),
+        warnings=tuple(
+            kind.format_sentence(**counts) for kind, is_true in doubts.items() if is_true
+        ),
     )
 
 
@@ -115,11 +117,13 @@ def _subset_sizes(n: int, points: int, smallest: int | None) -> NDArray[np.int64
             f"generated features: {n} rows, but a line through distances of 3 sizes needs at "
             f"least {_MIN_ROWS}; measure more images"
         )
+    # Distances of few rows leave the line; of nearly all rows they span too little of 1/N.
     first = max(2, min(5000, n // 10)) if smallest is None else smallest
     if not 2 <= first < n:
         raise UserError(
             f"the smallest subset has {first} rows, expected 2 to {n - 1} of the {n} generated"
         )
+    # Few rows give the same size twice, which would weigh double in the fit.
     sizes = np.unique(np.linspace(first, n, max(points, 0)).astype(np.int64))
     if len(sizes) < 3:
         raise UserError(

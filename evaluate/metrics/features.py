@@ -43,9 +43,10 @@ def checked_features(
         )
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+    # One pass finds both: a NaN anywhere makes the largest magnitude NaN.
     largest = _largest_magnitude(array)
     if not np.isfinite(largest):
-        bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in chunks(array))
+        bad = sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in row_chunks(array))
         raise UserError(
             f"{name} features: {bad} of {len(array)} rows hold NaN or infinity; "
             f"recompute them (half precision overflows in some encoders) or leave them out"
@@ -66,7 +67,7 @@ def checked_pair(
     names: tuple[str, str] = ("real", "generated"),
     any_scale: bool = False,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Two feature sets of one dimension, each as `checked_features` leaves it.
+    """Two feature sets ``[n, d]`` and ``[m, d]``, each as `checked_features` leaves it.
 
     Raises:
         UserError: as `checked_features`, or the two sets differ in dimension.
@@ -81,14 +82,16 @@ def checked_pair(
     return first, second
 
 
-def chunks(features: NDArray[np.floating], rows: int = CHUNK_ROWS) -> Iterator[NDArray[np.float64]]:
+def row_chunks(
+    features: NDArray[np.floating], rows: int = CHUNK_ROWS
+) -> Iterator[NDArray[np.float64]]:
     """Consecutive blocks of at most `rows` rows, each widened to float64."""
     for start in range(0, len(features), rows):
         yield features[start : start + rows].astype(np.float64)
 
 
 def constant_features(features: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Which dimensions hold one single value in all rows, as a mask ``[d]``."""
+    """Which dimensions have a single value in all rows, as a mask ``[d]``."""
     low, high = features[0].copy(), features[0].copy()
     for start in range(0, len(features), CHUNK_ROWS):
         block = features[start : start + CHUNK_ROWS]
@@ -98,7 +101,7 @@ def constant_features(features: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def random_subset(n: int, size: int, seed: int) -> NDArray[np.int64]:
-    """`size` of the indices 0..n-1 without replacement, ascending.
+    """`size` of the indices 0..n-1 without replacement, ascending, int64 ``[size]``.
 
     numpy's legacy generator draws them, because its stream is frozen for good: the same seed
     names the same subset under every numpy version, and the one that the implementation of
@@ -119,7 +122,7 @@ def unit_rows(rows: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def refuse_zero_rows(rows: NDArray[np.floating], name: str) -> None:
-    """Refuse rows of zeros, which cannot be scaled to length 1; `name` is that of the set."""
+    """Refuse rows ``[n, d]`` with one of zeros, which has no direction; `name` is the set's."""
     zeros = int((~rows.any(axis=1)).sum())
     if zeros:
         raise UserError(

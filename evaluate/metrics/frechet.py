@@ -110,7 +110,7 @@ def frechet_distance(
             )
         generated_rows = generated_rows[random_subset(len(generated_rows), max_generated, seed)]
     # Sums in float64 in one pass: no copy of the features in that precision.
-    first, second = Moments.of(real_rows), Moments.of(generated_rows)
+    first, second = Moments.from_rows(real_rows), Moments.from_rows(generated_rows)
     warnings = _constant_warnings(real_rows, "real") + _constant_warnings(
         generated_rows, "generated"
     )
@@ -148,7 +148,7 @@ def expected_noise(eigenvalues: Matrix, n: int, m: int) -> float:
 
 
 class FrechetReference:
-    """The real side of many distances, factored once."""
+    """The real side of many distances, its covariance ``[d, d]`` factored once, in float64."""
 
     def __init__(self, real: Moments, rows: NDArray[np.floating] | None = None) -> None:
         """Take the real moments, and the rows too where no more than d of them exist.
@@ -170,14 +170,14 @@ class FrechetReference:
         )
 
     def noise_floor(self, n_generated: int) -> float:
-        """See `expected_noise`, of the real spectrum."""
+        """`expected_noise` of the real spectrum ``[d]``, in squared feature units."""
         floor = expected_noise(self._scaled_spectrum, self._moments.n, n_generated)
         return floor * _largest_variance(self._covariance)
 
     def distance_terms(
         self, generated: Moments, rows: NDArray[np.floating] | None = None
     ) -> tuple[float, float]:
-        """The mean and the covariance term of the distance to the generated moments.
+        """The mean and the covariance term, both ≥ 0, of the distance to the generated moments.
 
         Raises:
             UserError: fewer than two generated rows.
@@ -295,12 +295,12 @@ def _graded_cholesky(covariance: Matrix) -> tuple[Matrix, NDArray[np.int64]]:
 def _size_warnings(moments: Moments, side: str) -> tuple[str, ...]:
     if moments.n > moments.dim:
         return ()
-    return (_SINGULAR.format(rows=moments.n, side=side, dim=moments.dim),)
+    return (_SINGULAR.format_sentence(rows=moments.n, side=side, dim=moments.dim),)
 
 
 def _constant_warnings(rows: NDArray[np.floating], side: str) -> tuple[str, ...]:
     count = int(constant_features(rows).sum())
-    return (_CONSTANT.format(count=count, dim=rows.shape[1], side=side),) if count else ()
+    return (_CONSTANT.format_sentence(count=count, dim=rows.shape[1], side=side),) if count else ()
 
 
 def distance_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
@@ -359,6 +359,7 @@ def frechet_rows(result: Record, halves: Record) -> list[MetricRow]:
             "large second one is missing or surplus variety.",
         ),
     ]  # fmt: skip
+    # An interval needs draws and a line 64 generated tiles: either may be absent.
     interval, line = result.part("widths").part("slide"), result.part("infinity")
     if interval:
         rows.append(MetricRow(

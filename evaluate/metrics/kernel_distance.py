@@ -66,7 +66,7 @@ class MaximumMeanDiscrepancy:
 
     Attributes:
         value: the unbiased estimate; may be slightly negative.
-        biased: the biased one, never negative, CMMD's (which prints it times 1000).
+        biased: the biased one, ≥ 0, CMMD's (which prints it times 1000).
         sigma: the kernel's width; values compare only at equal sigma.
         n_real: real rows.
         n_generated: generated rows.
@@ -133,7 +133,7 @@ def kid(
         dim=first.shape[1],
         warnings=()
         if size == subset_size
-        else (_SMALL_SUBSETS.format(size=size, wanted=subset_size),),
+        else (_SMALL_SUBSETS.format_sentence(size=size, wanted=subset_size),),
     )
 
 
@@ -170,6 +170,7 @@ def mmd(
     if unit_norm:
         refuse_zero_rows(first, "real")
         refuse_zero_rows(second, "generated")
+    # Scaling is block by block too: a whole float64 copy may not fit in memory.
     prepare = unit_rows if unit_norm else _to_float64
     width = _median_distance(first, seed, prepare) if sigma is None else float(sigma)
     if not (np.isfinite(width) and width > 0):

@@ -47,7 +47,7 @@ class LikelihoodBaseline:
     """What real train rows score in place of generated ones; reusable for other models.
 
     Attributes:
-        nll: seed to mean negative log-likelihood per dimension of the test rows.
+        nll: seed to mean negative log-likelihood per dimension of the test rows ``[t, d]``.
         fingerprint: of all it depends on: both real sets, the row counts and the dtype.
     """
 
@@ -144,16 +144,16 @@ def feature_likelihood_divergence(
     for seed in seeds:
         draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
-        first = first or (mixture.memorisation(), draw.generated)
-        nll = mixture.nll(fits.test if mode == "test" else fits.train)
+        first = first or (mixture.memorisation_scores(), draw.generated)
+        nll = mixture.mean_nll(fits.test if mode == "test" else fits.train)
         # The gap needs no baseline: it compares train and test rows under the same mixture.
-        compared = mixture.nll(fits.test) if baseline is None else baseline.nll[seed]
+        compared = mixture.mean_nll(fits.test) if baseline is None else baseline.nll[seed]
         values.append(100 * (nll - compared))
     assert first is not None
     warnings = normalise.warnings
     if max(np.abs(values)) > _SUSPICIOUS:
         cause = "features far from the real ones" if mode == "train" else "copies of train rows"
-        warnings += (_FAR.format(limit=_SUSPICIOUS, cause=cause),)
+        warnings += (_FAR.format_sentence(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -191,10 +191,12 @@ class _Normaliser:
         dropped = int((~self._kept).sum())
         if dropped == len(self._kept):
             raise UserError("test features are all constant: nothing can be scaled by them")
-        moments = Moments.of(test[:, self._kept])
+        moments = Moments.from_rows(test[:, self._kept])
         self._mean, self._std = moments.mean, np.sqrt(np.diag(moments.covariance))
         self._dtype, self._device = getattr(torch, dtype), device
-        self.warnings: tuple[str, ...] = (_DROPPED.format(count=dropped),) if dropped else ()
+        self.warnings: tuple[str, ...] = (
+            (_DROPPED.format_sentence(count=dropped),) if dropped else ()
+        )
 
     def __call__(self, rows: NDArray[np.floating]) -> torch.Tensor:
         # In chunks: a float64 copy of all rows would double the memory.
@@ -241,7 +243,13 @@ class _Fits:
         self, seeds: Sequence[int], known: LikelihoodBaseline | None
     ) -> LikelihoodBaseline:
         # A baseline of other rows would shift the value without a trace.
-        fingerprint = self._hash_inputs()
+        digest = hashlib.sha256()
+        for rows in (self.train, self.test):
+            digest.update(
+                f"{tuple(rows.shape)} {rows.dtype} {self._n_generated} {self._used};".encode()
+            )
+            digest.update(rows.cpu().numpy().data)
+        fingerprint = digest.hexdigest()
         if known is not None and known.fingerprint != fingerprint:
             raise UserError(
                 "the baseline given is of other train or test features, row counts or dtype; "
@@ -252,20 +260,12 @@ class _Fits:
         return LikelihoodBaseline(nll, fingerprint)
 
     def _baseline_nll(self, seed: int) -> float:
+        # Centres must not be among the rows that they are fitted to: variances would vanish.
         draw = self.draw_orders(seed)
         centres = draw.baseline_order[: self._centres]
         rest = draw.baseline_order[self._centres :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
-        return Mixture(self.train[centres], fitted_to).nll(self.test)
-
-    def _hash_inputs(self) -> str:
-        digest = hashlib.sha256()
-        for rows in (self.train, self.test):
-            digest.update(
-                f"{tuple(rows.shape)} {rows.dtype} {self._n_generated} {self._used};".encode()
-            )
-            digest.update(rows.cpu().numpy().data)
-        return digest.hexdigest()
+        return Mixture(self.train[centres], fitted_to).mean_nll(self.test)
 
 
 def likelihood_result(
@@ -287,6 +287,7 @@ def likelihood_result(
         device=pair.device,
     )  # fmt: skip
     assert result.baseline is not None
+    # JSON has no integer keys.
     nll = {str(seed): value for seed, value in result.baseline.nll.items()}
     kept = {"nll": nll, "fingerprint": result.baseline.fingerprint}
     return plain_fields(result) | {"baseline": kept}

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
 from common.record import Record
-from evaluate.metrics.features import checked_pair, chunks
+from evaluate.metrics.features import checked_pair, row_chunks
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
@@ -47,7 +47,7 @@ class PrecisionRecall:
         recall: fraction of real rows in at least one generated ball.
         density: mean number of real balls around a generated row, over k; may exceed 1
             (Naeem et al., arXiv 2002.09797, equation 4). A ball is open here in all semantics.
-        coverage: fraction of real balls that hold a generated row (same, equation 5).
+        coverage: fraction of real balls that contain a generated row (same, equation 5).
         authenticity: fraction of generated rows that are farther from their nearest real row
             than that row is from its own nearest (Alaa et al., arXiv 2102.08921).
         k: the neighbour whose distance is a ball's radius, the row itself not counted.
@@ -126,7 +126,7 @@ def precision_recall(
                 f"(a row is not its own neighbour)"
             )
     # Both sets are centred on one point near the data: lengths, and so errors, stay small.
-    centre = np.stack([block.sum(axis=0) for block in chunks(first)]).sum(axis=0) / len(first)
+    centre = np.stack([block.sum(axis=0) for block in row_chunks(first)]).sum(axis=0) / len(first)
     real_rows, generated_rows = (
         ScreenedRows(first, centre, device),
         ScreenedRows(second, centre, device),
@@ -330,6 +330,7 @@ def _collect_result(
 ) -> PrecisionRecall:
     n, k = real_neighbours.indices.shape
     nearest = cross.nearest_real
+    # Authentic: farther from the nearest real tile than that tile is from its own nearest.
     authentic = nearest.distances[:, 0] > real_neighbours.distances[nearest.indices[:, 0], 0]
     covered = cross.nearest_generated.distances[:, 0] < cross.real_balls.radii
     return PrecisionRecall(

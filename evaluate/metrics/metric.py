@@ -31,6 +31,7 @@ class MetricSettings:
     """How the metrics are computed; the defaults are the paper's where it states them.
 
     `draws` resamples of `subsample` rows give the paper's interval; 0 draws leave all out.
+    Seeds are from 0 to 2**32 - 1, `k` is at least 1, `fld_dtype` is "float64" or "float32".
     """
 
     max_generated: int = 50_000
@@ -87,24 +88,24 @@ class WarningKind:
         covered_by: code of a warning about all sets with the same message, "" if there is none.
 
     >>> kind = WarningKind("constant", "{count} of {dim} dimensions are constant")
-    >>> kind.matches(kind.format(count=2, dim=768)), kind.matches("constant")
-    (True, False)
+    >>> kind.matches_sentence(kind.format_sentence(count=2, dim=768))
+    True
     """
 
     code: str
     template: str
     covered_by: str = ""
 
-    def format(self, **values: object) -> str:
+    def format_sentence(self, **values: object) -> str:
         """The sentence with these values."""
         return self.template.format(**values)
 
-    def matches(self, sentence: str) -> bool:
+    def matches_sentence(self, sentence: str) -> bool:
         """Whether this kind wrote the sentence."""
-        return self._pattern.fullmatch(sentence) is not None
+        return self._sentence_pattern.fullmatch(sentence) is not None
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _sentence_pattern(self) -> re.Pattern[str]:
         return re.compile(".+".join(map(re.escape, re.split(r"\{[^}]*\}", self.template))))
 
 
@@ -172,6 +173,7 @@ class TableQuantity:
         text, spread = as_text(self.value(result)), self.spread(result)
         if spread is not None:
             text += f" ± {format_share(spread) if self.share else format_number(spread, 2)}"
+        # A known ideal says more than a null, and a null more than the halves of real tiles.
         if self.ideal is not None:
             reference, name = format_share(self.ideal[0]), self.ideal[1]
         elif self.context is not None:
@@ -193,7 +195,7 @@ class MetricPlot:
     caption: str
 
     def bind_result(self, result: Record) -> "Callable[[Axes], None]":
-        """What draws this result on axes."""
+        """A function that draws this result on axes."""
         return lambda axes: self.draw(axes, result)
 
 
@@ -249,12 +251,12 @@ def value_at(*keys: str) -> Reader:
     2.5
     """
 
-    def read(result: Record) -> float | None:
+    def read_number(result: Record) -> float | None:
         for key in keys[:-1]:
             result = result.part(key)
         return result.optional(keys[-1])
 
-    return read
+    return read_number
 
 
 def plain_fields(result: object) -> dict[str, object]:

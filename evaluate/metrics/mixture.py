@@ -56,7 +56,7 @@ class Mixture:
             centres.shape[1],
         )
 
-    def nll(self, rows: torch.Tensor) -> float:
+    def mean_nll(self, rows: torch.Tensor) -> float:
         """Mean negative log-likelihood per dimension of the rows ``[n, d]``, in nats."""
         d, m = self._centres.shape[1], len(self._centres)
         scale, constant = _density_coefficients(self.log_variances, d, m)
@@ -66,7 +66,7 @@ class Mixture:
             total += float(squared.mul_(scale).add_(constant).logsumexp(dim=1).sum())
         return -total / (len(rows) * d)
 
-    def memorisation(self) -> NDArray[np.float64]:
+    def memorisation_scores(self) -> NDArray[np.float64]:
         """Each component's largest log-density per dimension on a row fitted to, ``[M]``."""
         d = self._centres.shape[1]
         scale, constant = _density_coefficients(self.log_variances, d, 1)

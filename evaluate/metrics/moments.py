@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from evaluate.metrics.features import checked_features, chunks
+from evaluate.metrics.features import checked_features, row_chunks
 
 
 class Moments:
     """Running count, mean and scatter of the rows seen: O(d^2) memory for any number of rows.
 
-    >>> moments = Moments.of([[0.0, 1.0], [2.0, 3.0]]).merge(Moments.of([[4.0, 5.0]]))
+    >>> moments = Moments.from_rows([[0.0, 1.0], [2.0, 3.0]]).merge(Moments.from_rows([[4.0, 5.0]]))
     >>> moments.n, moments.mean.tolist(), moments.covariance.tolist()
     (3, [2.0, 3.0], [[4.0, 4.0], [4.0, 4.0]])
 
@@ -34,14 +34,14 @@ class Moments:
         self.scatter: NDArray[np.float64] = np.zeros((dim, dim))
 
     @classmethod
-    def of(cls, features: ArrayLike, name: str = "given") -> Self:
+    def from_rows(cls, features: ArrayLike, name: str = "given") -> Self:
         """The moments of an array ``[n, d]``; `name` is what messages call the set."""
         array = checked_features(features, name, min_rows=1)
         return cls(array.shape[1]).update(array)
 
     @property
     def dim(self) -> int:
-        """The dimension d of the features."""
+        """The dimension d of the features ``[n, d]``."""
         return len(self.mean)
 
     @property
@@ -63,7 +63,7 @@ class Moments:
         """
         array = checked_features(features, "given", min_rows=0)
         self._check_dim(array.shape[1])
-        for block in chunks(array):
+        for block in row_chunks(array):
             mean = block.mean(axis=0)
             block -= mean
             self._join_block(len(block), mean, block.T @ block)

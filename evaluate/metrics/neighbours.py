@@ -117,7 +117,7 @@ class ScreenedRows:
 
     @property
     def dim(self) -> int:
-        """The features' dimension."""
+        """The dimension d of the rows ``[n, d]``."""
         return self.exact.shape[1]
 
     def tile_spans(self) -> list[slice]:
@@ -162,7 +162,7 @@ def _in_three(values: torch.Tensor) -> torch.Tensor:
 
 
 def open_pairs(squared: torch.Tensor, limits: torch.Tensor) -> Pairs:
-    """Row and column of the block's entries at or below `limits`, which broadcast over it."""
+    """Row and column, int64 ``[pairs]``, of a block's entries at or below the broadcast limits."""
     if squared.device.type != "cpu":
         row, column = (squared <= limits).nonzero(as_tuple=True)
         return row, column
@@ -173,13 +173,13 @@ def open_pairs(squared: torch.Tensor, limits: torch.Tensor) -> Pairs:
 
 
 def in_sets(found: Pairs, block: tuple[slice, slice], by_columns: bool) -> Pairs:
-    """A block's entries as row numbers of the two sets; `by_columns` the columns' set first."""
+    """A block's entries as rows ``[pairs]`` of the two sets; `by_columns`: the columns' first."""
     row, column = (index + span.start for index, span in zip(found, block, strict=True))
     return (column, row) if by_columns else (row, column)
 
 
 class Nearest:
-    """The k nearest base rows of each query, from all pairs that their bounds leave open."""
+    """The k nearest base rows ``[queries, k]``, from pairs that their bounds leave open."""
 
     def __init__(self, queries: ScreenedRows, base: ScreenedRows, k: int) -> None:
         self._queries, self._base, self._k = queries, base, k
@@ -191,7 +191,7 @@ class Nearest:
         self._pooled = 0
 
     def open_limits(self, span: slice, error: float) -> torch.Tensor:
-        """What a block distance of these queries may be and still be of a neighbour.
+        """The largest block distance ``[queries]``, float32, that may still be of a neighbour.
 
         The other row's ``|y|^2`` is at most ``2 (|x|^2 + |x - y|^2)``.
         """
@@ -221,7 +221,8 @@ class Nearest:
     ) -> None:
         """Take in entries of a block, whose rows, or with `by_columns` columns, are queries.
 
-        A block that `seed` has seen must not `tighten`: a bound would count twice.
+            `squared` is a block ``[queries, base rows]``; `error` is relative to squared lengths.
+        A block that `seed_bounds` has seen must not `tighten`: a bound would count twice.
         """
         query, base = in_sets(found, block, by_columns)
         slack = error * (self._queries.squares[query] + self._base.squares[base])
@@ -294,7 +295,7 @@ class Nearest:
         return rows, indices, distances
 
     def find_nearest(self) -> Neighbours:
-        """The k nearest by exact distance, equal ones in the order of their row numbers."""
+        """The k nearest ``[queries, k]`` by exact float64 distance, equal ones by row number."""
         _, indices, squared = self._decide_pairs(*self._near_pairs())
         self._pool = []
         return Neighbours(indices=indices, distances=np.sqrt(squared))
@@ -306,7 +307,7 @@ def _round_towards(values: NDArray[np.float64], towards: float) -> NDArray[np.fl
 
 
 def neighbours_within(rows: ScreenedRows, k: int) -> Neighbours:
-    """The k nearest other rows of each row; the symmetric half of the blocks is not computed."""
+    """The k nearest other rows ``[n, k]`` of each row; symmetric blocks are computed once."""
     nearest, spans = Nearest(rows, rows, k), rows.tile_spans()
     # The diagonal first, as it bounds all rows.
     for i in spans:
@@ -319,7 +320,7 @@ def neighbours_within(rows: ScreenedRows, k: int) -> Neighbours:
 
 
 def neighbours_between(queries: ScreenedRows, base: ScreenedRows, k: int) -> Neighbours:
-    """The k nearest rows of another set to each query; both sets are centred on one point.
+    """The k nearest rows ``[queries, k]`` of another set; both sets are centred on one point.
 
     `base` has at least k rows.
     """
@@ -372,6 +373,7 @@ def exact_pairs(
             difference -= b[j[part]]
             np.einsum("nd,nd->n", difference, difference, out=result[part])
 
+    # Threads cost more than they save where a single task does.
     starts = range(0, len(i), _EXACT_TASK)
     if len(starts) < 2:
         fill_pairs(0)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from evaluate.metrics.features import checked_pair, chunks
+from evaluate.metrics.features import checked_pair, row_chunks
 from evaluate.metrics.frechet import FrechetReference
 from evaluate.metrics.metric import FeaturePair, MetricSettings, plain_fields
 from evaluate.metrics.moments import Moments
@@ -98,6 +98,7 @@ def bootstrap(
     first, second = checked_pair(real, generated)
     if draws < 2:
         raise UserError(f"draws is {draws}, expected at least 2")
+    # The legacy generator, whose stream numpy keeps for good.
     random = np.random.RandomState(seed)
     if clusters is None:
         if real_clusters is not None:
@@ -123,6 +124,7 @@ def resampled_widths(pair: FeaturePair, settings: MetricSettings) -> dict[str, o
     for kind, labels in (pair.clusters or {}).items():
         if len(np.unique(labels)) < 2:
             continue
+        # A single real slide cannot be drawn again: that side is then fixed.
         real_labels = (pair.real_clusters or {}).get(kind)
         if real_labels is not None and len(np.unique(real_labels)) < 2:
             real_labels = None
@@ -148,12 +150,12 @@ def _resample_rows(
             f"size is {size}, expected 2 to {n - 1}: a draw without replacement must leave some "
             f"of the {n} generated rows out"
         )
-    reference = FrechetReference(Moments.of(real), real)
+    reference = FrechetReference(Moments.from_rows(real), real)
     values = np.empty(draws)
     for draw in range(draws):
         # Sorted, so that memory is read in order; the set of rows is the same.
         rows = generated[np.sort(random.choice(n, size, replace=False))]
-        values[draw] = sum(reference.distance_terms(Moments.of(rows), rows))
+        values[draw] = sum(reference.distance_terms(Moments.from_rows(rows), rows))
     widening = 1 / np.sqrt(1 - size / n)
     return _collect_result(values, float(values.mean()), widening, real, n, size=size)
 
@@ -165,8 +167,8 @@ def _resample_clusters(
     labels: tuple[ArrayLike | None, ArrayLike],
     random: np.random.RandomState,
 ) -> FrechetBootstrap:
-    fixed = FrechetReference(Moments.of(real), real)
-    point = sum(fixed.distance_terms(Moments.of(generated), generated))
+    fixed = FrechetReference(Moments.from_rows(real), real)
+    point = sum(fixed.distance_terms(Moments.from_rows(generated), generated))
     side = _ClusteredRows(generated, labels[1], "generated")
     other = None if labels[0] is None else _ClusteredRows(real, labels[0], "real")
     weights = side.draw_weights(draws, random)
@@ -231,7 +233,7 @@ class _ClusteredRows:
         self._rows = rows[np.argsort(member, kind="stable")]
         self._stops = np.cumsum(self._counts)
         # Second moments are taken about the common mean, so that nothing large cancels.
-        self._centre = np.stack([b.sum(axis=0) for b in chunks(rows)]).sum(axis=0) / len(rows)
+        self._centre = np.stack([b.sum(axis=0) for b in row_chunks(rows)]).sum(axis=0) / len(rows)
         self._sums = np.stack([block.sum(axis=0) for block in self._cluster_blocks()])
 
     def draw_weights(self, draws: int, random: np.random.RandomState) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from evaluate.metrics.features import checked_pair, chunks, random_subset
+from evaluate.metrics.features import checked_pair, random_subset, row_chunks
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
@@ -93,7 +93,7 @@ def _squared_along(
     """The squared 2-Wasserstein distance along each axis ``[axes]``."""
     # Chunks are widened one by one: no float64 copy of all rows.
     a, b = (
-        np.concatenate([axes @ block.T for block in chunks(rows)], axis=1)
+        np.concatenate([axes @ block.T for block in row_chunks(rows)], axis=1)
         for rows in (first, second)
     )
     a.sort(axis=1)

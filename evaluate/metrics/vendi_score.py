@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evaluate.metrics.features import checked_features, chunks, refuse_zero_rows, unit_rows
+from evaluate.metrics.features import checked_features, refuse_zero_rows, row_chunks, unit_rows
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class VendiScore:
     """A Vendi score.
 
     Attributes:
-        value: in [1, min(n, d)]; 1 for copies of one image, n for mutually orthogonal ones.
+        value: from 1 to min(n, d); 1 for copies of one image, n for mutually orthogonal ones.
         n: rows. The score grows with n: compare at equal n.
         dim: feature dimension.
     """
@@ -47,7 +47,7 @@ def vendi(features: ArrayLike) -> VendiScore:
         gram = unit @ unit.T
     else:
         gram = np.zeros((d, d))
-        for block in chunks(rows):
+        for block in row_chunks(rows):
             unit = unit_rows(block)
             gram += unit.T @ unit
     eigenvalues = np.linalg.eigvalsh(gram / n)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evaluate.compare.results import warning
+from evaluate.compare.results import make_warning
 from evaluate.compare.warnings import FEW_TILES, blockiness_warnings, metric_warnings
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
@@ -22,14 +22,18 @@ def find_cautions(protocol: Protocol, results: Results) -> Warnings:
     )
     if changed:
         warnings.append(
-            warning("not_the_protocol", f"this is not the protocol as shipped: {changed}")
+            make_warning("not_the_protocol", f"this is not the protocol as shipped: {changed}")
         )
+    # Only this project's own models can reconstruct.
     released = [name for name, spec in protocol.models.items() if spec.generator != "own"]
     if "vae" in protocol.controls and set(released) - set(protocol.leave_out):
         message = "no reconstruction ceiling of a released model, whose autoencoder is its own"
-        warnings.append(warning("no_ceiling", f"{message}: {', '.join(released)}"))
+        warnings.append(make_warning("no_ceiling", f"{message}: {', '.join(released)}"))
     for name in protocol.leave_out:
-        warnings.append(warning("left_out", f"the rows of {name} were left out, as configured"))
+        warnings.append(
+            make_warning("left_out", f"the rows of {name} were left out, as configured")
+        )
+    # Last, since a sentence that is covered by a warning above is left out.
     warnings += metric_warnings(_shown_metrics(results), warnings)
     return list({entry["message"]: entry for entry in warnings}.values())
 
@@ -59,7 +63,7 @@ def _random_warnings(results: Results) -> Warnings:
         name for name, identity in identities.items() if identity.get("model_encoder_random")
     ]
     warnings = [
-        warning(code, f"{message}: {', '.join(named)}")
+        make_warning(code, f"{message}: {', '.join(named)}")
         for code, message, named in (
             ("random_encoder_weights",
              "encoders with random weights, whose numbers say nothing about image quality",
@@ -72,7 +76,7 @@ def _random_warnings(results: Results) -> Warnings:
     ]  # fmt: skip
     notes = {name: identity.get("generator_note") for name, identity in identities.items()}
     return warnings + [
-        warning("untested", f"{name}: {note}") for name, note in notes.items() if note
+        make_warning("untested", f"{name}: {note}") for name, note in notes.items() if note
     ]
 
 
@@ -82,13 +86,14 @@ def _size_warnings(results: Results) -> Warnings:
     few = [f"{name} ({rows:,})" for name, rows in rows_of.items() if rows < FEW_TILES]
     if few:
         message = "fewer than 1,000 tiles, so that numbers are noisy and biased"
-        warnings.append(warning("few_tiles", f"{message}: {', '.join(few)}"))
+        warnings.append(make_warning("few_tiles", f"{message}: {', '.join(few)}"))
+    # The smallest set decides: any comparison with it has a singular covariance.
     rows = min(rows_of.values(), default=0)
     dims = {encoder: records[0]["dim"] for encoder, records in results["encoders"].items()}
     wide = [f"{encoder} ({dim})" for encoder, dim in dims.items() if dim >= rows]
     if wide:
         warnings.append(
-            warning(
+            make_warning(
                 "fewer_tiles_than_dimensions",
                 f"{rows:,} tiles are no more than the feature dimensions of {', '.join(wide)} "
                 "(n <= d): the covariance is singular, Fréchet distances are mostly the bias of "
@@ -102,6 +107,7 @@ def _grid_warnings(results: Results) -> Warnings:
     """One warning of all comparisons without views where only one side has an 8 x 8 grid."""
     sources, named = results["sources"], {}
     for cell in results.get("cells", []):
+        # A view resamples the pixels, and with them the grid.
         if cell["kind"] != "model" or cell["real"]["view"] or cell["generated"]["view"]:
             continue
         real, made = cell["real"]["source"], cell["generated"]["source"]
@@ -115,4 +121,4 @@ def _grid_warnings(results: Results) -> Warnings:
         "as JPEG (a slide's own tiles are, too) and the other was not, or a decoder draws a grid; "
         "distances measure that as well"
     )
-    return [warning("blockiness_mismatch", f"{message}: {'; '.join(named.values())}")]
+    return [make_warning("blockiness_mismatch", f"{message}: {'; '.join(named.values())}")]

@@ -14,7 +14,7 @@ from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
 from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
 from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
 from evaluate.metrics.registry import METRICS, needed_features
-from evaluate.protocols.comparable import basis, check_sides
+from evaluate.protocols.comparable import check_sides, number_basis
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
 from evaluate.protocols.plan import Cell, Seen, guiding_set
@@ -43,11 +43,11 @@ class Measurer:
         self._device = choose_device(protocol.device, setting="device=").type
         self._sides: OrderedDict[tuple[Seen, str], OpenSide] = OrderedDict()
 
-    def side(self, seen: Seen, encoder: str) -> OpenSide:
+    def open_side(self, seen: Seen, encoder: str) -> OpenSide:
         """A side, read or still open."""
         key = (seen, encoder)
         if key not in self._sides:
-            tiles, features_of = self.sources.tiles(seen.source), self.sources.feature_store
+            tiles, features_of = self.sources.select_tiles(seen.source), self.sources.feature_store
             store = features_of(seen, encoder)
             features = np.asarray(store.read_selection(tiles.used))
             side = FeatureSide(tiles.dataset, tiles.used, store, features)
@@ -57,25 +57,29 @@ class Measurer:
         self._sides.move_to_end(key)
         return self._sides[key]
 
-    def basis(self, cell: Cell) -> Results:
+    def cell_basis(self, cell: Cell) -> Results:
         """What the cell's numbers rest on, from records and selections alone.
 
         Raises `UserError` where the two sides were made by different encoders.
         """
-        sides = cell.sides()
-        rows = {f"n_{name}": self.sources.tiles(s.source).used.rows for name, s in sides.items()}
+        sides = cell.compared_sides()
+        rows = {
+            f"n_{name}": self.sources.select_tiles(s.source).used.rows for name, s in sides.items()
+        }
         real, generated = (
             self.sources.feature_store(sides[name], cell.encoder).record
             for name in ("real", "generated")
         )
         check_sides(real, generated, cell.place)
-        return basis(real, generated, rows | {"k": self.protocol.settings.k})
+        return number_basis(real, generated, rows | {"k": self.protocol.settings.k})
 
-    def measure(self, cell: Cell) -> Results:
+    def measure_cell(self, cell: Cell) -> Results:
         """The cell's results by metric; each is looked up before it is computed."""
         if cell.control in ("floor-tile", "floor-patient", "neighbour"):
             return self._measure_real(cell)
-        opened = {name: self.side(s, cell.encoder) for name, s in cell.sides().items()}
+        opened = {
+            name: self.open_side(s, cell.encoder) for name, s in cell.compared_sides().items()
+        }
         pair = self._make_pair(cell, opened)
         # Widths are of models, whose numbers are compared; not of floors and ceilings.
         settings = self.protocol.settings
@@ -85,7 +89,9 @@ class Measurer:
             is_likelihood = metric is LIKELIHOOD
             compute = partial(self._measure_likelihood, opened) if is_likelihood else metric.compute
             inputs = self._result_inputs(metric, pair, opened, settings)
-            results[metric.name] = self.store.get(inputs, partial(compute, pair, settings))
+            results[metric.name] = self.store.get_or_compute(
+                inputs, partial(compute, pair, settings)
+            )
         if cell.kind == "model" and "groups" in self.protocol.plots:
             results["groups"] = self._measure_groups(cell, opened)
         return results
@@ -93,7 +99,7 @@ class Measurer:
     def _make_pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side
         guide = guiding_set(self.protocol, cell.generated.source)
-        guide_dataset = self.sources.tiles(guide).dataset if guide else real.dataset
+        guide_dataset = self.sources.select_tiles(guide).dataset if guide else real.dataset
         sources = None
         if "sources" in needed_features(cell.metrics):
             seen = Seen(guide, cell.real.view, cell.real.px)
@@ -113,6 +119,7 @@ class Measurer:
     ) -> Results:
         """Everything that a metric's result depends on."""
         real = {f"real {key}": labels for key, labels in (pair.real_clusters or {}).items()}
+        # Labels count only where they are drawn: others would split equal results.
         is_clustered = metric.reads_clusters and settings.draws
         clusters = (pair.clusters or {}) | real if is_clustered else {}
         return self._device_inputs(metric) | {
@@ -146,7 +153,8 @@ class Measurer:
             computed.update(likelihood_result(pair, settings))
             return computed["baseline"]
 
-        kept = self.store.get(inputs, compute_baseline)
+        # A baseline that had to be computed came with the result itself.
+        kept = self.store.get_or_compute(inputs, compute_baseline)
         if computed:
             return computed
         nll = {int(seed): value for seed, value in kept["nll"].items()}
@@ -154,7 +162,7 @@ class Measurer:
 
     def _measure_real(self, cell: Cell) -> Results:
         """A control that compares real tiles with real tiles of the same set."""
-        opened = self.side(cell.real, cell.encoder)
+        opened = self.open_side(cell.real, cell.encoder)
         side, settings = opened.side, self.protocol.settings
         slides = labels = side.row_slides
         if cell.control == "floor-patient":
@@ -166,9 +174,10 @@ class Measurer:
         }[cell.control]
         inputs = {"metric": cell.control, "sides": {"real": opened.sum},
                   "seed": settings.seed, "clusters": digest_array(labels)}  # fmt: skip
+        # Cosines do not depend on k or the cap: their file is shared by all values.
         if cell.control != "neighbour":
             inputs |= {"k": settings.k, "max_generated": settings.max_generated}
-        result: Results = self.store.get(inputs, compute) or {}
+        result: Results = self.store.get_or_compute(inputs, compute) or {}
         is_cosine = cell.control == "neighbour" and result
         return {"cosine_similarity": result} if is_cosine else result
 
@@ -176,12 +185,13 @@ class Measurer:
         """Distances within each group of slides, by the kind of group."""
         real, generated = opened["real"].side, opened["generated"].side
         guide = guiding_set(self.protocol, cell.generated.source)
-        sources = generated.slides()
+        sources = generated.source_slides()
         if not guide or sources is None:
             return {}
-        guide_dataset, least = self.sources.tiles(guide).dataset, self.protocol.group_tiles
+        guide_dataset, least = self.sources.select_tiles(guide).dataset, self.protocol.group_tiles
         groups: Results = {}
         for kind in self.protocol.groups:
+            # A generated tile belongs to the group of the tile that guided it.
             labels = (
                 slide_attribute(real.dataset, real.row_slides, kind),
                 slide_attribute(guide_dataset, sources, kind),
@@ -189,7 +199,7 @@ class Measurer:
             inputs = {"metric": f"by {kind}", "least": least,
                       "sides": {name: opened[name].sum for name in ("real", "generated")},
                       "clusters": [digest_array(values) for values in labels]}  # fmt: skip
-            groups[kind] = self.store.get(
+            groups[kind] = self.store.get_or_compute(
                 inputs,
                 partial(grouped_distances, real.features, generated.features, labels, least=least),
             )

@@ -29,7 +29,7 @@ def protocol_command(options: argparse.Namespace) -> int:
         sources = SourceMaker(protocol)
         with joined_processes(protocol.device, setting="device=") as processes:
             for source in expand_names(protocol, options.generate):
-                sources.generate(source, processes)
+                sources.generate_images(source, processes)
     elif options.dry_run:
         cells = plan_cells(protocol)
         lines = list_missing(SourceMaker(protocol), cells)

@@ -12,7 +12,7 @@ Basis = Mapping[str, object]
 """What a number rests on, by key."""
 
 
-def basis(
+def number_basis(
     record: Mapping[str, object], generated_record: Mapping[str, object], n: Mapping[str, int]
 ) -> dict[str, object]:
     """What a number rests on: encoder, kernel, dtype, views, sizes and sample counts.
@@ -60,6 +60,7 @@ def check_table(name: str, rows: Sequence[tuple[str, Basis]], varies: Iterable[s
         for key, value in row_basis.items():
             if key in ignored:
                 continue
+            # Encoders differ from each other by design; each must agree with itself.
             scope = f"{row_basis['encoder']}/{key}" if key in _ENCODER else key
             other, first = first_of.setdefault(scope, (label, value))
             if first != value:

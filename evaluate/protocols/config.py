@@ -37,7 +37,8 @@ _FEWEST_TILES = 8
 class TileSet:
     """Real tiles: a selection of a dataset ("": the protocol's), of which `count` are used.
 
-    `count` 0 is the protocol's, -1 is all. `tile_px` chooses another size than the dataset's.
+    `count` 0 is the protocol's, -1 is all. `tile_px` chooses another size
+    in pixels than the dataset's.
     """
 
     dataset: str = ""
@@ -101,10 +102,10 @@ class TableRow:
     real_px: int | None = None
     note: str = ""
 
-    def source(self, column: str) -> str:
+    def source_in(self, column: str) -> str:
         """The row's images in a column. Raises `UserError` for other text in braces.
 
-        >>> TableRow("Model", "from-{column}").source("val-in")
+        >>> TableRow("Model", "from-{column}").source_in("val-in")
         'from-val-in'
         """
         try:
@@ -161,7 +162,7 @@ class Protocol:
 
     def row_sources(self) -> list[str]:
         """The sets and generations that the rows compare, in order of their first use."""
-        named = [row.source(column) for row in self.rows for column in self.columns]
+        named = [row.source_in(column) for row in self.rows for column in self.columns]
         return list(dict.fromkeys(named))
 
 
@@ -187,10 +188,10 @@ def load_protocol(name: str, config: Path | None = None, overrides: Sequence[str
         raise UserError(f"no protocol '{name}'; there are {', '.join(protocol_names())}")
     # Both are built alike, so that a deviation is a difference of values and not of spelling.
     shipped = _read_shipped(name)
-    merged = _merge(shipped, read_yaml(config) if config else {})
+    merged = _merge_values(shipped, read_yaml(config) if config else {})
     protocol = build(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))
     _check_names(protocol)
-    return replace(protocol, deviations=_deviations(build(Protocol, shipped), protocol))
+    return replace(protocol, deviations=_find_deviations(build(Protocol, shipped), protocol))
 
 
 def _expand_stars(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
@@ -209,16 +210,16 @@ def _read_shipped(name: str) -> dict[str, Any]:
     """A shipped YAML, over the one that its `base` names."""
     values = read_yaml(HERE / f"{name}.yaml")
     base = values.pop("base", None)
-    return {**(_merge(_read_shipped(str(base)), values) if base else values), "name": name}
+    return {**(_merge_values(_read_shipped(str(base)), values) if base else values), "name": name}
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings merged key by key; lists and values are replaced whole."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        result[key] = _merge_values(old, value) if both else value  # type: ignore[arg-type]
     return result
 
 
@@ -227,13 +228,14 @@ def _check_names(protocol: Protocol) -> None:
     if protocol.count < _FEWEST_TILES:
         raise UserError(f"count is {protocol.count}; expected {_FEWEST_TILES} tiles or more")
     columns = (*protocol.columns, *([protocol.train] if protocol.train else []))
-    _require(columns, protocol.sets, "columns and train", "set")
-    _require(protocol.leave_out, protocol.models, "leave_out", "model")
+    _require_names(columns, protocol.sets, "columns and train", "set")
+    _require_names(protocol.leave_out, protocol.models, "leave_out", "model")
     for name, spec in protocol.generations.items():
         where = f"generations.{name}"
-        _require([spec.model], protocol.models, f"{where}.model", "model")
-        _require([spec.guidance] if spec.guidance else [], protocol.sets,
+        _require_names([spec.model], protocol.models, f"{where}.model", "model")
+        _require_names([spec.guidance] if spec.guidance else [], protocol.sets,
                  f"{where}.guidance", "set")  # fmt: skip
+        # An existing dataset is a single point: it cannot be swept.
         for key in SWEPT_KEYS if spec.dataset else ():
             values = getattr(spec, key)
             if len(values) > 1:
@@ -244,21 +246,23 @@ def _check_names(protocol: Protocol) -> None:
     sources = protocol.sets | protocol.generations
     for row in protocol.rows:
         where = f"row '{row.label}'"
-        named = [row.source(column) for column in protocol.columns]
-        _require(named, sources, where, "set or generation")
-        _require(row.metrics, METRICS, where, "metric")
+        named = [row.source_in(column) for column in protocol.columns]
+        _require_names(named, sources, where, "set or generation")
+        _require_names(row.metrics, METRICS, where, "metric")
 
 
-def _require(named: Iterable[str], known: Mapping[str, object], where: str, kind: str) -> None:
+def _require_names(
+    named: Iterable[str], known: Mapping[str, object], where: str, kind: str
+) -> None:
     for name in named:
         if name not in known:
             there = ", ".join(known) or "none"
             raise UserError(f"{where}: no {kind} '{name}'; there are {there}")
 
 
-def _deviations(shipped: Protocol, used: Protocol) -> dict[str, Deviation]:
+def _find_deviations(shipped: Protocol, used: Protocol) -> dict[str, Deviation]:
     """What was changed of the protocol itself: key to (as shipped, as used)."""
-    first, second = _flatten(plain(shipped)), _flatten(plain(used))
+    first, second = _flatten_values(plain(shipped)), _flatten_values(plain(used))
     return {
         key: (first.get(key), second.get(key))
         for key in sorted(first.keys() | second.keys())
@@ -272,9 +276,9 @@ def _is_place(key: str) -> bool:
     return sections[0] in _PLACES or (is_spec and sections[-1] in _SPEC_PLACES)
 
 
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def _flatten_values(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}  # type: ignore[arg-type]
+        flat |= _flatten_values(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}  # type: ignore[arg-type]
     return flat

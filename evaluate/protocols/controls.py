@@ -18,7 +18,7 @@ _GROUP_KEYS = ("value", "mean_term", "covariance_term", "noise_floor", "n_real",
 
 
 def split_in_halves(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
-    """Rows of the first of two halves with whole labels (patients) on one side.
+    """Rows, bool ``[n]``, of the first of two halves; a label (patient) is whole on one side.
 
     In a random order of labels each goes to the half that has fewer rows so far.
     """
@@ -44,6 +44,7 @@ def halves_by_label(
     settings = settings or MetricSettings()
     splits = []
     for number in range(FLOOR_SPLITS if len(features) <= FLOOR_SPLIT_ROWS else 1):
+        # Another split for each number; seeds wrap, as numpy takes 32 bits.
         first = split_in_halves(labels, (settings.seed + number) % 2**32)
         if min(first.sum(), (~first).sum()) < least_rows(settings):
             return None
@@ -54,7 +55,7 @@ def halves_by_label(
 def neighbour_cosines(
     features: Features, slides: Labels, *, seed: int = 0
 ) -> dict[str, object] | None:
-    """Cosines of each row to another random row of its slide: what tissue alone has in common.
+    """Cosines, in [-1, 1], of each row of ``[n, d]`` to another random row of its slide.
 
     Rows of slides with a single row are left out; None where all are.
     """
@@ -87,12 +88,13 @@ def grouped_distances(
 ) -> list[dict[str, object]]:
     """Fréchet distances within each group of slides (a project, a site), largest groups first.
 
-    `labels` are those of the real and of the generated rows. Groups with fewer than `least` rows
-    on either side are left out, as is the group without a name.
+    `labels` are those of the real rows ``[n]`` and of the generated rows ``[m]``. Groups with
+    fewer than `least` rows on either side are left out, as is the group without a name.
     """
     groups: list[tuple[int, dict[str, object]]] = []
     for name in sorted(set(np.unique(labels[0])) & set(np.unique(labels[1])) - {""}):
         sides = [rows[names == name] for rows, names in zip((real, generated), labels, strict=True)]
+        # A covariance needs two rows, even where the configuration allows fewer.
         if min(len(side) for side in sides) < max(least, 2):
             continue
         distance = frechet_distance(*sides, max_generated=None)

@@ -54,13 +54,15 @@ def describe_protocol(
 
 def describe_source(sources: ProtocolSources, name: str, store: ResultStore) -> dict[str, object]:
     """A source's dataset, selection, sums of files and pixels, and identity."""
-    tiles = sources.tiles(name)
+    tiles = sources.select_tiles(name)
     identity = read_identity(tiles.dataset)
     inputs = {"metric": "tiles", "dataset": identity, "px": tiles.px,
               "root": str(tiles.dataset.root.resolve()),
               "selection": tiles.used.content_hash}  # fmt: skip
     # Decoding 100,000 tiles for their sums takes minutes, so these are kept, too.
-    provenance = store.get(inputs, lambda: tile_provenance(tiles.dataset, tiles.used, tiles.px))
+    provenance = store.get_or_compute(
+        inputs, lambda: tile_provenance(tiles.dataset, tiles.used, tiles.px)
+    )
     if provenance["missing"]:  # the tiles may be back by now
         provenance = tile_provenance(tiles.dataset, tiles.used, tiles.px)
     generated = name not in sources.protocol.sets

@@ -24,7 +24,7 @@ def check_images(sources: ProtocolSources) -> None:
             continue
         for key, (configured, recorded) in find_differences(sources, images).items():
             raise UserError(
-                f"{images.key}: {key} is {recorded!r} in {sources.folder(images.key)}, the "
+                f"{images.key}: {key} is {recorded!r} in {sources.image_folder(images.key)}, the "
                 f"protocol asks for {configured!r}; set it to the former, or use another out"
             )
     # Images of one model at several points must be of the very same weights and arithmetic.
@@ -53,13 +53,14 @@ def given_deviations(sources: ProtocolSources) -> dict[str, Deviation]:
         if not spec.dataset:
             continue
         if spec.guidance:
-            made = open_dataset(sources.folder(images.key))
-            foreign = foreign_guidance(made, sources.tiles(spec.guidance).dataset)
+            made = open_dataset(sources.image_folder(images.key))
+            foreign = foreign_guidance(made, sources.select_tiles(spec.guidance).dataset)
             if foreign:
                 raise UserError(f"{where}.dataset: {foreign}")
         for key, (configured, recorded) in find_differences(sources, images).items():
             name = f"{where}.{key}"
             pair: Deviation = (configured, recorded)
+            # The configuration has lists where the identity has a single value.
             if key in _LISTS:
                 pair = ([configured], [recorded])
             deviations[name] = (deviations.get(name, pair)[0], pair[1])
@@ -68,14 +69,14 @@ def given_deviations(sources: ProtocolSources) -> dict[str, Deviation]:
 
 def recorded_identity(sources: ProtocolSources, images: Images) -> dict[str, object]:
     """The identity section of the images' dataset."""
-    return dict(read_identity(open_dataset(sources.folder(images.key))))
+    return dict(read_identity(open_dataset(sources.image_folder(images.key))))
 
 
 def find_differences(sources: ProtocolSources, images: Images) -> dict[str, Deviation]:
     """Key of the generation to (as configured, as recorded), where the two differ."""
     spec, model = images.spec, sources.protocol.models[images.spec.model]
     settings = sampler_settings(model.generator, spec).arguments()
-    whole = sources.tiles(spec.guidance).whole.content_hash if spec.guidance else ""
+    whole = sources.select_tiles(spec.guidance).whole.content_hash if spec.guidance else ""
     configured = {
         "steps": ("steps", settings["steps"]),
         "seed": ("seed", spec.seed[0]),

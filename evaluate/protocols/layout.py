@@ -48,7 +48,7 @@ class TableBuilder:
         self._columns = list(columns)
         self._rows: dict[tuple[str, str], LabelledRow] = {}
 
-    def add(
+    def add_number(
         self, kind: str, label: str, column: str, number: TableNumber | None, note: str = ""
     ) -> None:
         """Put a number in the column "encoder/set" of a row; None makes the row alone."""
@@ -58,7 +58,7 @@ class TableBuilder:
         if number is not None:
             row["cells"][column] = number
 
-    def build(self, name: str, title: str, better: str = "", *, share: bool = False) -> Table:
+    def build_table(self, name: str, title: str, better: str = "", *, share: bool = False) -> Table:
         """The table of all rows so far."""
         rows = list(self._rows.values())
         return Table(

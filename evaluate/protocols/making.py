@@ -59,16 +59,16 @@ class SourceMaker(ProtocolSources):
             self.forget_tiles(source)  # another process has made them
             return
         with joined_processes(self.protocol.device, setting="device=") as processes:
-            self.generate(source, processes)
+            self.generate_images(source, processes)
 
-    def generate(self, source: str, processes: Processes) -> None:
+    def generate_images(self, source: str, processes: Processes) -> None:
         """Make a source's images in this process, or in this process's share of many."""
         vae = parse_vae(source)
         conditions: ConditionSource
         generator: Generator
         if vae:
-            tiles = self.tiles(vae[1])
-            network = CytoSyn.from_pretrained(self.model(vae[0]).model).to(processes.device)
+            tiles = self.select_tiles(vae[1])
+            network = CytoSyn.from_pretrained(self.find_model(vae[0]).model).to(processes.device)
             generator = Reconstruction(network, tiles.px)
             conditions = TileConditions(tiles.dataset, tiles.whole, tiles.px)
             seed, batch = 0, _RECONSTRUCTION_BATCH
@@ -79,7 +79,7 @@ class SourceMaker(ProtocolSources):
             check_fit(conditions, generator)  # a protocol forces nothing
             seed, batch = images.spec.seed[0], images.spec.batch
         request = Request(
-            out=self.folder(source),
+            out=self.image_folder(source),
             seed=seed,
             conditions=self.required_images(source),
             micro_batch=batch,
@@ -91,7 +91,7 @@ class SourceMaker(ProtocolSources):
         self.forget_tiles(source)
 
     def _open_generator(self, images: Images, device: torch.device) -> Generator:
-        name, spec = images.spec.model, self.model(images.spec.model)
+        name, spec = images.spec.model, self.find_model(images.spec.model)
         if name not in self._opened:
             self._opened[name] = open_generator(
                 ModelSource(
@@ -110,14 +110,14 @@ class SourceMaker(ProtocolSources):
         spec = images.spec
         if not spec.guidance:
             return Unconditional(self.required_images(images.key))
-        tiles = self.tiles(spec.guidance)
+        tiles = self.select_tiles(spec.guidance)
         seen = Seen(spec.guidance, spec.guidance_view, spec.guidance_px)
         store = self.feature_store(seen, self.protocol.models[spec.model].encoder)
         return SelectionConditions(tiles.dataset, tiles.whole, store)
 
     def cache_command(self, seen: Seen, encoder: str) -> list[str]:
         """The `pipeline cache` that makes the features of a source."""
-        tiles, protocol = self.tiles(seen.source), self.protocol
+        tiles, protocol = self.select_tiles(seen.source), self.protocol
         px = ["--tile-px", str(seen.px)] if seen.px else []
         view = ["--view", seen.view] if seen.view else []
         return [

@@ -35,7 +35,7 @@ _QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
 
 
 class Likelihood(TypedDict):
-    """FLD's gap over its seeds, and the memorisation score of each of `rows`."""
+    """FLD's gap over its seeds, and the memorisation scores ``[n]`` of the `rows` ``[n]``."""
 
     gap: float
     gap_std: float
@@ -54,7 +54,7 @@ def measure_memorisation(measurer: Measurer) -> list[Found]:
     with meter("memorisation", len(protocol.encoders) * len(images), "searches") as shown:
         for encoder in protocol.encoders:
             for source in images:
-                searches.append(CopySearch(measurer, encoder, source.key).run())
+                searches.append(CopySearch(measurer, encoder, source.key).search_copies())
                 shown.advance(1, f"{encoder}, {source.key}")
     return searches
 
@@ -67,14 +67,16 @@ class CopySearch:
         self._source = source
         self._device = choose_device(self._protocol.device, setting="device=").type
         train = Seen(self._protocol.train)
-        self._selection = measurer.sources.tiles(train.source).used
+        self._selection = measurer.sources.select_tiles(train.source).used
         self._store = measurer.sources.feature_store(train, encoder)
 
-    def run(self) -> Found:
+    def search_copies(self) -> Found:
         """Everything the panel shows, as plain numbers."""
         names = dict(zip(("generated", *_VALIDATION), (self._source, *self._protocol.columns),
                          strict=True))  # fmt: skip
-        sides = {key: self._measurer.side(Seen(name), self._encoder) for key, name in names.items()}
+        sides = {
+            key: self._measurer.open_side(Seen(name), self._encoder) for key, name in names.items()
+        }
         nearest = {key: self._find_nearest(opened) for key, opened in sides.items()}
         # FLD and C_T fit models to the training tiles: a fixed sample bounds their cost.
         order = source_order(self._selection.rows, self._selection.content_hash)
@@ -105,7 +107,7 @@ class CopySearch:
         inputs = {"metric": "nearest", "sides": {"queries": opened.sum},
                   "train": self.train_fingerprint(), "k": 2}  # fmt: skip
 
-        def compute() -> object:
+        def find_neighbours() -> object:
             neighbours = nearest_in_blocks(
                 opened.side.features, self._train_blocks(), k=2, device=self._device
             )
@@ -114,7 +116,7 @@ class CopySearch:
                 "distances": neighbours.distances.tolist(),
             }
 
-        kept = self._measurer.store.get(inputs, compute)
+        kept = self._measurer.store.get_or_compute(inputs, find_neighbours)
         return Neighbours(np.array(kept["indices"], np.int64), np.array(kept["distances"]))
 
     def train_fingerprint(self) -> list[object]:
@@ -154,7 +156,7 @@ class CopySearch:
         inputs = {"metric": "own nearest", "rows": digest_array(unique),
                   "train": self.train_fingerprint()}  # fmt: skip
 
-        def compute() -> object:
+        def find_distances() -> object:
             queries = self._train_rows(unique)
             neighbours = nearest_in_blocks(queries, self._train_blocks(), k=2, device=self._device)
             # The nearest is the tile itself, unless a copy of it comes before it.
@@ -163,7 +165,7 @@ class CopySearch:
                 is_itself, neighbours.distances[:, 1], neighbours.distances[:, 0]
             ).tolist()
 
-        return np.array(self._measurer.store.get(inputs, compute))[member]
+        return np.array(self._measurer.store.get_or_compute(inputs, find_distances))[member]
 
     def _measure_likelihood(
         self, sample: Features, sides: dict[str, OpenSide], key: str
@@ -179,7 +181,7 @@ class CopySearch:
                   "seeds": list(settings.fld_seeds), "dtype": settings.fld_dtype,
                   "cap": settings.fld_max_generated}  # fmt: skip
 
-        def compute() -> object:
+        def fit_likelihood() -> object:
             divergence = feature_likelihood_divergence(
                 sample, sides["val_out"].side.features, sides[key].side.features, mode="gap",
                 seeds=settings.fld_seeds,
@@ -191,13 +193,14 @@ class CopySearch:
                     "score": divergence.memorisation.tolist(),
                     "rows": divergence.memorisation_rows.tolist()}  # fmt: skip
 
-        kept: Likelihood = self._measurer.store.get(inputs, compute)
+        kept: Likelihood = self._measurer.store.get_or_compute(inputs, fit_likelihood)
         return kept
 
     def _most_suspicious(
         self, opened: OpenSide, nearest: Neighbours, likelihood: Likelihood
     ) -> dict[str, list[Found]]:
         """The most suspicious images by the ratio of distances and by FLD's score."""
+        # Scores exist for a sample of the images alone; ratios for all of them.
         ratios = distance_ratios(nearest)
         by_score = np.array(likelihood["rows"])[np.argsort(likelihood["score"])[::-1]]
         score = dict(zip(likelihood["rows"], likelihood["score"], strict=True))

@@ -24,17 +24,17 @@ class SearchQuantity:
     against: bool = False
 
 
-def _quantile(key: str, quantile: str) -> Callable[[Record, str], float | None]:
+def _read_quantile(key: str, quantile: str) -> Callable[[Record, str], float | None]:
     return lambda search, name: search.part("sets").part(name).part(key).number(quantile)
 
 
 QUANTITIES = (
     SearchQuantity("ratio_median", "d₁/d₂ to the training tiles, median", "higher",
-                   _quantile("ratio", "median"), _ALL_SETS),
+                   _read_quantile("ratio", "median"), _ALL_SETS),
     SearchQuantity("ratio_q01", "d₁/d₂ to the training tiles, first percentile", "higher",
-                   _quantile("ratio", "q01"), _ALL_SETS),
+                   _read_quantile("ratio", "q01"), _ALL_SETS),
     SearchQuantity("score_q99", "FLD’s memorisation score, 99th percentile", "lower",
-                   _quantile("score", "q99"), _ALL_SETS),
+                   _read_quantile("score", "q99"), _ALL_SETS),
     SearchQuantity("fld_gap", "FLD gap (clearly negative is copying)", "",
                    lambda search, name: search.part("sets").part(name).optional("gap"),
                    ("generated", "val_in")),
@@ -65,6 +65,7 @@ def _lay_out(
     for name in quantity.of:
         for search in searches:
             train, names = search.part("train"), search.part("names")
+            # Validation sets are real tiles, which tables set apart as references.
             label, kind = search.text("source"), "model"
             if quantity.against:
                 label = f"{label} against {names.text(name)}"
@@ -75,8 +76,8 @@ def _lay_out(
             n = {"n": search.part("sets").part("generated").count("n"),
                  "training": train.count("rows")}  # fmt: skip
             column = TableColumn(encoder=search.text("encoder"), set=train.text("set"))
-            builder.add(
+            builder.add_number(
                 kind, label, column_key(column),
                 None if value is None else {"value": float(value), "spread": None, "n": n},
             )  # fmt: skip
-    return builder.build(quantity.name, quantity.title, quantity.better)
+    return builder.build_table(quantity.name, quantity.title, quantity.better)

@@ -21,7 +21,7 @@ Distances = npt.NDArray[np.float64]
 def nearest_in_blocks(
     queries: Features, blocks: Iterable[Features], *, k: int = 2, device: str = "cpu"
 ) -> Neighbours:
-    """The k nearest of all blocks' rows to each query; indices count over the blocks in turn.
+    """The k nearest, ``[queries, k]``, of all blocks' rows; indices count over the blocks.
 
     Each block's own k nearest are exact (`evaluate.metrics.neighbours`), so the merged ones are.
     Memory is that of the queries and one block. Raises `UserError` with fewer than k rows in all.
@@ -67,11 +67,12 @@ def copying_test(
 ) -> dict[str, object] | None:
     """C_T of Meehan et al. (arXiv 2004.05675): are generated tiles nearer to the training tiles?
 
-    Both sets come as (features, distance to the nearest training tile). The feature space is cut
-    in cells by k-means on principal components of training features; in each the distances are
-    compared by Mann-Whitney's z, and C_T is their mean weighted by the cells' training tiles.
-    Below -3 means copying, above 3 underfitting. Distances are of the whole feature space, not of
-    the components. None where a cell has fewer than 4 tiles of either set.
+    Both sets come as (features ``[n, d]``, distance ``[n]`` to the nearest training tile). The
+    feature space is cut in cells by k-means on principal components of training features; in
+    each the distances are compared by Mann-Whitney's z, and C_T is their mean weighted by the
+    cells' training tiles. Below -3 means copying, above 3 underfitting. Distances are of the
+    whole feature space, not of the components. None where a cell has fewer than 4 tiles of
+    either set.
     """
     # C_T needs cells of similar tiles; k-means in hundreds of dimensions finds none.
     components = min(components, *train.shape)
@@ -94,7 +95,7 @@ def copying_test(
 
 
 def mann_whitney_z(first: Distances, second: Distances) -> float:
-    """z of the rank-sum test: negative where the first values tend to be smaller."""
+    """z of the rank-sum test of ``[m]`` and ``[n]`` values; < 0 where the first are smaller."""
     m, n = len(first), len(second)
     ranks = rankdata(np.concatenate([first, second]))
     u = ranks[:m].sum() - m * (m + 1) / 2

@@ -65,7 +65,7 @@ class Cell:
         """What messages call it: row, encoder, column."""
         return f"{self.label}, {self.encoder}, {self.column}"
 
-    def sides(self) -> dict[str, Seen]:
+    def compared_sides(self) -> dict[str, Seen]:
         """The tiles that are compared, by side: real, generated and, where there is one, train."""
         train = {} if self.train is None else {"train": self.train}
         return {"real": self.real, "generated": self.generated} | train
@@ -120,17 +120,19 @@ def plan_cells(protocol: Protocol) -> list[Cell]:
         cell
         for encoder in protocol.encoders
         for column in protocol.columns
-        for cell in _row_cells(protocol, encoder, column) + _controls(protocol, encoder, column)
+        for cell in _row_cells(protocol, encoder, column)
+        + _control_cells(protocol, encoder, column)
     ]
 
 
 def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
     cells: list[Cell] = []
     for row in protocol.rows:
-        source = row.source(column)
+        source = row.source_in(column)
         if _is_left_out(protocol, source):
             continue
         is_generated = source in protocol.generations
+        # A real set in a row is compared like images, but has no generation behind it.
         reference = Images(source, "", GenerationSpec())
         train = Seen(protocol.train, row.real_view, row.real_px)
         cells += [
@@ -159,7 +161,7 @@ _REAL_CONTROLS = {
 _VAE_METRICS = ("frechet_distance", "precision_recall", "cosine_similarity")
 
 
-def _controls(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
+def _control_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
     real = Seen(column)
     cells = [
         Cell(_REAL_CONTROLS[name], "control", encoder, column, (name,), real, real, control=name)
@@ -189,7 +191,9 @@ def all_features(protocol: Protocol, cells: list[Cell]) -> list[Features]:
     features: dict[Features, None] = {}
     # A dict as an ordered set: the order is that in which features are cached and read.
     for cell in cells:
-        features.update(dict.fromkeys((seen, cell.encoder) for seen in cell.sides().values()))
+        features.update(
+            dict.fromkeys((seen, cell.encoder) for seen in cell.compared_sides().values())
+        )
         guide = guiding_set(protocol, cell.generated.source)
         if guide and "sources" in needed_features(cell.metrics):
             features[Seen(guide, cell.real.view, cell.real.px), cell.encoder] = None

@@ -21,8 +21,8 @@ class TileConditions(ShuffledSelection):
         """Which tiles."""
         return self.tile_identity("the tiles themselves")
 
-    def features(self, positions: Positions) -> Features:
-        """The tiles' values."""
+    def read_features(self, positions: Positions) -> Features:
+        """The tiles' values, float32 [n, px * px * 3], from 0 to 255."""
         store = TileStore(self.dataset, self.tile_px)
         tiles = [
             store.read(self.selection.slide_ids[slide], [int(rank)])[0]
@@ -32,7 +32,7 @@ class TileConditions(ShuffledSelection):
 
 
 class Reconstruction:
-    """A `Generator` that encodes a tile to the posterior's mean and decodes it."""
+    """A `Generator` that encodes a tile, uint8 [px, px, 3], to its mean and decodes it."""
 
     mpp: float | None = None
     condition_dim: int | None = None
@@ -50,7 +50,7 @@ class Reconstruction:
             "compute_dtype": "float32",
         }
 
-    def sample(
+    def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None
     ) -> Tiles:
         """Tiles uint8 [B, px, px, 3] from their own values [B, px * px * 3]."""

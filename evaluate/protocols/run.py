@@ -32,14 +32,14 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
     sources = SourceMaker(protocol, command)
     cells = plan_cells(protocol)
     for name in used_sets(protocol):
-        sources.tiles(name)  # a set that is too small is refused before days of generation
+        sources.select_tiles(name)  # a set that is too small is refused before days of generation
     protocol = replace(protocol, deviations=given_deviations(sources))
     say(f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders")
     make_missing(sources, cells)
     store = ResultStore(Path(protocol.out) / "cells")
     measurer = Measurer(protocol, sources, store)
     # What does not belong in one table is refused before hours of measuring.
-    bases = [measurer.basis(cell) for cell in cells]
+    bases = [measurer.cell_basis(cell) for cell in cells]
     _check_tables(protocol, cells, bases)
     results: dict[str, Any]
     if protocol.kind == "memorisation":
@@ -56,6 +56,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
 
 def make_missing(sources: SourceMaker, cells: list[Cell]) -> None:
     """Make images and features that are missing; what is valid is passed over."""
+    # Images need the features that guide them; these are of the whole guiding selection.
     for seen, encoder in sources.conditioning_features():
         sources.make_features(seen, encoder, whole=True)
     for source in made_sources(sources.protocol, cells):
@@ -74,10 +75,11 @@ def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
     ]
     counts = {name: sources.missing_images(name) for name in made_sources(sources.protocol, cells)}
     lines += [
-        f"{source}: {count:,} images into {sources.folder(source)}"
+        f"{source}: {count:,} images into {sources.image_folder(source)}"
         for source, count in counts.items()
         if count
     ]
+    # Features of images that do not exist yet cannot be counted, only announced.
     for seen, encoder in all_features(sources.protocol, cells):
         if counts.get(seen.source):
             view = f" through {seen.view}" if seen.view else ""
@@ -104,7 +106,7 @@ def _measure_cells(
     measured = []
     with meter("measure", len(cells), "comparisons") as shown:
         for cell, basis in zip(cells, bases, strict=True):
-            results = measurer.measure(cell)
+            results = measurer.measure_cell(cell)
             measured.append(asdict(cell) | {"basis": basis, "results": results})
             shown.advance(1, cell.place)
     return measured

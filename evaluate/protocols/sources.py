@@ -33,7 +33,7 @@ from pipeline.dataset.features import FeatureStore, encoder_file, feature_scope,
 
 @dataclass(frozen=True)
 class SelectedTiles:
-    """A source's tiles on disk: the whole selection, and the part that the protocol uses."""
+    """A source's tiles, `px` pixels wide: the whole selection, and the part that is used."""
 
     dataset: Dataset
     whole: Selection
@@ -49,7 +49,7 @@ class ProtocolSources:
         self.images = {images.key: images for images in all_images(protocol)}
         self._tiles: dict[str, SelectedTiles] = {}
 
-    def tiles(self, source: str) -> SelectedTiles:
+    def select_tiles(self, source: str) -> SelectedTiles:
         """The tiles of a set, of images or of reconstructions; the latter two once made.
 
         Raises `UserError` where there are fewer than the protocol requires.
@@ -65,7 +65,7 @@ class ProtocolSources:
     def _find_tiles(self, source: str) -> SelectedTiles:
         spec = self.protocol.sets.get(source)
         if spec is None:
-            dataset = open_dataset(self.folder(source))
+            dataset = open_dataset(self.image_folder(source))
             whole = read_selection(dataset, SELECTION_NAME)
             used = first_images(whole, self.required_images(source), source)
             return SelectedTiles(dataset, whole, used, _tile_px(dataset))
@@ -86,16 +86,16 @@ class ProtocolSources:
         """How many images the protocol uses of a generation or of reconstructions."""
         vae = parse_vae(source)
         if vae:
-            return self.tiles(vae[1]).used.rows
+            return self.select_tiles(vae[1]).used.rows
         spec = self.images[source].spec
-        guided = self.tiles(spec.guidance).used.rows if spec.guidance else 0
+        guided = self.select_tiles(spec.guidance).used.rows if spec.guidance else 0
         return self._required_count(spec.count) or guided
 
-    def folder(self, source: str) -> Path:
+    def image_folder(self, source: str) -> Path:
         """Where the images are: a folder named by all that fixes them, or the given dataset."""
         vae = parse_vae(source)
         if vae:
-            set_tiles = self.tiles(vae[1])
+            set_tiles = self.select_tiles(vae[1])
             return self._named_folder(f"vae-{vae[0]}-{vae[1]}", {
                 "vae": self._model_fingerprint(vae[0]),
                 "px": set_tiles.px,
@@ -106,7 +106,7 @@ class ProtocolSources:
         if spec.dataset:
             return Path(spec.dataset)
         model = self.protocol.models[spec.model]
-        guide = self.tiles(spec.guidance) if spec.guidance else None
+        guide = self.select_tiles(spec.guidance) if spec.guidance else None
         return self._named_folder(source, {
             "model": self._model_fingerprint(spec.model),
             # As configured: `auto` is another dtype on another machine, and stays one folder.
@@ -126,13 +126,13 @@ class ProtocolSources:
 
     def _model_fingerprint(self, name: str) -> str:
         """What a model is, without loading it: its configuration has its weights' sums."""
-        spec = self.model(name)
+        spec = self.find_model(name)
         config = Path(spec.model) / "config.json"
         if config.exists():
             return hashlib.sha256(config.read_bytes()).hexdigest()
         return f"{spec.generator} {spec.model}"
 
-    def model(self, name: str) -> ModelSpec:
+    def find_model(self, name: str) -> ModelSpec:
         """A model's entry. Raises `UserError` where it does not say where the model is."""
         spec = self.protocol.models[name]
         if spec.generator == "own" and not spec.model:
@@ -145,7 +145,7 @@ class ProtocolSources:
         if source in self.protocol.sets:
             return 0
         count = self.required_images(source)
-        dataset = Dataset(self.folder(source))
+        dataset = Dataset(self.image_folder(source))
         if not dataset.selection_file(SELECTION_NAME).exists():
             return count
         # Tables come before tiles, so the selection may name images that are not made yet.
@@ -157,7 +157,7 @@ class ProtocolSources:
 
     def feature_store(self, seen: Seen, encoder: str) -> FeatureStore:
         """The features of a source as seen."""
-        tiles = self.tiles(seen.source)
+        tiles = self.select_tiles(seen.source)
         return FeatureStore(
             tiles.dataset, tile_px=seen.px or tiles.px, encoder=encoder, view=seen.view
         )
@@ -177,7 +177,7 @@ class ProtocolSources:
 
         Raises `UserError` where they have features of other weights or in another dtype.
         """
-        tiles = self.tiles(seen.source)
+        tiles = self.select_tiles(seen.source)
         dataset, px = tiles.dataset, seen.px or tiles.px
         wanted = tiles.whole if whole else tiles.used
         # Without encoder.json nothing was cached: there is no record to compare.

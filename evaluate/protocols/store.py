@@ -37,7 +37,7 @@ class ResultStore:
         self._folder = folder
         self.computed = self.reused = 0
 
-    def get(self, inputs: Mapping[str, object], compute: Callable[[], object]) -> Any:
+    def get_or_compute(self, inputs: Mapping[str, object], compute: Callable[[], object]) -> Any:
         """The result of these inputs, computed where no file has it. Files appear whole."""
         text = json.dumps({"version": VERSION, **inputs}, sort_keys=True)
         path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

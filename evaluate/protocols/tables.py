@@ -52,7 +52,7 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
             # One row for all where their number is the same, else a row for each.
             context_label = f"{context[0]}: {label}" if context[0] in repeated else context[0]
             _add_number(builder, cell, context_label, context[1], kind="control")
-    table = builder.build(name, quantity.title, quantity.better, share=quantity.share)
+    table = builder.build_table(name, quantity.title, quantity.better, share=quantity.share)
     order = {"model": 0, "reference": 1, "control": 2}
     table["rows"].sort(key=lambda row: order[row["kind"]])
     return _with_published(protocol, table)
@@ -119,7 +119,7 @@ def relative_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
             number = _table_number(_above_floor(result) / divisor, sizes)
             _add_number(builder, cell, row_label(cell), number)
     title = f"Fréchet distance above its noise floor, in units of that of “{protocol.relative_to}”"
-    return builder.build("fd_relative", title, "lower")
+    return builder.build_table("fd_relative", title, "lower")
 
 
 _WIDTHS = (
@@ -141,11 +141,12 @@ def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     for cell in (Record(cell, "cells") for cell in cells):
         if cell.text("kind") == "model" and _metric_result(cell, "frechet_distance"):
             groups.setdefault(row_label(cell, without="seed"), []).append(cell)
+    # A single group needs no prefix on its labels.
     for name, models in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
         _add_widths(builder, prefix, models)
         _add_seeds(builder, prefix, models)
-    return builder.build("variability", "Fréchet distance, mean ± standard deviation")
+    return builder.build_table("variability", "Fréchet distance, mean ± standard deviation")
 
 
 def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
@@ -184,6 +185,7 @@ def _with_published(protocol: Protocol, table: Table) -> Table:
     """
     published = Record(protocol.published, "published")
     values = published.part("values").part(table["name"])
+    # Published numbers next to those of a changed protocol would invite a false comparison.
     if protocol.deviations or not values:
         return table
     rows: list[LabelledRow] = []
@@ -212,7 +214,7 @@ def _add_number(
 ) -> None:
     """A cell's number, in the row of that label and in the cell's own column."""
     kind = kind or cell.text("kind")
-    builder.add(kind, label, _column_of(cell), number, cell.text("note", ""))
+    builder.add_number(kind, label, _column_of(cell), number, cell.text("note", ""))
 
 
 def _table_number(

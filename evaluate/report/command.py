@@ -18,6 +18,7 @@ from pipeline.dataset import open_dataset
 
 def report_command(config: ReportConfig) -> int:
     """Run the command; returns the exit status."""
+    # One option for both kinds of results: the file itself says which it is.
     protocol = read_protocol_results(config.results)
     if protocol is not None:
         written = write_protocol_files(protocol, config.out.parent, config.out)
@@ -53,6 +54,7 @@ def write_report(
         open_dataset(real),
         open_dataset(generated),
     )
+    # All is read before the first file is replaced.
     write_text(out, render_page(content))
     if picture_file is None:
         return [out]

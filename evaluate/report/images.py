@@ -34,7 +34,7 @@ def encode_page_png(tile: Tile) -> bytes:
 
 @dataclass(frozen=True)
 class ImagePair:
-    """A generated tile and, where there is one, the real tile that guided it."""
+    """A generated tile, uint8 [px, px, 3], and the real tile that guided it, if any."""
 
     generated: Tile
     generated_name: str
@@ -85,7 +85,7 @@ def _read_source_tile(store: TileStore | None, slide_id: str, rank: int) -> tupl
 
 
 def sample_tiles(dataset: Dataset, selection: Selection, count: int) -> list[Tile]:
-    """A fixed random sample of a selection's tiles, for rows that are not paired."""
+    """A fixed random sample of a selection's tiles, uint8 [px, px, 3], for unpaired rows."""
     order = source_order(selection.rows, selection.content_hash)[:count]
     store = TileStore(dataset, int(identity_value(dataset, "tile_px")))
     index = np.searchsorted(selection.offsets, order, side="right") - 1

@@ -28,6 +28,7 @@ def run_card(results: Record) -> list[tuple[str, str]]:
             "micro_batch",
         )
     )  # fmt: skip
+    # Scale and interval are recorded even where no guidance used them.
     unguided = sampler.get("guidance") == "none"
     weights_sha256 = str(encoder.get("weights_sha256"))[:16]
     return [

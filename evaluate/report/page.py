@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.record import Record
 from common.text import format_number
-from evaluate.compare.results import warning
+from evaluate.compare.results import make_warning
 from evaluate.metrics.registry import METRICS
 from evaluate.report import numbers
 from evaluate.report.images import (
@@ -29,7 +29,7 @@ _DANGERS = VOIDING | {"forced_guidance": "Guidance does not fit the model"}
 
 @dataclass(frozen=True)
 class PageContent:
-    """All that the page and the picture show."""
+    """All that the page and the picture show; tiles are uint8 [px, px, 3]."""
 
     results: Record
     run: RunCurves | None
@@ -83,7 +83,7 @@ def all_warnings(results: Record, run: RunCurves | None) -> list[LevelledWarning
             f"the model was trained on features of {record.get('encoder')} with random weights "
             f"({record.get('weights')}): what it learned from them has no biological meaning"
         )
-        warnings.append({**warning("random_training_encoder", message)})
+        warnings.append({**make_warning("random_training_encoder", message)})
     return with_levels(warnings, _DANGERS)
 
 
@@ -91,6 +91,7 @@ def render_page(content: PageContent) -> str:
     """The page as one HTML string: styles and images inside, no address outside."""
     summary = content.run.summary if content.run else Record({})
     metrics = content.results.part("metrics")
+    # Metrics bring their plots: a new metric needs no change here.
     plots = [
         (metric.plot, draw_svg(metric.plot.bind_result(metrics.part(name))))
         for name, metric in METRICS.items()

@@ -59,7 +59,7 @@ PANELS = (
 
 
 def loss_panels(series: Mapping[str, Series]) -> list[tuple[str, bytes]]:
-    """(title, SVG) of each panel of which the run logged anything."""
+    """(title, SVG bytes) of each panel of which the run logged anything."""
     return [
         (panel.title, draw_svg(partial(draw_curves, shown=shown, title=panel.title)))
         for panel, shown in logged_panels(series)
@@ -77,7 +77,7 @@ def logged_panels(
 
 
 def draw_curves(axes: Axes, shown: Mapping[str, Series], title: str) -> None:
-    """Series over steps: every logged value thin, a running median strong."""
+    """Series (steps ``[n]``, values ``[n]``): every value thin, a running median strong."""
     for colour, (label, (steps, values)) in zip(COLOURS, shown.items(), strict=False):
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(steps, running_median(values), color=colour, linewidth=1.8, label=label)
@@ -90,7 +90,7 @@ def draw_curves(axes: Axes, shown: Mapping[str, Series], title: str) -> None:
 
 
 def running_median(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Median over a window of about a twentieth of the run, shorter at its ends.
+    """Median ``[n]`` over a window of about a twentieth of the run, shorter at its ends.
 
     Fewer than 40 values are shown as they are.
 

@@ -118,6 +118,7 @@ def _source_card(source: Record) -> list[tuple[str, str]]:
         ("Pixels", tiles.text("pixels_sha256", "gone")[:16]),
         ("Blockiness", format_number(tiles.part("blockiness").optional("mean"))),
     ]
+    # A real set was made by no model.
     if is_real:
         return rows
     view = identity.get("guidance_view")

@@ -100,6 +100,7 @@ def steps_plots(results: Record) -> list[ProtocolPlot]:
             values = (point.count("steps"), _frechet_result(cell).number("value"))
             lines.setdefault(point.text("solver", ""), []).append(values)
         lines = {solver: sorted(points) for solver, points in lines.items()}
+        # Real tiles against the same set: what the best sampler could reach.
         reference = _reference_value(results, title, "reference", "frechet_distance", "value")
         svg = draw_svg(
             partial(_draw_steps, lines=lines, reference=reference, title=title), wide=True
@@ -162,6 +163,7 @@ def infinity_plots(results: Record) -> list[ProtocolPlot]:
             caption,
             draw_svg(partial(_draw_infinity, cells=column_cells[:4], title=title)),
         )
+        # Four lines are as many as the colours, and as a reader can tell apart.
         for title, column_cells in _by_column(
             [c for c in cells if _frechet_result(c).part("infinity")]
         )
@@ -193,6 +195,7 @@ def cosine_plots(results: Record) -> list[ProtocolPlot]:
     )
     plots = []
     for title, cells in _by_column(_cells_with(results, "cosine_similarity", "model")):
+        # Only the first row is drawn: more histograms would hide the ceilings.
         cosine = cells[0].part("results").part("cosine_similarity")
         lines = {"own source": cosine.number("mean"), "shuffled": cosine.number("null_mean")}
         for name, control in (("VAE reconstruction", "vae"), ("same slide", "neighbour")):
@@ -229,6 +232,7 @@ def group_plots(results: Record) -> list[ProtocolPlot]:
     for column, cells in _by_column(_cells_with(results, "groups", "model")):
         by_kind = cells[0].part("results").part("groups")
         for kind in by_kind:
+            # More bars than this are not legible on the page.
             groups = by_kind.parts(kind)[:24]
             if len(groups) < 2:
                 continue
@@ -268,6 +272,7 @@ def scenario_plots(results: Record) -> list[ProtocolPlot]:
     plots = []
     cells = _cells_with(results, "frechet_distance", "model", "reference")
     for title, column_cells in _by_column(cells):
+        # What two sets of real tiles show by chance.
         floor = _reference_value(results, title, "floor-tile", "frechet_distance", "value")
         svg = draw_svg(
             partial(_draw_scenarios, cells=column_cells, floor=floor, title=title),
@@ -287,7 +292,7 @@ def _draw_scenarios(axes: Axes, cells: Sequence[Record], floor: float | None, ti
 
 
 def concordance_plots(results: Record) -> list[ProtocolPlot]:
-    """Kendall's tau between encoders: do they rank the rows alike?"""
+    """Kendall's tau, from -1 to 1, between encoders: do they rank the rows alike?"""
     by_encoder: dict[str, dict[tuple[str, str], float]] = {}
     for cell in _cells_with(results, "frechet_distance", "model", "reference", "control"):
         if cell["control"] != "neighbour":
@@ -329,11 +334,12 @@ def draw_ratios(search: Record) -> bytes:
     labels = {"generated": "generated", "val_in": names.text("val_in"),
               "val_out": names.text("val_out")}  # fmt: skip
 
-    def draw(axes: Axes) -> None:
+    def draw_histograms(axes: Axes) -> None:
         lowest = 1.0
         for colour, (key, label) in zip(COLOURS, labels.items(), strict=False):
             histogram = search.part("sets").part(key).part("ratio_histogram")
             edges, counts = (np.array(histogram.numbers(name)) for name in ("edges", "counts"))
+            # Shares, since the sets differ in size.
             shares = counts / max(counts.sum(), 1)
             axes.stairs(shares, edges, color=colour, label=label, linewidth=1.6)
             lowest = min(lowest, edges[np.flatnonzero(counts)[0]])
@@ -343,4 +349,4 @@ def draw_ratios(search: Record) -> bytes:
         axes.set_ylabel("share of tiles")
         axes.legend(loc="upper left")
 
-    return draw_svg(draw)
+    return draw_svg(draw_histograms)

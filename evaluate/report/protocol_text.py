@@ -112,6 +112,7 @@ def _latex_table(protocol: str, table: Record) -> list[str]:
     heads = [
         rf"\multicolumn{{{len(sets)}}}{{c}}{{{escape_latex(encoder)}}}" for encoder in encoders
     ]
+    # Two rows of heads: each encoder over the sets that it was compared on.
     below = [escape_latex(column.text("set")) for column in columns]
     rows, kind_before = [], ""
     for row, values in _texts_by_row(table):

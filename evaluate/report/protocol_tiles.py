@@ -51,7 +51,7 @@ def read_grids(results: Record, count: int) -> list[ImageGrid]:
 
 @dataclass(frozen=True)
 class SuspectTile:
-    """A generated tile and its neighbours (caption, name, tile), and how near they are."""
+    """A generated tile and its neighbours (caption, name, uint8 [px, px, 3]), and how near."""
 
     tiles: list[tuple[str, str, Tile | None]]
     caption: str

@@ -17,7 +17,7 @@ Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A training run: its named series over steps, and summary.json (empty where it has none)."""
+    """A training run: series (steps ``[n]``, values ``[n]``) by name; summary.json or empty."""
 
     path: Path
     series: dict[str, Series] = field(default_factory=dict)

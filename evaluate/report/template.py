@@ -12,7 +12,7 @@ _HERE = Path(__file__).parent
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes of a MIME type as a URI that a page can hold.
+    """Bytes of a MIME type as a URI for a page.
 
     >>> data_uri(b"tile", "image/png")
     'data:image/png;base64,dGlsZQ=='
@@ -22,6 +22,7 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def render_template(name: str, **values: object) -> str:
     """A template of this folder, filled: every value is escaped, a missing one is an error."""
+    # Strict: a missing value is an error, never an empty place on the page.
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,

@@ -23,7 +23,7 @@ COMMANDS = (
     "doctor",
     "run",
 )
-"""In the order of a dataset's life: entries of `stages.STAGES`, or modules of these names.
+"""In the order of a dataset's life: entries of `stages.STAGE_COMMANDS`, or modules of these names.
 
 `import` is a keyword of Python: its module is import_.
 """

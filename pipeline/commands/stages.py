@@ -55,7 +55,7 @@ class StageCommand:
         return int(getattr(import_module(module), name)(*arguments))
 
 
-STAGES = {
+STAGE_COMMANDS = {
     "scan": StageCommand(
         "open slides and record them in slides.parquet", ScanConfig, "pipeline.slides.scan:scan",
         workers="array", is_first=True,

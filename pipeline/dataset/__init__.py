@@ -19,7 +19,7 @@ from pipeline.dataset.identity import (
     read_identity,
     software_versions,
 )
-from pipeline.dataset.journal import Entry, Run, files_present, read_journal
+from pipeline.dataset.journal import Entry, Run, begun_stages, files_present, read_journal
 from pipeline.dataset.layout import (
     BLOCK_ROWS,
     Dataset,
@@ -64,6 +64,7 @@ __all__ = [
     "ShardName",
     "Slide",
     "TileStore",
+    "begun_stages",
     "candidate_count",
     "check_name",
     "check_slide_id",

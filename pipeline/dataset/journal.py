@@ -21,6 +21,9 @@ from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, process_location
 from pipeline.dataset.layout import Dataset, is_inside
 
+STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
+"""The stages that keep journals, in the order of a dataset's life."""
+
 Outcome = Literal["done", "rejected", "failed", "pruned"]
 """`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
 
@@ -186,6 +189,14 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def begun_stages(dataset: Dataset) -> list[str]:
+    """The stages that have a journal folder: the known ones in their order, then others by name."""
+    folder = dataset.root / "status"
+    names = [path.name for path in folder.glob("*") if path.is_dir()]
+    places = {stage: place for place, stage in enumerate(STAGES)}
+    return sorted(names, key=lambda name: (places.get(name, len(STAGES)), name))
 
 
 def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list[Entry]:

@@ -1,12 +1,12 @@
 """The ledger: what a stage's journals say is done, what is missing, what must be withdrawn.
 
-Pure over journal entries: whether an entry's files are on disk is asked of one function, so that
-the rules below can be tested without a dataset.
+It depends only on journal entries and on `is_present`, which says whether the files of an entry
+are on disk, so that the rules below can be tested without a dataset.
 
 - The latest line of a slide in a scope decides which fingerprint is *current*; lines with another
   fingerprint are superseded.
-- Of two lines for the same ranks the later one counts. A failure has no ranks: any later `done` of
-  the slide supersedes it.
+- Of two lines for exactly the same ranks the later one counts. A failure has no ranks: a later
+  `done` of the slide in the same scope supersedes it.
 - A block is *on disk* where a current `done` line covers it and all files of that line are there.
 """
 

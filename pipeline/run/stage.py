@@ -53,8 +53,10 @@ class Stage(ABC, Generic[Item]):
 
     `name` is that of its journal; `label` is the first word of what it prints, `unit` what the
     progress bar counts (slides or tiles), `rate_of` the count that is stated per second, and
-    `packages` those whose versions are recorded. `work` is the worker's function: of one task's
-    arguments, or of a list of them (see `bundles`). `identity` is set by the driver.
+    `packages` those whose versions are recorded, `device` where networks run, `scopes` the parts of
+    the stage that are tracked apart. `work` is the worker's function: of one task's arguments, or
+    of a list of them (see `make_bundles`). `identity` is what `identity_claims` claimed, {} for
+    nothing. The driver calls `list_items` first, then the other methods item by item.
     """
 
     name: str
@@ -85,12 +87,12 @@ class Stage(ABC, Generic[Item]):
 
     @abstractmethod
     def item_fingerprint(self, item: Item) -> str:
-        """Of all that determines the item's output."""
+        """The hash of everything that determines the item's output."""
 
     def reason_to_refuse(
         self, item: Item, fingerprint: str, ledger: Ledger
     ) -> tuple[Outcome, str] | None:
-        """Outcome and reason of an item that cannot be worked on; None where it can."""
+        """Why an item cannot be worked on: `failed` or `rejected`, and the reason; else None."""
         return None
 
     def find_missing(self, item: Item, fingerprint: str, ledger: Ledger) -> Missing:
@@ -124,7 +126,7 @@ class Stage(ABC, Generic[Item]):
 
 
 def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
-    """Do what is missing of a stage; returns the exit status, 1 if any slide failed."""
+    """Make what a stage lacks; returns the exit status, 1 if any slide failed."""
     dataset, versions = stage.dataset, stage_versions(*stage.packages)
     if claims := stage.identity_claims():
         stage.identity = claim_identity(dataset, claims, stage=stage.name, versions=versions)
@@ -147,7 +149,7 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
 def _plan_stage(
     stage: Stage[Item], run_id: str, summary: Summary
 ) -> tuple[list[SlideTask], list[Entry]]:
-    """What is to be done, and the lines to journal before: refusals, and files that are lost."""
+    """The tasks, and the lines to journal first: refusals, and lines that are taken back."""
     ledger = Ledger.read(stage.dataset, stage.name)
     tasks: list[SlideTask] = []
     lines: list[Entry] = []

@@ -15,10 +15,9 @@ from rich.table import Table
 from common.console import say, stdout
 from common.redact import redact
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Ledger, Selection, read_selection
+from pipeline.dataset import Dataset, Entry, Ledger, Selection, begun_stages, read_selection
 from pipeline.upkeep.activity import Running, list_running
 
-_STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 _REASONS_SHOWN = 8
 _BY_SELECTION = ("tile", "cache")
 """Stages that work for selections; a scope of theirs is a tile size, or a kind of features."""
@@ -81,7 +80,7 @@ def read_status(dataset: Dataset) -> Status:
     logs = [path for path in (dataset.root / "status").rglob("*") if not path.is_dir()]
     kinds = Counter({"status": sum(path.stat().st_size for path in logs)})
     selections = [read_selection(dataset, name) for name in dataset.selection_names()]
-    for stage in _STAGES:
+    for stage in begun_stages(dataset):
         ledger = Ledger.read(dataset, stage)
         for scope in ledger.scopes:
             current = ledger[scope].by_slide

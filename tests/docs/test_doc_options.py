@@ -31,7 +31,7 @@ def parser_of(room: str, arguments: list[str]) -> tuple[argparse.ArgumentParser,
     if room == "pipeline":
         return pipeline_door.make_parser(), arguments
     if room == "evaluate":
-        return evaluate_door.parser(), arguments
+        return evaluate_door.make_parser(), arguments
     if arguments[:1] == ["export"]:
         return train_door.export_parser(), arguments[1:]
     return train_door.train_parser(), arguments

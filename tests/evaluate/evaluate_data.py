@@ -196,7 +196,7 @@ class Stripes:
     def identity(self) -> dict[str, Any]:
         return {"model_sha256": self.name, "solver": "none"}
 
-    def sample(
+    def generate_tiles(
         self,
         features: npt.NDArray[np.float32] | None,
         seeds: npt.NDArray[np.int64],
@@ -230,7 +230,7 @@ def make_synthetic(
     for slide in read_slides(dataset):
         rows = read_candidates(dataset, slide.slide_id).num_rows
         images = np.arange(rows) + int(slide.slide_id.removeprefix("gen-")) * 1024
-        found = guidance.features(images // request.get("variations", 1))
+        found = guidance.read_features(images // request.get("variations", 1))
         noise = 0.1 * random_features(slide.slide_id, rows) + np.float32(shift)
         features[slide.slide_id] = noise if found is None else found + noise
     write_features(dataset, features, record)

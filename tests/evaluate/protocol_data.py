@@ -108,7 +108,7 @@ def make_all(protocol: Protocol) -> SourceMaker:
             _write_generated(sources, seen, encoder)
     for source in made_sources(protocol, cells):
         if sources.missing_images(source):
-            sources.generate(source, ALONE)
+            sources.generate_images(source, ALONE)
     for seen, encoder in all_features(protocol, cells):
         if sources.missing_features(seen, encoder):
             _write_generated(sources, seen, encoder)
@@ -117,7 +117,7 @@ def make_all(protocol: Protocol) -> SourceMaker:
 
 def _write_generated(sources: SourceMaker, seen: Seen, encoder: str) -> None:
     """Features of images, or of tiles through a view: their source's own, noisy and shifted."""
-    tiles = sources.tiles(seen.source)
+    tiles = sources.select_tiles(seen.source)
     store = FeatureStore(Dataset(Path(sources.protocol.dataset)), tile_px=PX, encoder=encoder)
     noise = 0.05 if seen.source.startswith("vae:") else 0.3
     found = {}

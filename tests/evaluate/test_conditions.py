@@ -13,7 +13,7 @@ from evaluate.generate.conditions import (
     Reference,
     conditions_between,
     each_alone,
-    interpolate,
+    interpolate_features,
     mean_of,
 )
 from evaluate.generate.options import parse_factors
@@ -37,7 +37,7 @@ def guided_by(conditions: list, tiles: list[Reference]) -> ConditionList:
 def test_slerp_is_scipys_on_the_sphere(seed: int, factor: float) -> None:
     a, b = (v / np.linalg.norm(v.astype(np.float64)) for v in vectors(seed).astype(np.float64))
     expected = geometric_slerp(a, b, [factor])[0]
-    found = interpolate(a.astype(np.float32), b.astype(np.float32), factor, "slerp")
+    found = interpolate_features(a.astype(np.float32), b.astype(np.float32), factor, "slerp")
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -46,30 +46,35 @@ def test_both_ways_lead_from_one_end_to_the_other_and_back(
     seed: int, factor: float, kind: str
 ) -> None:
     a, b = vectors(seed)
-    np.testing.assert_array_equal(interpolate(a, b, 0, kind), a)
-    np.testing.assert_allclose(interpolate(a, b, 1, kind), b, atol=1e-6)
-    forth, back = interpolate(a, b, factor, kind), interpolate(b, a, 1 - factor, kind)
+    np.testing.assert_array_equal(interpolate_features(a, b, 0, kind), a)
+    np.testing.assert_allclose(interpolate_features(a, b, 1, kind), b, atol=1e-6)
+    forth, back = (
+        interpolate_features(a, b, factor, kind),
+        interpolate_features(b, a, 1 - factor, kind),
+    )
     np.testing.assert_allclose(forth, back, atol=1e-5)
 
 
 def test_lerp_is_the_straight_line() -> None:
     a, b = vectors(3)
-    np.testing.assert_allclose(interpolate(a, b, 0.25, "lerp"), 0.75 * a + 0.25 * b, atol=1e-6)
+    np.testing.assert_allclose(
+        interpolate_features(a, b, 0.25, "lerp"), 0.75 * a + 0.25 * b, atol=1e-6
+    )
 
 
 def test_slerp_of_one_direction_does_not_divide_by_zero() -> None:
     a = vectors(1)[0]
-    np.testing.assert_allclose(interpolate(a, 2 * a, 0.5, "slerp"), 1.5 * a, rtol=1e-6)
+    np.testing.assert_allclose(interpolate_features(a, 2 * a, 0.5, "slerp"), 1.5 * a, rtol=1e-6)
 
 
 def test_ways_that_are_not_defined_are_refused() -> None:
     a = vectors(1)[0]
     with pytest.raises(UserError, match="opposite"):
-        interpolate(a, -a, 0.5, "slerp")
+        interpolate_features(a, -a, 0.5, "slerp")
     with pytest.raises(UserError, match="zero and has no direction; use --kind lerp"):
-        interpolate(a, 0 * a, 0.5, "slerp")
+        interpolate_features(a, 0 * a, 0.5, "slerp")
     with pytest.raises(UserError, match=r"outside \[0, 1\]"):
-        interpolate(a, a, 1.5, "lerp")
+        interpolate_features(a, a, 1.5, "lerp")
     for text in ("", "a", "0.2,1.2", "nan"):
         with pytest.raises(UserError, match="numbers from 0 to 1"):
             parse_factors(text)
@@ -91,8 +96,8 @@ def test_a_mean_has_no_single_source_and_a_tile_has() -> None:
     (mean,) = mean_of(tiles)
     expected = np.mean([tile.feature.astype(np.float64) for tile in tiles], axis=0)
     np.testing.assert_allclose(mean.feature, expected, rtol=1e-6)
-    assert guided_by([mean], tiles).sources(np.array([0, 0])).slide_ids == [None, None]
-    sources = guided_by(each_alone(tiles), tiles).sources(np.array([2, 0]))
+    assert guided_by([mean], tiles).source_tiles(np.array([0, 0])).slide_ids == [None, None]
+    sources = guided_by(each_alone(tiles), tiles).source_tiles(np.array([2, 0]))
     assert (sources.slide_ids, sources.ranks.tolist()) == (["A", "A"], [2, 0])
 
 

@@ -65,7 +65,7 @@ def test_a_pixel_of_a_tile_is_a_pixel_of_the_png_and_bytes_are_the_same_every_ti
 @pytest.fixture
 def guided(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> tuple[Dataset, Dataset]:
     real = evaluate_real()
-    guidance = SelectionConditions.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(real, "train", "h0-mini")
     request = Request(out=tmp_path / "syn", conditions=4, variations=5)
     generate(Stripes(), guidance, request, ALONE)
     return real, Dataset(tmp_path / "syn")
@@ -84,7 +84,7 @@ def test_figure_2_has_the_real_tile_and_its_own_variations(
         expected = real_tile(source["source_slide_id"], source["source_rank"])
         assert (row[0] == expected).all()
         for k in range(5):
-            assert (row[k + 1] == made.tile(5 * number + k)).all()
+            assert (row[k + 1] == made.read_tile(5 * number + k)).all()
     with pytest.raises(UserError, match="give --guidance DATASET"):
         variations_sheet(GeneratedTiles(syn), 8, 5)
     claim_identity(real, {"seed": 1}, stage="scan", versions={})
@@ -116,7 +116,7 @@ def test_figure_3_has_each_pairs_real_tiles_at_both_ends(tmp_path: Path) -> None
         assert (row[0] == ends[first].tile).all()
         assert (row[-1] == ends[second].tile).all()
         for place in range(4):
-            assert (row[place + 1] == made.tile((4 * pair + place) * 2 + variation)).all()
+            assert (row[place + 1] == made.read_tile((4 * pair + place) * 2 + variation)).all()
 
 
 def test_figure_1_is_one_command_and_says_what_it_must_not_hide(

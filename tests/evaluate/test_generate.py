@@ -35,7 +35,7 @@ from pipeline.dataset.features import FeatureStore
 
 @pytest.fixture
 def run(evaluate_real: Callable[..., Dataset], tmp_path: Path) -> Callable[..., GenerationOutcome]:
-    guidance = SelectionConditions.open(evaluate_real(), "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(evaluate_real(), "train", "h0-mini")
 
     def call(
         out: str = "syn", *, generator: Stripes | None = None, **request: Any
@@ -88,7 +88,7 @@ def test_the_same_ranks_of_another_dataset_are_other_tiles(
 ) -> None:
     other = evaluate_real(name="other")
     claim_identity(other, {"seed": 1}, stage="scan", versions={})
-    guidance = SelectionConditions.open(other, "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(other, "train", "h0-mini")
     run()
     with pytest.raises(UserError, match=GUIDING_FINGERPRINT):
         generate(Stripes(), guidance, Request(out=tmp_path / "syn"), ALONE)
@@ -258,4 +258,4 @@ def test_guidance_without_features_names_the_cache_command(
     evaluate_real: Callable[..., Dataset],
 ) -> None:
     with pytest.raises(UserError, match=r"pipeline cache .* --encoder uni2-h --selection train`"):
-        SelectionConditions.open(evaluate_real(), "train", "uni2-h")
+        SelectionConditions.open_selection(evaluate_real(), "train", "uni2-h")

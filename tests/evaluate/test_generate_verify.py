@@ -22,7 +22,7 @@ def verify(dataset: Dataset, capsys: pytest.CaptureFixture[str], *more: str) -> 
 def test_every_file_is_covered_and_made_again_when_lost(
     evaluate_real: Callable[..., Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guidance = SelectionConditions.open(evaluate_real(), "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(evaluate_real(), "train", "h0-mini")
     request = Request(out=tmp_path / "syn", mpp=0.5)
     generate(Stripes(), guidance, request, ALONE)
     dataset = Dataset(tmp_path / "syn")
@@ -58,7 +58,7 @@ def test_prune_leaves_a_synthetic_dataset_and_its_uncovered_tables_alone(
     evaluate_real: Callable[..., Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also one of an older release, whose tables no journal line names."""
-    guidance = SelectionConditions.open(evaluate_real(), "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(evaluate_real(), "train", "h0-mini")
     generate(Stripes(), guidance, Request(out=tmp_path / "syn"), ALONE)
     dataset = Dataset(tmp_path / "syn")
     for journal in dataset.status_dir("generate").iterdir():

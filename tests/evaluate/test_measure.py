@@ -25,7 +25,7 @@ from evaluate.metrics import (
     manifold,
     precision_recall,
 )
-from evaluate.metrics.blockiness import blockiness
+from evaluate.metrics.blockiness import measure_blockiness
 from evaluate.metrics.metric import MetricSettings
 from evaluate.report.images import read_tile_pairs
 from evaluate.report.page import all_warnings
@@ -47,12 +47,14 @@ def real(evaluate_real: Callable[..., Dataset]) -> Dataset:
 
 @pytest.fixture
 def synthetic(real: Dataset, tmp_path: Path) -> Dataset:
-    return make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
+    return make_synthetic(
+        tmp_path / "syn", SelectionConditions.open_selection(real, "train", "h0-mini")
+    )
 
 
 def sides(real: Dataset, synthetic: Dataset) -> tuple[FeatureSide, FeatureSide]:
-    first = FeatureSide.open(real.root, "train", "h0-mini", like=None)
-    return first, FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
+    first = FeatureSide.open_selection(real.root, "train", "h0-mini", like=None)
+    return first, FeatureSide.open_selection(synthetic.root, "generated", "h0-mini", like=first)
 
 
 def test_the_numbers_are_those_of_the_metrics_on_the_cached_features(
@@ -79,8 +81,8 @@ def test_the_cosine_pairs_each_image_with_its_own_source(real: Dataset, syntheti
     assert cosine["mean"] > 0.98 > 0.9 > cosine["null_mean"]
     assert cosine["retrieval_at_1"] == 1.0
     assert sum(cosine["histogram"]["counts"]) == 62
-    guidance = SelectionConditions.open(real, "train", "h0-mini")
-    sources = guidance.features(np.arange(62))
+    guidance = SelectionConditions.open_selection(real, "train", "h0-mini")
+    sources = guidance.read_features(np.arange(62))
     assert cosine["mean"] == pytest.approx(cosine_similarity(sources, second.features).mean)
 
 
@@ -150,7 +152,9 @@ def test_what_a_metric_says_against_itself_reaches_the_warnings(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real()
-    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(
+        tmp_path / "syn", SelectionConditions.open_selection(real, "train", "h0-mini")
+    )
     first, second = sides(real, synthetic)
     first.features[:, 4] = 0.5
     settings = MetricSettings(draws=0, fld_seeds=(0,))
@@ -186,13 +190,15 @@ def test_fewer_tiles_than_dimensions_is_a_warning(
     evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real({"A": 12}, name="small")
-    synthetic = make_synthetic(tmp_path / "syn", SelectionConditions.open(real, "train", "h0-mini"))
+    synthetic = make_synthetic(
+        tmp_path / "syn", SelectionConditions.open_selection(real, "train", "h0-mini")
+    )
     codes = {one["code"] for one in measure(*sides(real, synthetic))["warnings"]}
     assert "fewer_tiles_than_dimensions" in codes
 
 
 def test_halves_of_the_real_tiles_are_disjoint_and_close(real: Dataset) -> None:
-    side = FeatureSide.open(real.root, "train", "h0-mini", like=None)
+    side = FeatureSide.open_selection(real.root, "train", "h0-mini", like=None)
     halves = real_halves(side)
     assert halves is not None
     assert halves["frechet_distance"]["n_real"] == halves["frechet_distance"]["n_generated"] == 31
@@ -206,15 +212,15 @@ def test_the_floor_is_taken_by_the_settings_of_the_numbers_above_it(
     results = measure(*sides(real, synthetic), settings=MetricSettings(draws=0, k=5))
     assert results["metrics"]["precision_recall"]["k"] == 5
     assert results["references"]["real_vs_real"]["precision_recall"]["k"] == 5
-    side = FeatureSide.open(real.root, "train", "h0-mini", like=None)
+    side = FeatureSide.open_selection(real.root, "train", "h0-mini", like=None)
     assert real_halves(side, MetricSettings(k=31)) is None  # a smaller k would be another number
 
 
 def test_a_selection_too_small_to_measure_is_refused(real: Dataset, synthetic: Dataset) -> None:
     few: Selection = make_selection("few", {"C-2": np.arange(3, dtype=np.int32)}, {})
     write_selection(real, new_run_id(), few)
-    first = FeatureSide.open(real.root, "few", "h0-mini", like=None)
-    second = FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
+    first = FeatureSide.open_selection(real.root, "few", "h0-mini", like=None)
+    second = FeatureSide.open_selection(synthetic.root, "generated", "h0-mini", like=first)
     with pytest.raises(UserError, match="few has 3 tiles, at least 8"):
         measure(first, second)
 
@@ -261,16 +267,16 @@ def test_the_battery_carries_n_seeds_and_widths(real: Dataset, synthetic: Datase
 
 def test_sums_are_of_the_tiles_themselves(real: Dataset, synthetic: Dataset) -> None:
     first, second = sides(real, synthetic)
-    tiles = first.described()["tiles"]
+    tiles = first.describe_side()["tiles"]
     store = TileStore(real, PX)
     digest = hashlib.sha256()
     for slide_id, ranks in first.selection.items():
         for tile in store.read(slide_id, ranks):
             digest.update(tile.tobytes())
     assert tiles["pixels_sha256"] == digest.hexdigest()
-    assert tiles["files_sha256"] != second.described()["tiles"]["files_sha256"]
+    assert tiles["files_sha256"] != second.describe_side()["tiles"]["files_sha256"]
     next(real.tiles_dir(PX).glob("C-2*.tar")).unlink()
-    gone = first.described()["tiles"]
+    gone = first.describe_side()["tiles"]
     assert gone["pixels_sha256"] is None
     assert "C-2" in gone["missing"]
 
@@ -298,12 +304,12 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, "JPEG", quality=70)
     compressed = np.array(Image.open(buffer))
-    assert abs(blockiness(tile) - 1) < 0.03
-    assert blockiness(compressed) > 1.15
-    assert abs(blockiness(compressed[3:-5, 3:-5]) - 1) < 0.1  # another slide's grid
-    assert blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
+    assert abs(measure_blockiness(tile) - 1) < 0.03
+    assert measure_blockiness(compressed) > 1.15
+    assert abs(measure_blockiness(compressed[3:-5, 3:-5]) - 1) < 0.1  # another slide's grid
+    assert measure_blockiness(np.full((64, 64, 3), 7, np.uint8)) == 1.0
     with pytest.raises(ValueError, match="32 px or more"):
-        blockiness(np.zeros((16, 16, 3), np.uint8))
+        measure_blockiness(np.zeros((16, 16, 3), np.uint8))
 
 
 def test_distances_are_computed_on_the_device_that_was_asked_for(

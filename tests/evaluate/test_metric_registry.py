@@ -39,7 +39,7 @@ FAR = WarningKind("far", "the means are {distance:.1f} apart")
 
 def compute(pair, settings):
     distance = float(np.linalg.norm(pair.real.mean(0) - pair.generated.mean(0)))
-    warnings = [FAR.format(distance=distance)] if distance > 1 else []
+    warnings = [FAR.format_sentence(distance=distance)] if distance > 1 else []
     return {"value": distance, "n_generated": len(pair.generated), "warnings": warnings}
 
 
@@ -86,10 +86,10 @@ def test_a_new_module_is_in_results_report_warnings_and_tables(
     toy_metric: str, evaluate_real: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     real = evaluate_real()
-    guidance = SelectionConditions.open(real, "train", "h0-mini")
+    guidance = SelectionConditions.open_selection(real, "train", "h0-mini")
     synthetic = make_synthetic(tmp_path / "syn", guidance, shift=2.0)
-    first = FeatureSide.open(real.root, "train", "h0-mini", like=None)
-    second = FeatureSide.open(synthetic.root, "generated", "h0-mini", like=first)
+    first = FeatureSide.open_selection(real.root, "train", "h0-mini", like=None)
+    second = FeatureSide.open_selection(synthetic.root, "generated", "h0-mini", like=first)
     results = measure(first, second, settings=MetricSettings(draws=0, kid_subsets=2))
     write_results(tmp_path / "results.json", results)
 
@@ -139,9 +139,13 @@ def test_every_sentence_that_a_metric_says_has_a_kind_with_a_code() -> None:
         codes = [kind.code for kind in metric.warnings]
         assert len(codes) == len(set(codes))
         for kind in metric.warnings:
-            assert [other for other in metric.warnings if other.matches(kind.template)] == [kind]
+            assert [
+                other for other in metric.warnings if other.matches_sentence(kind.template)
+            ] == [kind]
     (singular,) = (k for k in METRICS["frechet_distance"].warnings if k.covered_by)
-    said = {"frechet_distance": {"warnings": [singular.format(rows=3, side="real", dim=9)]}}
+    said = {
+        "frechet_distance": {"warnings": [singular.format_sentence(rows=3, side="real", dim=9)]}
+    }
     assert len(metric_warnings([("", said)], [])) == 1
     known = [{"code": singular.covered_by, "message": ""}]
     assert metric_warnings([("", said)], known) == []

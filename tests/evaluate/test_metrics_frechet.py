@@ -169,7 +169,7 @@ def test_symmetric_non_negative_and_invariant_to_rotation_and_order(n, m, d, see
 def test_moments_are_the_same_in_any_grouping_and_equal_numpys():
     rows = features(5000, 12, 17, shift=50.0)  # more than a chunk
     rows = rows[np.argsort(rows[:, 0])]  # sorted: blocks with unlike means
-    whole = Moments.of(rows)
+    whole = Moments.from_rows(rows)
     parts = Moments(12)
     for part in np.split(rows, [0, 1, 700, 4999]):
         parts.merge(Moments(12).update(part))
@@ -177,7 +177,7 @@ def test_moments_are_the_same_in_any_grouping_and_equal_numpys():
         assert moments.n == 5000
         np.testing.assert_allclose(moments.mean, rows.mean(0), rtol=1e-13)
         np.testing.assert_allclose(moments.covariance, np.cov(rows, rowvar=False), rtol=1e-11)
-    other = Moments.of(features(400, 12, 18))
+    other = Moments.from_rows(features(400, 12, 18))
     assert frechet_distance_of_moments(whole, other).value == pytest.approx(
         frechet_distance(rows, features(400, 12, 18)).value, rel=1e-12
     )
@@ -185,7 +185,7 @@ def test_moments_are_the_same_in_any_grouping_and_equal_numpys():
 
 def test_moments_alone_answer_also_for_too_few_rows():
     real, generated = features(20, 30, 19), features(25, 30, 20)
-    found = frechet_distance_of_moments(Moments.of(real), Moments.of(generated))
+    found = frechet_distance_of_moments(Moments.from_rows(real), Moments.from_rows(generated))
     assert found.value == pytest.approx(frechet_distance(real, generated).value, rel=1e-6)
     assert len(found.warnings) == 2
 
@@ -219,9 +219,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(real, generated, message
 
 def test_moments_refuse_what_has_no_covariance_or_another_dimension():
     with pytest.raises(UserError, match="at least 2 rows, 1 came"):
-        frechet_distance_of_moments(Moments.of(np.ones((1, 3))), Moments.of(features(9, 3)))
+        frechet_distance_of_moments(
+            Moments.from_rows(np.ones((1, 3))), Moments.from_rows(features(9, 3))
+        )
     with pytest.raises(UserError, match="real moments have 3 dimensions, generated 4"):
-        frechet_distance_of_moments(Moments.of(features(9, 3)), Moments.of(features(9, 4)))
+        frechet_distance_of_moments(
+            Moments.from_rows(features(9, 3)), Moments.from_rows(features(9, 4))
+        )
     with pytest.raises(UserError, match="expected features of 3 dimensions, got 4"):
         Moments(3).update(features(9, 4))
     with pytest.raises(UserError, match="max_generated is 1"):

@@ -19,7 +19,7 @@ batches = st.integers(1, 70)
 
 
 def indices(units: list[Unit]) -> list[int]:
-    return [unit.image(rank) for unit in units for rank in range(unit.start, unit.stop)]
+    return [unit.image_index(rank) for unit in units for rank in range(unit.start, unit.stop)]
 
 
 @given(images, batches)
@@ -28,7 +28,7 @@ def test_units_hold_every_image_once_and_begin_on_blocks(count: int, batch: int)
     assert indices(units) == list(range(count))
     assert all(unit.start % BLOCK_ROWS == 0 for unit in units)
     assert all(unit.stop % BLOCK_ROWS == 0 or unit == units[-1] for unit in units)
-    assert all(unit.count <= unit_images(batch) for unit in units)
+    assert all(unit.image_count <= unit_images(batch) for unit in units)
 
 
 @given(images, batches)
@@ -65,14 +65,14 @@ def test_only_the_end_of_the_guidance_cuts_a_block(count: int, more: int) -> Non
 @given(images, batches)
 def test_an_image_keeps_its_row_whatever_part_it_is_made_in(count: int, batch: int) -> None:
     for unit in plan_units(count, batch)[:3]:
-        for part in (unit, Unit(unit.slide, unit.start + unit.count // 2, unit.stop)):
+        for part in (unit, Unit(unit.slide, unit.start + unit.image_count // 2, unit.stop)):
             kept = []
             for call in micro_batches(part, batch):
                 assert call.images.shape == (batch,)
                 for row in range(call.begin, call.end):
                     assert call.images[row] % IMAGES_PER_SLIDE % batch == row
                 kept += call.images[call.begin : call.end].tolist()
-            assert kept == [part.image(rank) for rank in range(part.start, part.stop)]
+            assert kept == [part.image_index(rank) for rank in range(part.start, part.stop)]
 
 
 @given(st.integers(1, 500))

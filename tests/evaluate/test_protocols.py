@@ -32,7 +32,7 @@ from evaluate.metrics import cosine_similarity, frechet_distance
 from evaluate.metrics.registry import METRICS
 from evaluate.protocols import cells as cells_module
 from evaluate.protocols.cells import Measurer
-from evaluate.protocols.comparable import basis, check_sides, check_table
+from evaluate.protocols.comparable import check_sides, check_table, number_basis
 from evaluate.protocols.config import load_protocol, protocol_names
 from evaluate.protocols.controls import (
     grouped_distances,
@@ -175,12 +175,12 @@ def test_numbers_are_those_of_the_metrics(world: Path, table2: dict[str, Any]) -
     (cell,) = cells(table2, label="Guidance tiles", encoder="uni2-h", column="val-out")
     protocol = toy(world, "table2", f"encoders=[{','.join(ENCODERS)}]")
     on_disk = SourceMaker(protocol)
-    used = {name: on_disk.tiles(name).used for name in ("guidance", "val-out")}
+    used = {name: on_disk.select_tiles(name).used for name in ("guidance", "val-out")}
     assert used["guidance"].rows == COUNT
     assert cell["results"]["frechet_distance"]["n_generated"] == COUNT
     from pipeline.dataset.features import FeatureStore
 
-    store = FeatureStore(on_disk.tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
+    store = FeatureStore(on_disk.select_tiles("val-out").dataset, tile_px=32, encoder="uni2-h")
     real, made = (store.read_selection(used[name]) for name in ("val-out", "guidance"))
     expected = frechet_distance(real, made)
     assert cell["results"]["frechet_distance"]["value"] == expected.value
@@ -278,7 +278,10 @@ def test_images_in_another_dtype_are_made_anew_and_never_mixed(world: Path, tmp_
     make_all(half)
     on_disk = SourceMaker(full)
     assert on_disk.missing_images("from-conditioning") == COUNT
-    shutil.move(SourceMaker(half).folder("from-conditioning"), on_disk.folder("from-conditioning"))
+    shutil.move(
+        SourceMaker(half).image_folder("from-conditioning"),
+        on_disk.image_folder("from-conditioning"),
+    )
     with pytest.raises(UserError, match=r"dtype is 'bfloat16' in .*asks for 'float32'"):
         run_protocol(full)
 
@@ -294,7 +297,10 @@ def test_the_guiding_dataset_is_in_the_names_of_images_and_of_neighbours(
         measurer = Measurer(protocol, on_disk, ResultStore(tmp_path / "cells"))
         search = CopySearch(measurer, "uni2-h", "from-guidance")
         sources = ("from-guidance", vae_key("model", "val-in"))
-        return [*(str(on_disk.folder(one)) for one in sources), str(search.train_fingerprint())]
+        return [
+            *(str(on_disk.image_folder(one)) for one in sources),
+            str(search.train_fingerprint()),
+        ]
 
     before = marks()
     assert marks() == before
@@ -310,7 +316,7 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
     key = "generations.from-conditioning"
     made = toy(world, "table3", *where, f"{key}.steps=3", f"{key}.seed=7", f"{key}.scale=1.5")
     make_all(made)
-    syn = SourceMaker(made).folder("from-conditioning")
+    syn = SourceMaker(made).image_folder("from-conditioning")
     given = toy(world, "table3", *where, f"{key}.dataset={syn}", f"{key}.steps=250")
     assert not [name for name in given.deviations if name.startswith(key)]
     results = run_protocol(given)
@@ -332,8 +338,8 @@ def test_how_given_images_were_made_is_held_against_the_protocol(
 
 def test_a_table_holds_only_what_belongs_together() -> None:
     n = {"n_real": 5, "n_generated": 5, "k": 3}
-    first = basis(record_of("uni2-h"), record_of("uni2-h"), n)
-    other = basis(record_of("inception-v3"), record_of("inception-v3"), n)
+    first = number_basis(record_of("uni2-h"), record_of("uni2-h"), n)
+    other = number_basis(record_of("inception-v3"), record_of("inception-v3"), n)
     check_table("t", [("a", first), ("b", first), ("c", other)], [])
     for key, value in (
         ("weights_sha256", "x"), ("resize", "tf1"), ("compute_dtype", "bfloat16"),
@@ -568,7 +574,7 @@ def test_floors_have_the_k_of_the_rows_that_they_stand_under(world: Path, tmp_pa
         protocol = toy(world, "table2", "encoders=[uni2-h]", *more)
         measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path / "cells"))
         floors = [cell for cell in plan_cells(protocol) if cell.control.startswith("floor")]
-        found = [measurer.measure(cell)["precision_recall"]["k"] for cell in floors]
+        found = [measurer.measure_cell(cell)["precision_recall"]["k"] for cell in floors]
         assert found == [k] * 4
 
 
@@ -580,7 +586,7 @@ def test_the_floor_by_patient_is_kept_under_the_patients(world: Path, tmp_path: 
 
     def measured() -> dict[str, Any]:
         store = ResultStore(tmp_path / "cells")
-        return Measurer(protocol, SourceMaker(protocol), store).measure(cell)
+        return Measurer(protocol, SourceMaker(protocol), store).measure_cell(cell)
 
     assert measured()["labels"] == 4
     slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(real)]
@@ -599,7 +605,10 @@ def test_a_protocol_measures_on_its_device_and_names_only_fld_by_it(
         chosen = torch.device(device)
         monkeypatch.setattr(cells_module, "choose_device", lambda *_, chosen=chosen, **__: chosen)
         measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path))
-        opened = {name: measurer.side(seen, cell.encoder) for name, seen in cell.sides().items()}
+        opened = {
+            name: measurer.open_side(seen, cell.encoder)
+            for name, seen in cell.compared_sides().items()
+        }
         pair = measurer._make_pair(cell, opened)
         assert pair.device == device
         names[device] = [
@@ -631,12 +640,12 @@ def test_groups_are_measured_apart() -> None:
 
 def test_a_result_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
-    assert store.get({"a": 1}, lambda: [1.5]) == [1.5]
-    assert store.get({"a": 1}, lambda: pytest.fail("computed again")) == [1.5]
-    assert store.get({"a": 2}, lambda: {"x": None}) == {"x": None}
+    assert store.get_or_compute({"a": 1}, lambda: [1.5]) == [1.5]
+    assert store.get_or_compute({"a": 1}, lambda: pytest.fail("computed again")) == [1.5]
+    assert store.get_or_compute({"a": 2}, lambda: {"x": None}) == {"x": None}
     next(tmp_path.glob("*.json")).write_text('{"inputs": {"a"')  # a full disk
-    store.get({"a": 1}, lambda: [1.5])
-    store.get({"a": 2}, lambda: {"x": None})
+    store.get_or_compute({"a": 1}, lambda: [1.5])
+    store.get_or_compute({"a": 2}, lambda: {"x": None})
     assert (store.computed, store.reused) == (3, 2)
 
 

@@ -58,15 +58,15 @@ def test_an_image_is_its_seeds_and_features_own(
     generator = opened.make(settings_for(name.split()[0], {"steps": 2}))
     assert (generator.condition_dim, generator.tile_px) == (dim, px)
     rows = features(dim)
-    tiles = generator.sample(rows, SEEDS)
+    tiles = generator.generate_tiles(rows, SEEDS)
     assert tiles.shape == (4, px, px, 3)
     assert tiles.dtype == np.uint8
     assert len({tile.tobytes() for tile in tiles}) == 4
     order = [2, 0, 3, 1]
-    moved = generator.sample(rows[order], SEEDS[order]).astype(int)
+    moved = generator.generate_tiles(rows[order], SEEDS[order]).astype(int)
     assert np.abs(moved - tiles[order]).max() <= 1  # rows of a batch may round differently
-    assert (generator.sample(rows, SEEDS) == tiles).all()
-    free = generator.sample(None, SEEDS)
+    assert (generator.generate_tiles(rows, SEEDS) == tiles).all()
+    free = generator.generate_tiles(None, SEEDS)
     assert free.shape == tiles.shape
     assert (free != tiles).any()
     identity = generator.identity()

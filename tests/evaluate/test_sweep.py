@@ -29,8 +29,8 @@ def test_the_last_key_turns_fastest() -> None:
     assert [point.name for point in points] == [
         "steps-20_solver-sde", "steps-20_solver-ode", "steps-50_solver-sde", "steps-50_solver-ode"
     ]  # fmt: skip
-    assert points[1].settings() == {"steps": 20, "solver": "ode"}
-    assert parse_sweep(["scale=2.5"])[0].settings() == {"guidance_scale": 2.5}
+    assert points[1].sampler_settings() == {"steps": 20, "solver": "ode"}
+    assert parse_sweep(["scale=2.5"])[0].sampler_settings() == {"guidance_scale": 2.5}
 
 
 @pytest.mark.parametrize(

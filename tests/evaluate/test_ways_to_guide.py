@@ -79,16 +79,18 @@ def test_interpolation_between_cached_tiles_and_its_figure(
 
 
 def test_means_are_of_the_selections_features(real: Dataset) -> None:
-    selection = SelectionConditions.open(real, "train", "h0-mini")
+    selection = SelectionConditions.open_selection(real, "train", "h0-mini")
     chosen = read_selection(real, "train")
     store = FeatureStore(real, tile_px=DOOR_PX, encoder="h0-mini")
     everything = store.read_selection(chosen).astype(np.float64)
     whole, slides = mean_conditions(selection, "all"), mean_conditions(selection, "slide")
     assert (whole.count, slides.count) == (1, len(chosen.slide_ids))
     np.testing.assert_allclose(
-        whole.features(np.array([0]))[0], everything.mean(axis=0), rtol=1e-5, atol=1e-6
+        whole.read_features(np.array([0]))[0], everything.mean(axis=0), rtol=1e-5, atol=1e-6
     )
-    for row, (slide_id, ranks) in zip(slides.features(np.arange(2)), chosen.items(), strict=True):
+    for row, (slide_id, ranks) in zip(
+        slides.read_features(np.arange(2)), chosen.items(), strict=True
+    ):
         mean = store.read(slide_id, ranks).mean(axis=0)
         np.testing.assert_allclose(row, mean, rtol=1e-5, atol=1e-6)
 

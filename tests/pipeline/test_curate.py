@@ -221,7 +221,7 @@ def test_missing_features_are_named_before_anything_is_written(dataset, tmp_path
          "of 4 patients, fewer than 5 folds"),
         ([(f"s{i:02d}", 0, "usable" if i else "artifact") for i in range(20)],
          "all artifact tiles are of one patient"),
-        ([], "holds no label"),
+        ([], "has no label"),
     ],
 )  # fmt: skip
 def test_bad_labels_are_refused(dataset, tmp_path, rows, words):

@@ -126,7 +126,7 @@ def test_a_slide_that_goes_bad_after_scan_fails_with_its_coordinates(
     shutil.copy2(SLIDE, folder / "bad.svs")
     assert main(["tile", *run]) == 0
     tiles = TileStore(Dataset(root), 224)
-    good_tiles, bad_tiles = (tiles.blocks(name) for name in ("good", "bad"))
+    good_tiles, bad_tiles = (tiles.recorded_blocks(name) for name in ("good", "bad"))
     assert good_tiles == bad_tiles
 
 

@@ -103,7 +103,7 @@ def test_pruned_then_needed_again_is_as_never_pruned(two_shards, capsys):
     gone = before.keys() - digest(two_shards.root).keys()
     assert {Path(name).suffix for name in gone} == {".tar", ".idx"}
     assert all(f"{SLIDE}.16-" in name for name in gone)
-    assert TileStore(two_shards, 224).blocks(SLIDE) == {0}
+    assert TileStore(two_shards, 224).recorded_blocks(SLIDE) == {0}
     with pytest.raises(UserError, match="pipeline tile"):
         TileStore(two_shards, 224).read(SLIDE, [20])
     # The features' single file holds block 0, which is needed: it stays whole.
@@ -165,7 +165,7 @@ def test_killed_between_the_line_and_the_files(two_shards, monkeypatch, capsys, 
     monkeypatch.undo()
     assert run(two_shards, "verify") == 0
     assert "superseded" in capsys.readouterr().out
-    assert TileStore(two_shards, 224).blocks(SLIDE) == {0}
+    assert TileStore(two_shards, 224).recorded_blocks(SLIDE) == {0}
     assert prune(two_shards, "--keep-selection", "small", "--yes") == 0
     assert len(list(two_shards.tiles_dir(224).iterdir())) == 2
     assert run(two_shards, "tile", "--workers", "1") == 0

@@ -94,9 +94,11 @@ def test_code_of_a_model_runs_only_when_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_no_command_trusts_code_unasked() -> None:
-    from evaluate.__main__ import parser
+    from evaluate.__main__ import make_parser
 
-    options = parser().parse_args(["generate", "--model", "m", "--guidance", "g", "--out", "o"])
+    options = make_parser().parse_args(
+        ["generate", "--model", "m", "--guidance", "g", "--out", "o"]
+    )
     assert options.trust_remote_code is False
 
 

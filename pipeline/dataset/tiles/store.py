@@ -35,8 +35,8 @@ class TileStore:
         """Slides with at least one shard, sorted."""
         return sorted(self._ledger.written)
 
-    def blocks(self, slide_id: str) -> set[int]:
-        """Blocks of the slide that are on disk: numbers from 0 up, of 16 ranks each."""
+    def recorded_blocks(self, slide_id: str) -> set[int]:
+        """Blocks (from 0 up, of 16 ranks each) that the journal says were written of the slide."""
         return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
