@@ -55,16 +55,16 @@ from pipeline.dataset import (
     write_candidates,
 )
 from pipeline.dataset.features import FeatureShard, token_table
-from pipeline.dataset.features.quantise import dequantise, quantise
+from pipeline.dataset.features.quantise import dequantise_tokens, quantise_tokens
 from pipeline.features import bundle
 from pipeline.features.compute import (
     Features,
     Span,
     SpanWriter,
     TileDecoder,
-    batches,
     decode_threads,
     lanes_for,
+    order_batches,
 )
 from pipeline.features.config import CacheConfig
 from pipeline.features.views import view_function
@@ -105,10 +105,10 @@ def enlarged(dataset: Dataset, slides: int, rows: int) -> list[str]:
 @contextmanager
 def in_this_process(encoder: Encoder) -> Iterator[None]:
     """The stage's worker without Dask: the encoder is given, nobody hears of progress."""
-    names = ("loaded", "worker_device", "report_progress", "report_note")
+    names = ("load_encoder_once", "worker_device", "report_progress", "report_note")
     stood = {name: getattr(bundle, name) for name in names}
     instead: dict[str, Callable[..., object]] = dict.fromkeys(names, lambda *_: None)
-    instead["loaded"] = lambda *_: encoder
+    instead["load_encoder_once"] = lambda *_: encoder
     instead["worker_device"] = lambda _: str(encoder.device)
     try:
         for name in names:
@@ -155,7 +155,7 @@ def measure_cache(
 
     def decode() -> None:
         decoder = TileDecoder(store, view_function(""), decode_threads(threads))
-        for part in decoder.run(batches(spans, batch)):
+        for part in decoder.run(order_batches(spans, batch)):
             part.tiles.result()
         decoder.close()
 
@@ -167,16 +167,16 @@ def measure_cache(
         lanes = lanes_for(encoder.device.type, threads)
         with ThreadPoolExecutor(lanes + 1) as pool:
             writers: dict[str, SpanWriter] = {}
-            for span, part, last in batches(spans, batch, lanes):
+            for span, part, last in order_batches(spans, batch, lanes):
                 if span.slide_id not in writers:
                     fill = partial(_write_span, dataset, f"{span.slide_id}.0-{tiles}.parquet")
                     writers[span.slide_id] = SpanWriter(pool, fill)
                 rows = min(len(part) * 16, len(features.cls))
                 assert features.tokens is not None
                 some = Features(features.cls[:rows], features.tokens[:rows])
-                writers[span.slide_id].put(partial(_same, some))
+                writers[span.slide_id].put_item(partial(_same, some))
                 if last:
-                    writers[span.slide_id].put(None)
+                    writers[span.slide_id].put_item(None)
             for writer in writers.values():
                 writer.result.result()
 
@@ -261,7 +261,7 @@ def measure_int8(encoder: Encoder, images: np.ndarray) -> dict[str, dict[str, fl
 
 def _compared(tokens: np.ndarray) -> dict[str, float]:
     """Cosine of a token to its float16 self, and the alignment loss of one guess with both."""
-    eight = dequantise(*quantise(tokens)).astype(np.float32)
+    eight = dequantise_tokens(*quantise_tokens(tokens)).astype(np.float32)
     half = tokens.astype(np.float16).astype(np.float32)
     lengths = np.linalg.norm(half, axis=-1) * np.linalg.norm(eight, axis=-1)
     cosine = (half * eight).sum(-1) / lengths

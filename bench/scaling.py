@@ -180,7 +180,7 @@ def _linked(
     for source, target in zip(sources, targets, strict=True):
         path = target(slide_id)
         os.link(source, path)
-        records.append(FileRecord(dataset.relative(path), path.stat().st_size, "0" * 64))
+        records.append(FileRecord(dataset.relative_path(path), path.stat().st_size, "0" * 64))
     return tiles, tuple(records)
 
 

@@ -154,7 +154,7 @@ class TilingBench:
                         strip[:] = rows[row]
                         continue
                     for column in range(columns):
-                        strip[:, column * side :][:, :side] = reader.decode(0, row, column)
+                        strip[:, column * side :][:, :side] = reader.decode_native(0, row, column)
                 rows = {last - 1: canvas[-side:]}
                 for left in self.x[self.y == top].astype(int):
                     inside = canvas[top - first * side :, left:][:WINDOW, :WINDOW]

@@ -85,7 +85,7 @@ class BlockSource:
         where = f"slide {block.slide_id}, rank {rank}"
         if rank not in block.png:
             raise UserError(f"{where}: the tile is not in its shard; run `python -m pipeline tile`")
-        tile = self._tiles.decode(block.slide_id, rank, block.png[rank])
+        tile = self._tiles.decode_tile(block.slide_id, rank, block.png[rank])
         if tile.shape != (self.tile_px, self.tile_px, 3):
             raise UserError(f"{where}: tile of shape {tile.shape}, expected {self.tile_px} px RGB")
         for features in (block.cls, block.tokens):

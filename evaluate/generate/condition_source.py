@@ -174,7 +174,7 @@ class SelectionConditions(ShuffledSelection):
         order = np.argsort(slides, kind="stable")
         starts = np.flatnonzero(np.diff(slides[order], prepend=-1))
         for rows in np.split(order, starts[1:]):
-            self.store.require(self.selection.slide_ids[slides[rows[0]]], ranks[rows])
+            self.store.require_ranks(self.selection.slide_ids[slides[rows[0]]], ranks[rows])
 
     def identity(self) -> dict[str, object]:
         """Which tiles guide, by which encoder's features, and through which view, if any."""

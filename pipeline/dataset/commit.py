@@ -17,7 +17,7 @@ from pipeline.dataset.layout import Dataset
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A committed file as its journal line names it."""
+    """A committed file as its journal line names it: path, size in bytes, hex digest."""
 
     path: str
     bytes: int
@@ -34,7 +34,7 @@ def new_run_id() -> str:
 
 
 class HashingFile:
-    """A write-only file that takes its sha256 and size on the way."""
+    """A write-only file that takes its sha256 and its size in bytes on the way."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
@@ -62,7 +62,7 @@ class HashingFile:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of what was written."""
+        """Hex digest (64 characters) of the bytes written."""
         return self._sha.hexdigest()
 
 
@@ -71,13 +71,15 @@ def commit_file(
 ) -> FileRecord:
     """Write a file under `.tmp/<run_id>/`, sync it, rename it to its final name.
 
-    Raises `UserError` naming the file when the disk is full or not writable.
+    The record has the size in bytes. Raises `UserError` naming the file when the disk is full or
+    not writable.
     """
+    # A random prefix: two workers of a run may write files of one name.
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
     with replacing_file(final, staged) as raw:
         file = HashingFile(raw)
         write(file)
-    return FileRecord(dataset.relative(final), file.bytes, file.sha256)
+    return FileRecord(dataset.relative_path(final), file.bytes, file.sha256)
 
 
 def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> FileRecord:
@@ -90,7 +92,7 @@ def commit_bytes(dataset: Dataset, run_id: str, final: Path, data: bytes) -> Fil
 
 
 def commit_json(dataset: Dataset, run_id: str, final: Path, value: Any) -> FileRecord:
-    """Commit a JSON document with sorted keys."""
+    """Commit a JSON document with sorted keys, as UTF-8 bytes."""
     return commit_bytes(dataset, run_id, final, json_bytes(value))
 
 

@@ -1,4 +1,4 @@
-"""The machine's copy of what a person reads: one JSON line an event of a run.
+"""The machine's copy of what users read: one JSON line per event of a run.
 
 `status/<stage>/<run_id>.log` is next to the run's journal. Nothing depends on it: it is neither
 synced nor checked, and a line may be torn by a kill. `pipeline status` reads it for what runs now.
@@ -26,7 +26,7 @@ class EventLog:
         self._broken = False
 
     @property
-    def used(self) -> bool:
+    def has_events(self) -> bool:
         """Whether an event was written."""
         return self._handle is not None
 
@@ -34,15 +34,23 @@ class EventLog:
         """One line: time (UTC), run, stage, event, and the fields, without secrets."""
         if self._broken:
             return
-        record = {"time": now(), "run": self._run, "stage": self._stage, "event": event, **fields}
+        record = {
+            "time": utc_now(),
+            "run": self._run,
+            "stage": self._stage,
+            "event": event,
+            **fields,
+        }
         line = json.dumps(redact_all(record), ensure_ascii=False) + "\n"
         try:
+            # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.path, flags, 0o666)
             os.write(self._handle, line.encode())
         except OSError:
+            # A full disk would fail again at every event.
             self._broken = True
 
     def close(self) -> None:
@@ -52,14 +60,14 @@ class EventLog:
             self._handle = None
 
 
-def now() -> str:
-    """The time in UTC, to the millisecond."""
+def utc_now() -> str:
+    """The time in UTC, to 1 ms: `YYYY-MM-DDTHH:MM:SS.mmmZ`."""
     seconds = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
 
 
-def whereabouts() -> dict[str, object]:
+def process_location() -> dict[str, object]:
     """Where this process runs: host, process, batch job."""
     names = {"slurm_job": "SLURM_JOB_ID", "slurm_array_task": "SLURM_ARRAY_TASK_ID"}
     batch = {key: os.environ[name] for key, name in names.items() if name in os.environ}
@@ -89,5 +97,6 @@ def decode_event(line: str) -> Event | None:
 
 def read_events(path: Path) -> list[Event]:
     """Every whole line of a log."""
+    # A torn line may end inside a character.
     with path.open(encoding="utf-8", errors="replace") as lines:
         return [event for line in lines if (event := decode_event(line)) is not None]

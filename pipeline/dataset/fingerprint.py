@@ -8,7 +8,7 @@ from typing import Any
 def fingerprint_of(**parts: Any) -> str:
     """Hash of the named parts (JSON values); equal parts give equal fingerprints.
 
-    A stage's fingerprint holds the slide's bytes, the stage's parameters and version and the
+    A stage's fingerprint has in it the slide's bytes, the stage's parameters and version and the
     parent's fingerprint, so that a change anywhere upstream makes the result stale.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

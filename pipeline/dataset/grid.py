@@ -27,6 +27,7 @@ def grid_positions(
     `stride` and `window` are in level-0 pixels; positions are multiples of the stride rounded to
     1/256 px, row by row. Tiles that would reach over the edge are not taken.
     """
+    # Rounded once, from the exact multiple, so that errors do not add up along a row.
     columns = _count_positions(width, stride, window)
     rows = _count_positions(height, stride, window)
     x = np.rint(np.arange(columns) * stride * COORDINATE_UNITS) / COORDINATE_UNITS
@@ -50,6 +51,7 @@ def window_means(
     Exact for fractional edges: the integral image is linear between pixel corners along each
     axis. Windows may reach over the edge; what is outside counts as zero.
     """
+    # Four corners of the integral image give the sum over a window, whatever its size.
     integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     np.cumsum(np.cumsum(mask, 0, dtype=np.float64), 1, out=integral[1:, 1:])
     total = (
@@ -64,6 +66,7 @@ def window_means(
 def _sample_bilinear(
     table: npt.NDArray[np.float64], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
+    # At the far edge the cell before it, so that all four corners exist.
     x = np.clip(x, 0, table.shape[1] - 1)
     y = np.clip(y, 0, table.shape[0] - 1)
     left = np.minimum(x.astype(np.int64), table.shape[1] - 2)
@@ -86,6 +89,7 @@ def rank_keys(
     """
     text = f"{seed}\0{slide_id}".encode()
     slide = np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    # Whole numbers, so that keys are equal on every machine.
     column = np.rint(x * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
     row = np.rint(y * COORDINATE_UNITS).astype(np.int64).astype(np.uint64)
     return _mix_bits(_mix_bits(slide + column * _GOLDEN) + row * _GOLDEN)
@@ -100,10 +104,17 @@ def _mix_bits(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def rank_order(
     seed: int, slide_id: str, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
-    """Indices of the candidates in rank order: by key, ties by (y, x)."""
+    """Indices int64 [n] of the candidates in rank order: by key, ties by (y, x).
+
+    `x` and `y`, float64 [n], are in level-0 px.
+    """
     return np.lexsort((x, y, rank_keys(seed, slide_id, x, y)))
 
 
 def reserve_size(candidates: int) -> int:
-    """Size of the validation reserve of a slide with that many candidates."""
+    """Tiles in the validation reserve of a slide with that many candidates: 0.2 %, rounded up.
+
+    >>> reserve_size(0), reserve_size(1), reserve_size(501)
+    (0, 1, 2)
+    """
     return -(-candidates // RESERVE_PER_CANDIDATES)

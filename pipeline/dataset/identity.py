@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import json_bytes
 from pipeline.dataset.commit import commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
-from pipeline.dataset.lock import exclusive
+from pipeline.dataset.lock import hold_lock
 
 FORMAT_VERSION = 1
 
@@ -30,7 +30,7 @@ def software_versions(*packages: str) -> dict[str, str]:
 
 
 def open_dataset(root: Path) -> Dataset:
-    """The dataset at `root`; refuses a folder that holds none, or one of another major format."""
+    """The dataset at `root`; refuses a folder without one, or one of another major format."""
     dataset = Dataset(root)
     if not _is_there(dataset):
         raise UserError(
@@ -50,6 +50,7 @@ def identity_damage(dataset: Dataset) -> str:
 
     A file without a checksum (made before there was one, or edited on purpose) is only read.
     """
+    # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
         data = dataset.identity_file.read_bytes()
@@ -83,14 +84,15 @@ def claim_identity(
     """Add a stage's identity values, or check them against the recorded ones.
 
     Another value than the recorded one is refused with both in the message. The stage's
-    software versions and platform are recorded beside; records hold no time and no host name,
+    software versions and platform are recorded too; records have no time and no host name in them,
     so that two datasets made alike are alike in bytes.
     """
+    # As they are read back, or a tuple would differ from the list that was recorded.
     claims = json.loads(json.dumps(claims))
     record = {"versions": versions, "platform": platform.platform()}
     before, after = _with_claims(dataset, claims, stage, record)
     if before != after:
-        with exclusive(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
+        with hold_lock(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
             # What another run claimed in between counts, and is kept.
             before, after = _with_claims(dataset, claims, stage, record)
             if before != after:
@@ -105,7 +107,8 @@ def _with_claims(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """dataset.json as it is (None: there is none), and with a stage's claims and record."""
     before = _read_document(dataset) if _is_there(dataset) else None
-    after = copy.deepcopy(before) if before else _empty_document()
+    empty: dict[str, Any] = {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
+    after = copy.deepcopy(before) if before else empty
     identity = after["identity"]
     for key, value in claims.items():
         if key in identity and identity[key] != value:
@@ -124,10 +127,6 @@ def _checksum_of(document: Mapping[str, object]) -> str:
     parts = {key: document[key] for key in ("identity", "records")}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _empty_document() -> dict[str, Any]:
-    return {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
 
 
 def _is_there(dataset: Dataset) -> bool:
@@ -155,6 +154,7 @@ def _read_document(dataset: Dataset) -> dict[str, Any]:
         raise UserError(_unreadable_message(dataset, error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
+    # Before the checksum, which another format may take otherwise.
     if version != FORMAT_VERSION:
         raise UserError(
             f"{dataset.identity_file}: format version {version}, this software reads "

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import sync_directory
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
-from pipeline.dataset.events import SUFFIX, EventLog, whereabouts
+from pipeline.dataset.events import SUFFIX, EventLog, process_location
 from pipeline.dataset.layout import Dataset, is_inside
 
 STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
@@ -33,7 +33,7 @@ class Entry:
     """What became of one slide in one stage.
 
     `scope` says which part of the stage ("" or e.g. `224/h0-mini/cls`); `start`/`stop` is the
-    half-open rank range, both -1 where the stage has none.
+    half-open rank range, both -1 where the stage has none; `seconds` is how long it took.
     """
 
     slide_id: str
@@ -55,11 +55,12 @@ def _checksum_of(record: Mapping[str, object]) -> str:
 
 
 def encode_line(entry: Entry, versions: dict[str, str]) -> str:
-    """One journal line, newline included."""
+    """One journal line, newline included: JSON and a CRC-32 over the bytes of its other keys."""
     record = asdict(entry) | {
         "versions": versions,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    # Through JSON first: the checksum is of what a reader gets back (tuples become lists).
     record = json.loads(json.dumps(record))
     record["crc"] = _checksum_of(record)
     return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
@@ -74,9 +75,10 @@ def decode_line(line: str) -> Entry | None:
         return None
     if crc != _checksum_of(record):
         return None
+    # Keys of newer releases are passed over.
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
     try:
-        known["files"] = tuple(_file_record(one) for one in record.get("files", ()))
+        known["files"] = tuple(map(_file_record, record.get("files", ())))
         return _check_types(Entry(**known))
     except (TypeError, ValueError, KeyError):
         return None
@@ -95,8 +97,8 @@ def _check_types(entry: Entry) -> Entry:
     return entry
 
 
-def _file_record(one: dict[str, Any]) -> FileRecord:
-    record = FileRecord(**one)
+def _file_record(values: dict[str, Any]) -> FileRecord:
+    record = FileRecord(**values)
     texts = isinstance(record.path, str) and isinstance(record.sha256, str)
     if not texts or type(record.bytes) is not int:
         raise ValueError("not a file's record")
@@ -104,7 +106,10 @@ def _file_record(one: dict[str, Any]) -> FileRecord:
 
 
 class Run:
-    """One run of one stage: its id, its staging folder, its journal, its log of events."""
+    """One run of one stage: its id, its staging folder, its journal, its log of events.
+
+    The log's last line has the run's outcomes and how many seconds it took.
+    """
 
     def __init__(
         self, dataset: Dataset, stage: str, versions: dict[str, str], *, device: str = ""
@@ -124,16 +129,16 @@ class Run:
         """This run's journal."""
         return self.dataset.status_dir(self.stage) / f"{self.run_id}.jsonl"
 
-    def event(self, name: str, **fields: Any) -> None:
+    def log_event(self, name: str, **fields: Any) -> None:
         """Add a line to the run's log; the first one is preceded by where and with what it runs."""
-        if not self._log.used:
-            self._log.write("begin", **whereabouts(), **self._device, versions=self.versions)
+        if not self._log.has_events:
+            self._log.write("begin", **process_location(), **self._device, versions=self.versions)
         self._log.write(name, **fields)
 
-    def begun(self, slide_id: str, worker: str) -> None:
+    def log_begun(self, slide_id: str, worker: str) -> None:
         """Log that a slide was given to a worker."""
         self._workers[slide_id] = worker
-        self.event("slide begun", slide=slide_id, worker=worker)
+        self.log_event("slide begun", slide=slide_id, worker=worker)
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Append lines and sync: after this returns, the entries count."""
@@ -146,9 +151,9 @@ class Run:
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)
             # A disk that is all but full takes a part of the bytes without an error.
-            left = memoryview(data)
-            while left:
-                left = left[os.write(self._handle, left) :]
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[os.write(self._handle, unwritten) :]
             os.fsync(self._handle)
         except OSError as error:
             raise UserError(f"cannot write {self.journal_file}: {error.strerror}") from error
@@ -162,7 +167,7 @@ class Run:
             fields["reason"] = entry.reason
         if entry.start >= 0:
             fields["ranks"] = [entry.start, entry.stop]
-        self.event(
+        self.log_event(
             f"slide {entry.outcome}", slide=entry.slide_id, scope=entry.scope, **fields,
             seconds=round(entry.seconds, 3), bytes=sum(file.bytes for file in entry.files),
             **({"counts": entry.counts} if entry.counts else {}),
@@ -170,7 +175,7 @@ class Run:
 
     def close(self) -> None:
         """Close the journal and the log and remove the staging folder."""
-        if self._log.used:
+        if self._log.has_events:
             seconds = round(time.monotonic() - self._began, 3)
             self._log.write("end", outcomes=dict(self._outcomes), seconds=seconds)
             self._log.close()
@@ -200,10 +205,11 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     A journal is data, and others may have written it: a line that names a file outside the
     dataset is left out, but for `verify`, which reports it (`outside`).
     """
+    # By name, which begins with the run's time: the oldest run comes first.
     entries: list[Entry] = []
     folder = dataset.status_dir(stage)
     try:
-        # Not a glob, which takes a folder that may not be read for an empty one.
+        # Not a glob: that takes a folder that may not be read for an empty one.
         for name in sorted(os.listdir(folder) if folder.exists() else ()):
             if name.endswith(".jsonl"):
                 with (folder / name).open(encoding="utf-8", errors="replace") as lines:
@@ -219,7 +225,7 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:
-    """Whether every file that the entry names is there with the recorded size."""
+    """Whether every file that the entry names is there with the recorded number of bytes."""
     for record in entry.files:
         try:
             if (dataset.root / record.path).stat().st_size != record.bytes:

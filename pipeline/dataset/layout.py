@@ -19,7 +19,7 @@ _MOST_LETTERS = 200
 
 @dataclass(frozen=True)
 class ShardName:
-    """The slide and the half-open rank range that a shard's file name states."""
+    """The slide and the half-open rank range [start, stop) that a shard's file name states."""
 
     slide_id: str
     start: int
@@ -31,7 +31,11 @@ class ShardName:
 
 
 def parse_shard_name(name: str) -> ShardName:
-    """Read `<slide_id>.<a>-<b>.<kind>`; raises `UserError` on any other name."""
+    """Read `<slide_id>.<a>-<b>.<kind>`, ranks [a, b); raises `UserError` on any other name.
+
+    >>> parse_shard_name("slide.1.16-40.tar")
+    ShardName(slide_id='slide.1', start=16, stop=40, kind='tar')
+    """
     match = _SHARD_NAME.match(name)
     if match is None:
         raise UserError(f"'{name}' is not a shard's name: expected <slide_id>.<a>-<b>.<kind>")
@@ -41,17 +45,18 @@ def parse_shard_name(name: str) -> ShardName:
 def safe_slide_id(name: str) -> str:
     """A slide id that is a safe file name everywhere: other characters become `_`.
 
-    A name that is too long ends in a hash of the whole.
+    What would be longer than 200 bytes ends in a hash of the whole.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")
+    # Two long names that begin alike must not become one id.
     if len(safe) > _MOST_LETTERS:
-        mark = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
-        safe = f"{safe[: _MOST_LETTERS - len(mark) - 1]}.{mark}"
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+        safe = f"{safe[: _MOST_LETTERS - len(digest) - 1]}.{digest}"
     return safe or "slide"
 
 
 def check_slide_id(slide_id: str) -> str:
-    """Refuse an id that could leave the dataset's folders or break a tar key."""
+    """Refuse an id that could leave the dataset's folders, break a tar key or exceed 200 bytes."""
     if not _SAFE_ID.fullmatch(slide_id) or len(slide_id) > _MOST_LETTERS:
         raise UserError(
             f"slide id {slide_id[: 2 * _MOST_LETTERS]!r} is not usable: expected letters, digits, "
@@ -61,7 +66,7 @@ def check_slide_id(slide_id: str) -> str:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a name of a slide, selection, encoder or view is a plain file name."""
+    """Whether a name of a slide, selection, encoder or view is a plain file name, <= 200 bytes."""
     return len(name) <= _MOST_LETTERS and _SAFE_NAME.fullmatch(name) is not None
 
 
@@ -95,15 +100,15 @@ class Dataset:
         return self.root / "slides.parquet"
 
     def mask_file(self, slide_id: str) -> Path:
-        """The tissue mask; classes as pixel values."""
+        """The tissue mask, a PNG uint8 [h, w] with classes as pixel values."""
         return self.root / "tissue" / f"{check_slide_id(slide_id)}.png"
 
     def overlay_file(self, slide_id: str) -> Path:
-        """The picture of the mask and grid that a person looks at."""
+        """The picture of the mask and grid to look at, a JPEG uint8 [h, w, 3]."""
         return self.root / "tissue" / f"{check_slide_id(slide_id)}.jpg"
 
     def candidates_file(self, slide_id: str) -> Path:
-        """The slide's tile grid in rank order."""
+        """The slide's tile grid in rank order, positions in level-0 px."""
         return self.root / "candidates" / f"{check_slide_id(slide_id)}.parquet"
 
     def selection_file(self, name: str) -> Path:
@@ -115,11 +120,11 @@ class Dataset:
         return sorted(path.stem for path in (self.root / "selections").glob("*.parquet"))
 
     def tiles_dir(self, tile_px: int) -> Path:
-        """Folder of the tile shards of that size."""
+        """Folder of the tile shards of that side in px."""
         return self.root / "tiles" / str(tile_px)
 
     def features_dir(self, tile_px: int, encoder: str, view: str = "") -> Path:
-        """Folder of an encoder's features under a preprocessing view ('' is none)."""
+        """Folder of an encoder's features of tiles of `tile_px` px under a view ('' is none)."""
         leaf = check_name(f"{encoder}+{view}" if view else encoder, "encoder and view")
         return self.root / "features" / str(tile_px) / leaf
 
@@ -131,7 +136,7 @@ class Dataset:
         """Where a run writes before it renames; on the same file system as the rest."""
         return self.root / ".tmp" / run_id
 
-    def relative(self, path: Path) -> str:
+    def relative_path(self, path: Path) -> str:
         """The path as journals name it: relative to the dataset, with '/'."""
         return path.relative_to(self.root).as_posix()
 
@@ -146,5 +151,9 @@ def ranks_of_blocks(blocks: range, rows: int) -> range:
 
 
 def covering_blocks(ranks_start: int, ranks_stop: int) -> range:
-    """The blocks that ranks [start, stop) touch."""
+    """The blocks that ranks [start, stop) touch.
+
+    >>> covering_blocks(16, 33)
+    range(1, 3)
+    """
     return range(ranks_start // BLOCK_ROWS, -(-ranks_stop // BLOCK_ROWS))

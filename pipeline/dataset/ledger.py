@@ -40,6 +40,7 @@ def current_entries(entries: Iterable[Entry], scope: str = "") -> dict[str, list
         if fingerprints.get(entry.slide_id) != entry.fingerprint:
             fingerprints[entry.slide_id] = entry.fingerprint
             latest[entry.slide_id] = {}
+        # The later of two lines for the same ranks takes the earlier one's place.
         latest[entry.slide_id][entry.start, entry.stop] = entry
     return {
         slide_id: sorted(lines.values(), key=lambda entry: entry.start)
@@ -59,12 +60,12 @@ def supersedes_failure(later: Entry, failure: Entry) -> bool:
 
 
 def covered_blocks(entries: Iterable[Entry]) -> set[int]:
-    """The blocks that the entries' rank ranges cover."""
+    """The blocks that the entries' rank ranges [start, stop) cover."""
     return {block for entry in entries for block in covering_blocks(entry.start, entry.stop)}
 
 
 def contiguous_spans(blocks: Iterable[int]) -> list[range]:
-    """Blocks as ascending runs without gaps, each as long as possible.
+    """Blocks as ascending spans without gaps, each as long as possible.
 
     >>> contiguous_spans({7, 2, 1, 3})
     [range(1, 4), range(7, 8)]
@@ -82,8 +83,8 @@ def contiguous_spans(blocks: Iterable[int]) -> list[range]:
 class Missing:
     """What a slide lacks of a stage's output; false where it lacks nothing.
 
-    `spans` are runs of blocks, each with the scopes in which it is missing, and each to become one
-    file per scope. Where a stage makes all of a slide or nothing, `whole` says that it is missing,
+    `spans` are ranges [start, stop) of blocks, each with the scopes in which it is missing, to
+    become one file per scope. Where a stage makes all of a slide or nothing, `whole` says that,
     and `done` is the line that says it is not. `withdrawn` are lines to journal first, which take
     back lost files.
     """
@@ -103,7 +104,7 @@ class Missing:
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes in which a span is missing, in the order in which they were asked for."""
+        """The scopes in which a span is missing, in the order in which they were requested."""
         return tuple(dict.fromkeys(scope for scopes in self.spans.values() for scope in scopes))
 
 
@@ -122,7 +123,7 @@ class ScopeLedger:
         return len(self.by_slide)
 
     def entries(self, slide_id: str) -> list[Entry]:
-        """The current lines of a slide, by first rank."""
+        """The current lines of a slide by first rank, each of the ranks [start, stop)."""
         return self.by_slide.get(slide_id, [])
 
     def latest(self, slide_id: str) -> Entry | None:
@@ -158,7 +159,7 @@ class ScopeLedger:
         return covered_blocks(self.on_disk(slide_id, fingerprint))
 
     def file_of(self, slide_id: str, rank: int) -> Entry | None:
-        """The written line whose file readers take for a rank: the last by first rank."""
+        """The written line [start, stop) whose file readers take for a rank: the last by start."""
         for entry in reversed(self.written.get(slide_id, ())):
             if entry.start <= rank < entry.stop:
                 return entry
@@ -203,7 +204,7 @@ class ScopeLedger:
         ]
 
     def uncovered_rows(self, ranks_by_slide: Iterable[tuple[str, npt.NDArray[np.integer]]]) -> int:
-        """How many rows of a selection, as (slide_id, ranks int [n]) pairs, are not on disk."""
+        """How many rows of a selection, as (slide_id, int32 [n] ranks) pairs, are not on disk."""
         return sum(
             int(np.isin(ranks // BLOCK_ROWS, list(self.blocks(slide_id)), invert=True).sum())
             for slide_id, ranks in ranks_by_slide
@@ -253,6 +254,7 @@ class Ledger:
         self, slide_id: str, wanted: Collection[int], fingerprint: str, scopes: Iterable[str]
     ) -> Missing:
         """What a slide lacks of the wanted blocks in each of the scopes."""
+        # A span that several scopes lack is one pass over the slide.
         missing: dict[range, tuple[str, ...]] = {}
         withdrawn: list[Entry] = []
         for scope in scopes:

@@ -15,14 +15,15 @@ _LOOK_S = 0.05
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold `path`, which must not be there, as a lock; made with O_EXCL.
 
-    A lock that a waiter sees unchanged for `STALE_S` by its own clock is broken: neither the
-    clocks of other machines nor process ids, which containers have of their own, are trusted.
-    Raises `UserError` where it cannot be made, or stays held by others for `PATIENCE_S`.
+    A lock that a waiter sees unchanged for 60 s by the waiter's clock is broken: neither the clocks
+    of other machines nor process ids, which each container numbers anew, are trusted. Raises
+    `UserError` where it cannot be made, or stays held by others for 600 s.
     """
     _acquire_lock(path)
+    # A lock that was broken meanwhile is another's now, and must not be removed.
     mine = _holder_text(path)
     try:
         yield

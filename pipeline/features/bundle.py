@@ -33,9 +33,9 @@ from pipeline.features.compute import (
     SpanWriter,
     TileBatch,
     TileDecoder,
-    batches,
     decode_threads,
     lanes_for,
+    order_batches,
     worker_threads,
 )
 from pipeline.features.config import CacheConfig
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 class SlideWork:
     """One slide's missing features, as a worker receives them.
 
-    `spans` are the runs of blocks to compute, each with the kinds of features that it lacks.
+    `spans` are the ranges [start, stop) of blocks to compute, each with the kinds of features that
+    it lacks; `tile_px` is the tile side in px.
     """
 
     root: str
@@ -63,7 +64,7 @@ class SlideWork:
     fingerprint: str
     weights_sha256: str
 
-    def failed(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
+    def failed_entries(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
         """The lines of a failure, of the kinds that some span lacks and a later run writes.
 
         No other scope will have a line that says that the slide is done.
@@ -78,17 +79,23 @@ class SlideWork:
 
 
 def cache_bundle(bundle: list[tuple[SlideWork]]) -> Iterator[list[Entry]]:
-    """Compute and write the missing features of several slides; one slide's entries at a time."""
+    """Compute and write the missing features of several slides; one slide's entries at a time.
+
+    CLS is float32 [d] per tile, patch tokens are [t, d] in float16 or int8.
+    """
     works = [work for (work,) in bundle]
     first = works[0]
     config = first.config
     try:
-        encoder = loaded(config.encoder, config.weights, worker_device(config.device), config.dtype)
+        encoder = load_encoder_once(
+            config.encoder, config.weights, worker_device(config.device), config.dtype
+        )
+        # Each worker reads the weights, which may have been replaced since the stage began.
         if encoder.weights_sha256 != first.weights_sha256:
             raise UserError(f"weights '{config.weights}' changed while the stage ran; run it again")
     except UserError as error:
         for work in works:
-            yield work.failed(str(error), work.spans.values())
+            yield work.failed_entries(str(error), work.spans.values())
         return
     store = TileStore(Dataset(Path(first.root)), first.tile_px)
     with _Bundle(works, encoder, store) as slides:
@@ -113,7 +120,9 @@ class _SlideWriters:
         """No further features come: of a damaged tile, or as a writer failed (which says why)."""
         self.is_stopped, self.error = True, error
         for writer in self.by_span.values():
-            writer.put(error or _StoppedError("another file of the slide could not be written"))
+            writer.put_item(
+                error or _StoppedError("another file of the slide could not be written")
+            )
 
     @property
     def has_ended(self) -> bool:
@@ -127,6 +136,7 @@ class _SlideWriters:
         entries: list[Entry] = []
         written: set[range] = set()
         failure, stopped = self.error, None
+        # Every writer is waited for, also after a failure: what was written is journalled.
         for blocks, writer in sorted(self.by_span.items(), key=lambda item: item[0].start):
             try:
                 entries += writer.result.result()
@@ -135,11 +145,12 @@ class _SlideWriters:
                 stopped = error
             except UserError as error:
                 failure = failure or error
+        # A writer that was stopped does not know why: another one's reason comes first.
         failure = failure or stopped
         if failure is not None:
             spans = self.job.work.spans.items()
-            left = [kinds for blocks, kinds in spans if blocks not in written]
-            entries += self.job.work.failed(str(failure), left)
+            unwritten = [kinds for blocks, kinds in spans if blocks not in written]
+            entries += self.job.work.failed_entries(str(failure), unwritten)
         return entries
 
 
@@ -166,6 +177,7 @@ class _Bundle:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Also after an exception: writers wait for features that will never come.
         for slide in self._slides:
             slide.stop(UserError("interrupted"))
         self._decoder.close()
@@ -175,11 +187,12 @@ class _Bundle:
         """The entries of each slide, in order, as soon as its last file is committed."""
         forward = Forward(self._encoder, self._config.batch, self._config.tokens, report_note)
         yielded = 0
-        for batch in self._decoder.run(batches(self._spans, self._config.batch, self._lanes)):
+        for batch in self._decoder.run(order_batches(self._spans, self._config.batch, self._lanes)):
             slide = self._slides[batch.span.slide]
             if not slide.is_stopped:
                 self._encode_batch(slide, batch, forward)
             slide.unended_spans -= batch.last
+            # In the bundle's order: the coordinator counts slides as they come.
             while yielded < batch.span.slide and self._slides[yielded].has_ended:
                 yield self._slides[yielded].entries()
                 yielded += 1
@@ -195,12 +208,12 @@ class _Bundle:
         writer = slide.by_span[span.blocks]
         try:
             tiles = batch.tiles.result()
-            goes_on = writer.put(forward(tiles, tokens=span.wants_tokens))
+            goes_on = writer.put_item(forward(tiles, tokens=span.wants_tokens))
             report_progress(span.slide_id, len(tiles))
         except UserError as error:
             slide.stop(error)
             return
-        if not goes_on or (batch.last and not writer.put(None)):
+        if not goes_on or (batch.last and not writer.put_item(None)):
             slide.stop()
 
 
@@ -231,7 +244,8 @@ class _FeatureJob:
             cls.extend(part.cls for part in parts)
             stop = start + sum(map(len, cls))
         else:
-            stop = self._last_rank(span)
+            rows = candidate_count(self.dataset, self.work.slide_id)
+            stop = ranks_of_blocks(span.blocks, rows).stop
             path = self._file_path(token_kind, start, stop)
             write = partial(self._write_tokens, parts, cls)
             staged.append((token_kind, commit_file(self.dataset, self.work.run_id, path, write)))
@@ -270,11 +284,6 @@ class _FeatureJob:
         folder = self.dataset.features_dir(self.work.tile_px, config.encoder, config.view) / kind
         return folder / str(ShardName(self.work.slide_id, start, stop, "parquet"))
 
-    def _last_rank(self, span: Span) -> int:
-        """The rank after the last tile of the span."""
-        rows = candidate_count(self.dataset, self.work.slide_id)
-        return ranks_of_blocks(span.blocks, rows).stop
-
 
 def _write_table(table: pa.Table, file: HashingFile) -> None:
     with open_writer(file, table.schema) as writer:
@@ -282,8 +291,8 @@ def _write_table(table: pa.Table, file: HashingFile) -> None:
 
 
 @lru_cache(maxsize=1)
-def loaded(name: str, weights: str, device: str, dtype: str) -> "Encoder":
-    """The encoder, kept by its process from slide to slide."""
+def load_encoder_once(name: str, weights: str, device: str, dtype: str) -> "Encoder":
+    """The encoder in `dtype` (float32 or bfloat16), kept by its process from slide to slide."""
     import torch
 
     from model.encoders import load_encoder

@@ -40,7 +40,7 @@ _CORES_A_LANE = 4
 
 @dataclass(frozen=True)
 class Span:
-    """A run of missing blocks of a slide and the kinds of features that it lacks."""
+    """Missing blocks [start, stop) of a slide and the kinds of features that they lack."""
 
     slide: int
     slide_id: str
@@ -64,7 +64,7 @@ class Features:
 
 @dataclass
 class TileBatch:
-    """Whole blocks of one span; `last` ends the span."""
+    """Whole blocks of one span, `tiles` uint8 [n, px, px, 3]; `last` ends the span."""
 
     span: Span
     blocks: range
@@ -72,11 +72,13 @@ class TileBatch:
     tiles: "Future[Tiles]" = field(default_factory=Future)
 
 
-def batches(spans: list[Span], rows: int, lanes: int = 1) -> Iterator[tuple[Span, range, bool]]:
+def order_batches(
+    spans: list[Span], rows: int, lanes: int = 1
+) -> Iterator[tuple[Span, range, bool]]:
     """Each span's blocks in order, at most `rows` tiles (but a whole block) at a time.
 
-    Of `lanes` spans by turns, whose files are then written at the same time: what a batch contains
-    does not depend on it.
+    Of `lanes` spans (at least 1) by turns, whose files are then written at the same time: what a
+    batch contains does not depend on it.
     """
     waiting = iter(spans)
     active = deque(_batches_of(span, rows) for span in islice(waiting, lanes))
@@ -101,13 +103,14 @@ def lanes_for(device: str, threads: int) -> int:
 
     One thread writes 500 MB/s with both checksums, 1,700 tiles per second of float16 tokens.
     """
+    # On a CPU the encoder is slower than any writer.
     if device == "cpu":
         return 1
     return max(1, min(_MOST_LANES, threads // _CORES_A_LANE))
 
 
 class TileDecoder:
-    """Decodes batches ahead, in order, on a few threads."""
+    """Decodes batches uint8 [n, px, px, 3] ahead, in order, on a few threads."""
 
     def __init__(self, store: TileStore, view: View, threads: int) -> None:
         self._store, self._view = store, view
@@ -115,15 +118,15 @@ class TileDecoder:
         self._pool = ThreadPoolExecutor(threads, "decode")
 
     def run(self, work: Iterator[tuple[Span, range, bool]]) -> Iterator[TileBatch]:
-        """Batches whose `tiles` are being decoded; a damaged tile raises on `.result()`."""
+        """Batches whose `tiles` [n, px, px, 3] are being decoded; damage raises in `result`."""
         waiting: deque[TileBatch] = deque()
         for span, blocks, last in work:
-            waiting.append(self._begin(span, blocks, last))
+            waiting.append(self._begin_decoding(span, blocks, last))
             if len(waiting) > _DECODED_AHEAD * self._threads:
                 yield waiting.popleft()
         yield from waiting
 
-    def _begin(self, span: Span, blocks: range, last: bool) -> TileBatch:
+    def _begin_decoding(self, span: Span, blocks: range, last: bool) -> TileBatch:
         tiles = self._pool.submit(self._decode_blocks, span.slide_id, blocks)
         return TileBatch(span, blocks, last, tiles)
 
@@ -140,7 +143,7 @@ class TileDecoder:
 
 
 class Forward:
-    """The encoder on batches of any size; out of memory halves the batch and goes on."""
+    """The encoder on batches uint8 [n, px, px, 3]; out of memory halves the batch and goes on."""
 
     def __init__(
         self, encoder: "Encoder", batch: int, tokens: str, note: Callable[[str], None]
@@ -157,7 +160,8 @@ class Forward:
             size = self.batch
             try:
                 parts = [
-                    self._begin(tiles[i : i + size], tokens) for i in range(0, len(tiles), size)
+                    self._begin_batch(tiles[i : i + size], tokens)
+                    for i in range(0, len(tiles), size)
                 ]
                 return lambda: _join_parts([part() for part in parts])
             except RuntimeError as error:
@@ -179,7 +183,7 @@ class Forward:
             f"cache: out of memory on {self._encoder.device}, going on with batches of {self.batch}"
         )
 
-    def _begin(self, tiles: Tiles, tokens: bool) -> Callable[[], Features]:
+    def _begin_batch(self, tiles: Tiles, tokens: bool) -> Callable[[], Features]:
         import torch
 
         images: Any = tiles
@@ -188,17 +192,20 @@ class Forward:
         output = self._encoder.encode(images, tokens=tokens)
         stored: list[Tensor] = [output.cls]
         if output.tokens is not None:
-            stored += quantised(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
+            stored += (
+                quantise_tensor(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
+            )
         return _fetch_results(stored)
 
 
-def quantised(tokens: "Tensor") -> "list[Tensor]":
+def quantise_tensor(tokens: "Tensor") -> "list[Tensor]":
     """int8 tokens [n, t, d] and scales float16 [n, t], as `quantise.py` defines."""
     import torch
 
     values = tokens.float()
     largest = values.abs().amax(-1)
     scale = largest.half()
+    # Positive floats are in the order of their bits.
     next_above = (scale.view(torch.int16) + 1).view(torch.float16)
     scale = torch.where(scale.float() < largest, next_above, scale)
     divisor = torch.where(scale == 0, torch.ones_like(largest), scale.float())
@@ -209,7 +216,7 @@ def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
     """The tensors on the host; the copy is begun now and waited for when called."""
     import torch
 
-    # int8 values are finite by nature; their scales tell.
+    # int8 values are finite by nature: their scales show whether the tokens were.
     sound = torch.stack(
         [torch.isfinite(one).all() for one in stored if one.is_floating_point()]
     ).all()
@@ -226,7 +233,7 @@ def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
 
 
 def _copied_aside(tensors: "list[Tensor]") -> "tuple[list[Tensor], torch.cuda.Event]":
-    """Copies to the host under way on a stream of their own, and the event of their end.
+    """Copies to the host under way on a separate stream, and the event of their end.
 
     On the encoder's stream they would hold the next batch back.
     """
@@ -278,13 +285,17 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def worker_threads(asked: int | None) -> int:
-    """Threads of this worker: its share of the host's cores, all of them where none is said."""
+    """Threads of this worker, at least 1: its share of the host's cores, all of them for None."""
     cores = len(os.sched_getaffinity(0))
     return min(asked or cores, cores)
 
 
 def decode_threads(threads: int) -> int:
-    """How many of a worker's threads decode: all but one, which feeds the encoder."""
+    """How many of a worker's threads decode: at least 1, all but one, which feeds the encoder.
+
+    >>> decode_threads(8), decode_threads(1)
+    (7, 1)
+    """
     return max(1, threads - 1)
 
 
@@ -292,7 +303,7 @@ class SpanWriter:
     """Feeds one span's features to a function that runs in the writer's thread.
 
     `write` is given an iterator over the features and returns what it made. A full queue holds
-    the encoder back; a writer that failed raises in `put`.
+    the encoder back; a writer that failed raises in `put_item`.
     """
 
     def __init__(
@@ -312,8 +323,9 @@ class SpanWriter:
                 raise item
             yield item()
 
-    def put(self, item: Callable[[], Features] | UserError | None) -> bool:
+    def put_item(self, item: Callable[[], Features] | UserError | None) -> bool:
         """Hand over a batch, the end (None), or why there is no more; False: the writer failed."""
+        # With a time limit, since a writer that has failed empties the queue no more.
         while not self.result.done():
             try:
                 self._queue.put(item, timeout=0.2)

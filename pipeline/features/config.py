@@ -20,7 +20,7 @@ ALIGNED_ENCODER = "h0-mini"
 class CacheConfig:
     """Which encoder, with which weights, for which selections (all, where none is named).
 
-    `tokens` "auto" is decided by `resolved`; `dtype` is that of the forward pass; `view` is what
+    `tokens` "auto": see `resolve_tokens`; `dtype` is that of the forward pass; `view` is what
     is done to a tile first (`pipeline.features.views`); `tile_px` is the size in pixels of the
     tiles that are read, by default the dataset's; `threads` are a worker's, by default all cores.
     """
@@ -67,18 +67,18 @@ class CacheConfig:
         return ("cls", f"tokens-{self.tokens}") if self.stores_tokens else ("cls",)
 
     def scope(self, tile_px: int, kind: str) -> str:
-        """The journal's scope of a kind of these features."""
+        """The journal's scope of a kind of these features, of tiles of `tile_px` px."""
         from pipeline.dataset.features.store import feature_scope
 
         return feature_scope(tile_px, self.encoder, self.view, kind)
 
     def file(self, dataset: "Dataset", tile_px: int, kind: str) -> Path:
-        """The encoder.json of a kind of these features."""
+        """The encoder.json of a kind of these features, of tiles of `tile_px` px."""
         from pipeline.dataset.features.store import encoder_file
 
         return encoder_file(dataset, tile_px, self.encoder, self.view, kind)
 
-    def resolved(self) -> "CacheConfig":
+    def resolve_tokens(self) -> "CacheConfig":
         """The same with `auto` decided: float16 tokens for the encoder that training aligns to.
 
         All others are for conditioning and measuring, which want the CLS feature alone.

@@ -36,7 +36,7 @@ def stage_device(device: str, engine: EngineConfig) -> str:
 
 
 def gpu_count() -> int:
-    """GPUs that this process may use."""
+    """GPUs that this process may use: from 0 up."""
     import torch
 
     return torch.cuda.device_count()
@@ -68,7 +68,7 @@ def worker_device(device: str) -> str:
 
 
 def claim_gpu(gpus: Sequence[str]) -> int:
-    """Index of the one, of the GPUs that this process sees (by UUID), with the fewest claims.
+    """Index, from 0 up, of the GPU with the fewest claims, of those that this process sees (UUIDs).
 
     Not by the worker's name: dask-jobqueue's end in the worker's number within its job, or in
     the job's where a job has one worker, others choose their own, and jobs that share a node may

@@ -39,7 +39,10 @@ def bytes_per_tile(kind: str, dim: int, tokens_shape: tuple[int, int]) -> int:
 
 
 def stored_bytes(kind: str, tiles: int, files: int, dim: int, tokens_shape: tuple[int, int]) -> int:
-    """Bytes on disk of that many tiles' features in that many files."""
+    """Bytes on disk of that many tiles' features in that many files.
+
+    `dim` and `tokens_shape` [t, d] are those of the encoder.
+    """
     blocks = -(-tiles // BLOCK_ROWS)
     overhead = _BLOCK_OVERHEAD["cls" if kind == "cls" else "tokens"]
     return (
@@ -66,7 +69,10 @@ def print_plan(
     *,
     workers: int,
 ) -> None:
-    """Print what would be written and how long it would take, and the way without tokens."""
+    """Print what would be written, in bytes, how long it would take, and the way without tokens.
+
+    `tiles` and `files` are counts by kind of features; `tile_px` is the tile side in px.
+    """
     from model.encoders import encoder_spec
 
     spec = encoder_spec(config.encoder)
@@ -76,6 +82,7 @@ def print_plan(
         size = stored_bytes(kind, tiles[kind], files[kind], spec.dim, shape)
         table.add_row(kind, f"{tiles[kind]:,}", f"{files[kind]:,}", format_bytes(size))
     stdout.print(table)
+    # All kinds come from one forward pass per tile, so that the largest count decides.
     most = max(tiles.values(), default=0)
     rate = journal_rate(read_journal(dataset, STAGE), config.scope(tile_px, "cls"))
     if rate is None:

@@ -22,7 +22,7 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.features.store import refuse_other_features
 from pipeline.dataset.layout import ranks_of_blocks
-from pipeline.features.bundle import SlideWork, cache_bundle, loaded
+from pipeline.features.bundle import SlideWork, cache_bundle, load_encoder_once
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.device import gpu_count, stage_device
 from pipeline.features.plan import print_plan
@@ -48,7 +48,7 @@ _FIXED = frozenset(
 
 
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
-    """With its number of workers; here one per GPU, or one on all cores, where nothing is said."""
+    """With its number of workers; by default one per local GPU, or one on all cores."""
     if engine.cluster:
         jobs = engine.cluster
         workers, threads = jobs.max_jobs * jobs.workers, jobs.cores // jobs.workers
@@ -75,10 +75,11 @@ def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict
         written = _written_record(path)
         if written is not None:
             refuse_other_features(path, written, {"compute_dtype": config.dtype})
+            # A file may have changed under the same name: its weights are read again.
             if written["weights"] == config.weights and not Path(config.weights).exists():
                 return written
     return _describe_encoder(
-        loaded(config.encoder, config.weights, "cpu", "float32"), tile_px, config
+        load_encoder_once(config.encoder, config.weights, "cpu", "float32"), tile_px, config
     )
 
 
@@ -114,7 +115,10 @@ def _describe_encoder(encoder: "Encoder", tile_px: int, config: CacheConfig) -> 
 def claim_encoder(
     dataset: Dataset, run: Run, tile_px: int, config: CacheConfig, record: dict[str, Any]
 ) -> None:
-    """Write and journal encoder.json of each kind, or refuse features made otherwise."""
+    """Write and journal encoder.json of each kind, or refuse features made otherwise.
+
+    `tile_px` is the tile side in px.
+    """
     ledger = Ledger.read(dataset, STAGE)
     for kind in config.kinds:
         path = config.file(dataset, tile_px, kind)
@@ -139,7 +143,10 @@ class _SlideBlocks:
 
 
 class CacheStage(Stage[_SlideBlocks]):
-    """Compute and store the features that are missing for the named selections."""
+    """Compute and store the features that are missing for the named selections.
+
+    CLS float32 [d] and patch tokens [t, d] (float16 or int8) per tile.
+    """
 
     name = label = STAGE
     unit = rate_of = "tiles"
@@ -148,7 +155,7 @@ class CacheStage(Stage[_SlideBlocks]):
 
     def __init__(self, dataset: Dataset, config: CacheConfig, engine: EngineConfig) -> None:
         super().__init__(dataset)
-        config = config.resolved()
+        config = config.resolve_tokens()
         check_view(config.view)
         self.tile_px = config.tile_px or int(identity_value(dataset, "tile_px"))
         needs = needed_blocks(dataset, config.selections)
@@ -167,6 +174,7 @@ class CacheStage(Stage[_SlideBlocks]):
 
     def check_inputs(self) -> None:
         """Raise `UserError` where tiles are missing, or features were made otherwise."""
+        # By the journals alone: looking at every file of a cohort takes minutes.
         for slide in self.slides:
             if not slide.blocks <= self.tiles.recorded_blocks(slide.slide_id):
                 raise UserError(
@@ -194,7 +202,7 @@ class CacheStage(Stage[_SlideBlocks]):
         return ledger.missing(item.slide_id, item.blocks, fingerprint, self.scopes)
 
     def count_tiles(self, slide_id: str, spans: Iterable[range]) -> int:
-        """Tiles in spans of blocks of a slide."""
+        """Tiles in spans [start, stop) of blocks of a slide, of 16 each but the slide's last."""
         rows = candidate_count(self.dataset, slide_id)
         return sum(len(ranks_of_blocks(span, rows)) for span in spans)
 
@@ -254,6 +262,7 @@ def cache(
 
 def _print_missing(stage: CacheStage) -> int:
     """Print what the stage would write, by kind of features."""
+    # By the same rule as a run's: what a dry run counts is what a run would write.
     ledger = Ledger.read(stage.dataset, STAGE)
     tiles, files = dict.fromkeys(stage.config.kinds, 0), dict.fromkeys(stage.config.kinds, 0)
     for slide in stage.slides:

@@ -82,7 +82,7 @@ def _parse_step(text: str) -> Callable[[Tile], Tile]:
 
 
 def centre_crop(tile: Tile, size: int) -> Tile:
-    """The centre size x size pixels; an odd remainder leaves one pixel more at the end."""
+    """The centre of a tile, uint8 [size, size, 3]; an odd remainder leaves 1 px more at the end."""
     height, width = tile.shape[:2]
     if min(height, width) < size:
         raise UserError(
@@ -93,7 +93,7 @@ def centre_crop(tile: Tile, size: int) -> Tile:
 
 
 def through_jpeg(tile: Tile, quality: int) -> Tile:
-    """The tile as it comes back from a JPEG file of that quality, chroma 4:2:0."""
+    """A tile uint8 [h, w, 3] as it comes back from JPEG of that quality (1 to 95), chroma 4:2:0."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -154,7 +154,7 @@ class CandidatesWriter:
             self.run.append(entries)
         for entry in entries:
             if entry.outcome != "rejected":
-                self.summary.add(entry)
+                self.summary.add_entry(entry)
 
     def _write_slide(self, pair: tuple[Slide, RankedUnion]) -> Entry:
         slide, union = pair
@@ -171,7 +171,7 @@ class CandidatesWriter:
 
 
 def candidates_table(x: Floats | pa.Array, y: Floats | pa.Array) -> pa.Table:
-    """Candidates in rank order whose shares of tissue and artifact were not measured: null."""
+    """Candidates in rank order, x and y float64 [n] in level-0 px; shares of tissue are null."""
     unknown = pa.nulls(len(x), pa.float32())
     ranks = pa.array(np.arange(len(x), dtype=np.int32))
     columns = [ranks, pa.array(x, pa.float64()), pa.array(y, pa.float64()), unknown, unknown]
@@ -209,7 +209,9 @@ def _write_selections(
         if ledger.done(tiles.name, draft.fingerprint) is None:
             drafts.append(draft)
         else:
-            print_line(f"import: {_describe(draft.selection)} already there, nothing to redo")
+            print_line(
+                f"import: {_describe_selection(draft.selection)} already there, nothing to redo"
+            )
     _check_dependents(dataset, drafts, ledger)
     with Run(dataset, SELECT, stage_versions()) as run:
         for draft in drafts:
@@ -223,10 +225,10 @@ def _write_selections(
             summary.files += 1
             summary.bytes += record.bytes
             file = dataset.selection_file(selection.name)
-            print_line(f"import: {_describe(selection)}, wrote {file}")
+            print_line(f"import: {_describe_selection(selection)}, wrote {file}")
 
 
-def _describe(selection: Selection) -> str:
+def _describe_selection(selection: Selection) -> str:
     count = len(selection.slide_ids)
     return f"selection '{selection.name}': {selection.rows:,} tiles of {count:,} slides"
 

@@ -28,7 +28,7 @@ _DROP_OUTSIDE = option_metadata(
 )
 
 
-def _column(of: str, role: str) -> str:
+def _column_option(of: str, role: str) -> str:
     text = f"name of the table's column of {of} (default: the first known name, see docs/import.md)"
     return option_field("", text, flag=f"--{role}-column", metavar="NAME")
 
@@ -37,11 +37,11 @@ def _column(of: str, role: str) -> str:
 class Columns:
     """The columns' names in the table; '' where the synonyms or nothing will do."""
 
-    slide: str = _column("slide names", "slide")
-    x: str = _column("x positions", "x")
-    y: str = _column("y positions", "y")
-    level: str = _column("pyramid levels", "level")
-    mpp: str = _column("µm per pixel", "mpp")
+    slide: str = _column_option("slide names", "slide")
+    x: str = _column_option("x positions", "x")
+    y: str = _column_option("y positions", "y")
+    level: str = _column_option("pyramid levels", "level")
+    mpp: str = _column_option("µm per pixel", "mpp")
 
     def as_dict(self) -> dict[str, str]:
         """By role."""
@@ -121,7 +121,7 @@ class TilesConfig:
     png: PngEffort = option_field("small", PNG)
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run on a dataset must share."""
         from pipeline.dataset import fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
         from pipeline.imports.tiles import VERSION

@@ -61,7 +61,7 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
 
 
 def dataset_frames(dataset: Dataset, slides: Sequence[Slide]) -> SlideFrames:
-    """The frames of the slides for this dataset's tiles."""
+    """The frames of the slides for this dataset's tiles, in level-0 px."""
     mpp, tolerance = identity_value(dataset, "mpp"), identity_value(dataset, "mpp_tolerance")
     return slide_frames(slides, mpp, tolerance, int(identity_value(dataset, "tile_px")))
 

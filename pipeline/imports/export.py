@@ -57,7 +57,7 @@ def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineCo
 
     def add_entries(entries: list[Entry]) -> None:
         for entry in entries:
-            summary.add(entry)
+            summary.add_entry(entry)
 
     with open_meter("geojson", len(tasks), "slides") as progress:
         run_tasks(export_slide, tasks, engine, add_entries, progress)
@@ -74,10 +74,11 @@ def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExpor
     exports = []
     for slide in slides:
         entry = entries[slide.slide_id]
-        mask = dataset.relative(dataset.mask_file(slide.slide_id))
+        mask = dataset.relative_path(dataset.mask_file(slide.slide_id))
         has_mask = any(record.path == mask for record in entry.files)
         scale = entry.values["um_per_px"] / float(slide.mpp or 1) if has_mask else 0.0
         exports.append(SlideExport(slide.slide_id, scale))
+    # Imported pictures have no place on a slide, so that their corners would mean nothing.
     if config.tiles or config.selections:
         if any(not slide.levels for slide in slides):
             raise UserError(f"{dataset.root} has imported tiles, which have no slide to be on")

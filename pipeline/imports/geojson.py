@@ -76,7 +76,7 @@ def mask_features(mask: npt.NDArray[np.uint8], scale: float) -> list[Feature]:
     `scale` is level-0 pixels per mask pixel.
     """
     return [
-        _make_feature(polygon.scaled(scale), CLASS_NAMES[value], CLASS_COLOURS[value])
+        _make_feature(polygon.scale_by(scale), CLASS_NAMES[value], CLASS_COLOURS[value])
         for value in TissueClass
         if value != TissueClass.BACKGROUND
         for polygon in trace_polygons(mask == value)
@@ -183,7 +183,7 @@ def features_mask(
     areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -polygon_area(pair[1])))
     mask = np.zeros(shape, np.uint8)
     for value, polygon in areas:
-        paint_polygon(mask, polygon.scaled(1 / scale), int(value))
+        paint_polygon(mask, polygon.scale_by(1 / scale), int(value))
     return mask
 
 

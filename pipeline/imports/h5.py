@@ -95,7 +95,7 @@ def find_files(folder: Path, slides: Sequence[Slide], known: Sequence[str]) -> d
 
 
 def read_patches(path: Path, slide: Slide) -> Patches:
-    """Corners and size of a slide's patches; raises `UserError` naming the file."""
+    """Corners [n, 2] and size of a slide's patches in level-0 px; a `UserError` names the file."""
     import h5py
 
     try:

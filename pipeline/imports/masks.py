@@ -62,7 +62,7 @@ class MaskFile:
 
     @property
     def um_per_px(self) -> float:
-        """Resolution at which the mask is kept."""
+        """Resolution at which the mask is kept, in µm per px."""
         return DetectorConfig().um_per_px
 
     def identity(self) -> dict[str, object]:
@@ -81,7 +81,7 @@ class MaskFile:
 
 
 def masks_identity(config: MasksConfig) -> dict[str, object]:
-    """The values that make it this dataset and no other; masks may be added and changed."""
+    """The values that every run on a dataset must share; masks may be added and changed."""
     parameters = {
         "name": _DETECTOR, "version": _VERSION, "um_per_px": DetectorConfig().um_per_px,
     }  # fmt: skip
@@ -107,6 +107,7 @@ def find_masks(folder: Path, slides: list[Slide]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of <slide_id>.geojson or .png")
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    # By name alone, and each at most once: what is left over is reported below.
     masks = {}
     for slide in slides:
         names = [slide.slide_id + suffix for suffix in SUFFIXES]
@@ -140,7 +141,7 @@ def mask_slide(
     fingerprint: str,
     source: str,
 ) -> list[Entry]:
-    """Mask, overlay and candidates of one slide, from its mask file."""
+    """Mask uint8 [h, w], overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
     detector = MaskFile(path, slide, parse_classes(config.classes))
     try:

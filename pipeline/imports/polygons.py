@@ -25,11 +25,11 @@ class Polygon:
 
     @property
     def rings(self) -> tuple[Floats, ...]:
-        """Shell, then holes."""
+        """Shell, then holes, each float64 [n, 2] of (x, y)."""
         return (self.shell, *self.holes)
 
-    def scaled(self, factor: float) -> "Polygon":
-        """In pixels `factor` times as small."""
+    def scale_by(self, factor: float) -> "Polygon":
+        """The polygon in px `factor` times as small."""
         return Polygon(self.shell * factor, tuple(hole * factor for hole in self.holes))
 
 
@@ -44,13 +44,13 @@ def fill_polygon(polygon: Polygon, shape: tuple[int, int]) -> tuple[Bools, int, 
     width, height = right - left, bottom - top
     if width <= 0 or height <= 0:
         return np.zeros((0, 0), bool), int(top), int(left)
-    cells = [_crossings(ring - (left, top), height, width) for ring in polygon.rings]
+    cells = [_find_crossings(ring - (left, top), height, width) for ring in polygon.rings]
     size = height * (width + 1)
     flips = np.bincount(np.concatenate(cells), minlength=size).reshape(height, width + 1)
     return np.cumsum(flips, 1)[:, :width] % 2 == 1, int(top), int(left)
 
 
-def _crossings(ring: Floats, height: int, width: int) -> Ints:
+def _find_crossings(ring: Floats, height: int, width: int) -> Ints:
     """Flat cells [height, width + 1] from which on a row is on the other side of an edge."""
     x0, y0 = ring.T
     x1, y1 = np.roll(ring, -1, 0).T

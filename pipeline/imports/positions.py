@@ -90,7 +90,7 @@ def level_factors(frames: SlideFrames, codes: Ints, levels: Floats) -> Floats:
 def place_tiles(
     frames: SlideFrames, codes: Ints, x: Floats, y: Floats
 ) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
-    """Where tiles with corners (x, y) begin, and whether they are wholly on their slides; [n]."""
+    """Where tiles with corners (x, y) begin in level-0 px, and whether they are on their slides."""
     x, y = (snap_position(position, frames.step[codes]) for position in (x, y))
     size = frames.size[codes] - _SLACK
     fits_x = (x >= -_SLACK) & (x + size <= frames.width[codes])
@@ -128,7 +128,7 @@ class RankedUnion:
 def ranked_union(
     seed: int, slide_id: str, x: Floats, y: Floats, part: npt.NDArray[np.integer], parts: int
 ) -> RankedUnion:
-    """Union of the parts' positions on one slide; equal positions are one candidate."""
+    """Union of the parts' positions, x and y float64 [n] in level-0 px; equal ones are one."""
     # In rank order equal positions are neighbours, since their keys are equal.
     order = rank_order(seed, slide_id, x, y)
     x, y, part = x[order], y[order], part[order]

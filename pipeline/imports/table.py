@@ -93,10 +93,10 @@ def _read_csv_header(path: Path) -> list[str]:
     with pa.input_stream(str(path)) as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", "replace")
     lines = head.splitlines()
-    return next(csv.reader(lines[:1], delimiter=_delimiter(path)), []) if lines else []
+    return next(csv.reader(lines[:1], delimiter=_csv_delimiter(path)), []) if lines else []
 
 
-def _delimiter(path: Path) -> str:
+def _csv_delimiter(path: Path) -> str:
     return "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
 
 
@@ -145,7 +145,7 @@ def _read_csv(path: Path, names: list[str]) -> pa.Table:
     convert = pacsv.ConvertOptions(
         column_types=types, include_columns=names, strings_can_be_null=False
     )
-    parse = pacsv.ParseOptions(delimiter=_delimiter(path))
+    parse = pacsv.ParseOptions(delimiter=_csv_delimiter(path))
     return pacsv.read_csv(path, parse_options=parse, convert_options=convert)
 
 

@@ -157,28 +157,28 @@ def _add_row(
     pair: tuple[str, str] | None,
 ) -> None:
     """Add a picture; refuse one that would merge two slides, or count a picture twice."""
-    name, path = row.text(slide_column), row.text(path_column)
+    name, path = row.read_text(slide_column), row.read_text(path_column)
     if not name or not path:
-        raise row.error(f"needs {path_column} and {slide_column}")
+        raise row.line_error(f"needs {path_column} and {slide_column}")
     row.check_below(path)
     slide_id = safe_slide_id(name)
     rows = slides.setdefault(slide_id, _SlideRows(row, name))
     if name != rows.name:
-        raise row.error(
+        raise row.line_error(
             f"slide '{name}' and '{rows.name}' of line {rows.first.number} would both be called "
             f"{slide_id}; rename one of them"
         )
     line = rows.lines.setdefault(os.path.normpath(path), row.number)
     if line != row.number:
-        raise row.error(
+        raise row.line_error(
             f"{path} of slide '{name}' is there in line {line} already; leave one of the two lines"
         )
     rows.files.append(path)
     if pair:
         try:
-            rows.positions.append((float(row.text(pair[0])), float(row.text(pair[1]))))
+            rows.positions.append((float(row.read_text(pair[0])), float(row.read_text(pair[1]))))
         except ValueError as error:
-            raise row.error(f"{pair[0]} and {pair[1]} are no numbers") from error
+            raise row.line_error(f"{pair[0]} and {pair[1]} are no numbers") from error
 
 
 def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> str:
@@ -200,10 +200,10 @@ def _csv_folder(slide_id: str, rows: _SlideRows, is_cells: bool) -> TileFolder:
         tuple(rows.files[i] for i in order),
         tuple(rows.positions[i] for i in order) if rows.positions else (),
         is_cells,
-        rows.first.text("patient"),
-        rows.first.text("site", "tss"),
-        rows.first.text("project"),
-        rows.first.text("sample_type"),
+        rows.first.read_text("patient"),
+        rows.first.read_text("site", "tss"),
+        rows.first.read_text("project"),
+        rows.first.read_text("sample_type"),
     )
     return _with_barcode(folder)
 

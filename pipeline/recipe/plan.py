@@ -79,7 +79,7 @@ def plan_recipe(recipe: Recipe) -> list[tuple[Step, StepPlan]]:
             if step.dataset not in planners:
                 steps = [other for other in recipe.steps if other.dataset == step.dataset]
                 planners[step.dataset] = DatasetPlanner(step.dataset, steps)
-            plans.append((step, planners[step.dataset].plan(step)))
+            plans.append((step, planners[step.dataset].plan_step(step)))
         elif step.name == "train":
             plans.append((step, plan_training(step)))
         else:
@@ -109,16 +109,18 @@ class DatasetPlanner:
             self.candidates = int(sum(sizes.values()) / _SLIDE_BYTES_PER_CANDIDATE)
         self.is_exact = bool(counts) and not self.without_tissue
         self.planned_tiles = {
-            str(step.values.get("name")): parse_count(step.texts("tiles")[0])
+            str(step.values.get("name")): parse_count(step.option_texts("tiles")[0])
             if "tiles" in step.values
             else self.candidates
             for step in steps
             if step.name == "select"
         }
-        stated_px = [px for step in steps if step.name == "scan" for px in step.texts("tile-px")]
+        stated_px = [
+            px for step in steps if step.name == "scan" for px in step.option_texts("tile-px")
+        ]
         self.tile_px = int(stated_px[0]) if stated_px else _DEFAULT_TILE_PX
 
-    def plan(self, step: Step) -> StepPlan:
+    def plan_step(self, step: Step) -> StepPlan:
         """What the step would still do."""
         match step.name:
             case "scan":
@@ -132,7 +134,7 @@ class DatasetPlanner:
                 if name in self.dataset.selection_names():
                     return StepPlan(step.name, basis=f"'{name}' is done")
                 tiles = self.planned_tiles.get(name, self.candidates)
-                basis = f"'{name}': {self._about}{tiles:,} tiles"
+                basis = f"'{name}': {self._about_prefix}{tiles:,} tiles"
                 return StepPlan(step.name, tiles * _SELECTION_BYTES_PER_TILE, 2, basis=basis)
             case "tile":
                 return self._plan_tile(step)
@@ -155,6 +157,7 @@ class DatasetPlanner:
         tiles, slides, basis = self._count_missing(step, done)
         if not tiles:
             return StepPlan(step.name, basis="all done")
+        # By what these tiles took so far: size and speed depend on codec, slides and machine.
         entries = (entry for rows in done.values() for entry in rows)
         rate = measure_rate(entries, _TILE_BYTES, per_tile=True)
         seconds = None if rate.seconds is None else tiles * rate.seconds
@@ -171,7 +174,7 @@ class DatasetPlanner:
         config = CacheConfig(
             str(step.values.get("encoder", "h0-mini")), view=str(step.values.get("view", "")),
             tokens=str(step.values.get("tokens", "auto")),
-        ).resolved()  # fmt: skip
+        ).resolve_tokens()  # fmt: skip
         name, spec = f"cache {config.encoder}", encoder_spec(config.encoder)
         px = int(str(step.values.get("tile-px", self.tile_px)))
         ledger = Ledger.read(self.dataset, step.name)
@@ -194,13 +197,13 @@ class DatasetPlanner:
         return StepPlan(name, size, files, seconds, f"{words}, {rate.source}")
 
     @property
-    def _about(self) -> str:
+    def _about_prefix(self) -> str:
         return "" if self.is_exact else "about "
 
     def _count_missing(self, step: Step, done: Mapping[str, list[Entry]]) -> tuple[int, int, str]:
         """Tiles that a stage still lacks, in how many slides, and both in words."""
         existing = set(self.dataset.selection_names())
-        wanted = set(step.texts("selection")) or existing | set(self.planned_tiles)
+        wanted = set(step.option_texts("selection")) or existing | set(self.planned_tiles)
         new = wanted - existing
         coming = sum(self.planned_tiles.get(name, self.candidates) for name in new)
         # Selections overlap: together they have no more tiles than there are candidates.
@@ -217,15 +220,16 @@ class DatasetPlanner:
             return tiles, slides, f"{tiles:,} tiles of {slides:,} slides"
         # Whole blocks are written: on average half a block more per slide than was selected.
         tiles += coming + self.slides * BLOCK_ROWS // 2
-        return tiles, self.slides, f"{self._about}{coming:,} tiles planned"
+        return tiles, self.slides, f"{self._about_prefix}{coming:,} tiles planned"
 
 
 def _slide_sizes(steps: Iterable[Step]) -> dict[str, int]:
     """Bytes of the slides that the recipe's scan would find; 0 where that is unknown."""
     from pipeline.slides.entries import find_slides
 
-    inputs = [text for step in steps if step.name == "scan" for text in step.texts("slides")]
+    inputs = [text for step in steps if step.name == "scan" for text in step.option_texts("slides")]
     sizes = {}
+    # A planned dataset may not exist yet: sizes are all that is known of its slides.
     for slide in find_slides(inputs):
         try:
             sizes[slide.slide_id] = slide.bytes or slide.path.stat().st_size

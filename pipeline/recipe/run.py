@@ -33,9 +33,9 @@ def run_recipe(recipe: Recipe, *, max_bytes: int | None = None, dry_run: bool = 
     with Run(Dataset(root), "run", software_versions()) as log:
         for number, step in enumerate(recipe.steps, 1):
             print_line(f"run: step {number} of {len(recipe.steps)}: {step}")
-            log.event("step begun", number=number, command=str(step))
+            log.log_event("step begun", number=number, command=str(step))
             status = _run_step(step)
-            log.event("step ended", number=number, status=status)
+            log.log_event("step ended", number=number, status=status)
             worst = max(worst, status)
             if status >= EXIT_USAGE:
                 print_line(

@@ -82,7 +82,7 @@ class Step:
         text = self.values.get("dataset")
         return Path(str(text)) if text is not None and self.room == "pipeline" else None
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def option_texts(self, key: str) -> tuple[str, ...]:
         """The values of an option, given once or as a list; () where it is not given."""
         value = self.values.get(key, [])
         return tuple(map(str, value if isinstance(value, list) else [value]))
@@ -126,7 +126,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
     try:
         for key in document:
             if key not in _KNOWN_KEYS:
-                raise UserError(f"unknown key '{key}'{_suggest(key, _KNOWN_KEYS)}")
+                raise UserError(f"unknown key '{key}'{_suggest_word(key, _KNOWN_KEYS)}")
         engine = engine or {key: document.get(key) for key in _ENGINE_KEYS}
         shared = {"dataset": document.get("dataset"), **engine}
         steps = tuple(_parse_step(value, shared) for value in document["steps"])
@@ -136,7 +136,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
     return Recipe(path, steps)
 
 
-def _suggest(word: object, known: Iterable[str]) -> str:
+def _suggest_word(word: object, known: Iterable[str]) -> str:
     close = find_nearest(str(word), known)
     return f" (did you mean {close}?)" if close else f"; known are {', '.join(known)}"
 
@@ -150,7 +150,7 @@ def _parse_step(step: object, shared: Mapping[str, object]) -> Step:
     else:
         raise UserError(f"step {str(step)[:80]!r}: expected one command, such as 'scan: {{...}}'")
     if name not in _STEPS:
-        raise UserError(f"step '{name}' is no command{_suggest(name, _STEPS)}")
+        raise UserError(f"step '{name}' is no command{_suggest_word(name, _STEPS)}")
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"step '{name}': expected options as 'key: value'")

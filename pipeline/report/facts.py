@@ -170,6 +170,7 @@ class _FactsReader:
         self, dataset: Dataset, identity: dict[str, Any], journals: Mapping[str, LastEntries]
     ) -> None:
         self.dataset, self.identity, self.journals = dataset, identity, journals
+        # Classes on trial refuse no tile, so that the page must not blame them.
         detector = str((identity.get("detector_parameters") or {}).get("name", ""))
         on_trial = (
             ClassicalDetector.experimental if detector.startswith("classical") else frozenset()
@@ -197,7 +198,7 @@ class _FactsReader:
         ):
             reason = "not looked at yet, or changed since: run `tissue`"
             return SlideFacts(slide, "waiting", TISSUE, reason, note)
-        status, stage, reason = self._verdict(entry)
+        status, stage, reason = self._judge_slide(entry)
         values = entry.values
         if source:
             imported = f"imported, not detected (sha256 {source[:12]})"
@@ -217,10 +218,11 @@ class _FactsReader:
     def _last_entry(self, stage: str, slide_id: str) -> Entry | None:
         return self.journals.get(stage, {}).get("", {}).get(slide_id)
 
-    def _verdict(self, entry: Entry) -> tuple[str, str, str]:
+    def _judge_slide(self, entry: Entry) -> tuple[str, str, str]:
         """Status, deciding stage and reason of a slide whose tissue line is current."""
         if entry.outcome != "done":
             return entry.outcome, TISSUE, entry.reason or _UNKNOWN_REASON
+        # A later stage's failure decides: the slide is not usable as far as it got.
         for stage, scopes in self.journals.items():
             for scope in scopes.values() if stage not in ("scan", TISSUE) else ():
                 later = scope.get(entry.slide_id)
@@ -233,7 +235,7 @@ class _FactsReader:
             check_slide_id(entry.slide_id)  # the id becomes a file name
         except UserError:
             return False
-        name = self.dataset.relative(self.dataset.overlay_file(entry.slide_id))
+        name = self.dataset.relative_path(self.dataset.overlay_file(entry.slide_id))
         return any(record.path == name for record in entry.files)
 
 

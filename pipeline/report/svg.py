@@ -134,21 +134,24 @@ class _Square:
         both = np.concatenate([shares.cohort_share, shares.selected_share])
         return cls(min(-1, math.floor(math.log10(both[both > 0].min(initial=1.0)))))
 
-    def _along(self, share: float) -> float:
+    def _axis_position(self, share: float) -> float:
         if share <= 0:
             return 0.0
         return _ZERO_GAP + (self.side - _ZERO_GAP) * (1 - math.log10(share) / self.low)
 
     def x(self, share: float) -> float:
-        return self.left + self._along(share)
+        return self.left + self._axis_position(share)
 
     def y(self, share: float) -> float:
-        return self.floor - self._along(share)
+        return self.floor - self._axis_position(share)
 
-    def frame(self) -> str:
+    def draw_frame(self) -> str:
         """Decades of both axes, their names, and the line on which shares are equal."""
         end, middle = 10.0**self.low, self.left + self.side / 2
-        lines = [self._decade(0.0), *(self._decade(10.0**power) for power in range(self.low, 1))]
+        lines = [
+            self._draw_decade(0.0),
+            *(self._draw_decade(10.0**power) for power in range(self.low, 1)),
+        ]
         return (
             "".join(lines) + f'<line class="even" x1="{self.x(end):.1f}" y1="{self.y(end):.1f}" '
             f'x2="{self.x(1):.1f}" y2="{self.y(1):.1f}"/>'
@@ -158,7 +161,7 @@ class _Square:
             'text-anchor="middle">share of the selection</text>'
         )
 
-    def _decade(self, share: float) -> str:
+    def _draw_decade(self, share: float) -> str:
         x, y, words = self.x(share), self.y(share), f"{100 * share:g}%" if share else "0"
         return (
             f'<line class="grid" x1="{self.left}" x2="{self.left + self.side}" y1="{y:.1f}" '
@@ -184,7 +187,7 @@ def share_scatter_svg(shares: Shares, what: str) -> Markup:
     near = sorted(set(range(len(cohort))) - set(far))
     # A stroke of no length with a round cap is a dot: all of them are one element.
     dots = "".join(f"M{square.x(cohort[i]):.1f} {square.y(selected[i]):.1f}h0" for i in near)
-    parts = [square.frame(), f'<path class="dots" d="{dots}"/>']
+    parts = [square.draw_frame(), f'<path class="dots" d="{dots}"/>']
     for i in far:
         kind = "short" if selected[i] < cohort[i] else "dot"
         label = escape(

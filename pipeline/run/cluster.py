@@ -37,8 +37,9 @@ _SECONDS_AFTER_DAYS = {1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)}
 class ClusterConfig:
     """One stage's jobs; the keys of a cluster file (docs/cluster.md).
 
-    `cores`, `memory` and `walltime` are a job's, which has `workers` Dask workers. `directives`
-    are further lines for SLURM (`--gres=gpu:1`), `prologue` shell lines before the worker.
+    `cores` (at least 1), `memory` (such as 4GB) and `walltime` (see `parse_walltime`) are a job's,
+    which has `workers` Dask workers. `directives` are further lines for SLURM (`--gres=gpu:1`),
+    `prologue` shell lines before the worker.
     """
 
     system: str = "slurm"
@@ -84,7 +85,7 @@ class ClusterConfig:
 
     @property
     def lifetime_s(self) -> int:
-        """After how many seconds a worker leaves on its own."""
+        """After how many seconds a worker leaves: 300 s, or a tenth, before the walltime."""
         walltime = parse_walltime(self.walltime)
         return int(walltime - min(_MARGIN_S, _MARGIN_SHARE * walltime))
 
@@ -163,6 +164,7 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
 
 def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[str, Any]:
     """The arguments of dask-jobqueue's cluster class."""
+    # Absolute: jobs do not start in this process's folder everywhere.
     logs = Path(config.log_dir).resolve()
     logs.mkdir(parents=True, exist_ok=True)
     exports = [f"export {name}={value}" for name, value in environment.items()]
@@ -226,7 +228,7 @@ class JobWatch:
         self._queried = time.monotonic()
 
     def check(self) -> None:
-        """Raise `UserError` where jobs end without ever becoming a worker."""
+        """Raise `UserError` where at least three jobs in a row ended before a worker answered."""
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise UserError(
                 f"{self.failed_starts} jobs ended before their worker answered: see the logs in "
@@ -234,11 +236,12 @@ class JobWatch:
                 "refused? a node that cannot reach this one? `interface` names the network)"
             )
 
-    def lost(self, jobs: dict[str, set[str]], present: set[str]) -> list[str]:
-        """Jobs whose workers were there once and have all been gone for a while.
+    def find_lost(self, jobs: dict[str, set[str]], present: set[str]) -> list[str]:
+        """Jobs whose workers were there once and have all been gone for 60 seconds.
 
         `jobs` are the names of each job's workers, `present` the names of workers now there.
         """
+        # A job that was never seen may still wait in the queue: it is not lost.
         now = time.monotonic()
         seen = present | self._take_seen()
         came = {job for job, names in jobs.items() if names & seen}
@@ -251,14 +254,14 @@ class JobWatch:
         return gone
 
     def is_query_due(self) -> bool:
-        """Whether the queue may be queried again: squeue is shared by all users of a cluster."""
+        """Whether the queue may be queried, every 20 s: all users of a cluster share squeue."""
         now = time.monotonic()
         if now - self._queried < _QUERY_QUEUE_EVERY_S:
             return False
         self._queried = now
         return True
 
-    def ended(self, job_ids: dict[str, str]) -> list[str]:
+    def find_ended(self, job_ids: dict[str, str]) -> list[str]:
         """Of jobs (by name, with SLURM's id), those that neither wait nor run any more."""
         submitted = {name: job_id for name, job_id in job_ids.items() if job_id}
         alive = query_alive_jobs(set(submitted.values())) if submitted else None
@@ -272,7 +275,8 @@ class JobWatch:
 
 
 def query_alive_jobs(job_ids: set[str]) -> set[str] | None:
-    """Which of the jobs wait or run; None where squeue does not answer."""
+    """Which of the jobs wait or run; None where squeue does not answer within 30 s."""
+    # Only states count from which a job may still run.
     states = "PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED,REQUEUED"
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--states={states}"]
     try:
@@ -311,6 +315,7 @@ def _scaler_class() -> Any:
             """Workers of jobs that are idle as a whole."""
             workers = self.cluster.scheduler_info["workers"]
             busy = {str(workers[at]["name"]) for at in self._busy() if at in workers}
+            # A job ends as a whole: workers that idle next to a busy one cost nothing more.
             spare, chosen = len(self.plan) - target, []
             for names in self._worker_names().values():
                 if len(names) <= spare and not names & busy:
@@ -328,10 +333,10 @@ def _scaler_class() -> Any:
         async def _replace_lost(self) -> None:
             """Forget jobs that have ended: the cluster then submits others for them."""
             present = {str(w["name"]) for w in self.cluster.scheduler_info["workers"].values()}
-            gone = self._watch.lost(self._worker_names(), present)
+            gone = self._watch.find_lost(self._worker_names(), present)
             if self._watch.is_query_due():
                 ids = {name: job.job_id for name, job in self._jobs.workers.items()}
-                gone += await asyncio.to_thread(self._watch.ended, ids)
+                gone += await asyncio.to_thread(self._watch.find_ended, ids)
             for name in dict.fromkeys(gone):
                 job = self._jobs.workers.pop(name, None)
                 if job is not None:

@@ -45,20 +45,20 @@ _HEARTBEAT_S = 30.0
 class Observer(Protocol):
     """What receives everything that happens besides results: a run's log."""
 
-    def begun(self, slide_id: str, worker: str) -> None:
+    def log_begun(self, slide_id: str, worker: str) -> None:
         """A slide was given to a worker."""
 
-    def event(self, name: str, **fields: Any) -> None:
+    def log_event(self, name: str, **fields: Any) -> None:
         """Something else: a heartbeat, a worker that died or left."""
 
 
 class SilentObserver:
     """Logs nothing."""
 
-    def begun(self, slide_id: str, worker: str) -> None:
+    def log_begun(self, slide_id: str, worker: str) -> None:
         """Log nothing."""
 
-    def event(self, name: str, **fields: Any) -> None:
+    def log_event(self, name: str, **fields: Any) -> None:
         """Log nothing."""
 
 
@@ -106,7 +106,11 @@ def run_bundles(
                 f"each: {config.cluster.workers}, logs in {config.cluster.log_dir}"
             )
             check = make_scaler(
-                client.cluster, config.cluster, drain.demand, drain.busy, drain.take_names_seen
+                client.cluster,
+                config.cluster,
+                drain.count_demand,
+                drain.busy_addresses,
+                drain.take_names_seen,
             ).check
         drain.run(bundles, check)
 
@@ -146,7 +150,7 @@ class _Fleet:
     since: dict[str, float] = field(default_factory=dict)
     names_seen: set[str] = field(default_factory=set)
 
-    def look(self, now: float) -> dict[str, Any]:
+    def look_around(self, now: float) -> dict[str, Any]:
         """The workers by address."""
         workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
         self.names_seen |= {str(worker["name"]) for worker in workers.values()}
@@ -159,7 +163,7 @@ class _Fleet:
 
 
 class Drain:
-    """Keeps one bundle on every worker that is there, until none is left."""
+    """Keeps at most one bundle on every worker that is there, until none is left."""
 
     def __init__(
         self,
@@ -192,11 +196,11 @@ class Drain:
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         client.subscribe_topic(TOPIC, self._receive_event)
 
-    def demand(self) -> int:
+    def count_demand(self) -> int:
         """How many workers would have something to do."""
         return len(self._waiting) + len(self._flights) + len(self._dead)
 
-    def busy(self) -> set[str]:
+    def busy_addresses(self) -> set[str]:
         """Addresses of the workers that have something to do."""
         return set(self._flights)
 
@@ -224,8 +228,8 @@ class Drain:
     def _log_heartbeat(self) -> None:
         if time.monotonic() - self._heartbeat >= _HEARTBEAT_S:
             self._heartbeat = time.monotonic()
-            self._observer.event(
-                "progress", **self._progress.state(), workers=len(self._flights),
+            self._observer.log_event(
+                "progress", **self._progress.report_state(), workers=len(self._flights),
                 waiting=len(self._waiting),
             )  # fmt: skip
 
@@ -255,7 +259,7 @@ class Drain:
     def _fill_workers(self) -> None:
         """Give every free worker a bundle; take back those of workers that left."""
         now = time.monotonic()
-        workers = self._fleet.look(now)
+        workers = self._fleet.look_around(now)
         for address in self._left_in_good_order(set(workers), now):
             self._take_back(self._flights.pop(address), self._gone_since[address])
         self._judge_deaths({str(worker.get("nanny")) for worker in workers.values()}, now)
@@ -265,6 +269,7 @@ class Drain:
 
     def _left_in_good_order(self, present: set[str], now: float) -> list[str]:
         """Workers that are gone though nothing failed (their walltime): no slide is to blame."""
+        # A worker that died is gone too: its task then fails within two seconds or so.
         gone = {
             address
             for address, flight in self._flights.items()
@@ -283,7 +288,8 @@ class Drain:
         name = f"{worker.get('name', '')} {address}"
         for task in tasks:
             self._progress.begin_slide(task)
-            self._observer.begun(task.slide_id, name)
+            self._observer.log_begun(task.slide_id, name)
+        # Bound to its worker: Dask must not give a second bundle to one that has a slide already.
         number = next(self._numbers)
         future = self._client.submit(
             run_bundle, self._function, [task.arguments for task in tasks], number, pure=False,
@@ -299,19 +305,22 @@ class Drain:
 
     def _end_flight(self, address: str, number: int) -> None:
         """A bundle has ended: take its entries, or judge what ended it."""
+        # The worker may have left meanwhile, and its address may have another bundle.
         flight = self._flights.get(address)
         if flight is None or flight.number != number:
             return
         del self._flights[address]
+        from distributed.scheduler import KilledWorker
+
         error = flight.future.exception()
         if error is None:
             for entries in flight.future.result()[flight.received :]:
                 self._take_entries(flight, entries)
         elif isinstance(error, UnfitWorkerError):
             raise UserError(str(error))
-        elif _is_death(error):
+        elif isinstance(error, KilledWorker):
             slide_id = flight.slide.slide_id if flight.rest else ""
-            self._observer.event("worker died", worker=flight.worker, slide=slide_id)
+            self._observer.log_event("worker died", worker=flight.worker, slide=slide_id)
             if self._external:
                 self._dead.append((time.monotonic() + RETURNS_WITHIN_S, flight))
             else:
@@ -321,7 +330,7 @@ class Drain:
         else:
             text = redact_secrets(one_line(error, 10_000))[:200]
             reason = f"internal error: {type(error).__name__}: {text}"
-            self._take_entries(flight, flight.slide.failed(reason))
+            self._take_entries(flight, flight.slide.failed_entries(reason))
 
     def _judge_deaths(self, nannies: set[str], now: float) -> None:
         """A worker that died and came back was killed by its slide; a job that ended was not."""
@@ -349,7 +358,7 @@ class Drain:
         """What a worker that left has not finished goes back."""
         flight.future.cancel()
         slide_id = flight.slide.slide_id
-        self._observer.event("worker left", worker=flight.worker, slide=slide_id)
+        self._observer.log_event("worker left", worker=flight.worker, slide=slide_id)
         seconds = gone_since - flight.began
         life_s = self._lifetime_s or gone_since - flight.worker_since
         attempts = self._attempts_of(flight.slide).after_departure(seconds, life_s)
@@ -371,7 +380,7 @@ class Drain:
             return
         if behind := flight.rest[1:]:
             self._waiting.appendleft(behind)
-        self._take_entries(flight, flight.slide.failed(reason))
+        self._take_entries(flight, flight.slide.failed_entries(reason))
 
     def _try_apart(self, flight: _Flight) -> None:
         """Any slide of the bundle may be to blame: each is tried alone."""
@@ -380,9 +389,3 @@ class Drain:
 
     def _attempts_of(self, task: SlideTask) -> Attempts:
         return self._attempts.get(task.slide_id, Attempts())
-
-
-def _is_death(error: BaseException) -> bool:
-    from distributed.scheduler import KilledWorker
-
-    return isinstance(error, KilledWorker)

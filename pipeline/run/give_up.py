@@ -43,7 +43,7 @@ class Attempts:
         return replace(self, job_losses=self.job_losses + 1)
 
     def after_departure(self, seconds: float, life_s: float) -> "Attempts":
-        """A worker left in good order, `seconds` after the slide began; it lives `life_s`."""
+        """A worker that lives `life_s` left in good order, `seconds` after the slide began."""
         return replace(
             self,
             departures=self.departures + 1,
@@ -53,11 +53,11 @@ class Attempts:
 
     @property
     def wasted_a_whole_life(self) -> bool:
-        """Whether a worker's walltime may be too short for this slide."""
+        """Whether a worker's walltime may be too short for this slide: >= 0.9 lives in vain."""
         return self.wasted_lives >= _WHOLE_LIFE
 
     def reason_to_give_up(self) -> str:
-        """Why the slide is not tried again; "" while it is."""
+        """Why the slide is not tried again; "" with < 3 deaths, < 10 lost jobs and < 5 lives."""
         if self.deaths >= MAX_WORKER_DEATHS:
             return f"killed its worker {MAX_WORKER_DEATHS} times (out of memory, or a crash)"
         if self.job_losses >= MAX_JOB_LOSSES:

@@ -31,11 +31,12 @@ class SlideProgress:
     def end_slide(self, task: SlideTask) -> None:
         """The slide has ended, well or not."""
         with self._lock:
+            # Reports may be lost with a worker: at its end a slide counts in full.
             reported = self._reported.pop(task.slide_id, 0)
             self._ended += 1
             self._meter.advance(task.units - reported, note=self._progress_note(task.slide_id))
 
-    def state(self) -> dict[str, int | float | str]:
+    def report_state(self) -> dict[str, int | float | str]:
         """How far the stage is: done, total, unit, and units per second."""
         meter = self._meter
         rate = meter.done / meter.seconds if meter.seconds > 0 else 0.0

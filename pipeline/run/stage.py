@@ -74,7 +74,7 @@ class Stage(ABC, Generic[Item]):
 
     @property
     def journals(self) -> tuple[str, ...]:
-        """The stages whose journals it writes: its own, or several whose work it does at once."""
+        """The stages whose journals it writes: one, or several whose work it does at once."""
         return (self.name,)
 
     def identity_claims(self) -> dict[str, object]:
@@ -137,8 +137,9 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
             for name in stage.journals
         ]
         tasks, lines = _plan_stage(stage, runs[0].run_id, summary)
-        tasks = [task for task in tasks if engine.includes(task.slide_id)]
-        _record_lines(stage, runs, [e for e in lines if engine.includes(e.slide_id)], summary)
+        # The elements of a job array plan alike, and each does and journals its part.
+        tasks = [task for task in tasks if engine.includes_slide(task.slide_id)]
+        _record_lines(stage, runs, [e for e in lines if engine.includes_slide(e.slide_id)], summary)
         stage.before_tasks(runs[0], tasks)
         _run_tasks(stage, runs, tasks, engine, summary)
         stage.after_tasks(runs, summary, engine)
@@ -152,6 +153,7 @@ def _plan_stage(
     ledger = Ledger.read(stage.dataset, stage.name)
     tasks: list[SlideTask] = []
     lines: list[Entry] = []
+    # A pass over all slides before any work: what must be refused is reported at once.
     for item in stage.list_items():
         fingerprint = stage.item_fingerprint(item)
         if refusal := stage.reason_to_refuse(item, fingerprint, ledger):
@@ -161,6 +163,7 @@ def _plan_stage(
                 for scope in stage.scopes
             ]
             continue
+        # Withdrawn first: a lost file's line would hide the new file from readers.
         missing = stage.find_missing(item, fingerprint, ledger)
         lines += missing.withdrawn
         if missing:
@@ -180,7 +183,7 @@ def _record_lines(
     for entry in lines:
         # A withdrawn file is no result of this run.
         if entry.outcome != "pruned":
-            summary.add(entry)
+            summary.add_entry(entry)
 
 
 def _run_tasks(
@@ -193,7 +196,7 @@ def _run_tasks(
     """Send the tasks to workers; journal and count every slide as it ends."""
     total = sum(task.units for task in tasks)
     if tasks:
-        runs[0].event("tasks", slides=len(tasks), total=total, unit=stage.unit,
+        runs[0].log_event("tasks", slides=len(tasks), total=total, unit=stage.unit,
                       engine=engine.description)  # fmt: skip
     bundles, work = stage.make_bundles(tasks, engine), stage.work
     if bundles is None:
@@ -202,7 +205,7 @@ def _run_tasks(
     def on_entries(entries: list[Entry]) -> None:
         stage.journal_entries(runs, entries)
         for entry in entries:
-            summary.add(entry)
+            summary.add_entry(entry)
 
     with open_meter(summary.stage, total, stage.unit) as progress:
         run_bundles(work, bundles, engine, on_entries, progress, runs[0])

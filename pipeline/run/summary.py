@@ -15,7 +15,7 @@ _ROWS_SHOWN = 40
 
 @dataclass
 class Summary:
-    """How a stage ended, slide by slide."""
+    """How a stage ended, slide by slide: `bytes` written and `seconds` taken among the rest."""
 
     stage: str
     done_slides: set[str] = field(default_factory=set)
@@ -27,7 +27,7 @@ class Summary:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, entry: Entry) -> None:
+    def add_entry(self, entry: Entry) -> None:
         """Count one entry."""
         if entry.outcome == "rejected":
             self.rejected.append((entry.slide_id, entry.reason))
@@ -53,6 +53,7 @@ def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
 
     `where` is what the files were written to; `rate_of` is the count to state per second.
     """
+    # The line last: it is what is seen when the command has ended.
     _print_reasons(summary)
     parts = [f"{len(summary.done_slides)} done"]
     if summary.skipped:

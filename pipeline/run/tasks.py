@@ -41,7 +41,7 @@ class SlideTask:
     values: Mapping[str, object] = field(default_factory=dict)
     scopes: tuple[str, ...] = ("",)
 
-    def failed(self, reason: str) -> list[Entry]:
+    def failed_entries(self, reason: str) -> list[Entry]:
         """The lines that say why the slide failed, one per scope."""
         return [
             Entry(self.slide_id, "failed", self.fingerprint, reason, scope=scope,
@@ -56,7 +56,7 @@ def sort_dearest_first(tasks: Sequence[SlideTask]) -> list[SlideTask]:
 
 
 def bundle_tasks(tasks: Sequence[SlideTask], most_units: int) -> list[list[SlideTask]]:
-    """Tasks in their order, in bundles of at most `most_units` (or of one larger task)."""
+    """Tasks in their order, in bundles of at most `most_units` >= 1 (or of one larger task)."""
     bundles: list[list[SlideTask]] = []
     units = 0
     for task in tasks:
@@ -107,6 +107,7 @@ def collect_entries(
 
     Entries that were made before the error are kept: their files are written.
     """
+    # One by one, since `entries` writes files as it goes on.
     made: list[Entry] = []
     try:
         made.extend(entries)

@@ -47,16 +47,17 @@ class EngineConfig:
         part = f", part {self.array[0]} of {self.array[1]}" if self.is_part else ""
         return f"local, {self.workers or 'all'} workers{part}"
 
-    def includes(self, slide_id: str) -> bool:
-        """Whether a slide is this array element's; it never depends on what is done already."""
+    def includes_slide(self, slide_id: str) -> bool:
+        """Whether a slide is this array element's: by 8 bytes of its hash, not by what is done."""
         element, elements = self.array
         digest = hashlib.blake2b(slide_id.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % elements == element
 
     def job_environment(self) -> dict[str, str]:
         """The same for a worker in a batch job, which reads Dask's settings from there too."""
+        # A stage that uses threads at all gets its share of the job's cores, any other one each.
         threads = self.cluster.cores // self.cluster.workers if self.cluster else self.threads
-        variables = replace(self, threads=threads if self.threads > 1 else 1).environment()
+        variables = replace(self, threads=threads if self.threads > 1 else 1).worker_environment()
         return variables | {
             "PYTHONSAFEPATH": "1",
             "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
@@ -64,11 +65,11 @@ class EngineConfig:
         }
 
     def worker_count(self, tasks: int) -> int:
-        """Local workers: as asked, else one per core, never more than tasks."""
+        """Local workers, at least one: as requested, else one per core, never more than tasks."""
         cores = len(os.sched_getaffinity(0))
         return max(1, min(self.workers or cores, tasks))
 
-    def environment(self) -> dict[str, str]:
+    def worker_environment(self) -> dict[str, str]:
         """Variables that a worker's environment must have before it starts.
 
         Freed memory goes back to the system above 64 KiB, or a worker keeps its peak for ever.
@@ -79,7 +80,10 @@ class EngineConfig:
 
 @contextmanager
 def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
-    """A Dask client; a local cluster lives as long as the context."""
+    """A Dask client; a local cluster lives as long as the context.
+
+    Raises `UserError` where a running scheduler does not answer within 10 s.
+    """
     import dask
     from distributed import Client
 
@@ -91,7 +95,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
         "distributed.comm.timeouts.connect": "10s",
         "distributed.admin.low-level-log-length": 1000,
         "distributed.deploy.lost-worker-timeout": f"{RETURNS_WITHIN_S}s",
-        "distributed.nanny.pre-spawn-environ": config.environment(),
+        "distributed.nanny.pre-spawn-environ": config.worker_environment(),
     }
     with dask.config.set(options):
         if config.cluster:
@@ -151,7 +155,7 @@ def _local_cluster(config: EngineConfig, tasks: int) -> Any:
                 processes=True,
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,
-                env=config.environment(),
+                env=config.worker_environment(),
                 silence_logs=logging.CRITICAL,
             )
         except RuntimeError as error:

@@ -44,7 +44,7 @@ class Cohort:
         return replace(self, **columns)
 
     def strata(self, stratify: str) -> Text:
-        """The stratum of each slide: `site`, `project`, `project+site` or `none`."""
+        """The stratum of each slide [n]: `site`, `project`, `project+site` or `none`."""
         if stratify == "none":
             return np.full(len(self), "all")
         if stratify == "project+site":

@@ -57,7 +57,11 @@ class _Curation:
 
 
 def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
-    """Train, score, write the deny-list and the selections without its tiles."""
+    """Train, score, write the deny-list and the selections without its tiles.
+
+    Features are CLS float32 [n, d], scores probabilities of an artifact from 0 to 1. Returns the
+    exit status.
+    """
     _check_config(config)
     tissue = read_tissue(dataset)
     selections = _selections_to_clean(dataset, config)
@@ -72,6 +76,7 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     )
     print_trained(config, labels, trained, bool(store.record.get("random_weights")))
     scope = feature_scope(tile_px, config.encoder, config.view, "cls")
+    # All cached tiles are scored, not only the selected: a later selection finds its scores.
     cached = Ledger.read(dataset, "cache")[scope]
     shards = {slide_id: cached.on_disk(slide_id) for slide_id in cached}
     fingerprint = fingerprint_of(
@@ -85,6 +90,7 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
             "curate: without all scores no deny-list is written; fix the slides and run again"
         )
         return status
+    # The deny-list before the selections, which name its hash.
     _write_result(work, labels, store.record)
     for name in selections:
         stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
@@ -120,6 +126,7 @@ def _cleaned_selection(config: CurateConfig, name: str, stratify: str = "site") 
 def _train_on_labels(
     config: CurateConfig, labels: Labels, store: FeatureStore, cohort: Cohort, seed: int
 ) -> Trained:
+    # Folds by patient: tiles of one patient are alike, and would flatter the classifier.
     family = dict(zip(cohort.slide_id.tolist(), cohort.family.tolist(), strict=True))
     groups = np.array([family[slide_id] for slide_id in labels.slide_ids.tolist()])
     features = _labelled_features(labels, store)
@@ -196,6 +203,7 @@ def _require_features(work: _Curation) -> list[str]:
     slides: set[str] = set()
     for name in work.selections:
         for slide_id, ranks in read_selection(work.dataset, name).items():
+            # By rank, not by file: shards of several runs may overlap.
             covered = np.zeros(int(ranks[-1]) + 1, bool)
             for entry in work.shards.get(slide_id, []):
                 covered[entry.start : entry.stop] = True
@@ -217,12 +225,15 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
     rows = make_selection(config.name, denied, plan)
     fingerprint = fingerprint_of(
         classifier=work.fingerprint, threshold=plan["threshold"], rows=rows.content_hash,
-        selections=_selection_hashes(work),
+        selections={
+            name: read_selection(work.dataset, name).content_hash for name in work.selections
+        },
     )  # fmt: skip
     scope = f"{config.name}/result"
     if Ledger.read(dataset, STAGE)[scope].done(config.name, fingerprint) is not None:
         print_line(f"curate: deny-list '{config.name}' ({rows.rows:,} tiles) already done")
         return
+    # Before anything is written: a refusal must leave the old deny-list as it was.
     _check_dependents(dataset, config, work.selections, rows.content_hash)
     removed = {name: _removed_by_site(work, name, denied) for name in work.selections}
     folder = curation_dir(dataset, config.name)
@@ -250,10 +261,6 @@ def _write_result(work: _Curation, labels: Labels, record: Mapping[str, object])
     )
 
 
-def _selection_hashes(work: _Curation) -> dict[str, str]:
-    return {name: read_selection(work.dataset, name).content_hash for name in work.selections}
-
-
 def _denied_ranks(work: _Curation) -> tuple[dict[str, npt.NDArray[np.int32]], int]:
     """Ranks above the threshold by slide, and how many tiles were scored; a slide at a time."""
     scored, denied = 0, {}
@@ -269,17 +276,17 @@ def _check_dependents(
 ) -> None:
     """Refuse to change a deny-list under selections that this run does not make again."""
     known = read_ties(dataset)
-    own = {_cleaned_selection(config, name).name for name in selections}
+    remade = {_cleaned_selection(config, name).name for name in selections}
     other = sorted(
         name for name, ties in known.items()
-        if ties.deny.get(config.name, content_hash) != content_hash and name not in own
+        if ties.deny.get(config.name, content_hash) != content_hash and name not in remade
     )  # fmt: skip
     if other:
         raise UserError(
             f"deny-list '{config.name}' would change, and {', '.join(other)} were drawn with it; "
             f"remove them first (`select --remove`), or use another --name"
         )
-    for name in sorted(own & set(known)):
+    for name in sorted(remade & set(known)):
         if known[name].deny.get(config.name) != content_hash:
             check_may_change(known, name, "curate")
 
@@ -333,7 +340,7 @@ def _curation_report(
 
 
 def print_trained(config: CurateConfig, labels: Labels, trained: Trained, is_random: bool) -> None:
-    """The folds' ROC-AUC and confusion, and the threshold."""
+    """Print the folds' ROC-AUC and confusion, and the threshold: all from 0 to 1."""
     title = f"curate: {len(labels):,} labelled tiles, {config.folds} folds by patient"
     if is_random:
         title += f" ({config.encoder} with RANDOM weights)"
@@ -353,7 +360,7 @@ def print_trained(config: CurateConfig, labels: Labels, trained: Trained, is_ran
 
 
 def print_removed(name: str, table: Mapping[str, Mapping[str, int]]) -> None:
-    """The sites that lose most of a selection."""
+    """Print the sites that lose most of a selection, in tiles and per cent."""
     shown = Table("site", "tiles", "removed", "share", title=f"{name}: tiles removed by site")
     order = sorted(table, key=lambda site: (-table[site]["removed"], site))
     for site in order[:_SITES_SHOWN]:

@@ -120,7 +120,7 @@ class RangePool:
         first, denied = int(self._first[index]), self._denied.get(index)
         # Most slides have no denied rank: nothing to look up.
         stop = first + count if denied is None else int(self._stop[index])
-        return _without(np.arange(first, stop, dtype=np.int32), denied)[:count]
+        return _without_denied(np.arange(first, stop, dtype=np.int32), denied)[:count]
 
 
 class SelectionPool:
@@ -134,14 +134,14 @@ class SelectionPool:
 
     def _allowed_ranks(self, index: int) -> Ranks:
         ranks = self._ranks[self._offsets[index] : self._offsets[index + 1]]
-        return _without(ranks, self._denied.get(index))
+        return _without_denied(ranks, self._denied.get(index))
 
     def lowest_ranks(self, index: int, count: int) -> Ranks:
         """The slide's lowest `count` rows that are not denied, int32."""
         return self._allowed_ranks(index)[:count]
 
 
-def _without(ranks: Ranks, denied: Ranks | None) -> Ranks:
+def _without_denied(ranks: Ranks, denied: Ranks | None) -> Ranks:
     return ranks if denied is None else ranks[~np.isin(ranks, denied, assume_unique=True)]
 
 

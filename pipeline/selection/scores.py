@@ -24,7 +24,7 @@ _GROUPS_AT_ONCE = 256
 
 
 def scores_file(dataset: Dataset, name: str, slide_id: str) -> Path:
-    """Where a slide's scores lie: rank, and the probability of artifact."""
+    """The file of a slide's scores: rank, and the probability of an artifact from 0 to 1."""
     return curation_dir(dataset, name) / "scores" / f"{slide_id}.parquet"
 
 
@@ -37,7 +37,7 @@ def score_slide(
     model: LinearModel,
     fingerprint: str,
 ) -> list[Entry]:
-    """Score the tiles of a slide's CLS files, given as (path, start, stop), and commit them."""
+    """Score the tiles of a slide's CLS files, (path, start, stop) of ranks [start, stop)."""
     dataset, scope = Dataset(Path(root)), scores_scope(name)
 
     def make_entry() -> Iterator[Entry]:
@@ -89,7 +89,7 @@ def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
 def write_scores(
     dataset: Dataset, run_id: str, name: str, slide_id: str, ranks: Ranks, scores: Scores
 ) -> FileRecord:
-    """Commit a slide's scores."""
+    """Commit a slide's scores: ranks int32 [n], scores float32 [n]."""
     table = pa.table([pa.array(ranks), pa.array(scores)], schema=SCORES_SCHEMA)
 
     def write(file: HashingFile) -> None:
@@ -102,6 +102,6 @@ def write_scores(
 
 
 def read_scores(dataset: Dataset, name: str, slide_id: str) -> tuple[Ranks, Scores]:
-    """A slide's ranks and scores."""
+    """A slide's ranks int32 [n] and scores float32 [n]."""
     table = read_table(scores_file(dataset, name, slide_id), hint="run `curate` again")
     return table["rank"].to_numpy(), table["score"].to_numpy()

@@ -152,6 +152,7 @@ def _fingerprint_all(
     dataset: Dataset, config: SelectConfig, tissue: Tissue, known: Mapping[str, Ties]
 ) -> dict[str, str]:
     """The fingerprint of each selection: all that its rows depend on."""
+    # A selection leaves the patients of every other hold-out alone: a change of them changes it.
     others = {
         name: hash_patients(patients)
         for name, patients in held_out(known).items()
@@ -282,6 +283,7 @@ def make_selections(
         raise UserError(
             f"--tiles {tiles:,}{each} for '{config.name}': the largest possible is {possible:,}"
         )
+    # Divided once over all sets, then row by row: the sets get alike slides and strata.
     division = divide_budget(strata, chosen.candidates, capacities, tiles * sets, config.share)
     offsets, ranks = draw_ranks(drawing.pool, division.counts)
     parts = split_rows(strata, offsets, ranks, sets) if config.split else [(offsets, ranks)]

@@ -74,7 +74,7 @@ def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64])
 
 
 def hash_cohort(cohort: Cohort) -> str:
-    """sha256 of the cohort's columns, in hex."""
+    """sha256 of the cohort's columns (bytes of their text), in hex."""
     sha = hashlib.sha256()
     for name in cohort.__dataclass_fields__:
         sha.update("\0".join(map(str, getattr(cohort, name).tolist())).encode() + b"\1")

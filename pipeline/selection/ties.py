@@ -78,8 +78,9 @@ def check_new_hold_out(
     ]  # fmt: skip
     if inside:
         raise UserError(
-            f"'{name}' would hold out patients of {_quoted(inside)}: a hold-out comes before the "
-            f"selections that are to leave it alone; {_remove_first(inside)} and make them again"
+            f"'{name}' would hold out patients of {_quote_all(inside)}: a hold-out comes before "
+            f"the selections that are to leave it alone; {_remove_first(inside)} and make them "
+            "again"
         )
 
 
@@ -90,7 +91,7 @@ def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ..
         bound = sorted(other for other, ties in known.items() if name in ties.honours)
         if bound:
             raise UserError(
-                f"'{name}' holds out {len(before.patients):,} patients that {_quoted(bound)} "
+                f"'{name}' holds out {len(before.patients):,} patients that {_quote_all(bound)} "
                 f"leave{'s' if len(bound) == 1 else ''} alone; another choice would put them into "
                 f"training: {_remove_first(bound)}, or give this hold-out another name"
             )
@@ -106,8 +107,8 @@ def check_not_imported(dataset: Dataset, doing: str) -> None:
     imported = [name for name in names if read_plan(dataset, name).get("rule") == IMPORTED]
     if imported:
         raise UserError(
-            f"{doing} would take tiles of the imported selections {_quoted(imported)}, which are "
-            "the split: draw from one of them (--from NAME), or remove them first, one by one "
+            f"{doing} would take tiles of the imported selections {_quote_all(imported)}, which "
+            "are the split: draw from one of them (--from NAME), or remove them first, one by one "
             "(`select --remove NAME`)"
         )
 
@@ -117,7 +118,7 @@ def check_may_change(known: Mapping[str, Ties], name: str, doing: str) -> None:
     children = sorted(other for other, ties in known.items() if ties.parent == name)
     if children:
         raise UserError(
-            f"{doing} '{name}': {_quoted(children)} {'was' if len(children) == 1 else 'were'} "
+            f"{doing} '{name}': {_quote_all(children)} {'was' if len(children) == 1 else 'were'} "
             f"drawn from it; {_remove_first(children)}, or use another --name"
         )
 
@@ -126,12 +127,15 @@ def remove_selection(dataset: Dataset, name: str) -> None:
     """Remove a selection that nothing depends on; its journal line is superseded."""
     known = read_ties(dataset, whole=False)
     if name not in known:
-        raise UserError(f"no selection '{name}' in {dataset.root}; there: {_quoted(sorted(known))}")
+        raise UserError(
+            f"no selection '{name}' in {dataset.root}; there: {_quote_all(sorted(known))}"
+        )
     check_may_change(known, name, "--remove")
     bound = sorted(other for other, ties in known.items() if name in ties.honours)
     if bound:
         raise UserError(
-            f"--remove '{name}': {_quoted(bound)} leave its patients alone; {_remove_first(bound)}"
+            f"--remove '{name}': {_quote_all(bound)} leave its patients alone; "
+            f"{_remove_first(bound)}"
         )
     path = dataset.selection_file(name)
     with Run(dataset, STAGE, stage_versions()) as run:
@@ -155,7 +159,7 @@ def _descends_from(known: Mapping[str, Ties], name: str, ancestor: str) -> bool:
     return False
 
 
-def _quoted(names: list[str]) -> str:
+def _quote_all(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"
 
 

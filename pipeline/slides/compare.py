@@ -9,7 +9,7 @@ TILES_COMPARED = 16
 _NO_MPP = (float("nan"), float("nan"))
 
 
-def disagreement(native: NativeReader, reference: SlideReader) -> str:
+def find_disagreement(native: NativeReader, reference: SlideReader) -> str:
     """Why the native reader is not to be used for this slide; '' where all is equal.
 
     Vendor, levels and resolution must be OpenSlide's, and the pixels of 16 native tiles: half

@@ -33,7 +33,7 @@ class StageIn:
     UUID of a row of a GDC manifest), {name} the part after it, {dest} the file to write and {dir}
     its folder. It is run without a shell. `scratch` is a local folder, $NAMES in it are the
     worker's; each slide has a folder there while it is in use. `retries` fetches are tried after
-    the first, with doubling pauses.
+    the first, with doubling pauses; each may take `timeout_s` seconds.
     """
 
     command: str = field(
@@ -67,16 +67,16 @@ class StageIn:
     )
 
     def __post_init__(self) -> None:
-        if self.command and not any("{dest}" in p or "{dir}" in p for p in self._parts()):
+        if self.command and not any("{dest}" in p or "{dir}" in p for p in self._command_parts()):
             raise UserError(
                 f"--stage-in '{self.command}': expected a command that writes the file {{dest}} "
                 "or into the folder {dir}, such as 'cp {uri} {dest}'"
             )
 
-    def argv(self, uri: str, dest: Path) -> list[str]:
+    def make_command(self, uri: str, dest: Path) -> list[str]:
         """The command for one slide, as a list of arguments.
 
-        >>> StageIn("cp {uri} {dest}").argv("store/a.svs", Path("/tmp/a.svs"))
+        >>> StageIn("cp {uri} {dest}").make_command("store/a.svs", Path("/tmp/a.svs"))
         ['cp', 'store/a.svs', '/tmp/a.svs']
         """
         values = {
@@ -86,10 +86,10 @@ class StageIn:
         # In one pass, since a slide's name may itself have braces.
         return [
             re.sub(r"\{\w+\}", lambda match: values.get(match[0], match[0]), part)
-            for part in self._parts()
+            for part in self._command_parts()
         ]
 
-    def _parts(self) -> list[str]:
+    def _command_parts(self) -> list[str]:
         try:
             return shlex.split(self.command)
         except ValueError as error:
@@ -130,7 +130,7 @@ class ScanConfig:
     stage_in: StageIn = IN_PLACE
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run on a dataset must share: µm per px, tile side in px, seed."""
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
 
         return {
@@ -142,6 +142,6 @@ class ScanConfig:
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
         }
 
-    def parameters(self) -> dict[str, object]:
+    def row_parameters(self) -> dict[str, object]:
         """What a scanned row depends on in addition to the slide's bytes."""
         return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}

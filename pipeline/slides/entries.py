@@ -162,51 +162,51 @@ class SlideTableRow:
     number: int
     values: Mapping[str, str | None]
 
-    def error(self, problem: str) -> UserError:
+    def line_error(self, problem: str) -> UserError:
         """The error to raise, naming table and line."""
         return UserError(f"{self.table}, line {self.number}: {problem}")
 
-    def text(self, *columns: str) -> str:
+    def read_text(self, *columns: str) -> str:
         """The first of the columns that has a value here, '' without one."""
         return next((v.strip() for name in columns if (v := self.values.get(name))), "")
 
-    def path(self, column: str) -> str:
+    def read_path(self, column: str) -> str:
         """A path or address; one that a command would take for an option is refused."""
-        text = self.text(column)
+        text = self.read_text(column)
         if text.startswith("-") or "\0" in text or "\n" in text:
-            raise self.error(f"{text[:80]!r} is neither a path nor an address")
+            raise self.line_error(f"{text[:80]!r} is neither a path nor an address")
         return text
 
     def check_below(self, path: str) -> None:
         """Refuse a relative path that leaves the table's folder."""
         if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
-            raise self.error(
+            raise self.line_error(
                 f"'{path}' leaves the table's folder; write the absolute path if that is meant"
             )
 
     def byte_count(self, *columns: str) -> int:
         """A number of bytes, 0 without one."""
-        text = self.text(*columns)
+        text = self.read_text(*columns)
         if text and not (text.isascii() and text.isdigit()):
-            raise self.error(f"size '{text}', expected a number of bytes")
+            raise self.line_error(f"size '{text}', expected a number of bytes")
         return int(text or 0)
 
-    def mpp(self) -> float | None:
+    def read_mpp(self) -> float | None:
         """Micrometres per pixel, None without."""
-        text = self.text("mpp")
+        text = self.read_text("mpp")
         try:
             value = float(text) if text else None
         except ValueError:
             value = 0.0
         if value is not None and not 0.01 < value < 100:
-            raise self.error(f"mpp '{text}', expected micrometres per pixel")
+            raise self.line_error(f"mpp '{text}', expected micrometres per pixel")
         return value
 
 
 def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
-    text = row.path(path_column)
+    text = row.read_path(path_column)
     if not text:
-        raise row.error(f"no value in column '{path_column}'")
+        raise row.line_error(f"no value in column '{path_column}'")
     is_remote = "://" in text
     if not is_remote:
         row.check_below(text)
@@ -214,13 +214,13 @@ def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
     return SlideEntry(
         path if is_remote else _absolute_path(path),
         check_slide_id(row.values.get("slide_id") or slide_id_of(path)),
-        row.mpp(),
-        patient=row.text("patient"),
-        site=row.text("site", "tss"),
-        project=row.text("project"),
-        sample_type=row.text("sample_type"),
-        md5=row.text("md5", "md5sum").lower(),
-        preparation=row.text("preparation").lower(),
+        row.read_mpp(),
+        patient=row.read_text("patient"),
+        site=row.read_text("site", "tss"),
+        project=row.read_text("project"),
+        sample_type=row.read_text("sample_type"),
+        md5=row.read_text("md5", "md5sum").lower(),
+        preparation=row.read_text("preparation").lower(),
         uri=text if is_remote else "",
         bytes=row.byte_count("bytes", "size_bytes"),
     )
@@ -228,15 +228,15 @@ def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
 
 def _manifest_entry(row: SlideTableRow) -> SlideEntry:
     """A row of a GDC manifest: the slide is `<id>/<filename>`, as gdc-client lays it out."""
-    uuid, name = row.path("id"), row.path("filename")
+    uuid, name = row.read_path("id"), row.read_path("filename")
     if not uuid or not name:
-        raise row.error("no id or no filename")
+        raise row.line_error("no id or no filename")
     if "/" in name or {uuid, name} & {".", ".."}:
-        raise row.error(f"'{name}' of '{uuid}' is no file's name")
+        raise row.line_error(f"'{name}' of '{uuid}' is no file's name")
     return SlideEntry(
         Path(f"{uuid}/{name}"),
         slide_id_of(Path(name)),
-        md5=row.text("md5").lower(),
+        md5=row.read_text("md5").lower(),
         uri=f"{uuid}/{name}",
         bytes=row.byte_count("size"),
     )

@@ -68,7 +68,7 @@ class NativeReader(SlideReader):
         self.decoded = 0
         try:
             with tifffile.TiffFile(path) as tiff:
-                self._describe(tiff)
+                self._describe_levels(tiff)
             self._file = os.open(path, os.O_RDONLY)
         except SlideOpenError:
             raise
@@ -76,7 +76,7 @@ class NativeReader(SlideReader):
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"native: {error}") from error
 
-    def _describe(self, tiff: tifffile.TiffFile) -> None:
+    def _describe_levels(self, tiff: tifffile.TiffFile) -> None:
         # Those vendors have their own rules for levels and gaps, which OpenSlide knows.
         other = [name for name in _OTHER_VENDORS if getattr(tiff, f"is_{name}", False)]
         if other:
@@ -101,17 +101,20 @@ class NativeReader(SlideReader):
         self.resolution = _resolution_tags(base, self.vendor)
         self.icc_profile = _tag_value(base, 34675)
 
-    def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:
+    def expect_windows(self, level: int, windows: npt.NDArray[np.int64]) -> None:
         """Keep each native tile of the level until the last of these windows has been read."""
         native = self.native[level]
         uses = np.zeros((native.rows, native.columns), np.int32)
-        left, top, right, bottom = self._spans(level, windows)
+        left, top, right, bottom = self._tile_spans(level, windows)
         for row, column, row_end, column_end in zip(top, left, bottom, right, strict=True):
             uses[row:row_end, column:column_end] += 1
         self._uses[level] = uses
 
-    def _spans(self, level: int, windows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    def _tile_spans(
+        self, level: int, windows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], ...]:
         """Half-open columns and rows of native tiles that windows [n, 4] (x, y, w, h) touch."""
+        # Cut at the level's edge: windows may reach over it, native tiles there do not exist.
         native, size = self.native[level], self.levels[level]
         x, y, width, height = windows.T
         right, bottom = np.minimum(x + width, size.width), np.minimum(y + height, size.height)
@@ -122,7 +125,9 @@ class NativeReader(SlideReader):
             -(-bottom // native.tile_height),
         )
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         native = self.native[level]
         # The window is inside the level, so that native tiles cover all of the canvas.
         canvas = np.empty((height, width, 3), np.uint8)
@@ -132,17 +137,17 @@ class NativeReader(SlideReader):
             for column in range(x // native.tile_width, -(-(x + width) // native.tile_width)):
                 at_x = column * native.tile_width
                 left, right = max(x, at_x), min(x + width, at_x + native.tile_width)
-                tile = self._tile(level, row, column)
+                tile = self._native_tile(level, row, column)
                 part = tile[top - at_y : bottom - at_y, left - at_x : right - at_x]
                 canvas[top - y : bottom - y, left - x : right - x] = part
         return canvas
 
-    def _tile(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
+    def _native_tile(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
         """A decoded native tile [tile_height, tile_width, 3], from the cache where it is there."""
         key = (level, row, column)
         tile = self._cache.pop(key, None)
         if tile is None:
-            tile = self.decode(level, row, column)
+            tile = self.decode_native(level, row, column)
             self._cached_bytes += tile.nbytes
         # A tile that no expected window needs again is not kept.
         uses = self._uses.get(level)
@@ -156,8 +161,11 @@ class NativeReader(SlideReader):
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def decode(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
-        """Read and decode one native tile; raises ValueError where its bytes are damaged."""
+    def decode_native(self, level: int, row: int, column: int) -> npt.NDArray[np.uint8]:
+        """Read and decode one native tile, uint8 [tile_height, tile_width, 3].
+
+        Raises ValueError where its bytes are damaged.
+        """
         native = self.native[level]
         index = row * native.columns + column
         offset, size = int(native.offsets[index]), int(native.sizes[index])
@@ -175,10 +183,10 @@ class NativeReader(SlideReader):
         if tile.shape != shape or tile.dtype != np.uint8:
             raise ValueError(f"a native tile is {tile.dtype} {tile.shape}, expected uint8 {shape}")
         if native.codec == "jpeg" and (tile[-_MCU:, -_MCU:] == _GREY).all():
-            self._confirm(level, row, column, tile)
+            self._confirm_tile(level, row, column, tile)
         return np.asarray(tile)
 
-    def _confirm(self, level: int, row: int, column: int, tile: npt.NDArray[np.uint8]) -> None:
+    def _confirm_tile(self, level: int, row: int, column: int, tile: npt.NDArray[np.uint8]) -> None:
         """Ask OpenSlide about a tile that ends in the grey which libjpeg leaves where data ended.
 
         imagecodecs passes over libjpeg's warnings; OpenSlide takes them for the errors they are.

@@ -30,7 +30,7 @@ def best_reader(path: Path) -> tuple[SlideReader, str]:
     Returns the open slide and, where it is not the native reader, why. Raises `SlideOpenError`.
     """
     # Imported here: only `scan` and `doctor` compare readers.
-    from pipeline.slides.compare import disagreement
+    from pipeline.slides.compare import find_disagreement
     from pipeline.slides.native_reader import NativeReader
 
     reference = open_slide(path)
@@ -40,7 +40,7 @@ def best_reader(path: Path) -> tuple[SlideReader, str]:
         native = NativeReader(path)
     except SlideOpenError as error:
         return reference, one_line(error, 160)
-    reason = disagreement(native, reference)
+    reason = find_disagreement(native, reference)
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason

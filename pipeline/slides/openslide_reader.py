@@ -46,7 +46,9 @@ class OpenSlideReader(SlideReader):
         profile = self._slide.color_profile
         self.icc_profile = None if profile is None else profile.tobytes()
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         # OpenSlide wants level-0 positions, at every level.
         scale = self.levels[level].downsample
         corner = (round(x * scale), round(y * scale))

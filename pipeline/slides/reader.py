@@ -22,7 +22,7 @@ class SlideReadError(UserError):
 
 @dataclass(frozen=True)
 class Level:
-    """A pyramid level: size in pixels, and level-0 pixels per pixel of this level."""
+    """A pyramid level: size in pixels, and level-0 pixels per pixel of this level (>= 1)."""
 
     width: int
     height: int
@@ -31,14 +31,17 @@ class Level:
 
 @dataclass(frozen=True)
 class ResolutionTags:
-    """Micrometres per pixel at level 0 as (x, y), by where they were found."""
+    """µm per pixel at level 0 as (x, y), by where they were found."""
 
     vendor: tuple[float, float] | None = None
     tiff: tuple[float, float] | None = None
 
 
 class SlideReader(ABC):
-    """An open slide. Use as a context manager, so that no handle outlives its slide."""
+    """An open slide, read as RGB uint8 [h, w, 3]. Use as a context manager, so that it is closed.
+
+    `levels` are (width, height) in px and level-0 px per px of the level, the finest first.
+    """
 
     name: ClassVar[str]
     path: Path
@@ -55,14 +58,16 @@ class SlideReader(ABC):
     """Most memory that decoded native tiles take."""
 
     @abstractmethod
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         """RGB uint8 [height, width, 3] of a window inside the level; raises where it cannot."""
 
     @abstractmethod
     def close(self) -> None:
         """Release the file."""
 
-    def expect(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
+    def expect_windows(self, level: int, windows: npt.NDArray[np.int64]) -> None:  # noqa: B027
         """Receive the windows int64 [n, 4] (x, y, w, h) of a level that will be read, each once.
 
         A reader that can keeps what several of them share until the last is read; others do
@@ -78,13 +83,14 @@ class SlideReader(ABC):
         size = self.levels[level]
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, size.width), min(y + height, size.height)
+        # Libraries differ in what they show beyond the slide: it never gets to them.
         inside = right > left and bottom > top
         try:
             if inside and (right - left, bottom - top) == (width, height):
-                return self._read(level, x, y, width, height)
+                return self._read_window(level, x, y, width, height)
             canvas = np.full((height, width, 3), 255, np.uint8)
             if inside:
-                part = self._read(level, left, top, right - left, bottom - top)
+                part = self._read_window(level, left, top, right - left, bottom - top)
                 canvas[top - y : bottom - y, left - x : right - x] = part
             return canvas
         except Exception as error:

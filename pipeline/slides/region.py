@@ -76,7 +76,7 @@ def cut_tiles(
     wide for its cache).
     """
     windows = tile_windows(reader.levels[plan.level], plan, x_level0, y_level0, resampler)
-    reader.expect(plan.level, windows)
+    reader.expect_windows(plan.level, windows)
     native = reader.native_tiles[plan.level] if reader.native_tiles else _UNKNOWN_NATIVE_TILE
     for index in reading_order(windows, native, reader.cache_bytes):
         x, y = float(x_level0[index]), float(y_level0[index])

@@ -27,7 +27,7 @@ class ResolutionError(UserError):
 
 @dataclass(frozen=True)
 class Mpp:
-    """Micrometres per pixel at level 0, and where the number comes from."""
+    """µm per pixel at level 0, and where the number comes from."""
 
     value: float
     source: str

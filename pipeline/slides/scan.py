@@ -41,6 +41,7 @@ _HASH_CHUNK = 1 << 22
 
 def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
     """Write slides.parquet from the stage's journals, if it does not say the same already."""
+    # From all journals, not from this run: array elements and earlier runs scanned other slides.
     ledger = Ledger.read(dataset, STAGE)
     rows = {
         slide_id: _slide_of_entry(entry)
@@ -66,9 +67,9 @@ def _slide_of_entry(entry: Entry) -> Slide:
 
 
 def slide_values(slide: Slide) -> dict[str, object]:
-    """What a journal line of `scan` says of a slide; its reason is the line's own.
+    """What a journal line of `scan` says of a slide, but for the reason, which the line has itself.
 
-    Words for people are said once, where secrets are taken out of them; the rest is data.
+    A reason is only where secrets are taken out of it; the rest is data.
     """
     values = asdict(slide)
     del values["reason"]
@@ -84,7 +85,7 @@ def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     size, mtime_ns = _bytes_and_time(source)
     row = {key: str(value) for key, value in asdict(source).items()}
     return fingerprint_of(
-        stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.parameters()
+        stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.row_parameters()
     )
 
 
@@ -101,7 +102,10 @@ def _file_state(path: Path) -> tuple[int, int]:
 def scan_slide(
     source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str
 ) -> list[Entry]:
-    """Open one slide and describe it; every way to fail becomes an entry with a reason."""
+    """Open one slide and describe it; every way to fail becomes an entry with a reason.
+
+    What is recorded: µm per px, sizes in level-0 px, bytes of the file.
+    """
     slide = _slide_before_opening(source)
     note = ""
     try:
@@ -113,6 +117,7 @@ def scan_slide(
         with local_slide(slide, config.stage_in, Path(scratch)) as path:
             if source.uri:
                 slide = replace(slide, bytes=_file_state(path)[0])
+            # The sum before anything is read from it: it is of the file also where that is damaged.
             if config.sha256:
                 slide = replace(slide, sha256=_hash_slide(path))
             _require_whole(path)
@@ -159,7 +164,7 @@ def _require_whole(path: Path) -> None:
 
 
 def _open_with_reader(path: Path, name: str) -> tuple[SlideReader, str]:
-    """The slide with the reader that was asked for, and why it is not the native one."""
+    """The slide with the requested reader, and why it is not the native one."""
     if name != "auto":
         return open_slide(path, name), ""
     reader, why = best_reader(path)
@@ -186,6 +191,7 @@ def _describe_slide(
     except ResolutionError as error:
         return replace(slide, status="rejected", reason=str(error))
     slide = replace(slide, tile_mpp=plan.mpp)
+    # Half a pixel of slack, as the grid has: sizes at level 0 are rounded.
     needed = plan.window * plan.downsample
     if min(base.width, base.height) < needed - 0.5:
         reason = (
@@ -207,6 +213,7 @@ def _probe_levels(reader: SlideReader) -> None:
 
 def _hash_slide(path: Path) -> str:
     sha = hashlib.sha256()
+    # A DICOM or MIRAX slide is a folder: its files in the order of their names.
     files: Sequence[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         with file.open("rb") as data:

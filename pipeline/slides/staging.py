@@ -41,7 +41,8 @@ class StageInError(UserError):
 def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]:
     """The slide as a local path, for as long as the context lasts.
 
-    `folder` is used where no scratch was named. Raises `StageInError` naming slide and command.
+    `folder` is used where no scratch was named. A copy of another size in bytes, or another MD5,
+    than the table states is fetched again. Raises `StageInError` naming slide and command.
     """
     if not stage_in.command:
         path = Path(slide.path)
@@ -53,7 +54,7 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
         yield path
         return
     scratch = _make_scratch(stage_in, folder)
-    prefix = f"{_PREFIX}-{_host()}-"
+    prefix = f"{_PREFIX}-{_host_name()}-"
     # Copies of processes that were killed on this machine: nothing else would remove them.
     for abandoned in scratch.glob(f"{prefix}*"):
         pid = abandoned.name.removeprefix(prefix).split("-")[0]
@@ -73,7 +74,7 @@ def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
     if not named or named == JOB_SCRATCH:
         named = str(folder)
     elif "$" in named:
-        raise StageInError(f"--scratch {stage_in.scratch}: no such variable on {_host()}")
+        raise StageInError(f"--scratch {stage_in.scratch}: no such variable on {_host_name()}")
     try:
         Path(named).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +84,7 @@ def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
     return Path(named)
 
 
-def _host() -> str:
+def _host_name() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:24]
 
 
@@ -91,9 +92,9 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     name = slide.path.rstrip("/").rpartition("/")[2]
     if name in ("", ".", ".."):
         name = slide.slide_id
-    # Under the slide's own name, by which tools that write into a folder call it.
+    # Under the slide's name, by which tools that write into a folder call it.
     dest, problem = folder / name, ""
-    argv = stage_in.argv(slide.path, dest)
+    argv = stage_in.make_command(slide.path, dest)
     for attempt in range(stage_in.retries + 1):
         if attempt:
             sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))

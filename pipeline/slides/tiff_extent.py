@@ -46,11 +46,11 @@ class _DirectoryWalk:
 
     def find_missing(self, header: bytes) -> str:
         start = header[8:16] if self._big else header[4:8]
-        offset = self._unpack(self._word, start)
+        offset = self._unpack_number(self._word, start)
         for page in range(_MAX_PAGES):
             if offset == 0:
                 return ""
-            directory = self._directory(offset)
+            directory = self._read_directory(offset)
             if directory is None:
                 return f"page {page} is beyond the end of the file ({self._size:,} bytes)"
             entries, offset = directory
@@ -61,34 +61,37 @@ class _DirectoryWalk:
                 )
         return ""
 
-    def _unpack(self, kind: str, data: bytes) -> int:
+    def _unpack_number(self, kind: str, data: bytes) -> int:
         return int(struct.unpack(self._order + kind, data)[0])
 
-    def _directory(self, offset: int) -> tuple[bytes, int] | None:
+    def _read_directory(self, offset: int) -> tuple[bytes, int] | None:
         """The entries of the directory there and the next one's offset; None if cut off."""
         count_kind, count_bytes, entry_bytes = ("Q", 8, 20) if self._big else ("H", 2, 12)
         self._file.seek(offset)
         head = self._file.read(count_bytes)
         if offset + count_bytes > self._size or len(head) < count_bytes:
             return None
-        length = self._unpack(count_kind, head) * entry_bytes
+        length = self._unpack_number(count_kind, head) * entry_bytes
         word = struct.calcsize(self._word)
         if offset + count_bytes + length + word > self._size:
             return None
         body = self._file.read(length + word)
-        return body[:length], self._unpack(self._word, body[length:])
+        return body[:length], self._unpack_number(self._word, body[length:])
 
     def _data_end(self, entries: bytes) -> int:
         """First byte behind the values and pixels that the directory points to."""
-        fields = self._fields(entries)
+        fields = self._parse_fields(entries)
         values = 0
         for kind, count, value in fields.values():
             length = count * _BYTES.get(kind, 0)
             if length > len(value):  # else the values are in the entry itself
-                values = max(values, self._unpack(self._word, value) + length)
+                values = max(values, self._unpack_number(self._word, value) + length)
         for offset_tag, count_tag in _OFFSETS_AND_COUNTS:
             if offset_tag in fields and count_tag in fields:
-                starts, counts = self._values(fields[offset_tag]), self._values(fields[count_tag])
+                starts, counts = (
+                    self._field_values(fields[offset_tag]),
+                    self._field_values(fields[count_tag]),
+                )
                 if starts is None or counts is None:
                     return self._size + 1
                 if len(starts) == len(counts) and len(starts):
@@ -96,7 +99,7 @@ class _DirectoryWalk:
                     return max(values, int(np.where(counts > 0, starts + counts, 0).max()))
         return values
 
-    def _fields(self, entries: bytes) -> dict[int, tuple[int, int, bytes]]:
+    def _parse_fields(self, entries: bytes) -> dict[int, tuple[int, int, bytes]]:
         """(type, count, value field) by tag."""
         form, step = (self._order + "HHQ8s", 20) if self._big else (self._order + "HHI4s", 12)
         fields = {}
@@ -105,7 +108,7 @@ class _DirectoryWalk:
             fields[tag] = (kind, count, value)
         return fields
 
-    def _values(self, field: tuple[int, int, bytes]) -> npt.NDArray[np.int64] | None:
+    def _field_values(self, field: tuple[int, int, bytes]) -> npt.NDArray[np.int64] | None:
         """The field's numbers; None where they are beyond the end of the file."""
         kind, count, value = field
         if kind not in _UINT:
@@ -113,7 +116,7 @@ class _DirectoryWalk:
         dtype = np.dtype(self._order + _UINT[kind])
         length = count * dtype.itemsize
         if length > len(value):
-            offset = self._unpack(self._word, value)
+            offset = self._unpack_number(self._word, value)
             if offset + length > self._size:
                 return None
             self._file.seek(offset)

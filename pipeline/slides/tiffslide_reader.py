@@ -36,7 +36,9 @@ class TiffSlideReader(SlideReader):
         self.resolution = _resolution_tags(properties)
         self.icc_profile = None if profile is None else bytes(profile.value)
 
-    def _read(self, level: int, x: int, y: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    def _read_window(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> npt.NDArray[np.uint8]:
         scale = self.levels[level].downsample
         # As with OpenSlide, positions are level-0 pixels at every level.
         corner = (round(x * scale), round(y * scale))

@@ -53,10 +53,10 @@ class TileConfig:
         return CODEC if self.format == "zarr" else PNG_CODECS[self.png]
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run of the stage on a dataset must share."""
         return {"resampler": self.resampler, "icc": self.icc, "codec": self.codec}
 
-    def encoder(self) -> Callable[["npt.NDArray[np.uint8]"], bytes]:
+    def make_encoder(self) -> Callable[["npt.NDArray[np.uint8]"], bytes]:
         """From an RGB tile uint8 [h, w, 3] to its lossless bytes."""
         from pipeline.dataset import encode_png
         from pipeline.dataset.tiles.zarr_shard import encode_chunk

@@ -23,8 +23,9 @@ class Spool:
         self._file = -1
         self.file_bytes = 0
 
-    def put(self, key: int, data: bytes) -> None:
+    def put_bytes(self, key: int, data: bytes) -> None:
         """Keep the bytes."""
+        # Memory first: small slides never need the file.
         if len(data) <= self._room:
             self._room -= len(data)
             self._kept[key] = data
@@ -32,6 +33,7 @@ class Spool:
         try:
             if self._file < 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                # Without a name from the start, so that nothing is left of a killed worker.
                 self._file, name = tempfile.mkstemp(prefix="spool-", dir=self._folder)
                 os.unlink(name)
             _write_all(self._file, data, self.file_bytes)
@@ -43,7 +45,7 @@ class Spool:
         self._placed[key] = (self.file_bytes, len(data))
         self.file_bytes += len(data)
 
-    def take(self, key: int) -> bytes:
+    def take_bytes(self, key: int) -> bytes:
         """Give the bytes back, once; raises KeyError for what was never put."""
         kept = self._kept.pop(key, None)
         if kept is not None:

@@ -99,11 +99,12 @@ def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, 
             need.blocks.update(np.unique(ranks // BLOCK_ROWS).tolist())
             if ranks[-1] > need.last:
                 need.last, need.selection = int(ranks[-1]), name
+    # In one order, whatever the order of the selections.
     return {slide_id: needs[slide_id] for slide_id in sorted(needs)}
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks that contain a selected rank."""
+    """Per slide, the blocks (of 16 ranks, from 0 up) that contain a selected rank."""
     return {
         slide_id: need.blocks for slide_id, need in _needs_by_slide(dataset, selections).items()
     }
@@ -139,7 +140,8 @@ def tile_fingerprint(
 ) -> str:
     """Fingerprint of a slide's tile shards; the rank range is not part of it.
 
-    `source` is what the slide's candidates were imported from, if they were.
+    `tile_px` is the tile side in px, by default the dataset's; `source` is what the slide's
+    candidates were imported from, if they were.
     """
     values = {key: identity[key] for key in ("resampler", "icc", "codec")}
     if tile_px not in (None, identity["tile_px"]):
@@ -151,7 +153,7 @@ def tile_fingerprint(
 def tile_slide(
     root: str, run_id: str, slide: Slide, spans: list[range], fingerprint: str, config: TileConfig
 ) -> list[Entry]:
-    """Write one slide's missing shards, on a worker; `spans` are runs of blocks.
+    """Write one slide's missing shards, on a worker; `spans` are ranges [start, stop) of blocks.
 
     A read error fails the slide with its coordinates.
     """
@@ -170,7 +172,7 @@ def _write_shards(
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     with Spool(folder) as spool:
         began = time.monotonic()
-        rank_spans = job.fill(spool, spans)
+        rank_spans = job.fill_spool(spool, spans)
         # All tiles are read in one pass, whose time counts for the first shard.
         read_seconds = time.monotonic() - began
         for span in rank_spans:
@@ -190,15 +192,16 @@ class _TileJob:
     config: TileConfig
     tile_px: int
 
-    def fill(self, spool: Spool, block_spans: list[range]) -> list[range]:
+    def fill_spool(self, spool: Spool, block_spans: list[range]) -> list[range]:
         """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
+        # Spans may share native tiles of the slide, which one pass decodes once.
         candidates = read_candidates(self.dataset, self.slide.slide_id)
         rows = candidates.num_rows
         spans = [ranks_of_blocks(blocks, rows) for blocks in block_spans]
         ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         x = candidates["x_level0"].to_numpy()[ranks]
         y = candidates["y_level0"].to_numpy()[ranks]
-        encode = self.config.encoder()
+        encode = self.config.make_encoder()
         folder = self.dataset.staging_dir(self.run_id)
         with (
             local_slide(self.slide, self.config.stage_in, folder) as path,
@@ -206,7 +209,7 @@ class _TileJob:
         ):
             done = 0
             for done, (index, image) in enumerate(self._cut_tiles(reader, x, y), 1):
-                spool.put(int(ranks[index]), encode(image))
+                spool.put_bytes(int(ranks[index]), encode(image))
                 if done % _PROGRESS_TILES == 0:
                     report_progress(self.slide.slide_id, _PROGRESS_TILES)
         return spans
@@ -231,13 +234,14 @@ class _TileJob:
             reader.levels, float(self.slide.mpp or 0), identity["mpp"],
             identity["mpp_tolerance"], dataset_px,
         )  # fmt: skip
+        # The grid is the dataset's at any size, so that a rank is one place on the slide.
         border = (self.tile_px - dataset_px) / 2 * plan.factor * plan.downsample
         return replace(plan, window=self.tile_px * plan.factor), border
 
     def write_shard(self, spool: Spool, span: range) -> Entry:
-        """Write the tiles of a run of ranks as one shard, in rank order."""
+        """Write the tiles of a span of ranks as one shard, in rank order."""
         began = time.monotonic()
-        encoded = (spool.take(rank) for rank in span)
+        encoded = (spool.take_bytes(rank) for rank in span)
         write = self._write_zarr if self.config.format == "zarr" else self._write_tar
         return Entry(
             self.slide.slide_id, "done", self.fingerprint, scope=str(self.tile_px),
@@ -279,7 +283,7 @@ class _SlideNeed:
 
 
 class TileStage(Stage[_SlideNeed]):
-    """Write the tile shards that the named selections need."""
+    """Write the tile shards, uint8 [px, px, 3] per tile, that the named selections need."""
 
     name = label = STAGE
     unit = rate_of = "tiles"
@@ -323,8 +327,8 @@ class TileStage(Stage[_SlideNeed]):
     ) -> tuple[Outcome, str] | None:
         """Where the candidates are not those of the slide or selection as they are now."""
         source = self._imported_source(item.slide_id)
-        of_now = tissue_fingerprint(item.slide, self.identity, source)
-        parent = self.parents.done(item.slide_id, of_now)
+        current = tissue_fingerprint(item.slide, self.identity, source)
+        parent = self.parents.done(item.slide_id, current)
         reason = _reason_to_refuse(self.dataset, item.slide, parent, item.need)
         return ("failed", reason) if reason else None
 
@@ -349,6 +353,7 @@ class TileStage(Stage[_SlideNeed]):
             str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
             self.config,
         )  # fmt: skip
+        # Slides differ in codec and in how much of them a tile covers.
         cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)
         return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
 
@@ -359,7 +364,7 @@ class TileStage(Stage[_SlideNeed]):
 
 
 def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
-    """Write the tile shards that are missing; returns the exit status."""
+    """Write the tile shards that are missing; returns the exit status (1 if any slide failed)."""
     if read_identity(dataset).get("grid") == IMPORTED_TILES:
         return _nothing_to_cut(dataset, config)
     return run_stage(TileStage(dataset, config), engine)

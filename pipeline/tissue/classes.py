@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class TissueClass(IntEnum):
-    """Pixel values of a tissue mask."""
+    """Pixel values of a tissue mask uint8 [h, w]."""
 
     BACKGROUND = 0
     TISSUE = 1

@@ -123,7 +123,10 @@ def _least_and_greatest(
 
 
 def refuse_dark(rgb: Rgb) -> None:
-    """Raise `NotHematoxylinEosinError` for fluorescence and other pictures on black."""
+    """Raise `NotHematoxylinEosinError` for fluorescence and other pictures on black.
+
+    `rgb` is uint8 [h, w, 3]; refused is one of which more than half is darker than 40 of 255.
+    """
     step = _sample_step(rgb.shape[:2])
     sample = rgb[::step, ::step]
     dark = float((sample.max(-1) < 40).mean()) if sample.size else 1.0
@@ -141,6 +144,7 @@ def refuse_wrong_colour(density: Floats, min_density: float) -> None:
     Recognised are pictures without colour, brown chromogens (DAB) and slides whose stain is
     mostly that of no H&E (blue, green or red as ink is).
     """
+    # Only what is stained is judged, so that the amount of glass does not matter.
     step = _sample_step(density.shape[1:])
     values = density[:, ::step, ::step].reshape(3, -1)
     values = values[:, mean_density(values) >= min_density]

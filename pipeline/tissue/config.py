@@ -24,7 +24,7 @@ class TissueConfig:
     stage_in: StageIn = IN_PLACE
 
     def identity(self) -> dict[str, object]:
-        """The values that make it this dataset and no other."""
+        """The values that every run on a dataset must share; shares are from 0 to 1."""
         from pipeline.tissue.detector import open_detector
         from pipeline.tissue.stage import detector_identity
 

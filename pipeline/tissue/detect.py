@@ -52,7 +52,7 @@ class DetectorConfig:
     min_fold_um2: float = 5_000.0
 
     def as_dict(self) -> dict[str, float | str]:
-        """For the dataset's identity: another detector is another dataset."""
+        """For the dataset's identity (lengths in µm): another detector is another dataset."""
         return {"name": "classical-2", **asdict(self)}
 
 
@@ -90,7 +90,7 @@ def classify_density(
     stained = mean >= density_threshold(mean[~ink], config)
     coloured = is_coloured(density)
     # Close narrow gaps, drop small objects, fill small holes.
-    tissue = _morph(stained & coloured & ~ink, cv2.MORPH_CLOSE, config.close_um / um_per_px)
+    tissue = _morph_mask(stained & coloured & ~ink, cv2.MORPH_CLOSE, config.close_um / um_per_px)
     tissue = _drop_small(tissue, config.min_object_um2 / um_per_px**2)
     tissue = ~_drop_small(~tissue, config.max_hole_um2 / um_per_px**2)
     mask = np.zeros(mean.shape, np.uint8)
@@ -122,12 +122,13 @@ def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple
     """
     sure, margin = ink_colour(density)
     px2, wide_px = um_per_px**2, config.ink_margin_um / um_per_px
-    wide_enough = _morph(sure, cv2.MORPH_OPEN, config.min_ink_width_um / um_per_px)
+    wide_enough = _morph_mask(sure, cv2.MORPH_OPEN, config.min_ink_width_um / um_per_px)
+    # Stain may have the hue of ink in thin or small spots: a pen leaves broad strokes.
     core = _drop_small(wide_enough, config.min_ink_core_um2 / px2)
     strokes = _drop_small(_keep_touching(margin | sure, core), config.min_ink_um2 / px2)
     if strokes.any():
-        closed = _morph(strokes, cv2.MORPH_CLOSE, wide_px)
-        strokes = _morph(closed, cv2.MORPH_DILATE, wide_px)
+        closed = _morph_mask(strokes, cv2.MORPH_CLOSE, wide_px)
+        strokes = _morph_mask(closed, cv2.MORPH_DILATE, wide_px)
         strokes = ~_drop_small(~strokes, config.max_ink_gap_um2 / px2)
     return strokes, sure & ~strokes
 
@@ -143,7 +144,7 @@ def find_folds(density: Floats, tissue: Bools, um_per_px: float, config: Detecto
     return _drop_small(dark, config.min_fold_um2 / um_per_px**2)
 
 
-def _morph(mask: Bools, operation: int, width_px: float) -> Bools:
+def _morph_mask(mask: Bools, operation: int, width_px: float) -> Bools:
     """The morphological operation with a disk of that width; below three pixels there is none."""
     side = 2 * round(width_px / 2) + 1
     if side < 3:

@@ -14,13 +14,13 @@ from pipeline.tissue.focus import FocusConfig
 
 
 class Detector(Protocol):
-    """What makes a mask of an overview; `experimental` classes refuse no tile."""
+    """What makes a mask uint8 [h, w] of an overview; `experimental` classes refuse no tile."""
 
     experimental: ClassVar[frozenset[TissueClass]]
 
     @property
     def um_per_px(self) -> float:
-        """Resolution of the overview that `detect` wants."""
+        """Resolution of the overview that `detect` wants, in µm per px."""
 
     def identity(self) -> dict[str, object]:
         """What makes its masks: another value is another dataset."""
@@ -31,7 +31,7 @@ class Detector(Protocol):
 
 @dataclass(frozen=True)
 class ClassicalDetector:
-    """Optical density and colour, no weights; focus is judged on the slide by `focus`."""
+    """Optical density and colour, no weights; focus is judged on the slide at about 1 µm per px."""
 
     experimental: ClassVar[frozenset[TissueClass]] = frozenset({TissueClass.FOLD})
     config: DetectorConfig = field(default_factory=DetectorConfig)
@@ -39,7 +39,7 @@ class ClassicalDetector:
 
     @property
     def um_per_px(self) -> float:
-        """Resolution of the overview that `detect` wants."""
+        """Resolution of the overview that `detect` wants, in µm per px."""
         return self.config.um_per_px
 
     def identity(self) -> dict[str, object]:
@@ -47,7 +47,7 @@ class ClassicalDetector:
         return {**self.config.as_dict(), "focus": asdict(self.focus)}
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
-        """See `detect_tissue`."""
+        """See `detect_tissue`: of an overview uint8 [h, w, 3]."""
         return detect_tissue(rgb, um_per_px, self.config)
 
 

@@ -39,7 +39,7 @@ class FocusConfig:
     min_contrast: float = 0.004
 
 
-def sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float) -> float:
+def measure_sharpness(rgb: npt.NDArray[np.uint8], um_per_px: float, min_contrast: float) -> float:
     """Detail of 1 µm over detail of 4 µm of a patch uint8 [h, w, 3]; NaN without contrast.
 
     About 1 on sharp H&E at 0.8 to 1.2 µm per pixel, 0.3 where points spread over 4 µm around.
@@ -66,7 +66,7 @@ class PatchSource:
 def slide_patches(
     reader: SlideReader, mpp_level0: float, config: FocusConfig
 ) -> PatchSource | None:
-    """Patches of an open slide at about `config.um_per_px`; None where the slide is coarser."""
+    """Patches of an open slide at about `config.um_per_px`; None where it is > 1.4 µm per px."""
     # The coarsest level that is fine enough, reduced by a whole factor: no resampling blur.
     levels = [mpp_level0 * downsample for downsample in level_downsamples(reader.levels)]
     fine = [i for i, mpp in enumerate(levels) if mpp <= 1.05 * config.um_per_px]
@@ -119,6 +119,7 @@ def _probe_sharpness(
     """Sharpness per cell of the lattice [rows, columns]; NaN where its middle is not tissue."""
     side = config.patch_um / um_per_px
     rows, columns = (max(1, int(length // pitch_px)) for length in tissue.shape)
+    # In the middle of each cell, and only where that is tissue: a patch costs a read of the slide.
     values = np.full((rows, columns), np.nan)
     for row in range(rows):
         for column in range(columns):
@@ -130,7 +131,9 @@ def _probe_sharpness(
             window = tissue[first_row : max(end_row, first_row + 1), first : max(end, first + 1)]
             if window.size and window.mean() >= config.min_patch_tissue:
                 patch = patches.read(left * um_per_px, top * um_per_px)
-                values[row, column] = sharpness(patch, patches.um_per_px, config.min_contrast)
+                values[row, column] = measure_sharpness(
+                    patch, patches.um_per_px, config.min_contrast
+                )
     return values
 
 

@@ -39,7 +39,10 @@ class DetectorFileError(UserError):
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """What the JSON file of a network says; `classes[i]` is what channel i means."""
+    """What the JSON file of a network says; `classes[i]` is what channel i means.
+
+    `mean` and `std` are of colours from 0 to 1; `window_px` and `margin_px` are in px.
+    """
 
     um_per_px: float
     mean: tuple[float, float, float]
@@ -49,7 +52,7 @@ class NetworkDescription:
     margin_px: int = 32
 
     def as_dict(self) -> dict[str, object]:
-        """For the dataset's identity."""
+        """For the dataset's identity; resolution in µm per px."""
         return {**self.__dict__, "classes": [CLASS_NAMES[value] for value in self.classes]}
 
 
@@ -77,6 +80,7 @@ def read_description(path: Path) -> NetworkDescription:
         window_px=int(_parse_number(path, {"window_px": 512, **values}, "window_px", 16, 8192)),
         margin_px=int(_parse_number(path, {"margin_px": 32, **values}, "margin_px", 0, 4096)),
     )
+    # Each value may be right and both together not.
     if 2 * description.margin_px >= description.window_px:
         raise DetectorFileError(
             f"{path}: margin_px {description.margin_px} leaves nothing of window_px "
@@ -135,7 +139,7 @@ class OnnxDetector:
 
     @property
     def um_per_px(self) -> float:
-        """Resolution of the overview that `detect` wants."""
+        """Resolution of the overview that `detect` wants, in µm per px."""
         return self.description.um_per_px
 
     def identity(self) -> dict[str, object]:
@@ -144,6 +148,7 @@ class OnnxDetector:
 
     def detect(self, rgb: npt.NDArray[np.uint8], um_per_px: float) -> Detection:
         """Classify an overview uint8 [h, w, 3]; the mask has its size."""
+        # Resampled only where the scale is off by more than 2 %: resampling blurs.
         shape = rgb.shape[:2]
         scale = um_per_px / self.um_per_px
         if abs(scale - 1) > 0.02:
@@ -168,14 +173,14 @@ class OnnxDetector:
     def _classify_window(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Classes of the inner part of a window uint8 [window_px, window_px, 3]."""
         window, margin = self.description.window_px, self.description.margin_px
-        scores = self._scores(field)
+        scores = self._class_scores(field)
         # Networks often give their classes at a part of the input's resolution.
         if scores.shape[1:] != (window, window):
             scores = np.stack([cv2.resize(plane, (window, window)) for plane in scores])
         channel = scores[:, margin : window - margin, margin : window - margin].argmax(0)
         return np.asarray(np.array(self.description.classes, np.uint8)[channel])
 
-    def _scores(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _class_scores(self, field: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         mean, std = (np.array(v, np.float32) for v in (self.description.mean, self.description.std))
         planes = ((field.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
         try:

@@ -42,7 +42,7 @@ def draw_overlay(
     verdict: npt.NDArray[np.uint8],
     title: str,
 ) -> Rgb:
-    """RGB picture of the slide, with a legend and the numbers below.
+    """RGB picture uint8 [h, w, 3] of the slide, with a legend and the numbers below.
 
     The tissue is outlined, artifacts are tinted, every tile of the grid is boxed in the colour
     of its verdict (where tiles are smaller than a box can be drawn, they are tinted instead).
@@ -52,6 +52,7 @@ def draw_overlay(
     canvas = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
     large = _resize_image(mask, canvas.shape[1], canvas.shape[0], cv2.INTER_NEAREST)
     tint_artifacts(canvas, large, 0.45)
+    # Pen is on the glass, not of the slide: its outline would be taken for tissue's.
     tissue = (large > TissueClass.BACKGROUND) & (large != TissueClass.PEN)
     outlines, _ = cv2.findContours(tissue.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(canvas, outlines, -1, _OUTLINE, 1, cv2.LINE_AA)
@@ -67,14 +68,17 @@ def draw_overlay(
 
 
 def draw_refused(rgb: Rgb, title: str) -> Rgb:
-    """RGB picture of a slide that was refused as a whole: nothing drawn on it, the title below."""
+    """Picture uint8 [h, w, 3] of a slide that was refused as a whole: only the title is added."""
     scale = min(1.0, _MAX_SIDE_PX / max(rgb.shape[:2]))
     picture = _resize_image(rgb, rgb.shape[1] * scale, rgb.shape[0] * scale, cv2.INTER_AREA)
     return _add_legend(picture, title, [])
 
 
 def tint_artifacts(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) -> None:
-    """Colour the artifacts of a mask of the canvas's size into it, in place."""
+    """Colour the artifacts of a mask [h, w] into the canvas [h, w, 3], in place.
+
+    `strength` is from 0 (not at all) to 1 (the artifact's colour alone).
+    """
     for value, colour in CLASS_COLOURS.items():
         where = mask == value
         if value > TissueClass.TISSUE and where.any():

@@ -51,13 +51,13 @@ _IDENTITY_KEYS = (*_GRID_KEYS, "detector", "min_tissue", "max_artifact")
 
 
 def detector_identity(detector: Detector) -> dict[str, object]:
-    """The detector's hash and, for a person, what was hashed."""
+    """The detector's hash and, to be read, what was hashed."""
     parameters = detector.identity()
     return {"detector": fingerprint_of(**parameters), "detector_parameters": parameters}
 
 
 def slide_key(slide: Slide) -> dict[str, object]:
-    """What identifies a slide for the stages after scan: its bytes and its resolution."""
+    """What identifies a slide for the stages after scan: its bytes and its µm per px."""
     return {**slide.content_key, "mpp": slide.mpp, "reader": slide.reader}
 
 
@@ -109,10 +109,11 @@ def record_tissue(
     fingerprint: str,
     detector: Detector,
 ) -> Entry:
-    """Write mask, overlay and candidates of one slide, as the detector sees it.
+    """Write mask uint8 [h, w], overlay and candidates of one slide, as the detector sees it.
 
     Of a slide that is no brightfield H&E only the picture.
     """
+    # All that needs the slide's pixels, so that a slide that is staged in can go again.
     identity = read_identity(dataset)
     mpp = float(slide.mpp or 0)
     with (
@@ -129,6 +130,7 @@ def record_tissue(
         except NotHematoxylinEosinError as error:
             return _refused_entry(dataset, run_id, slide, fingerprint, picture, str(error))
         detection = _with_focus(detector, detection, reader, mpp, um_per_px)
+    # Mask and picture have different scales; the grid is in level-0 pixels until it meets them.
     grid = TileGrid.of_slide(slide, plan)
     judgement = grid.judge_tiles(detection.mask, um_per_px / mpp, config, detector)
     to_picture = mpp / picture_um_per_px
@@ -143,8 +145,9 @@ def record_tissue(
     counts = {"grid tiles": len(grid.x), "candidate tiles": table.num_rows}
     values = {
         "glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan),
-        "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.counts(),
+        "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.count_verdicts(),
     }  # fmt: skip
+    # Files are kept also where no tile is: the overlay shows why.
     outcome: Outcome = "done" if table.num_rows else "rejected"
     reason = "" if table.num_rows else _why_none(judgement)
     return Entry(
@@ -199,9 +202,9 @@ def _class_areas(mask: npt.NDArray[np.uint8], um_per_px: float) -> dict[str, flo
     """Area in mm² of each class that occurs, background left out."""
     pixels = np.bincount(mask.ravel(), minlength=len(TissueClass))
     return {
-        CLASS_NAMES[one]: round(float(pixels[one]) * um_per_px**2 / 1e6, 4)
-        for one in TissueClass
-        if one != TissueClass.BACKGROUND and pixels[one]
+        CLASS_NAMES[value]: round(float(pixels[value]) * um_per_px**2 / 1e6, 4)
+        for value in TissueClass
+        if value != TissueClass.BACKGROUND and pixels[value]
     }
 
 
@@ -214,16 +217,18 @@ def _overlay_title(slide: Slide, detection: Detection, um_per_px: float) -> str:
 
 def _why_none(judgement: Judgement) -> str:
     """Why a slide has no candidate, from what became of its tiles."""
-    refused = {name: count for name, count in judgement.counts().items() if name != "no tissue"}
+    refused = {
+        name: count for name, count in judgement.count_verdicts().items() if name != "no tissue"
+    }
     if not refused:
         return "no tile has enough tissue: an empty slide, or tissue too pale to be found"
-    said = ", ".join(f"{name} {count}" for name, count in refused.items())
-    return f"no tile has enough tissue free of artifacts; tiles refused: {said}"
+    tally = ", ".join(f"{name} {count}" for name, count in refused.items())
+    return f"no tile has enough tissue free of artifacts; tiles refused: {tally}"
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tiles of a slide: corners and size in level-0 px."""
+    """Tiles of a slide: corners float64 [n] and size in level-0 px."""
 
     x: npt.NDArray[np.float64]
     y: npt.NDArray[np.float64]
@@ -231,7 +236,7 @@ class TileGrid:
 
     @classmethod
     def of_slide(cls, slide: Slide, plan: ReadPlan) -> "TileGrid":
-        """The grid of a slide whose tiles are read by that plan."""
+        """The grid of a slide whose tiles are read by that plan, in level-0 px."""
         size = plan.window * plan.downsample
         x, y = grid_positions(slide.width, slide.height, plan.stride_level0, size)
         return cls(x, y, size)
@@ -264,6 +269,7 @@ def _read_picture(
     reader: SlideReader, mpp: float, overview: npt.NDArray[np.uint8], um_per_px: float
 ) -> tuple[npt.NDArray[np.uint8], float]:
     """The slide at a size to look at: finer than the mask where the slide is small."""
+    # A small slide's mask is a few pixels wide: too few to judge it by eye.
     longest_um = max(reader.levels[0].width, reader.levels[0].height) * mpp
     wanted = longest_um / _OVERLAY_PX
     if wanted >= um_per_px:

@@ -14,7 +14,7 @@ _FAINT_TISSUE = 0.01
 
 
 class Verdict(IntEnum):
-    """What became of a tile; artifacts have the values of their `TissueClass`."""
+    """What became of a tile (uint8); artifacts have the values of their `TissueClass`."""
 
     NO_TISSUE = 0
     KEPT = 1
@@ -35,7 +35,7 @@ VERDICT_NAMES = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """Per tile: tissue and artifact fractions float32, and a `Verdict` uint8."""
+    """Per tile: tissue and artifact fractions float32 from 0 to 1, and a `Verdict` uint8; [n]."""
 
     tissue: npt.NDArray[np.float32]
     artifact: npt.NDArray[np.float32]
@@ -43,10 +43,10 @@ class Judgement:
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
-        """The tiles that become candidates."""
+        """The tiles that become candidates, bool [n]."""
         return self.verdict == Verdict.KEPT
 
-    def counts(self) -> dict[str, int]:
+    def count_verdicts(self) -> dict[str, int]:
         """Tiles by verdict, those that occur."""
         numbers = np.bincount(self.verdict, minlength=len(Verdict))
         return {VERDICT_NAMES[v]: int(numbers[v]) for v in Verdict if numbers[v]}
@@ -72,6 +72,7 @@ def judge_tiles(
     artifacts = [c for c in TissueClass if c > TissueClass.TISSUE and c not in experimental]
     tissue = _class_shares(mask, counted, x, y, size)
     artifact = _class_shares(mask, artifacts, x, y, size)
+    # Little tissue and none are told apart, so that the overlay shows what a threshold costs.
     verdict = np.where(tissue >= _FAINT_TISSUE, Verdict.LITTLE_TISSUE, Verdict.NO_TISSUE)
     verdict[(tissue >= min_tissue) & (artifact <= max_artifact)] = Verdict.KEPT
     spoiled = artifact > max_artifact

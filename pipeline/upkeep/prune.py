@@ -118,6 +118,7 @@ def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
     strays, folders = inventory.list_strays(), staging_folders(inventory.dataset)
     plan.folders = [folder for folder in folders if not folder.alive]
     alive = [folder for folder in folders if folder.alive]
+    # What is behind a link may belong to another dataset too.
     linked = tuple(f"{link}/" for link in strays.links)
     for stage in _STAGES:
         _plan_stage(inventory, stage, needs, linked, bool(alive), plan)
@@ -163,7 +164,7 @@ def _find_needs(inventory: Inventory, keep: Sequence[str], plan: PrunePlan) -> N
         selection = read_selection(dataset, name)
         # As it was written: a flipped byte must not cost a shard.
         file = dataset.selection_file(name)
-        lines = inventory.named.get(dataset.relative(file), [])
+        lines = inventory.named.get(dataset.relative_path(file), [])
         now = sha256_of(file, bytearray(_BUFFER_BYTES))
         if lines and all((line.record.bytes, line.record.sha256) != now for line in lines):
             raise UserError(f"{file} was altered since it was written: remove and select it again")
@@ -188,12 +189,13 @@ def _plan_stage(
 ) -> None:
     """The stage's current shards that no need touches, scope by scope."""
     by_scope: dict[str, list[Entry]] = {}
-    for entry in inventory.current(stage):
+    for entry in inventory.current_entries(stage):
         if entry.outcome == "done":
             by_scope.setdefault(entry.scope, []).append(entry)
     chosen: list[Entry] = []
     remaining: set[str] = set()
     for scope, entries in by_scope.items():
+        # A line without ranks is a table or a record, and goes with the shards below.
         shards = [entry for entry in entries if entry.start >= 0]
         idle = [entry for entry in shards if not is_needed(needs.get(entry.slide_id, []), entry)]
         removable = [e for e in idle if not any(f.path.startswith(linked) for f in e.files)]

@@ -41,7 +41,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a selection a scope has, in tiles, and how long one worker takes for the rest."""
+    """How much of a selection a scope has, in tiles, and seconds of one worker for the rest."""
 
     stage: str
     scope: str
@@ -100,7 +100,9 @@ def read_status(dataset: Dataset) -> Status:
                 if entry.outcome == "failed"
             ]
             if stage in _BY_SELECTION:
-                coverages += [_cover(status, selection, current) for selection in selections]
+                coverages += [
+                    _count_coverage(status, selection, current) for selection in selections
+                ]
     return Status(stages, coverages, list_running(dataset), failures, dict(sorted(kinds.items())))
 
 
@@ -129,6 +131,7 @@ def _stage_status(
         seen = {entry.outcome for entry in entries}
         worst = [outcome for outcome in ("failed", "rejected", "done") if outcome in seen]
         outcomes[worst[0] if worst else "pruned"] += 1
+    # Imported lines have no time, and would make the rate look higher than it is.
     timed = [entry for entry in done if entry.seconds > 0 and entry.stop > entry.start >= 0]
     seconds = sum(entry.seconds for entry in timed)
     tiles = sum(entry.stop - entry.start for entry in timed)
@@ -139,13 +142,14 @@ def _stage_status(
     )  # fmt: skip
 
 
-def _cover(
+def _count_coverage(
     status: StageStatus, selection: Selection, current: Mapping[str, list[Entry]]
 ) -> Coverage:
     stored = 0
     for slide, ranks in selection.items():
         done = [entry for entry in current.get(slide, ()) if entry.outcome == "done"]
         stored += count_covered(ranks, [(entry.start, entry.stop) for entry in done])
+    # At the measured rate of one worker: how many will work is not known here.
     missing, rate = selection.rows - stored, status.tiles_per_s
     seconds = missing / rate if rate else None
     return Coverage(status.stage, status.scope, selection.name, selection.rows, stored, seconds)

@@ -40,7 +40,7 @@ def test_every_file_is_covered_and_made_again_when_lost(
             path.write_bytes(data)
             status, out = verify(dataset, capsys)
             assert status == 1, path
-            assert dataset.relative(path) in out
+            assert dataset.relative_path(path) in out
         path.write_bytes(sound)
     kept = {path: path.read_bytes() for path in files}
     (tar,) = dataset.root.rglob("*.tar")

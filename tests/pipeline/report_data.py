@@ -179,7 +179,7 @@ class _Sources:
         os.link(self._mask, dataset.mask_file(slide_id))
         os.link(self._overlay, dataset.overlay_file(slide_id))
         return tuple(
-            FileRecord(dataset.relative(path), path.stat().st_size, "")
+            FileRecord(dataset.relative_path(path), path.stat().st_size, "")
             for path in (
                 dataset.mask_file(slide_id), dataset.overlay_file(slide_id),
                 dataset.candidates_file(slide_id),

@@ -32,11 +32,11 @@ from pipeline.dataset import (
     write_tar,
 )
 from pipeline.dataset.features import FeatureStore, cls_table
-from pipeline.dataset.features.quantise import quantise
+from pipeline.dataset.features.quantise import quantise_tokens
 from pipeline.dataset.ledger import current_entries
 from pipeline.features import bundle
 from pipeline.features.bundle import SlideWork, _write_table, cache_bundle
-from pipeline.features.compute import Forward, Span, batches, lanes_for
+from pipeline.features.compute import Forward, Span, lanes_for, order_batches
 from pipeline.features.config import CacheConfig
 from pipeline.features.plan import bytes_per_tile, journal_rate, stored_bytes
 from pipeline.features.stage import CacheStage
@@ -84,7 +84,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Encoder:
         encoder_spec("h0-mini"), dim=24, token_dim=24, native_grid=2, token_grid=2, input_px=PX
     )
     encoder = Encoder(spec, network, "random:0", device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(bundle, "loaded", lambda *_: encoder)
+    monkeypatch.setattr(bundle, "load_encoder_once", lambda *_: encoder)
     return encoder
 
 
@@ -130,7 +130,7 @@ def test_features_are_the_encoders_own(dataset: Dataset, small: Encoder, tokens:
         stored = FeatureStore(dataset, tile_px=PX, encoder="h0-mini", kind=kind)
         assert direct.tokens is not None
         expected = direct.tokens.numpy()
-        limit = 2e-3 if tokens == "float16" else float(quantise(expected)[1].max()) / 127
+        limit = 2e-3 if tokens == "float16" else float(quantise_tokens(expected)[1].max()) / 127
         assert np.abs(stored.read(slide, range(ROWS)) - expected).max() <= limit
     with pytest.raises(UserError, match="weights_sha256 'w'"):
         FeatureStore(dataset, tile_px=PX, encoder="h0-mini", expect={"weights_sha256": "x"})
@@ -182,8 +182,8 @@ def test_files_written_by_turns_are_the_same(
 
 def test_lanes_take_turns_and_keep_each_spans_order() -> None:
     spans = [Span(i, name, range(2 * i, 2 * i + 3), ("cls",)) for i, name in enumerate("abc")]
-    in_order = list(batches(spans, 16))
-    by_turns = list(batches(spans, 16, lanes=2))
+    in_order = list(order_batches(spans, 16))
+    by_turns = list(order_batches(spans, 16, lanes=2))
     assert "".join(span.slide_id for span, _, _ in by_turns) == "abababccc"
     for one in spans:
         assert [b for b in by_turns if b[0] is one] == [b for b in in_order if b[0] is one]
@@ -322,8 +322,8 @@ def test_features_that_are_not_finite_fail_the_slide(dataset: Dataset, small: En
 
 
 def test_encoders_without_patch_tokens_store_none() -> None:
-    assert CacheConfig("h0-mini").resolved().tokens == "float16"
-    assert "uni" not in encoders.ENCODERS or CacheConfig("uni").resolved().tokens == "none"
+    assert CacheConfig("h0-mini").resolve_tokens().tokens == "float16"
+    assert "uni" not in encoders.ENCODERS or CacheConfig("uni").resolve_tokens().tokens == "none"
 
 
 @pytest.mark.parametrize("kind", ["cls", "tokens-float16", "tokens-int8"])

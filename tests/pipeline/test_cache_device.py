@@ -202,7 +202,7 @@ def test_a_scheduler_whose_workers_have_no_gpu_is_told_in_one_line(
 
     spec = encoder_spec("dinov2-b")
     loaded = SimpleNamespace(spec=spec, weights_sha256="w", is_random=True)
-    monkeypatch.setattr(stage, "loaded", lambda *_: loaded)
+    monkeypatch.setattr(stage, "load_encoder_once", lambda *_: loaded)
     with started_right(), LocalCluster(
         n_workers=1, threads_per_worker=1, dashboard_address=None,
         env={"CUDA_VISIBLE_DEVICES": ""},

@@ -116,13 +116,13 @@ def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster.time, "monotonic", lambda: now)
     watch = JobWatch(ClusterConfig())
     jobs = {"a": {"a-0", "a-1"}, "b": {"b"}, "c": {"c"}}
-    assert watch.lost(jobs, {"a-0", "b"}) == []
+    assert watch.find_lost(jobs, {"a-0", "b"}) == []
     now += 59
-    assert watch.lost(jobs, {"a-1"}) == []
+    assert watch.find_lost(jobs, {"a-1"}) == []
     now += 2
-    assert watch.lost(jobs, set()) == ["b"], "c was never there: it waits in the queue"
+    assert watch.find_lost(jobs, set()) == ["b"], "c was never there: it waits in the queue"
     now += 61
-    assert watch.lost(jobs, set()) == ["a"]
+    assert watch.find_lost(jobs, set()) == ["a"]
 
 
 def test_jobs_that_never_bear_a_worker_stop_the_stage(
@@ -133,9 +133,9 @@ def test_jobs_that_never_bear_a_worker_stop_the_stage(
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     watch = JobWatch(ClusterConfig())
-    assert watch.ended({"a": "11"}) == []
+    assert watch.find_ended({"a": "11"}) == []
     watch.check()
-    assert watch.ended({"a": "11", "b": "12", "c": "13", "d": "14"}) == ["b", "c", "d"]
+    assert watch.find_ended({"a": "11", "b": "12", "c": "13", "d": "14"}) == ["b", "c", "d"]
     with pytest.raises(UserError, match="3 jobs ended before their worker answered"):
         watch.check()
 
@@ -144,12 +144,12 @@ def test_no_job_is_given_up_where_squeue_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert JobWatch(ClusterConfig()).ended({"a": "11"}) == []
+    assert JobWatch(ClusterConfig()).find_ended({"a": "11"}) == []
 
 
 def test_parts_of_an_array_are_disjoint_and_whole() -> None:
     names = [f"TCGA-{i:04d}" for i in range(2000)]
-    parts = [[n for n in names if EngineConfig(array=(i, 7)).includes(n)] for i in range(7)]
+    parts = [[n for n in names if EngineConfig(array=(i, 7)).includes_slide(n)] for i in range(7)]
     assert sorted(name for part in parts for name in part) == names
     # 2,000 / 7 = 286; a fair draw has a standard deviation of 16.
     assert all(220 < len(part) < 350 for part in parts)
@@ -161,7 +161,11 @@ def test_an_array_leaves_what_one_run_leaves(tmp_path: Path) -> None:
     names = ["slide-1", "slide-2", "slide-3"]
     for name in names:
         shutil.copy(SLIDE, slides / f"{name}.svs")
-    assert [EngineConfig(array=(0, 2)).includes(name) for name in names] == [True, True, False]
+    assert [EngineConfig(array=(0, 2)).includes_slide(name) for name in names] == [
+        True,
+        True,
+        False,
+    ]
     one, many = tmp_path / "one", tmp_path / "many"
 
     def run(root: Path, stage: str, *options: str) -> None:
@@ -295,13 +299,13 @@ def test_only_failed_starts_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> N
     watch = JobWatch(ClusterConfig(), lambda: came)
     for number in range(6):
         came = {"a"} if number % 3 == 2 else set()
-        watch.lost({"a": {"a"}}, set())
-        assert watch.ended({"a": str(number)}) == ["a"]
+        watch.find_lost({"a": {"a"}}, set())
+        assert watch.find_ended({"a": str(number)}) == ["a"]
         watch.check()
     came = set()
-    watch.ended({"a": "7"})
-    watch.ended({"a": "8"})
-    watch.ended({"a": "9"})
+    watch.find_ended({"a": "7"})
+    watch.find_ended({"a": "8"})
+    watch.find_ended({"a": "9"})
     with pytest.raises(UserError, match="3 jobs ended before their worker answered"):
         watch.check()
 

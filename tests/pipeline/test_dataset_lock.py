@@ -13,13 +13,13 @@ import pytest
 from common.errors import UserError
 from pipeline.dataset import Dataset, claim_identity, identity, lock, read_identity
 from pipeline.dataset.commit import commit_json
-from pipeline.dataset.lock import exclusive
+from pipeline.dataset.lock import hold_lock
 
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.dataset.lock import exclusive
-with exclusive(Path(sys.argv[1])):
+from pipeline.dataset.lock import hold_lock
+with hold_lock(Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -98,7 +98,7 @@ def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
     inside: list[int] = []
 
     def hold(number: int) -> int:
-        with exclusive(path):
+        with hold_lock(path):
             inside.append(number)
             here = list(inside)
             inside.remove(number)
@@ -111,9 +111,9 @@ def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
 
 def test_a_successors_lock_is_never_broken(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with exclusive(path):
+    with hold_lock(path):
         dead = lock._holder_text(path)
-    with exclusive(path):
+    with hold_lock(path):
         os.utime(path, ns=(1, 1))
         lock._break_lock(path, dead)
         assert path.exists()
@@ -126,10 +126,10 @@ def test_a_lock_that_is_never_let_go_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
-    with exclusive(tmp_path / "lock"):
+    with hold_lock(tmp_path / "lock"):
         with (
             pytest.raises(UserError, match=r"lock is held by others .* remove it"),
-            exclusive(tmp_path / "lock"),
+            hold_lock(tmp_path / "lock"),
         ):
             pass
         assert (tmp_path / "lock").exists()
@@ -138,5 +138,5 @@ def test_a_lock_that_is_never_let_go_is_named(
 
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), exclusive(tmp_path / "file" / "lock"):
+    with pytest.raises(UserError, match="cannot write"), hold_lock(tmp_path / "file" / "lock"):
         pass

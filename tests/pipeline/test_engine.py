@@ -261,7 +261,7 @@ def test_a_slide_that_no_walltime_is_enough_for_fails(
     assert entry.outcome == "failed"
     assert "5 times before it ended, up to 1 h 00 min" in entry.reason
     assert "longer walltime" in entry.reason
-    assert fleet.drain.demand() == 0
+    assert fleet.drain.count_demand() == 0
     assert capsys.readouterr().out.count("is the walltime long enough?") == 1
 
 
@@ -330,7 +330,7 @@ def test_workers_of_too_short_a_life_do_not_go_on_for_ever(monkeypatch: pytest.M
                 left.append(str(fields["slide"]))
                 cluster.scale(len(left) + 1)
 
-        observer = SimpleNamespace(begun=lambda *_: None, event=event)
+        observer = SimpleNamespace(log_begun=lambda *_: None, log_event=event)
         tasks = [SlideTask("long", "f", ("long", "stay"), 2.0), SlideTask("ok", "f", ("ok", "ok"))]
         entries = run_there(cluster, *tasks, observer=observer)
     assert entries["long"].outcome == "failed"

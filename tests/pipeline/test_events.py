@@ -92,7 +92,9 @@ def test_a_secret_that_json_escapes_is_hidden_in_a_log(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", 'to"k\\en-1234')
     with Run(Dataset(tmp_path), "scan", {}) as run:
-        run.event("note", text='with to"k\\en-1234', places=[Path('/to"k\\en-1234')], ranks=(0, 1))
+        run.log_event(
+            "note", text='with to"k\\en-1234', places=[Path('/to"k\\en-1234')], ranks=(0, 1)
+        )
     (path,) = (tmp_path / "status" / "scan").iterdir()
     (note,) = (one for one in read_events(path) if one.event == "note")
     assert note.fields == {"text": f"with {HIDDEN}", "places": [f"/{HIDDEN}"], "ranks": [0, 1]}
@@ -110,7 +112,7 @@ def test_what_is_printed_logged_and_journalled_holds_no_secret(
     monkeypatch.setenv("HF_TOKEN", "tok-1234567890")
     dataset = Dataset(tmp_path)
     with Run(dataset, "scan", {}) as run:
-        run.event("note", text="fetching with tok-1234567890")
+        run.log_event("note", text="fetching with tok-1234567890")
         run.append([Entry("s", "failed", "f", "curl -H tok-1234567890: 403")])
     print_line("token tok-1234567890")
     written = "".join(p.read_text() for p in (tmp_path / "status" / "scan").iterdir())
@@ -128,7 +130,7 @@ def test_running_dead_and_ended_runs_are_told_apart(
 ) -> None:
     dataset = Dataset(tmp_path)
     dead = Run(dataset, "tile", {})
-    dead.event("tasks", slides=1, total=1, unit="slides", engine="local")
+    dead.log_event("tasks", slides=1, total=1, unit="slides", engine="local")
     (log,) = dataset.status_dir("tile").glob("*.log")
     log.write_text(log.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
     (seen,) = list_running(dataset)
@@ -136,11 +138,11 @@ def test_running_dead_and_ended_runs_are_told_apart(
 
     time.sleep(0.002)
     run = Run(dataset, "tile", {})
-    run.event("tasks", slides=3, total=300, unit="tiles", engine="local")
-    run.begun("a", "0 tcp://w")
-    run.begun("b", "1 tcp://w")
+    run.log_event("tasks", slides=3, total=300, unit="tiles", engine="local")
+    run.log_begun("a", "0 tcp://w")
+    run.log_begun("b", "1 tcp://w")
     run.append([Entry("a", "done", "f")])
-    run.event("progress", done=100, total=300, unit="tiles", rate=4.0)
+    run.log_event("progress", done=100, total=300, unit="tiles", rate=4.0)
     (seen,) = list_running(dataset)
     assert seen.alive, "the dead run's work was begun again"
     assert (seen.done, seen.total, seen.rate, seen.seconds_left) == (100, 300, 4.0, 50.0)

@@ -21,8 +21,8 @@ from pipeline.dataset.features import (
     token_table,
     write_blocks,
 )
-from pipeline.dataset.features.quantise import dequantise, quantise
-from pipeline.features.compute import quantised
+from pipeline.dataset.features.quantise import dequantise_tokens, quantise_tokens
+from pipeline.features.compute import quantise_tensor
 from pipeline.features.views import view_function, view_software
 
 ROWS, START = 37, 32
@@ -31,7 +31,7 @@ TOKENS = np.random.default_rng(3).standard_normal((ROWS, 49, 24)).astype(np.floa
 
 def write(folder: Path, dtype: str) -> Path:
     path = folder / f"s.{START}-{START + ROWS}.parquet"
-    table = token_table(TOKENS) if dtype == "float16" else token_table(*quantise(TOKENS))
+    table = token_table(TOKENS) if dtype == "float16" else token_table(*quantise_tokens(TOKENS))
     with path.open("wb") as file, open_writer(file, table.schema) as writer:  # type: ignore[arg-type]
         write_blocks(writer, table)
     return path
@@ -85,14 +85,16 @@ def test_the_file_opens_in_polars(tmp_path: Path) -> None:
     frame = polars.read_parquet(write(tmp_path, "int8"))
     assert frame.columns == ["tokens", "scale"]
     first = np.frombuffer(frame["tokens"][0], np.int8).reshape(49, 24)
-    assert np.array_equal(first, quantise(TOKENS)[0][0])
+    assert np.array_equal(first, quantise_tokens(TOKENS)[0][0])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_every_flipped_byte_of_the_values_is_noticed(tmp_path: Path, dtype: str) -> None:
     path = write(tmp_path, dtype)
     whole = bytearray(path.read_bytes())
-    values = TOKENS[:16].tobytes() if dtype == "float16" else quantise(TOKENS[:16])[0].tobytes()
+    values = (
+        TOKENS[:16].tobytes() if dtype == "float16" else quantise_tokens(TOKENS[:16])[0].tobytes()
+    )
     at = bytes(whole).index(values)
     for offset in np.random.default_rng(0).integers(0, len(values), 20):
         damaged = bytearray(whole)
@@ -121,20 +123,20 @@ TOKEN_ARRAYS = hnp.arrays(
 @settings(max_examples=60, deadline=None)
 @given(TOKEN_ARRAYS)
 def test_eight_bits_are_within_half_a_step_and_never_clipped(tokens: np.ndarray) -> None:
-    values, scale = quantise(tokens)
+    values, scale = quantise_tokens(tokens)
     largest = np.abs(tokens).max(-1)
     assert (scale.astype(np.float64) >= largest).all()
     assert (scale.astype(np.float64) <= np.maximum(largest * (1 + 2**-9), 2**-14)).all()
     step = scale.astype(np.float64)[..., None] / 127
     assert (np.abs(values * step - tokens) <= step * 0.5001 + 1e-30).all()
-    on_device, device_scale = quantised(torch.from_numpy(tokens))
+    on_device, device_scale = quantise_tensor(torch.from_numpy(tokens))
     assert np.array_equal(device_scale.numpy(), scale)
     assert np.abs(on_device.numpy().astype(int) - values).max() <= 1
 
 
 def test_eight_bits_keep_the_direction_of_tokens() -> None:
     tokens = np.random.default_rng(0).standard_normal((64, 196, 768)).astype(np.float32)
-    back = dequantise(*quantise(tokens)).astype(np.float32)
+    back = dequantise_tokens(*quantise_tokens(tokens)).astype(np.float32)
     cosine = (
         (tokens * back).sum(-1) / np.linalg.norm(tokens, axis=-1) / np.linalg.norm(back, axis=-1)
     )
@@ -144,9 +146,9 @@ def test_eight_bits_keep_the_direction_of_tokens() -> None:
 
 def test_numbers_that_float16_does_not_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="float16"):
-        quantise(np.array([[1e6]], np.float32))
+        quantise_tokens(np.array([[1e6]], np.float32))
     with pytest.raises(ValueError, match="finite"):
-        quantise(np.array([[np.nan]], np.float32))
+        quantise_tokens(np.array([[np.nan]], np.float32))
 
 
 TILE = np.random.default_rng(5).integers(0, 255, (256, 256, 3), np.uint8)

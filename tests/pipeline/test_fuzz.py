@@ -452,4 +452,4 @@ def test_a_tile_of_another_size_is_not_decoded(own_tiled: Dataset) -> None:
     data = bytearray(store.read_block_bytes(slide, 0)[0])
     data[16:24] = (60_000).to_bytes(4, "big") * 2
     with within(), pytest.raises(UserError, match=r"60000.*expected 224x224"):
-        store.decode(slide, 0, bytes(data))
+        store.decode_tile(slide, 0, bytes(data))

@@ -10,7 +10,7 @@ import tifffile
 
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, read_journal, read_slides
-from pipeline.slides.compare import TILES_COMPARED, disagreement, sampled_tiles
+from pipeline.slides.compare import TILES_COMPARED, find_disagreement, sampled_tiles
 from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.open import best_reader, open_slide
 from pipeline.slides.reader import SlideOpenError, SlideReadError
@@ -136,7 +136,7 @@ def test_a_file_that_ends_early_is_an_error(tmp_path, cmu_slide):
 def test_each_native_tile_is_decoded_once_and_let_go(cmu_slide):
     with NativeReader(cmu_slide) as native:
         windows = np.array([(x, y, 448, 448) for y in range(0, 2400, 448) for x in (0, 448, 896)])
-        native.expect(0, windows)
+        native.expect_windows(0, windows)
         for x, y, w, h in windows:
             native.read(0, int(x), int(y), int(w), int(h))
         assert native.decoded == 6 * 12
@@ -163,7 +163,7 @@ def test_sixteen_tiles_are_compared_with_the_heaviest_among_them(cmu_slide):
 def test_one_grey_level_in_one_tile_is_noticed(cmu_slide, monkeypatch):
     with NativeReader(cmu_slide) as native, open_slide(cmu_slide, "openslide") as reference:
         level, row, column = sampled_tiles(native)[-1]
-        decode = native.decode
+        decode = native.decode_native
 
         def altered(at_level, at_row, at_column):
             tile = decode(at_level, at_row, at_column)
@@ -171,15 +171,15 @@ def test_one_grey_level_in_one_tile_is_noticed(cmu_slide, monkeypatch):
                 tile[3, 5, 1] ^= 1
             return tile
 
-        monkeypatch.setattr(native, "decode", altered)
-        assert f"native tile {column}, {row} of level 0 differs by 1" in disagreement(
+        monkeypatch.setattr(native, "decode_native", altered)
+        assert f"native tile {column}, {row} of level 0 differs by 1" in find_disagreement(
             native, reference
         )
 
 
 def test_a_slide_that_agrees_agrees(cmu_slide):
     with NativeReader(cmu_slide) as native, open_slide(cmu_slide, "openslide") as reference:
-        assert disagreement(native, reference) == ""
+        assert find_disagreement(native, reference) == ""
 
 
 def test_scan_records_the_reader_and_why_not_native(tmp_path, cmu_slide):

@@ -242,7 +242,7 @@ def test_a_reader_is_one_module_and_one_line(tmp_path, monkeypatch):
         "        self._pixels = np.asarray(Image.open(path).convert('RGB'))\n"
         "        self.levels = (Level(*self._pixels.shape[1::-1], 1.0),)\n"
         "        self.resolution = ResolutionTags()\n"
-        "    def _read(self, level, x, y, width, height):\n"
+        "    def _read_window(self, level, x, y, width, height):\n"
         "        return self._pixels[y : y + height, x : x + width]\n"
         "    def close(self):\n"
         "        pass\n"

@@ -110,14 +110,14 @@ def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_name_with_braces_and_spaces_is_one_argument() -> None:
-    argv = StageIn("fetch {uri} {dest}").argv("far://b/{dest} x.svs", Path("/d/{uri}"))
+    argv = StageIn("fetch {uri} {dest}").make_command("far://b/{dest} x.svs", Path("/d/{uri}"))
     assert argv == ["fetch", "far://b/{dest} x.svs", "/d/{uri}"]
 
 
 def test_copies_left_by_a_killed_process_are_removed(store: Path, tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = staging._host()
+    host = staging._host_name()
     dead = tmp_path / f"histogen-stage-in-{host}-{ended.pid}-abc"
     mine = tmp_path / f"histogen-stage-in-{host}-{os.getpid()}-abc"
     other_host = tmp_path / f"histogen-stage-in-elsewhere-{ended.pid}-abc"
@@ -138,7 +138,9 @@ def test_a_manifest_of_the_gdc_is_understood(tmp_path: Path) -> None:
     (source,) = find_slides([str(manifest)])
     assert source.location == f"1f-2e/{name}"
     assert (source.md5, source.bytes) == (MD5, 42)
-    argv = StageIn("curl -o {dest} https://host/data/{id}").argv(source.location, Path("/d/x"))
+    argv = StageIn("curl -o {dest} https://host/data/{id}").make_command(
+        source.location, Path("/d/x")
+    )
     assert argv[-1] == "https://host/data/1f-2e"
 
 

@@ -108,7 +108,7 @@ def test_a_slide_that_fails_in_two_scopes_is_one_slide(
     assert "failed in cache: s: disk full" in capsys.readouterr().out
     summary = Summary("cache")
     for line in lines:
-        summary.add(line)
+        summary.add_entry(line)
     assert summary.failed == [("s", "disk full")]
 
 

@@ -113,22 +113,22 @@ def test_the_spool_gives_back_from_memory_and_from_its_file(tmp_path):
     data = {key: bytes([key]) * (10 + key) for key in range(50)}
     with Spool(folder, memory_bytes=100) as spool:
         for key, value in data.items():
-            spool.put(key, value)
+            spool.put_bytes(key, value)
         assert spool.file_bytes > 0
         assert list(folder.iterdir()) == [], "nothing is left if the process is killed"
-        assert {key: spool.take(key) for key in reversed(data)} == data
+        assert {key: spool.take_bytes(key) for key in reversed(data)} == data
         with pytest.raises(KeyError):
-            spool.take(3)
+            spool.take_bytes(3)
     with Spool(tmp_path / "unused", memory_bytes=100) as spool:
-        spool.put(1, b"x")
-        assert spool.take(1) == b"x"
+        spool.put_bytes(1, b"x")
+        assert spool.take_bytes(1) == b"x"
     assert not (tmp_path / "unused").exists()
 
 
 def test_a_spool_that_cannot_be_written_names_the_option(tmp_path):
     (tmp_path / "file").write_text("")
     with Spool(tmp_path / "file" / "x", 0) as spool, pytest.raises(UserError, match="--spool"):
-        spool.put(0, b"data")
+        spool.put_bytes(0, b"data")
 
 
 def again(dataset: Dataset, *options: str) -> Dataset:

@@ -185,5 +185,5 @@ def test_tiles_are_judged_as_by_counting(seed, spare_folds):
         window = mask[int(y) : int(y) + 16, int(x) : int(x) + 16]
         expected = naive_verdict(window, 0.45, 0.15, experimental)
         assert judgement.verdict[index] == expected
-    assert sum(judgement.counts().values()) == 9
+    assert sum(judgement.count_verdicts().values()) == 9
     assert np.array_equal(judgement.kept, judgement.verdict == Verdict.KEPT)

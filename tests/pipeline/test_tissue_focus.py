@@ -13,7 +13,7 @@ from pipeline.tissue.focus import (
     PatchSource,
     _neighbourhood_median,
     mark_out_of_focus,
-    sharpness,
+    measure_sharpness,
     slide_patches,
 )
 
@@ -34,7 +34,7 @@ def cells(seed: int, side: int = 112) -> np.ndarray:
 def test_blur_lowers_sharpness_step_by_step(seed):
     image = cells(seed)
     blurred = [cv2.GaussianBlur(image, (0, 0), sigma) for sigma in (1.0, 2.0, 3.0)]
-    values = [sharpness(one, 1.0, 0.0) for one in (image, *blurred)]
+    values = [measure_sharpness(one, 1.0, 0.0) for one in (image, *blurred)]
     assert values == sorted(values, reverse=True)
     assert values[0] > CONFIG.min_sharpness > values[2]
 
@@ -44,16 +44,22 @@ def test_sharpness_knows_neither_the_lamp_nor_the_strength_of_the_stain():
     density = -np.log10((image.astype(np.float64) + 1) / 256)
     for lamp, strength in ((0.9, 1.0), (1.0, 0.6)):
         other = (lamp * 255 * 10 ** (-strength * density)).round().clip(0, 255).astype(np.uint8)
-        assert sharpness(other, 1.0, 0.0) == pytest.approx(sharpness(image, 1.0, 0.0), rel=0.05)
+        assert measure_sharpness(other, 1.0, 0.0) == pytest.approx(
+            measure_sharpness(image, 1.0, 0.0), rel=0.05
+        )
 
 
 def test_sharpness_is_that_of_the_field_at_other_resolutions():
     large = cv2.resize(cells(5), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-    assert sharpness(large, 0.5, 0.0) == pytest.approx(sharpness(cells(5), 1.0, 0.0), rel=0.2)
+    assert measure_sharpness(large, 0.5, 0.0) == pytest.approx(
+        measure_sharpness(cells(5), 1.0, 0.0), rel=0.2
+    )
 
 
 def test_an_empty_patch_is_not_judged():
-    assert np.isnan(sharpness(np.full((64, 64, 3), 240, np.uint8), 1.0, CONFIG.min_contrast))
+    assert np.isnan(
+        measure_sharpness(np.full((64, 64, 3), 240, np.uint8), 1.0, CONFIG.min_contrast)
+    )
 
 
 def test_only_tissue_is_probed_and_only_blurred_tissue_is_marked():

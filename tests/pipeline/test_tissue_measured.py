@@ -22,7 +22,7 @@ from pipeline.tissue.colour import (
     smooth_density,
 )
 from pipeline.tissue.detect import DetectorConfig, classify_density, detect_tissue
-from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, sharpness
+from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, measure_sharpness
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "tests" / "data" / "tissue"
@@ -238,7 +238,7 @@ def test_blur_on_synthetically_defocused_tiles(shared_data):
     assert len(tiles) == 176
     for radius, (expected,) in documented("Blur on synthetically defocused tiles").items():
         values = [
-            sharpness(
+            measure_sharpness(
                 shrunk(jpeg(defocused(t, float(radius), 0.5)), 0.5, 1.0)[0], 1.0, FOCUS.min_contrast
             )
             for t in tiles

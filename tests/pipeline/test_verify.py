@@ -99,7 +99,7 @@ def assert_every_flip_is_found(dataset, capsys, files, rounds):
         for _ in range(rounds):
             place = flip(path, rng)
             status, out = verify(dataset, capsys)
-            name = dataset.relative(path)
+            name = dataset.relative_path(path)
             assert status == 1, f"{name}, byte {place}"
             assert name in out, f"{name}, byte {place}: {out}"
             path.write_bytes(sound)
@@ -222,7 +222,7 @@ def test_a_file_that_does_not_let_itself_be_read_again_is_kept(whole, capsys, mo
     monkeypatch.setattr(repair, "sha256_of", fails)
     status, out = verify(whole, capsys, "--repair")
     assert status == 1
-    assert f"kept {whole.relative(tar)}: cannot be read" in out
+    assert f"kept {whole.relative_path(tar)}: cannot be read" in out
     assert tar.exists()
 
 
@@ -289,7 +289,7 @@ def test_repair_is_refused_while_a_run_is_at_work(whole, capsys, seen_by):
     flip(tar, random.Random(3))
     with Run(whole, "scan", {}) as run:
         if seen_by == "log":
-            run.event("tasks", slides=1, total=1, unit="slides", engine="local")
+            run.log_event("tasks", slides=1, total=1, unit="slides", engine="local")
         else:
             commit_file(whole, run.run_id, whole.root / "new", lambda file: file.write(b"x"))
         with pytest.raises(UserError, match="--repair removes nothing while") as caught:
@@ -303,7 +303,7 @@ def test_repair_is_refused_while_a_run_is_at_work(whole, capsys, seen_by):
 
 def test_repair_as_a_step_of_a_recipe_is_not_refused_for_the_recipe(whole, capsys):
     with Run(whole, "run", {}) as log:
-        log.event("step begun", number=1, command="verify --repair")
+        log.log_event("step begun", number=1, command="verify --repair")
         assert verify(whole, capsys, "--repair")[0] == 0
 
 

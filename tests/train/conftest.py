@@ -33,7 +33,7 @@ from pipeline.dataset.features import (
     token_table,
     write_blocks,
 )
-from pipeline.dataset.features.quantise import quantise
+from pipeline.dataset.features.quantise import quantise_tokens
 from train.config import Config, load_config
 
 HOME = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def add_shard(dataset: Dataset, slide: int, start: int, stop: int) -> None:
     tables = {
         "cls": cls_table(start, np.stack([cls for cls, _ in features])),
         "tokens-float16": token_table(np.stack([tokens for _, tokens in features])),
-        "tokens-int8": token_table(*quantise(np.stack([tokens for _, tokens in features]))),
+        "tokens-int8": token_table(*quantise_tokens(np.stack([tokens for _, tokens in features]))),
     }
     record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": DIM}
     with Run(dataset, "cache", software_versions()) as run:

@@ -1,6 +1,6 @@
 """Values of plain Parquet pages as views of the mapped file.
 
-Our feature files hold one uncompressed, plainly encoded page a column and row group, so that what
+Our feature files have one uncompressed, plainly encoded page per column and row group, so that what
 is on disk is the array itself. pyarrow copies it and takes the checksum with zlib: 0.2 of the
 speed of reading the bytes (docs/performance/features.md). Layout: Apache Parquet, PageHeader in
 Thrift's compact protocol.
@@ -21,7 +21,7 @@ _INT32_FIELD = 0x15
 
 
 class PlainPages:
-    """The pages of a file; its checksums are verified on every read.
+    """The pages of a file, as arrays [rows, ...]; its checksums are verified on every read.
 
     Raises ValueError where the file is not laid out as our writer does it, or is damaged.
     """
@@ -35,7 +35,7 @@ class PlainPages:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._lock = threading.Lock()
 
-    def values(
+    def read_values(
         self,
         group: int,
         column: str,
@@ -50,6 +50,7 @@ class PlainPages:
         """
         if not 0 <= group < self._metadata.num_row_groups:
             raise IndexError(f"row group {group} of {self._metadata.num_row_groups}")
+        # Threads share the metadata, which pyarrow does not call safe for that.
         with self._lock:
             row_group = self._metadata.row_group(group)
             chunk, rows = row_group.column(self._columns[column]), row_group.num_rows
@@ -66,6 +67,7 @@ class PlainPages:
             memoryview(self._map)[body : body + page_bytes]
         ):
             raise ValueError(f"checksum of column {column}")
+        # Levels come first in a page, so that the values are its last bytes.
         first = body + page_bytes - values_bytes
         # A null among the rows is one value to the count and none in the page.
         whole = count == rows * (int(np.prod(shape)) if is_list else 1)
@@ -90,6 +92,7 @@ def _page_header(data: mmap.mmap, at: int) -> tuple[int, int | None]:
     numbers: list[int] = []
     while len(numbers) < 4 and data[at] == _INT32_FIELD:
         value, at = _read_varint(data, at + 1)
+        # Thrift's zigzag code: signs are in the lowest bit.
         numbers.append((value >> 1) ^ -(value & 1))
     if len(numbers) < 3 or numbers[0] != 0 or numbers[1] != numbers[2]:
         raise ValueError("not the header of a plain data page")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from common.errors import UserError
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
-from pipeline.dataset.features.quantise import dequantise
+from pipeline.dataset.features.quantise import dequantise_tokens
 from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
 
 _META_KEY = b"features"
@@ -57,7 +57,10 @@ def _binary_column(values: npt.NDArray[Any], count: int) -> pa.Array:
 
 
 def open_writer(file: HashingFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer in the layout of the cache; write whole blocks with `write_blocks`."""
+    """A Parquet writer in the layout of the cache, pages of at most 1 GiB.
+
+    Write whole blocks with `write_blocks`.
+    """
     return pq.ParquetWriter(
         file,
         schema,
@@ -70,12 +73,12 @@ def open_writer(file: HashingFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_blocks(writer: pq.ParquetWriter, table: pa.Table) -> None:
-    """Append rows of whole blocks, one row group a block (the slide's last may be shorter)."""
+    """Append rows [n, ...] of whole blocks, one row group per block (the last may be shorter)."""
     writer.write_table(table, row_group_size=BLOCK_ROWS)
 
 
 class FeatureShard:
-    """An open feature file; features come as views of the file's own pages, with no copy.
+    """An open feature file; features [rows, ...] come as views of the file's pages, with no copy.
 
     Safe to share between threads.
     """
@@ -83,6 +86,7 @@ class FeatureShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.start = parse_shard_name(path.name).start
+        # Only the footer is read here; pages are read when their block is.
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata
@@ -104,15 +108,15 @@ class FeatureShard:
         known = {("cls", "float32", 1), ("tokens", "float16", 2), ("tokens", "int8", 2)}
         if (self.kind, self.dtype, len(self.shape)) not in known:
             raise ValueError(f"its features are stated as {meta}")
-        if any(type(one) is not int or one < 1 for one in self.shape):
+        if any(type(length) is not int or length < 1 for length in self.shape):
             raise ValueError(f"its shape is {self.shape}")
-        held = schema.field(self.kind).type
+        found = schema.field(self.kind).type
         if self.kind == "cls":
             expected: pa.DataType = pa.list_(pa.float32(), self.shape[0])
         else:
             expected = pa.binary(int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize)
-        if held != expected:
-            raise ValueError(f"column {self.kind} is {held}, expected {expected}")
+        if found != expected:
+            raise ValueError(f"column {self.kind} is {found}, expected {expected}")
 
     def read_block(self, block: int) -> npt.NDArray[np.floating]:
         """Features of a block: float32 [rows, d] for CLS, float16 [rows, t, d] for tokens.
@@ -125,7 +129,7 @@ class FeatureShard:
         tokens = self._page_of_group(block, "tokens", self.shape)
         if self.dtype == "float16":
             return tokens
-        return dequantise(tokens, self._page_of_group(block, "scale", self.shape[:1]))
+        return dequantise_tokens(tokens, self._page_of_group(block, "scale", self.shape[:1]))
 
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
         """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
@@ -141,17 +145,10 @@ class FeatureShard:
     ) -> npt.NDArray[Any]:
         dtype = np.dtype("<f2" if column == "scale" else DTYPES[self.dtype])
         try:
-            return self._pages.values(
-                self._read_group(block), column, dtype, shape, is_list=is_list
-            )
+            group = block - self.start // BLOCK_ROWS
+            return self._pages.read_values(group, column, dtype, shape, is_list=is_list)
         except (ValueError, IndexError) as error:
-            raise self._damaged_error(block, error) from error
-
-    def _read_group(self, block: int) -> int:
-        return block - self.start // BLOCK_ROWS
-
-    def _damaged_error(self, block: int, error: Exception) -> UserError:
-        return UserError(
-            f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
-            "run `python -m pipeline verify`"
-        )
+            raise UserError(
+                f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
+                "run `python -m pipeline verify`"
+            ) from error

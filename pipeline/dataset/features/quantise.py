@@ -9,7 +9,7 @@ Int8 = npt.NDArray[np.int8]
 Half = npt.NDArray[np.float16]
 
 
-def quantise(tokens: npt.NDArray[np.floating]) -> tuple[Int8, Half]:
+def quantise_tokens(tokens: npt.NDArray[np.floating]) -> tuple[Int8, Half]:
     """int8 [..., d] and the scale float16 [...]: value = int8 * scale / 127.
 
     The scale is the token's largest magnitude, rounded up to float16 so that nothing is clipped;
@@ -27,7 +27,7 @@ def quantise(tokens: npt.NDArray[np.floating]) -> tuple[Int8, Half]:
     return np.rint(values * (_LEVELS / divisor)[..., None]).astype(np.int8), scale
 
 
-def dequantise(values: Int8, scale: Half) -> Half:
+def dequantise_tokens(values: Int8, scale: Half) -> Half:
     """float16 [..., d] of int8 values and their scales."""
     step = scale.astype(np.float32) / np.float32(_LEVELS)
     return (values * step[..., None]).astype(np.float16)

@@ -24,7 +24,7 @@ _OPEN_FILES = 128
 
 
 def feature_scope(tile_px: int, encoder: str, view: str, kind: str) -> str:
-    """The journal scope of a kind of features, e.g. `224/h0-mini+jpeg70/cls`."""
+    """The journal scope of a kind of features, e.g. `224/h0-mini+jpeg70/cls`; 224 is in px."""
     return f"{tile_px}/{encoder}{'+' + view if view else ''}/{kind}"
 
 
@@ -44,7 +44,8 @@ def read_encoder_record(
 ) -> dict[str, Any]:
     """The encoder.json of cached features (weights, weights_sha256, random_weights, dtype, ...).
 
-    `selection` is whose features are wanted, for the command that an error names.
+    `tile_px` is the tile side in px; `selection` is whose features are wanted, for the command
+    that an error names.
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
@@ -101,6 +102,7 @@ class FeatureStore:
         self.record = read_encoder_record(
             dataset, tile_px=tile_px, encoder=encoder, kind=kind, view=view, selection=selection
         )
+        # The view too is in the record: a folder that was renamed is found out.
         refuse_other_features(
             encoder_file(dataset, tile_px, encoder, view, kind), self.record,
             {"view": view} | dict(expect or {}),
@@ -115,7 +117,7 @@ class FeatureStore:
         return self._shard_of_block(slide_id, block).read_block(block)
 
     def block_tensor(self, slide_id: str, block: int) -> "Tensor":
-        """`read_block` as a torch tensor of the same memory, which is not to be written to."""
+        """`read_block` as a torch tensor [rows, ...] of the same memory, not to be written to."""
         import torch
 
         with warnings.catch_warnings():
@@ -126,18 +128,19 @@ class FeatureStore:
     def read(self, slide_id: str, ranks: Iterable[int]) -> npt.NDArray[np.floating]:
         """Features [n, ...] in the order of `ranks`; each block is read once."""
         wanted = np.fromiter((int(rank) for rank in ranks), np.int64)
+        # A block is the unit of reading and checking: several of its ranks cost one read.
         needed = np.unique(wanted // BLOCK_ROWS)
         blocks = {int(b): self.read_block(slide_id, int(b)) for b in needed}
         return np.stack([blocks[int(r) // BLOCK_ROWS][int(r) % BLOCK_ROWS] for r in wanted])
 
     def read_selection(self, selection: Selection) -> npt.NDArray[np.floating]:
-        """Features of all rows of a selection, in its order (slide_id, rank)."""
+        """Features [n, ...] of all n rows of a selection, in its order (slide_id, rank)."""
         if selection.rows == 0:
             raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
         return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
 
-    def require(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
-        """Raise `UserError`, with the `cache` command, where a rank of a slide is not cached."""
+    def require_ranks(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
+        """Raise `UserError`, with the `cache` command, where a rank of int [n] is missing."""
         cached = np.zeros(len(ranks), bool)
         for entry in self._ledger.written.get(slide_id, ()):
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
@@ -162,6 +165,7 @@ class FeatureStore:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
+        # Opened without the lock, which would keep the other threads waiting for the disk.
         shard = FeatureShard(self.dataset.root / path)
         with self._lock:
             self._open[path] = shard

@@ -26,12 +26,12 @@ GENERATED_SCHEMA = (
 
 
 def write_candidates(dataset: Dataset, run_id: str, slide_id: str, table: pa.Table) -> FileRecord:
-    """Write a slide's candidates (rank order, rank 0 first)."""
+    """Write a slide's candidates (rank order, rank 0 first; x_level0, y_level0 in level-0 px)."""
     return write_table(dataset, run_id, dataset.candidates_file(slide_id), table)
 
 
 def read_candidates(dataset: Dataset, slide_id: str) -> pa.Table:
-    """A slide's candidates in rank order."""
+    """A slide's candidates in rank order: positions in level-0 px, fractions from 0 to 1."""
     path = dataset.candidates_file(slide_id)
     return read_table(path, hint="run `python -m pipeline tissue` first")
 

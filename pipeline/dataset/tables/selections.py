@@ -37,17 +37,17 @@ class Selection:
         return len(self.ranks)
 
     def ranks_of(self, index: int) -> npt.NDArray[np.int32]:
-        """Ascending ranks of the slide at that position."""
+        """Ascending ranks, int32 [n], of the slide at that position."""
         return self.ranks[self.offsets[index] : self.offsets[index + 1]]
 
     def items(self) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
-        """(slide_id, ranks) pairs, sorted by slide_id."""
+        """(slide_id, ranks int32 [n]) pairs, sorted by slide_id."""
         for index, slide_id in enumerate(self.slide_ids):
             yield slide_id, self.ranks_of(index)
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of the rows: which tiles, whatever the name or plan."""
+        """sha256 of the rows (ids as UTF-8, ranks as int32): which tiles, not the name or plan."""
         sha = hashlib.sha256()
         for slide_id, ranks in self.items():
             sha.update(slide_id.encode() + b"\0" + ranks.astype("<i4").tobytes() + b"\0")
@@ -57,7 +57,8 @@ class Selection:
 def make_selection(
     name: str, ranks_by_slide: dict[str, npt.NDArray[np.int32]], plan: dict[str, Any]
 ) -> Selection:
-    """A selection from ranks by slide; slides without ranks are left out."""
+    """A selection from ranks int32 [n] by slide; slides without ranks are left out."""
+    # Sorted: equal rows give an equal hash, whatever made them.
     slides = sorted(slide for slide, ranks in ranks_by_slide.items() if len(ranks))
     parts = [np.sort(ranks_by_slide[slide]).astype(np.int32) for slide in slides]
     offsets = np.zeros(len(slides) + 1, np.int64)
@@ -76,15 +77,15 @@ def write_selection(dataset: Dataset, run_id: str, selection: Selection) -> File
     """Write selections/<name>.parquet with its plan in the file's metadata.
 
     No Python object per tile, and a row group at a time, so that 10^8 rows need little more memory
-    than their ranks. Slides are dictionary codes and ranks are differences: runs of one cost
-    next to nothing.
+    than their ranks, 4 bytes each. Slides are dictionary codes and ranks are differences:
+    consecutive ranks cost next to nothing.
     """
     final = dataset.selection_file(selection.name)
     return commit_file(dataset, run_id, final, lambda file: write_rows(file, selection))
 
 
 def write_rows(file: HashingFile, selection: Selection) -> None:
-    """The rows (slide_id, rank) of a selection as Parquet, its plan in the metadata."""
+    """The rows (slide_id, rank int32) of a selection as Parquet, its plan in the metadata."""
     plan = json.dumps(selection.plan, sort_keys=True)
     with pq.ParquetWriter(
         file,
@@ -135,7 +136,7 @@ def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
 
 
 def read_rows(path: Path, name: str) -> Selection:
-    """A file of (slide_id, rank) rows in any order, sorted, with the plan it carries.
+    """A file of (slide_id, rank int32) rows in any order, sorted, with the plan in it.
 
     Read a row group at a time: 10^8 rows need twice the memory of their ranks.
     """
@@ -168,9 +169,10 @@ def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray
     for chunk in column.chunks:
         encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        if encoded.null_count or not all(isinstance(one, str) for one in names):
+        if encoded.null_count or not all(isinstance(name, str) for name in names):
             raise ValueError("a slide_id is missing or no text")
-        place = np.array([known.setdefault(one, len(known)) for one in names], np.int32)
+        # Every row group has a dictionary of its names: codes of one mean nothing in another.
+        place = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
         parts.append(place[encoded.indices.to_numpy(zero_copy_only=False)])
     return np.concatenate(parts)
 
@@ -186,6 +188,7 @@ def _group_by_slide(
     place = np.empty(len(names), np.int32)
     place[by_name] = np.arange(len(names))
     keys = place[codes]
+    # A sort needs an int64 index per row: only where rows are not in order already.
     if not _in_order(keys, ranks):
         ranks = ranks[np.lexsort((ranks, keys))]
     counts = np.zeros(len(names), np.int64)

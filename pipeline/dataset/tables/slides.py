@@ -48,8 +48,8 @@ class Slide:
     `mpp` is micrometres per pixel at level 0, `tile_mpp` that of the slide's tiles (within the
     tolerance of the dataset's, and exactly it where they are resampled); `levels` are (width,
     height, downsample); `status` is ok, rejected or failed, `reason` says why for the last two. A
-    file is recognised by its size and modification time, and by `sha256` where scan was asked to
-    take it. `codec` is that of its native tiles (jpeg, jpeg2000), '' where the reader does not
+    file is recognised by its size in bytes and modification time, and by `sha256` where that was
+    requested. `codec` is that of its native tiles (jpeg, jpeg2000), '' where the reader does not
     say. `md5` is what the table or manifest states; `preparation` is ffpe, frozen or ''. The path
     of a slide that is staged in is its URI, and its `mtime_ns` is 0.
     """
@@ -88,7 +88,8 @@ class Slide:
 
 
 def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> FileRecord:
-    """Write slides.parquet, sorted by slide_id."""
+    """Write slides.parquet, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
+    # Sorted, so that equal slides give equal bytes.
     rows = []
     for slide in sorted(slides, key=lambda s: s.slide_id):
         row = dict(slide.__dict__)
@@ -99,8 +100,9 @@ def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> File
 
 
 def read_slides(dataset: Dataset) -> list[Slide]:
-    """All slides, sorted by slide_id."""
+    """All slides, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
     table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
+    # Columns of newer releases are passed over.
     rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
     try:
         return [_slide_of_row(row) for row in rows.to_pylist()]

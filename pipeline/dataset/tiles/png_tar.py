@@ -67,6 +67,7 @@ def _average_filtered(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """
     height, width, channels = tile.shape
     rows = tile.reshape(height, width * channels)
+    # In place wherever possible: allocation takes as long as the arithmetic.
     left = np.zeros_like(rows)
     left[:, channels:] = rows[:, :-channels]
     mean = left >> 1
@@ -82,6 +83,7 @@ def _average_filtered(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def decode_png(data: bytes | memoryview, tile_px: int | None = None) -> npt.NDArray[np.uint8]:
     """RGB tile [H, W, 3]; raises ValueError on damaged bytes, and on another size than tile_px."""
+    # The size first: a few bytes may state a picture of gigabytes.
     if tile_px is not None and png_size(data) != (tile_px, tile_px):
         raise ValueError(f"it is {png_size(data)} px, expected {tile_px}x{tile_px}")
     try:
@@ -94,7 +96,7 @@ def decode_png(data: bytes | memoryview, tile_px: int | None = None) -> npt.NDAr
 
 
 def png_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Width and height that a PNG states, before anything is decoded or allocated."""
+    """Width and height in px that a PNG states, before anything is decoded or allocated."""
     if len(data) < 33 or bytes(data[:8]) != _SIGNATURE or bytes(data[12:16]) != b"IHDR":
         raise ValueError("not a PNG")
     width, height = struct.unpack_from(">II", data, 16)
@@ -102,12 +104,16 @@ def png_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def member_name(slide_id: str, rank: int) -> str:
-    """The tar key: the slide is a folder, since its id may contain dots."""
+    """The tar key, with the rank in 8 digits: the slide is a folder, since its id may have dots.
+
+    >>> member_name("slide.1", 7)
+    'slide.1/00000007.png'
+    """
     return f"{slide_id}/{rank:08d}.png"
 
 
 def write_tar(file: HashingFile, slide_id: str, start: int, pngs: Iterable[bytes]) -> bytes:
-    """Write PNGs of consecutive ranks from `start`; returns the index in wds2idx's v1.2 format."""
+    """Write PNGs of consecutive ranks from `start`; returns the index's bytes (wds2idx v1.2)."""
     lines = []
     for rank, png in enumerate(pngs, start):
         info = tarfile.TarInfo(member_name(slide_id, rank))
@@ -144,7 +150,7 @@ class ShardHandle:
 
 @dataclass(frozen=True)
 class TarShard:
-    """An open tar shard: where each of its blocks begins."""
+    """An open tar shard: where each of its blocks begins, int64 [blocks + 1] in bytes."""
 
     path: Path
     start: int
@@ -153,9 +159,10 @@ class TarShard:
 
     @classmethod
     def open(cls, path: Path) -> "TarShard":
-        """Read the index next to the tar; keeps one number per block."""
+        """Read the index next to the tar; keeps one int64 per block."""
         name = parse_shard_name(path.name)
         index = path.with_suffix(".idx")
+        # Blocks are read whole, so that the offset of each block's first member is enough.
         try:
             lines = index.read_text().splitlines()
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
@@ -169,18 +176,19 @@ class TarShard:
             )
         return cls(path, name.start, name.stop, starts)
 
-    def handle(self) -> ShardHandle:
-        """Open the tar for reading."""
+    def open_handle(self) -> ShardHandle:
+        """Open the tar for reading of bytes."""
         return ShardHandle(self.path)
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """PNG bytes by rank of one block of the slide, in one read."""
-        handle = handle or self.handle()
+        handle = handle or self.open_handle()
         index = block - self.start // BLOCK_ROWS
         if not 0 <= index < len(self.block_starts) - 1:
             raise UserError(f"{self.path} has no block {block}: run `verify`")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
+        # Ranks by the tar's headers, not by the index: a mixed-up pair of files is found out.
         members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):
@@ -198,6 +206,7 @@ def _check_starts(starts: npt.NDArray[np.int64], name: ShardName, size: int) -> 
 
 
 def _read_members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
+    # Each member's own header is checked: an index may belong to another tar.
     at, slide_id = 0, parse_shard_name(path.name).slide_id
     while at < len(data):
         header = data[at : at + _HEADER]

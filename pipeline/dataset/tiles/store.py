@@ -18,10 +18,10 @@ _OPEN_FILES = 128
 
 
 class TileStore:
-    """Random access to the tiles of one size. Safe to share between threads.
+    """Random access to the tiles uint8 [px, px, 3] of one size. Safe to share between threads.
 
     Only shards that a journal line names are seen. At most 128 files are open at a time; what
-    stays in memory is one offset a block.
+    stays in memory is one offset per block.
     """
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
@@ -36,11 +36,11 @@ class TileStore:
         return sorted(self._ledger.written)
 
     def recorded_blocks(self, slide_id: str) -> set[int]:
-        """Blocks of the slide that the journal says were written."""
+        """Blocks (from 0 up, of 16 ranks each) that the journal says were written of the slide."""
         return self._ledger.recorded_blocks(slide_id)
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
-        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode`)."""
+        """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode_tile`)."""
         shard = self._shard_of_block(slide_id, block)
         return shard.read_block(block, self._open_handle(shard))
 
@@ -48,11 +48,11 @@ class TileStore:
         """RGB tiles uint8 [px, px, 3] by rank of a block."""
         tiles = {}
         for rank, data in self.read_block_bytes(slide_id, block).items():
-            tiles[rank] = self.decode(slide_id, rank, data)
+            tiles[rank] = self.decode_tile(slide_id, rank, data)
         return tiles
 
-    def decode(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
-        """Decode what `read_block_bytes` gave: a PNG, or a Zarr chunk.
+    def decode_tile(self, slide_id: str, rank: int, data: bytes) -> npt.NDArray[np.uint8]:
+        """Decode what `read_block_bytes` gave, a PNG or a Zarr chunk, to uint8 [px, px, 3].
 
         A `UserError` names slide, rank and file where it is damaged.
         """
@@ -75,7 +75,9 @@ class TileStore:
             block: self.read_block_bytes(slide_id, block)
             for block in sorted({rank // BLOCK_ROWS for rank in wanted})
         }
-        return [self.decode(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted]
+        return [
+            self.decode_tile(slide_id, rank, blocks[rank // BLOCK_ROWS][rank]) for rank in wanted
+        ]
 
     def _shard_of_block(self, slide_id: str, block: int) -> TarShard | ZarrShard:
         rank = block * BLOCK_ROWS
@@ -85,6 +87,7 @@ class TileStore:
                 f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
                 f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
             )
+        # Two threads may open the same shard: the second then replaces an equal one.
         path = _shard_path(entry)
         with self._lock:
             shard = self._shards.get(path)
@@ -102,7 +105,7 @@ class TileStore:
                 self._handles.move_to_end(key)
                 return self._handles[key]
         try:
-            handle = shard.handle()
+            handle = shard.open_handle()
         except OSError as error:
             raise UserError(f"{shard.path} cannot be opened: {error.strerror}") from error
         with self._lock:

@@ -1,4 +1,4 @@
-"""Tiles in a Zarr v3 array a shard: one tile a chunk, all chunks in one sharded file.
+"""Tiles in a Zarr v3 array per shard: one tile per chunk, all chunks in one sharded file.
 
 `c/0/0/0/0` contains the chunks in rank order, then the shard index (offset and size of each chunk,
 little-endian uint64, then their crc32c), as the sharding codec of the Zarr v3 specification has
@@ -35,6 +35,7 @@ _INDEX_ROW, _CRC = 16, 4
 
 def encode_chunk(tile: npt.NDArray[np.uint8]) -> bytes:
     """The bytes of one chunk [1, px, px, 3]."""
+    # Neighbours of one channel are alike: their differences compress better.
     flat = tile.transpose(2, 0, 1).ravel()
     delta = np.empty_like(flat)
     delta[0] = flat[0]
@@ -57,12 +58,12 @@ def decode_chunk(data: bytes | memoryview, tile_px: int) -> npt.NDArray[np.uint8
 
 
 def _zstd_codec() -> Any:
-    # One a call: threads decode at the same time.
+    # One per call: threads decode at the same time.
     return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
 
 
-def metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, object]:
-    """The array's zarr.json."""
+def array_metadata(slide_id: str, start: int, stop: int, tile_px: int) -> dict[str, object]:
+    """zarr.json of an array uint8 [ranks, px, px, 3], one chunk [1, px, px, 3] per tile."""
     shape = [stop - start, tile_px, tile_px, 3]
     inner = [
         {"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}},
@@ -97,11 +98,14 @@ def commit_zarr(
 ) -> tuple[FileRecord, ...]:
     """Write encoded chunks in rank order as the array `final`; synced, then renamed once.
 
-    Raises `UserError` naming the array when the disk is full or not writable.
+    The records have sizes in bytes. Raises `UserError` naming the array when the disk is full or
+    not writable.
     """
     name = parse_shard_name(final.name)
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
-    head = json.dumps(metadata(name.slide_id, name.start, name.stop, tile_px), indent=2).encode()
+    head = json.dumps(
+        array_metadata(name.slide_id, name.start, name.stop, tile_px), indent=2
+    ).encode()
     try:
         body = staged.joinpath(*_CHUNK_FILE)
         body.parent.mkdir(parents=True)
@@ -109,8 +113,10 @@ def commit_zarr(
             _write_parts(staged / "zarr.json", [head]),
             _write_parts(body, _with_index(chunks, name.stop - name.start)),
         ]
+        # The data first, then the folders that name it, from the innermost out.
         for folder in [*body.parents][: len(_CHUNK_FILE)]:
             sync_directory(folder)
+        # Renamed as a whole: readers see all of the array or nothing.
         final.parent.mkdir(parents=True, exist_ok=True)
         _replace_folder(staged, final)
     except OSError as error:
@@ -121,7 +127,8 @@ def commit_zarr(
         shutil.rmtree(staged, ignore_errors=True)
     paths = [final / "zarr.json", final.joinpath(*_CHUNK_FILE)]
     return tuple(
-        FileRecord(dataset.relative(path), *one) for path, one in zip(paths, sizes, strict=True)
+        FileRecord(dataset.relative_path(path), size, sha256)
+        for path, (size, sha256) in zip(paths, sizes, strict=True)
     )
 
 
@@ -169,7 +176,7 @@ def _check_index(index: npt.NDArray[np.uint64], size: int) -> None:
 
 @dataclass(frozen=True)
 class ZarrShard:
-    """An open Zarr shard: where each of its chunks is."""
+    """An open Zarr shard: offset and size in bytes of each chunk, `index` uint64 [ranks, 2]."""
 
     path: Path
     start: int
@@ -178,9 +185,10 @@ class ZarrShard:
 
     @classmethod
     def open(cls, path: Path) -> "ZarrShard":
-        """Read the shard's index; `path` is the array's folder."""
+        """Read the shard's index, 16 bytes per rank; `path` is the array's folder."""
         name = parse_shard_name(path.name)
         count = name.stop - name.start
+        # The index is at the end, and its length follows from the ranks in the name.
         try:
             with path.joinpath(*_CHUNK_FILE).open("rb") as file:
                 file.seek(-(count * _INDEX_ROW + _CRC), os.SEEK_END)
@@ -193,13 +201,13 @@ class ZarrShard:
             )
         return cls(path, name.start, name.stop, index)
 
-    def handle(self) -> ShardHandle:
-        """Open the shard's file for reading."""
+    def open_handle(self) -> ShardHandle:
+        """Open the shard's file for reading of bytes."""
         return ShardHandle(self.path.joinpath(*_CHUNK_FILE))
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """Encoded chunks by rank of one block of the slide, in one read."""
-        handle = handle or self.handle()
+        handle = handle or self.open_handle()
         first = block * BLOCK_ROWS
         if not self.start <= first < self.stop:
             raise UserError(f"{self.path} has no block {block}: run `verify`")

@@ -68,7 +68,7 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     check.note_strays(inventory)
     if repair:
         check.notes += repair_damage(dataset, damaged)
-    return check.report()
+    return check.report_problems()
 
 
 class Verification:
@@ -104,12 +104,12 @@ class Verification:
                 try:
                     self._check_journal(journal, journals[index + 1 :])
                 except OSError as error:
-                    path = self.dataset.relative(journal)
+                    path = self.dataset.relative_path(journal)
                     fix = f"run {_command_of(folder.name)}"
                     self.problems.append(Problem(path, describe_unreadable(error), fix))
 
     def _check_journal(self, journal: Path, later: list[Path]) -> None:
-        path, size = self.dataset.relative(journal), 0
+        path, size = self.dataset.relative_path(journal), 0
         for line in journal_lines(journal):
             size += len(line.data)
             if line.damage is None:
@@ -175,7 +175,7 @@ class Verification:
                 f"{folder.files:,} files, {format_bytes(folder.bytes)}"
             )
 
-    def report(self) -> int:
+    def report_problems(self) -> int:
         """Print problems, notes and the summary; returns the exit status."""
         if self.problems:
             _print_problems(self.problems[:_ROWS_SHOWN])

@@ -56,7 +56,7 @@ class Inventory:
     dataset: Dataset
     journals: dict[str, list[Entry]]
 
-    def current(self, stage: str) -> Iterator[Entry]:
+    def current_entries(self, stage: str) -> Iterator[Entry]:
         """The entries of a stage that are valid, in all its scopes."""
         ledger = Ledger(self.journals.get(stage, []), partial(files_present, self.dataset))
         for scope in ledger.scopes:
@@ -68,7 +68,7 @@ class Inventory:
         """By path, the current lines that name it: more than one where stages share a file."""
         lines: dict[str, list[Named]] = {}
         for stage in self.journals:
-            for entry in self.current(stage):
+            for entry in self.current_entries(stage):
                 for record in entry.files:
                     lines.setdefault(record.path, []).append(Named(stage, entry, record))
         return lines

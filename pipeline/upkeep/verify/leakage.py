@@ -66,7 +66,7 @@ class SelectionPair:
         """How many tiles, pairs of pixels, patients and files are on both sides: 0 is right."""
         return self.tiles + self.pixels + self.unplaced + self.patients + self.files
 
-    def add(self, overlap: "SlideOverlap") -> None:
+    def add_overlap(self, overlap: "SlideOverlap") -> None:
         """Count what the two share on a slide."""
         slide_id = overlap.slide_id
         self.tiles += len(overlap.shared)
@@ -130,6 +130,7 @@ def selection_roles(
     What the caller names comes first; where a side is not named, the role in the selection's
     plan, then its name.
     """
+    # A name that tells a validation set must not be overruled by --val alone.
     planned = {name: _planned_role(dataset, name) for name in dataset.selection_names()}
     named = dict.fromkeys(train, TRAIN) | dict.fromkeys(val_out, VAL_OUT)
     for name in val:
@@ -169,6 +170,7 @@ def _make_pairs(dataset: Dataset, roles: Mapping[str, str]) -> list[SelectionPai
     for name, role in roles.items():
         if role:
             by_role.setdefault(role, []).append(read_selection(dataset, name))
+    # With one side empty nothing could leak, and the check would pass for nothing.
     for side, option, present in (
         ("training", "--train", TRAIN in by_role),
         ("validation", "--val", VAL_IN in by_role or VAL_OUT in by_role),
@@ -227,6 +229,7 @@ def _compare_tiles(
     ]  # fmt: skip
     # Only slides on both sides can share pixels.
     common = sorted(set().union(*(left.keys() & right.keys() for left, right in places)))
+    # From the identity, not from slides.parquet: tiles were cut by what the identity states.
     mpp, tolerance, tile_px = (
         identity_value(dataset, key) for key in ("mpp", "mpp_tolerance", "tile_px")
     )
@@ -253,7 +256,7 @@ def _compare_tiles(
             turn = common[start : start + _SLIDES_PER_TURN]
             for overlaps in pool.map(compare_slide, turn):
                 for overlap in overlaps:
-                    pairs[overlap.pair].add(overlap)
+                    pairs[overlap.pair].add_overlap(overlap)
                 progress.advance()
     flat = [s for s in common if s in slides and not is_placed(slides[s])]
     if not flat:

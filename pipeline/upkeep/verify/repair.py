@@ -49,7 +49,7 @@ def repair_damage(dataset: Dataset, damaged: Mapping[str, FileDamage]) -> list[s
         try:
             removed += _rewrite_journal(dataset, journal)
         except OSError as error:
-            kept[dataset.relative(journal)] = describe_unreadable(error)
+            kept[dataset.relative_path(journal)] = describe_unreadable(error)
     notes = [f"repair: kept {path}: {why}" for path, why in list(kept.items())[:_EXAMPLES]]
     if len(kept) > _EXAMPLES:
         notes.append(f"repair: kept {len(kept) - _EXAMPLES:,} more for reasons of these kinds")
