@@ -74,6 +74,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
 def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass with these nested values, its defaults elsewhere.
 
+    A dataclass with `takes_single_values = True` takes a single value where a list is meant.
     Raises `UserError` naming the dotted key for an unknown key (with the nearest known one) and
     for a value of another type.
     """
@@ -123,8 +124,25 @@ def _build_section(cls: type[T], values: Any, prefix: str, known: list[str]) -> 
         has_default = field.default is not MISSING or field.default_factory is not MISSING
         if field.name not in values and not has_default:
             raise UserError(f"configuration key '{prefix}{field.name}' is missing: it must be set")
-    built = {name: _build_value(hints[name], values[name], prefix + name, known) for name in values}
+    settings = dict(values)
+    if getattr(cls, "takes_single_values", False):
+        settings = {
+            name: _as_list(hints[name], value, prefix + name) for name, value in settings.items()
+        }
+    built = {
+        name: _build_value(hints[name], value, prefix + name, known)
+        for name, value in settings.items()
+    }
     return cls(**built)
+
+
+def _as_list(hint: Any, value: Any, key: str) -> Any:
+    """A single value of a field that is a list of any length, as a list of one."""
+    if get_origin(hint) is not tuple or Ellipsis not in get_args(hint):
+        return value
+    if isinstance(value, _Raw):
+        value = _parse_override(value, key)
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _build_value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
@@ -186,12 +204,10 @@ def _check_scalar(hint: Any, value: Any, key: str) -> Any:
 
 
 def _check_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
-    if len(args) == 2 and args[1] is Ellipsis:
-        if not isinstance(value, list | tuple):
-            value = [value]  # a single value is a list of one
-        args = (args[0],) * len(value)
     if not isinstance(value, list | tuple):
         raise _mismatch_error(key, "a list", value)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
     if len(args) != len(value):
         raise _mismatch_error(key, f"a list of {len(args)} values", value)
     return tuple(_check_scalar(arg, item, key) for arg, item in zip(args, value, strict=True))

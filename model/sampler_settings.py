@@ -1,5 +1,7 @@
 """The settings of a sampler as one record; its field names are those of every file on disk.
 
+The defaults are those of CytoSyn (arXiv 2603.18089).
+
 Importing it loads no torch: command lines build their options from the fields.
 """
 

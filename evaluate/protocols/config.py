@@ -8,7 +8,7 @@ recorded as its deviations, so that no number passes for the paper's that is not
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from common.config import build_config, read_yaml, to_plain_values, with_overrides
 from common.errors import UserError
@@ -70,6 +70,8 @@ class GenerationSpec:
     rest, and each difference is a deviation.
     """
 
+    takes_single_values: ClassVar[bool] = True
+
     model: str = "model"
     guidance: str = ""
     guidance_view: str = ""
@@ -93,6 +95,8 @@ class TableRow:
     The views are those of the features; `real_px` is the size of the real tiles, if not their
     dataset's.
     """
+
+    takes_single_values: ClassVar[bool] = True
 
     label: str
     generated: str
@@ -120,6 +124,8 @@ class TableRow:
 @dataclass(frozen=True)
 class Protocol:
     """A whole protocol. `columns` are the sets that everything is compared with."""
+
+    takes_single_values: ClassVar[bool] = True
 
     name: str
     title: str = ""

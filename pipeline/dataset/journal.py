@@ -216,7 +216,7 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
                     entries += [one for line in lines if (one := decode_line(line)) is not None]
     except OSError as error:
         raise UserError(
-            f"journal {error.filename or folder} cannot be read: {error.strerror}; mend its "
+            f"journal {error.filename or folder} cannot be read: {error.strerror}; fix its "
             "permissions or its disk: without it, finished work would be done again"
         ) from error
     if outside:

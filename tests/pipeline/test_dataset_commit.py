@@ -117,7 +117,7 @@ def test_a_journal_that_cannot_be_read_is_one_line_and_not_an_empty_one(tmp_path
     with pytest.raises(UserError, match=r"run\.jsonl cannot be read: Is a directory; fix"):
         read_journal(dataset, "tile")
     dataset.status_dir("cache").touch()
-    with pytest.raises(UserError, match=r"status/cache cannot be read: Not a directory; mend"):
+    with pytest.raises(UserError, match=r"status/cache cannot be read: Not a directory; fix"):
         read_journal(dataset, "cache")
     assert read_journal(dataset, "tissue") == []
 
