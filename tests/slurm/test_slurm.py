@@ -37,7 +37,7 @@ def return_within(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs here last seconds, not hours."""
-    monkeypatch.setattr(cluster, "_ASK_QUEUE_EVERY_S", 3.0)
+    monkeypatch.setattr(cluster, "_QUERY_QUEUE_EVERY_S", 3.0)
     return_within(monkeypatch, 25.0)
 
 
