@@ -15,13 +15,17 @@ _ROWS_SHOWN = 40
 
 @dataclass
 class Summary:
-    """How a stage ended, slide by slide: `bytes` written and `seconds` taken among the rest."""
+    """How a stage ended, slide by slide: `bytes` written and `seconds` taken among the rest.
+
+    `notes` are of slides that were taken: (slide_id, what a person should know of it).
+    """
 
     stage: str
     done_slides: set[str] = field(default_factory=set)
     skipped: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     counts: dict[str, int] = field(default_factory=dict)
@@ -37,6 +41,7 @@ class Summary:
                 self.failed.append(row)
         else:
             self.done_slides.add(entry.slide_id)
+            self.notes += [(entry.slide_id, note) for note in entry.values.get("notes", ())]
         self.files += len(entry.files)
         self.bytes += sum(record.bytes for record in entry.files)
         for name, count in entry.counts.items():
@@ -77,12 +82,21 @@ def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
 
 
 def _print_reasons(summary: Summary) -> None:
-    rows = [("failed", *row) for row in summary.failed]
-    rows += [("rejected", *row) for row in summary.rejected]
+    _print_rows(
+        [(slide_id, "taken", note) for slide_id, note in summary.notes],
+        Table("slide", "outcome", "note", title=f"{summary.stage}: slides taken with a note"),
+    )
+    rows = [(slide_id, "failed", reason) for slide_id, reason in summary.failed]
+    rows += [(slide_id, "rejected", reason) for slide_id, reason in summary.rejected]
+    _print_rows(
+        rows, Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
+    )
+
+
+def _print_rows(rows: list[tuple[str, str, str]], table: Table) -> None:
     if not rows:
         return
-    table = Table("slide", "outcome", "reason", title=f"{summary.stage}: slides not taken")
-    for outcome, slide_id, reason in rows[:_ROWS_SHOWN]:
+    for slide_id, outcome, reason in rows[:_ROWS_SHOWN]:
         # As plain text: a reason quotes what others wrote, and may contain rich's brackets.
         table.add_row(Text(slide_id), outcome, Text(redact_secrets(reason)))
     stdout.print(table)

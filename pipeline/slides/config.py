@@ -126,6 +126,9 @@ class ScanConfig:
         "auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
         choices=reader_choices,
     )
+    series: str = option_field(
+        "", "which image of a file that has several is the slide", metavar="NAME"
+    )
     sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE
 
@@ -144,4 +147,9 @@ class ScanConfig:
 
     def row_parameters(self) -> dict[str, object]:
         """What a scanned row depends on in addition to the slide's bytes."""
-        return {"assume_mpp": self.assume_mpp, "reader": self.reader, **self.identity()}
+        return {
+            "assume_mpp": self.assume_mpp,
+            "reader": self.reader,
+            "series": self.series,
+            **self.identity(),
+        }

@@ -24,7 +24,7 @@ class SlideEntry:
 
     `mpp` is in µm per pixel. `taken_by` is the path of another slide that has the same name: this
     one cannot be scanned. `uri` is where a slide is fetched from that is no local file; its
-    `bytes` are the table's.
+    `bytes` are the table's. `series` names the image of a file that has several.
     """
 
     path: Path
@@ -39,6 +39,7 @@ class SlideEntry:
     preparation: str = ""
     uri: str = ""
     bytes: int = 0
+    series: str = ""
 
     @property
     def location(self) -> str:
@@ -223,6 +224,7 @@ def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
         preparation=row.read_text("preparation").lower(),
         uri=text if is_remote else "",
         bytes=row.byte_count("bytes", "size_bytes"),
+        series=row.read_text("series"),
     )
 
 

@@ -59,7 +59,7 @@ class NativeReader(SlideReader):
     name = "native"
     cache_bytes = CACHE_BYTES
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, series: str = "") -> None:
         self.path = path
         self._file = -1
         self._cache: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint8]] = OrderedDict()

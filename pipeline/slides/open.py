@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from common.text import one_line
+from pipeline.dataset import Slide
+from pipeline.slides.levels import without_levels
 from pipeline.slides.reader import SlideOpenError, SlideReader
 from pipeline.slides.readers import AUTO, READERS, reader_entry
 
 
-def open_slide(path: Path, reader: str = AUTO) -> SlideReader:
+def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """Open a slide with the named reader; "auto" is the first in `READERS` that opens it.
 
+    `series` names the image of a file that has several; '' leaves the choice to the reader.
     Whether the native reader may be used is for `scan` to find out (see `best_reader`). Raises
     `SlideOpenError` with the reasons in one line.
     """
@@ -18,13 +21,22 @@ def open_slide(path: Path, reader: str = AUTO) -> SlideReader:
     unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
     for name in unchecked if reader == AUTO else [reader]:
         try:
-            return reader_entry(name).open(path)
+            return reader_entry(name).open(path, series)
         except SlideOpenError as error:
             reasons.append(one_line(error, 120))
     raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
 
 
-def best_reader(path: Path) -> tuple[SlideReader, str]:
+def open_scanned(slide: Slide, path: Path) -> SlideReader:
+    """Open a slide as `scan` recorded it: its reader, its series, and only the levels it took.
+
+    `path` is where the file is now (see `local_slide`). Raises `SlideOpenError`.
+    """
+    reader = open_slide(path, slide.reader, slide.series)
+    return without_levels(reader, slide.levels_left_out)
+
+
+def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
     """The native reader where it shows what OpenSlide shows; else OpenSlide or another.
 
     Returns the open slide and, where it is not the native reader, why. Raises `SlideOpenError`.
@@ -33,11 +45,11 @@ def best_reader(path: Path) -> tuple[SlideReader, str]:
     from pipeline.slides.compare import find_disagreement
     from pipeline.slides.native_reader import NativeReader
 
-    reference = open_slide(path)
+    reference = open_slide(path, series=series)
     if reference.name != "openslide":
         return reference, "OpenSlide does not open it"
     try:
-        native = NativeReader(path)
+        native = NativeReader(path, series)
     except SlideOpenError as error:
         return reference, one_line(error, 160)
     reason = find_disagreement(native, reference)

@@ -23,7 +23,7 @@ class OpenSlideReader(SlideReader):
 
     name = "openslide"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, series: str = "") -> None:
         self.path = path
         try:
             self._slide = openslide.OpenSlide(_entry_file(path))

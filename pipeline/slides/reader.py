@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -43,18 +43,22 @@ class SlideReader(ABC):
     `levels` are (width, height) in px and level-0 px per px of the level, the finest first.
     """
 
-    name: ClassVar[str]
+    name: str
     path: Path
     vendor: str
     levels: tuple[Level, ...]
     resolution: ResolutionTags
     codec: str = ""
     """`jpeg`, `jpeg2000`, or '' where the reader does not say."""
+    series: str = ""
+    """The image of the file that is shown, '' where the file has one only."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the file is read, a clause each."""
     icc_profile: bytes | None = None
     """The colour profile that the slide carries; readers never apply it."""
     native_tiles: tuple[tuple[int, int], ...] = ()
     """(width, height) of each level's native tiles; empty where the reader does not say."""
-    cache_bytes: ClassVar[int] = 64 << 20
+    cache_bytes: int = 64 << 20
     """Most memory that decoded native tiles take."""
 
     @abstractmethod

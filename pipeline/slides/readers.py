@@ -29,11 +29,11 @@ class ReaderEntry:
     suffixes: str
     is_checked: bool = False
 
-    def open(self, path: Path) -> "SlideReader":
-        """Open a slide; raises `SlideOpenError`."""
+    def open(self, path: Path, series: str = "") -> "SlideReader":
+        """Open a slide, or one image of a file that has several; raises `SlideOpenError`."""
         # Imported here, since training nodes often lack these libraries and `--help` is quick.
         module, _, name = self.location.partition(":")
-        slide: SlideReader = getattr(import_module(module), name)(path)
+        slide: SlideReader = getattr(import_module(module), name)(path, series)
         return slide
 
 

@@ -25,17 +25,16 @@ from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.config import ScanConfig
+from pipeline.slides.describe import describe_slide
 from pipeline.slides.entries import SlideEntry, find_slides
-from pipeline.slides.open import best_reader, open_slide
-from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
-from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
+from pipeline.slides.reader import SlideOpenError, SlideReadError
+from pipeline.slides.resolution import ResolutionError
 from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing
 
-STAGE, VERSION = "scan", 4
+STAGE, VERSION = "scan", 5
 TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
-_PROBE_PX = 64
 _HASH_CHUNK = 1 << 22
 
 
@@ -60,6 +59,8 @@ def _slide_of_entry(entry: Entry) -> Slide:
     """The slide of a journal line; one whose worker died has only what was known before."""
     values = dict(entry.values)
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
+    for key in ("levels_left_out", "notes"):
+        values[key] = tuple(values.get(key, ()))
     values["reason"] = "" if entry.outcome == "done" else redact_secrets(entry.reason)
     if entry.outcome == "failed":
         values["status"] = "failed"
@@ -106,8 +107,7 @@ def scan_slide(
 
     What is recorded: µm per px, sizes in level-0 px, bytes of the file.
     """
-    slide = _slide_before_opening(source)
-    note = ""
+    slide, why = _slide_before_opening(source), ""
     try:
         if source.taken_by:
             raise SlideOpenError(
@@ -121,17 +121,18 @@ def scan_slide(
             if config.sha256:
                 slide = replace(slide, sha256=_hash_slide(path))
             _require_whole(path)
-            reader, note = _open_with_reader(path, config.reader)
-            with reader:
-                _probe_levels(reader)
-                slide = _describe_slide(slide, reader, source, config)
+            slide, why = describe_slide(slide, path, source, config)
     except ResolutionError as error:
         slide = replace(slide, status="rejected", reason=str(error))
     except (SlideOpenError, SlideReadError, StageInError, OSError) as error:
         slide = replace(slide, status="failed", reason=str(error))
     outcome: Outcome = "done" if slide.status == "ok" else slide.status  # type: ignore[assignment]
     entry = Entry(
-        slide.slide_id, outcome, fingerprint, slide.reason or note, values=slide_values(slide)
+        slide.slide_id,
+        outcome,
+        fingerprint,
+        slide.reason or why,
+        values=slide_values(slide),
     )
     return [entry]
 
@@ -161,54 +162,6 @@ def _require_whole(path: Path) -> None:
         raise SlideOpenError(f"cannot be read: {error.strerror}") from error
     if missing:
         raise SlideOpenError(f"the file is cut off: {missing}; fetch it again")
-
-
-def _open_with_reader(path: Path, name: str) -> tuple[SlideReader, str]:
-    """The slide with the requested reader, and why it is not the native one."""
-    if name != "auto":
-        return open_slide(path, name), ""
-    reader, why = best_reader(path)
-    return reader, f"read by {reader.name}: {why}" if why else ""
-
-
-def _describe_slide(
-    slide: Slide, reader: SlideReader, source: SlideEntry, config: ScanConfig
-) -> Slide:
-    base = reader.levels[0]
-    slide = replace(
-        slide,
-        reader=reader.name,
-        vendor=reader.vendor,
-        codec=reader.codec,
-        width=base.width,
-        height=base.height,
-        levels=tuple((v.width, v.height, v.downsample) for v in reader.levels),
-    )
-    try:
-        mpp = resolve_mpp(reader.resolution, table=source.mpp, assumed=config.assume_mpp)
-        slide = replace(slide, mpp=mpp.value, mpp_source=mpp.source)
-        plan = plan_read(reader.levels, mpp.value, config.mpp, config.mpp_tolerance, config.tile_px)
-    except ResolutionError as error:
-        return replace(slide, status="rejected", reason=str(error))
-    slide = replace(slide, tile_mpp=plan.mpp)
-    # Half a pixel of slack, as the grid has: sizes at level 0 are rounded.
-    needed = plan.window * plan.downsample
-    if min(base.width, base.height) < needed - 0.5:
-        reason = (
-            f"{base.width}x{base.height} px is smaller than one tile ({needed:.0f} px at level 0)"
-        )
-        return replace(slide, status="rejected", reason=reason)
-    return slide
-
-
-def _probe_levels(reader: SlideReader) -> None:
-    """Read the middle and the corners of every level: some files open and then cannot be read."""
-    for index, level in enumerate(reader.levels):
-        width, height = min(_PROBE_PX, level.width), min(_PROBE_PX, level.height)
-        right, bottom = level.width - width, level.height - height
-        corners = {(0, 0), (right, 0), (0, bottom), (right, bottom), (right // 2, bottom // 2)}
-        for x, y in sorted(corners):
-            reader.read(index, x, y, width, height)
 
 
 def _hash_slide(path: Path) -> str:

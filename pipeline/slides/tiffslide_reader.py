@@ -17,7 +17,7 @@ class TiffSlideReader(SlideReader):
 
     name = "tiffslide"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, series: str = "") -> None:
         self.path = path
         try:
             self._slide = tiffslide.TiffSlide(path)

@@ -39,7 +39,7 @@ from pipeline.run.tasks import SlideTask, collect_entries, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
 from pipeline.slides.cost import tile_cost
-from pipeline.slides.open import open_slide
+from pipeline.slides.open import open_scanned
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
@@ -205,7 +205,7 @@ class _TileJob:
         folder = self.dataset.staging_dir(self.run_id)
         with (
             local_slide(self.slide, self.config.stage_in, folder) as path,
-            open_slide(path, self.slide.reader) as reader,
+            open_scanned(self.slide, path) as reader,
         ):
             done = 0
             for done, (index, image) in enumerate(self._cut_tiles(reader, x, y), 1):

@@ -30,7 +30,7 @@ from pipeline.run.stage import Stage, run_stage
 from pipeline.run.tasks import SlideTask, collect_entries
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.cost import overview_cost
-from pipeline.slides.open import open_slide
+from pipeline.slides.open import open_scanned
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
 from pipeline.slides.resolution import ReadPlan, plan_read
@@ -57,8 +57,14 @@ def detector_identity(detector: Detector) -> dict[str, object]:
 
 
 def slide_key(slide: Slide) -> dict[str, object]:
-    """What identifies a slide for the stages after scan: its bytes and its µm per px."""
-    return {**slide.content_key, "mpp": slide.mpp, "reader": slide.reader}
+    """What identifies a slide for the stages after scan: its bytes and how they are read."""
+    key: dict[str, object] = {**slide.content_key, "mpp": slide.mpp, "reader": slide.reader}
+    # Only where they say something: earlier releases knew neither.
+    if slide.series:
+        key["series"] = slide.series
+    if slide.levels_left_out:
+        key["levels_left_out"] = slide.levels_left_out
+    return key
 
 
 def tissue_fingerprint(slide: Slide, identity: dict[str, Any], source: str = "") -> str:
@@ -118,7 +124,7 @@ def record_tissue(
     mpp = float(slide.mpp or 0)
     with (
         local_slide(slide, config.stage_in, dataset.staging_dir(run_id)) as path,
-        open_slide(path, slide.reader) as reader,
+        open_scanned(slide, path) as reader,
     ):
         plan = plan_read(
             reader.levels, mpp, identity["mpp"], identity["mpp_tolerance"], identity["tile_px"]

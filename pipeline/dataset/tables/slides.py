@@ -37,6 +37,9 @@ SLIDES_SCHEMA = pa.schema(
         ("md5", pa.string()),
         ("preparation", pa.string()),
         ("tile_mpp", pa.float64()),
+        ("series", pa.string()),
+        ("levels_left_out", pa.list_(pa.int32())),
+        ("notes", pa.list_(pa.string())),
     ]
 )
 
@@ -51,7 +54,10 @@ class Slide:
     file is recognised by its size in bytes and modification time, and by `sha256` where that was
     requested. `codec` is that of its native tiles (jpeg, jpeg2000), '' where the reader does not
     say. `md5` is what the table or manifest states; `preparation` is ffpe, frozen or ''. The path
-    of a slide that is staged in is its URI, and its `mtime_ns` is 0.
+    of a slide that is staged in is its URI, and its `mtime_ns` is 0. `series` names the image of
+    the file that is the slide, '' where it has one only; `levels_left_out` are the reader's levels
+    that are not used, so that `levels` are the others; `notes` is what a person should know of a
+    slide that is taken.
     """
 
     slide_id: str
@@ -76,6 +82,9 @@ class Slide:
     md5: str = ""
     preparation: str = ""
     tile_mpp: float | None = None
+    series: str = ""
+    levels_left_out: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def content_key(self) -> dict[str, object]:
@@ -119,7 +128,10 @@ def _slide_of_row(row: dict[str, Any]) -> Slide:
         (int(v["width"]), int(v["height"]), float(v["downsample"]))
         for v in row.pop("levels", None) or ()
     )
-    slide = Slide(levels=levels, **row)
+    # Rows of earlier releases lack these columns.
+    left_out = tuple(int(index) for index in row.pop("levels_left_out", None) or ())
+    notes = tuple(str(note) for note in row.pop("notes", None) or ())
+    slide = Slide(levels=levels, levels_left_out=left_out, notes=notes, **row)
     if not isinstance(slide.slide_id, str) or not isinstance(slide.path, str):
         raise ValueError("a row without slide_id or path")
     return slide
