@@ -1,6 +1,7 @@
 """Opening a slide with the reader that fits."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.text import one_line
 from pipeline.dataset import Slide
@@ -8,23 +9,55 @@ from pipeline.slides.levels import without_levels
 from pipeline.slides.reader import SlideOpenError, SlideReader
 from pipeline.slides.readers import AUTO, READERS, reader_entry
 
+if TYPE_CHECKING:
+    from pipeline.slides.native_reader import NativeReader
+    from pipeline.slides.tiff_images import TiffChoice
+
+_SHOW_WHAT_COMES_FIRST = ("openslide", "tiffslide")
+"""Readers that show what a TIFF file begins with, whatever else it has."""
+
 
 def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """Open a slide with the named reader; "auto" is the first in `READERS` that opens it.
 
-    `series` names the image of a file that has several; '' leaves the choice to the reader.
-    Whether the native reader may be used is for `scan` to find out (see `best_reader`). Raises
-    `SlideOpenError` with the reasons in one line.
+    `series` names the image of a file that has several; '' is the largest that may be the slide.
+    Of the readers that are only used for slides whose pixels were compared, "auto" takes one
+    where no other opens the image (see `best_reader`, which compares). Raises `SlideOpenError`
+    with the reasons in one line.
     """
     _refuse_known_non_slides(path)
+    choice = _choose_image(path, series)
+    # Those that need a comparison come last here.
+    names = sorted(READERS, key=lambda name: READERS[name].is_checked)
     reasons = []
-    unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
-    for name in unchecked if reader == AUTO else [reader]:
+    for name in names if reader == AUTO else [reader]:
         try:
-            return reader_entry(name).open(path, series)
+            return _open_chosen(path, name, series, choice)
         except SlideOpenError as error:
-            reasons.append(one_line(error, 120))
-    raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
+            reasons.append(one_line(error, 200))
+    raise SlideOpenError(f"cannot be opened: {'; '.join(dict.fromkeys(reasons))}")
+
+
+def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None") -> SlideReader:
+    """The file in this reader, which must show the image that was chosen."""
+    entry = reader_entry(name)
+    if choice is None or name not in _SHOW_WHAT_COMES_FIRST:
+        return entry.open(path, series)
+    if choice.only_native:
+        raise SlideOpenError(f"not by {name}: {choice.only_native}")
+    if choice.unreadable:
+        raise SlideOpenError(f"{name} shows no {choice.unreadable}")
+    reader = entry.open(path)
+    reader.notes = (*reader.notes, *choice.notes)
+    return reader
+
+
+def _choose_image(path: Path, series: str) -> "TiffChoice | None":
+    """The image of a TIFF file that is the slide, None for other formats."""
+    # Imported here, since training nodes often lack these libraries.
+    from pipeline.slides.tiff_images import choose_in_file
+
+    return choose_in_file(path, series)
 
 
 def open_scanned(slide: Slide, path: Path) -> SlideReader:
@@ -46,16 +79,29 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
     from pipeline.slides.native_reader import NativeReader
 
     reference = open_slide(path, series=series)
-    if reference.name != "openslide":
-        return reference, "OpenSlide does not open it"
+    if reference.name not in _SHOW_WHAT_COMES_FIRST:
+        is_native = isinstance(reference, NativeReader)
+        return reference, "" if is_native else "OpenSlide does not open it"
+    is_openslide = reference.name == "openslide"
     try:
         native = NativeReader(path, series)
     except SlideOpenError as error:
-        return reference, one_line(error, 160)
+        return reference, one_line(error, 160) if is_openslide else "OpenSlide does not open it"
+    # What others read rightly stays with them: a slide's tiles are not made again for a new reader.
+    if (native.unusual or not is_openslide) and not _is_misread(reference, native):
+        native.close()
+        reason = f"native: {native.unusual}" if is_openslide else "OpenSlide does not open it"
+        return reference, reason
     reason = find_disagreement(native, reference)
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason
+
+
+def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
+    """Whether others interpolate a level's pixels, or show a level with gaps."""
+    is_fractional = any(v.downsample != round(v.downsample) for v in reference.levels)
+    return is_fractional or len(native.levels) < len(reference.levels)
 
 
 def _refuse_known_non_slides(path: Path) -> None:
