@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _SHOW_WHAT_COMES_FIRST = ("openslide", "tiffslide")
 """Readers that show what a TIFF file begins with, whatever else it has."""
+_READ_WHOLE_PX = 224
 
 
 def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
@@ -27,8 +28,10 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """
     _refuse_known_non_slides(path)
     choice = _choose_image(path, series)
-    # Those that need a comparison come last here.
-    names = sorted(READERS, key=lambda name: READERS[name].is_checked)
+    # Those that need a comparison come last, for images that the others do not show.
+    names = [name for name, entry in READERS.items() if not entry.is_checked]
+    if choice is not None:
+        names += [name for name, entry in READERS.items() if entry.is_checked]
     reasons = []
     for name in names if reader == AUTO else [reader]:
         try:
@@ -100,7 +103,11 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
 
 def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
     """Whether others interpolate a level's pixels, or show a level with gaps."""
-    is_fractional = any(v.downsample != round(v.downsample) for v in reference.levels)
+    # A level smaller than a tile is read whole, from its corner: nothing falls between its pixels.
+    is_fractional = any(
+        v.downsample != round(v.downsample) and max(v.width, v.height) > _READ_WHOLE_PX
+        for v in reference.levels
+    )
     return is_fractional or len(native.levels) < len(reference.levels)
 
 
