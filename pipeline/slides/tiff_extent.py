@@ -32,6 +32,7 @@ _NEVER_ZEROS = frozenset(
 _HEAD_BYTES = 64
 _PLACES_LOOKED_AT = 64
 _MOST_SEGMENT_BYTES = 256 << 20
+_PART_ROWS = 64
 _FULL_SHARE = 0.99
 """Share of pixels that are not zero where glass and tissue are."""
 
@@ -125,37 +126,6 @@ def _spread_places(count: int) -> list[int]:
     return [int(index) for index in spread[::-1]]
 
 
-def _ends_within(
-    pages: list[_Segments],
-    places: list[_Place],
-    at: int,
-    data: npt.NDArray[np.uint8],
-    before: npt.NDArray[np.uint8] | None,
-) -> bool:
-    """Whether pixels [rows, width, bytes] of a segment end as a copy does, zeros after them.
-
-    Black parts of a picture end at an edge of the picture's, which its neighbours share. A copy
-    ends within one segment: all before that place is full, the segment before it too.
-    """
-    _, number, index = places[at]
-    page = pages[number]
-    rows, columns = page.valid_part(index)
-    full = np.any(data[:rows, :columns], -1)
-    if not full.any():
-        return False
-    last = int(np.flatnonzero(np.any(full, 1))[-1])
-    prefix = int(np.flatnonzero(full[last])[-1]) + 1
-    pixels = np.concatenate([full[:last].ravel(), full[last, :prefix]])
-    if (last == rows - 1 and prefix == columns) or pixels.mean() < _FULL_SHARE:
-        return False
-    if before is None or places[at - 1][1] != number:
-        return False
-    its_rows, its_columns = page.valid_part(places[at - 1][2])
-    is_before_full = np.any(before[:its_rows, :its_columns], -1).mean() >= _FULL_SHARE
-    # Below a whole row, a black part of a picture may begin: in strips it always looks so.
-    return bool(is_before_full) and (prefix < columns or index % page.columns > 0)
-
-
 class _DirectoryWalk:
     """One pass over the chain of directories."""
 
@@ -221,11 +191,47 @@ class _DirectoryWalk:
                 not data.any() or (at < start and places[at][1] != places[at + 1][1])
             ):
                 return places[at]  # all of the last page is zeros, or all of the file
-            before = self._read_segment(pages, places[at - 1]) if at else None
-            is_followed_by_zeros = at < start or at == len(places) - 1
-            if is_followed_by_zeros and _ends_within(pages, places, at, data, before):
+            if (at < start or at == len(places) - 1) and self._ends_at(pages, places, at):
                 return places[at]
         return None
+
+    def _ends_at(self, pages: list[_Segments], places: list[_Place], at: int) -> bool:
+        """Whether the pixels of a segment, with zeros after it, end as a copy does.
+
+        Black parts of a picture end at an edge of the picture's, which neighbours share. A copy
+        ends within one row of one segment, and all before that is full.
+        """
+        full = self._read_full(pages, places[at])
+        if full is None or not full.any():
+            return False
+        rows, columns = full.shape
+        last = int(np.flatnonzero(np.any(full, 1))[-1])
+        prefix = int(np.flatnonzero(full[last])[-1]) + 1
+        pixels = np.concatenate([full[:last].ravel(), full[last, :prefix]])
+        if pixels.mean() < _FULL_SHARE:
+            return False
+        tiles_a_row = pages[places[at][1]].columns
+        if prefix == columns and last == rows - 1:
+            # Between two tiles: only where nothing else in the file is black.
+            earlier = [index for index in _spread_places(len(places)) if index < at]
+            return (
+                at < len(places) - 1
+                and tiles_a_row > 1
+                and all(self._is_full(pages, places[index]) for index in earlier)
+            )
+        if prefix == columns and places[at][2] % tiles_a_row == 0:
+            return False  # below a whole row a black part may begin, in strips as a rule
+        return at == 0 or self._is_full(pages, places[at - 1])
+
+    def _is_full(self, pages: list[_Segments], place: _Place) -> bool:
+        full = self._read_full(pages, place)
+        return full is not None and bool(full.mean() >= _FULL_SHARE)
+
+    def _read_full(self, pages: list[_Segments], place: _Place) -> npt.NDArray[np.bool_] | None:
+        """Which pixels of a segment are not zero, [rows, columns] within the picture."""
+        data = self._read_segment(pages, place)
+        rows, columns = pages[place[1]].valid_part(place[2])
+        return None if data is None else np.any(data[:rows, :columns], -1)
 
     def _read_segment(self, pages: list[_Segments], place: _Place) -> npt.NDArray[np.uint8] | None:
         """Bytes [rows, width, bytes of a pixel] of a segment; None where they are too many."""
@@ -277,9 +283,16 @@ class _DirectoryWalk:
         bits = first(258, 1)
         if min(width, height, tile_width, rows) <= 0 or bits % 8:
             return None
+        pixel = samples * bits // 8
+        if len(starts) == 1 and 322 not in fields and first(259, 1) == _UNCOMPRESSED:
+            # One strip is all of the picture: looked at in parts, as if there were several.
+            rows = min(rows, _PART_ROWS)
+            tops = np.arange(0, height, rows, dtype=np.int64)
+            counts = np.minimum(rows, height - tops) * width * pixel
+            starts = starts + tops * width * pixel
         return _Segments(
             page, first(259, 1), starts, counts, tile_width, rows,
-            -(-width // tile_width), width, height, samples * bits // 8,
+            -(-width // tile_width), width, height, pixel,
         )  # fmt: skip
 
     def _unpack_number(self, kind: str, data: bytes) -> int:
