@@ -28,28 +28,41 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """
     _refuse_known_non_slides(path)
     choice = _choose_image(path, series)
-    # Those that need a comparison come last, for images that the others do not show.
-    names = [name for name, entry in READERS.items() if not entry.is_checked]
-    if choice is not None:
-        names += [name for name, entry in READERS.items() if entry.is_checked]
+    names = [reader] if reader != AUTO else _readers_to_try(choice)
     reasons = []
-    for name in names if reader == AUTO else [reader]:
+    for name in names:
         try:
             return _open_chosen(path, name, series, choice)
         except SlideOpenError as error:
-            reasons.append(one_line(error, 200))
-    raise SlideOpenError(f"cannot be opened: {'; '.join(dict.fromkeys(reasons))}")
+            reasons.append(one_line(error, 120))
+    if choice is not None and choice.image.unfit:
+        reasons = [f"its pixels are {choice.image.unfit}, expected RGB of 8 or 16 bits per sample"]
+    raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
+
+
+def _readers_to_try(choice: "TiffChoice | None") -> list[str]:
+    """The names of the readers that may show the image, in the order to try them."""
+    unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
+    checked = [name for name in READERS if name not in unchecked]
+    if choice is None:
+        return unchecked
+    # Those that need a comparison come last, for images that the others do not show.
+    return checked if choice.only_native else unchecked + checked
 
 
 def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None") -> SlideReader:
     """The file in this reader, which must show the image that was chosen."""
     entry = reader_entry(name)
-    if choice is None or name not in _SHOW_WHAT_COMES_FIRST:
+    if name not in _SHOW_WHAT_COMES_FIRST:
+        return entry.open(path, series)
+    if choice is None:
+        if series and path.suffix.lower() in entry.suffixes.split() and path.suffix != ".dcm":
+            raise SlideOpenError(f"no series '{series}': {name} shows one image of this format")
         return entry.open(path, series)
     if choice.only_native:
-        raise SlideOpenError(f"not by {name}: {choice.only_native}")
-    if choice.unreadable:
-        raise SlideOpenError(f"{name} shows no {choice.unreadable}")
+        raise SlideOpenError(f"{name} cannot show it ({choice.only_native}); use reader native")
+    if choice.is_misshown:
+        raise SlideOpenError(f"{name} shows no {choice.image.unfit}")
     reader = entry.open(path)
     reader.notes = (*reader.notes, *choice.notes)
     return reader

@@ -113,9 +113,9 @@ class TiffChoice:
     left_out: tuple[Any, ...] = field(default=())
 
     @property
-    def unreadable(self) -> str:
-        """Samples that no reader shows as they are ("32-bit float samples"), '' where they are."""
-        return describe_depth(self.image.layout)
+    def is_misshown(self) -> bool:
+        """Whether readers show samples of this depth as something else than they are."""
+        return bool(describe_depth(self.image.layout))
 
     @property
     def levels(self) -> list[Pages]:
@@ -154,14 +154,14 @@ def choose_image(tiff: tifffile.TiffFile, series: str = "") -> TiffChoice:
     images = list_images(tiff)
     image, plane = _named_image(images, series) if series else (_largest_image(images), 0)
     pages = image.levels[0][plane]
-    shown = [page for planes in image.levels for page in planes[min(plane, len(planes) - 1)]]
     key = f"{image.key}/{image.planes[plane]}" if plane else image.key
     if plane:
         only_native = f"others show the first plane, not {key}"
-    elif image.base.index != 0 and not (tiff.is_svs and any(p.index == 0 for p in shown)):
+    elif image.base.index != 0:
         only_native = f"others show what the file begins with, not image {image}"
     else:
-        only_native = "its channels are pages of their own" if len(pages) > 1 else ""
+        is_apart = len(pages) > 1 and not image.unfit
+        only_native = "its channels are pages of their own" if is_apart else ""
         key = ""
     # A file of one image needs no name for it.
     key = "" if len(images) == 1 and not plane else key
@@ -220,7 +220,7 @@ def _choice_notes(images: Sequence[TiffImage], image: TiffImage, plane: int) -> 
             f"plane {image.planes[plane]} of {len(image.planes)} is read "
             f"(--series {image.index}/{image.planes[-1]} would read another)"
         )
-    if len(image.levels[0][plane]) > 1:
+    if len(image.levels[0][plane]) > 1 and not image.unfit:
         yield "its three channels, stored apart, are read as red, green and blue"
     if image.layout.dtype == "uint16":
         yield "16 bits per sample are scaled to 8 (divided by 257)"
@@ -387,7 +387,7 @@ def _planes_of(
         steps[axis] = step
         step *= size[axis]
     if step != len(pages):
-        raise SlideOpenError(f"OME-XML speaks of {step} pages, the file has {len(pages)}")
+        raise ValueError(f"OME-XML speaks of {step} pages, the file has {len(pages)}")
     for places in product(*(range(size[axis]) for axis in outer)):
         start = sum(place * steps[axis] for place, axis in zip(places, outer, strict=True))
         count = size.get("C", 1)
@@ -441,7 +441,8 @@ def describe_layout(pages: Pages) -> str:
     if depth:
         return depth
     if int(page.bitspersample) not in (8, 16):
-        return f"{int(page.bitspersample)} bits per sample"
+        bits = int(page.bitspersample)
+        return f"samples of {bits} bit{'s' if bits > 1 else ''}"
     photometric, samples = int(page.photometric), int(page.samplesperpixel)
     if len(pages) > 1:
         is_rgb = len(pages) == 3 and samples == 1 and photometric == _MINISBLACK
