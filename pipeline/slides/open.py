@@ -103,6 +103,8 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
         native = NativeReader(path, series)
     except SlideOpenError as error:
         return reference, one_line(error, 160) if is_openslide else "OpenSlide does not open it"
+    # The native reader counts the tiles that are not in the file; others show the same image.
+    reference.notes = native.notes
     # What others read rightly stays with them: a slide's tiles are not made again for a new reader.
     if (native.unusual or not is_openslide) and not _is_misread(reference, native):
         native.close()
@@ -115,7 +117,10 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
 
 
 def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
-    """Whether others interpolate a level's pixels, or show a level with gaps."""
+    """Whether others interpolate a level's pixels, or show gaps as what they are not."""
+    # OpenSlide shows tiles that level 0 leaves out as white, tiffslide as black.
+    if reference.name == "tiffslide" and any(level.missing.any() for level in native.native):
+        return True
     # A level smaller than a tile is read whole, from its corner: nothing falls between its pixels.
     is_fractional = any(
         v.downsample != round(v.downsample) and max(v.width, v.height) > _READ_WHOLE_PX
