@@ -56,7 +56,7 @@ def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None"
     if name not in _SHOW_WHAT_COMES_FIRST:
         return entry.open(path, series)
     if choice is None:
-        if series and path.suffix.lower() in entry.suffixes.split() and path.suffix != ".dcm":
+        if series not in ("", "0") and path.suffix.lower() in entry.suffixes.split():
             raise SlideOpenError(f"no series '{series}': {name} shows one image of this format")
         return entry.open(path, series)
     if choice.only_native:
