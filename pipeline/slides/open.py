@@ -110,7 +110,8 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
         native.close()
         reason = f"native: {native.unusual}" if is_openslide else "OpenSlide does not open it"
         return reference, reason
-    reason = find_disagreement(native, reference)
+    # tiffslide may take a label for a level; it is no reference for that.
+    reason = find_disagreement(native, reference) if is_openslide else ""
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason
@@ -118,9 +119,12 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
 
 def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
     """Whether others interpolate a level's pixels, or show gaps as what they are not."""
-    # OpenSlide shows tiles that level 0 leaves out as white, tiffslide as black.
-    if reference.name == "tiffslide" and any(level.missing.any() for level in native.native):
-        return True
+    # OpenSlide shows tiles that level 0 leaves out as white, tiffslide as black; tiffslide also
+    # takes any tiled page of an Aperio file for a level.
+    if reference.name == "tiffslide":
+        theirs, ours = ({(v.width, v.height) for v in r.levels} for r in (reference, native))
+        if theirs - ours or any(level.missing.any() for level in native.native):
+            return True
     # A level smaller than a tile is read whole, from its corner: nothing falls between its pixels.
     is_fractional = any(
         v.downsample != round(v.downsample) and max(v.width, v.height) > _READ_WHOLE_PX
