@@ -1,16 +1,20 @@
 """Opening a slide with the reader that fits."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from common.text import one_line
 from pipeline.dataset import Slide
 from pipeline.slides.levels import without_levels
-from pipeline.slides.reader import SlideOpenError, SlideReader
-from pipeline.slides.readers import AUTO, READERS, reader_entry
+from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
+from pipeline.slides.readers import AUTO, READERS, reader_entry, readers_for
+
+if TYPE_CHECKING:
+    from pipeline.slides.tiled_reader import TiledReader
 
 
 def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
-    """Open a slide with the named reader; "auto" is the first in `READERS` that opens it.
+    """Open a slide with the named reader; "auto" is the first for its suffix that opens it.
 
     `series` names the image of a file that has several; '' leaves the choice to the reader.
     Whether the native reader may be used is for `scan` to find out (see `best_reader`). Raises
@@ -18,7 +22,7 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """
     _refuse_known_non_slides(path)
     reasons = []
-    unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
+    unchecked = [name for name in readers_for(path) if not READERS[name].is_checked]
     for name in unchecked if reader == AUTO else [reader]:
         try:
             return reader_entry(name).open(path, series)
@@ -39,23 +43,40 @@ def open_scanned(slide: Slide, path: Path) -> SlideReader:
 def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
     """The native reader where it shows what OpenSlide shows; else OpenSlide or another.
 
-    Returns the open slide and, where it is not the native reader, why. Raises `SlideOpenError`.
+    DICOM that OpenSlide interpolates or cannot read is for the DICOM reader. Returns the open
+    slide and, where it is not the native reader, why. Raises `SlideOpenError`.
     """
-    # Imported here: only `scan` and `doctor` compare readers.
-    from pipeline.slides.compare import find_disagreement
-    from pipeline.slides.native_reader import NativeReader
-
     reference = open_slide(path, series=series)
     if reference.name != "openslide":
         return reference, "OpenSlide does not open it"
+    name = why = ""
+    if reference.vendor == "dicom":
+        if problem := _read_problem(reference):
+            reference.close()
+            return open_slide(path, "dicom", series), f"OpenSlide cannot read it: {problem}"
+        if fractional := [v.downsample for v in reference.levels if v.downsample % 1]:
+            name, why = "dicom", f"OpenSlide interpolates a level of downsample {fractional[0]:.6g}"
     try:
-        native = NativeReader(path, series)
+        own = READERS[name or "native"].open(path, series)
     except SlideOpenError as error:
         return reference, one_line(error, 160)
-    reason = find_disagreement(native, reference)
-    chosen, other = (reference, native) if reason else (native, reference)
+    # Imported here: only `scan` and `doctor` compare readers.
+    from pipeline.slides.compare import find_disagreement
+
+    reason = find_disagreement(cast("TiledReader", own), reference)
+    chosen, other = (reference, own) if reason else (own, reference)
     other.close()
-    return chosen, reason
+    return chosen, reason or why
+
+
+def _read_problem(reader: SlideReader) -> str:
+    """Why the first pixel of a level cannot be read, '' where they all can."""
+    try:
+        for level in range(len(reader.levels)):
+            reader.read(level, 0, 0, 1, 1)
+    except SlideReadError as error:
+        return one_line(error, 120)
+    return ""
 
 
 def _refuse_known_non_slides(path: Path) -> None:

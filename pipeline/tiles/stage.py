@@ -40,7 +40,7 @@ from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
 from pipeline.slides.cost import tile_cost
 from pipeline.slides.open import open_scanned
-from pipeline.slides.reader import SlideReader
+from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import local_slide
@@ -146,8 +146,28 @@ def tile_fingerprint(
     values = {key: identity[key] for key in ("resampler", "icc", "codec")}
     if tile_px not in (None, identity["tile_px"]):
         values["around"] = tile_px
+    if _was_interpolated(slide, identity):
+        values["interpolated"] = False
     parent = tissue_fingerprint(slide, identity, source)
     return fingerprint_of(stage=STAGE, version=VERSION, parent=parent, **values)
+
+
+def _was_interpolated(slide: Slide, identity: dict[str, Any]) -> bool:
+    """Whether former versions cut the slide's tiles from a level that OpenSlide interpolates.
+
+    Its downsample is not whole. Such tiles are made again; all others stay.
+    """
+    if slide.reader != "openslide" or slide.status != "ok" or not slide.mpp:
+        return False
+    kept = [
+        Level(*level)
+        for number, level in enumerate(slide.levels)
+        if number == 0 or number not in slide.levels_left_out
+    ]
+    plan = plan_read(
+        kept, slide.mpp, identity["mpp"], identity["mpp_tolerance"], int(identity["tile_px"])
+    )
+    return bool(kept[plan.level].downsample % 1)
 
 
 def tile_slide(
