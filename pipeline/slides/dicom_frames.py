@@ -188,8 +188,9 @@ def decode_frame(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
     if coding.syntax in _JPEG:
         image = _decode_jpeg(data, coding)
     elif coding.syntax == _RLE:
-        planes = np.frombuffer(imagecodecs.dicomrle_decode(data, np.dtype("u1")), np.uint8)
-        image = np.moveaxis(planes[: np.prod(shape)].reshape(3, *shape[:2]), 0, -1)
+        image = np.moveaxis(
+            _decode_rle(data, coding.width * coding.height).reshape(3, *shape[:2]), 0, -1
+        )
     elif coding.syntax in _NATIVE:
         image = np.frombuffer(data, np.uint8)
         if coding.is_planar:
@@ -211,6 +212,16 @@ def _decode_jpeg(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
     stated = "RGB" if coding.photometric == "RGB" else "YCBCR"
     space = None if data[2:4] in _JPEG_OWN_COLOUR else stated
     return np.asarray(imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace="RGB"))
+
+
+def _decode_rle(data: bytes, size: int) -> npt.NDArray[np.uint8]:
+    """Three planes of `size` bytes in PackBits, one after the other (PS3.5 annex G)."""
+    count, *starts = np.frombuffer(data[:64], "<u4").tolist()
+    if count != 3:
+        raise ValueError(f"a frame has {count} planes, expected 3")
+    parts = zip(starts[:3], [*starts[1:3], len(data)], strict=True)
+    planes = [imagecodecs.packbits_decode(data[start:stop]) for start, stop in parts]
+    return np.concatenate([np.frombuffer(plane, np.uint8)[:size] for plane in planes])
 
 
 def _to_rgb(ybr: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -22,6 +22,8 @@ from pipeline.slides.tiled_reader import TiledReader
 
 _AFTER_HEADER = 0x7FE00008
 _MOST_FRAME_PX = 1 << 27
+_GREY = 128
+_MCU = 8
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,26 @@ class DicomReader(TiledReader):
         if len(data) != size:
             raise ValueError("the file ends inside a frame")
         self.decoded += 1
-        return decode_frame(
-            unwrap_items(data) if part.coding.is_encapsulated else data, part.coding
-        )
+        frame = unwrap_items(data) if part.coding.is_encapsulated else data
+        tile = decode_frame(frame, part.coding)
+        if part.coding.codec == "jpeg" and (tile[-_MCU:, -_MCU:] == _GREY).all():
+            self._confirm_frame(level, column * native.tile_width, row * native.tile_height)
+        return tile
+
+    def _confirm_frame(self, level: int, x: int, y: int) -> None:
+        """Ask OpenSlide about a frame that ends in the grey which libjpeg leaves where data ended.
+
+        imagecodecs passes over libjpeg's warnings; OpenSlide raises. A slide that OpenSlide does
+        not open is believed.
+        """
+        from pipeline.slides.openslide_reader import OpenSlideReader
+
+        try:
+            other = OpenSlideReader(self.path, self.series)
+        except SlideOpenError:
+            return
+        with other:
+            other.read_interpolated(level, x, y, 1, 1)
 
     def close(self) -> None:
         """Release the files and the decoded frames."""

@@ -84,17 +84,18 @@ class OpenSlideReader(SlideReader):
     ) -> npt.NDArray[np.uint8]:
         scale = self.levels[level].downsample
         if not scale % 1:
-            return self._read_openslide(level, x, y, width, height)
+            return self.read_interpolated(level, x, y, width, height)
         edges = self._block_edges(level)
         if edges is not None:
             return self._join_blocks(edges, level, (x, y, x + width, y + height))
         if round(scale) <= _MOST_REDUCTION:
             return self._reduce_base(level, x, y, width, height)
-        return self._read_openslide(level, x, y, width, height)
+        return self.read_interpolated(level, x, y, width, height)
 
-    def _read_openslide(
+    def read_interpolated(
         self, level: int, x: int, y: int, width: int, height: int
     ) -> npt.NDArray[np.uint8]:
+        """A window as OpenSlide shows it: between pixels where the downsample is not whole."""
         # OpenSlide wants level-0 positions, at every level.
         scale = self.levels[level].downsample
         corner = (round(x * scale), round(y * scale))
@@ -132,7 +133,7 @@ class OpenSlideReader(SlideReader):
         key = (level, x, y)
         block = self._blocks.pop(key, None)
         if block is None:
-            block = self._read_openslide(level, x, y, width, height)
+            block = self.read_interpolated(level, x, y, width, height)
         self._blocks[key] = block
         while sum(b.nbytes for b in self._blocks.values()) > max(self.cache_bytes, block.nbytes):
             self._blocks.popitem(last=False)
@@ -152,7 +153,7 @@ class OpenSlideReader(SlideReader):
             count = min(rows, height - row)
             start = top + row * factor
             down = min(count * factor, base.height - start)
-            strip = self._read_openslide(0, left, start, across, down)
+            strip = self.read_interpolated(0, left, start, across, down)
             # The last column and row of a level may be of less than its share of pixels.
             gaps = (0, count * factor - down, 0, width * factor - across)
             if any(gaps):

@@ -9,7 +9,8 @@ import numpy as np
 import tifffile
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, encapsulate_extended
-from pydicom.uid import generate_uid
+from pydicom.pixels import get_encoder
+from pydicom.uid import RLELossless, generate_uid
 
 from pipeline.slides.dicom_series import WSI_CLASS
 
@@ -28,18 +29,28 @@ def jpeg_rgb(tile: np.ndarray) -> bytes:
 
 
 def rle(tile: np.ndarray) -> bytes:
-    """PackBits of the three planes."""
-    planes = np.ascontiguousarray(np.moveaxis(tile, -1, 0))
-    from pydicom.pixels.encoders.native import _encode_frame  # noqa: F401
-    raise NotImplementedError(planes.shape)
+    """Three planes of PackBits."""
+    return bytes(
+        get_encoder(RLELossless).encode(
+            tile, rows=tile.shape[0], columns=tile.shape[1], samples_per_pixel=3,
+            bits_allocated=8, bits_stored=8, pixel_representation=0, planar_configuration=0,
+            photometric_interpretation="RGB", number_of_frames=1,
+        )
+    )  # fmt: skip
+
+
+def jpeg2000(tile: np.ndarray) -> bytes:
+    """A codestream without a file format around it, which DICOM wants."""
+    return bytes(imagecodecs.jpeg2k_encode(tile, level=0, codecformat="j2k"))
 
 
 STORED: dict[str, tuple[str, str, Callable[[np.ndarray], bytes]]] = {
     "jpeg": (f"{UID}.4.50", "YBR_FULL_422", jpeg),
     "jpeg rgb": (f"{UID}.4.50", "RGB", jpeg_rgb),
-    "jpeg2000": (f"{UID}.4.90", "YBR_RCT", lambda t: bytes(imagecodecs.jpeg2k_encode(t, level=0))),
+    "jpeg2000": (f"{UID}.4.90", "YBR_RCT", jpeg2000),
     "jpegls": (f"{UID}.4.80", "RGB", lambda t: bytes(imagecodecs.jpegls_encode(t))),
     "htj2k": (f"{UID}.4.201", "YBR_RCT", lambda t: bytes(imagecodecs.htj2k_encode(t))),
+    "rle": (RLELossless, "RGB", rle),
     "raw": (f"{UID}.1", "RGB", lambda t: t.tobytes()),
     "raw implicit": (UID, "RGB", lambda t: t.tobytes()),
 }
