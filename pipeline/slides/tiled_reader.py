@@ -15,7 +15,7 @@ CACHE_BYTES = 192 << 20
 """Most memory for the decoded native tiles of one open slide."""
 
 
-class TileGrid(Protocol):
+class NativeGrid(Protocol):
     """The native tiles of a level, row by row; `sizes` int64 [rows * columns] are their bytes."""
 
     @property
@@ -43,7 +43,7 @@ class TiledReader(SlideReader):
     """A slide whose native tiles are decoded one by one, each kept while it is wanted."""
 
     cache_bytes = CACHE_BYTES
-    native: Sequence[TileGrid]
+    native: Sequence[NativeGrid]
     """One per level."""
 
     def __init__(self, path: Path) -> None:

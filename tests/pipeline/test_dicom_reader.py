@@ -98,8 +98,7 @@ def test_a_level_of_fractional_downsample_is_its_own_pixels(tmp_path, image):
         for level in range(3):
             assert np.array_equal(read_level(slide, level), images[level])
     even = [image, shrink(image, 2)]
-    slide, why = best_reader(write_series(tmp_path / "even", even))
-    with slide:
+    with best_reader(write_series(tmp_path / "even", even))[0] as slide:
         assert slide.name == "openslide", "what OpenSlide reads rightly keeps its fingerprint"
     root = tmp_path / "dataset"
     assert main(["scan", str(tmp_path / "odd"), "--dataset", str(root), "--workers", "1"]) == 0
@@ -231,7 +230,7 @@ def test_a_damaged_frame_is_an_error_and_never_grey(tmp_path, image):
     data[at : at + 200] = bytes(200)
     path.write_bytes(data)
     with DicomReader(path) as slide:
-        with pytest.raises(SlideReadError, match="0-0.dcm|1-0.dcm: cannot read level 0 at x=128"):
+        with pytest.raises(SlideReadError, match=r"1-0\.dcm: cannot read level 0 at x=128"):
             slide.read(0, 128, 128, 128, 128)
         assert slide.read(0, 0, 0, 128, 128).shape == (128, 128, 3)
 

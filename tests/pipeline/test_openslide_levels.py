@@ -1,4 +1,4 @@
-"""A level whose downsample is not whole is shown as it is in the file: OpenSlide interpolates it."""
+"""A level of fractional downsample is shown as it is in the file; OpenSlide interpolates it."""
 
 from pathlib import Path
 
