@@ -18,6 +18,7 @@ _CODESTREAM_STARTS = (
 )  # fmt: skip
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _EOI_TAIL = 16
+_J2K_CODING, _J2K_TRANSFORM_AT = b"\xff\x52", 8
 _JPEG_OWN_COLOUR = (b"\xff\xe0", b"\xff\xee")
 """Markers JFIF and Adobe: with one of them a JPEG says itself how its colours are stored."""
 
@@ -200,10 +201,21 @@ def decode_frame(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
         image = np.asarray(_DECODERS[coding.syntax][1](data))
     if image.shape != shape or image.dtype != np.uint8:
         raise ValueError(f"a frame is {image.dtype} {image.shape}, expected uint8 {shape}")
-    # JPEG and JPEG 2000 name their own transforms YBR_*: decoded, they are RGB.
-    if coding.photometric == "YBR_FULL" and coding.codec in ("raw", "rle", "ljpeg", "jpegls"):
-        image = _to_rgb(image)
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(_to_rgb(image) if _is_ybr(data, coding) else image)
+
+
+def _is_ybr(data: bytes, coding: FrameCoding) -> bool:
+    """Whether the decoder leaves luma and chroma as they are.
+
+    JPEG's own decoder converts them, and that of JPEG 2000 where the codestream says that it has
+    a transform of its own.
+    """
+    if not coding.photometric.startswith("YBR_FULL") or coding.codec in ("jpeg", "jpegxl"):
+        return False
+    if coding.codec not in ("jpeg2000", "htj2k"):
+        return True
+    at = data.find(_J2K_CODING)
+    return at < 0 or data[at + _J2K_TRANSFORM_AT : at + _J2K_TRANSFORM_AT + 1] == b"\0"
 
 
 def _decode_jpeg(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:

@@ -53,11 +53,16 @@ class _Instance:
         return str(self.header.get("ConcatenationUID") or self.header.SOPInstanceUID)
 
     @cached_property
+    def is_full(self) -> bool:
+        """Whether frames follow each other without gaps, so that none says where it is."""
+        kind = self.header.get("DimensionOrganizationType")
+        groups = self.header.get("PerFrameFunctionalGroupsSequence")
+        return kind == "TILED_FULL" or not (kind or groups)
+
+    @cached_property
     def places(self) -> list[tuple[int, int, str, float]]:
         """(row, column, optical path, focal plane) of every frame."""
-        if self.header.get("DimensionOrganizationType") == "TILED_FULL":
-            return self._full_places()
-        return self._sparse_places()
+        return self._full_places() if self.is_full else self._sparse_places()
 
     def _full_places(self) -> list[tuple[int, int, str, float]]:
         rows, columns = self.grid
@@ -311,30 +316,30 @@ def _frame_level(parts: Sequence[_Instance], first_file: int) -> tuple[DicomLeve
     coding, (rows, columns) = parts[0].coding, parts[0].grid
     if any((p.coding.width, p.coding.height) != (coding.width, coding.height) for p in parts):
         raise SlideOpenError("dicom: the files of a level have frames of different sizes")
-    places = [place for part in parts for place in part.places]
-    paths = sorted({place[2] for place in places})
-    planes = sorted({place[3] for place in places if place[2] == paths[0]})
-    chosen = paths[0], planes[len(planes) // 2]
+    frames: dict[tuple[int, int], list[tuple[float, int, int, int]]] = {}
+    paths = sorted({place[2] for part in parts for place in part.places})
+    for number, part in enumerate(parts, first_file):
+        for place, offset, size in zip(part.places, part.offsets, part.sizes, strict=True):
+            row, column, path, z = place
+            if path == paths[0] and 0 <= row < rows and 0 <= column < columns:
+                frames.setdefault((row, column), []).append((z, number, int(offset), int(size)))
+    if not frames or (parts[0].is_full and len(frames) < rows * columns):
+        raise SlideOpenError(
+            f"dicom: {len(frames):,} of {rows * columns:,} frames of a level are there"
+        )
+    table = np.zeros((3, rows * columns), np.int64)
+    for (row, column), stack in frames.items():
+        # By place: a scanner may write another focus at each.
+        table[:, row * columns + column] = sorted(stack)[len(stack) // 2][1:]
+    planes = max(map(len, frames.values()))
     notes = [
         f"{what} {number} of {count} is read"
         for what, number, count in (
             ("optical path", 1, len(paths)),
-            ("focal plane", len(planes) // 2 + 1, len(planes)),
+            ("focal plane", planes // 2 + 1, planes),
         )
         if count > 1
     ]
-    table = np.zeros((3, rows * columns), np.int64)
-    at = 0
-    for number, part in enumerate(parts, first_file):
-        for place, offset, size in zip(part.places, part.offsets, part.sizes, strict=True):
-            row, column = place[:2]
-            if place[2:] != chosen or not (0 <= row < rows and 0 <= column < columns):
-                continue
-            table[:, row * columns + column] = number, offset, size
-            at += 1
-    is_full = parts[0].header.get("DimensionOrganizationType") == "TILED_FULL"
-    if at == 0 or (is_full and (table[2] == 0).any()):
-        raise SlideOpenError(f"dicom: {at:,} of {rows * columns:,} frames of a level are there")
     return DicomLevel(coding.width, coding.height, columns, rows, *table), notes
 
 

@@ -39,15 +39,21 @@ def rle(tile: np.ndarray) -> bytes:
     )  # fmt: skip
 
 
-def jpeg2000(tile: np.ndarray) -> bytes:
+def jpeg2000(tile: np.ndarray, mct: bool = True) -> bytes:
     """A codestream without a file format around it, which DICOM wants."""
-    return bytes(imagecodecs.jpeg2k_encode(tile, level=0, codecformat="j2k"))
+    return bytes(imagecodecs.jpeg2k_encode(tile, level=0, codecformat="j2k", mct=mct))
 
 
 STORED: dict[str, tuple[str, str, Callable[[np.ndarray], bytes]]] = {
     "jpeg": (f"{UID}.4.50", "YBR_FULL_422", jpeg),
     "jpeg rgb": (f"{UID}.4.50", "RGB", jpeg_rgb),
     "jpeg2000": (f"{UID}.4.90", "YBR_RCT", jpeg2000),
+    "jpeg2000 alone": (f"{UID}.4.90", "RGB", lambda t: jpeg2000(t, mct=False)),
+    "jpeg lossless": (
+        f"{UID}.4.70",
+        "RGB",
+        lambda t: bytes(imagecodecs.jpeg8_encode(t, lossless=True)),
+    ),
     "jpegls": (f"{UID}.4.80", "RGB", lambda t: bytes(imagecodecs.jpegls_encode(t))),
     "htj2k": (f"{UID}.4.201", "YBR_RCT", lambda t: bytes(imagecodecs.htj2k_encode(t))),
     "rle": (RLELossless, "RGB", rle),

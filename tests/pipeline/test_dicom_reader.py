@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset as DicomDataset
 
 from pipeline.__main__ import main
@@ -26,8 +28,17 @@ from tests.pipeline.dicom_files import (
     write_dicom,
 )
 
-LOSSLESS = ("jpeg2000", "jpegls", "htj2k", "rle", "raw", "raw implicit")
-KNOWN_TO_OPENSLIDE = ("jpeg", "jpeg rgb", "jpeg2000", "raw")
+LOSSLESS = (
+    "jpeg2000",
+    "jpeg2000 alone",
+    "jpeg lossless",
+    "jpegls",
+    "htj2k",
+    "rle",
+    "raw",
+    "raw implicit",
+)
+KNOWN_TO_OPENSLIDE = ("jpeg", "jpeg rgb", "jpeg2000", "jpeg2000 alone", "raw")
 UID = "1.2.826.0.1.3680043.8.498"
 
 
@@ -177,6 +188,28 @@ def test_the_middle_plane_of_the_first_path_is_read_and_named(tmp_path, image):
     with DicomReader(tmp_path / "a.dcm") as slide:
         assert np.array_equal(read_level(slide, 0), image)
         assert slide.notes == ("optical path 1 of 2 is read", "focal plane 2 of 3 is read")
+
+
+def test_a_focus_of_each_frames_own_is_no_plane(tmp_path, image):
+    path = write_series(tmp_path, [image], stored="raw", sparse=True)
+    data = dcmread(path)
+    for number, group in enumerate(data.PerFrameFunctionalGroupsSequence):
+        group.PlanePositionSlideSequence[0].ZOffsetInSlideCoordinateSystem = number * 0.37
+    data.save_as(path)
+    with DicomReader(path) as slide:
+        assert np.array_equal(read_level(slide, 0), image)
+        assert slide.notes == ()
+
+
+def test_luma_and_chroma_that_the_codec_does_not_convert(tmp_path, image):
+    ybr = np.asarray(Image.fromarray(image).convert("YCbCr"))
+    for stored in ("raw", "rle", "jpegls", "jpeg2000 alone"):
+        path = write_series(
+            tmp_path / stored, [ybr], stored=stored, PhotometricInterpretation="YBR_FULL"
+        )
+        with DicomReader(path) as slide:
+            # Pillow's own way there and back is off by as much.
+            assert np.abs(read_level(slide, 0).astype(int) - image).max() <= 3, stored
 
 
 def test_focal_planes_in_files_of_their_own(tmp_path, image):
