@@ -2,8 +2,6 @@
 
 import re
 from collections import OrderedDict
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -12,6 +10,7 @@ import numpy.typing as npt
 import openslide
 
 from pipeline.slides.dicom_series import read_head, series_files
+from pipeline.slides.level_blocks import block_edges, blocks_between
 from pipeline.slides.reader import (
     Level,
     ResolutionTags,
@@ -22,11 +21,6 @@ from pipeline.slides.reader import (
 from pipeline.slides.resolution import level_downsamples
 
 _GENERIC_VENDORS = {"generic-tiff"}
-_BLOCK_PX = 2048
-_REACH_PX = 4096
-"""OpenSlide reads squares of this side; at each it begins anew, at a rounded position."""
-_EXACT = 1 / 512
-"""Part of a pixel that cairo, with 8 bits for it, takes for none."""
 _MOST_REDUCTION = 4
 _BLOCK_CACHE_BYTES = 256 << 20
 _STRIP_PIXELS = 4_000_000
@@ -66,9 +60,9 @@ class OpenSlideReader(SlideReader):
         )
         self.resolution = _resolution_tags(properties, self.vendor)
         self.native_tiles = _native_tile_sizes(properties, len(self.levels))
-        self._plan_blocks()
         profile = self._slide.color_profile
         self.icc_profile = None if profile is None else profile.tobytes()
+        self._plan_blocks()
 
     def _plan_blocks(self) -> None:
         """Say that levels are read in blocks, so that tiles are cut in an order that suits them."""
@@ -117,8 +111,8 @@ class OpenSlideReader(SlideReader):
         """The part of a level in `box` (left, top, right, bottom), out of its blocks."""
         left, top, right, bottom = box
         canvas = np.empty((bottom - top, right - left, 3), np.uint8)
-        for at_y, end_y in _blocks_between(edges[1], top, bottom):
-            for at_x, end_x in _blocks_between(edges[0], left, right):
+        for at_y, end_y in blocks_between(edges[1], top, bottom):
+            for at_x, end_x in blocks_between(edges[0], left, right):
                 block = self._take_block(level, at_x, at_y, end_x - at_x, end_y - at_y)
                 x, x_end = max(left, at_x), min(right, end_x)
                 y, y_end = max(top, at_y), min(bottom, end_y)
@@ -167,38 +161,6 @@ class OpenSlideReader(SlideReader):
         """Release the file."""
         self._blocks.clear()
         self._slide.close()
-
-
-@cache
-def block_edges(size: int, downsample: float) -> npt.NDArray[np.int64] | None:
-    """Where to begin and end reading along a level's side of `size` px: int64, from 0 to `size`.
-
-    Each beginning is a pixel that a whole position of level 0 falls on, so that OpenSlide
-    interpolates nothing up to 4096 px from there. None where some pixels are farther than that.
-
-    >>> block_edges(5000, 2.0004).tolist()
-    [0, 9, 2491, 4539, 5000]
-    >>> block_edges(50_000, 2.00002) is None
-    True
-    """
-    pixels = np.arange(size)
-    exact = pixels[np.abs(np.rint(pixels * downsample) / downsample - pixels) < _EXACT]
-    edges = [0]
-    while edges[-1] + _BLOCK_PX < size:
-        nearest = int(np.searchsorted(exact, edges[-1] + _BLOCK_PX, side="right")) - 1
-        if exact[nearest] == edges[-1]:
-            nearest += 1
-        if nearest == len(exact) or exact[nearest] > edges[-1] + _REACH_PX:
-            break
-        edges.append(int(exact[nearest]))
-    return None if edges[-1] + _REACH_PX < size else np.array([*edges, size])
-
-
-def _blocks_between(edges: npt.NDArray[np.int64], start: int, stop: int) -> list[tuple[int, int]]:
-    """The blocks (begin, end) that pixels from start to stop are in."""
-    first, last = np.searchsorted(edges, (start, stop - 1), side="right")
-    ends = edges[first - 1 : last + 1].tolist()
-    return list(pairwise(ends))
 
 
 def _entry_file(path: Path, series: str) -> Path:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.dataset import Slide, fingerprint_of
-from pipeline.slides import openslide_reader
-from pipeline.slides.openslide_reader import OpenSlideReader, block_edges
+from pipeline.slides import level_blocks, openslide_reader
+from pipeline.slides.level_blocks import block_edges
+from pipeline.slides.openslide_reader import OpenSlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import plan_read
 from pipeline.tiles.stage import STAGE, VERSION, tile_fingerprint
@@ -48,7 +49,7 @@ def white_around(image: np.ndarray, x: int, y: int, width: int, height: int) -> 
 
 @pytest.mark.parametrize("block_px", [300, 2048])
 def test_windows_are_the_levels_own_pixels(odd_slide, monkeypatch, block_px):
-    monkeypatch.setattr(openslide_reader, "_BLOCK_PX", block_px)
+    monkeypatch.setattr(level_blocks, "_BLOCK_PX", block_px)
     block_edges.cache_clear()
     path, levels = odd_slide
     rng = np.random.default_rng(4)
