@@ -25,7 +25,7 @@ def block_edges(size: int, downsample: float) -> npt.NDArray[np.int64] | None:
     interpolates nothing up to 4096 px from there. None where some pixels are farther than that.
 
     >>> block_edges(5000, 2.0004).tolist()
-    [0, 9, 2491, 4539, 5000]
+    [0, 9, 2491, 2509, 4991, 5000]
     >>> block_edges(50_000, 2.00002) is None
     True
     """

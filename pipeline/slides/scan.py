@@ -31,7 +31,7 @@ from pipeline.slides.entries import SlideEntry, find_slides
 from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
 from pipeline.slides.staging import StageInError, local_slide
-from pipeline.slides.tiff_extent import what_is_missing
+from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
 
 STAGE, VERSION = "scan", 5
 TABLE_SCOPE = "table"
@@ -159,10 +159,15 @@ def _slide_before_opening(source: SlideEntry) -> Slide:
 def _require_whole(path: Path) -> None:
     try:
         missing = what_is_missing(path)
+        unwritten = "" if missing else what_is_unwritten(path)
     except OSError as error:
         raise SlideOpenError(f"cannot be read: {error.strerror}") from error
     if missing:
         raise SlideOpenError(f"the file is cut off: {missing}; fetch it again")
+    if unwritten:
+        raise SlideOpenError(
+            f"the file is not whole: {unwritten}; is it still being copied? If not, fetch it again"
+        )
 
 
 def _hash_slide(path: Path) -> str:

@@ -45,6 +45,10 @@ class TiledReader(SlideReader):
     cache_bytes = CACHE_BYTES
     native: Sequence[NativeGrid]
     """One per level."""
+    unused_sizes: Sequence[tuple[int, int]] = ()
+    """(width, height) of levels that the file has and this reader does not use."""
+    is_ome = False
+    """Whether the resolution is from OME-XML, which not every reader knows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +120,8 @@ class TiledReader(SlideReader):
                 self._cached_bytes -= tile.nbytes
                 return tile
         self._cache[key] = tile
-        while self._cached_bytes > self.cache_bytes:
+        # One strip may be larger than the cache: it is kept until the next comes.
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
