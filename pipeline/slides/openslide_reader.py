@@ -23,6 +23,7 @@ from pipeline.slides.resolution import level_downsamples
 _GENERIC_VENDORS = {"generic-tiff"}
 _MOST_REDUCTION = 4
 _BLOCK_CACHE_BYTES = 256 << 20
+"""Enough for the four largest blocks that meet in a corner."""
 _STRIP_PIXELS = 4_000_000
 _UNKNOWN_TILE = (256, 256)
 
@@ -71,7 +72,7 @@ class OpenSlideReader(SlideReader):
             edges = self._block_edges(level) if size.downsample % 1 else None
             if edges is not None:
                 sizes[level] = int(np.diff(edges[0]).max()), int(np.diff(edges[1]).max())
-                self.native_tiles, self.cache_bytes = tuple(sizes), _BLOCK_CACHE_BYTES
+        self.native_tiles = tuple(sizes)
 
     def _read_window(
         self, level: int, x: int, y: int, width: int, height: int
@@ -129,7 +130,7 @@ class OpenSlideReader(SlideReader):
         if block is None:
             block = self.read_interpolated(level, x, y, width, height)
         self._blocks[key] = block
-        while sum(b.nbytes for b in self._blocks.values()) > max(self.cache_bytes, block.nbytes):
+        while sum(b.nbytes for b in self._blocks.values()) > _BLOCK_CACHE_BYTES:
             self._blocks.popitem(last=False)
         return block
 
