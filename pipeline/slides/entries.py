@@ -105,6 +105,10 @@ class SlideSearch:
         entries = []
         for mention in _one_per_series(self._by_path):
             entry = mention.entry
+            if self.id_from == "csv" and not mention.has_id:
+                raise UserError(
+                    f"{entry.location}: no table has a slide_id for it, which --id-from csv needs"
+                )
             if not mention.has_id:
                 entry = replace(entry, slide_id=known_id(entry) or entry.slide_id)
             entries.append(entry)
@@ -154,7 +158,11 @@ class SlideSearch:
         for match in matches:
             # A glob searches as a folder does; only a file that is named is taken as it is.
             junk = kind_of_junk(os.path.basename(match))
-            if junk and os.path.isfile(match):
+            if not os.path.exists(match):
+                self.folders.pass_over("links", "the target is missing", match)
+            elif not (os.path.isfile(match) or os.path.isdir(match)):
+                self.folders.pass_over("devices, pipes or sockets", "no regular files", match)
+            elif junk and os.path.isfile(match):
                 self.folders.pass_over(*junk, match)
             else:
                 yield from self._expand_input(match, base)
@@ -165,7 +173,7 @@ class SlideSearch:
                 entry, has_id = _table_entry(row, path_column)
             else:
                 entry, has_id = _manifest_entry(row), False
-            if not has_id:
+            if self.id_from == "path" and not has_id:
                 named = Path(row.read_text(path_column)) if path_column else entry.path
                 is_plain = not named.is_absolute() and not entry.uri
                 base = table.parent if is_plain else entry.path.parent.parent
@@ -176,18 +184,13 @@ class SlideSearch:
     def _id_of_found(self, found: FoundSlide, base: Path) -> str:
         if not found.name:
             return self._make_id(found.path, found.path, base)
-        if self.id_from == "stem":
-            return safe_slide_id(found.name.removesuffix(".ome"))
+        if self.id_from != "path":
+            return safe_slide_id(found.name)
         return self._make_id(Path(found.name), found.folder / found.name, base, found.name)
 
     def _make_id(self, path: Path, absolute: Path, base: Path, name: str = "") -> str:
         """The id of a slide that no table names; `absolute` is its path, `name` its last part."""
-        if self.id_from == "csv":
-            raise UserError(
-                f"{absolute}: --id-from csv needs a table with a slide_id for each slide, and "
-                "none names this one"
-            )
-        if self.id_from == "stem":
+        if self.id_from != "path":
             return slide_id_of(path)
         try:
             folders = absolute.parent.relative_to(_absolute_path(base)).parts

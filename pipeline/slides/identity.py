@@ -14,6 +14,7 @@ from pipeline.dataset import Slide
 from pipeline.slides.dicom_series import series_files
 from pipeline.slides.entries import SlideEntry
 from pipeline.slides.reader import SlideOpenError
+from pipeline.slides.readers import SLIDE_SUFFIXES
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 15
 _HASH_CHUNK = 1 << 22
@@ -121,7 +122,8 @@ class KnownSlides:
 
 def _paths_of(path: Path) -> list[Path]:
     """The path, and the files of its slide, by any of which a DICOM slide may be known."""
-    if not (path.is_dir() or _DICOM_SUFFIX.fullmatch(path.suffix)):
+    # By the name alone where it says enough: there may be 100,000 slides.
+    if path.suffix.lower() in SLIDE_SUFFIXES - {".dcm"}:
         return [path]
     try:
         return [path, *slide_files(path)]

@@ -220,19 +220,20 @@ class ScanStage(Stage[SlideEntry]):
 
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Write slides.parquet; the elements of a job array leave it to one more scan."""
+        refused = {slide_id for slide_id, _ in (*summary.rejected, *summary.failed)}
         if engine.is_part:
             print_line(
                 f"{self.output_path} is written by one more `scan`, without --array, at the end"
             )
         else:
             record_slides(self.dataset, runs[0], summary)
-            refused = {slide_id for slide_id, _ in (*summary.rejected, *summary.failed)}
             if len(refused) == len(self.sources):
                 summary.fail(
                     f"none of the {len(refused):,} slides can be used: see the reasons above"
                 )
         if self.passed_over:
-            runs[0].log_event("not taken", what=self.passed_over)
+            if summary.done_slides or refused:
+                runs[0].log_event("not taken", what=self.passed_over)
             summary.add_closing(f"{STAGE}: not taken:", *(f"  {line}" for line in self.passed_over))
 
     @property

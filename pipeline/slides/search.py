@@ -233,7 +233,7 @@ class FolderSearch:
             self._take_series(path, list(groups.values()))
         elif others and any(read_head(path / name) is None for name in others):
             # As one slide, which fails by its name: damaged files are not passed over in silence.
-            self.slides.append(FoundSlide(path, path.name, path.parent))
+            self.slides.append(FoundSlide(path, _name_of_folder(path), path.parent))
             others = []
         for name in others:
             self.pass_over(_suffix_of(name), "no whole-slide DICOM image", str(path / name))
@@ -241,8 +241,9 @@ class FolderSearch:
 
     def _take_series(self, folder: Path, groups: Sequence[Sequence[Path]]) -> None:
         """One slide for each series with a VOLUME image; in a folder of its own, the folder."""
+        folder_name = _name_of_folder(folder)
         if len(groups) == 1:
-            self.slides.append(FoundSlide(folder, folder.name, folder.parent))
+            self.slides.append(FoundSlide(folder, folder_name, folder.parent))
             return
         volumes = [files for files in groups if any(map(_is_volume, files))]
         for files in groups:
@@ -252,7 +253,7 @@ class FolderSearch:
                 )
         labels = name_series([files[0] for files in volumes]) if len(volumes) > 1 else [""]
         for files, label in zip(volumes, labels, strict=False):
-            name = f"{folder.name}.{label}" if label else folder.name
+            name = f"{folder_name}.{label}" if label else folder_name
             self.slides.append(FoundSlide(files[0], name, folder.parent))
 
     def _take_others(self, folder: "_Folder", names: list[str], listed: set[str]) -> None:
@@ -327,6 +328,10 @@ def name_series(firsts: Sequence[Path]) -> list[str]:
         for own in zip(containers, numbered, digests, strict=True)
     ]
     return names if len(set(names)) == len(names) else digests
+
+
+def _name_of_folder(folder: Path) -> str:
+    return folder.stem if folder.suffix.lower() in SLIDE_SUFFIXES else folder.name
 
 
 def _is_volume(path: Path) -> bool:

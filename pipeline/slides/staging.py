@@ -82,14 +82,14 @@ def _check_present(slide: Slide, path: Path) -> None:
             f"slide {slide.slide_id}: {path} {what}; if the slide was moved or renamed, scan it "
             "again where it is now"
         )
-    # A slide that is staged in and one of unknown size have nothing to be compared with.
-    if not slide.mtime_ns or not slide.bytes:
+    # Earlier releases took no samples, and counted all files in a DICOM slide's folder.
+    if not slide.mtime_ns or not slide.sampled_sha256:
         return
     size, mtime_ns = slide_state(path, slide.series)
-    is_changed = size != slide.bytes
-    if not is_changed and mtime_ns != slide.mtime_ns and slide.sampled_sha256:
-        is_changed = sample_slide(path, slide.series) != slide.sampled_sha256
-    if size and is_changed:
+    is_same = size == slide.bytes and (
+        mtime_ns == slide.mtime_ns or sample_slide(path, slide.series) == slide.sampled_sha256
+    )
+    if size and not is_same:
         raise StageInError(
             f"slide {slide.slide_id}: {path} is not the file that was scanned ({size:,} bytes, "
             f"{slide.bytes:,} then); scan it again, then run the later stages"
