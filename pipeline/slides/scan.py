@@ -1,12 +1,13 @@
 """The `scan` stage: open every slide once, record what it is in slides.parquet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.console import print_line
 from common.errors import UserError
 from common.redact import redact_secrets
+from common.text import list_some
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -37,8 +38,11 @@ TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
 
 
-def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
-    """Write slides.parquet from the stage's journals, if it does not say the same already."""
+def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Slide]:
+    """Write slides.parquet from the stage's journals, if it does not say the same already.
+
+    Returns its rows by slide_id.
+    """
     # From all journals, not from this run: array elements and earlier runs scanned other slides.
     ledger = Ledger.read(dataset, STAGE)
     rows = {
@@ -55,6 +59,7 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
         record = write_slides(dataset, run.run_id, rows.values())
         run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
+    return rows
 
 
 def known_slides(dataset: Dataset) -> list[Slide]:
@@ -72,6 +77,17 @@ def _refuse_other_file(entry: SlideEntry, known: KnownSlides) -> SlideEntry:
     """The entry, refused where its id is that of another file in the dataset."""
     reason = "" if entry.taken_by else known.reason_to_refuse(entry)
     return refuse_entry(entry, known.path_of(entry.slide_id), reason) if reason else entry
+
+
+def _list_replaced(before: Mapping[str, Slide], after: Mapping[str, Slide]) -> list[str]:
+    """The ids of usable slides whose bytes are other ones than before."""
+    return [
+        slide_id
+        for slide_id, old in before.items()
+        if (new := after.get(slide_id)) is not None
+        and old.status == new.status == "ok"
+        and old.sampled_sha256 not in ("", new.sampled_sha256)
+    ]
 
 
 def _slide_of_entry(entry: Entry) -> Slide:
@@ -183,7 +199,8 @@ class ScanStage(Stage[SlideEntry]):
         self.config = config
         search = SlideSearch(config.id_from)
         search.add_inputs(config.inputs)
-        known = KnownSlides([] if config.replace else known_slides(dataset))
+        self.before = {slide.slide_id: slide for slide in known_slides(dataset)}
+        known = KnownSlides([] if config.replace else self.before.values())
         self.sources = [
             _refuse_other_file(entry, known)
             for entry in search.entries(known.id_of, known.is_known)
@@ -226,7 +243,12 @@ class ScanStage(Stage[SlideEntry]):
                 f"{self.output_path} is written by one more `scan`, without --array, at the end"
             )
         else:
-            record_slides(self.dataset, runs[0], summary)
+            rows = record_slides(self.dataset, runs[0], summary)
+            if replaced := _list_replaced(self.before, rows):
+                summary.add_closing(
+                    f"{STAGE}: another file than before: {list_some(replaced, 5)}; run `tissue` "
+                    "and `select` again before `tile`"
+                )
             if len(refused) == len(self.sources):
                 summary.fail(
                     f"none of the {len(refused):,} slides can be used: see the reasons above"

@@ -19,12 +19,12 @@ from pydicom.uid import JPEGBaseline8Bit
 
 from common.errors import UserError
 from pipeline.__main__ import main
-from pipeline.dataset import Dataset, Run, Slide, read_slides
+from pipeline.dataset import Dataset, Entry, Run, Slide, claim_identity, read_slides
 from pipeline.run.summary import Summary
 from pipeline.slides.config import IN_PLACE, ScanConfig
 from pipeline.slides.entries import SlideEntry, find_slides, slide_id_of
 from pipeline.slides.identity import sample_slide, slide_files
-from pipeline.slides.scan import ScanStage, record_slides, scan_slide
+from pipeline.slides.scan import ScanStage, record_slides, scan_slide, slide_values
 from pipeline.slides.search import FolderSearch
 from pipeline.slides.staging import StageInError, local_slide
 
@@ -237,9 +237,6 @@ def test_staged_slides_are_told_apart_by_their_sums(tmp_path, write):
 
     row = Slide("1", "s3://a/x/1.tif", bytes=77, md5="ab")
     with Run(dataset, "scan", {}) as run:
-        from pipeline.dataset import Entry
-        from pipeline.slides.scan import slide_values
-
         run.append([Entry("1", "done", "", values=slide_values(row))])
     assert not refused("s3://a/x/1.tif", "cd"), "the same address"
     assert not refused("s3://b/1.tif", "ab"), "moved"
@@ -295,6 +292,35 @@ def test_ids_from_paths(tmp_path):
     assert ids("in/siteA", "ids.csv", id_from="csv") == ["S"]
     with pytest.raises(UserError, match=r"siteB/slide1\.svs: no table has a slide_id"):
         ids("in/siteB", "ids.csv", id_from="csv")
+
+
+def test_a_selection_is_never_cut_from_another_file(tmp_path, write, capsys):
+    root, slides = tmp_path / "d", tmp_path / "slides"
+    write(slides / "1.tif", 0)
+
+    def stage(name: str, *more: str) -> int:
+        return main([name, "--dataset", str(root), *more])
+
+    def scan_again() -> None:
+        scan_into(Dataset(root), slides / "1.tif")
+        assert stage("tissue", "--workers", "1") == 0
+
+    scan_into(Dataset(root), slides / "1.tif")
+    claim_identity(Dataset(root), ScanConfig(()).identity(), stage="scan", versions={})
+    assert stage("tissue", "--workers", "1") == 0
+    assert stage("select", "--name", "train") == 0
+    # The same image at another time is the same slide: its selection is as good as before.
+    os.utime(slides / "1.tif")
+    scan_again()
+    assert stage("tile", "--workers", "1") == 0
+    write(slides / "1.tif", 300)
+    capsys.readouterr()
+    scan_again()
+    assert stage("tile", "--workers", "1") == 1
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "'train' was drawn from another file" in text
+    assert stage("select", "--name", "train") == 0
+    assert stage("tile", "--workers", "1") == 0
 
 
 # DICOM: one series, one slide ------------------------------------------------------------------
@@ -488,8 +514,8 @@ def test_scan_ends_with_what_was_not_taken(tmp_path, write, capsys):
         assert lines[1].startswith("  1 ._*: companions")
     for path in (tmp_path / "in").glob("*.tif"):
         path.unlink()
-    assert main(arguments) == 2
-    assert "2 .png" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no slides in .*; there: 2 \.png: pictures"):
+        main(arguments)
 
 
 def test_scan_fails_where_no_slide_is_usable(tmp_path, write, capsys):
