@@ -140,9 +140,7 @@ def scan_slide(
             if source.uri:
                 slide = replace(slide, bytes=slide_state(path, source.series)[0])
             # The sums before it is opened: they are of the file also where that is damaged.
-            slide = replace(slide, sampled_sha256=sample_slide(path, source.series))
-            if config.sha256:
-                slide = replace(slide, sha256=hash_slide(path, source.series))
+            slide = _add_sums(slide, path, source.series, config.sha256)
             _require_whole(path)
             slide, why = describe_slide(slide, path, source, config)
     except ResolutionError as error:
@@ -176,6 +174,15 @@ def _slide_before_opening(source: SlideEntry) -> Slide:
         md5=source.md5,
         preparation=source.preparation or barcode.preparation,
     )
+
+
+def _add_sums(slide: Slide, path: Path, series: str, is_whole: bool) -> Slide:
+    """The slide with the sum of its samples, and of all its bytes where that is wanted."""
+    try:
+        slide = replace(slide, sampled_sha256=sample_slide(path, series))
+        return replace(slide, sha256=hash_slide(path, series)) if is_whole else slide
+    except OSError as error:
+        raise SlideOpenError(f"cannot be read: {error.strerror}") from error
 
 
 def _require_whole(path: Path) -> None:
