@@ -10,6 +10,7 @@ from common.redact import redact_secrets
 from common.text import list_some
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     Ledger,
     Missing,
@@ -198,6 +199,7 @@ class ScanStage(Stage[SlideEntry]):
     """Open every slide once."""
 
     name = label = STAGE
+    kind = DatasetKind.SLIDES
     packages = ("tifffile", "imagecodecs")
     work = staticmethod(scan_slide)
 
