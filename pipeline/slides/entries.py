@@ -4,6 +4,7 @@ import csv
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -92,13 +93,14 @@ class SlideSearch:
 
     def entries(
         self,
-        known_id: Callable[[SlideEntry], str] = lambda _: "",
+        keep_id: Callable[[SlideEntry, bool], SlideEntry] = lambda entry, _: entry,
         is_known: Callable[[SlideEntry], bool] = lambda _: False,
     ) -> list[SlideEntry]:
         """The slides sorted by slide_id, each id once, in any order of the inputs.
 
-        `known_id` is the id that a slide has already, which it keeps; `is_known` says whether an
-        id is already this slide's. Of several slides with one id that one keeps it, or else the
+        `keep_id` gives a slide the id that it has already, where no table states one (its second
+        argument: no table names the slide at all); `is_known` says whether an id is already this
+        slide's. Of several slides with one id that one keeps it, or else the
         first by path; the others get ids of their own and say in `taken_by` and `refusal` why
         they cannot be scanned.
         """
@@ -110,26 +112,9 @@ class SlideSearch:
                     f"{entry.location}: no table has a slide_id for it, which --id-from csv needs"
                 )
             if not mention.has_id:
-                entry = replace(entry, slide_id=known_id(entry) or entry.slide_id)
+                entry = keep_id(entry, not mention.row)
             entries.append(entry)
-        counts: dict[str, int] = {}
-        for entry in entries:
-            counts[entry.slide_id] = counts.get(entry.slide_id, 0) + 1
-        by_id: dict[str, SlideEntry] = {}
-        clashing = [entry for entry in entries if counts[entry.slide_id] > 1]
-        for entry in sorted(clashing, key=lambda entry: not is_known(entry)):
-            by_id.setdefault(entry.slide_id, entry)
-        for entry in entries:
-            first = by_id.setdefault(entry.slide_id, entry)
-            if first is not entry:
-                refused = refuse_entry(
-                    entry,
-                    first.location,
-                    f"{entry.location} has the name of {first.location}; give --id-from path or "
-                    "a CSV with a slide_id column, or rename one of them",
-                )
-                by_id[refused.slide_id] = refused
-        return [by_id[slide_id] for slide_id in sorted(by_id)]
+        return _one_per_id(entries, is_known)
 
     def _expand_input(self, text: str, base: Path | None = None) -> Iterator[_Mention]:
         """The slides of one input; `base` is the folder from which ids are made of paths."""
@@ -197,6 +182,28 @@ class SlideSearch:
         except ValueError:
             folders = (absolute.parent.name,)
         return _id_of_parts([*folders, name or _stem_of(path)])
+
+
+def _one_per_id(
+    entries: Sequence[SlideEntry], is_known: Callable[[SlideEntry], bool]
+) -> list[SlideEntry]:
+    """The entries sorted by slide_id; all but one of those that share an id are refused."""
+    counts = Counter(entry.slide_id for entry in entries)
+    clashing = [entry for entry in entries if counts[entry.slide_id] > 1]
+    by_id: dict[str, SlideEntry] = {}
+    for entry in sorted(clashing, key=lambda entry: not is_known(entry)):
+        by_id.setdefault(entry.slide_id, entry)
+    for entry in entries:
+        first = by_id.setdefault(entry.slide_id, entry)
+        if first is not entry:
+            refused = refuse_entry(
+                entry,
+                first.location,
+                f"{entry.location} has the name of {first.location}; give --id-from path or a CSV "
+                "with a slide_id column, or rename one of them",
+            )
+            by_id[refused.slide_id] = refused
+    return [by_id[slide_id] for slide_id in sorted(by_id)]
 
 
 def _id_of_parts(parts: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ samples of their bytes, which takes milliseconds where a checksum of the whole t
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from common.text import format_bytes
@@ -91,6 +92,23 @@ class KnownSlides:
         # A folder that was one DICOM slide may have become several: the same files keep the name.
         known = self._by_path.get(str(entry.path.parent))
         return known.slide_id if known and is_same_content(known, entry) else ""
+
+    def keep_id(self, entry: SlideEntry, is_bare: bool) -> SlideEntry:
+        """The entry under the id that the slide has in the dataset already.
+
+        Of a slide that no table names (`is_bare`), what an earlier table said with that id stays.
+        """
+        slide_id = self.id_of(entry)
+        if slide_id in ("", entry.slide_id):
+            return entry
+        known = self._by_id[slide_id]
+        if not is_bare:
+            return replace(entry, slide_id=slide_id)
+        return replace(
+            entry, slide_id=slide_id, patient=known.patient, site=known.site, md5=known.md5,
+            project=known.project, sample_type=known.sample_type, preparation=known.preparation,
+            mpp=known.mpp if known.mpp_source == "table" else None,
+        )  # fmt: skip
 
     def path_of(self, slide_id: str) -> str:
         """The path or address of the slide that has the id."""

@@ -212,7 +212,7 @@ class ScanStage(Stage[SlideEntry]):
         known = KnownSlides([] if config.replace else self.before.values())
         self.sources = [
             _refuse_other_file(entry, known)
-            for entry in search.entries(known.id_of, known.is_known)
+            for entry in search.entries(known.keep_id, known.is_known)
         ]
         self.passed_over = search.folders.describe_passed()
         if not self.sources:

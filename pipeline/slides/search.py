@@ -57,7 +57,7 @@ _PARTIAL_SUFFIXES = frozenset(
 _DOWNLOAD_CONTROL = ".aria2"
 """aria2 writes a file under its own name, and keeps this one next to it until it is whole."""
 
-_PICTURES = frozenset({".png", ".jpg", ".jpeg"})
+_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
 _CLOSED_FORMATS = frozenset(
     [
         ".vsi",

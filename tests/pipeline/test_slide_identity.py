@@ -171,6 +171,18 @@ def test_the_second_slide_is_taken_under_an_id_of_its_own(tmp_path, write):
     assert outcome_of(with_table)["1"] == ("ok", "batch1"), "a table's ids replace nothing either"
 
 
+def test_a_slide_keeps_the_id_and_patient_that_a_table_gave_it(tmp_path, write):
+    dataset = Dataset(tmp_path / "d")
+    write(tmp_path / "in" / "1.tif")
+    table = tmp_path / "t.csv"
+    table.write_text("path,slide_id,patient,mpp,md5\nin/1.tif,S,P1,0.499,\n")
+    before = scan_into(dataset, table)
+    assert list(before) == ["S"]
+    for id_from in ("stem", "path"):
+        after = scan_into(dataset, tmp_path / "in", id_from=id_from)
+        assert after == before
+
+
 def test_replace_says_that_a_file_is_the_new_scan_of_the_slide(tmp_path, write):
     dataset = Dataset(tmp_path / "d")
     write(tmp_path / "old" / "1.tif", 0)
