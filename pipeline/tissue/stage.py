@@ -87,6 +87,21 @@ def imported_source(entries: Iterable[Entry]) -> str:
     return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
+def candidates_origin(slide: Slide, entry: Entry) -> str:
+    """Which tissue a slide's ranks count, as two parts of 12 hex digits: its candidates, its bytes.
+
+    A part is '' where it is not known. `entry` is the slide's current line.
+    """
+    written = [file.sha256 for file in entry.files if file.path.startswith("candidates/")]
+    return f"{written[0][:12] if written else ''}.{slide.sampled_sha256[:12]}"
+
+
+def is_same_origin(one: str, other: str) -> bool:
+    """Whether nothing says that ranks of two origins are other places."""
+    parts = zip(one.split("."), other.split("."), strict=False)
+    return all(a == b or not a or not b for a, b in parts)
+
+
 def usable_slides(dataset: Dataset) -> list[Slide]:
     """The slides that scan found fit for tiling."""
     slides = [slide for slide in read_slides(dataset) if slide.status == "ok"]
