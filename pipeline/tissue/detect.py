@@ -13,17 +13,15 @@ import numpy.typing as npt
 
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import (
-    Bools,
-    Floats,
-    glass_level,
+    density_over_glass,
     ink_colour,
     is_coloured,
     mean_density,
-    optical_density,
     refuse_dark,
     refuse_wrong_colour,
     smooth_density,
 )
+from pipeline.tissue.glass import Bools, Floats, Glass, estimate_glass, find_black
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,16 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class Detection:
-    """A mask uint8 [h, w] of `TissueClass` values, and the glass level (R, G, B) it was cut at."""
+    """A mask uint8 [h, w] of `TissueClass` values, and the glass (R, G, B) it was cut at.
+
+    `glass_variation` is the share by which the darkest glass is darker than the brightest;
+    `notes` are what a person should know of the slide.
+    """
 
     mask: npt.NDArray[np.uint8]
     glass: tuple[float, float, float]
+    glass_variation: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def detect_tissue(
@@ -73,11 +77,20 @@ def detect_tissue(
     Focus is not judged here: what a microscope loses out of focus is far finer than the pixels
     of an overview (see `pipeline.tissue.focus`).
     """
-    refuse_dark(rgb)
-    glass = glass_level(rgb)
-    density = smooth_density(optical_density(rgb, glass), config.sigma_um / um_per_px)
+    black = find_black(rgb, um_per_px)
+    glass = estimate_glass(rgb)
+    refuse_dark(rgb, glass, black)
+    density = density_over_glass(rgb, glass)
+    if black is not None:
+        # What was not scanned has no colour: it counts nowhere, and nothing grows from it.
+        density[:, black] = 0
+    density = smooth_density(density, config.sigma_um / um_per_px)
     refuse_wrong_colour(density, config.max_density)
-    return Detection(classify_density(density, um_per_px, config), glass)
+    mask = classify_density(density, um_per_px, config)
+    if black is not None:
+        mask[black] = TissueClass.OTHER
+    notes = (glass.note,) if glass.note else ()
+    return Detection(mask, glass.level, glass.variation, notes)
 
 
 def classify_density(

@@ -17,12 +17,13 @@ from PIL import Image
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import (
     NotHematoxylinEosinError,
-    glass_level,
     optical_density,
     smooth_density,
 )
 from pipeline.tissue.detect import DetectorConfig, classify_density, detect_tissue
 from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, measure_sharpness
+
+from pipeline.tissue.glass import glass_level
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "tests" / "data" / "tissue"
