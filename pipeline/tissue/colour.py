@@ -131,7 +131,8 @@ def refuse_dark(rgb: Rgb, glass: Glass, black: Bools | None) -> None:
     share = float(unscanned.mean()) if len(sample) else 1.0
     limit = min(_DARK, 0.17 * max(glass.level))
     dark = float((rest.max(-1) < limit).mean()) if len(rest) else 1.0
-    if dark > _MAX_DARK_SHARE or share > _MAX_UNSCANNED or not _is_brightfield(rest, share):
+    lit = share <= _MAX_DARK_SHARE or glass.found or _is_brightfield(rest)
+    if dark > _MAX_DARK_SHARE or share > _MAX_UNSCANNED or not lit:
         black_share = float((sample.max(-1) < limit).mean()) if len(sample) else 1.0
         raise NotHematoxylinEosinError(
             f"{black_share:.0%} of the slide is black: fluorescence or an empty scan, "
@@ -139,12 +140,12 @@ def refuse_dark(rgb: Rgb, glass: Glass, black: Bools | None) -> None:
         )
 
 
-def _is_brightfield(rest: Rgb, unscanned: float) -> bool:
-    """Whether pixels [n, 3] next to much black were lit from below: bright in all channels."""
-    if unscanned <= _MAX_DARK_SHARE:
-        return True
-    least, most = (np.percentile(values, 90) for values in (rest.min(-1), rest.max(-1)))
-    return bool(least >= 60 and least >= 0.5 * most)
+def _is_brightfield(rest: Rgb) -> bool:
+    """Whether pixels [n, 3] were lit from below: most of them are bright in all channels."""
+    if not len(rest):
+        return False
+    least, most = np.median(rest.min(-1)), np.median(rest.max(-1))
+    return bool(least >= 90 and least >= 0.6 * most)
 
 
 def refuse_wrong_colour(density: Floats, min_density: float) -> None:

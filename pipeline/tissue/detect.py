@@ -37,6 +37,9 @@ class DetectorConfig:
     min_density: float = 0.006
     max_density: float = 0.06
     relative_density: float = 0.2
+    min_piece_density: float = 0.012
+    min_piece_um2: float = 250_000.0
+    piece_margin_um: float = 64.0
     min_object_um2: float = 20_000.0
     max_hole_um2: float = 8_000.0
     close_um: float = 40.0
@@ -51,7 +54,7 @@ class DetectorConfig:
 
     def as_dict(self) -> dict[str, float | str]:
         """For the dataset's identity (lengths in µm): another detector is another dataset."""
-        return {"name": "classical-2", **asdict(self)}
+        return {"name": "classical-3", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def classify_density(
     # Ink first: its density must not count in the slide's threshold.
     mean = mean_density(density)
     ink, specks = find_ink(density, um_per_px, config)
-    stained = mean >= density_threshold(mean[~ink], config)
     coloured = is_coloured(density)
+    stained = find_stained(mean, coloured & ~ink, density_threshold(mean[~ink], config),
+        um_per_px, config)
     # Close narrow gaps, drop small objects, fill small holes.
     tissue = _morph_mask(stained & coloured & ~ink, cv2.MORPH_CLOSE, config.close_um / um_per_px)
     tissue = _drop_small(tissue, config.min_object_um2 / um_per_px**2)
@@ -125,6 +129,40 @@ def density_threshold(density: Floats, config: DetectorConfig) -> float:
     squares = float(np.square(density).sum(dtype=np.float64))
     typical = squares / total if total > 0 else 0.0
     return float(np.clip(config.relative_density * typical, config.min_density, config.max_density))
+
+
+def find_stained(
+    density: Floats, possible: Bools, threshold: float, um_per_px: float, config: DetectorConfig
+) -> Bools:
+    """Pixels as dense as the tissue around them is stained, bool [h, w].
+
+    `density` is the mean of the channels, `threshold` that of the whole slide. Each large piece
+    of tissue has the threshold of its own stain, so that a pale one is not lost next to a strong
+    one; small ones, which may be debris, have the slide's.
+    """
+    stained = density >= threshold
+    faint = possible & (density >= config.min_piece_density)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
+        _morph_mask(faint, cv2.MORPH_CLOSE, config.close_um / um_per_px).astype(np.uint8),
+        connectivity=8,
+    )
+    least = config.min_piece_um2 / um_per_px**2
+    for piece in range(1, count):
+        left, top, width, height, area = (int(value) for value in stats[piece])
+        if area < least:
+            continue
+        # With what lies close around it: a piece ends where its own threshold says.
+        margin = round(config.piece_margin_um / um_per_px)
+        window = (
+            slice(max(0, top - margin), top + height + margin),
+            slice(max(0, left - margin), left + width + margin),
+        )
+        inside = labels[window] == piece
+        own = density_threshold(density[window][inside & possible[window]], config)
+        near = _morph_mask(inside, cv2.MORPH_DILATE, 2 * margin)
+        free = near & ((labels[window] == piece) | (labels[window] == 0))
+        stained[window][free] = density[window][free] >= own
+    return stained
 
 
 def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple[Bools, Bools]:

@@ -27,9 +27,10 @@ _OFFSET = 2.3
 _MAX_ROUGHNESS = 0.004
 _MAX_TINT = 0.16
 _MIN_LEVEL = 50.0
+_SATURATED = 253
 _MAX_STEP, _MAX_HUE_STEP = 0.08, 0.005
 _MAX_SHADE, _MAX_ISLAND_SHADE, _MAX_HUE = 1.0, 0.25, 0.1
-_UNIFORM = 0.01
+_UNIFORM = 0.016
 _PROFILE_ROUNDS = 5
 
 
@@ -75,9 +76,9 @@ def estimate_glass(rgb: Rgb) -> Glass:
     Pure white is padding, and black was never scanned: neither is glass. Where the light falls
     off, glass is followed from place to place, and interpolated where tissue covers it.
     """
+    if not rgb.size:
+        return Glass(GLASS_WITHOUT_GLASS, found=False)
     small = _reduce_picture(rgb)
-    if min(small.shape[:2]) < 5:
-        return _assume_glass(small)
     log = np.stack([_log_plane(plane) for plane in cv2.split(small)])
     rough = _roughness(log)
     darkest, brightest = _darkest(small), _brightest(small)
@@ -151,56 +152,74 @@ def _assume_glass(small: Rgb) -> Glass:
     """Where no glass is seen: the mode of bright, colourless pixels, or else 245."""
     darkest, brightest = small.min(-1), small.max(-1)
     empty = (darkest > 200) & (darkest < 255) & (brightest - darkest < 16)
-    if not empty.size or empty.sum() < 0.005 * empty.size:
+    if empty.sum() < 0.005 * empty.size:
         return Glass(GLASS_WITHOUT_GLASS, found=False)
     modes = [float(np.bincount(plane[empty], minlength=256).argmax()) for plane in cv2.split(small)]
-    return Glass((modes[0], modes[1], modes[2]), found=False)
+    # Glass so bright that it is pure white, as padding is, shows at its edges.
+    return Glass((modes[0], modes[1], modes[2]), found=min(modes) >= _SATURATED)
 
 
-def _find_seed(log: Floats, smooth: Bools, valid: Bools, rough: Floats) -> Floats | None:
-    """Colour (log R, G, B) of the brightest large smooth region that can be glass; else None."""
+@dataclass(frozen=True)
+class _Regions:
+    """Smooth regions, n large ones: their `numbers` in `labels` [h, w], colours [n, 3] (log R, G,
+    B), shares of the picture [n], and which are of one `exact` colour, as what is drawn is [n].
+    """
+
+    labels: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.int64]
+    colours: npt.NDArray[np.float64]
+    shares: npt.NDArray[np.float64]
+    exact: Bools
+
+
+def _list_regions(log: Floats, smooth: Bools, rough: Floats, pixels: int) -> _Regions:
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         smooth.astype(np.uint8), connectivity=4
     )
     areas = stats[:, cv2.CC_STAT_AREA].astype(np.float64)
     areas[0] = 0
-    # A hundredth of a million pixels is a square millimetre or so; small pictures have less.
-    large = np.flatnonzero(areas >= max(16.0, 0.02 * areas.max(initial=0)))
-    if not len(large):
-        return None
-    flat = labels.ravel()
-    sums = [np.bincount(flat, plane.ravel(), count)[large] for plane in log]
-    colours = np.stack(sums, 1) / areas[large, None]
-    exact = np.bincount(flat, (rough < 1e-4).ravel(), count)[large] / areas[large]
-    shares = areas[large] / valid.sum()
-    hue = np.ptp(colours, axis=1)
-    plausible = (hue <= _MAX_TINT) & (colours.mean(1) + _OFFSET >= np.log10(_MIN_LEVEL))
+    numbers = np.flatnonzero(areas >= max(16.0, 0.02 * areas.max(initial=0)))
+    flat, area = labels.ravel(), areas[numbers]
+    sums = [np.bincount(flat, plane.ravel(), count)[numbers] for plane in log]
+    exact = np.bincount(flat, (rough < 1e-4).ravel(), count)[numbers]
+    colours = np.stack(sums, 1) / area[:, None]
+    return _Regions(
+        np.asarray(labels, np.int32), numbers, colours, area / max(1, pixels), exact >= 0.98 * area
+    )
+
+
+def _can_be_glass(regions: _Regions) -> Bools:
+    """Which regions are neither padding nor too dark or too coloured for glass, bool [n]."""
+    hue = np.ptp(regions.colours, axis=1)
+    level = 10 ** (regions.colours.mean(1) + _OFFSET) - 1
+    red, green, blue = regions.colours.T
     # Pale pink is the colour of eosin too: as glass it must be much of the slide.
-    red, green, blue = colours.T
     pink = (green < blue - 0.01) & (green < red - 0.01)
-    plausible &= ~pink | (shares >= 0.03)
-    padding = (exact >= 0.98) & (hue <= 0.004)
-    plausible &= ~padding | _without_rival(colours, shares, plausible & ~padding)
-    if shares[plausible].sum() < 0.005:
+    possible = (hue <= _MAX_TINT) & (level >= _MIN_LEVEL) & (~pink | (regions.shares >= 0.03))
+    grey = regions.exact & (hue <= 0.004)
+    # A region of one exact grey may be padding: it is where other glass is seen.
+    real = regions.shares[possible & ~regions.exact].sum()
+    drawn = regions.shares[possible & ~grey & ~pink].sum()
+    padding = grey & (real >= np.maximum(0.25 * regions.shares, 0.02))
+    padding |= grey & (level >= 249.5) & (max(real, drawn) >= np.maximum(0.05 * regions.shares, 0.02))
+    return np.asarray(possible & ~padding)
+
+
+def _find_seed(log: Floats, smooth: Bools, valid: Bools, rough: Floats) -> Floats | None:
+    """Colour (log R, G, B) of the brightest large smooth region that can be glass; else None."""
+    regions = _list_regions(log, smooth, rough, int(valid.sum()))
+    glass = _can_be_glass(regions)
+    if regions.shares[glass].sum() < 0.005:
         return None
-    chosen = int(np.flatnonzero(plausible)[colours[plausible].mean(1).argmax()])
+    chosen = int(np.flatnonzero(glass)[regions.colours[glass].mean(1).argmax()])
     # The median of the region: light that falls off has one too, near its middle.
-    inside = labels == large[chosen]
+    inside = regions.labels == regions.numbers[chosen]
     colour = np.array([np.median(plane[inside]) for plane in log], np.float32)
-    brighter = valid & ~inside & (log.mean(0) > colour.mean() + 0.03)
-    if brighter.sum() > 0.1 * valid.sum():
-        return None
-    return colour
-
-
-def _without_rival(
-    colours: npt.NDArray[np.float64], shares: npt.NDArray[np.float64], others: Bools
-) -> Bools:
-    """Which regions of one exact grey are glass: padding is one too, where other glass is seen."""
-    rivals = shares[others].sum()
-    level = 10 ** (colours.mean(1) + _OFFSET) - 1
-    is_padding = (level >= 249.5) & (rivals >= 0.005) | (rivals >= np.maximum(0.25 * shares, 0.02))
-    return np.asarray(~is_padding)
+    # Little is brighter than glass. Padding may be.
+    padding = regions.numbers[~glass & regions.exact]
+    rest = valid & ~inside & ~np.isin(regions.labels, padding)
+    brighter = rest & (log.mean(0) > colour.mean() + 0.03)
+    return None if brighter.sum() > 0.1 * valid.sum() else colour
 
 
 def _cell_means(log: Floats, smooth: Bools) -> tuple[Floats, Floats]:
@@ -328,8 +347,10 @@ def find_black(rgb: Rgb, um_per_px: float) -> Bools | None:
 
     None where there is no such area. Ink is as dark, but its strokes are not cut straight.
     """
+    if not rgb.size:
+        return None
     small = _reduce_picture(rgb)
-    core = _brightest(small) < _BLACK if small.size else np.zeros((0, 0), bool)
+    core = _brightest(small) < _BLACK
     factor = rgb.shape[0] / max(1, small.shape[0])
     least = _MIN_BLACK_UM2 / (um_per_px * factor) ** 2
     _, labels, stats, _ = cv2.connectedComponentsWithStats(core.astype(np.uint8), connectivity=8)
