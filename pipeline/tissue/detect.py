@@ -104,8 +104,7 @@ def classify_density(
     mean = mean_density(density)
     ink, specks = find_ink(density, um_per_px, config)
     coloured = is_coloured(density)
-    stained = find_stained(mean, coloured & ~ink, density_threshold(mean[~ink], config),
-        um_per_px, config)
+    stained = find_stained(mean, coloured & ~ink, ink, um_per_px, config)
     # Close narrow gaps, drop small objects, fill small holes.
     tissue = _morph_mask(stained & coloured & ~ink, cv2.MORPH_CLOSE, config.close_um / um_per_px)
     tissue = _drop_small(tissue, config.min_object_um2 / um_per_px**2)
@@ -132,37 +131,39 @@ def density_threshold(density: Floats, config: DetectorConfig) -> float:
 
 
 def find_stained(
-    density: Floats, possible: Bools, threshold: float, um_per_px: float, config: DetectorConfig
+    density: Floats, possible: Bools, ink: Bools, um_per_px: float, config: DetectorConfig
 ) -> Bools:
     """Pixels as dense as the tissue around them is stained, bool [h, w].
 
-    `density` is the mean of the channels, `threshold` that of the whole slide. Each large piece
-    of tissue has the threshold of its own stain, so that a pale one is not lost next to a strong
-    one; small ones, which may be debris, have the slide's.
+    `density` is the mean of the channels; only `possible` pixels can be tissue. Each large piece
+    of tissue has the threshold of its own stain where that differs from the slide's, so that a
+    pale piece is not lost next to a strong one; small pieces, which may be debris, have the slide's.
     """
+    threshold = density_threshold(density[~ink], config)
     stained = density >= threshold
     faint = possible & (density >= config.min_piece_density)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(
-        _morph_mask(faint, cv2.MORPH_CLOSE, config.close_um / um_per_px).astype(np.uint8),
-        connectivity=8,
-    )
-    least = config.min_piece_um2 / um_per_px**2
-    for piece in range(1, count):
-        left, top, width, height, area = (int(value) for value in stats[piece])
-        if area < least:
+    closed = _morph_mask(faint, cv2.MORPH_CLOSE, config.close_um / um_per_px)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed.astype(np.uint8), connectivity=8)
+    margin = round(config.piece_margin_um / um_per_px)
+    for piece in np.flatnonzero(stats[:, cv2.CC_STAT_AREA] >= config.min_piece_um2 / um_per_px**2):
+        if piece == 0:
             continue
         # With what lies close around it: a piece ends where its own threshold says.
-        margin = round(config.piece_margin_um / um_per_px)
-        window = (
-            slice(max(0, top - margin), top + height + margin),
-            slice(max(0, left - margin), left + width + margin),
-        )
-        inside = labels[window] == piece
-        own = density_threshold(density[window][inside & possible[window]], config)
-        near = _morph_mask(inside, cv2.MORPH_DILATE, 2 * margin)
-        free = near & ((labels[window] == piece) | (labels[window] == 0))
-        stained[window][free] = density[window][free] >= own
+        window = _window_around(stats[piece], margin)
+        part, values = labels[window] == piece, density[window]
+        near = _morph_mask(part, cv2.MORPH_DILATE, 2 * margin) & (part | (labels[window] == 0))
+        own = density_threshold(values[part & possible[window]], config)
+        # What is far paler than the rest and touches ink is ink, smeared.
+        smeared = own < 0.5 * threshold and bool((near & ink[window]).any())
+        if not smeared and not 0.8 <= own / threshold <= 1.1:
+            stained[window][near] = values[near] >= own
     return stained
+
+
+def _window_around(box: npt.NDArray[np.int32], margin: int) -> tuple[slice, slice]:
+    left, top, width, height = (int(value) for value in box[:4])
+    rows = slice(max(0, top - margin), top + height + margin)
+    return rows, slice(max(0, left - margin), left + width + margin)
 
 
 def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple[Bools, Bools]:
