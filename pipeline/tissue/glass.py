@@ -20,6 +20,7 @@ Bools = npt.NDArray[np.bool_]
 GLASS_WITHOUT_GLASS = (245.0, 245.0, 245.0)
 _MAX_PIXELS = 1_000_000
 _MAX_CELLS = 128
+_LEAST_SIDE = 32
 _BLACK, _DARK = 16, 40
 _MIN_BLACK_UM2 = 20_000.0
 # Logarithms (base 10) of intensity from here on, unless they are shares.
@@ -28,8 +29,8 @@ _MAX_ROUGHNESS = 0.004
 _MAX_TINT = 0.16
 _MIN_LEVEL = 50.0
 _SATURATED = 253
-_MAX_STEP, _MAX_HUE_STEP = 0.08, 0.005
-_MAX_SHADE, _MAX_ISLAND_SHADE, _MAX_HUE = 1.0, 0.25, 0.1
+_MAX_STEP, _MAX_HUE_STEP = 0.08, 0.003
+_MAX_SHADE, _MAX_ISLAND_SHADE, _MAX_HUE, _MAX_PINK = 1.0, 0.25, 0.1, 0.03
 _UNIFORM = 0.016
 _PROFILE_ROUNDS = 5
 
@@ -79,6 +80,17 @@ def estimate_glass(rgb: Rgb) -> Glass:
     if not rgb.size:
         return Glass(GLASS_WITHOUT_GLASS, found=False)
     small = _reduce_picture(rgb)
+    glass = _see_glass(small)
+    if glass is None and min(small.shape[:2]) >= 3 * _LEAST_SIDE:
+        # Noise may hide it: it goes when pixels are taken together, tissue's structure does not.
+        size = (small.shape[1] // 3, small.shape[0] // 3)
+        coarse = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
+        glass = _see_glass(np.asarray(coarse, np.uint8))
+    return glass or _assume_glass(small)
+
+
+def _see_glass(small: Rgb) -> Glass | None:
+    """The glass of a picture uint8 [h, w, 3] of at most a million pixels; None if there is none."""
     log = np.stack([_log_plane(plane) for plane in cv2.split(small)])
     rough = _roughness(log)
     darkest, brightest = _darkest(small), _brightest(small)
@@ -86,11 +98,11 @@ def estimate_glass(rgb: Rgb) -> Glass:
     smooth = valid & (rough < _MAX_ROUGHNESS + 0.1 / (brightest + np.float32(1)))
     seed = _find_seed(log, smooth, valid, rough)
     if seed is None:
-        return _assume_glass(small)
+        return None
     cells, share = _cell_means(log, smooth)
     surface, accepted = _follow_glass(cells, share >= 0.3, seed)
     if surface is None:
-        return _assume_glass(small)
+        return None
     spread = _percentile_range(surface)
     if spread.max() <= _UNIFORM:
         chosen = smooth & _stretch_mask(accepted, smooth.shape)
@@ -202,7 +214,13 @@ def _can_be_glass(regions: _Regions) -> Bools:
     drawn = regions.shares[possible & ~grey & ~pink].sum()
     padding = grey & (real >= np.maximum(0.25 * regions.shares, 0.02))
     padding |= grey & (level >= 249.5) & (max(real, drawn) >= np.maximum(0.05 * regions.shares, 0.02))
-    return np.asarray(possible & ~padding)
+    glass = possible & ~padding
+    # Where light falls off, tissue may be brighter than glass elsewhere, but it is pinker.
+    tint, light = green - np.maximum(red, blue), regions.colours.mean(1)
+    greener = tint[None] > tint[:, None] + 0.015
+    greener &= (regions.shares[None] >= 0.2 * regions.shares[:, None]) & glass[None]
+    greener &= light[None] >= light[:, None] - 0.2
+    return np.asarray(glass & ~greener.any(1))
 
 
 def _find_seed(log: Floats, smooth: Bools, valid: Bools, rough: Floats) -> Floats | None:
@@ -249,8 +267,14 @@ def _follow_glass(cells: Floats, known: Bools, seed: Floats) -> tuple[Floats | N
         surface = _fit_surface(cells, accepted)
         islands = _find_islands(cells - surface, known & ~accepted)
         if not islands.any():
-            return surface, accepted
+            break
         accepted = _grow_accepted(cells, known, accepted | islands, seed)
+    # Smooth pale tissue may have been followed: next to the glass of its rows and columns it is
+    # pink.
+    profiles = np.stack([_fit_profiles(plane, accepted) for plane in cells])
+    glass = accepted & (_pinkness(profiles - cells) <= 0.012)
+    if glass.any():
+        accepted = glass
     return _fit_surface(cells, accepted), accepted
 
 
@@ -259,17 +283,25 @@ def _hue(difference: Floats) -> Floats:
     return np.asarray(difference.max(0) - difference.min(0))
 
 
+def _pinkness(shade: Floats) -> Floats:
+    """How much more green is missing than red and blue: above 0 for every H&E stain."""
+    return np.asarray(shade[1] - np.maximum(shade[0], shade[2]))
+
+
 def _grow_accepted(cells: Floats, known: Bools, accepted: Bools, seed: Floats) -> Bools:
     shade = seed[:, None, None] - cells
     possible = known & (_hue(shade) <= _MAX_HUE)
     possible &= (shade.mean(0) <= _MAX_SHADE) & (shade.mean(0) >= -0.15)
+    possible &= _pinkness(shade) <= _MAX_PINK
+    # Where it is dark, whole grey levels are wide steps.
+    hue_step = _MAX_HUE_STEP + 0.05 * 10 ** -(cells.mean(0) + _OFFSET)
     while True:
         weight = accepted.astype(np.float32)
         around = np.maximum(cv2.boxFilter(weight, -1, (3, 3), normalize=False), 1e-6)
         means = [cv2.boxFilter(plane * weight, -1, (3, 3), normalize=False) for plane in cells]
         step = cells - np.stack(means) / around
         new = possible & ~accepted & (around >= 1)
-        new &= (_hue(step) <= _MAX_HUE_STEP) & (np.abs(step.mean(0)) <= _MAX_STEP)
+        new &= (_hue(step) <= hue_step) & (np.abs(step.mean(0)) <= _MAX_STEP)
         if not new.any():
             return accepted
         accepted = accepted | new
@@ -287,20 +319,25 @@ def _find_islands(difference: Floats, left: Bools) -> Bools:
 
 
 def _fit_surface(cells: Floats, accepted: Bools) -> Floats:
-    """Glass on every cell: a profile by row and one by column, and what they leave over.
-
-    Profiles carry stripes and shaded edges on under tissue, where no glass is seen.
-    """
+    """Glass on every cell [3, r, c]: its profiles, and what they leave over near by."""
     result = np.empty_like(cells)
     for plane, out in zip(cells, result, strict=True):
-        values = np.where(accepted, plane, np.nan).astype(np.float64)
-        rows, columns = np.zeros((len(plane), 1)), np.zeros((1, plane.shape[1]))
-        for _ in range(_PROFILE_ROUNDS):
-            rows = _fill_profile(_row_medians(values - columns))[:, None]
-            columns = _fill_profile(_row_medians((values - rows).T))[None]
-        left = np.where(accepted, plane - rows - columns, 0).astype(np.float32)
-        out[:] = rows + columns + _spread_residual(left, accepted)
+        profiles = _fit_profiles(plane, accepted)
+        out[:] = profiles + _spread_residual(np.where(accepted, plane - profiles, 0), accepted)
     return result
+
+
+def _fit_profiles(plane: Floats, accepted: Bools) -> Floats:
+    """A profile by row and one by column, added: float32 [r, c].
+
+    They carry stripes and shaded edges on under tissue, where no glass is seen.
+    """
+    values = np.where(accepted, plane, np.nan).astype(np.float64)
+    rows, columns = np.zeros((len(plane), 1)), np.zeros((1, plane.shape[1]))
+    for _ in range(_PROFILE_ROUNDS):
+        rows = _fill_profile(_row_medians(values - columns))[:, None]
+        columns = _fill_profile(_row_medians((values - rows).T))[None]
+    return (rows + columns).astype(np.float32)
 
 
 def _row_medians(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
