@@ -57,7 +57,8 @@ def density_over_glass(rgb: Rgb, glass: Glass) -> Floats:
     table = np.log10(np.arange(256, dtype=np.float64) + 1).astype(np.float32)
     field = glass.log_planes((rgb.shape[0], rgb.shape[1]))
     for plane, empty, out in zip(cv2.split(rgb), field, density, strict=True):
-        cv2.subtract(empty, cv2.LUT(plane, table), out)
+        cv2.LUT(plane, table, out)
+        cv2.subtract(empty, out, out)
         np.maximum(out, 0, out=out)
     return density
 
@@ -66,7 +67,10 @@ def smooth_density(density: Floats, sigma_px: float) -> Floats:
     """Gaussian mean of a density float32 [3, h, w]; below a third of a pixel nothing is done."""
     if sigma_px < 1 / 3:
         return density
-    return np.stack([cv2.GaussianBlur(plane, (0, 0), sigma_px) for plane in density])
+    smoothed = np.empty_like(density)
+    for plane, out in zip(density, smoothed, strict=True):
+        cv2.GaussianBlur(plane, (0, 0), sigma_px, dst=out)
+    return smoothed
 
 
 def mean_density(density: Floats) -> Floats:

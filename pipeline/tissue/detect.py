@@ -1,10 +1,11 @@
 """Tissue, ink and artifacts on a brightfield H&E overview, by optical density and colour.
 
-No weights, no tuning per cohort: the glass level is estimated on each slide (it is 241 to 246
-on real scanners, while padding is exactly 255), the density required follows the strength of
-the slide's stain, and sizes are in micrometres.
+No weights, no tuning per cohort: the colour of the glass is estimated on each slide, from place to
+place where the light varies (see `pipeline.tissue.glass`), the density required follows the
+strength of the stain, and sizes are in micrometres.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import cv2
@@ -21,7 +22,7 @@ from pipeline.tissue.colour import (
     refuse_wrong_colour,
     smooth_density,
 )
-from pipeline.tissue.glass import Bools, Floats, Glass, estimate_glass, find_black
+from pipeline.tissue.glass import Bools, Floats, estimate_glass, find_black
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class DetectorConfig:
     """Thresholds of the classical detector. Optical densities are base 10, relative to glass.
 
     The tissue threshold is `relative_density` of the stain's typical one, kept within
-    [`min_density`, `max_density`]; lengths are in µm, areas in µm².
+    [`min_density`, `max_density`]; a piece of tissue is what has `min_piece_density`. Lengths are
+    in µm, areas in µm².
     """
 
     um_per_px: float = 8.0
@@ -90,8 +92,10 @@ def detect_tissue(
     density = smooth_density(density, config.sigma_um / um_per_px)
     refuse_wrong_colour(density, config.max_density)
     mask = classify_density(density, um_per_px, config)
-    if black is not None:
-        mask[black] = TissueClass.OTHER
+    unlit = glass.too_dark((rgb.shape[0], rgb.shape[1]))
+    for artifact in (black, unlit):
+        if artifact is not None:
+            mask[artifact] = TissueClass.OTHER
     notes = (glass.note,) if glass.note else ()
     return Detection(mask, glass.level, glass.variation, notes)
 
@@ -137,21 +141,14 @@ def find_stained(
 
     `density` is the mean of the channels; only `possible` pixels can be tissue. Each large piece
     of tissue has the threshold of its own stain where that differs from the slide's, so that a
-    pale piece is not lost next to a strong one; small pieces, which may be debris, have the slide's.
+    pale piece is not lost next to a strong one; small pieces may be debris and have the slide's.
     """
     threshold = density_threshold(density[~ink], config)
     stained = density >= threshold
-    faint = possible & (density >= config.min_piece_density)
-    closed = _morph_mask(faint, cv2.MORPH_CLOSE, config.close_um / um_per_px)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed.astype(np.uint8), connectivity=8)
-    margin = round(config.piece_margin_um / um_per_px)
-    for piece in np.flatnonzero(stats[:, cv2.CC_STAT_AREA] >= config.min_piece_um2 / um_per_px**2):
-        if piece == 0:
-            continue
-        # With what lies close around it: a piece ends where its own threshold says.
-        window = _window_around(stats[piece], margin)
-        part, values = labels[window] == piece, density[window]
-        near = _morph_mask(part, cv2.MORPH_DILATE, 2 * margin) & (part | (labels[window] == 0))
+    for window, part, near in _large_pieces(
+        possible & (density >= config.min_piece_density), um_per_px, config
+    ):
+        values = density[window]
         own = density_threshold(values[part & possible[window]], config)
         # What is far paler than the rest and touches ink is ink, smeared.
         smeared = own < 0.5 * threshold and bool((near & ink[window]).any())
@@ -160,10 +157,33 @@ def find_stained(
     return stained
 
 
-def _window_around(box: npt.NDArray[np.int32], margin: int) -> tuple[slice, slice]:
-    left, top, width, height = (int(value) for value in box[:4])
-    rows = slice(max(0, top - margin), top + height + margin)
-    return rows, slice(max(0, left - margin), left + width + margin)
+def _large_pieces(
+    faint: Bools, um_per_px: float, config: DetectorConfig
+) -> Iterator[tuple[tuple[slice, slice], Bools, Bools]]:
+    """Window, piece, and piece with what lies close around it, both bool [h, w] of the window."""
+    # A piece is large: it is found on a million pixels of a picture of any size.
+    step = max(1, int((faint.size / 1_000_000) ** 0.5))
+    coarse, side_um = faint[::step, ::step], um_per_px * step
+    closed = _morph_mask(coarse, cv2.MORPH_CLOSE, config.close_um / side_um)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed.astype(np.uint8), connectivity=8)
+    margin = round(config.piece_margin_um / side_um)
+    large = stats[:, cv2.CC_STAT_AREA] >= config.min_piece_um2 / side_um**2
+    for piece in np.flatnonzero(large[1:]) + 1:
+        left, top, width, height = (int(value) for value in stats[piece, :4])
+        rows = slice(max(0, top - margin), min(coarse.shape[0], top + height + margin))
+        columns = slice(max(0, left - margin), min(coarse.shape[1], left + width + margin))
+        part, free = labels[rows, columns] == piece, labels[rows, columns] == 0
+        near = _morph_mask(part, cv2.MORPH_DILATE, 2 * margin) & (part | free)
+        window = (
+            slice(rows.start * step, min(faint.shape[0], rows.stop * step)),
+            slice(columns.start * step, min(faint.shape[1], columns.stop * step)),
+        )
+        shape = faint[window].shape
+        yield window, _repeat_pixels(part, step, shape), _repeat_pixels(near, step, shape)
+
+
+def _repeat_pixels(mask: Bools, times: int, shape: tuple[int, ...]) -> Bools:
+    return mask.repeat(times, 0).repeat(times, 1)[: shape[0], : shape[1]]
 
 
 def find_ink(density: Floats, um_per_px: float, config: DetectorConfig) -> tuple[Bools, Bools]:

@@ -8,6 +8,7 @@ change that: they multiply the intensity, and the logarithm turns factors into s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +33,7 @@ _SATURATED = 253
 _MAX_STEP, _MAX_HUE_STEP = 0.08, 0.003
 _MAX_SHADE, _MAX_ISLAND_SHADE, _MAX_HUE, _MAX_PINK = 1.0, 0.25, 0.1, 0.03
 _UNIFORM = 0.016
+_TOO_DARK = -0.7
 _PROFILE_ROUNDS = 5
 
 
@@ -64,6 +66,14 @@ class Glass:
         for plane in self.field:
             stretched = cv2.resize(plane, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
             yield np.asarray(stretched, np.float32)
+
+    def too_dark(self, shape: tuple[int, int]) -> Bools | None:
+        """Where less than a fifth of the light comes through, bool `shape`; None if nowhere."""
+        if self.field is None:
+            return None
+        light = self.field.mean(0)
+        dark = light < light.max() + _TOO_DARK
+        return _stretch_mask(dark, shape) if dark.any() else None
 
 
 def glass_level(rgb: Rgb) -> tuple[float, float, float]:
@@ -133,7 +143,7 @@ def _brightest(rgb: Rgb) -> Rgb:
     return np.maximum(np.maximum(red, green), blue)
 
 
-def _log_plane(plane: Rgb) -> Floats:
+def _log_plane(plane: npt.NDArray[Any]) -> Floats:
     # Less an offset: variances of numbers near 2 lose digits in float32.
     table = (np.log10(np.arange(256, dtype=np.float64) + 1) - _OFFSET).astype(np.float32)
     return np.asarray(cv2.LUT(plane, table), np.float32)
@@ -213,7 +223,9 @@ def _can_be_glass(regions: _Regions) -> Bools:
     real = regions.shares[possible & ~regions.exact].sum()
     drawn = regions.shares[possible & ~grey & ~pink].sum()
     padding = grey & (real >= np.maximum(0.25 * regions.shares, 0.02))
-    padding |= grey & (level >= 249.5) & (max(real, drawn) >= np.maximum(0.05 * regions.shares, 0.02))
+    padding |= (
+        grey & (level >= 249.5) & (max(real, drawn) >= np.maximum(0.05 * regions.shares, 0.02))
+    )
     glass = possible & ~padding
     # Where light falls off, tissue may be brighter than glass elsewhere, but it is pinker.
     tint, light = green - np.maximum(red, blue), regions.colours.mean(1)
@@ -248,7 +260,7 @@ def _cell_means(log: Floats, smooth: Bools) -> tuple[Floats, Floats]:
     weight = smooth.astype(np.float32)
     share = np.asarray(cv2.resize(weight, size, interpolation=cv2.INTER_AREA), np.float32)
     sums = [cv2.resize(plane * weight, size, interpolation=cv2.INTER_AREA) for plane in log]
-    return np.stack(sums) / np.maximum(share, 1e-6), share
+    return np.asarray(np.stack(sums) / np.maximum(share, 1e-6), np.float32), share
 
 
 def _follow_glass(cells: Floats, known: Bools, seed: Floats) -> tuple[Floats | None, Bools]:
@@ -278,7 +290,7 @@ def _follow_glass(cells: Floats, known: Bools, seed: Floats) -> tuple[Floats | N
     return _fit_surface(cells, accepted), accepted
 
 
-def _hue(difference: Floats) -> Floats:
+def _hue(difference: npt.NDArray[Any]) -> Floats:
     """How far a difference [3, ...] is from grey: the largest less the least channel."""
     return np.asarray(difference.max(0) - difference.min(0))
 
@@ -388,6 +400,8 @@ def find_black(rgb: Rgb, um_per_px: float) -> Bools | None:
         return None
     small = _reduce_picture(rgb)
     core = _brightest(small) < _BLACK
+    if not core.any():
+        return None
     factor = rgb.shape[0] / max(1, small.shape[0])
     least = _MIN_BLACK_UM2 / (um_per_px * factor) ** 2
     _, labels, stats, _ = cv2.connectedComponentsWithStats(core.astype(np.uint8), connectivity=8)
@@ -415,9 +429,7 @@ def _is_unscanned(part: Bools, corner: tuple[int, int], shape: tuple[int, ...]) 
     (height, width), (top, left) = part.shape, corner
     touches = (top == 0, top + height == shape[0], left == 0, left + width == shape[1])
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
-    border = sum(
-        int(side.sum()) for side, touching in zip(sides, touches, strict=True) if touching
-    )
+    border = sum(int(side.sum()) for side, touching in zip(sides, touches, strict=True) if touching)
     whole = np.pad(part, 1)
     for rows, source, touching in (
         (np.s_[0], np.s_[1], touches[0]), (np.s_[-1], np.s_[-2], touches[1]),

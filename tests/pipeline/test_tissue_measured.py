@@ -23,7 +23,6 @@ from pipeline.tissue.colour import (
 )
 from pipeline.tissue.detect import DetectorConfig, classify_density, detect_tissue
 from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, measure_sharpness
-
 from pipeline.tissue.glass import estimate_glass, glass_level
 
 ROOT = Path(__file__).resolve().parents[2]
