@@ -50,6 +50,7 @@ class DetectorConfig:
     min_ink_width_um: float = 40.0
     ink_margin_um: float = 40.0
     max_ink_gap_um2: float = 40_000.0
+    black_margin_um: float = 600.0
     min_fold_density: float = 0.35
     relative_fold_density: float = 2.1
     min_fold_um2: float = 5_000.0
@@ -93,9 +94,13 @@ def detect_tissue(
     refuse_wrong_colour(density, config.max_density)
     mask = classify_density(density, um_per_px, config)
     unlit = glass.too_dark((rgb.shape[0], rgb.shape[1]))
-    for artifact in (black, unlit):
-        if artifact is not None:
-            mask[artifact] = TissueClass.OTHER
+    if unlit is not None:
+        mask[unlit] = TissueClass.OTHER
+    if black is not None:
+        # It spoils a tile that reaches into it; far from what was scanned it is only empty.
+        depth = cv2.distanceTransform(black.astype(np.uint8), cv2.DIST_L2, 3)
+        mask[black] = TissueClass.OTHER
+        mask[depth * um_per_px > config.black_margin_um] = TissueClass.BACKGROUND
     notes = (glass.note,) if glass.note else ()
     return Detection(mask, glass.level, glass.variation, notes)
 
