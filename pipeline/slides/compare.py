@@ -1,15 +1,15 @@
-"""Whether the native reader shows a slide as OpenSlide does, by 16 native tiles."""
+"""Whether a reader of native tiles shows a slide as OpenSlide does, by 16 of them."""
 
 import numpy as np
 
-from pipeline.slides.native_reader import NativeReader
 from pipeline.slides.reader import SlideReader, SlideReadError
+from pipeline.slides.tiled_reader import TiledReader
 
 TILES_COMPARED = 16
 _NO_MPP = (float("nan"), float("nan"))
 
 
-def find_disagreement(native: NativeReader, reference: SlideReader) -> str:
+def find_disagreement(native: TiledReader, reference: SlideReader) -> str:
     """Why the native reader is not to be used for this slide; '' where all is equal.
 
     Vendor, levels and resolution must be OpenSlide's, and the pixels of 16 native tiles: half
@@ -45,7 +45,7 @@ def find_disagreement(native: NativeReader, reference: SlideReader) -> str:
     return ""
 
 
-def _level_numbers(native: NativeReader, reference: SlideReader) -> list[int] | None:
+def _level_numbers(native: TiledReader, reference: SlideReader) -> list[int] | None:
     """The reference's numbers of the native levels; None where it has others.
 
     Levels that the native reader knows and does not use (of another plane, with gaps) may be in
@@ -62,7 +62,7 @@ def _level_numbers(native: NativeReader, reference: SlideReader) -> list[int] | 
     return [theirs.index(size) for size in ours]
 
 
-def sampled_tiles(native: NativeReader) -> list[tuple[int, int, int]]:
+def sampled_tiles(native: TiledReader) -> list[tuple[int, int, int]]:
     """(level, row, column) of the native tiles to compare.
 
     OpenSlide is asked for level-0 positions. Where a level's downsample is not whole (2.0004),

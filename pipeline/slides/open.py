@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from common.text import one_line
 from pipeline.dataset import Slide
 from pipeline.slides.levels import without_levels
-from pipeline.slides.reader import SlideOpenError, SlideReader
-from pipeline.slides.readers import AUTO, READERS, reader_entry
+from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
+from pipeline.slides.readers import AUTO, READERS, reader_entry, readers_for
 
 if TYPE_CHECKING:
     from pipeline.slides.native_reader import NativeReader
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 _SHOW_WHAT_COMES_FIRST = ("openslide", "tiffslide")
 """Readers that show what a TIFF file begins with, whatever else it has."""
 _READ_WHOLE_PX = 224
+_A_TIFF = Path("any.tif")
 
 
 def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
-    """Open a slide with the named reader; "auto" is the first in `READERS` that opens it.
+    """Open a slide with the named reader; "auto" is the first for its suffix that opens it.
 
     `series` names the image of a file that has several; '' is the largest that may be the slide.
     Of the readers that are only used for slides whose pixels were compared, "auto" takes one
@@ -28,7 +29,7 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     """
     _refuse_known_non_slides(path)
     choice = _choose_image(path, series)
-    names = [reader] if reader != AUTO else _readers_to_try(choice)
+    names = [reader] if reader != AUTO else _readers_to_try(path, choice)
     reasons = []
     for name in names:
         try:
@@ -40,12 +41,13 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     raise SlideOpenError(f"cannot be opened: {'; '.join(reasons)}")
 
 
-def _readers_to_try(choice: "TiffChoice | None") -> list[str]:
+def _readers_to_try(path: Path, choice: "TiffChoice | None") -> list[str]:
     """The names of the readers that may show the image, in the order to try them."""
-    unchecked = [name for name, entry in READERS.items() if not entry.is_checked]
-    checked = [name for name in READERS if name not in unchecked]
+    names = readers_for(_A_TIFF if choice else path)
+    unchecked = [name for name in names if not READERS[name].is_checked]
     if choice is None:
         return unchecked
+    checked = [name for name in names if name not in unchecked]
     # Those that need a comparison come last, for images that the others do not show.
     return checked if choice.only_native else unchecked + checked
 
@@ -99,6 +101,8 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
         is_native = isinstance(reference, NativeReader)
         return reference, "" if is_native else "OpenSlide does not open it"
     is_openslide = reference.name == "openslide"
+    if is_openslide and reference.vendor == "dicom":
+        return _best_dicom(reference, series)
     try:
         native = NativeReader(path, series)
     except SlideOpenError as error:
@@ -115,6 +119,38 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason
+
+
+def _best_dicom(reference: SlideReader, series: str) -> tuple[SlideReader, str]:
+    """The DICOM reader for what OpenSlide interpolates or cannot read; else OpenSlide."""
+    from pipeline.slides.compare import find_disagreement
+    from pipeline.slides.dicom_reader import DicomReader
+
+    problem = _read_problem(reference)
+    fractional = [v.downsample for v in reference.levels if v.downsample != round(v.downsample)]
+    if not problem and not fractional:
+        return reference, "native: DICOM files are read by other readers"
+    try:
+        slide = DicomReader(reference.path, series)
+    except SlideOpenError as error:
+        return reference, one_line(error, 160)
+    if problem:
+        reference.close()
+        return slide, f"OpenSlide cannot read it: {problem}"
+    reason = find_disagreement(slide, reference)
+    chosen, other = (reference, slide) if reason else (slide, reference)
+    other.close()
+    return chosen, reason or f"OpenSlide interpolates a level of downsample {fractional[0]:.6g}"
+
+
+def _read_problem(reader: SlideReader) -> str:
+    """Why the first pixel of a level cannot be read, '' where they all can."""
+    try:
+        for level in range(len(reader.levels)):
+            reader.read(level, 0, 0, 1, 1)
+    except SlideReadError as error:
+        return one_line(error, 120)
+    return ""
 
 
 def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
