@@ -131,6 +131,9 @@ class NativeReader(TiledReader):
         self.is_ome = bool(tiff.is_ome)
         usual = self.is_first and all(n.codec in ("jpeg", "jpeg2000") for n in self.native)
         self.unusual = "ome files are read by other readers" if self.is_ome else ""
+        for number, level in enumerate(self.native[1:], 1):
+            if usual and not self.unusual and level.missing.any():
+                self.unusual = f"level {number} leaves tiles out"
         if not usual and not self.unusual:
             self.unusual = (
                 f"TIFF compression {int(base.compression)}, photometric {int(base.photometric)}"

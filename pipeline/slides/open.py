@@ -58,7 +58,7 @@ def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None"
     if name not in _SHOW_WHAT_COMES_FIRST:
         return entry.open(path, series)
     if choice is None:
-        if series and path.suffix.lower() in entry.suffixes.split() and path.suffix != ".dcm":
+        if series not in ("", "0") and path.suffix.lower() in entry.suffixes.split():
             raise SlideOpenError(f"no series '{series}': {name} shows one image of this format")
         return entry.open(path, series)
     if choice.only_native:
@@ -107,12 +107,15 @@ def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
         native = NativeReader(path, series)
     except SlideOpenError as error:
         return reference, one_line(error, 160) if is_openslide else "OpenSlide does not open it"
+    # The native reader counts the tiles that are not in the file; others show the same image.
+    reference.notes = native.notes
     # What others read rightly stays with them: a slide's tiles are not made again for a new reader.
     if (native.unusual or not is_openslide) and not _is_misread(reference, native):
         native.close()
         reason = f"native: {native.unusual}" if is_openslide else "OpenSlide does not open it"
         return reference, reason
-    reason = find_disagreement(native, reference)
+    # tiffslide may take a label for a level; it is no reference for that.
+    reason = find_disagreement(native, reference) if is_openslide else ""
     chosen, other = (reference, native) if reason else (native, reference)
     other.close()
     return chosen, reason
@@ -151,7 +154,13 @@ def _read_problem(reader: SlideReader) -> str:
 
 
 def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
-    """Whether others interpolate a level's pixels, or show a level with gaps."""
+    """Whether others interpolate a level's pixels, or show gaps as what they are not."""
+    # OpenSlide shows tiles that level 0 leaves out as white, tiffslide as black; tiffslide also
+    # takes any tiled page of an Aperio file for a level.
+    if reference.name == "tiffslide":
+        theirs, ours = ({(v.width, v.height) for v in r.levels} for r in (reference, native))
+        if theirs - ours or any(level.missing.any() for level in native.native):
+            return True
     # A level smaller than a tile is read whole, from its corner: nothing falls between its pixels.
     is_fractional = any(
         v.downsample != round(v.downsample) and max(v.width, v.height) > _READ_WHOLE_PX

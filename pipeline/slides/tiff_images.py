@@ -216,9 +216,10 @@ def _choice_notes(images: Sequence[TiffImage], image: TiffImage, plane: int) -> 
         passed = list_some([str(other) for other in images if other is not image], 5)
         yield f"image {image} of the file is read, not {passed}"
     if len(image.planes) > 1:
+        another = image.planes[0 if plane else -1]
         yield (
-            f"plane {image.planes[plane]} of {len(image.planes)} is read "
-            f"(--series {image.index}/{image.planes[-1]} would read another)"
+            f"plane {image.planes[plane]} is read, one of {len(image.planes)} "
+            f"(--series {image.index}/{another} would read another)"
         )
     if len(image.levels[0][plane]) > 1 and not image.unfit:
         yield "its three channels, stored apart, are read as red, green and blue"
@@ -336,7 +337,7 @@ def _without_associated(image: TiffImage) -> TiffImage:
     if not image.is_associated:
         return image
     return TiffImage(
-        image.index, image.name, image.levels, image.planes, "never tiled: a label or the like",
+        image.index, image.name, image.levels, image.planes, "a label or the like",
         image.mpp,
     )  # fmt: skip
 
