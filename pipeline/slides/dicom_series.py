@@ -20,7 +20,8 @@ WSI_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 """SOP class of whole-slide images; annotations, segmentations and reports have others."""
 
 _MAGIC, _MAGIC_AT = b"DICM", 128
-_LAST_TAG = 0x0020000E
+_LAST_TAG = 0x00400512
+"""ContainerIdentifier, which names the glass slide; the tables of frames come after it."""
 _SUFFIX = re.compile(r"|\.dcm|\.dicom|\.dic|\.[0-9]+", re.IGNORECASE)
 """Archives name files by their UIDs, with or without a suffix: what follows the last dot is '', a
 suffix of DICOM or a number."""
@@ -29,12 +30,17 @@ _SETTLED_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class DicomHead:
-    """The beginning of a DICOM file; `image_type` is such as ("ORIGINAL", "PRIMARY", "VOLUME")."""
+    """The beginning of a DICOM file; `image_type` is such as ("ORIGINAL", "PRIMARY", "VOLUME").
+
+    `container` (ContainerIdentifier) is the glass slide's, '' where the file does not say.
+    """
 
     series_uid: str
     instance_uid: str
     sop_class: str
     image_type: tuple[str, ...]
+    container: str = ""
+    series_number: str = ""
 
 
 def read_head(path: Path) -> DicomHead | None:
@@ -61,6 +67,8 @@ def _read_head(path: Path, _size: int, _mtime_ns: int) -> DicomHead | None:
                 str(data.get("SOPInstanceUID", "")),
                 str(data.get("SOPClassUID", "")),
                 (kinds,) if isinstance(kinds, str) else tuple(map(str, kinds)),
+                str(data.get("ContainerIdentifier") or ""),
+                str(data.get("SeriesNumber") or ""),
             )
         except Exception:
             # pydicom raises many kinds for damaged headers; all mean the same.
