@@ -18,7 +18,7 @@ from common.text import list_some, one_line
 from pipeline.dataset import Dataset, Entry, Ledger, Missing, Run, Slide, fingerprint_of
 from pipeline.dataset.journal import Outcome
 from pipeline.imports.config import Frame, MasksConfig
-from pipeline.imports.frames import Bounds, Paint, inner_bounds, place_mask, with_bounds
+from pipeline.imports.frames import Bounds, inner_bounds, with_bounds
 from pipeline.imports.geojson import (
     class_areas,
     paint_areas,
@@ -28,6 +28,7 @@ from pipeline.imports.geojson import (
     refuse_unknown,
     unknown_classes,
 )
+from pipeline.imports.mask_fit import Paint, place_mask
 from pipeline.imports.polygons import Affine, Painted
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
