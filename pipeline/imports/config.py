@@ -123,6 +123,13 @@ class TilesConfig:
     names: Literal["none", "x_y", "col_row"] = option_field(
         "none", "what names end in: the corner in pixels, or the cell of the grid"
     )
+    slide_from: str = option_field(
+        "auto",
+        "what names a slide: folder, name (what pictures' names begin with), or a regular "
+        "expression whose group is the slide in a picture's path; auto: names where they have "
+        "TCGA barcodes or the folder is flat, else folders",
+        metavar="RULE",
+    )
     crop: bool = option_field(False, "take the centre of larger pictures")
     icc: Icc = option_field("ignore", "srgb: apply a picture's colour profile")
     png: PngEffort = option_field("small", PNG)
