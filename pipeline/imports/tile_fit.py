@@ -123,6 +123,8 @@ class TileFit:
         # The scanner saw nothing outside of the area: cheap, and mostly enough.
         if choice := _clear_choice(shares(share_scanned), "in the scanned area"):
             return choice
+        if len(x) < _MIN_TILES:
+            return "canvas", "both fit so few tiles"
         tissue = read_tissue(slide)
         if tissue is None:
             return "canvas", "both fit, and its pixels cannot be read here"

@@ -121,8 +121,11 @@ def _list_folder(
     slide = replace(_slide_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
     tiles = tile_fingerprint(slide, identity, config.tile_px, listing.sha256)
-    # Columns of later releases, which pictures have nothing to say to: rows stay valid.
+    # As earlier releases wrote rows, where that says the same: their tiles stay valid. They did not
+    # record how a section was prepared, which decides on frozen ones only.
     values = {key: v for key, v in asdict(slide).items() if v or key not in _LATER_COLUMNS}
+    if slide.preparation != "frozen":
+        values["preparation"] = ""
     row = fingerprint_of(stage=IMPORTED_TILES, row=values, candidates=candidates, tiles=tiles)
     return _ListedFolder(folder, slide, _Fingerprints(row, candidates, tiles, listing.sha256))
 
