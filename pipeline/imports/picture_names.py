@@ -15,7 +15,7 @@ _BARCODE = re.compile(
     r"(\.[0-9A-F]{8}-(?:[0-9A-F]{4}-){3}[0-9A-F]{12})?",
     re.IGNORECASE,
 )
-_BRACKETS = re.compile(r"[\s,()\[\]]+")
+_BRACKETS = re.compile(r"[\s,()\[\]]")
 _TOKEN = re.compile(r"([_\-]*)([^_\-]+)")
 _KEYED = re.compile(
     r"(?P<key>x|y|w|h|d|row|col|r|c|i|j|idx|tile|patch|level|lvl|mag|class|size|px)=?\d+(\.\d+)?",
@@ -54,7 +54,7 @@ def name_slides(paths: Sequence[str]) -> list[str]:
         # Numbers that a word such as `tile` announces are all the tile's.
         drop = len(numbers) if is_after_word else min(count, len(numbers))
         slide = head + "".join(numbers[: len(numbers) - drop])
-        slides.append(_prefer_barcode(stem, slide.strip("_-. ")))
+        slides.append(_prefer_barcode(stem, slide.strip("_-. ([,")))
     return slides
 
 
@@ -89,17 +89,22 @@ def _split_tokens(stem: str) -> tuple[str, list[str], bool]:
     is_after_word = bool(tokens) and tokens[-1][1].lower() in _WORDS
     if is_after_word:
         tokens.pop()
-    return "".join(map("".join, tokens)), numbers, is_after_word
+    # As it is written, so that `a b` and `a_b` are two.
+    return stem[: sum(len(a) + len(b) for a, b in tokens)], numbers, is_after_word
 
 
 def _count_numbers(numbers: Sequence[Sequence[str]]) -> int:
     """How many numbers at the end of each name are the tile's and not the slide's."""
+    # Names without any have their place in words, or none.
+    numbers = [places for places in numbers if places]
     least = min(map(len, numbers), default=0)
     if least <= 2:
         return least
 
     def is_constant(place: int) -> bool:
-        return len(numbers) > 1 and len({names[place] for names in numbers}) == 1
+        values = {places[place].lstrip("_-") for places in numbers}
+        # A row of tiles shares a coordinate, which is 0 where there is one row only.
+        return len(numbers) > 1 and len(values) == 1 and int(min(values)) > 0
 
     # x, y, and perhaps the size or level, which all tiles share.
     if least >= 4 and is_constant(-1) and is_constant(-2):

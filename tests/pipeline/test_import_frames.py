@@ -291,7 +291,7 @@ def test_a_picture_is_of_the_whole_slide_or_of_the_scanned_area(overview, tmp_pa
     whole[1050:1950, 1250:2350] = 255
     Image.fromarray(whole).save(file)
     assert np.array_equal(detect(overview, file)[0], expected)
-    Image.fromarray(np.roll(whole, 1200, 1)).save(file)
+    Image.fromarray(np.roll(whole, 1400, 1)).save(file)
     with pytest.raises(UserError, match="0% of the mask is on this slide's tissue"):
         detect(overview, file)
     Image.fromarray(whole[:, :2000].copy()).save(file)
