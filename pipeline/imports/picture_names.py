@@ -82,7 +82,7 @@ def _split_tokens(stem: str) -> tuple[str, list[str], bool]:
         return stem, [], False
     numbers: list[str] = []
     # What has a place in words has no other in numbers.
-    while not keys and tokens and tokens[-1][1].isdigit():
+    while not keys and tokens and tokens[-1][1].isdecimal():
         if numbers and numbers[0][:1] != tokens[-1][0][:1] and len(tokens) > 1:
             break
         numbers.insert(0, "".join(tokens.pop()))

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.text import list_some
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     FileRecord,
     Ledger,
@@ -56,8 +57,8 @@ from pipeline.run.tasks import SlideTask, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.scan import STAGE as SCAN
 from pipeline.slides.scan import record_slides, slide_values
-from pipeline.tiles.stage import IMPORTED_TILES, tile_fingerprint
 from pipeline.tiles.stage import STAGE as TILE
+from pipeline.tiles.stage import tile_fingerprint
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 
@@ -116,7 +117,9 @@ def _list_folder(
     except UserError as error:
         reason = str(error)
         slide = replace(_slide_row(folder, config), status="failed", reason=reason)
-        failed = _Fingerprints(fingerprint_of(stage=IMPORTED_TILES, reason=reason), "", "", "")
+        failed = _Fingerprints(
+            fingerprint_of(stage=DatasetKind.IMPORTED_TILES, reason=reason), "", "", ""
+        )
         return _ListedFolder(folder, slide, failed, reason)
     slide = replace(_slide_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
@@ -126,7 +129,9 @@ def _list_folder(
     values = {key: v for key, v in asdict(slide).items() if v or key not in _LATER_COLUMNS}
     if slide.preparation != "frozen":
         values["preparation"] = ""
-    row = fingerprint_of(stage=IMPORTED_TILES, row=values, candidates=candidates, tiles=tiles)
+    row = fingerprint_of(
+        stage=DatasetKind.IMPORTED_TILES, row=values, candidates=candidates, tiles=tiles
+    )
     return _ListedFolder(folder, slide, _Fingerprints(row, candidates, tiles, listing.sha256))
 
 
@@ -261,6 +266,7 @@ class ImportTilesStage(Stage[_ListedFolder]):
     """Folders of pictures as shards, candidates and slides.parquet."""
 
     name, label = SCAN, "import"
+    kind = DatasetKind.IMPORTED_TILES
     journals = _JOURNALS
     unit = rate_of = "tiles"
     packages = ("pillow",)
