@@ -65,7 +65,7 @@ from pipeline.tissue.stage import tissue_fingerprint
 VERSION = 1
 _PROGRESS_TILES = 64
 _READER = "tiles"
-_LATER_COLUMNS = frozenset({"series", "levels_left_out", "notes", "bounds"})
+_LATER_COLUMNS = frozenset({"series", "levels_left_out", "notes", "bounds", "sampled_sha256"})
 
 
 @dataclass(frozen=True)
