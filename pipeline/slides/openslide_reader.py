@@ -26,6 +26,12 @@ _BLOCK_CACHE_BYTES = 256 << 20
 """Enough for the four largest blocks that meet in a corner."""
 _STRIP_PIXELS = 4_000_000
 _UNKNOWN_TILE = (256, 256)
+_BOUNDS = (
+    openslide.PROPERTY_NAME_BOUNDS_X,
+    openslide.PROPERTY_NAME_BOUNDS_Y,
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+    openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+)
 
 
 class OpenSlideReader(SlideReader):
@@ -62,6 +68,7 @@ class OpenSlideReader(SlideReader):
         )
         self.resolution = _resolution_tags(properties, self.vendor)
         self.native_tiles = _native_tile_sizes(properties, len(self.levels))
+        self.bounds = _scanned_area(properties, self.levels[0])
         profile = self._slide.color_profile
         self.icc_profile = None if profile is None else profile.tobytes()
         self._plan_blocks()
@@ -182,6 +189,16 @@ def _native_tile_sizes(properties: dict[str, str], levels: int) -> tuple[tuple[i
             return ()
         sizes.append((int(width), int(height)))
     return tuple(sizes)
+
+
+def _scanned_area(properties: dict[str, str], base: Level) -> tuple[int, int, int, int] | None:
+    """The rectangle (x, y, width, height) of the slide that was scanned, where it is stated."""
+    try:
+        x, y, width, height = (int(float(properties[name])) for name in _BOUNDS)
+    except (KeyError, ValueError, OverflowError):
+        return None
+    fits = x >= 0 and y >= 0 and x + width <= base.width and y + height <= base.height
+    return (x, y, width, height) if fits and width > 0 and height > 0 else None
 
 
 def _parse_number(text: str | None) -> float | None:
