@@ -56,11 +56,11 @@ def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None"
     """The file in this reader, which must show the image that was chosen."""
     entry = reader_entry(name)
     if name not in _SHOW_WHAT_COMES_FIRST:
-        return entry.open(path, series)
+        return entry.open(path, series) if series else entry.open(path)
     if choice is None:
         if series not in ("", "0") and path.suffix.lower() in entry.suffixes.split():
             raise SlideOpenError(f"no series '{series}': {name} shows one image of this format")
-        return entry.open(path, series)
+        return entry.open(path, series) if series else entry.open(path)
     if choice.only_native:
         raise SlideOpenError(f"not with {name}: {choice.only_native}; use reader native")
     if choice.is_misshown:
