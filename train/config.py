@@ -234,7 +234,7 @@ class Config:
         expected = f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}"
         good = self.data.tile_px == latent * down
         check_setting(good, "model.sit.latent_size", latent, expected)
-        if self.model.sit.conditioning == "label":
+        if self.model.sit.conditioning in ("label", "label-only"):
             raise UserError(
                 "configuration key 'model.sit.conditioning': datasets have no labels; "
                 "expected feature or none"

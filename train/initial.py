@@ -55,9 +55,10 @@ def weights_file(name: str, network: str) -> Path:
 def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
     """Tensors of a class-conditional REPA-E SiT as this SiT takes them.
 
-    Its class table has no counterpart for features: the condition keeps its fresh weights. A
-    larger token grid (256 px has 16 x 16) is cut to the positions that this one has, which are
-    the same sines and cosines. All else, latent statistics among it, is taken as it is.
+    Its class table, with or without a null class, has no counterpart for features: the condition
+    keeps its fresh weights. A larger token grid (256 px has 16 x 16) is cut to the positions that
+    this one has, which began as the same sines and cosines. All else, latent statistics among it,
+    is taken as it is.
     """
     tensors = {key: value for key, value in given.items() if not key.startswith("y_embedder.")}
     fresh = sit.state_dict()
