@@ -54,6 +54,7 @@ class StopRequests:
         self._watcher = threading.Thread(target=self._watch_signals, args=(reading,), daemon=True)
         self._watcher.start()
         # What Ctrl-C also ends (`| tee log`) or a closed terminal must not cost the checkpoint.
+        self._files = stdout._file, stderr._file
         stdout.file = cast(TextIO, _Tolerant(sys.stdout, self))
         stderr.file = cast(TextIO, _Tolerant(sys.stderr, self))
         return self
@@ -64,8 +65,7 @@ class StopRequests:
         signal.set_wakeup_fd(self._previous_fd)
         os.close(self._writing)  # which ends the thread
         self._watcher.join()
-        # None is whatever sys.stdout and sys.stderr are, as before.
-        stdout._file = stderr._file = None
+        stdout._file, stderr._file = self._files
 
     def begin_steps(self) -> None:
         """From now on a request is noted, for the end of the step to see."""
