@@ -61,41 +61,32 @@ def measure_latents(
     Raises `UserError` for a damaged tile (which data.on_error=skip leaves out) and for latents
     that are not finite.
     """
-    passes = [list(rows[at : at + _AT_ONCE]) for at in range(0, len(rows), _AT_ONCE)]
-    mine = range(processes.rank, len(passes), processes.size)
-    sums = torch.zeros(len(passes), 4, vae.config.latent_channels, dtype=torch.float64)
-    chosen = [passes[index] for index in mine]
-    counted = sum(len(each) for each in chosen)
-    shown = open_meter("latent statistics", counted, "tiles") if processes.is_main else None
-    with shown or nullcontext() as meter, _exact_arithmetic():
-        for index, tiles in zip(mine, _read_ahead(dataset, chosen, config), strict=True):
-            if len(tiles):
-                sums[index] = _sum_moments(vae, tiles)
-            if meter is not None:
-                meter.advance(len(passes[index]))
-    # Each pass has its own row, and the others add 0: one order of summation for all.
-    sums = processes.sum_values(sums.to(processes.device)).cpu()
-    values, first, second, within = sums.sum(dim=0).unbind()
+    values, first, second, within = _sum_over_tiles(vae, dataset, rows, config, processes).unbind()
     mean = first / values
-    variance = (second - values * mean.square()) / (values - 1) + within / values
-    if not (torch.isfinite(mean).all() and torch.isfinite(variance).all()):
+    between = (second - values * mean.square()).clamp(min=0) / (values - 1)
+    count = round(float(values[0])) // config.model.sit.latent_size**2
+    scale = LatentScale(
+        mean, between + within / values, f"{count:,} tiles of selection '{config.data.selection}'"
+    )
+    if not _is_usable(scale):
         raise UserError(
             f"init.vae={config.init.vae}: its latents of the selection's tiles are not finite; "
             "give other weights"
         )
-    count = round(float(values[0])) // config.model.sit.latent_size**2
-    return LatentScale(mean, variance, f"{count:,} tiles of selection '{config.data.selection}'")
+    return scale
 
 
 def set_latent_scale(norms: Sequence[LatentNorm], scale: LatentScale) -> None:
-    """Make the scale the running statistics of the norms; raises `UserError` where it differs in
-    its number of channels."""
+    """Make the scale the running statistics of the norms.
+
+    Raises `UserError` where it has another number of channels or is not finite.
+    """
     for norm in norms:
-        channels = len(norm.running_mean)
-        if scale.mean.numel() not in (1, channels):
+        channels, given = len(norm.running_mean), scale.mean.numel()
+        if given not in (1, channels) or not _is_usable(scale):
             raise UserError(
-                f"{scale.source}: latent statistics of {scale.mean.numel()} channels, but the "
-                f"SiT has {channels}: set init.statistics=tiles"
+                f"{scale.source}: has latent statistics of {given} channels that do not fit the "
+                f"SiT's {channels} or are not finite: set init.statistics=tiles"
             )
         norm.running_mean.copy_(scale.mean)
         norm.running_var.copy_(scale.variance)
@@ -120,11 +111,8 @@ def read_latent_scale(name: str) -> LatentScale:
     beside = path.with_name(f"{path.stem}-latents-stats.pt")
     if beside.exists():
         return _scale_of_file(beside)
-    if (described := folder / "config.json").exists():
-        values = json.loads(described.read_text())
-        if isinstance(factor := values.get("scaling_factor"), float):
-            mean, std = float(values.get("shift_factor") or 0), 1 / factor
-            return LatentScale(torch.tensor(mean), torch.tensor(std * std), str(described))
+    if (scale := _scale_of_config(folder / "config.json")) is not None:
+        return scale
     raise UserError(
         f"init.statistics=vae: {name} brings no latent statistics (an exported model's folder, a "
         f"checkpoint of REPA-E, {beside.name} or a config.json with scaling_factor does); set "
@@ -138,6 +126,14 @@ def describe_latents(norm: LatentNorm, source: str, *, fixed: bool) -> str:
     stds = " ".join(f"{value:.3g}" for value in norm.running_var.sqrt().tolist())
     fate = "fixed for the whole run" if fixed else "where the running ones begin"
     return f"latent statistics: mean {means}, std {stds}, of {source}; {fate}"
+
+
+def _is_usable(scale: LatentScale) -> bool:
+    return bool(
+        torch.isfinite(scale.mean).all()
+        and torch.isfinite(scale.variance).all()
+        and (scale.variance >= 0).all()
+    )
 
 
 def _scale_of_sit(tensors: Mapping[str, Tensor], source: str) -> LatentScale:
@@ -155,6 +151,45 @@ def _scale_of_file(path: Path) -> LatentScale:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: has no latents_scale and latents_bias tensors") from error
     return LatentScale(bias, scale.double() ** -2, str(path))
+
+
+def _scale_of_config(path: Path) -> LatentScale | None:
+    """What a diffusers VAE's config.json says of all channels alike; None where it says nothing."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        factor, shift = values.get("scaling_factor"), values.get("shift_factor")
+        if not factor:
+            return None
+        mean, variance = float(shift or 0), float(factor) ** -2
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): set init.statistics=tiles") from error
+    return LatentScale(torch.tensor(mean), torch.tensor(variance), str(path))
+
+
+def _sum_over_tiles(
+    vae: VAE,
+    dataset: Dataset,
+    rows: Sequence[tuple[str, int]],
+    config: Config,
+    processes: Processes,
+) -> Tensor:
+    """`_sum_moments` of all rows, float64 [4, C], of which each process reads its share."""
+    passes = [list(rows[at : at + _AT_ONCE]) for at in range(0, len(rows), _AT_ONCE)]
+    mine = range(processes.rank, len(passes), processes.size)
+    chosen = [passes[index] for index in mine]
+    sums = torch.zeros(len(passes), 4, vae.config.latent_channels, dtype=torch.float64)
+    counted = sum(len(each) for each in chosen)
+    shown = open_meter("latent statistics", counted, "tiles") if processes.is_main else None
+    with shown or nullcontext() as meter, _exact_arithmetic():
+        for index, tiles in zip(mine, _read_ahead(dataset, chosen, config), strict=True):
+            if len(tiles):
+                sums[index] = _sum_moments(vae, tiles)
+            if meter is not None:
+                meter.advance(len(passes[index]))
+    # Each pass has its own row, and the others add 0: one order of summation for all.
+    return processes.sum_values(sums.to(processes.device)).cpu().sum(dim=0)
 
 
 @torch.no_grad()

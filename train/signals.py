@@ -16,7 +16,7 @@ EXIT_REQUEUE = 75
 same command goes on from it. A requeue script starts the job again on this status alone."""
 
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # as nohup and shells leave them to background jobs
+_IGNORABLE = (signal.SIGHUP,)  # as nohup leaves it
 _SAME_KEY_S = 0.1  # Ctrl-C can reach a process twice: from the terminal and from what started it
 
 

@@ -243,8 +243,12 @@ def test_statistics_that_come_with_the_weights(
     mean, variance, _ = read_latent_scale(str(folder / "e2e.pt"))
     assert mean.tolist() == [1] * 4
     assert variance.tolist() == [0.25] * 4
-    with pytest.raises(UserError, match="latent statistics of 3 channels, but the SiT has 4"):
-        set_latent_scale([model.sit.bn], latents.LatentScale(mean[:3], mean[:3], "x"))
+    for wrong in (mean[:3], torch.tensor(float("inf")), -mean):
+        with pytest.raises(UserError, match=r"x: has latent statistics of \d channels that do no"):
+            set_latent_scale([model.sit.bn], latents.LatentScale(wrong, wrong, "x"))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read .*init\.statistics=tiles"):
+        read_latent_scale(str(folder / "vae.safetensors"))
 
 
 def test_a_damaged_tile_stops_it_or_is_left_out(
