@@ -78,7 +78,7 @@ class CytoSynGenerator:
             "model_sha256": _model_sha256(self._model),
             **({} if random is None else {"model_encoder_random": random}),
             **self._settings.arguments(),
-            **({"legacy_truncate": True} if self._settings.legacy_truncate else {}),
+            **({"rounding": "down"} if self._settings.legacy_truncate else {}),
             "compute_dtype": self._dtype,
             **({"compiled": True} if self._compiles else {}),
         }

@@ -31,8 +31,8 @@ def test_truncated_images_are_a_dataset_of_their_own(
     for name, more in (("rounded", ()), ("truncated", ("--legacy-truncate",))):
         assert main(command(name, "--limit", "4", *more)) == 0
     rounded, truncated = (Dataset(tmp_path / name) for name in ("rounded", "truncated"))
-    assert "legacy_truncate" not in read_identity(rounded)
-    assert read_identity(truncated)["legacy_truncate"] is True
+    assert read_identity(rounded)["rounding"] == "nearest"
+    assert read_identity(truncated)["rounding"] == "down"
     differences = [
         tile.astype(int) - other
         for slide in TileStore(rounded, DOOR_PX).slide_ids()
@@ -44,8 +44,10 @@ def test_truncated_images_are_a_dataset_of_their_own(
     ]
     assert set(np.unique(differences)) == {0, 1}
     assert 0.3 < float(np.mean(differences)) < 0.7
-    with pytest.raises(UserError, match="legacy_truncate"):
+    with pytest.raises(UserError, match="rounding is 'nearest' in this dataset, 'down' was asked"):
         main(command("rounded", "--limit", "4", "--legacy-truncate"))
+    with pytest.raises(UserError, match="rounding is 'down' in this dataset, 'nearest' was asked"):
+        main(command("truncated", "--limit", "4"))
 
 
 def test_the_last_key_turns_fastest() -> None:
