@@ -124,7 +124,7 @@ def describe_latents(norm: LatentNorm, source: str, *, fixed: bool) -> str:
     """One line for the console: mean and standard deviation per channel, and of what."""
     means = " ".join(f"{value:.3g}" for value in norm.running_mean.tolist())
     stds = " ".join(f"{value:.3g}" for value in norm.running_var.sqrt().tolist())
-    fate = "fixed for the whole run" if fixed else "where the running ones begin"
+    fate = "fixed from here on" if fixed else "where the running ones begin"
     return f"latent statistics: mean {means}, std {stds}, of {source}; {fate}"
 
 

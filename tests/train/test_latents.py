@@ -99,7 +99,7 @@ def test_training_moves_none_of_them_and_the_exported_model_has_the_same(
     assert train(config) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "latent statistics" in line]
     assert len(said) == 1
-    assert "of 80 tiles of selection 'train'; fixed for the whole run" in said[0]
+    assert "of 80 tiles of selection 'train'; fixed from here on" in said[0]
 
     norm = SiT(config.model.sit).bn
     expected = oracle(train_dataset, config, VAE.load(vae_file, config.model.vae))

@@ -146,6 +146,48 @@ def test_a_second_interrupt_ends_processes_that_wait_for_each_other(
     assert "".join(said).count("interrupted again: ended at once") == 1, said
 
 
+_WAITS_BEFORE_THE_FIRST_STEP = """
+import os, pathlib, sys, time
+from train import loop
+from train.__main__ import main
+from common.console import run_door
+
+def wait(*arguments):
+    pathlib.Path(MARKER + os.environ.get("RANK", "0")).touch()
+    time.sleep(60)
+loop.build_parts = wait
+run_door(lambda: main(sys.argv[1:]), ("train",))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_request_before_the_first_step_ends_the_run(
+    train_dataset: Dataset, tmp_path: Path, number: signal.Signals, size: int
+) -> None:
+    run_dir, port = tmp_path / "run", str(free_port())
+    arguments = command(train_dataset, run_dir)
+    place = str(marker(run_dir))
+    arguments[1:3] = ["-c", _WAITS_BEFORE_THE_FIRST_STEP.replace("MARKER", repr(place))]
+    several = {"WORLD_SIZE": f"{size}", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    with contextlib.ExitStack() as stack:
+        all_of_them = [
+            stack.enter_context(
+                started(arguments, subprocess.PIPE, RANK=f"{k}", LOCAL_RANK=f"{k}", **several)
+            )
+            for k in range(size)
+        ]
+        for k, process in enumerate(all_of_them):
+            wait_for(Path(f"{place}{k}"), process)
+        for process in all_of_them:
+            process.send_signal(number)
+        said = [process.communicate(timeout=20)[0] for process in all_of_them]
+    assert [process.returncode for process in all_of_them] == [EXIT_REQUEUE] * size, said
+    assert "".join(said).count("stopped on request before the first step") == 1, said
+    assert "Traceback" not in "".join(said)
+    assert not (run_dir / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_interrupts_of_torchrun(train_dataset: Dataset, tmp_path: Path, times: int) -> None:
     """It passes the first on as SIGINT, and the second as SIGTERM."""
