@@ -47,6 +47,7 @@ class StopRequests:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_child)
         for number in _REQUESTS:
             handler = signal.getsignal(number)
             if number not in _IGNORABLE or handler is not signal.SIG_IGN:
@@ -55,14 +56,13 @@ class StopRequests:
         self._watcher.start()
         # What Ctrl-C also ends (`| tee log`) or a closed terminal must not cost the checkpoint.
         self._files = stdout._file, stderr._file
-        stdout.file = cast(TextIO, _Tolerant(sys.stdout, self))
-        stderr.file = cast(TextIO, _Tolerant(sys.stderr, self))
+        for console, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
+            if stream is not None:  # as in a process that was started without one
+                console.file = cast(TextIO, _Tolerant(stream, self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_fd)
+        self._restore_handlers(self._previous_fd)
         os.close(self._writing)  # which ends the thread
         self._watcher.join()
         stdout._file, stderr._file = self._files
@@ -71,13 +71,24 @@ class StopRequests:
         """From now on a request is noted, for the end of the step to see."""
         self._may_leave = False
 
+    def _leave_child(self) -> None:
+        """A forked process's signals are its own: in this pipe they would look like ours."""
+        if self._previous:
+            self._restore_handlers(-1)
+
+    def _restore_handlers(self, wakeup_fd: int) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+        signal.set_wakeup_fd(wakeup_fd)
+
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if self._may_leave:
             if self._says:
                 print_line(
-                    "stopped on request before the first step: there is nothing to save, and the "
-                    f"same command begins there again (exit status {EXIT_REQUEUE})"
+                    "stopped on request before the first step of this start: there is nothing new "
+                    f"to save; the same command begins there again (exit status {EXIT_REQUEUE})"
                 )
             raise StoppedEarly(EXIT_REQUEUE)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -271,6 +272,17 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         with StopRequests() as requests:
             requests.begin_steps()
             os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.received
+            # A forked process dies of its own signals, and they are none of ours.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of forking with threads
+                child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            time.sleep(0.2)
             assert not requests.received
             os.kill(os.getpid(), signal.SIGUSR1)
             assert requests.received
