@@ -147,6 +147,11 @@ class FeatureStore:
         if not cached.all():
             raise self._absent_error(slide_id, int(ranks[np.argmin(cached)]))
 
+    def file_of(self, slide_id: str, rank: int) -> str:
+        """The file, relative to the dataset, that has a rank's features; "" where none has."""
+        entry = self._ledger.file_of(slide_id, rank)
+        return entry.files[0].path if entry else ""
+
     def _absent_error(self, slide_id: str, rank: int) -> UserError:
         missing = _missing_message(
             self.dataset, self.encoder, self.kind, self.view, self._selection
