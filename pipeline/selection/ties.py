@@ -134,7 +134,8 @@ def describe_replacement(dataset: Dataset, selection: Selection) -> str:
     if old.content_hash == selection.content_hash:
         return ""
     new, former = (
-        f"{one.rows:,} tiles of {len(one.slide_ids):,} slides" for one in (selection, old)
+        f"{one.rows:,} tiles of {len(one.slide_ids):,} slide{'s' * (len(one.slide_ids) != 1)}"
+        for one in (selection, old)
     )
     return f"{new} in place of {former}" + (" (others)" if new == former else "")
 
@@ -155,6 +156,16 @@ def check_replaced(dataset: Dataset, selection: Selection, *, is_same: bool, rep
         )
     why = "made again, as the dataset has changed" if is_same else "replaced"
     print_line(f"select: selection '{selection.name}' is {why}: {change}")
+
+
+def check_imported_name(dataset: Dataset, name: str) -> None:
+    """Refuse to import rows under the name of a selection that was not imported."""
+    plan = read_plan(dataset, name) if name in dataset.selection_names() else {"rule": IMPORTED}
+    if plan.get("rule") != IMPORTED:
+        raise UserError(
+            f"selection '{name}' is there already and was not imported: remove it first (`select "
+            f"--remove {name}`), or import under another name"
+        )
 
 
 def remove_selection(dataset: Dataset, name: str) -> None:
