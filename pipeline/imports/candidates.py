@@ -37,7 +37,6 @@ from pipeline.selection.select import family_patients
 from pipeline.selection.slides import cohort_of_slides
 from pipeline.selection.ties import (
     check_honoured,
-    check_imported_name,
     check_may_change,
     describe_replacement,
     read_ties,
@@ -79,7 +78,6 @@ def record_candidates(
     """
     for tiles in imported:
         check_name(tiles.name, "selection")
-        check_imported_name(dataset, tiles.name)
     detector = f"{parameters['name']} {fingerprint_of(**parameters)}"
     claims = {"detector": detector, "detector_parameters": dict(parameters)}
     identity = claim_identity(dataset, claims, stage=TISSUE, versions=stage_versions())

@@ -158,16 +158,6 @@ def check_replaced(dataset: Dataset, selection: Selection, *, is_same: bool, rep
     print_line(f"select: selection '{selection.name}' is {why}: {change}")
 
 
-def check_imported_name(dataset: Dataset, name: str) -> None:
-    """Refuse to import rows under the name of a selection that was not imported."""
-    plan = read_plan(dataset, name) if name in dataset.selection_names() else {"rule": IMPORTED}
-    if plan.get("rule") != IMPORTED:
-        raise UserError(
-            f"selection '{name}' is there already and was not imported: remove it first (`select "
-            f"--remove {name}`), or import under another name"
-        )
-
-
 def remove_selection(dataset: Dataset, name: str) -> None:
     """Remove a selection that nothing depends on; its journal line is superseded."""
     known = read_ties(dataset, whole=False)
