@@ -35,6 +35,7 @@ from model.noise import derive_seeds
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
+    DatasetKind,
     Run,
     claim_identity,
     encode_png,
@@ -94,7 +95,10 @@ def generate(
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def claim_and_plan() -> list[tuple[int, ...]]:
-        claim_identity(dataset, claims, stage="generate", versions=_software_versions())
+        claim_identity(
+            dataset, claims, stage="generate", versions=_software_versions(),
+            kind=DatasetKind.GENERATED,
+        )  # fmt: skip
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
@@ -127,7 +131,7 @@ def identity_claims(
     # The key is absent unless forced, so that ordinary datasets have one form of identity.
     forced = {"forced_guidance": request.forced} if request.forced else {}
     return {
-        "kind": "generated",
+        "kind": DatasetKind.GENERATED.value,
         "tile_px": generator.tile_px,
         "mpp": request.mpp,
         "codec": "png",

@@ -18,9 +18,10 @@ from pipeline.selection.plan_cohort import plan_selections
 def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
     """Write slides.parquet, selections/*.parquet, excluded.csv and report.html under `out`."""
     target, run_id = Dataset(out), new_run_id()
-    # Its slides and selections would be replaced by simulated ones.
     if target.identity_file.exists():
-        raise UserError(f"--out {out} is a dataset; write the plan to a folder of its own")
+        raise UserError(
+            f"{out} is a dataset, whose slides a plan would replace: give another --out"
+        )
     table = read_cohort_csv(table_file, config.candidates)
     with open_meter("plan-cohort", len(config.train) + 3, "selections") as progress:
         slides = write_slides(target, run_id, table.slides)
