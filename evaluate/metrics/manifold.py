@@ -378,8 +378,8 @@ def largest_k(rows: int) -> int:
     A ball that reaches beyond half of the other rows of its set says where the set is, not where
     its neighbourhood is.
 
-    >>> [largest_k(rows) for rows in (2, 3, 8, 41)]
-    [0, 1, 3, 20]
+    >>> largest_k(2), largest_k(8), largest_k(41)
+    (0, 3, 20)
     """
     return (rows - 1) // 2
 
