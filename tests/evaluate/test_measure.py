@@ -30,6 +30,7 @@ from evaluate.metrics import (
 from evaluate.metrics.blockiness import measure_blockiness
 from evaluate.metrics.metric import MetricSettings
 from evaluate.metrics.registry import METRICS
+from evaluate.report.command import write_report
 from evaluate.report.images import read_tile_pairs
 from evaluate.report.page import all_warnings
 from pipeline.dataset import (
@@ -433,6 +434,9 @@ def test_rows_without_a_number_are_named_and_cost_what_reads_them(
     assert measure_by_door(real, synthetic, out) == 1
     assert not any(read_results(out).part("metrics").values())
     assert "gen-00000, rank 0" in read_results(out).part("failed").text("frechet_distance")
+    page = tmp_path / "report.html"
+    write_report(results_file=out, run_dir=None, real=real.root, generated=synthetic.root, out=page)
+    assert "Fréchet distance: not measured" in page.read_text()
 
 
 @pytest.mark.parametrize("fault", [MemoryError("no room"), KeyError("bug"), float("nan")])
