@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
 CACHE_BYTES = 192 << 20
@@ -98,7 +99,13 @@ class NativeReader(SlideReader):
                 raise SlideOpenError(f"native: level {number} leaves tiles out")
         self.codec = self.native[0].codec
         self.native_tiles = tuple((n.tile_width, n.tile_height) for n in self.native)
-        self.resolution = _resolution_tags(base, self.vendor)
+        self.resolution = read_description(
+            _resolution_tags(base, self.vendor),
+            str(base.description),
+            self.vendor,
+            base.imagewidth,
+            base.imagelength,
+        )
         self.icc_profile = _tag_value(base, 34675)
 
     def expect_windows(self, level: int, windows: npt.NDArray[np.int64]) -> None:
@@ -253,15 +260,16 @@ def _native_level(page: Any) -> NativeLevel:
 
 
 def _resolution_tags(page: Any, vendor: str) -> ResolutionTags:
-    if vendor == "aperio":
-        match = _APERIO_MPP.search(str(page.description))
-        value = float(match[1]) if match else 0.0
-        return ResolutionTags(vendor=(value, value)) if value > 0 else ResolutionTags()
-    unit = _UNIT_IN_UM.get(int(_tag_value(page, 296) or 2))
+    # Inches where the tag is missing; tifffile's value for "no unit" counts as false.
+    unit_tag = _tag_value(page, 296)
+    unit = _UNIT_IN_UM.get(2 if unit_tag is None else int(unit_tag))
     x, y = (_to_float(_tag_value(page, code)) for code in (282, 283))
-    if unit is None or not x or not y:
-        return ResolutionTags()
-    return ResolutionTags(tiff=(unit / x, unit / y))
+    tiff = (unit / x, unit / y) if unit and x and y else None
+    if vendor != "aperio":
+        return ResolutionTags(tiff=tiff)
+    match = _APERIO_MPP.search(str(page.description))
+    value = float(match[1]) if match else 0.0
+    return ResolutionTags(vendor=(value, value) if value > 0 else None, tiff=tiff)
 
 
 def _tag_value(page: Any, code: int) -> Any:

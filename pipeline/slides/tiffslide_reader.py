@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import tiffslide
 
+from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 
 _ICC_TAG = 34675
@@ -28,12 +29,15 @@ class TiffSlideReader(SlideReader):
                 )
             )
             properties = dict(self._slide.properties)
-            profile = self._slide.ts_tifffile.pages.first.tags.get(_ICC_TAG)
+            first = self._slide.ts_tifffile.pages.first
+            profile, description = first.tags.get(_ICC_TAG), str(first.description)
         except Exception as error:
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"tiffslide: {error}") from error
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
-        self.resolution = _resolution_tags(properties)
+        self.resolution = read_description(
+            _resolution_tags(properties), description, self.vendor, *self._slide.dimensions
+        )
         self.icc_profile = None if profile is None else bytes(profile.value)
 
     def _read_window(
