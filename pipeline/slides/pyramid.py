@@ -20,8 +20,8 @@ _TEMPLATE_PX, _TEMPLATE_PX_STEEP = 64, 32
 _STEEP = 8.0
 _SEARCH_PX = 5
 _SMALLEST_PX = 24
-_COARSE_GRID, _FINE_GRID = 6, 8
-_WINDOWS, _FEWEST_WINDOWS = 9, 4
+_GRID, _DENSE_GRID = 5, 8
+_WINDOWS, _FEWEST_WINDOWS = 8, 4
 _BUDGET_PX = 5_000_000
 _NATIVE_TILE_PX = 256
 
@@ -34,16 +34,16 @@ _LEAST_CORRELATION = 0.6
 _LEAST_GAIN = 0.3
 # A kernel may shift by half a pixel, and rounded sizes by one at the far edge.
 _MOST_SHIFT_PX = 2.0
-_MOST_COLOUR = 24.0
+_MOST_COLOUR = 16.0
 
 
 def find_false_levels(reader: SlideReader) -> dict[int, str]:
     """The levels (by number) that are not reductions of level 0, and why, as a clause.
 
     A level's size must be level 0's by one downsample in x and y, and its pixels those of level 0
-    (by way of the next finer level that is proved) at up to nine places with contrast, as far apart
-    as the slide has them. A level that shows no contrast where finer ones show none is taken by its
-    size. Reads a few million pixels; a place that cannot be read proves nothing.
+    (by way of the next finer level that is proved) at up to eight places with contrast, as far
+    apart as the slide has them. A level that shows no contrast where finer ones show none is taken
+    by its size. Reads a few million pixels; a place that cannot be read proves nothing.
     """
     if len(reader.levels) < 2:
         return {}
@@ -104,25 +104,28 @@ class _Proof:
         return ""
 
     def _places(self) -> Iterator[Place]:
-        """Places with contrast, the coarsest level's first: it shows the most of the slide."""
-        yield from self._coarse_places
-        if len(self._coarse_places) < _FEWEST_WINDOWS:
-            yield from self._fine_places
+        """Places with contrast, in level 0 or in the coarsest level, which shows more at once."""
+        yield from self._sparse_places
+        if len(self._sparse_places) < _FEWEST_WINDOWS:
+            yield from self._dense_places
 
     @cached_property
-    def _coarse_places(self) -> list[Place]:
+    def _sparse_places(self) -> list[Place]:
+        # Both, since a level that is blank or another picture does not say where to look.
         wide = [
             i
             for i, level in enumerate(self.reader.levels)
             if min(level.width, level.height) >= 2 * _TEMPLATE_PX
         ]
         coarsest = max(wide, key=lambda i: self.downsamples[i], default=0)
-        return self._find_contrast(coarsest, _COARSE_GRID)
+        found = self._find_contrast(0, _GRID)
+        if coarsest:
+            found += self._find_contrast(coarsest, _GRID)
+        return _order_apart(found, self.reader.levels[0])
 
     @cached_property
-    def _fine_places(self) -> list[Place]:
-        # A coarsest level that is blank, or another picture, says nothing of where to look.
-        return self._find_contrast(0, _FINE_GRID)
+    def _dense_places(self) -> list[Place]:
+        return _order_apart(self._find_contrast(0, _DENSE_GRID), self.reader.levels[0])
 
     def _find_contrast(self, index: int, grid: int) -> list[Place]:
         """Places of contrast, one for each of grid x grid windows over the level that has some."""
@@ -139,7 +142,7 @@ class _Proof:
                     energy = cv2.blur((bands**2).sum(2), (side // 4, side // 4))
                     row, column = divmod(int(energy.argmax()), side)
                     found.append(((x + column) * downsample, (y + row) * downsample))
-        return _order_apart(found, self.reader.levels[0])
+        return found
 
 
 def _starts(size: int, side: int, grid: int) -> list[int]:

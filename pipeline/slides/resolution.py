@@ -75,8 +75,8 @@ def resolve_mpp(
     `believed` names the source of the file that comes before the others of the file; "objective" is
     10 µm by the magnification, for slides that state nothing else or contradict it. What
     contradicts the value by more than 10 % (a magnification by more than 35 %) is in `notes`.
-    Raises `MppContradictionError` for a factor of two (of about four for a lens) where neither the table
-    nor `believed` decides, and `ResolutionError` where there is no value.
+    Raises `MppContradictionError` for a factor of two (of about four for a lens) where neither the
+    table nor `believed` decides, and `ResolutionError` where there is no value.
 
     >>> resolve_mpp(ResolutionTags(vendor=(0.25, 0.25)), table=None, assumed=None)
     Mpp(value=0.25, source='vendor', notes=())
@@ -119,9 +119,8 @@ def _plausible_sources(
         if window[0] <= value <= window[1]:
             stated[name] = pair
         else:
-            doubts.append(
-                f"{_SAYS[name]} {value:.4g}, outside {window[0]} to {window[1]}{_unit_hint(value)}"
-            )
+            hint = "" if name == "tiff-tags" else _unit_hint(value)
+            doubts.append(f"{_SAYS[name]} {value:.4g}, outside {window[0]} to {window[1]}{hint}")
     return stated, doubts
 
 
@@ -154,11 +153,11 @@ def _require_square(pair: tuple[float, float]) -> None:
 
 
 def _no_mpp(doubts: Sequence[str], tags: ResolutionTags) -> str:
-    why = f" ({'; '.join(doubts)})" if doubts else ""
-    nominal = _nominal_mpp(tags)
-    more = ""
+    nominal, more = _nominal_mpp(tags), ""
     if nominal is not None:
-        more = f", or --mpp-from objective ({_NOMINAL_UM / nominal:.3g}x is about {nominal:.4g})"
+        doubts = [*doubts, f"{_NOMINAL_UM / nominal:.3g}x is about {nominal:.4g}"]
+        more = ", or --mpp-from objective"
+    why = f" ({'; '.join(doubts)})" if doubts else ""
     return f"no trustworthy mpp{why}; give a CSV with an mpp column, or --assume-mpp{more}"
 
 
