@@ -42,7 +42,15 @@ setup: $(VENV)/.installed ## create .venv and install what is needed (skipped wh
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.12")'
-	$(PYTHON) -m venv --clear $(VENV)
+	@# An environment is upgraded in place: what a user has put into it is the user's.
+	@if [ -L '$(VENV)' ]; then \
+		echo "error: $(VENV) is a link to $$(readlink '$(VENV)'): nothing is installed through a link; install there yourself ($(PY) -m pip install --constraint constraints.txt --editable '.[dev]', then touch $@), or remove the link, or name another folder with VENV=" >&2; exit 2; \
+	elif [ ! -e '$(VENV)' ]; then $(PYTHON) -m venv '$(VENV)'; \
+	elif [ ! -f '$(VENV)/pyvenv.cfg' ]; then \
+		echo 'error: $(VENV) is there and is no virtual environment: remove it, or name another folder with VENV=' >&2; exit 2; \
+	elif ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo 'error: $(PY) does not run, or is older than Python 3.11: remove $(VENV), then make setup' >&2; exit 2; \
+	elif ! $(PY) -m pip --version > /dev/null 2>&1; then $(PY) -m ensurepip --upgrade > /dev/null; fi
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -13,9 +13,11 @@ from evaluate.generate.plan import IMAGES_PER_SLIDE, pseudo_slide_id
 from evaluate.generate.write import GUIDANCE_DIR, SELECTION_NAME
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     TileStore,
     decode_png,
     identity_value,
+    kind_of,
     read_candidates,
     read_identity,
     read_selection,
@@ -34,7 +36,7 @@ class GeneratedTiles:
     def __init__(self, dataset: Dataset, guidance: Dataset | None = None) -> None:
         self.dataset, self.guidance = dataset, guidance
         self.identity = read_identity(dataset)
-        if self.identity.get("kind") != "generated":
+        if kind_of(self.identity) != DatasetKind.GENERATED:
             raise UserError(f"{dataset.root} contains no generated images; give one of `generate`")
         self.images = read_selection(dataset, SELECTION_NAME).rows
         self.variations = int(self.identity["variations"])

@@ -33,6 +33,7 @@ from evaluate.generators import Generator
 from model.noise import derive_seeds
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Run,
     claim_identity,
     encode_png,
@@ -92,7 +93,10 @@ def generate(
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
     def claim_and_plan() -> list[tuple[int, ...]]:
-        claim_identity(dataset, claims, stage="generate", versions=_software_versions())
+        claim_identity(
+            dataset, claims, stage="generate", versions=_software_versions(),
+            kind=DatasetKind.GENERATED,
+        )  # fmt: skip
         units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
@@ -125,7 +129,7 @@ def identity_claims(
     # The key is absent unless forced, so that ordinary datasets have one form of identity.
     forced = {"forced_guidance": request.forced} if request.forced else {}
     return {
-        "kind": "generated",
+        "kind": DatasetKind.GENERATED.value,
         "tile_px": generator.tile_px,
         "mpp": request.mpp,
         "codec": "png",

@@ -10,6 +10,7 @@ from evaluate.generate.plan import IMAGES_PER_SLIDE, Span, Unit, pseudo_slide_id
 from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
+    DatasetKind,
     Entry,
     FileRecord,
     HashingFile,
@@ -114,7 +115,7 @@ def pseudo_slides(images: int, tile_px: int, mpp: float | None) -> list[Slide]:
         Slide(
             pseudo_slide_id(number),
             path="",
-            reader="generated",
+            reader=DatasetKind.GENERATED.value,
             mpp=mpp,
             mpp_source="guidance" if mpp is not None else "",
             width=side,

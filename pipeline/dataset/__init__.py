@@ -13,8 +13,10 @@ from pipeline.dataset.commit import (
 )
 from pipeline.dataset.fingerprint import fingerprint_of
 from pipeline.dataset.identity import (
+    DatasetKind,
     claim_identity,
     identity_value,
+    kind_of,
     open_dataset,
     read_identity,
     software_versions,
@@ -53,6 +55,7 @@ __all__ = [
     "CANDIDATES_SCHEMA",
     "GENERATED_SCHEMA",
     "Dataset",
+    "DatasetKind",
     "Entry",
     "FileRecord",
     "HashingFile",
@@ -78,6 +81,7 @@ __all__ = [
     "files_present",
     "fingerprint_of",
     "identity_value",
+    "kind_of",
     "make_selection",
     "new_run_id",
     "open_dataset",

@@ -4,7 +4,8 @@ import copy
 import json
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,25 @@ from common.files import json_bytes
 from pipeline.dataset.commit import commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
+from pipeline.dataset.tables.slides import read_slides
 
 FORMAT_VERSION = 1
+
+
+class DatasetKind(StrEnum):
+    """What the tiles of a dataset are: cut from slides, brought as pictures, or made by a model."""
+
+    UNKNOWN = ""
+    SLIDES = "slides"
+    IMPORTED_TILES = "imported tiles"
+    GENERATED = "generated"
+
+
+_KIND_WORDS = {
+    DatasetKind.SLIDES: "tiles cut from slides",
+    DatasetKind.IMPORTED_TILES: "imported tiles",
+    DatasetKind.GENERATED: "generated images",
+}
 
 
 def software_versions(*packages: str) -> dict[str, str]:
@@ -43,6 +61,57 @@ def open_dataset(root: Path) -> Dataset:
 def read_identity(dataset: Dataset) -> dict[str, Any]:
     """The identity section; unknown keys are kept as they are."""
     return dict(_read_document(dataset).get("identity", {}))
+
+
+def kind_of(identity: Mapping[str, object]) -> DatasetKind:
+    """What the tiles of a dataset are, by its identity; `UNKNOWN` before its first stage.
+
+    >>> kind_of({"grid": "adjacent"}).value, kind_of({"kind": "generated"}).value
+    ('slides', 'generated')
+    """
+    # Read off the values of each kind's first stage: datasets of earlier releases have the same,
+    # and one more value would be another identity to what was generated under their guidance.
+    if identity.get("kind") == DatasetKind.GENERATED:
+        return DatasetKind.GENERATED
+    if "grid" not in identity:
+        return DatasetKind.UNKNOWN
+    is_imported = identity["grid"] == DatasetKind.IMPORTED_TILES
+    return DatasetKind.IMPORTED_TILES if is_imported else DatasetKind.SLIDES
+
+
+def refuse_other_kind(dataset: Dataset, kind: DatasetKind, stage: str) -> None:
+    """Raise `UserError` where the folder is a dataset of another kind than `stage` writes."""
+    identity = read_identity(dataset) if _is_there(dataset) else {}
+    found = kind_of(identity) or _kind_of_slides(dataset)
+    if found not in (DatasetKind.UNKNOWN, kind):
+        raise UserError(
+            f"{dataset.root} is a dataset of {_KIND_WORDS[found]} and `{stage}` makes "
+            f"{_KIND_WORDS[kind]}: choose another folder"
+        )
+
+
+def _kind_of_slides(dataset: Dataset) -> DatasetKind:
+    """The kind that slides.parquet shows: for what has no dataset.json, or one without a grid."""
+    if not dataset.slides_file.exists():
+        return DatasetKind.UNKNOWN
+    slides = read_slides(dataset)
+    is_generated = bool(slides) and all(s.reader == DatasetKind.GENERATED for s in slides)
+    return DatasetKind.GENERATED if is_generated else DatasetKind.SLIDES
+
+
+def mixed_kinds(identity: Mapping[str, object], slide_readers: Collection[str]) -> str:
+    """Why a dataset is of two kinds, by its identity and its slides' readers; '' if it is not."""
+    kind = kind_of(identity)
+    if kind == DatasetKind.GENERATED and "grid" in identity:
+        return "says both `generated` and how slides are cut: `generate` wrote over a real dataset"
+    if kind and slide_readers:
+        generated = sum(reader == DatasetKind.GENERATED for reader in slide_readers)
+        if generated != (len(slide_readers) if kind == DatasetKind.GENERATED else 0):
+            return (
+                f"is of {_KIND_WORDS[kind]}, and {generated} of the {len(slide_readers)} slides in "
+                "slides.parquet are generated"
+            )
+    return ""
 
 
 def identity_damage(dataset: Dataset) -> str:
@@ -80,13 +149,17 @@ def claim_identity(
     *,
     stage: str,
     versions: dict[str, str],
+    kind: DatasetKind = DatasetKind.UNKNOWN,
 ) -> dict[str, Any]:
     """Add a stage's identity values, or check them against the recorded ones.
 
+    Where a stage makes one kind of dataset, `kind`, a dataset of another kind is refused.
     Another value than the recorded one is refused with both in the message. The stage's
     software versions and platform are recorded too; records have no time and no host name in them,
     so that two datasets made alike are alike in bytes.
     """
+    if kind:
+        refuse_other_kind(dataset, kind, stage)
     # As they are read back, or a tuple would differ from the list that was recorded.
     claims = json.loads(json.dumps(claims))
     record = {"versions": versions, "platform": platform.platform()}

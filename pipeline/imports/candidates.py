@@ -13,6 +13,7 @@ from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
+    DatasetKind,
     Entry,
     Ledger,
     Run,
@@ -75,7 +76,9 @@ def record_candidates(
         check_name(tiles.name, "selection")
     detector = f"{parameters['name']} {fingerprint_of(**parameters)}"
     claims = {"detector": detector, "detector_parameters": dict(parameters)}
-    identity = claim_identity(dataset, claims, stage=TISSUE, versions=stage_versions())
+    identity = claim_identity(
+        dataset, claims, stage=TISSUE, versions=stage_versions(), kind=DatasetKind.SLIDES
+    )
     fingerprints = {slide.slide_id: tissue_fingerprint(slide, identity) for slide in slides}
     summary = Summary("import")
     ranks: list[dict[str, Ints]] = [{} for _ in imported]

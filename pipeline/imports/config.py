@@ -122,13 +122,12 @@ class TilesConfig:
 
     def identity(self) -> dict[str, object]:
         """The values that every run on a dataset must share."""
-        from pipeline.dataset import fingerprint_of
+        from pipeline.dataset import DatasetKind, fingerprint_of
         from pipeline.dataset.grid import RESERVE_PER_CANDIDATES
         from pipeline.imports.tiles import VERSION
-        from pipeline.tiles.stage import IMPORTED_TILES
 
         parameters = {
-            "name": IMPORTED_TILES,
+            "name": DatasetKind.IMPORTED_TILES,
             "version": VERSION,
             "names": self.names,
             "crop": self.crop,
@@ -138,10 +137,10 @@ class TilesConfig:
             # Nothing is cut, so only `scan` would compare it: it shall find the grid first.
             "mpp_tolerance": ScanConfig.mpp_tolerance,
             "tile_px": self.tile_px,
-            "grid": IMPORTED_TILES,
+            "grid": DatasetKind.IMPORTED_TILES,
             "seed": self.seed,
             "reserve_per_candidates": RESERVE_PER_CANDIDATES,
-            "detector": f"{IMPORTED_TILES} {fingerprint_of(**parameters)}",
+            "detector": f"{DatasetKind.IMPORTED_TILES} {fingerprint_of(**parameters)}",
             "detector_parameters": parameters,
             "resampler": "none",
             "icc": self.icc,

@@ -14,7 +14,16 @@ from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
 from common.text import list_some, one_line
-from pipeline.dataset import Dataset, Entry, Ledger, Missing, Run, Slide, fingerprint_of
+from pipeline.dataset import (
+    Dataset,
+    DatasetKind,
+    Entry,
+    Ledger,
+    Missing,
+    Run,
+    Slide,
+    fingerprint_of,
+)
 from pipeline.dataset.journal import Outcome
 from pipeline.imports.config import MasksConfig
 from pipeline.imports.geojson import (
@@ -207,6 +216,7 @@ class ImportMasksStage(Stage[Slide]):
     """Masks, overlays and candidates from a folder of masks, in place of detection."""
 
     name, label = STAGE, "import"
+    kind = DatasetKind.SLIDES
     rate_of = "candidate tiles"
     work = staticmethod(mask_slide)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     FileRecord,
     Ledger,
@@ -50,8 +51,8 @@ from pipeline.run.tasks import SlideTask, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.scan import STAGE as SCAN
 from pipeline.slides.scan import record_slides, slide_values
-from pipeline.tiles.stage import IMPORTED_TILES, tile_fingerprint
 from pipeline.tiles.stage import STAGE as TILE
+from pipeline.tiles.stage import tile_fingerprint
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 
@@ -109,13 +110,15 @@ def _list_folder(
     except UserError as error:
         reason = str(error)
         slide = replace(_slide_row(folder, config), status="failed", reason=reason)
-        failed = _Fingerprints(fingerprint_of(stage=IMPORTED_TILES, reason=reason), "", "", "")
+        failed = _Fingerprints(
+            fingerprint_of(stage=DatasetKind.IMPORTED_TILES, reason=reason), "", "", ""
+        )
         return _ListedFolder(folder, slide, failed, reason)
     slide = replace(_slide_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
     tiles = tile_fingerprint(slide, identity, config.tile_px, listing.sha256)
     row = fingerprint_of(
-        stage=IMPORTED_TILES, row=asdict(slide), candidates=candidates, tiles=tiles
+        stage=DatasetKind.IMPORTED_TILES, row=asdict(slide), candidates=candidates, tiles=tiles
     )
     return _ListedFolder(folder, slide, _Fingerprints(row, candidates, tiles, listing.sha256))
 
@@ -212,6 +215,7 @@ class ImportTilesStage(Stage[_ListedFolder]):
     """Folders of pictures as shards, candidates and slides.parquet."""
 
     name, label = SCAN, "import"
+    kind = DatasetKind.IMPORTED_TILES
     journals = _JOURNALS
     unit = rate_of = "tiles"
     packages = ("pillow",)

@@ -8,6 +8,7 @@ from typing import Any
 from common.errors import UserError
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     Slide,
     check_slide_id,
@@ -96,7 +97,7 @@ class Facts:
 def read_facts(dataset: Dataset) -> Facts:
     """Read slides and journals; raises `UserError` where the dataset has no scanned slides."""
     slides = read_slides(dataset)
-    if slides and all(slide.reader == "generated" for slide in slides):
+    if slides and all(slide.reader == DatasetKind.GENERATED for slide in slides):
         raise UserError(
             f"{dataset.root} has generated tiles and no slides; its page is made by "
             "`python -m evaluate report`"

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from common.console import open_meter
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     Ledger,
     Missing,
@@ -53,10 +54,11 @@ class Stage(ABC, Generic[Item]):
 
     `name` is that of its journal; `label` is the first word of what it prints, `unit` what the
     progress bar counts (slides or tiles), `rate_of` the count that is stated per second, and
-    `packages` those whose versions are recorded, `device` where networks run, `scopes` the parts of
-    the stage that are tracked apart. `work` is the worker's function: of one task's arguments, or
-    of a list of them (see `make_bundles`). `identity` is what `identity_claims` claimed, {} for
-    nothing. The driver calls `list_items` first, then the other methods item by item.
+    `packages` those whose versions are recorded, `device` where networks run, `kind` the kind of
+    dataset it writes (`UNKNOWN` for any), `scopes` the parts of the stage that are tracked apart.
+    `work` is the worker's function: of one task's arguments, or of a list of them (see
+    `make_bundles`). `identity` is what `identity_claims` claimed, {} for nothing. The driver calls
+    `list_items` first, then the other methods item by item.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Stage(ABC, Generic[Item]):
     rate_of = ""
     packages: tuple[str, ...] = ()
     device = ""
+    kind = DatasetKind.UNKNOWN
     scopes: tuple[str, ...] = ("",)
 
     def __init__(self, dataset: Dataset) -> None:
@@ -129,7 +132,9 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
     """Make what a stage lacks; returns the exit status, 1 if any slide failed."""
     dataset, versions = stage.dataset, stage_versions(*stage.packages)
     if claims := stage.identity_claims():
-        stage.identity = claim_identity(dataset, claims, stage=stage.name, versions=versions)
+        stage.identity = claim_identity(
+            dataset, claims, stage=stage.name, versions=versions, kind=stage.kind
+        )
     summary = Summary(stage.label)
     with ExitStack() as stack:
         runs = [

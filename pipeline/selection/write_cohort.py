@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.console import open_meter, print_line
+from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, commit_bytes, new_run_id, write_selection, write_slides
 from pipeline.dataset.commit import clean_staging
@@ -16,8 +17,12 @@ from pipeline.selection.plan_cohort import plan_selections
 
 def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
     """Write slides.parquet, selections/*.parquet, excluded.csv and report.html under `out`."""
-    table = read_cohort_csv(table_file, config.candidates)
     target, run_id = Dataset(out), new_run_id()
+    if target.identity_file.exists():
+        raise UserError(
+            f"{out} is a dataset, whose slides a plan would replace: give another --out"
+        )
+    table = read_cohort_csv(table_file, config.candidates)
     with open_meter("plan-cohort", len(config.train) + 3, "selections") as progress:
         slides = write_slides(target, run_id, table.slides)
         planned = plan_selections(table, config, slides.sha256)

@@ -40,7 +40,8 @@ def _read_aperio(tags: ResolutionTags, text: str) -> ResolutionTags:
     others = tuple((v, v) for v in values if used and v and abs(v / used - 1) > _SAME_VALUE)
     power = _APERIO_POWER.search(text)
     magnification = _to_number(power[1]) if power else None
-    return replace(tags, others=others, magnification=magnification or None)
+    # What OpenSlide calls the objective's power is this same number.
+    return replace(tags, others=others, magnification=magnification or None, lens=None)
 
 
 def _read_ome(tags: ResolutionTags, text: str, width: int, height: int) -> ResolutionTags:

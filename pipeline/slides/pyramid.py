@@ -27,7 +27,7 @@ _NATIVE_TILE_PX = 256
 
 # Details of one pixel depend on the kernel of a reduction and on JPEG, wide shades on nothing:
 # what lies between decides. Of nearest, box, Lanczos and sharpened reductions by 2 to 32, in JPEG
-# of quality 30, the least correlation was 0.78; of other places of a slide the largest was 0.45.
+# of quality 30, the least correlation was 0.72; of windows of other places 99 % were under 0.28.
 _FINE_SIGMA, _WIDE_PX = 1.5, 25
 _LEAST_CONTRAST = 4.0
 _LEAST_CORRELATION = 0.6

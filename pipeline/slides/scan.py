@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.redact import redact_secrets
 from pipeline.dataset import (
     Dataset,
+    DatasetKind,
     Entry,
     Ledger,
     Missing,
@@ -179,6 +180,7 @@ class ScanStage(Stage[SlideEntry]):
     """Open every slide once."""
 
     name = label = STAGE
+    kind = DatasetKind.SLIDES
     packages = ("tifffile", "imagecodecs")
     work = staticmethod(scan_slide)
 

@@ -15,6 +15,7 @@ from common.errors import UserError
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
+    DatasetKind,
     Entry,
     FileRecord,
     Ledger,
@@ -24,6 +25,7 @@ from pipeline.dataset import (
     commit_bytes,
     commit_file,
     fingerprint_of,
+    kind_of,
     read_candidates,
     read_identity,
     read_selection,
@@ -49,8 +51,6 @@ from pipeline.tiles.spool import Spool
 from pipeline.tissue.stage import imported_source, tissue_fingerprint
 
 STAGE, VERSION = "tile", 2
-IMPORTED_TILES = "imported tiles"
-"""Grid, in the identity, of a dataset whose slides are folders of pictures."""
 _PROGRESS_TILES = 256
 
 Tile = npt.NDArray[np.uint8]
@@ -286,6 +286,7 @@ class TileStage(Stage[_SlideNeed]):
     """Write the tile shards, uint8 [px, px, 3] per tile, that the named selections need."""
 
     name = label = STAGE
+    kind = DatasetKind.SLIDES
     unit = rate_of = "tiles"
     packages = ("imagecodecs", "isal")
     work = staticmethod(tile_slide)
@@ -365,6 +366,6 @@ class TileStage(Stage[_SlideNeed]):
 
 def tile(dataset: Dataset, config: TileConfig, engine: EngineConfig) -> int:
     """Write the tile shards that are missing; returns the exit status (1 if any slide failed)."""
-    if read_identity(dataset).get("grid") == IMPORTED_TILES:
+    if kind_of(read_identity(dataset)) == DatasetKind.IMPORTED_TILES:
         return _nothing_to_cut(dataset, config)
     return run_stage(TileStage(dataset, config), engine)

@@ -14,6 +14,7 @@ from common.errors import UserError
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
+    DatasetKind,
     Entry,
     FileRecord,
     Missing,
@@ -302,6 +303,7 @@ class TissueStage(Stage[Slide]):
     """Detect tissue on every usable slide."""
 
     name = label = STAGE
+    kind = DatasetKind.SLIDES
     rate_of = "candidate tiles"
     packages = ("onnxruntime",)
     work = staticmethod(tissue_slide)

@@ -90,6 +90,8 @@ BUILD = [
     *first_stages("zarr", "--format", "zarr"),
     *model_commands(steps=2, images=16, selection="train"),
 ]
+# This version scans more of a slide and detects tissue otherwise: what comes after goes on.
+RERUN = [command for command in BUILD if command[1] not in ("scan", "tissue")]
 EXTEND = [
     *(
         command
@@ -170,7 +172,7 @@ class Continued:
 def continue_state(tree: Path, start: Path, state: Path, folder: Path) -> Continued:
     """Run every command again, then extend, in a copy at `state` that ends up in `folder`."""
     shutil.copytree(start, state)  # keeps the slide's modification time, which fingerprints have
-    rerun_results = run_commands(tree, state, BUILD)
+    rerun_results = run_commands(tree, state, RERUN)
     rerun = digests(state)
     run_commands(tree, state, EXTEND)
     state.rename(folder)
@@ -187,10 +189,12 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Continued]:
     (state / "small.yaml").write_text(SMALL_MODEL)
     run_commands(previous, state, BUILD)
     state.rename(start)
-    return {
+    results = {
         name: continue_state(tree, start, state, work / name)
         for name, tree in (("previous", previous), ("current", ROOT))
     }
+    shutil.copytree(start, state)
+    return results
 
 
 TIMES = {
@@ -255,6 +259,36 @@ def test_the_extension_is_the_same_in_every_byte(continued: dict[str, Continued]
     for part in ("dataset/tiles", "zarr/selections", "dataset/features", "run/checkpoints",
                  "model-4", "synthetic/tiles", "synthetic/features"):  # fmt: skip
         assert any(name.startswith(part) for name in extended), part
+
+
+def test_slides_that_are_scanned_again_keep_what_was_cut_from_them(
+    continued: dict[str, Continued],
+) -> None:
+    work = continued["current"].folder.parent
+    state, start = work / "state", continued["current"].start  # a copy that is not continued yet
+    scans = [command for command in BUILD if command[1] == "scan"]
+    later = [command for command in RERUN if command[0] == "pipeline"]
+    for result in run_commands(ROOT, state, [*scans, *later])[len(scans) :]:
+        assert "already done, nothing to redo" in result.output, result
+    again = digests(state)
+    made = [name for name in start if re.match(r"[^/]+/(tiles|features|candidates|tissue)/", name)]
+    assert len(made) > 20
+    assert [name for name in made if again.get(name) != start[name]] == []
+
+
+def test_tissue_of_the_former_detector_is_refused_and_kept(
+    continued: dict[str, Continued],
+) -> None:
+    state = continued["current"].folder.parent / "state"
+    before = digests(state)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "tissue", "--dataset", "dataset", "--workers", "1"],
+        cwd=state, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "detector" in done.stderr
+    assert digests(state) == before
 
 
 def test_timed_files_differ_in_times_alone(continued: dict[str, Continued]) -> None:

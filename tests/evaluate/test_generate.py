@@ -188,6 +188,16 @@ def test_other_values_than_the_datasets_are_refused(
         run(conditions=4, generator=Stripes("other"))
 
 
+def test_a_real_dataset_is_never_taken_over(
+    run: Callable[..., GenerationOutcome], evaluate_real: Callable[..., Dataset]
+) -> None:
+    real = evaluate_real(name="other")
+    before = {path: path.read_bytes() for path in real.root.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is a dataset of tiles cut from slides and `generate`"):
+        run(out="other")
+    assert before == {path: path.read_bytes() for path in real.root.rglob("*") if path.is_file()}
+
+
 def test_neighbouring_seeds_share_no_image(
     run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:

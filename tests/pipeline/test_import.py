@@ -401,7 +401,7 @@ def test_folders_become_a_dataset_of_their_own(tile_folders, scanned, cmu_slide,
     assert main(["select", "--name", "train", "--dataset", str(root)]) == 0
     assert read_selection(dataset, "train").rows == 23 - 2
     assert main(["tile", "--dataset", str(root)]) == 0
-    with pytest.raises(UserError, match="grid is 'imported tiles' in this dataset"):
+    with pytest.raises(UserError, match="is a dataset of imported tiles and `scan`"):
         main(["scan", str(cmu_slide), "--dataset", str(root)])
 
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, read_identity
-from pipeline.dataset.identity import identity_damage
+from pipeline.dataset import Dataset, read_identity, read_slides
+from pipeline.dataset.identity import identity_damage, mixed_kinds
 from pipeline.dataset.layout import is_inside
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
 from pipeline.upkeep.verify.journal_lines import LineDamage, journal_lines
@@ -95,6 +95,18 @@ class Verification:
                     f"not covered: {path.name} has no checksum (removed, or made by an older "
                     "release)"
                 )
+        if not damage:
+            self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Whether all of the dataset is of one kind: slides, imported tiles or generated."""
+        try:
+            slides = read_slides(self.dataset)
+        except UserError:
+            return  # a table that cannot be read is damage, which is reported as such
+        if what := mixed_kinds(read_identity(self.dataset), [slide.reader for slide in slides]):
+            fix = "restore dataset.json and slides.parquet from a copy"
+            self.problems.append(Problem(self.dataset.identity_file.name, what, fix))
 
     def check_journals(self) -> None:
         """Check the lines of every journal."""

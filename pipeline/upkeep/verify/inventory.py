@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 
-from pipeline.dataset import Dataset, Entry, FileRecord, Ledger, files_present, read_journal
-from pipeline.tiles.stage import IMPORTED_TILES
+from pipeline.dataset import (
+    Dataset,
+    DatasetKind,
+    Entry,
+    FileRecord,
+    Ledger,
+    files_present,
+    kind_of,
+    read_journal,
+)
 
 _STAGE_OF_FOLDER = {
     "tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue",
@@ -106,10 +114,11 @@ def read_inventory(dataset: Dataset) -> Inventory:
 
 def tile_writer(identity: Mapping[str, object]) -> str:
     """The command that writes a dataset's tiles, in backticks."""
-    if identity.get("kind") == "generated":
-        return "`evaluate generate`"
-    imported = identity.get("grid") == IMPORTED_TILES
-    return "`pipeline import tiles`" if imported else "`pipeline tile`"
+    commands = {
+        DatasetKind.GENERATED: "`evaluate generate`",
+        DatasetKind.IMPORTED_TILES: "`pipeline import tiles`",
+    }
+    return commands.get(kind_of(identity), "`pipeline tile`")
 
 
 def _walk_files(dataset: Dataset, links: list[str]) -> Iterator[Stray]:
