@@ -1,6 +1,6 @@
 """Whether each level of a pyramid is a reduction of level 0: by its size, and by its pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ _STEEP = 8.0
 _SEARCH_PX = 5
 _SMALLEST_PX = 24
 _GRID, _DENSE_GRID = 5, 8
-_WINDOWS, _FEWEST_WINDOWS = 8, 4
+_WINDOWS, _FEWEST_WINDOWS, _TRIES = 8, 4, 3
 _BUDGET_PX = 5_000_000
 _NATIVE_TILE_PX = 256
 
@@ -30,7 +30,7 @@ _NATIVE_TILE_PX = 256
 # of quality 30, the least correlation was 0.72; of windows of other places 99 % were under 0.28.
 _FINE_SIGMA, _WIDE_PX = 1.5, 25
 _LEAST_CONTRAST = 4.0
-_LEAST_CORRELATION = 0.6
+_LEAST_CORRELATION = 0.5
 _LEAST_GAIN = 0.3
 # A kernel may shift by half a pixel, and rounded sizes by one at the far edge.
 _MOST_SHIFT_PX = 2.0
@@ -69,11 +69,10 @@ def _size_problem(levels: Sequence[Level], index: int, downsample: float) -> str
     if off <= ROUNDED_PX:
         return ""
     across, down = base.width / level.width, base.height / level.height
+    digits = 4 if f"{across:.4g}" != f"{down:.4g}" else 7
     return (
-        f"{level.width}x{level.height} px is {across:.4g} of level 0 across and {down:.4g} down"
-        if f"{across:.4g}" != f"{down:.4g}"
-        else f"{level.width}x{level.height} px is level 0 by {across:.6g} across and {down:.6g} "
-        f"down, but by {downsample:.6g} where it is read"
+        f"{level.width}x{level.height} px is {across:.{digits}g} of level 0 across and "
+        f"{down:.{digits}g} down"
     )
 
 
@@ -91,26 +90,26 @@ class _Proof:
         if comparison.extent < _SMALLEST_PX:
             return ""
         proved = 0
-        for x, y in self._places():
-            try:
-                problem = comparison.compare_at(x, y)
-            except SlideReadError:
-                continue
-            if problem:
-                return f"{problem} at x={x:.0f}, y={y:.0f}"
-            proved += problem is not None
-            if proved == comparison.wanted:
+        # Few places may be left where a label or a blank level said where to look.
+        for dense in (False, True):
+            places = self._dense_places if dense else self._sparse_places
+            for x, y in places[: _TRIES * comparison.wanted]:
+                try:
+                    problem = comparison.compare_at(x, y)
+                except SlideReadError:
+                    continue
+                if problem:
+                    return f"{problem} at x={x:.0f}, y={y:.0f}"
+                proved += problem is not None
+                if proved == comparison.wanted:
+                    return ""
+            if proved >= _FEWEST_WINDOWS:
                 break
         return ""
 
-    def _places(self) -> Iterator[Place]:
-        """Places with contrast, in level 0 or in the coarsest level, which shows more at once."""
-        yield from self._sparse_places
-        if len(self._sparse_places) < _FEWEST_WINDOWS:
-            yield from self._dense_places
-
     @cached_property
     def _sparse_places(self) -> list[Place]:
+        """Places with contrast, in level 0 or in the coarsest level, which shows more at once."""
         # Both, since a level that is blank or another picture does not say where to look.
         wide = [
             i

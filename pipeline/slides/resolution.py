@@ -30,6 +30,7 @@ _VENDOR_WINDOW = (0.02, 50.0)
 # Exactly 1 is what writers of OME-XML put where they do not know.
 _OME_WINDOW = (0.1, 0.999)
 _NOMINAL_UM = 10.0
+_POWERS = (1.0, 150.0)
 _SAID_FACTOR = 1.1
 # Twice, but for the rounding that square pixels are allowed as well.
 _REFUSED_FACTOR = 2 / (1 + MAX_ANISOTROPY)
@@ -72,9 +73,9 @@ def resolve_mpp(
 ) -> Mpp:
     """The first of: the CSV's column, the vendor's metadata, TIFF tags, OME-XML, `assumed`.
 
-    `believed` names the source of the file that comes before the others of the file; "objective" is
-    10 µm by the magnification, for slides that state nothing else or contradict it. What
-    contradicts the value by more than 10 % (a magnification by more than 35 %) is in `notes`.
+    All in µm per px. `believed` names the source that comes before the others of the file;
+    "objective" is 10 µm by the magnification, for slides that state nothing else or contradict it.
+    What contradicts the value by more than 10 % (a magnification by more than 35 %) is in `notes`.
     Raises `MppContradictionError` for a factor of two (of about four for a lens) where neither the
     table nor `believed` decides, and `ResolutionError` where there is no value.
 
@@ -193,9 +194,9 @@ def _find_contradictions(
 
 
 def _nominal_mpp(tags: ResolutionTags) -> float | None:
-    """10 µm by the magnification: 0.25 for 40x."""
-    power = tags.magnification or tags.lens
-    return _NOMINAL_UM / power if power else None
+    """10 µm by the magnification: 0.25 for 40x; None where there is none that slides have."""
+    power = tags.magnification or tags.lens or 0.0
+    return _NOMINAL_UM / power if _POWERS[0] <= power <= _POWERS[1] else None
 
 
 def _factor(one: float, other: float) -> float:

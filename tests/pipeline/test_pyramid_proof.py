@@ -184,6 +184,7 @@ def test_a_small_piece_is_found_on_much_glass(tissue, tmp_path):
     for levels, expected in (
         ([blank], {1}),
         ([blank, reduced(canvas, 16)], {1}),
+        ([blank, _label(reduced(canvas, 4))], {1, 2}),
         ([half, np.ascontiguousarray(blank[::2, ::2])], {2}),
         ([half, reduced(canvas, 4)], set()),
     ):
