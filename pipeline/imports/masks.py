@@ -38,9 +38,9 @@ from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
-from pipeline.tissue.colour import glass_level
 from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection, DetectorConfig
+from pipeline.tissue.glass import glass_level
 from pipeline.tissue.stage import (
     STAGE,
     imported_source,

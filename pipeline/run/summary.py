@@ -17,7 +17,8 @@ _ROWS_SHOWN = 40
 class Summary:
     """How a stage ended, slide by slide: `bytes` written and `seconds` taken among the rest.
 
-    `notes` are of slides that were taken: (slide_id, what a person should know of it).
+    `notes` are of slides that were taken: (slide_id, what a person should know of it). `closing`
+    lines come after the last one; `is_failure` where a stage failed as a whole.
     """
 
     stage: str
@@ -30,6 +31,17 @@ class Summary:
     bytes: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    closing: list[str] = field(default_factory=list)
+    is_failure: bool = False
+
+    def fail(self, reason: str) -> None:
+        """Say in a closing line why the stage as a whole ends with exit status 1."""
+        self.is_failure = True
+        self.add_closing(f"{self.stage}: {reason}")
+
+    def add_closing(self, *lines: str) -> None:
+        """Add lines to what is printed at the very end."""
+        self.closing += lines
 
     def add_entry(self, entry: Entry) -> None:
         """Count one entry."""
@@ -49,8 +61,8 @@ class Summary:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 if any slide failed."""
-        return EXIT_FAILURES if self.failed else EXIT_OK
+        """Exit status: 1 if any slide failed, or the stage as a whole."""
+        return EXIT_FAILURES if self.failed or self.is_failure else EXIT_OK
 
 
 def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
@@ -78,6 +90,8 @@ def report_summary(summary: Summary, where: object, rate_of: str = "") -> int:
     if total and summary.seconds > 0:
         line += f" ({total / summary.seconds:.1f} {rate_of}/s)"
     print_line(line)
+    for closing in summary.closing:
+        print_line(redact_secrets(closing))
     return summary.status
 
 

@@ -108,7 +108,7 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
     division, selections = make_selections(config, drawing, seed, slides_sha256)
-    _write_selections(dataset, selections, drawing, fingerprints)
+    _write_selections(dataset, selections, drawing, fingerprints, tissue.candidates)
     print_exclusions(f"select {config.name}", drawing.excluded)
     for selection in selections:
         print_selection(selection, dataset.selection_file(selection.name))
@@ -303,8 +303,9 @@ def _write_selections(
     selections: list[Selection],
     drawing: Drawing,
     fingerprints: Mapping[str, str],
+    candidates: Mapping[str, str],
 ) -> None:
-    left_out, values = excluded_csv(drawing.excluded), {"ties": ties_to_json(drawing.ties)}
+    left_out, ties = excluded_csv(drawing.excluded), ties_to_json(drawing.ties)
     with Run(dataset, STAGE, stage_versions()) as run:
         entries = []
         for selection in selections:
@@ -315,6 +316,9 @@ def _write_selections(
             )
             counts = {"tiles": selection.rows}
             current = fingerprints[selection.name]
+            # A rank is a row of the slide's candidates: of other ones it is another place.
+            drawn_from = {k: candidates[k] for k in selection.slide_ids if k in candidates}
+            values = {"ties": ties, "candidates": drawn_from}
             entries.append(
                 Entry(selection.name, "done", current, files=files, counts=counts, values=values)
             )

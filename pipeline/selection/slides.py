@@ -10,7 +10,7 @@ import numpy.typing as npt
 from common.errors import UserError
 from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
-from pipeline.tissue.stage import imported_source, tissue_fingerprint
+from pipeline.tissue.stage import candidates_origin, imported_source, tissue_fingerprint
 
 _NO_RESULT = "no tissue result"
 
@@ -20,12 +20,14 @@ class Tissue:
     """The dataset's slides as a cohort (0 candidates where tissue has none) and their state.
 
     `unusable` maps slides without a current result to reason and detail; `fingerprints` are the
-    others' results.
+    others' results, and `candidates` what the ranks of each count in (see
+    `candidates_origin`).
     """
 
     cohort: Cohort
     unusable: dict[str, tuple[str, str]]
     fingerprints: dict[str, str]
+    candidates: dict[str, str]
 
 
 def read_tissue(dataset: Dataset) -> Tissue:
@@ -34,6 +36,7 @@ def read_tissue(dataset: Dataset) -> Tissue:
     ledger = Ledger.read(dataset, "tissue")[""]
     slides, fingerprints = read_slides(dataset), {}
     unusable: dict[str, tuple[str, str]] = {}
+    origins: dict[str, str] = {}
     counts = np.zeros(len(slides), np.int64)
     for index, slide in enumerate(slides):
         if slide.status != "ok":
@@ -51,11 +54,12 @@ def read_tissue(dataset: Dataset) -> Tissue:
             journalled = entry.counts.get("candidate tiles")
             counts[index] = journalled or candidate_count(dataset, slide.slide_id)
             fingerprints[slide.slide_id] = expected
+            origins[slide.slide_id] = candidates_origin(slide, entry)
     if not fingerprints:
         waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())
         what = f"{waiting} slides wait for it" if waiting else "none was found"
         raise UserError(f"no slide of {dataset.root} has tissue candidates ({what}); run `tissue`")
-    return Tissue(cohort_of_slides(slides, counts), unusable, fingerprints)
+    return Tissue(cohort_of_slides(slides, counts), unusable, fingerprints, origins)
 
 
 def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64]) -> Cohort:

@@ -22,6 +22,8 @@ JOB_SCRATCH = "$SLURM_TMPDIR"
 """The default scratch folder, where the batch system gives one."""
 Resampler = Literal["area", "lanczos", "bicubic"]
 MppFrom = Literal["auto", "vendor", "tiff-tags", "ome-xml", "objective"]
+IdSource = Literal["stem", "path", "csv"]
+"""Where slide ids come from that no table states: the file's name, its path, or nowhere."""
 
 _parse_tolerance = number_within(0.0, 0.3, "a relative tolerance from 0 to 0.3")
 
@@ -134,6 +136,14 @@ class ScanConfig:
     )
     series: str = option_field(
         "", "which image of a file that has several is the slide", metavar="NAME"
+    )
+    id_from: IdSource = option_field(
+        "stem",
+        "what slide ids are made of where a table has none: the file's name, its path below the "
+        "folder that is given (siteA__slide1), or nothing, so that a table must have them",
+    )
+    replace: bool = option_field(
+        False, "a slide of the same id at another path takes the place of the one scanned before"
     )
     sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE

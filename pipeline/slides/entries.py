@@ -4,13 +4,17 @@ import csv
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.errors import UserError
 from pipeline.dataset import check_slide_id, safe_slide_id
+from pipeline.slides.config import IdSource
+from pipeline.slides.dicom_series import group_series, read_head
 from pipeline.slides.readers import SLIDE_SUFFIXES
+from pipeline.slides.search import FolderSearch, FoundSlide, kind_of_junk, unique_matches
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
@@ -23,8 +27,8 @@ class SlideEntry:
     """A slide to scan: its path, and what a table says of it ('' where it does not).
 
     `mpp` is in µm per pixel. `taken_by` is the path of another slide that has the same name: this
-    one cannot be scanned. `uri` is where a slide is fetched from that is no local file; its
-    `bytes` are the table's. `series` names the image of a file that has several.
+    one cannot be scanned, and `refusal` says why. `uri` is where a slide is fetched from that is no
+    local file; its `bytes` are the table's. `series` names the image of a file that has several.
     """
 
     path: Path
@@ -40,6 +44,7 @@ class SlideEntry:
     uri: str = ""
     bytes: int = 0
     series: str = ""
+    refusal: str = ""
 
     @property
     def location(self) -> str:
@@ -49,38 +54,214 @@ class SlideEntry:
 
 @dataclass(frozen=True)
 class _Mention:
-    """A slide as one input names it; `row` is the line of the table, '' for a bare path."""
+    """A slide as one input names it; `row` is the line of the table, '' for a bare path.
+
+    `has_id` where the table states the slide's id.
+    """
 
     entry: SlideEntry
     row: str = ""
+    has_id: bool = False
 
 
-def find_slides(inputs: Iterable[str]) -> list[SlideEntry]:
+@dataclass
+class SlideSearch:
+    """The slides that inputs name, by path, and what their folders contain besides.
+
+    `id_from` says where the ids come from that no table states (see `IdSource`).
+    """
+
+    id_from: IdSource = "stem"
+    folders: FolderSearch = field(default_factory=FolderSearch)
+    _by_path: dict[Path, _Mention] = field(default_factory=dict)
+    _has_several: bool = False
+
+    def add_inputs(self, inputs: Sequence[str]) -> None:
+        """Add the slides of folders, globs, files and tables.
+
+        Raises `UserError` where two rows of tables say different things of one path.
+        """
+        self._has_several = sum(os.path.isdir(text) for text in inputs) > 1
+        # One slide may be named several times, in a folder and in a table: a table's words win.
+        for text in inputs:
+            for mention in self._expand_input(text):
+                before = self._by_path.setdefault(mention.entry.path, mention)
+                if before.row and mention.row:
+                    _check_same_entry(before, mention)
+                elif mention.row:
+                    self._by_path[mention.entry.path] = mention
+
+    def entries(
+        self,
+        keep_id: Callable[[SlideEntry, bool], SlideEntry] = lambda entry, _: entry,
+        is_known: Callable[[SlideEntry], bool] = lambda _: False,
+    ) -> list[SlideEntry]:
+        """The slides sorted by slide_id, each id once, in any order of the inputs.
+
+        `keep_id` gives a slide the id that it has already, where no table states one (its second
+        argument: no table names the slide at all); `is_known` says whether an id is already this
+        slide's. Of several slides with one id that one keeps it, or else the
+        first by path; the others get ids of their own and say in `taken_by` and `refusal` why
+        they cannot be scanned.
+        """
+        entries = []
+        for mention in _one_per_series(self._by_path):
+            entry = mention.entry
+            if self.id_from == "csv" and not mention.has_id:
+                raise UserError(
+                    f"{entry.location}: no table has a slide_id for it, which --id-from csv needs"
+                )
+            if not mention.has_id:
+                entry = keep_id(entry, not mention.row)
+            entries.append(entry)
+        return _one_per_id(entries, is_known)
+
+    def _expand_input(self, text: str, base: Path | None = None) -> Iterator[_Mention]:
+        """The slides of one input; `base` is the folder from which ids are made of paths."""
+        path = Path(text)
+        if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file():
+            yield from self._read_table(path)
+        elif path.is_dir():
+            root = _absolute_path(path)
+            base = base or (root.parent if self._has_several else root)
+            for found in sorted(self.folders.search_folder(root), key=lambda slide: slide.path):
+                yield _Mention(SlideEntry(found.path, self._id_of_found(found, base)))
+        elif path.is_file():
+            absolute = _absolute_path(path)
+            slide_id = self._make_id(path, absolute, base or absolute.parent.parent)
+            yield _Mention(SlideEntry(absolute, slide_id))
+        else:
+            yield from self._expand_glob(text)
+
+    def _expand_glob(self, text: str) -> Iterator[_Mention]:
+        matches = list(unique_matches(glob.glob(text, recursive=True)))
+        if not matches:
+            raise UserError(f"{text}: no such file, folder or match; expected slides or a table")
+        parts = Path(text).parts
+        plain = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+        base = _absolute_path(Path(*parts[:plain]))
+        for match in matches:
+            # A glob searches as a folder does; only a file that is named is taken as it is.
+            junk = kind_of_junk(os.path.basename(match))
+            if not os.path.exists(match):
+                self.folders.pass_over("links", "the target is missing", match)
+            elif not (os.path.isfile(match) or os.path.isdir(match)):
+                self.folders.pass_over("devices, pipes or sockets", "no regular files", match)
+            elif junk and os.path.isfile(match):
+                self.folders.pass_over(*junk, match)
+            else:
+                yield from self._expand_input(match, base)
+
+    def _read_table(self, table: Path) -> Iterator[_Mention]:
+        for row, path_column in _read_rows(table):
+            if path_column:
+                entry, has_id = _table_entry(row, path_column)
+            else:
+                entry, has_id = _manifest_entry(row), False
+            if self.id_from == "path" and not has_id:
+                named = Path(row.read_text(path_column)) if path_column else entry.path
+                is_plain = not named.is_absolute() and not entry.uri
+                base = table.parent if is_plain else entry.path.parent.parent
+                slide_id = self._make_id(entry.path, entry.path, base)
+                entry = replace(entry, slide_id=slide_id)
+            yield _Mention(entry, f"{table}, line {row.number}", has_id)
+
+    def _id_of_found(self, found: FoundSlide, base: Path) -> str:
+        if not found.name:
+            return self._make_id(found.path, found.path, base)
+        if self.id_from != "path":
+            return safe_slide_id(found.name)
+        return self._make_id(Path(found.name), found.folder / found.name, base, found.name)
+
+    def _make_id(self, path: Path, absolute: Path, base: Path, name: str = "") -> str:
+        """The id of a slide that no table names; `absolute` is its path, `name` its last part."""
+        if self.id_from != "path":
+            return slide_id_of(path)
+        try:
+            folders = absolute.parent.relative_to(_absolute_path(base)).parts
+        except ValueError:
+            folders = (absolute.parent.name,)
+        return _id_of_parts([*folders, name or _stem_of(path)])
+
+
+def _one_per_id(
+    entries: Sequence[SlideEntry], is_known: Callable[[SlideEntry], bool]
+) -> list[SlideEntry]:
+    """The entries sorted by slide_id; all but one of those that share an id are refused."""
+    counts = Counter(entry.slide_id for entry in entries)
+    clashing = [entry for entry in entries if counts[entry.slide_id] > 1]
+    by_id: dict[str, SlideEntry] = {}
+    for entry in sorted(clashing, key=lambda entry: not is_known(entry)):
+        by_id.setdefault(entry.slide_id, entry)
+    for entry in entries:
+        first = by_id.setdefault(entry.slide_id, entry)
+        if first is not entry:
+            refused = refuse_entry(
+                entry,
+                first.location,
+                f"{entry.location} has the name of {first.location}; give --id-from path or a CSV "
+                "with a slide_id column, or rename one of them",
+            )
+            by_id[refused.slide_id] = refused
+    return [by_id[slide_id] for slide_id in sorted(by_id)]
+
+
+def _id_of_parts(parts: Sequence[str]) -> str:
+    """One id for each path: where characters are replaced, a digest tells paths apart."""
+    text = "__".join(parts)
+    slide_id = safe_slide_id(text)
+    if slide_id != text or any("__" in part for part in parts):
+        digest = hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:8]
+        slide_id = f"{slide_id[:190]}.{digest}"
+    return slide_id
+
+
+def refuse_entry(entry: SlideEntry, taken_by: str, refusal: str) -> SlideEntry:
+    """The entry under an id of its own, so that its refusal is recorded and the other is kept."""
+    digest = hashlib.sha256(entry.location.encode(errors="surrogateescape")).hexdigest()[:8]
+    return replace(
+        entry, slide_id=f"{entry.slide_id[:190]}.{digest}", taken_by=taken_by, refusal=refusal
+    )
+
+
+def find_slides(inputs: Iterable[str], id_from: IdSource = "stem") -> list[SlideEntry]:
     """Slides of folders, globs, files and tables, sorted by slide_id.
 
-    A folder is searched recursively for known suffixes; a folder of .dcm files is one slide.
+    A folder is searched recursively for known suffixes; the .dcm files of one series are one slide.
     Of two files with one slide_id the first by path keeps it; the other names it in `taken_by`.
     What a table says of a slide is true wherever else its path is given. Raises `UserError` where
     two rows say different things of one path.
     """
-    # One slide may be named several times, in a folder and in a table: a table's words win.
-    by_path: dict[Path, _Mention] = {}
-    for text in inputs:
-        for mention in _expand_input(text):
-            before = by_path.setdefault(mention.entry.path, mention)
-            if before.row and mention.row:
-                _check_same_entry(before, mention)
-            elif mention.row:
-                by_path[mention.entry.path] = mention
-    by_id: dict[str, SlideEntry] = {}
-    for path in sorted(by_path):
-        entry = by_path[path].entry
-        if (first := by_id.get(entry.slide_id)) is not None:
-            # Under another name, so that the refusal is recorded and the first slide is kept.
-            digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-            entry = replace(entry, slide_id=f"{entry.slide_id}.{digest}", taken_by=str(first.path))
-        by_id[entry.slide_id] = entry
-    return [by_id[slide_id] for slide_id in sorted(by_id)]
+    search = SlideSearch(id_from)
+    search.add_inputs(list(inputs))
+    return search.entries()
+
+
+def _one_per_series(by_path: Mapping[Path, _Mention]) -> list[_Mention]:
+    """The mentions by path; of several files of one DICOM series one, by preference a table's."""
+    chosen: dict[tuple[Path, str], _Mention] = {}
+    for path in sorted(by_path, key=lambda path: (kind_of_junk(path.name) is not None, path)):
+        mention = by_path[path]
+        key = (path, "") if mention.has_id else _series_key(mention.entry)
+        before = chosen.setdefault(key, mention)
+        if mention.row and not before.row:
+            chosen[key] = mention
+    ids = {_series_key(m.entry) for m in chosen.values() if m.has_id}
+    return [m for key, m in chosen.items() if m.row or key not in ids]
+
+
+def _series_key(entry: SlideEntry) -> tuple[Path, str]:
+    """Folder and series of a DICOM slide; of any other slide its path."""
+    path, suffix = entry.path, entry.path.suffix.lower()
+    if entry.uri or (suffix in SLIDE_SUFFIXES and suffix != ".dcm"):
+        return path, ""
+    try:
+        if path.is_dir():
+            return path, entry.series or next(iter(group_series(path)), "")
+        head = read_head(path) if path.is_file() else None
+    except OSError:
+        head = None
+    return (path.parent, head.series_uid) if head else (path, "")
 
 
 def _check_same_entry(before: _Mention, mention: _Mention) -> None:
@@ -94,29 +275,6 @@ def _check_same_entry(before: _Mention, mention: _Mention) -> None:
             )
 
 
-def _expand_input(text: str) -> Iterator[_Mention]:
-    path = Path(text)
-    if path.suffix.lower() in _TABLE_SUFFIXES and path.is_file():
-        yield from _read_table(path)
-    elif path.is_dir():
-        slides = {
-            # The .dcm files of a folder are one slide.
-            found.parent if found.suffix.lower() == ".dcm" else found
-            for found in path.rglob("*")
-            if found.suffix.lower() in SLIDE_SUFFIXES and found.is_file()
-        }
-        for slide in sorted(slides):
-            yield _Mention(SlideEntry(_absolute_path(slide), slide_id_of(slide)))
-    elif path.is_file():
-        yield _Mention(SlideEntry(_absolute_path(path), slide_id_of(path)))
-    else:
-        matches = sorted(glob.glob(text, recursive=True))
-        if not matches:
-            raise UserError(f"{text}: no such file, folder or match; expected slides or a table")
-        for match in matches:
-            yield from _expand_input(match)
-
-
 def _absolute_path(path: Path) -> Path:
     """Absolute and without '..', but with its links as the user wrote them."""
     return Path(os.path.abspath(path))
@@ -128,12 +286,21 @@ def slide_id_of(path: Path) -> str:
     >>> slide_id_of(Path("store/TCGA-02 0001.ome.tiff"))
     'TCGA-02_0001'
     """
+    name = _stem_of(path)
+    if name.startswith("._"):
+        # Not the name of the file that it accompanies, which is there as well.
+        name = f"AppleDouble_{name[2:]}"
+    return safe_slide_id(name)
+
+
+def _stem_of(path: Path) -> str:
     is_known = path.suffix.lower() in SLIDE_SUFFIXES or path.is_file()
     name = path.name[: -len(path.suffix)] if is_known and path.suffix else path.name
-    return safe_slide_id(name.removesuffix(".ome"))
+    return name.removesuffix(".ome")
 
 
-def _read_table(table: Path) -> Iterator[_Mention]:
+def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
+    """The rows of a table with the name of the path's column, '' for a GDC manifest."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline()
@@ -149,8 +316,7 @@ def _read_table(table: Path) -> Iterator[_Mention]:
                 )
             for number, values in enumerate(rows, 2):
                 row = SlideTableRow(table, number, values)
-                entry = _manifest_entry(row) if is_manifest else _table_entry(row, path_column)
-                yield _Mention(entry, f"{table}, line {number}")
+                yield row, "" if is_manifest else path_column
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read as a table of slides: {error}") from error
 
@@ -204,7 +370,8 @@ class SlideTableRow:
         return value
 
 
-def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
+def _table_entry(row: SlideTableRow, path_column: str) -> tuple[SlideEntry, bool]:
+    """The slide of a row, and whether the row states its id."""
     text = row.read_path(path_column)
     if not text:
         raise row.line_error(f"no value in column '{path_column}'")
@@ -212,9 +379,10 @@ def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
     if not is_remote:
         row.check_below(text)
     path = Path(text) if is_remote or Path(text).is_absolute() else row.table.parent / text
-    return SlideEntry(
+    slide_id = row.values.get("slide_id")
+    entry = SlideEntry(
         path if is_remote else _absolute_path(path),
-        check_slide_id(row.values.get("slide_id") or slide_id_of(path)),
+        check_slide_id(slide_id or slide_id_of(path)),
         row.read_mpp(),
         patient=row.read_text("patient"),
         site=row.read_text("site", "tss"),
@@ -226,6 +394,7 @@ def _table_entry(row: SlideTableRow, path_column: str) -> SlideEntry:
         bytes=row.byte_count("bytes", "size_bytes"),
         series=row.read_text("series"),
     )
+    return entry, bool(slide_id)
 
 
 def _manifest_entry(row: SlideTableRow) -> SlideEntry:

@@ -55,7 +55,7 @@ def _read_ome(tags: ResolutionTags, text: str, width: int, height: int) -> Resol
         _to_number(_attributes(element).get("NominalMagnification", ""))
         for element in _OME_OBJECTIVE.findall(text)
     } - {0.0}
-    return replace(tags, ome=ome, lens=lenses.pop() if len(lenses) == 1 else tags.lens)
+    return replace(tags, ome=tags.ome or ome, lens=lenses.pop() if len(lenses) == 1 else tags.lens)
 
 
 def _attributes(element: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.slides.reader import SlideReader
 
 AUTO = "auto"
+_PICTURES = ".png .jpg .jpeg .bmp"
 _TIFF = ".svs .tif .tiff .ndpi .scn .bif .svslide"
 
 
@@ -23,11 +24,14 @@ class ReaderEntry:
     """Where a reader's class is, and the suffixes (space-separated) of the files that it opens.
 
     An `is_checked` reader is only used for slides whose pixels `scan` found to be OpenSlide's.
+    Files of a reader that is not `is_searched` are slides only where they are named one by one: in
+    a folder of slides they are thumbnails, masks and plots.
     """
 
     location: str
     suffixes: str
     is_checked: bool = False
+    is_searched: bool = True
 
     def open(self, path: Path, series: str = "") -> "SlideReader":
         """Open a slide, or one image of a file that has several; raises `SlideOpenError`."""
@@ -40,26 +44,34 @@ class ReaderEntry:
 READERS: Mapping[str, ReaderEntry] = {
     # `auto` tries them in this order. The native one comes first: it is several times as fast, and
     # compared with OpenSlide slide by slide. OpenSlide knows most formats and is the reference.
-    # tiffslide comes last, for OME-TIFF and tiled TIFF that OpenSlide refuses. A further reader
-    # goes to the end, so that slides which are read today keep their reader and their pixels.
+    # tiffslide is for OME-TIFF and tiled TIFF that OpenSlide refuses, the DICOM reader for what
+    # OpenSlide refuses or would interpolate. A further reader goes to the end, so that slides which
+    # are read today keep their reader and their pixels.
     "native": ReaderEntry("pipeline.slides.native_reader:NativeReader", _TIFF, is_checked=True),
     "openslide": ReaderEntry(
         "pipeline.slides.openslide_reader:OpenSlideReader", f"{_TIFF} .mrxs .vms .vmu .dcm .czi"
     ),
     "tiffslide": ReaderEntry("pipeline.slides.tiffslide_reader:TiffSlideReader", _TIFF),
+    "dicom": ReaderEntry("pipeline.slides.dicom_reader:DicomReader", ".dcm"),
+    "picture": ReaderEntry(
+        "pipeline.slides.picture_reader:PictureReader", _PICTURES, is_searched=False
+    ),
 }
 
 SLIDE_SUFFIXES = frozenset(
-    suffix for entry in READERS.values() for suffix in entry.suffixes.split()
+    suffix for entry in READERS.values() if entry.is_searched for suffix in entry.suffixes.split()
 )
 """Suffixes, in lower case, of the files that a folder of slides is searched for."""
+
+PICTURE_SUFFIXES = frozenset(_PICTURES.split())
+"""Suffixes, in lower case, of pictures: slides where they are named by a glob, path or table."""
 
 
 def reader_choices() -> list[str]:
     """`auto` and the readers' names.
 
     >>> reader_choices()
-    ['auto', 'native', 'openslide', 'tiffslide']
+    ['auto', 'native', 'openslide', 'tiffslide', 'dicom', 'picture']
     """
     return [AUTO, *READERS]
 
@@ -74,8 +86,8 @@ def reader_entry(name: str) -> ReaderEntry:
 def readers_for(path: Path) -> list[str]:
     """The readers that know the file's suffix; all of them for an unknown suffix.
 
-    >>> readers_for(Path("a.mrxs"))
-    ['openslide']
+    >>> readers_for(Path("a.mrxs")), readers_for(Path("a.PNG"))
+    (['openslide'], ['picture'])
     """
     suffix = ".dcm" if path.is_dir() else path.suffix.lower()
     return [n for n, entry in READERS.items() if suffix in entry.suffixes.split()] or [*READERS]

@@ -1,13 +1,13 @@
 """The `scan` stage: open every slide once, record what it is in slides.parquet."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.console import print_line
 from common.errors import UserError
 from common.redact import redact_secrets
+from common.text import list_some
 from pipeline.dataset import (
     Dataset,
     DatasetKind,
@@ -27,20 +27,23 @@ from pipeline.run.workers import EngineConfig
 from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.config import ScanConfig
 from pipeline.slides.describe import describe_slide
-from pipeline.slides.entries import SlideEntry, find_slides
+from pipeline.slides.entries import SlideEntry, SlideSearch, refuse_entry
+from pipeline.slides.identity import KnownSlides, hash_slide, sample_slide, slide_state
 from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
 from pipeline.slides.staging import StageInError, local_slide
-from pipeline.slides.tiff_extent import what_is_missing
+from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
 
 STAGE, VERSION = "scan", 5
 TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
-_HASH_CHUNK = 1 << 22
 
 
-def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
-    """Write slides.parquet from the stage's journals, if it does not say the same already."""
+def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Slide]:
+    """Write slides.parquet from the stage's journals, if it does not say the same already.
+
+    Returns its rows by slide_id.
+    """
     # From all journals, not from this run: array elements and earlier runs scanned other slides.
     ledger = Ledger.read(dataset, STAGE)
     rows = {
@@ -48,12 +51,44 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> None:
         for slide_id in ledger[""]
         for entry in ledger[""].entries(slide_id)
     }
+    # A slide that was refused for its id, and now has one of its own, is one row.
+    taken = {slide.path for slide in rows.values() if slide.status != "failed"}
+    rows = {k: row for k, row in rows.items() if row.status != "failed" or row.path not in taken}
     fingerprint = fingerprint_of(rows=[asdict(rows[key]) for key in sorted(rows)])
     name = dataset.slides_file.name
     if ledger[TABLE_SCOPE].done(name, fingerprint) is None:
         record = write_slides(dataset, run.run_id, rows.values())
         run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
+    return rows
+
+
+def known_slides(dataset: Dataset) -> list[Slide]:
+    """The slides that `scan` recorded in a dataset, each as it last could be read."""
+    entries: dict[str, Entry] = {}
+    for entry in Ledger.read(dataset, STAGE).lines:
+        before = entries.get(entry.slide_id)
+        is_read = entry.outcome in ("done", "rejected")
+        if entry.scope == "" and (is_read or before is None or before.outcome == "failed"):
+            entries[entry.slide_id] = entry
+    return [_slide_of_entry(entry) for entry in entries.values()]
+
+
+def _refuse_other_file(entry: SlideEntry, known: KnownSlides) -> SlideEntry:
+    """The entry, refused where its id is that of another file in the dataset."""
+    reason = "" if entry.taken_by else known.reason_to_refuse(entry)
+    return refuse_entry(entry, known.path_of(entry.slide_id), reason) if reason else entry
+
+
+def _list_replaced(before: Mapping[str, Slide], after: Mapping[str, Slide]) -> list[str]:
+    """The ids of usable slides whose bytes are other ones than before."""
+    return [
+        slide_id
+        for slide_id, old in before.items()
+        if (new := after.get(slide_id)) is not None
+        and old.status == new.status == "ok"
+        and old.sampled_sha256 not in ("", new.sampled_sha256)
+    ]
 
 
 def _slide_of_entry(entry: Entry) -> Slide:
@@ -80,7 +115,7 @@ def slide_values(slide: Slide) -> dict[str, object]:
 
 def _bytes_and_time(source: SlideEntry) -> tuple[int, int]:
     """Bytes and modification time (0 for a slide that is no local file)."""
-    return (source.bytes, 0) if source.uri else _file_state(source.path)
+    return (source.bytes, 0) if source.uri else slide_state(source.path, source.series)
 
 
 def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
@@ -89,16 +124,6 @@ def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
     return fingerprint_of(
         stage=STAGE, version=VERSION, row=row, bytes=size, mtime=mtime_ns, **config.row_parameters()
     )
-
-
-def _file_state(path: Path) -> tuple[int, int]:
-    """Bytes and newest modification time of a slide; of all its files where it is a folder."""
-    try:
-        files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
-        stats = [file.stat() for file in files]
-    except OSError:
-        return 0, 0
-    return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
 def scan_slide(
@@ -111,16 +136,12 @@ def scan_slide(
     slide, why = _slide_before_opening(source), ""
     try:
         if source.taken_by:
-            raise SlideOpenError(
-                f"{source.location} has the name of {source.taken_by}; rename one of them, "
-                "or give a CSV with a slide_id column"
-            )
+            raise SlideOpenError(source.refusal)
         with local_slide(slide, config.stage_in, Path(scratch)) as path:
             if source.uri:
-                slide = replace(slide, bytes=_file_state(path)[0])
-            # The sum before anything is read from it: it is of the file also where that is damaged.
-            if config.sha256:
-                slide = replace(slide, sha256=_hash_slide(path))
+                slide = replace(slide, bytes=slide_state(path, source.series)[0])
+            # The sums before it is opened: they are of the file also where that is damaged.
+            slide = _add_sums(slide, path, source.series, config.sha256)
             _require_whole(path)
             slide, why = describe_slide(slide, path, source, config)
     except ResolutionError as error:
@@ -156,24 +177,27 @@ def _slide_before_opening(source: SlideEntry) -> Slide:
     )
 
 
+def _add_sums(slide: Slide, path: Path, series: str, is_whole: bool) -> Slide:
+    """The slide with the sum of its samples, and of all its bytes where that is wanted."""
+    try:
+        slide = replace(slide, sampled_sha256=sample_slide(path, series))
+        return replace(slide, sha256=hash_slide(path, series)) if is_whole else slide
+    except OSError as error:
+        raise SlideOpenError(f"cannot be read: {error.strerror}") from error
+
+
 def _require_whole(path: Path) -> None:
     try:
         missing = what_is_missing(path)
+        unwritten = "" if missing else what_is_unwritten(path)
     except OSError as error:
         raise SlideOpenError(f"cannot be read: {error.strerror}") from error
     if missing:
         raise SlideOpenError(f"the file is cut off: {missing}; fetch it again")
-
-
-def _hash_slide(path: Path) -> str:
-    sha = hashlib.sha256()
-    # A DICOM or MIRAX slide is a folder: its files in the order of their names.
-    files: Sequence[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        with file.open("rb") as data:
-            while chunk := data.read(_HASH_CHUNK):
-                sha.update(chunk)
-    return sha.hexdigest()
+    if unwritten:
+        raise SlideOpenError(
+            f"the file is not whole: {unwritten}; is it still being copied? If not, fetch it again"
+        )
 
 
 class ScanStage(Stage[SlideEntry]):
@@ -187,11 +211,20 @@ class ScanStage(Stage[SlideEntry]):
     def __init__(self, dataset: Dataset, config: ScanConfig) -> None:
         super().__init__(dataset)
         self.config = config
-        self.sources = find_slides(config.inputs)
+        search = SlideSearch(config.id_from)
+        search.add_inputs(config.inputs)
+        self.before = {slide.slide_id: slide for slide in known_slides(dataset)}
+        known = KnownSlides([] if config.replace else self.before.values())
+        self.sources = [
+            _refuse_other_file(entry, known)
+            for entry in search.entries(known.keep_id, known.is_known)
+        ]
+        self.passed_over = search.folders.describe_passed()
         if not self.sources:
+            there = f"; there: {'; '.join(self.passed_over)}" if self.passed_over else ""
             raise UserError(
                 f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
-                ".ndpi, .mrxs, .dcm or the like, or a CSV with a path column"
+                f".ndpi, .mrxs, .dcm or the like, or a CSV with a path column{there}"
             )
 
     def identity_claims(self) -> dict[str, object]:
@@ -218,12 +251,26 @@ class ScanStage(Stage[SlideEntry]):
 
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
         """Write slides.parquet; the elements of a job array leave it to one more scan."""
+        refused = {slide_id for slide_id, _ in (*summary.rejected, *summary.failed)}
         if engine.is_part:
             print_line(
                 f"{self.output_path} is written by one more `scan`, without --array, at the end"
             )
         else:
-            record_slides(self.dataset, runs[0], summary)
+            rows = record_slides(self.dataset, runs[0], summary)
+            if replaced := _list_replaced(self.before, rows):
+                summary.add_closing(
+                    f"{STAGE}: another file than before: {list_some(replaced, 5)}; run `tissue` "
+                    "and `select` again before `tile`"
+                )
+            if len(refused) == len(self.sources):
+                summary.fail(
+                    f"none of the {len(refused):,} slides can be used: see the reasons above"
+                )
+        if self.passed_over:
+            if summary.done_slides or refused:
+                runs[0].log_event("not taken", what=self.passed_over)
+            summary.add_closing(f"{STAGE}: not taken:", *(f"  {line}" for line in self.passed_over))
 
     @property
     def output_path(self) -> Path:

@@ -24,6 +24,7 @@ from common.processes import is_process_alive
 from common.redact import HIDDEN, redact_secrets, secrets_in
 from pipeline.dataset import Slide
 from pipeline.slides.config import JOB_SCRATCH, StageIn
+from pipeline.slides.identity import sample_slide, slide_state
 
 _PREFIX = "histogen-stage-in"
 _FIRST_PAUSE_S = 2.0
@@ -42,15 +43,12 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
     """The slide as a local path, for as long as the context lasts.
 
     `folder` is used where no scratch was named. A copy of another size in bytes, or another MD5,
-    than the table states is fetched again. Raises `StageInError` naming slide and command.
+    than the table states is fetched again. Raises `StageInError` naming slide and command, or a
+    path that has no file any more, or another file than the one that was scanned.
     """
     if not stage_in.command:
         path = Path(slide.path)
-        if not slide.mtime_ns and not path.exists():
-            raise StageInError(
-                f"slide {slide.slide_id} is at {slide.path}, which is not a local file: "
-                "give --stage-in 'CMD {uri} {dest}' to fetch it"
-            )
+        _check_present(slide, path)
         yield path
         return
     scratch = _make_scratch(stage_in, folder)
@@ -65,6 +63,37 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
         yield _fetch_slide(slide, stage_in, slide_folder)
     finally:
         shutil.rmtree(slide_folder, ignore_errors=True)
+
+
+def _check_present(slide: Slide, path: Path) -> None:
+    """Refuse a slide that is not where `scan` found it, or is another file by now."""
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise StageInError(f"slide {slide.slide_id}: {path}: {error.strerror}") from error
+    if not is_there:
+        if not path.is_absolute() or "://" in slide.path:
+            raise StageInError(
+                f"slide {slide.slide_id} is at {slide.path}, which is not a local file: "
+                "give --stage-in 'CMD {uri} {dest}' to fetch it"
+            )
+        what = "is a link to a file that is missing" if path.is_symlink() else "does not exist"
+        raise StageInError(
+            f"slide {slide.slide_id}: {path} {what}; if the slide was moved or renamed, scan it "
+            "again where it is now"
+        )
+    # Earlier releases took no samples, and counted all files in a DICOM slide's folder.
+    if not slide.mtime_ns or not slide.sampled_sha256:
+        return
+    size, mtime_ns = slide_state(path, slide.series)
+    is_same = size == slide.bytes and (
+        mtime_ns == slide.mtime_ns or sample_slide(path, slide.series) == slide.sampled_sha256
+    )
+    if size and not is_same:
+        raise StageInError(
+            f"slide {slide.slide_id}: {path} is not the file that was scanned ({size:,} bytes, "
+            f"{slide.bytes:,} then); scan it again, then run the later stages"
+        )
 
 
 def _make_scratch(stage_in: StageIn, folder: Path) -> Path:

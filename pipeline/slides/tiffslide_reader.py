@@ -1,6 +1,7 @@
 """Slides through tiffslide: OME-TIFF and tiled TIFF that OpenSlide refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,20 +9,32 @@ import tiffslide
 
 from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
+from pipeline.slides.tiff_images import describe_layout
 
 _ICC_TAG = 34675
 _UNIT_IN_UM = {"CENTIMETER": 10_000.0, "INCH": 25_400.0}
 
 
+class _LevelSlide(tiffslide.TiffSlide):
+    """A slide whose regions are placed in pixels of their level.
+
+    tiffslide places them in pixels of level 0, as OpenSlide does: where a downsample is not whole
+    (2.0004), regions come out shifted by a pixel.
+    """
+
+    def _read_region_loc_transform(self, location: tuple[int, int], level: int) -> tuple[int, int]:
+        return location
+
+
 class TiffSlideReader(SlideReader):
-    """A slide opened by tiffslide (tifffile underneath)."""
+    """A slide opened by tiffslide (tifffile underneath): 8-bit RGB, with or without alpha."""
 
     name = "tiffslide"
 
     def __init__(self, path: Path, series: str = "") -> None:
         self.path = path
         try:
-            self._slide = tiffslide.TiffSlide(path)
+            self._slide = _LevelSlide(path)
             self.levels = tuple(
                 Level(width, height, float(downsample))
                 for (width, height), downsample in zip(
@@ -29,11 +42,16 @@ class TiffSlideReader(SlideReader):
                 )
             )
             properties = dict(self._slide.properties)
-            first = self._slide.ts_tifffile.pages.first
+            first: Any = self._slide.ts_tifffile.pages.first
             profile, description = first.tags.get(_ICC_TAG), str(first.description)
+            unfit = describe_layout((first,)) or ("" if first.dtype == np.uint8 else "16 bits")
         except Exception as error:
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"tiffslide: {error}") from error
+        # It hands out samples as they are, whatever they mean.
+        if unfit:
+            self._slide.close()
+            raise SlideOpenError(f"tiffslide: pixels are not 8-bit RGB: {unfit}")
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
         self.resolution = read_description(
             _resolution_tags(properties), description, self.vendor, *self._slide.dimensions
@@ -43,10 +61,7 @@ class TiffSlideReader(SlideReader):
     def _read_window(
         self, level: int, x: int, y: int, width: int, height: int
     ) -> npt.NDArray[np.uint8]:
-        scale = self.levels[level].downsample
-        # As with OpenSlide, positions are level-0 pixels at every level.
-        corner = (round(x * scale), round(y * scale))
-        region = self._slide.read_region(corner, level, (width, height), as_array=True)
+        region = self._slide.read_region((x, y), level, (width, height), as_array=True)
         if region.dtype != np.uint8 or region.shape[-1] not in (3, 4):
             raise ValueError(f"pixels are {region.dtype} {region.shape}, expected 8-bit RGB")
         return np.ascontiguousarray(region[..., :3])

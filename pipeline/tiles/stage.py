@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from common.console import EXIT_OK, print_line
 from common.errors import UserError
+from common.files import hash_file
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -42,13 +43,18 @@ from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
 from pipeline.slides.cost import tile_cost
 from pipeline.slides.open import open_scanned
-from pipeline.slides.reader import SlideReader
+from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.region import cut_tiles
 from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import local_slide
 from pipeline.tiles.config import TileConfig
 from pipeline.tiles.spool import Spool
-from pipeline.tissue.stage import imported_source, tissue_fingerprint
+from pipeline.tissue.stage import (
+    candidates_origin,
+    imported_source,
+    is_same_origin,
+    tissue_fingerprint,
+)
 
 STAGE, VERSION = "tile", 2
 _PROGRESS_TILES = 256
@@ -81,11 +87,15 @@ def _output_px(dataset: Dataset, config: TileConfig) -> int:
 
 @dataclass
 class _Need:
-    """What selections need of a slide; `selection` is the one that names its last rank."""
+    """What selections need of a slide; `selection` is the one that names its last rank.
+
+    `drawn_from` is what selections were drawn from (see `candidates_origin`), by selection.
+    """
 
     blocks: set[int] = field(default_factory=set)
     last: int = -1
     selection: str = ""
+    drawn_from: dict[str, str] = field(default_factory=dict)
 
 
 def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
@@ -101,6 +111,22 @@ def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, 
                 need.last, need.selection = int(ranks[-1]), name
     # In one order, whatever the order of the selections.
     return {slide_id: needs[slide_id] for slide_id in sorted(needs)}
+
+
+def _note_candidates(
+    dataset: Dataset, selections: tuple[str, ...], needs: dict[str, _Need]
+) -> None:
+    """Add to the needs which candidates `select` drew from, of each selection that it wrote."""
+    ledger = Ledger.read(dataset, "select")[""]
+    for name in selections or tuple(dataset.selection_names()):
+        entry = ledger.latest(name)
+        # An import may have written a selection of this name since.
+        if entry is None or not entry.files or not entry.values.get("candidates"):
+            continue
+        if hash_file(dataset.selection_file(name)) == entry.files[0].sha256:
+            for slide_id, origin in entry.values["candidates"].items():
+                if slide_id in needs:
+                    needs[slide_id].drawn_from[name] = str(origin)
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
@@ -125,6 +151,12 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
         )
     if parent.outcome != "done":
         return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
+    for selection, origin in need.drawn_from.items():
+        if not is_same_origin(origin, candidates_origin(slide, parent)):
+            return (
+                f"selection '{selection}' was drawn from another file or other candidates than the "
+                "slide's as they are now: `select` again"
+            )
     # The journal line states it: the footers of 100,000 files take minutes.
     rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
     if need.last >= rows:
@@ -146,8 +178,28 @@ def tile_fingerprint(
     values = {key: identity[key] for key in ("resampler", "icc", "codec")}
     if tile_px not in (None, identity["tile_px"]):
         values["around"] = tile_px
+    if _was_interpolated(slide, identity):
+        values["interpolated"] = False
     parent = tissue_fingerprint(slide, identity, source)
     return fingerprint_of(stage=STAGE, version=VERSION, parent=parent, **values)
+
+
+def _was_interpolated(slide: Slide, identity: dict[str, Any]) -> bool:
+    """Whether former versions cut the slide's tiles from a level that OpenSlide interpolates.
+
+    Its downsample is not whole. Such tiles are made again; all others stay.
+    """
+    if slide.reader != "openslide" or slide.status != "ok" or not slide.mpp:
+        return False
+    kept = [
+        Level(*level)
+        for number, level in enumerate(slide.levels)
+        if number == 0 or number not in slide.levels_left_out
+    ]
+    plan = plan_read(
+        kept, slide.mpp, identity["mpp"], identity["mpp_tolerance"], int(identity["tile_px"])
+    )
+    return bool(kept[plan.level].downsample % 1)
 
 
 def tile_slide(
@@ -294,6 +346,7 @@ class TileStage(Stage[_SlideNeed]):
     def __init__(self, dataset: Dataset, config: TileConfig) -> None:
         super().__init__(dataset)
         self.needs = _needs_by_slide(dataset, config.selections)
+        _note_candidates(dataset, config.selections, self.needs)
         # Workers get the size: their lines have its scope even where they can read no identity.
         self.tile_px = _output_px(dataset, config)
         self.config = replace(config, tile_px=self.tile_px)

@@ -13,15 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from pipeline.tissue.glass import Bools, Floats, Glass, Rgb
 
 Number = TypeVar("Number", bound=np.generic)
-Rgb = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
-
-GLASS_WITHOUT_GLASS = (245.0, 245.0, 245.0)
 _SAMPLE_PIXELS = 1_000_000
+_DARK = 40
 _MAX_DARK_SHARE = 0.5
+_MAX_UNSCANNED = 0.995
 _MIN_STAIN_SHARE = 0.2
 _MAX_BROWN_SHARE = 0.3
 _MIN_COLOURED_SHARE = 0.1
@@ -29,22 +27,6 @@ _MIN_COLOURED_SHARE = 0.1
 
 class NotHematoxylinEosinError(UserError):
     """The slide is not a brightfield H&E slide: it is rejected, with the reason."""
-
-
-def glass_level(rgb: Rgb) -> tuple[float, float, float]:
-    """Empty glass (R, G, B): the mode of bright, colourless pixels, padding (255) left out.
-
-    A field without glass (a crop of solid tissue) is given 245 in each channel.
-    """
-    step = _sample_step(rgb.shape[:2])
-    planes = [np.ascontiguousarray(rgb[::step, ::step, c]) for c in range(3)]
-    darkest, brightest = _least_and_greatest(planes)
-    # Bright and without colour; 255 is padding that no light fell through.
-    empty = (darkest > 200) & (darkest < 255) & (brightest - darkest < 16)
-    if empty.sum() < 0.005 * empty.size:
-        return GLASS_WITHOUT_GLASS
-    modes = [float(np.bincount(plane[empty], minlength=256).argmax()) for plane in planes]
-    return (modes[0], modes[1], modes[2])
 
 
 def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
@@ -67,11 +49,28 @@ def optical_density(rgb: Rgb, glass: tuple[float, float, float]) -> Floats:
     return density
 
 
+def density_over_glass(rgb: Rgb, glass: Glass) -> Floats:
+    """Optical density [3, h, w] of a picture, as `optical_density`, over glass that may vary."""
+    if glass.field is None:
+        return optical_density(rgb, glass.level)
+    density = np.empty((3, *rgb.shape[:2]), np.float32)
+    table = np.log10(np.arange(256, dtype=np.float64) + 1).astype(np.float32)
+    field = glass.log_planes((rgb.shape[0], rgb.shape[1]))
+    for plane, empty, out in zip(cv2.split(rgb), field, density, strict=True):
+        cv2.LUT(plane, table, out)
+        cv2.subtract(empty, out, out)
+        np.maximum(out, 0, out=out)
+    return density
+
+
 def smooth_density(density: Floats, sigma_px: float) -> Floats:
     """Gaussian mean of a density float32 [3, h, w]; below a third of a pixel nothing is done."""
     if sigma_px < 1 / 3:
         return density
-    return np.stack([cv2.GaussianBlur(plane, (0, 0), sigma_px) for plane in density])
+    smoothed = np.empty_like(density)
+    for plane, out in zip(density, smoothed, strict=True):
+        cv2.GaussianBlur(plane, (0, 0), sigma_px, dst=out)
+    return smoothed
 
 
 def mean_density(density: Floats) -> Floats:
@@ -122,18 +121,35 @@ def _least_and_greatest(
     )
 
 
-def refuse_dark(rgb: Rgb) -> None:
+def refuse_dark(rgb: Rgb, glass: Glass, black: Bools | None) -> None:
     """Raise `NotHematoxylinEosinError` for fluorescence and other pictures on black.
 
-    `rgb` is uint8 [h, w, 3]; refused is one of which more than half is darker than 40 of 255.
+    `rgb` is uint8 [h, w, 3]; `black` [h, w] is what was never scanned, and is not judged. Refused
+    is a picture of which more than half of the rest is dark (below 40 of 255, less with a dim
+    lamp), or whose rest is not bright in all three channels, as brightfield is.
     """
     step = _sample_step(rgb.shape[:2])
-    sample = rgb[::step, ::step]
-    dark = float((sample.max(-1) < 40).mean()) if sample.size else 1.0
-    if dark > _MAX_DARK_SHARE:
+    sample = rgb[::step, ::step].reshape(-1, 3)
+    unscanned = np.zeros(len(sample), bool) if black is None else black[::step, ::step].ravel()
+    rest = sample[~unscanned]
+    share = float(unscanned.mean()) if len(sample) else 1.0
+    limit = min(_DARK, 0.17 * max(glass.level))
+    dark = float((rest.max(-1) < limit).mean()) if len(rest) else 1.0
+    lit = share <= _MAX_DARK_SHARE or glass.found or _is_brightfield(rest)
+    if dark > _MAX_DARK_SHARE or share > _MAX_UNSCANNED or not lit:
+        black_share = float((sample.max(-1) < limit).mean()) if len(sample) else 1.0
         raise NotHematoxylinEosinError(
-            f"{dark:.0%} of the slide is black: fluorescence or an empty scan, not brightfield H&E"
+            f"{black_share:.0%} of the slide is black: fluorescence or an empty scan, "
+            "not brightfield H&E"
         )
+
+
+def _is_brightfield(rest: Rgb) -> bool:
+    """Whether pixels [n, 3] were lit from below: most of them are bright in all channels."""
+    if not len(rest):
+        return False
+    least, most = np.median(rest.min(-1)), np.median(rest.max(-1))
+    return bool(least >= 90 and least >= 0.6 * most)
 
 
 def refuse_wrong_colour(density: Floats, min_density: float) -> None:

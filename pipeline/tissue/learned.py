@@ -27,8 +27,8 @@ import numpy.typing as npt
 from common.errors import UserError
 from common.text import find_nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
-from pipeline.tissue.colour import glass_level
 from pipeline.tissue.detect import Detection
+from pipeline.tissue.glass import glass_level
 
 _KEYS = ("um_per_px", "mean", "std", "classes", "window_px", "margin_px")
 

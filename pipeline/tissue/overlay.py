@@ -87,14 +87,16 @@ def tint_artifacts(canvas: Rgb, mask: npt.NDArray[np.uint8], strength: float) ->
 
 
 def _add_legend(picture: Rgb, title: str, entries: list[tuple[Colour, str]]) -> Rgb:
-    """The picture over a white strip with a title and as many swatches per line as fit."""
+    """The picture over a white strip with a title, of one or more lines, and the swatches."""
     width = max(picture.shape[1], _MIN_WIDTH_PX)
-    lines = _legend_lines(entries, width)
-    height = picture.shape[0] + _LINE_PX * (1 + len(lines)) + 8
+    lines, titles = _legend_lines(entries, width), title.splitlines()
+    height = picture.shape[0] + _LINE_PX * (len(titles) + len(lines)) + 8
     canvas = np.full((height, width, 3), 255, np.uint8)
     canvas[: picture.shape[0], : picture.shape[1]] = picture
-    baseline = picture.shape[0] + _LINE_PX - 4
-    _write_text(canvas, title, 6, baseline)
+    baseline = picture.shape[0] - 4
+    for text in titles:
+        baseline += _LINE_PX
+        _write_text(canvas, text, 6, baseline)
     for line in lines:
         baseline += _LINE_PX
         for left, colour, text in line:

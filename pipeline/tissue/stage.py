@@ -1,6 +1,6 @@
 """The `tissue` stage: a mask, an overlay and the ranked candidates of every slide."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,21 @@ def imported_source(entries: Iterable[Entry]) -> str:
     return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
+def candidates_origin(slide: Slide, entry: Entry) -> str:
+    """Which tissue a slide's ranks count, as two parts of 12 hex digits: its candidates, its bytes.
+
+    A part is '' where it is not known. `entry` is the slide's current line.
+    """
+    written = [file.sha256 for file in entry.files if file.path.startswith("candidates/")]
+    return f"{written[0][:12] if written else ''}.{slide.sampled_sha256[:12]}"
+
+
+def is_same_origin(one: str, other: str) -> bool:
+    """Whether nothing says that ranks of two origins are other places."""
+    parts = zip(one.split("."), other.split("."), strict=False)
+    return all(a == b or not a or not b for a, b in parts)
+
+
 def usable_slides(dataset: Dataset) -> list[Slide]:
     """The slides that scan found fit for tiling."""
     slides = [slide for slide in read_slides(dataset) if slide.status == "ok"]
@@ -154,6 +169,11 @@ def record_tissue(
         "glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan),
         "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.count_verdicts(),
     }  # fmt: skip
+    # Only where they say something: most slides have even glass and no notes.
+    if detection.glass_variation:
+        values["glass_variation"] = round(detection.glass_variation, 3)
+    if detection.notes:
+        values["notes"] = detection.notes
     # Files are kept also where no tile is: the overlay shows why.
     outcome: Outcome = "done" if table.num_rows else "rejected"
     reason = "" if table.num_rows else _why_none(judgement)
@@ -191,6 +211,20 @@ def _same_detector(name: str, expected: str) -> Detector:
     return detector
 
 
+def _refuse_earlier(dataset: Dataset, claims: Mapping[str, Any]) -> None:
+    """Refuse a dataset whose tissue an earlier release of the same detector found."""
+    begun = read_identity(dataset).get("detector_parameters")
+    wanted = claims["detector_parameters"]
+    before = str(begun.get("name", "")) if isinstance(begun, dict) else ""
+    kind = str(wanted["name"]).rpartition("-")[0]
+    if before != wanted["name"] and before.rpartition("-")[0] == kind:
+        raise UserError(
+            f"{dataset.identity_file}: tissue was found by detector {before}, and this release has "
+            f"{wanted['name']}; this dataset goes on with `select`, `tile` and `cache`; for new or "
+            "changed slides make another --dataset"
+        )
+
+
 def _with_focus(
     detector: Detector, detection: Detection, reader: SlideReader, mpp: float, um_per_px: float
 ) -> Detection:
@@ -219,7 +253,10 @@ def _overlay_title(slide: Slide, detection: Detection, um_per_px: float) -> str:
     areas = _class_areas(detection.mask, um_per_px)
     parts = [f"{name} {area:.3g} mm2" for name, area in areas.items()] or ["nothing found"]
     glass = "/".join(f"{value:.0f}" for value in detection.glass)
-    return f"{slide.slide_id}   {slide.mpp:.4g} mpp   {', '.join(parts)}   glass {glass}"
+    if detection.glass_variation:
+        glass += f", varies by {detection.glass_variation:.0%}"
+    title = f"{slide.slide_id}   {slide.mpp:.4g} mpp   {', '.join(parts)}   glass {glass}"
+    return "\n".join((title, *detection.notes))
 
 
 def _why_none(judgement: Judgement) -> str:
@@ -316,7 +353,9 @@ class TissueStage(Stage[Slide]):
 
     def identity_claims(self) -> dict[str, object]:
         """The detector and its thresholds."""
-        return self.config.identity()
+        claims = self.config.identity()
+        _refuse_earlier(self.dataset, claims)
+        return claims
 
     def list_items(self) -> list[Slide]:
         """The slides that scan found fit for tiling."""

@@ -220,10 +220,10 @@ def test_the_profile_is_the_one_that_openslide_finds(shared_data):
         assert len(native.icc_profile) == int(slide.properties["openslide.icc-size"])
 
 
-def test_what_is_no_tiled_rgb_tiff_is_refused_in_one_line(tmp_path):
+def test_what_is_no_rgb_tiff_is_refused_in_one_line(tmp_path):
     (tmp_path / "x.svs").write_bytes(b"garbage" * 40)
     tifffile.imwrite(tmp_path / "grey.tif", np.zeros((64, 64), np.uint8), tile=(16, 16))
-    tifffile.imwrite(tmp_path / "flat.tif", np.zeros((64, 64, 3), np.uint8))
-    for name in ("x.svs", "grey.tif", "flat.tif"):
+    tifffile.imwrite(tmp_path / "float.tif", np.zeros((64, 64, 3), np.float32))
+    for name in ("x.svs", "grey.tif", "float.tif"):
         with pytest.raises(SlideOpenError, match="native:"):
             NativeReader(tmp_path / name)

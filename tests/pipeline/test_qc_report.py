@@ -123,7 +123,7 @@ def test_numbers_of_the_real_slide_are_those_of_its_files(own_tiled: Dataset) ->
         assert one["mm2"][0] == pytest.approx(area, rel=0.02, abs=1e-4), one["name"]
     selected = pq.read_table(own_tiled.selection_file("train")).num_rows
     assert page.data["selections"] == [{"name": "train", "tiles": [selected]}]
-    for words in ("0.5 µm per pixel, ± 2.0%", "224 × 224 px (112 µm)", "classical-2", "png, area"):
+    for words in ("0.5 µm per pixel, ± 2.0%", "224 × 224 px (112 µm)", "classical-3", "png, area"):
         assert words in page.text
 
 

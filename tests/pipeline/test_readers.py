@@ -224,21 +224,23 @@ def test_the_registry_names_every_reader_as_it_names_itself(cmu_slide):
     for name, entry in READERS.items():
         module, _, cls = entry.location.partition(":")
         assert getattr(import_module(module), cls).name == name
-    assert reader_choices() == ["auto", "native", "openslide", "tiffslide"]
+    assert reader_choices() == ["auto", "native", "openslide", "tiffslide", "dicom", "picture"]
     assert {".svs", ".ndpi", ".mrxs", ".dcm", ".czi"} <= SLIDE_SUFFIXES
-    assert readers_for(Path("a.SVS")) == readers_for(Path("a.unknown")) == list(READERS)
+    assert readers_for(Path("a.SVS")) == ["native", "openslide", "tiffslide"]
+    assert readers_for(Path("a.dcm")) == ["openslide", "dicom"]
+    assert readers_for(Path("a.unknown")) == list(READERS)
     with pytest.raises(UserError, match="no reader 'x': expected one of auto, native"):
         open_slide(cmu_slide, "x")
 
 
 def test_a_reader_is_one_module_and_one_line(tmp_path, monkeypatch):
-    (tmp_path / "picture_reader.py").write_text(
+    (tmp_path / "gif_reader.py").write_text(
         "import numpy as np\nfrom PIL import Image\n"
         "from pipeline.slides.reader import Level, ResolutionTags, SlideReader\n"
-        "class PictureReader(SlideReader):\n"
-        "    name = 'picture'\n"
+        "class GifReader(SlideReader):\n"
+        "    name = 'gif'\n"
         "    def __init__(self, path, series=''):\n"
-        "        self.path, self.vendor = path, 'picture'\n"
+        "        self.path, self.vendor = path, 'gif'\n"
         "        self._pixels = np.asarray(Image.open(path).convert('RGB'))\n"
         "        self.levels = (Level(*self._pixels.shape[1::-1], 1.0),)\n"
         "        self.resolution = ResolutionTags()\n"
@@ -248,9 +250,9 @@ def test_a_reader_is_one_module_and_one_line(tmp_path, monkeypatch):
         "        pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(READERS, "picture", ReaderEntry("picture_reader:PictureReader", ".gif"))
+    monkeypatch.setitem(READERS, "gif", ReaderEntry("gif_reader:GifReader", ".gif"))
     Image.new("RGB", (40, 30), (200, 120, 180)).save(tmp_path / "a.gif")
     with open_slide(tmp_path / "a.gif") as slide:
-        assert (slide.name, slide.levels[0].width) == ("picture", 40)
+        assert (slide.name, slide.levels[0].width) == ("gif", 40)
         assert slide.read(0, 38, 0, 4, 1)[0, :, 0].tolist() == [200, 200, 255, 255]
-    assert readers_for(tmp_path / "a.gif") == ["picture"]
+    assert readers_for(tmp_path / "a.gif") == ["gif"]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import (
-    glass_level,
     ink_colour,
     is_coloured,
     optical_density,
@@ -22,6 +21,7 @@ from pipeline.tissue.detect import (
     density_threshold,
     detect_tissue,
 )
+from pipeline.tissue.glass import glass_level
 from pipeline.tissue.verdict import Verdict, judge_tiles
 
 CONFIG = DetectorConfig()

@@ -17,12 +17,13 @@ from PIL import Image
 from pipeline.tissue.classes import TissueClass
 from pipeline.tissue.colour import (
     NotHematoxylinEosinError,
-    glass_level,
+    density_over_glass,
     optical_density,
     smooth_density,
 )
 from pipeline.tissue.detect import DetectorConfig, classify_density, detect_tissue
 from pipeline.tissue.focus import FocusConfig, PatchSource, mark_out_of_focus, measure_sharpness
+from pipeline.tissue.glass import estimate_glass, glass_level
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "tests" / "data" / "tissue"
@@ -137,7 +138,7 @@ def tile_shares(shared_data: Path, name: str) -> np.ndarray:
     image = picture(shared_data / "labelled_tiles" / f"{name}.png")
     small, um_per_px = shrunk(image, 1.0)
     density = smooth_density(
-        optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px
+        density_over_glass(small, estimate_glass(small)), CONFIG.sigma_um / um_per_px
     )
     mask = classify_density(density, um_per_px, CONFIG)
     return np.bincount(mask.ravel(), minlength=len(TissueClass)) / mask.size
@@ -176,7 +177,7 @@ def test_real_tiles_of_many_hospitals_are_tissue_and_never_pen(shared_data):
         region = np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])
         small, um_per_px = shrunk(region, 0.5)
         density = smooth_density(
-            optical_density(small, glass_level(small)), CONFIG.sigma_um / um_per_px
+            density_over_glass(small, estimate_glass(small)), CONFIG.sigma_um / um_per_px
         )
         mask = classify_density(density, um_per_px, CONFIG)
         shares.append(np.bincount(mask.ravel(), minlength=len(TissueClass)) / mask.size)

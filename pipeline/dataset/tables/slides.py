@@ -40,6 +40,7 @@ SLIDES_SCHEMA = pa.schema(
         ("series", pa.string()),
         ("levels_left_out", pa.list_(pa.int32())),
         ("notes", pa.list_(pa.string())),
+        ("sampled_sha256", pa.string()),
     ]
 )
 
@@ -57,7 +58,8 @@ class Slide:
     of a slide that is staged in is its URI, and its `mtime_ns` is 0. `series` names the image of
     the file that is the slide, '' where it has one only; `levels_left_out` are the reader's levels
     that are not used, so that `levels` are the others; `notes` is what a person should know of a
-    slide that is taken.
+    slide that is taken. `sampled_sha256` is of samples of the file's bytes: by it `scan` recognises
+    a slide that was moved, and a file that only has the slide's name.
     """
 
     slide_id: str
@@ -85,6 +87,7 @@ class Slide:
     series: str = ""
     levels_left_out: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    sampled_sha256: str = ""
 
     @property
     def content_key(self) -> dict[str, object]:
