@@ -41,9 +41,11 @@ def read_slide_tiles(
     Raises `UserError`, naming the slide, where it cannot be read or a tile is not within it.
     """
     try:
+        from pipeline.slides.levels import without_levels
         from pipeline.slides.open import open_slide
+        from pipeline.slides.pyramid import find_false_levels
         from pipeline.slides.region import read_region
-        from pipeline.slides.resolution import plan_read, resolve_mpp
+        from pipeline.slides.resolution import MppContradictionError, plan_read, resolve_mpp
     except ImportError as error:
         raise UserError(
             f"--slide needs the slide libraries, and {error.name} is not installed here; install "
@@ -52,8 +54,14 @@ def read_slide_tiles(
     if not path.exists():
         raise UserError(f"slide {path}: no such file")
     try:
-        with open_slide(path) as reader:
-            native_mpp = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
+        with open_slide(path) as opened:
+            reader = without_levels(opened, find_false_levels(opened))
+            try:
+                native_mpp = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
+            except MppContradictionError as error:
+                if slide_mpp is None:
+                    raise UserError(f"{error.facts}; give --slide-mpp") from error
+                native_mpp = slide_mpp
             level = reader.levels[0]
             span = plan_read(reader.levels, native_mpp, mpp, _TOLERANCE, tile_px).stride_level0
             # All places are checked before any is read: reading takes seconds on some formats.
@@ -70,4 +78,5 @@ def read_slide_tiles(
     except UserError as error:
         # The pipeline's own option has another name here.
         message = str(error).replace("--assume-mpp", "--slide-mpp")
+        message = message.replace(", or --mpp-from objective", "")
         raise UserError(f"slide {path.name}: {message}") from error

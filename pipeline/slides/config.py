@@ -21,6 +21,7 @@ from pipeline.slides.readers import reader_choices
 JOB_SCRATCH = "$SLURM_TMPDIR"
 """The default scratch folder, where the batch system gives one."""
 Resampler = Literal["area", "lanczos", "bicubic"]
+MppFrom = Literal["auto", "vendor", "tiff-tags", "ome-xml", "objective"]
 IdSource = Literal["stem", "path", "csv"]
 """Where slide ids come from that no table states: the file's name, its path, or nowhere."""
 
@@ -123,6 +124,11 @@ class ScanConfig:
     assume_mpp: float | None = option_field(
         None, "µm per pixel where a slide states none", parse=parse_mpp
     )
+    mpp_from: MppFrom = option_field(
+        "auto",
+        "which of a slide's resolutions to believe where they contradict each other; objective: "
+        "10 µm by the magnification, also where a slide states nothing else",
+    )
     reader: str = option_field(
         "auto",
         "auto: native where its pixels are OpenSlide's, else OpenSlide, else tiffslide",
@@ -161,5 +167,7 @@ class ScanConfig:
             "assume_mpp": self.assume_mpp,
             "reader": self.reader,
             "series": self.series,
+            # Only where it is given: what was scanned without it stays as it is.
+            **({} if self.mpp_from == "auto" else {"mpp_from": self.mpp_from}),
             **self.identity(),
         }

@@ -6,7 +6,9 @@ from pathlib import Path
 from pipeline.dataset import Slide
 from pipeline.slides.config import ScanConfig
 from pipeline.slides.entries import SlideEntry
+from pipeline.slides.levels import without_levels
 from pipeline.slides.open import best_reader, open_slide
+from pipeline.slides.pyramid import find_false_levels
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
 
@@ -24,7 +26,12 @@ def describe_slide(
     reader, why = _open_with_reader(path, config.reader, source.series or config.series)
     with reader:
         _probe_levels(reader)
-        return _describe(slide, reader, source, config), why
+        false_levels = find_false_levels(reader)
+        left_out = tuple(sorted(false_levels))
+        notes = [f"level {index} left out: {false_levels[index]}" for index in left_out]
+        slide = replace(slide, levels_left_out=left_out, notes=(*slide.notes, *notes))
+        kept = without_levels(reader, left_out)
+        return _describe(slide, kept, source, config), why
 
 
 def _open_with_reader(path: Path, name: str, series: str) -> tuple[SlideReader, str]:
@@ -50,8 +57,14 @@ def _describe(slide: Slide, reader: SlideReader, source: SlideEntry, config: Sca
         notes=(*slide.notes, *reader.notes),
     )
     try:
-        mpp = resolve_mpp(reader.resolution, table=source.mpp, assumed=config.assume_mpp)
-        slide = replace(slide, mpp=mpp.value, mpp_source=mpp.source)
+        mpp = resolve_mpp(
+            reader.resolution,
+            table=source.mpp,
+            assumed=config.assume_mpp,
+            believed=config.mpp_from,
+        )
+        notes = (*slide.notes, *mpp.notes)
+        slide = replace(slide, mpp=mpp.value, mpp_source=mpp.source, notes=notes)
         plan = plan_read(reader.levels, mpp.value, config.mpp, config.mpp_tolerance, config.tile_px)
     except ResolutionError as error:
         return replace(slide, status="rejected", reason=str(error))

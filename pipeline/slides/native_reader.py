@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, over_white
 from pipeline.slides.tiff_images import JPEG, choose_image, describe_layout, is_own_format
 from pipeline.slides.tiled_reader import TiledReader
@@ -125,7 +126,13 @@ class NativeReader(TiledReader):
         self.codec = self.native[0].codec
         self.native_tiles = tuple((n.tile_width, n.tile_height) for n in self.native)
         base = choice.image.layout
-        self.resolution = _resolution_tags(base, self.vendor, choice.image.mpp)
+        # OME-XML is of the whole file, and already read for each of its images.
+        self.resolution = read_description(
+            _resolution_tags(base, self.vendor, choice.image.mpp),
+            str(tiff.ome_metadata or base.description),
+            self.vendor,
+            *sizes[0],
+        )
         self.icc_profile = _tag_value(base, 34675)
         # What this reader has always read; of the rest only what others do not read rightly.
         self.is_ome = bool(tiff.is_ome)
@@ -403,15 +410,16 @@ def _pad_rows(pixels: npt.NDArray[Any], height: int) -> npt.NDArray[Any]:
 
 
 def _resolution_tags(page: Any, vendor: str, mpp: tuple[float, float] | None) -> ResolutionTags:
-    if vendor == "aperio":
-        match = _APERIO_MPP.search(str(page.description))
-        value = float(match[1]) if match else 0.0
-        return ResolutionTags(vendor=(value, value)) if value > 0 else ResolutionTags()
-    unit = _UNIT_IN_UM.get(int(_tag_value(page, 296) or 2))
+    # Inches where the tag is missing; tifffile's value for "no unit" counts as false.
+    unit_tag = _tag_value(page, 296)
+    unit = _UNIT_IN_UM.get(2 if unit_tag is None else int(unit_tag))
     x, y = (_to_float(_tag_value(page, code)) for code in (282, 283))
-    if unit is None or not x or not y:
-        return ResolutionTags(vendor=mpp)
-    return ResolutionTags(vendor=mpp, tiff=(unit / x, unit / y))
+    tiff = (unit / x, unit / y) if unit and x and y else None
+    if vendor != "aperio":
+        return ResolutionTags(tiff=tiff, ome=mpp)
+    match = _APERIO_MPP.search(str(page.description))
+    value = float(match[1]) if match else 0.0
+    return ResolutionTags(vendor=(value, value) if value > 0 else None, tiff=tiff)
 
 
 def _tag_value(page: Any, code: int) -> Any:

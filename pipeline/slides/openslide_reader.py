@@ -11,6 +11,7 @@ import openslide
 
 from pipeline.slides.dicom_series import read_head, series_files
 from pipeline.slides.level_blocks import block_edges, blocks_between
+from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import (
     Level,
     ResolutionTags,
@@ -21,6 +22,7 @@ from pipeline.slides.reader import (
 from pipeline.slides.resolution import level_downsamples
 
 _GENERIC_VENDORS = {"generic-tiff"}
+_UNIT_IN_UM = {"inch": 25_400.0, "centimeter": 10_000.0}
 _MOST_REDUCTION = 4
 _BLOCK_CACHE_BYTES = 256 << 20
 """Enough for the four largest blocks that meet in a corner."""
@@ -66,7 +68,12 @@ class OpenSlideReader(SlideReader):
                 self._slide.level_dimensions, self._slide.level_downsamples, strict=True
             )
         )
-        self.resolution = _resolution_tags(properties, self.vendor)
+        self.resolution = read_description(
+            _resolution_tags(properties, self.vendor),
+            properties.get("tiff.ImageDescription", ""),
+            self.vendor,
+            *self._slide.dimensions,
+        )
         self.native_tiles = _native_tile_sizes(properties, len(self.levels))
         self.bounds = _scanned_area(properties, self.levels[0])
         profile = self._slide.color_profile
@@ -177,7 +184,14 @@ def _resolution_tags(properties: dict[str, str], vendor: str) -> ResolutionTags:
     if vendor in _GENERIC_VENDORS:
         # OpenSlide derives this one from the TIFF resolution tags: less to be trusted.
         return ResolutionTags(tiff=mpp)
-    return ResolutionTags(vendor=mpp)
+    lens = _parse_number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+    return ResolutionTags(vendor=mpp, tiff=_tiff_mpp(properties), lens=lens)
+
+
+def _tiff_mpp(properties: dict[str, str]) -> tuple[float, float] | None:
+    unit = _UNIT_IN_UM.get(properties.get("tiff.ResolutionUnit", ""))
+    x, y = (_parse_number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
+    return (unit / x, unit / y) if unit and x and y else None
 
 
 def _native_tile_sizes(properties: dict[str, str], levels: int) -> tuple[tuple[int, int], ...]:

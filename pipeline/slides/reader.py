@@ -31,10 +31,19 @@ class Level:
 
 @dataclass(frozen=True)
 class ResolutionTags:
-    """µm per pixel at level 0 as (x, y), by where they were found."""
+    """µm per pixel at level 0 as (x, y), by where they were found.
+
+    `ome` is from OME-XML, `others` are what the vendor's metadata states in further places.
+    `magnification` is the vendor's for the whole image (20 for about 0.5 µm), `lens` that of the
+    objective alone, which cameras and adapters change.
+    """
 
     vendor: tuple[float, float] | None = None
     tiff: tuple[float, float] | None = None
+    ome: tuple[float, float] | None = None
+    others: tuple[tuple[float, float], ...] = ()
+    magnification: float | None = None
+    lens: float | None = None
 
 
 class SlideReader(ABC):

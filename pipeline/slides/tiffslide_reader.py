@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import tiffslide
 
+from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 from pipeline.slides.tiff_images import describe_layout
 
@@ -42,7 +43,7 @@ class TiffSlideReader(SlideReader):
             )
             properties = dict(self._slide.properties)
             first: Any = self._slide.ts_tifffile.pages.first
-            profile = first.tags.get(_ICC_TAG)
+            profile, description = first.tags.get(_ICC_TAG), str(first.description)
             unfit = describe_layout((first,)) or ("" if first.dtype == np.uint8 else "16 bits")
         except Exception as error:
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
@@ -52,7 +53,9 @@ class TiffSlideReader(SlideReader):
             self._slide.close()
             raise SlideOpenError(f"tiffslide: pixels are not 8-bit RGB: {unfit}")
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
-        self.resolution = _resolution_tags(properties)
+        self.resolution = read_description(
+            _resolution_tags(properties), description, self.vendor, *self._slide.dimensions
+        )
         self.icc_profile = None if profile is None else bytes(profile.value)
 
     def _read_window(

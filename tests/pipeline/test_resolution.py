@@ -1,10 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.dataset import Slide
+from pipeline.slides.config import ScanConfig
+from pipeline.slides.describe import describe_slide
+from pipeline.slides.entries import SlideEntry
+from pipeline.slides.metadata import read_description
+from pipeline.slides.open import open_slide
 from pipeline.slides.reader import Level, ResolutionTags
 from pipeline.slides.resolution import (
+    MppContradictionError,
     ResolutionError,
     area_resample,
     level_downsamples,
@@ -35,6 +45,197 @@ def test_pixels_that_are_not_square_are_rejected():
     with pytest.raises(ResolutionError, match="not square"):
         resolve_mpp(ResolutionTags(vendor=(0.25, 0.26)), table=None, assumed=None)
     assert resolve_mpp(ResolutionTags(vendor=(0.25, 0.2505)), table=None, assumed=None)
+
+
+def _resolve(*, table=None, assumed=None, believed="auto", **tags):
+    pairs = {k: (v, v) if k in ("vendor", "tiff", "ome") else v for k, v in tags.items()}
+    return resolve_mpp(ResolutionTags(**pairs), table=table, assumed=assumed, believed=believed)
+
+
+@pytest.mark.parametrize("other", ["tiff", "ome"])
+def test_a_contradiction_beyond_a_tenth_is_said(other):
+    assert _resolve(vendor=0.25, **{other: 0.27}).notes == ()
+    mpp = _resolve(vendor=0.25, **{other: 0.3})
+    assert (mpp.value, mpp.source) == (0.25, "vendor")
+    assert "vendor's metadata says 0.25 µm" in mpp.notes[0]
+    assert "0.3" in mpp.notes[0]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 4.0, 1.97])
+@pytest.mark.parametrize(("one", "other"), [("vendor", "tiff"), ("vendor", "ome"), ("tiff", "ome")])
+def test_a_factor_of_two_is_rejected_until_it_is_decided(one, other, factor):
+    tags = {one: 0.24, other: 0.24 * factor}
+    names = {"vendor": "vendor", "tiff": "tiff-tags", "ome": "ome-xml"}
+    with pytest.raises(MppContradictionError, match="--mpp-from") as caught:
+        _resolve(**tags)
+    assert f"--mpp-from {names[one]} or {names[other]}" in str(caught.value)
+    assert f"{0.24 * factor:.4g}" in str(caught.value)
+    for name in (one, other):
+        mpp = _resolve(**tags, believed=names[name])
+        assert (mpp.value, mpp.source) == (pytest.approx(tags[name]), names[name])
+        assert len(mpp.notes) == 1
+    assert (_resolve(**tags, table=0.7).value, _resolve(**tags, table=0.7).source) == (0.7, "table")
+    with pytest.raises(MppContradictionError):
+        _resolve(**tags, assumed=0.5)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "power", "outcome"),
+    [
+        (0.2325, 40, "taken"), (0.2527, 40, "taken"), (0.499, 20, "taken"), (0.32, 40, "taken"),
+        (0.36, 40, "said"), (0.17, 40, "said"), (0.499, 40, "refused"), (0.25, 20, "refused"),
+        (0.05, 20, "refused"), (1.0, 5, "refused"),
+    ],
+)  # fmt: skip
+def test_a_magnification_is_nominal(vendor, power, outcome):
+    if outcome == "refused":
+        with pytest.raises(MppContradictionError, match=f"{power}x is about"):
+            _resolve(vendor=vendor, magnification=power)
+        assert _resolve(vendor=vendor, magnification=power, believed="vendor").value == vendor
+        mpp = _resolve(vendor=vendor, magnification=power, believed="objective")
+        assert (mpp.value, mpp.source) == (10 / power, "objective")
+        return
+    for believed in ("auto", "objective"):
+        mpp = _resolve(vendor=vendor, magnification=power, believed=believed)
+        assert (mpp.value, mpp.source) == (vendor, "vendor")
+        assert bool(mpp.notes) == (outcome == "said")
+
+
+def test_a_lens_says_less_than_a_magnification():
+    """Pannoramic and Axio Scan slides have 0.17 to 0.24 µm behind a lens of 20x."""
+    for vendor in (0.1725, 0.2325, 0.25):
+        mpp = _resolve(vendor=vendor, lens=20)
+        assert (mpp.value, len(mpp.notes)) == (vendor, 1)
+    with pytest.raises(MppContradictionError):
+        _resolve(vendor=0.05, lens=20)
+
+
+def test_the_objective_alone_is_taken_only_where_it_is_asked_for():
+    with pytest.raises(ResolutionError, match=r"20x is about 0\.5.*--mpp-from objective"):
+        _resolve(magnification=20)
+    assert _resolve(magnification=20, believed="objective").value == 0.5
+    assert _resolve(lens=40, believed="objective").value == 0.25
+    assert _resolve(magnification=20, assumed=0.45, believed="auto").source == "assumed"
+    with pytest.raises(ResolutionError, match="no trustworthy mpp"):
+        _resolve(believed="objective")
+
+
+def test_the_objective_decides_between_two_others():
+    mpp = _resolve(vendor=0.25, tiff=0.5, magnification=20, believed="objective")
+    assert (mpp.value, mpp.source, len(mpp.notes)) == (0.5, "tiff-tags", 1)
+
+
+def test_a_vendor_that_states_two_values_is_not_settled_by_its_name():
+    for believed in ("auto", "vendor"):
+        with pytest.raises(MppContradictionError, match="give a CSV with an mpp column"):
+            _resolve(vendor=0.25, others=((0.5, 0.5),), believed=believed)
+    assert _resolve(vendor=0.25, others=((0.5, 0.5),), table=0.5).value == 0.5
+    assert _resolve(vendor=0.5, others=((0.49, 0.49),)).notes == ()
+
+
+def test_what_cannot_be_a_slide_s_resolution_contradicts_nothing():
+    assert _resolve(vendor=0.25, tiff=352.8).notes == ()
+    assert _resolve(vendor=0.25, ome=1.0).notes == (), "1 is written where it is not known"
+    with pytest.raises(ResolutionError, match=r"500.*500 nm would be 0\.5 µm"):
+        _resolve(vendor=500.0)
+    with pytest.raises(ResolutionError, match=r"0\.0005 mm would be 0\.5 µm"):
+        _resolve(ome=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("size", "unit", "mpp"),
+    [
+        (0.25, "µm", 0.25), (0.25, "\u03bcm", 0.25), (0.25, None, 0.25), (0.25, "Âµm", 0.25),
+        (250, "nm", 0.25), (0.00025, "mm", 0.25), (2.5e-7, "m", 0.25), (0.25, "pixel", None),
+        (0, "µm", None),
+    ],
+)  # fmt: skip
+def test_units_of_ome_xml(size, unit, mpp):
+    units = "" if unit is None else f' PhysicalSizeXUnit="{unit}" PhysicalSizeYUnit="{unit}"'
+    label = '<Pixels SizeX="80" SizeY="60" PhysicalSizeX="9" PhysicalSizeY="9"/>'
+    text = (
+        '<?xml version="1.0"?><OME><Instrument><Objective ID="1" NominalMagnification="40.0"/>'
+        f'</Instrument><Image>{label}</Image><Image><Pixels SizeX="800" SizeY="600" '
+        f'PhysicalSizeX="{size}" PhysicalSizeY="{size}"{units}></Pixels></Image></OME>'
+    )
+    tags = read_description(ResolutionTags(), text, "generic-tiff", 800, 600)
+    assert tags.ome == (None if mpp is None else pytest.approx((mpp, mpp)))
+    assert tags.lens == 40
+
+
+def test_aperio_s_description():
+    text = "Aperio Image Library v11\r\n9x9 (256x256) JPEG/RGB Q=70|AppMag = 20|{}"
+    for stated, others in (
+        ("MPP = 0.5", ()), ("MPP = 0.5|MPP = 0.25", ((0.25, 0.25),)), ("MPP=0,5", ()),
+        ("MPP = 5.0e-01", ()),
+    ):  # fmt: skip
+        tags = read_description(
+            ResolutionTags(vendor=(0.5, 0.5)), text.format(stated), "aperio", 9, 9
+        )
+        assert (tags.magnification, tags.others) == (20.0, others)
+
+
+def _write_tiff(path, pixels, description="", ome=None, mpp=None):
+    """Tiled JPEG; with the TIFF tags of a resolution where there is one."""
+    tags = {"resolution": (10_000 / mpp,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
+    tifffile.imwrite(
+        path, pixels, tile=(256, 256), photometric="rgb", compression="jpeg",
+        description=description or None, metadata=ome, ome=ome is not None, **tags,
+    )  # fmt: skip
+    return path
+
+
+def _describe(path, mpp_from="auto", table=None):
+    config = ScanConfig(inputs=("x",), mpp_from=mpp_from)
+    return describe_slide(Slide("a", str(path)), path, SlideEntry("a", path, mpp=table), config)[0]
+
+
+APERIO_TEXT = "Aperio Image Library v11\r\n900x900 (256x256) JPEG/RGB Q=70|AppMag = {}|MPP = {}"
+
+
+def test_scan_compares_what_an_aperio_slide_states(cmu_slide, tmp_path):
+    pixels = tifffile.imread(cmu_slide, key=0)[1000:1900, 300:1200]
+    right = _describe(
+        _write_tiff(tmp_path / "a.svs", pixels, APERIO_TEXT.format(20, 0.499), mpp=0.5)
+    )
+    assert (right.status, right.reader, right.mpp, right.notes) == ("ok", "native", 0.499, ())
+    said = _describe(_write_tiff(tmp_path / "b.svs", pixels, APERIO_TEXT.format(20, 0.5), mpp=0.4))
+    assert (said.status, said.mpp) == ("ok", 0.5)
+    assert said.notes == ("the vendor's metadata says 0.5 µm per pixel, but the TIFF tags say 0.4",)
+    path = _write_tiff(tmp_path / "c.svs", pixels, APERIO_TEXT.format(20, 0.25))
+    refused = _describe(path)
+    assert (refused.status, refused.mpp) == ("rejected", None)
+    assert "--mpp-from vendor or objective" in refused.reason
+    for mpp_from, mpp, source in (("vendor", 0.25, "vendor"), ("objective", 0.5, "objective")):
+        slide = _describe(path, mpp_from)
+        assert (slide.status, slide.mpp, slide.mpp_source) == ("ok", mpp, source)
+    slide = _describe(path, table=0.5)
+    assert (slide.status, slide.mpp, slide.mpp_source, len(slide.notes)) == ("ok", 0.5, "table", 1)
+
+
+def test_readers_agree_on_what_a_slide_states(cmu_slide, tmp_path):
+    pixels = tifffile.imread(cmu_slide, key=0)[1000:1900, 300:1200]
+    path = _write_tiff(tmp_path / "a.svs", pixels, APERIO_TEXT.format(20, 0.499), mpp=0.51)
+    found = {}
+    for reader in ("native", "openslide"):
+        with open_slide(path, reader) as slide:
+            found[reader] = slide.resolution
+    assert found["native"].tiff == pytest.approx(found["openslide"].tiff, rel=1e-6)
+    assert replace(found["native"], tiff=None) == replace(found["openslide"], tiff=None)
+
+
+@pytest.mark.parametrize(("size", "unit"), [(500.0, "nm"), (0.0005, "mm"), (0.5, None)])
+def test_scan_reads_ome_xml_in_every_unit(cmu_slide, tmp_path, size, unit):
+    pixels = tifffile.imread(cmu_slide, key=0)[1000:1900, 300:1200]
+    ome = {"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeY": size}
+    if unit:
+        ome |= {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    alone = _describe(_write_tiff(tmp_path / "a.ome.tif", pixels, ome=ome))
+    assert (alone.status, alone.mpp) == ("ok", 0.5)
+    path = _write_tiff(tmp_path / "b.ome.tif", pixels, ome=ome, mpp=0.25)
+    assert _describe(path).status == "rejected"
+    slide = _describe(path, "tiff-tags")
+    assert (slide.status, slide.mpp, slide.mpp_source) == ("ok", 0.25, "tiff-tags")
 
 
 @pytest.mark.parametrize(
