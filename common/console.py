@@ -130,15 +130,20 @@ class Meter:
         """How many seconds ago the meter was made."""
         return time.monotonic() - self.started
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Add finished units; `note` (a loss, a slide) is shown at the end of the bar."""
+    def advance(self, count: int = 1, note: str = "", *, under_way: float = 0.0) -> None:
+        """Add finished units; `note` (a loss, a slide) is shown at the end of the bar.
+
+        `under_way` is what is done of unfinished units, in units: rate and ETA count it, so that
+        they are known before the first unit is finished. The next call says it anew.
+        """
         self.done += count
+        reached = self.done + under_way
         if self._bar is not None:
-            self._bar.update(self._task, advance=count, note=note)
+            self._bar.update(self._task, completed=reached, note=note)
         elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
-            rate = self.done / max(self.seconds, 1e-9)
-            seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
+            rate = reached / max(self.seconds, 1e-9)
+            seconds_left = (self.total - reached) / rate if rate > 0 else float("inf")
             print_line(
                 f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, "
                 f"ETA {format_seconds(seconds_left)}{'  ' + note if note else ''}"

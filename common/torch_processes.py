@@ -161,6 +161,8 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
     lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
     if isinstance(error, ReportedElsewhereError):
         status = EXIT_USAGE
+    elif isinstance(error, SystemExit):  # it has said why
+        status = error.code if isinstance(error.code, int) else EXIT_FAILURES
     elif lost or isinstance(error, dist.DistError):
         if _is_first(store, "reported"):
             reason = str(error).splitlines()[0][-200:]

@@ -258,8 +258,9 @@ class CytoSyn(nn.Module):
         """Load a training checkpoint (.pt) of the public REPA-E code, executing no pickled code.
 
         `use_ema` takes the averaged SiT and latent statistics, else the last step's; the VAE is
-        the last step's either way, as that code keeps no average of it. Raises UserError for a
-        file that is damaged or contains something else.
+        the last step's either way, as that code keeps no average of it. A SiT trained without
+        label drop has conditioning "label-only". Raises UserError for a file that is damaged or
+        contains something else.
         """
         parts = read_repa_e(checkpoint, use_ema=use_ema)
         source = str(checkpoint)
@@ -283,15 +284,14 @@ class CytoSyn(nn.Module):
             return None
         prompts = torch.as_tensor(features)
         config = self.sit.config
-        width = {"feature": (config.condition_dim,), "label": (), "none": None}[config.conditioning]
-        if width is None:
+        takes_labels = config.conditioning in ("label", "label-only")
+        width = () if takes_labels else (config.condition_dim,)
+        if config.conditioning == "none":
             raise UserError("this model was trained without condition; generate without features")
         if tuple(prompts.shape[1:]) != width or prompts.ndim == 0 or len(prompts) == 0:
             wanted = ", ".join(["n", *map(str, width)])
             raise UserError(f"features are {list(prompts.shape)}; this model expects [{wanted}]")
-        if config.conditioning == "label" and not 0 <= prompts.min() <= prompts.max() < (
-            config.num_classes
-        ):
+        if takes_labels and not 0 <= prompts.min() <= prompts.max() < config.num_classes:
             raise UserError(f"labels must be in [0, {config.num_classes - 1}]")
         return prompts.to(self.device).repeat_interleave(repeats, dim=0)
 

@@ -95,6 +95,15 @@ class LatentNorm(nn.Module):
         self.update(statistics)
         return self.normalise_with(z, statistics.mean, statistics.variance)
 
+    @property
+    def running_statistics(self) -> LatentStatistics:
+        """The running ones for `normalise_with`, of a number of values that is not known (NaN).
+
+        A step on a frozen VAE takes them: its latents do not move.
+        """
+        unknown = self.running_mean.new_full((), float("nan"), dtype=torch.float64)
+        return LatentStatistics(self.running_mean, self.running_var, unknown)
+
     def normalise_with(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """(z - mean) / sqrt(variance + eps) in float32; z [B, C, H, W], mean and variance [C]."""
         inverse_std = torch.rsqrt(variance.float() + self.eps)

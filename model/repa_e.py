@@ -20,6 +20,7 @@ from model.weights import Tensors, WeightsError, load_archive
 # ranks, a shape that no configuration has.
 _MISFITS = (KeyError, ValueError, IndexError, ZeroDivisionError, UserError)
 
+_NUM_CLASSES = 1000  # the code's default, ImageNet's
 _HEADS = {size["hidden_size"]: size["num_heads"] for size in SIT_PRESETS.values()}
 
 
@@ -39,8 +40,10 @@ class RepaECheckpoint:
 def read_repa_e(checkpoint: str | Path, *, use_ema: bool = True) -> RepaECheckpoint:
     """Read SiT (averaged or not) and VAE of a checkpoint; shapes are taken from the tensors.
 
-    What tensors do not show (heads, alignment depth, path) comes from the run's arguments in the
-    file, else from the published size of that width and the code's defaults. Raises `WeightsError`
+    What tensors do not show (heads, alignment depth, path, whether the table of classes ends with
+    the null class) comes from the run's arguments in the file, else from the published size of
+    that width and the code's defaults. `sit_config.conditioning` says which table it is: "label",
+    or "label-only" of training without label drop, which has no null class. Raises `WeightsError`
     for a missing or damaged file or one of another kind.
     """
     # The checkpoint names no sizes: all but heads and tap can be read off the tensors' shapes.
@@ -82,7 +85,8 @@ def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> S
         patch = tensors["x_embedder.proj.weight"].shape
         depth = _count_indices(tensors, r"blocks\.(\d+)\.")
         projector = tensors["projectors.0.4.weight"].shape
-        table = tensors["y_embedder.embedding_table.weight"].shape
+        rows = len(tensors["y_embedder.embedding_table.weight"])
+        has_null = _has_null_class(rows, arguments)
         return SiTConfig(
             latent_size=isqrt(num_tokens) * patch[-1],
             patch_size=patch[-1],
@@ -94,12 +98,23 @@ def _sit_config(tensors: Tensors, arguments: Mapping[str, Any], path: Path) -> S
             encoder_depth=min(arguments.get("encoder_depth", 8), depth),
             projector_dim=projector[1],
             token_dim=projector[0],
-            conditioning="label",
-            num_classes=table[0] - 1,
+            conditioning="label" if has_null else "label-only",
+            num_classes=rows - has_null,
             qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         )
     except _MISFITS as error:
         raise WeightsError(f"weights {path}: the SiT in it lacks or misshapes {error}") from error
+
+
+def _has_null_class(rows: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether the last row of a table of classes is the null one.
+
+    The public code makes it only where labels are dropped with a probability above 0.
+    """
+    num_classes = arguments.get("num_classes", _NUM_CLASSES)
+    if rows in (num_classes, num_classes + 1):
+        return bool(rows == num_classes + 1)
+    return bool(arguments.get("cfg_prob", 0.1) > 0)
 
 
 def _vae_config(tensors: Tensors, path: Path) -> VAEConfig:

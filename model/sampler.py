@@ -230,12 +230,16 @@ class _SiTVelocity:
         y: Tensor | None,
         network: Callable[[Tensor, Tensor], Tensor],
         dtype: torch.dtype | None,
+        *,
+        guided: bool,
     ) -> None:
         self.sit, self.network = sit, network
         self.device = sit.pos_embed.device
         self.autocast = dtype if dtype != sit.pos_embed.dtype else None
         with self._precision():
-            self.embedded, self.embedded_null = sit.embed_condition(y), sit.embed_condition(None)
+            self.embedded = sit.embed_condition(y)
+            # A SiT without a null class draws where nothing is guided.
+            self.embedded_null = sit.embed_condition(None) if guided else self.embedded
         self._time: tuple[float, Tensor] | None = None
 
     def conditional(self, x: Tensor, t: float) -> Tensor:
@@ -309,7 +313,8 @@ def sample(
         keys, shape, stream=RandomStream.SAMPLE_START, device=device, dtype=torch.float64
     )
     y = None if features is None else features.to(device)
-    branches = _SiTVelocity(sit, y, network or sit.forward_from_condition, dtype)
+    guided = y is not None and guidance.scale > 1
+    branches = _SiTVelocity(sit, y, network or sit.forward_from_condition, dtype, guided=guided)
     return integrate(
         GuidedVelocity(branches.conditional, None if y is None else branches.null, guidance),
         start,

@@ -37,6 +37,11 @@ class SamplerSettings:
     guidance_high: float = option_field(
         0.75, "latest time that is guided, 1 is noise", flag="--high"
     )
+    legacy_truncate: bool = option_field(
+        False,
+        "cut grey values down to whole numbers, as REPA-E's script did, instead of rounding them: "
+        "half a grey level darker",
+    )
 
     def __post_init__(self) -> None:
         from model.sampler import Guidance, time_nodes
@@ -45,9 +50,16 @@ class SamplerSettings:
         time_nodes(self.solver, self.steps)
 
     def arguments(self) -> dict[str, Any]:
-        """The settings as keyword arguments of `model.sampler.sample`, by their names on disk."""
-        return asdict(self)
+        """The settings as keyword arguments of `model.sampler.sample`, by their names on disk.
+
+        `legacy_truncate` is the decoder's, not the sampler's.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "legacy_truncate"}
 
 
-FIELD_OF_OPTION = {item.metadata["option"].flag[2:]: item.name for item in fields(SamplerSettings)}
+FIELD_OF_OPTION = {
+    item.metadata["option"].flag[2:]: item.name
+    for item in fields(SamplerSettings)
+    if item.metadata["option"].flag
+}
 """Short names, of command lines and protocols, to the fields: `scale` is `guidance_scale`."""

@@ -21,7 +21,9 @@ from common.config import build_config, to_plain_values
 from common.errors import UserError
 from model.latent_norm import LatentNorm
 
-Conditioning = Literal["feature", "label", "none"]
+Conditioning = Literal["feature", "label", "none", "label-only"]
+"""What conditions a SiT. "label-only" is a table without the null class, of training without label
+drop: such a model draws neither without a label nor with guidance."""
 
 _SIZES: dict[str, dict[str, int]] = {
     # The alignment tap sits after about the first third of the blocks, REPA's 8 of 28.
@@ -66,9 +68,11 @@ class SiTConfig:
     token_dim: int = 768  # width of the encoder's patch tokens that the projector aims at
     conditioning: Conditioning = "feature"
     condition_dim: int = 768  # width of the feature, for "feature"
-    num_classes: int = 1000  # for "label"; class num_classes is the null class
+    num_classes: int = (
+        1000  # for "label", whose class num_classes is the null one, and "label-only"
+    )
     qk_norm: bool = False
-    train_pos_embed: bool = False  # REPA-E's training loop does train it
+    train_pos_embed: bool = False  # the table of positions: REPA-E trains it, REPA and SiT do not
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -213,15 +217,23 @@ class FeatureEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Condition on a class: a table of num_classes + 1 vectors, the last one for null."""
+    """Condition on a class: a table of num_classes + 1 vectors, the last one for null.
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    Without `has_null` there is no such row, and asking for it raises `UserError`.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, has_null: bool = True) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.num_classes, self.has_null = num_classes, has_null
+        self.embedding_table = nn.Embedding(num_classes + has_null, width)
 
     def forward(self, y: Tensor | None, drop: Tensor | None) -> Tensor:
         """Vectors [B, D] of labels y [B] in [0, num_classes], null where drop; [1, D] for None."""
+        if not self.has_null and (y is None or drop is not None):
+            raise UserError(
+                "this SiT was trained without label drop and has no null class: give labels, "
+                "and guidance_scale=1"
+            )
         if y is None:
             return self.embedding_table.weight[self.num_classes :]
         return self.embedding_table(y if drop is None else y.masked_fill(drop, self.num_classes))
@@ -318,8 +330,9 @@ def _build_projector(config: SiTConfig) -> nn.Sequential:
 def _build_conditioner(config: SiTConfig) -> nn.Module | None:
     if config.conditioning == "feature":
         return FeatureEmbedder(config.condition_dim, config.hidden_size)
-    if config.conditioning == "label":
-        return LabelEmbedder(config.num_classes, config.hidden_size)
+    if config.conditioning in ("label", "label-only"):
+        has_null = config.conditioning == "label"
+        return LabelEmbedder(config.num_classes, config.hidden_size, has_null=has_null)
     return None
 
 

@@ -23,8 +23,9 @@ the tiles and features of a dataset.
   python -m train --config tiny data.dataset=DATASET run.dir=RUN
   torchrun --nproc-per-node 8 -m train --config cytosyn-40m data.dataset=DATASET run.dir=RUN
 
-The same command continues a run that was stopped, and does nothing in a finished one. SIGTERM
-and SIGUSR1 save the state and exit with status 75; start the same command again afterwards.
+The same command continues a run that was stopped, and does nothing in a finished one. Ctrl-C,
+SIGTERM, SIGUSR1 and SIGHUP finish the step, save the state and exit with status 75; start the same
+command again afterwards. A second Ctrl-C ends at once, without saving.
 """
 
 _EXPORT_HELP = """\

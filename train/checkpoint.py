@@ -36,7 +36,8 @@ class RunState:
 
     `blocks_sha256` is the stream's block table, `config_sha256` the configuration's `hash`;
     `seconds` of training are counted over all restarts; `untrained` is the reconstruction measured
-    before the first step.
+    before the first step; `latents` says of what the latent statistics were computed, "" where
+    the run began at 0 and 1 or an older version wrote the checkpoint.
     """
 
     step: int
@@ -45,6 +46,7 @@ class RunState:
     seconds: float = 0.0
     skipped_tiles: int = 0
     untrained: dict[str, float] = field(default_factory=dict)
+    latents: str = ""
     format_version: int = FORMAT_VERSION
 
 

@@ -110,10 +110,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Weights on disk to begin with; empty is from scratch, as in the report."""
+    """Weights on disk to begin with; empty is from scratch, as in the report.
+
+    Latent statistics are those of `init.sit` where it is given. With `init.vae` alone they are of
+    the run's own tiles, or those that the VAE's files bring.
+    """
 
     vae: str = ""
     sit: str = ""
+    statistics: Literal["tiles", "vae"] = "tiles"  # of init.vae's latents: computed, or its own
+    statistics_tiles: int = 10_000  # spread evenly over the selection; all where it has fewer
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, self, "init", "statistics_tiles")
 
 
 @dataclass(frozen=True)
@@ -225,7 +234,7 @@ class Config:
         expected = f"data.tile_px / VAE downsampling = {self.data.tile_px} / {down}"
         good = self.data.tile_px == latent * down
         check_setting(good, "model.sit.latent_size", latent, expected)
-        if self.model.sit.conditioning == "label":
+        if self.model.sit.conditioning in ("label", "label-only"):
             raise UserError(
                 "configuration key 'model.sit.conditioning': datasets have no labels; "
                 "expected feature or none"

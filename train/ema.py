@@ -25,17 +25,13 @@ class Ema(Generic[Network]):
     """A network's moving average: parameters and floating-point buffers.
 
     `decay` is in [0, 1). `module` is a copy in evaluation mode that begins at the network's
-    weights. Integer buffers
-    (counters) are copied, and with `copy_buffers` all: statistics of what does not move need no
-    average over tens of thousands of steps. Source: REPA-E's training loop.
+    weights; integer buffers (counters) are copied. What does not move has its own value as its
+    average, to the last bit. Source: REPA-E's training loop.
     """
 
-    def __init__(
-        self, network: Network, decay: float, *, warmup: bool = False, copy_buffers: bool = False
-    ) -> None:
+    def __init__(self, network: Network, decay: float, *, warmup: bool = False) -> None:
         self.module: Network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
-        self._copied = {name for name, _ in network.named_buffers()} if copy_buffers else set()
 
     @torch.no_grad()
     def update(self, network: Network, step: int) -> None:
@@ -45,7 +41,7 @@ class Ema(Generic[Network]):
         averages = dict(self.module.state_dict(keep_vars=True))
         floats, sources = [], []
         for name, value in network.state_dict(keep_vars=True).items():
-            if value.is_floating_point() and name not in self._copied:
+            if value.is_floating_point():
                 floats.append(averages[name].detach())
                 sources.append(value.detach())
             else:

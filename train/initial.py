@@ -4,18 +4,14 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from common.errors import UserError
-from model.images import from_uint8
-from model.latent_norm import LatentNorm
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import Tensors, fit_tensors, load_archive, read_tensors
 from train.config import Config
 
-_AT_ONCE = 8  # tiles of a forward pass
 _ARCHIVES = (".pt", ".pth")
 
 
@@ -29,35 +25,16 @@ def load_initial_weights(sit: SiT, vae: VAE, config: Config) -> None:
     """
     if config.init.vae:
         path = weights_file(config.init.vae, "vae")
-        published = _read_repa_e(path, "vae")
+        published = read_archived_part(path, "vae")
         # No archive of REPA-E's trainer: a file of the network alone.
         if published is None:
             published = dict(VAE.load(path, vae.config).state_dict())
         fit_tensors(vae, published, source=str(path))
     if config.init.sit:
         path = weights_file(config.init.sit, "sit")
-        published = _read_repa_e(path, "ema")
+        published = read_archived_part(path, "ema")
         tensors = read_tensors(path) if published is None else published_sit(published, sit)
         fit_tensors(sit, tensors, source=str(path))
-
-
-@torch.no_grad()
-def set_latent_statistics(norm: LatentNorm, vae: VAE, tiles: Tensor) -> None:
-    """Begin the running statistics at those of a VAE's latents of tiles uint8 [n, px, px, 3].
-
-    Where they began at 0 and 1, the alignment loss of a pretrained VAE would see latents of a
-    wrong scale for the first steps, and the average, which scales the samples, for tens of
-    thousands. Source: REPA-E's training script, which reads them from a file.
-    The variance is that of posterior samples: of the means, and the mean of the variances.
-    """
-    means, variances = [], []
-    for part in tiles.split(_AT_ONCE):
-        posterior = vae.encode(from_uint8(part.to(next(vae.parameters()).device)))
-        means.append(posterior.mean.float())
-        variances.append(posterior.logvar.float().exp())
-    variance, mean = torch.var_mean(torch.cat(means), dim=(0, 2, 3))
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance + torch.cat(variances).mean(dim=(0, 2, 3)))
 
 
 def weights_file(name: str, network: str) -> Path:
@@ -78,9 +55,10 @@ def weights_file(name: str, network: str) -> Path:
 def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
     """Tensors of a class-conditional REPA-E SiT as this SiT takes them.
 
-    Its class table has no counterpart for features: the condition keeps its fresh weights. A
-    larger token grid (256 px has 16 x 16) is cut to the positions that this one has, which are
-    the same sines and cosines. All else, latent statistics among it, is taken as it is.
+    Its class table, with or without a null class, has no counterpart for features: the condition
+    keeps its fresh weights. A larger token grid (256 px has 16 x 16) is cut to the positions that
+    this one has, which began as the same sines and cosines. All else, latent statistics among it,
+    is taken as it is.
     """
     tensors = {key: value for key, value in given.items() if not key.startswith("y_embedder.")}
     fresh = sit.state_dict()
@@ -95,7 +73,7 @@ def published_sit(given: Mapping[str, Tensor], sit: SiT) -> Tensors:
     return tensors
 
 
-def _read_repa_e(path: Path, part: str) -> Tensors | None:
+def read_archived_part(path: Path, part: str) -> Tensors | None:
     """A part of a training checkpoint of REPA-E's code (model, ema, vae); None of other files."""
     if path.suffix not in _ARCHIVES or not path.is_file():
         return None

@@ -10,6 +10,12 @@ from common.errors import UserError
 from common.torch_processes import Processes
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from train.config import Config
+from train.latents import (
+    describe_latents,
+    measure_latents,
+    read_latent_scale,
+    set_latent_scale,
+)
 from train.lock import RunLock
 from train.losses import Metrics
 from train.networks import build_parts
@@ -38,9 +44,9 @@ class TrainingDivergedError(UserError):
 def train(config: Config, resume: Resume = "auto") -> int:
     """Train, or continue a run, to `run.steps`; the exit status.
 
-    0 when the run is complete (at once, where it already was); 75 after SIGTERM or SIGUSR1, when
-    the state is saved and the same command continues. Raises `UserError` for what the user can
-    fix.
+    0 when the run is complete (at once, where it already was); 75 after SIGINT, SIGTERM, SIGUSR1
+    or SIGHUP, when the state is saved and the same command continues (before the first step
+    there is none, and `StoppedEarly` is raised). Raises `UserError` for what the user can fix.
     """
     with StopRequests() as requests, joined_training(config.run.device) as processes:
         # Before the lock: a finished run needs neither it nor its dataset.
@@ -85,7 +91,7 @@ class Training:
         # The networks begin at the seed or at published weights, and a checkpoint replaces both.
         self.encode = open_encoder(config, data.source.encoder_record, processes.device)
         fixed = read_fixed_tiles(data.source, data.fixed_rows)
-        self.parts = build_parts(config, processes.device, fixed.tiles)
+        self.parts = build_parts(config, processes.device)
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, self.parts.trainees)
         self.reporter = Reporter(
@@ -100,7 +106,11 @@ class Training:
     def run(self) -> int:
         """Train to the last step, or to a request to stop; the exit status."""
         reporter, stopping = self.reporter, False
+        self._prepare_latents()
         step = TrainingStep(self.config, self.processes, self.parts, encode=self.encode)
+        # All together: what leaves now, on a request to stop, leaves no other process waiting.
+        self.processes.wait_for_all()
+        self.requests.begin_steps()
         reporter.announce_run()
         with self.checkpoints, reporter.open_log(), self._open_reader() as reader:
             reporter.catch_up()
@@ -131,6 +141,34 @@ class Training:
             return EXIT_REQUEUE
         reporter.write_summary()
         return EXIT_OK
+
+    def _prepare_latents(self) -> None:
+        """Set what normalises the latents of weights that were given, and say so.
+
+        A checkpoint has its own: a run that is continued computes nothing.
+        """
+        init, fixed = self.config.init, not self.config.mode.trains_vae
+        sit, average = self.parts.networks.sit, self.parts.sit_average.module
+        source = self.state.latents
+        if self.state.step > 0:
+            if fixed and not source:
+                source = f"this run's batches up to step {self.state.step}, by an older version"
+        elif init.sit:  # a given SiT brings the statistics that fit its latents
+            source = f"init.sit={init.sit}"
+        elif init.vae:
+            if init.statistics == "vae":
+                scale = read_latent_scale(init.vae)
+            else:
+                rows = self.data.stream.table.spread_rows(init.statistics_tiles)
+                vae, dataset = self.parts.networks.vae, self.data.dataset
+                scale = measure_latents(vae, dataset, rows, self.config, self.processes)
+            set_latent_scale([sit.bn, average.bn], scale)
+            source = scale.source
+        if fixed:  # a version that moved them may have let the average's lag behind
+            average.bn.load_state_dict(sit.bn.state_dict())
+        self._set_state(latents=source)
+        if source and self.processes.is_main and (fixed or self.state.step == 0):
+            print_line(describe_latents(sit.bn, source, fixed=fixed))
 
     @property
     def _is_last(self) -> bool:

@@ -208,8 +208,9 @@ def sit_losses(
 
     Latents are normalised by the *batch's* statistics, over all processes, which also moves the
     running ones; where z is a part of the batch, `statistics` are the whole batch's and the
-    running ones have moved. The condition is dropped where the draws say so. `forward` is the
-    SiT, its data-parallel wrapper or what compiles either.
+    running ones have moved; with a frozen VAE they are the running ones, which stay. The condition
+    is dropped where the draws say so. `forward` is the SiT, its data-parallel wrapper or what
+    compiles either.
     """
     # The SiT learns on latents of mean 0 and variance 1 while the VAE moves them.
     draws = inputs.draws

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.errors import UserError
 from model.discriminator import Discriminator
@@ -13,7 +13,7 @@ from model.weights import seeded_init
 from train.checkpoint import Trainees
 from train.config import Config
 from train.ema import Ema
-from train.initial import load_initial_weights, set_latent_statistics
+from train.initial import load_initial_weights
 from train.losses import Networks
 from train.sync_norm import synchronise_norms
 
@@ -40,11 +40,11 @@ class Parts:
         return Trainees(kept, self.optimizers)
 
 
-def build_parts(config: Config, device: torch.device, tiles: Tensor | None = None) -> Parts:
+def build_parts(config: Config, device: torch.device) -> Parts:
     """Networks at their first weights: from the seed, or from `init.vae` and `init.sit`.
 
-    With `init.vae` alone the latent statistics begin at those of `tiles` uint8 [n, px, px, 3].
-    Raises `UserError` for weights that are missing or do not fit.
+    Latent statistics are those of `init.sit`, else 0 and 1: `train.latents` sets others. Raises
+    `UserError` for weights that are missing or do not fit.
     """
     networks, optim = build_networks(config, device), config.optim
     optimizers = {}
@@ -55,12 +55,8 @@ def build_parts(config: Config, device: torch.device, tiles: Tensor | None = Non
             config, networks.discriminator, optim.lr_discriminator
         )
     optimizers["sit"] = _build_adamw(config, networks.sit, optim.lr_sit)
-    # A given SiT brings the statistics that fit its latents; a fresh one would begin at 0 and 1.
-    if config.init.vae and not config.init.sit and tiles is not None:
-        set_latent_statistics(networks.sit.bn, networks.vae, tiles)
-    # The latents' statistics do not move where the VAE is frozen.
     trains_vae, warmup = config.mode.trains_vae, config.ema.warmup
-    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup, copy_buffers=not trains_vae)
+    sit_average = Ema(networks.sit, config.ema.sit, warmup=warmup)
     vae_average = Ema(networks.vae, config.ema.vae, warmup=warmup) if trains_vae else None
     return Parts(networks, optimizers, sit_average, vae_average)
 

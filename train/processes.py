@@ -1,10 +1,12 @@
 """Training on several processes: SLURM steps, the share of each in a batch, gradients."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +77,12 @@ def data_parallel(processes: Processes, network: nn.Module) -> nn.Module:
     """
     if processes.size == 1 or not any(p.requires_grad for p in network.parameters()):
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # PyTorch 2.13 renamed the option, and warns of the old name. The new one still broadcasts them
+    # once, here, where all processes have the same.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(network, **options)
 
 
 def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -285,6 +285,11 @@ class Reporter:
             "alignment": {
                 name: -last[f"{name}/align"] for name in ("vae", "sit") if f"{name}/align" in last
             },
+            "latents": {
+                "source": state.latents,
+                "mean": self._exported_networks()[0].bn.running_mean.tolist(),
+                "variance": self._exported_networks()[0].bn.running_var.tolist(),
+            },
             "encoder_record": self.data.source.encoder_record,
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)

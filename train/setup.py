@@ -208,5 +208,5 @@ def _check_same_configuration(config: Config, run_dir: Path) -> None:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
             f"{run_dir} is the run of another configuration ({'; '.join(differing[:3])}{more}): "
-            "use another run.dir"
+            f"use another run.dir, or --config {path} to continue it"
         )

@@ -1,31 +1,152 @@
-"""A scheduler's warning: finish the step, save, and leave with a status that says so."""
+"""Requests to stop: finish the step, save, and leave with a status that says so."""
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, TextIO, cast
+
+from common.console import EXIT_INTERRUPTED, print_line, stderr, stdout
 
 EXIT_REQUEUE = 75
-"""Exit status after SIGTERM or SIGUSR1 (EX_TEMPFAIL of sysexits.h): the state is saved, and the
+"""Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
 same command goes on from it. A requeue script starts the job again on this status alone."""
 
-_WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_IGNORABLE = (signal.SIGHUP,)  # as nohup leaves it
+_SAME_KEY_S = 0.1  # Ctrl-C can reach a process twice: from the terminal and from what started it
+
+
+class StoppedEarly(SystemExit):
+    """Leaves a run that was asked to stop before its first step: nothing would be lost."""
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGUSR1 instead of dying from them, inside the `with` block."""
+    """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP inside the `with` block instead of dying of them.
+
+    Until `begin_steps` a request raises `StoppedEarly`, since there is nothing to save; after it
+    `received` is set. A second SIGINT ends the process at once, whatever it is doing.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._may_leave = True
+        self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._says = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        # torchrun passes the second Ctrl-C on as SIGTERM.
+        is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self._seconds = {signal.SIGINT, *([signal.SIGTERM] if is_torchrun else [])}
 
     def __enter__(self) -> Self:
-        def note_signal(number: int, frame: FrameType | None) -> None:
-            self.received = True
-
-        for number in _WARNINGS:
-            self._previous[number] = signal.signal(number, note_signal)
+        # Python runs its handlers between two operations, and one of them may wait for other
+        # processes for ever: a thread hears of signals by this pipe at once.
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_child)
+        for number in _REQUESTS:
+            handler = signal.getsignal(number)
+            if number not in _IGNORABLE or handler is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note_signal)
+        self._watcher = threading.Thread(target=self._watch_signals, args=(reading,), daemon=True)
+        self._watcher.start()
+        # What Ctrl-C also ends (`| tee log`) or a closed terminal must not cost the checkpoint.
+        self._files = stdout._file, stderr._file
+        for console, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
+            if stream is not None:  # as in a process that was started without one
+                console.file = cast(TextIO, _Tolerant(stream, self))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._restore_handlers(self._previous_fd)
+        os.close(self._writing)  # which ends the thread
+        self._watcher.join()
+        stdout._file, stderr._file = self._files
+
+    def begin_steps(self) -> None:
+        """From now on a request is noted, for the end of the step to see."""
+        self._may_leave = False
+
+    def _leave_child(self) -> None:
+        """A forked process's signals are its own: in this pipe they would look like ours."""
+        if self._previous:
+            self._restore_handlers(-1)
+
+    def _restore_handlers(self, wakeup_fd: int) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous.clear()
+        signal.set_wakeup_fd(wakeup_fd)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if self._may_leave:
+            if self._says:
+                print_line(
+                    "stopped on request before the first step of this start: there is nothing new "
+                    f"to save; the same command begins there again (exit status {EXIT_REQUEUE})"
+                )
+            raise StoppedEarly(EXIT_REQUEUE)
+
+    def _watch_signals(self, reading: int) -> None:
+        with open(reading, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(64):
+                for number in numbers:
+                    if number in self._previous:
+                        self._take_request(signal.Signals(number))
+
+    def _take_request(self, number: signal.Signals) -> None:
+        self.received = True
+        now, before = time.monotonic(), self._interrupted_at
+        if before is not None and number in self._seconds and now - before > _SAME_KEY_S:
+            _end_at_once(self._says)
+        if number is signal.SIGINT and before is None:
+            self._interrupted_at = now
+            if self._says and not self._may_leave:
+                print_line(
+                    "interrupted: finishing this step and saving it; Ctrl-C again ends at once, "
+                    "without saving"
+                )
+
+
+class _Tolerant:
+    """A stream whose failures, once a stop was requested, are passed over."""
+
+    def __init__(self, stream: TextIO, requests: StopRequests) -> None:
+        self._stream, self._requests = stream, requests
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._leave_stream(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._leave_stream(error)
+
+    def _leave_stream(self, error: OSError) -> None:
+        if not self._requests.received:
+            raise error
+        # What is still buffered, and Python's last flush, go there too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _end_at_once(says: bool) -> NoReturn:
+    """End the process from any thread; the console may be locked, so this writes by itself."""
+    if says:
+        cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which a progress bar hides
+        line = b"interrupted again: ended at once; the same command goes on from the checkpoints\n"
+        with contextlib.suppress(OSError):
+            os.write(2, cursor + line)
+    os._exit(EXIT_INTERRUPTED)

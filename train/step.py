@@ -44,7 +44,8 @@ class TrainingStep:
 
     With `optim.accumulate` = m a process takes its tiles in m parts, one after the other. Every
     loss is a mean over tiles, and the latent norm takes the statistics of all parts (and
-    processes) before the first SiT pass, so that gradients are those of the whole batch. The one
+    processes) before the first SiT pass, so that gradients are those of the whole batch. With a
+    frozen VAE it takes those that the run began with, which stay as they are. The one
     exception is the discriminator's batch norm: a part is normalised by itself, as a process's
     tiles are without `run.sync_discriminator`, and its running statistics move once per part.
 
@@ -142,9 +143,10 @@ class TrainingStep:
             terms.append(metrics)
             latents.append(z)
 
-        # Every SiT pass needs the latents' statistics over all parts, so it comes second.
-        statistics = None
-        if len(latents) > 1:
+        # Every SiT pass needs the latents' statistics over all parts, so it comes second. Those
+        # of a frozen VAE do not move: a batch's own would give a tile another loss in each batch.
+        statistics = None if self._trains_vae else self.networks.sit.bn.running_statistics
+        if self._trains_vae and len(latents) > 1:
             statistics = latent_statistics(torch.cat(latents))
             self.networks.sit.bn.update(statistics)
         for index, (places, share) in enumerate(zip(self._parts, shares, strict=True)):

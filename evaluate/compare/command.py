@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from common.console import EXIT_OK, print_line
+from common.console import EXIT_FAILURES, EXIT_OK, print_line
 from common.record import Record
 from common.text import format_seconds
 from common.torch_processes import choose_device
 from evaluate.compare.config import MeasureConfig
 from evaluate.compare.measure import measure
-from evaluate.compare.results import write_results
+from evaluate.compare.results import check_writable, write_results
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.metric import MetricSettings
 from evaluate.metrics.registry import summarise_metrics
@@ -20,6 +20,7 @@ def measure_command(config: MeasureConfig) -> int:
     # Refuses a seed or a device before gigabytes are read.
     settings = MetricSettings(draws=config.draws, seed=config.seed)
     device = choose_device(config.device).type
+    check_writable(config.out)
 
     def open_side(root: Path, selection: str, like: FeatureSide | None) -> FeatureSide:
         return FeatureSide.open_selection(
@@ -38,11 +39,12 @@ def measure_command(config: MeasureConfig) -> int:
     record = Record(results, str(config.out))
     for warning in record.parts("warnings"):
         print_line(f"warning: {warning['message']}")
-    print_line(f"measure: {', '.join(summarise_metrics(record))}")
+    if summaries := summarise_metrics(record):
+        print_line(f"measure: {', '.join(summaries)}")
     tiles, seconds = len(real.features) + len(generated.features), record.number("seconds")
     print_line(
         f"measure: {len(generated.features):,} generated against {len(real.features):,} real tiles "
         f"in {format_seconds(seconds)} ({tiles / max(seconds, 1e-9):,.0f} tiles/s); "
         f"wrote {config.out}"
     )
-    return EXIT_OK
+    return EXIT_FAILURES if record.part("failed") else EXIT_OK

@@ -6,7 +6,9 @@ from dataclasses import asdict
 
 import numpy as np
 
+from common.console import print_line
 from common.errors import UserError
+from evaluate.compare.inputs import InputFault, TileRows, check_train, find_faults, stopped_metrics
 from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, make_warning
 from evaluate.compare.sides import (
     Features,
@@ -17,11 +19,17 @@ from evaluate.compare.sides import (
     slide_attribute,
     source_features,
 )
-from evaluate.compare.warnings import blockiness_warnings, metric_warnings, set_warnings
+from evaluate.compare.warnings import (
+    blockiness_warnings,
+    fault_warnings,
+    metric_warnings,
+    set_warnings,
+)
 from evaluate.metrics.metric import FeaturePair, MetricSettings
-from evaluate.metrics.registry import METRICS, compute_floors, compute_metrics
+from evaluate.metrics.registry import METRICS, compute_each, compute_floors, describe_failure
 from model.sampler_settings import FIELD_OF_OPTION
 from pipeline.dataset import Dataset, read_identity, software_versions
+from pipeline.dataset.features import FeatureStore
 
 FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
 """A single split of few tiles is noisy: of at most 4,096 tiles the mean of 8 splits is taken."""
@@ -43,11 +51,12 @@ def measure(
 ) -> dict[str, object]:
     """Compare a generated selection with a real one; returns results.json as a dictionary.
 
-    Every metric of the registry is computed whose features there are. `guidance` is the dataset
+    Every metric of the registry is computed whose features there are; what keeps one from being
+    computed is under `failed`, and costs no other. `guidance` is the dataset
     of the tiles that guided, for the cosine of each generated tile to its source (None: the real
     dataset); `train` are tiles that the model was trained on, for the feature likelihood
     divergence, which is then tested on `real`. `device` is where distances are computed.
-    Raises `UserError` with fewer than 8 tiles per side.
+    Raises `UserError` with fewer than 8 tiles per side, and where all real tiles are in `train`.
     """
     started = time.monotonic()
     settings = settings or MetricSettings()
@@ -57,22 +66,26 @@ def measure(
                 f"{name} {side.selection.name} has {len(side.features)} tiles, at least "
                 f"{_MIN_ROWS} are needed; choose a larger selection"
             )
+    if train is not None:
+        check_train(train, real)
     # How the images were made is in their dataset's identity, not in the features.
     identity = read_identity(generated.dataset)
-    sources, no_cosine = _paired_sources(generated, real, guidance or real.dataset)
+    sources, store, no_cosine = _paired_sources(generated, real, guidance or real.dataset)
     pair = make_pair(real, generated, guidance or real.dataset, sources, train, device)
-    # Metrics that need more than two sets come first, null where they cannot be computed.
-    names = [
-        name
-        for name, metric in METRICS.items()
-        if all(getattr(pair, needed) is not None for needed in metric.needs)
-    ]
-    metrics: dict[str, object] = {name: None for name, metric in METRICS.items() if metric.needs}
-    metrics |= compute_metrics(pair, names, settings)
-    halves = real_halves(real, settings, device)
+    faults = find_faults(_located_rows(real, generated, train, sources, store))
+    for fault in faults:
+        print_line(f"measure: {fault.message}")
+    metrics, failed = _measure_pair(pair, faults, settings)
+    halves = None
+    try:
+        halves = real_halves(real, settings, device)
+    except Exception as error:
+        # What was measured is not lost for the floor next to it.
+        failed["real_vs_real"] = describe_failure(error)
     described = {"real": real.describe_side(), "generated": generated.describe_side()}
     warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
     warnings += [make_warning("no_cosine", no_cosine)] if no_cosine else []
+    warnings += fault_warnings(faults, failed)
     return {
         "schema_version": SCHEMA_VERSION,
         "real": described["real"],
@@ -83,6 +96,7 @@ def measure(
         "encoder": real.store.record,
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
         "metrics": metrics,
+        "failed": failed,
         "references": {"real_vs_real": halves},
         "warnings": warnings
         + metric_warnings([("", metrics), ("real halves", halves or {})], warnings),
@@ -90,6 +104,22 @@ def measure(
         "versions": software_versions("torch", "numpy", "scipy"),
         "hardware": describe_hardware(),
     }
+
+
+def _measure_pair(
+    pair: FeaturePair, faults: Sequence[InputFault], settings: MetricSettings
+) -> tuple[dict[str, object], dict[str, str]]:
+    """The results of all metrics, null where there is none; the reasons of those that failed."""
+    names = [
+        name
+        for name, metric in METRICS.items()
+        if all(getattr(pair, needed) is not None for needed in metric.needs)
+    ]
+    failed = stopped_metrics([METRICS[name] for name in names], faults)
+    computed, failures = compute_each(pair, [n for n in names if n not in failed], settings)
+    # Metrics that need more than two sets come first.
+    metrics: dict[str, object] = {name: None for name, metric in METRICS.items() if metric.needs}
+    return metrics | {name: computed.get(name) for name in names}, failed | failures
 
 
 def make_pair(
@@ -122,14 +152,35 @@ def _cluster_labels(dataset: Dataset, slides: Labels) -> dict[str, Labels]:
 
 def _paired_sources(
     generated: FeatureSide, real: FeatureSide, guidance: Dataset
-) -> tuple[Features | None, str | None]:
+) -> tuple[Features | None, FeatureStore, str | None]:
     store = real.store
     # Sources are compared with generated tiles, so their features must be made alike.
     if guidance.root != real.dataset.root:
         view, tile_px = str(store.record.get("view", "")), int(store.record["tile_px"])
         store = open_store(guidance, "NAME", store.encoder, view=view, tile_px=tile_px)
         check_comparable(real.store, store)
-    return source_features(generated, store)
+    features, reason = source_features(generated, store)
+    return features, store, reason
+
+
+def _located_rows(
+    real: FeatureSide,
+    generated: FeatureSide,
+    train: FeatureSide | None,
+    sources: Features | None,
+    store: FeatureStore,
+) -> dict[str, TileRows]:
+    """The sets that are compared, by their field of `FeaturePair`, with the tile of each row."""
+    sets = {
+        "real": TileRows.of_side("real", real),
+        "generated": TileRows.of_side("generated", generated),
+    }
+    if train is not None:
+        sets["train"] = TileRows.of_side("train", train)
+    if sources is not None and generated.sources is not None:
+        places = generated.sources
+        sets["sources"] = TileRows("source", sources, places.slides, places.ranks, store)
+    return sets
 
 
 def real_halves(
@@ -160,7 +211,7 @@ def real_halves(
 
 def least_rows(settings: MetricSettings) -> int:
     """Rows that each half of a floor needs, at least 8: of fewer, recall would use a smaller k."""
-    return max(_MIN_ROWS, settings.k + 1)
+    return max(_MIN_ROWS, 2 * settings.k + 1)
 
 
 def mean_floors(

@@ -17,6 +17,8 @@ Schema 2, one JSON object:
                      class, with its seeds; those that need more than two sets (feature_likelihood,
                      cosine_similarity) are null where they cannot be computed. frechet_distance
                      also has `widths` (subsample, slide, patient) and `infinity`
+    failed           reason by name of a metric (or real_vs_real) that could not be computed, whose
+                     result is then null; {} where all were, absent in older files
     references       real_vs_real: Fréchet distance, precision and recall between two disjoint
                      random halves of the real tiles, means over `splits` such; null where the
                      tiles are too few
@@ -53,6 +55,14 @@ def write_results(path: Path, results: Mapping[str, object]) -> None:
     """Write results.json in one step: a reader sees the old file or the new one."""
     text = json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before hours of computing, a path that no results file can be written to."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "it is a folder" if path.is_dir() else f"{folder} cannot be written to"
+        raise UserError(f"--out {path}: {why}; give another file")
 
 
 def read_results(path: Path) -> Record:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from common.record import Record
+from evaluate.compare.inputs import InputFault
 from evaluate.compare.results import make_warning
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.registry import METRICS
@@ -88,6 +89,18 @@ def blockiness_warnings(described: Mapping[str, Mapping[str, object]]) -> list[d
             "compressed and the other not, or differently: distances measure that as well",
         )
     ]
+
+
+def fault_warnings(faults: Sequence[InputFault], failed: Mapping[str, str]) -> list[dict[str, str]]:
+    """What is wrong with the inputs, and what could not be computed, by name with its reason."""
+    warnings = [make_warning(f"rows_{fault.kind}", fault.message) for fault in faults]
+    for name, reason in failed.items():
+        title = METRICS[name].title if name in METRICS else "Real halves"
+        # One place is enough to name the rows.
+        is_named = any(fault.message in reason for fault in faults)
+        why = "because of the rows named above" if is_named else reason
+        warnings.append(make_warning("not_measured", f"{title}: not measured: {why}"))
+    return warnings
 
 
 def metric_warnings(

@@ -59,7 +59,11 @@ class GenerateOptions:
     )
     unconditional: bool = option_field(False, "guide by nothing, with --count")
     count: int | None = option_field(None, "number of images, with --unconditional", metavar="N")
-    limit: int | None = option_field(None, "use only the first N conditions", metavar="N")
+    limit: int | None = option_field(
+        None,
+        "use only the first N conditions (images are made in whole blocks of 16)",
+        metavar="N",
+    )
     variations: int = option_field(1, "images per condition", metavar="K")
     # The places of the CytoSyn report's Figure 3 (arXiv 2603.18089).
     factors: str = option_field("0.2,0.4,0.6,0.8", "places between A (0) and B (1)")

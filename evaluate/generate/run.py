@@ -1,11 +1,12 @@
 """The generation loop: sample, encode and write concurrently, commit unit by unit."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from evaluate.generate.write import (
 from evaluate.generators import Generator
 from model.noise import derive_seeds
 from pipeline.dataset import (
+    BLOCK_ROWS,
     Dataset,
     DatasetKind,
     Run,
@@ -170,25 +172,44 @@ def _plan_missing(
     done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     units = missing_units(plan_units(images, request.micro_batch), done)
     missing = sum(unit.image_count for unit in units)
+    if missing and images > selected:
+        print_line(f"generate: {describe_rounding(selected, images)}")
     if missing < images:
         rest = f"making the other {missing:,}" if missing else "nothing to make"
         print_line(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
     return units
 
 
+def describe_rounding(selected: int, images: int) -> str:
+    """Why more images are made than are selected, in one clause.
+
+    >>> describe_rounding(2, 16)
+    '16 images for 2 selected: whole blocks of 16 are made, which a larger --limit or --count uses'
+    """
+    return (
+        f"{images:,} images for {selected:,} selected: whole blocks of {BLOCK_ROWS} are made, "
+        "which a larger --limit or --count uses"
+    )
+
+
 def _software_versions() -> dict[str, str]:
     return software_versions("torch", "numpy", "opencv-python-headless")
 
 
-_Advance = Callable[[int, str], None]
-"""Called with images made and a note; 0 images while a micro-batch is under way."""
+class _Advance(Protocol):
+    """Called with images made and a note.
+
+    `under_way` is what the steps done are of the images of a micro-batch, in images.
+    """
+
+    def __call__(self, count: int, note: str, *, under_way: float = 0.0) -> None: ...
 
 
 @contextmanager
 def _show_progress(processes: Processes, total: int) -> Iterator[_Advance]:
     """Progress of the first process, on behalf of the others: they have as much to do."""
     if not processes.is_main or not total:
-        yield lambda count, note: None
+        yield lambda count, note, under_way=0.0: None
         return
     label = "generate" if processes.size == 1 else f"generate (1 of {processes.size} processes)"
     with open_meter(label, total, "images") as shown:
@@ -207,9 +228,13 @@ def _sample_unit(
         features = source.read_features(batch.images // request.variations)
         # A seed derives from the image's index alone, so any process may make any image.
         seeds = derive_seeds(request.seed, batch.images.tolist()).numpy()
-        tiles = generator.generate_tiles(
-            features, seeds, lambda done, steps: advance(0, f"step {done}/{steps}")
-        )
+        images = batch.end - batch.begin
+
+        # The first micro-batch may take minutes: its steps make a rate and an ETA already.
+        def show_step(done: int, steps: int, images: int = images) -> None:
+            advance(0, f"step {done}/{steps}", under_way=images * done / steps)
+
+        tiles = generator.generate_tiles(features, seeds, show_step)
         kept = tiles[batch.begin : batch.end]
         advance(len(kept), "")
         yield from kept

@@ -17,7 +17,8 @@ from pipeline.dataset import Dataset, read_journal
 TABLE_FILE = "sweep.csv"
 _COLUMNS = ("steps", "solver", "scale", "low", "high")
 """The order of the options in the table, which is that of the first tables."""
-_TYPES = {item.metadata["option"].flag[2:]: item.type for item in fields(SamplerSettings)}
+_FIELD_TYPES = {item.name: item.type for item in fields(SamplerSettings)}
+_TYPES = {option: _FIELD_TYPES[name] for option, name in FIELD_OF_OPTION.items()}
 Value = int | float | str
 
 

@@ -78,6 +78,7 @@ class CytoSynGenerator:
             "model_sha256": _model_sha256(self._model),
             **({} if random is None else {"model_encoder_random": random}),
             **self._settings.arguments(),
+            **({"rounding": "down"} if self._settings.legacy_truncate else {}),
             "compute_dtype": self._dtype,
             **({"compiled": True} if self._compiles else {}),
         }
@@ -98,7 +99,7 @@ class CytoSynGenerator:
         )
         # The decoder alone sums in an order that depends on the number of threads.
         with _one_thread_on(self._model.device):
-            return self._model.decode(latents)
+            return self._model.decode(latents, legacy_truncate=self._settings.legacy_truncate)
 
 
 @contextmanager

@@ -82,11 +82,13 @@ class GeneratorKind:
 KINDS = {
     "own": GeneratorKind(_open_own, SamplerSettings()),
     "cytosyn": GeneratorKind(
-        partial(_open_released, "released_cytosyn"), SamplerSettings(), fixed=("solver",)
+        partial(_open_released, "released_cytosyn"),
+        SamplerSettings(),
+        fixed=("solver", "legacy_truncate"),
     ),
     "pixcell": GeneratorKind(
         partial(_open_released, "pixcell"),
         SamplerSettings("dpm", 50, 2.0, 0.0, 1.0),  # those of its use in arXiv 2603.18089
-        fixed=("solver", "guidance_low", "guidance_high"),
+        fixed=("solver", "guidance_low", "guidance_high", "legacy_truncate"),
     ),
 }

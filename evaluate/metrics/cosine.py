@@ -249,6 +249,8 @@ METRIC = Metric(
         ),
     ),
     needs=("sources",),
+    reads=("generated",),
+    reads_directions=True,
     summary=cosine_summary,
     plot=MetricPlot(
         draw_cosines,

@@ -9,14 +9,14 @@ rounding into differences of a thousandth.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.errors import UserError
-from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features
+from evaluate.metrics.features import CHUNK_ROWS, checked_pair, constant_features, row_digests
 from evaluate.metrics.metric import (
     FeaturePair,
     Metric,
@@ -33,12 +33,37 @@ from evaluate.metrics.moments import Moments
 Mode = Literal["test", "train", "gap"]
 Dtype = Literal["float64", "float32"]
 _SUSPICIOUS = 1000.0
+_COPY = 1e-6
+"""Squared distance per dimension, in the test set's variances, below which a row is a copy: what
+an encoder's rounding leaves between two passes over one image is far below it."""
+_NEAR = 0.01
+"""As `_COPY`, of rows that are no copies and still nearer to train rows than new ones ever are."""
+_REPEATED_SHARE = 0.01
 _DROPPED = WarningKind(
     "constant_dimensions",
     "{count} feature dimensions are constant in the test set and were dropped",
 )
-_FAR = WarningKind(
-    "suspicious_value", "a value beyond ±{limit:.0f} points to {cause} or to another encoder"
+_FAR = WarningKind("suspicious_value", "a value beyond ±{limit:.0f} points to {cause}")
+_COPIED = WarningKind("copied_rows", "{count} of {rows} generated rows are copies of train rows")
+_COPIED_TEST = WarningKind(
+    "copied_test_rows",
+    "{count} of {rows} generated rows are copies of test rows, which flatters them",
+)
+_REPEATED = WarningKind(
+    "repeated_train_rows",
+    "{count} of {rows} train rows are copies of other train rows: the baseline is of copies, which "
+    "lowers the value",
+)
+_OVERLAP = WarningKind(
+    "train_in_test",
+    "{count} of {rows} test rows ({share:.1%}) are train rows too, so the test is not on unseen "
+    "rows alone",
+)
+_SMALL_BASELINE = WarningKind(
+    "small_baseline",
+    "the baseline has {centres} centres, half of {train} train rows, and the generated set has "
+    "{used}: that lowers the value, so it compares only at these sizes; give {needed} train rows "
+    "or more, or at most {centres} generated ones",
 )
 
 
@@ -76,6 +101,10 @@ class FeatureLikelihoodDivergence:
         n_train: train rows.
         n_test: test rows.
         n_generated: generated rows used, after the cap.
+        n_baseline: train rows that stand in for generated ones in the baseline, at most half of
+            the train rows; None in mode "gap".
+        n_copied: generated rows of the first seed that are copies of train rows.
+        n_shared: test rows that are train rows too.
         dim: feature dimensions used, after constant ones were dropped.
         dtype: of the computation.
         warnings: what makes the value doubtful, one sentence each.
@@ -92,6 +121,9 @@ class FeatureLikelihoodDivergence:
     n_train: int
     n_test: int
     n_generated: int
+    n_baseline: int | None
+    n_copied: int
+    n_shared: int
     dim: int
     dtype: str
     warnings: tuple[str, ...]
@@ -127,7 +159,8 @@ def feature_likelihood_divergence(
 
     Raises:
         UserError: fewer than 4 train or 2 other rows, NaN or infinity, differing dimensions, no
-            or repeated seeds, only constant train or test features, a baseline of other data.
+            or repeated seeds, only constant train or test features, a test set that is wholly in
+            the train set, a baseline of other data.
     """
     _check_arguments(mode, dtype, seeds, max_generated)
     train_rows, test_rows = checked_pair(train, test, names=("train", "test"))
@@ -138,21 +171,35 @@ def feature_likelihood_divergence(
         raise UserError("train features are all constant: no likelihood can be fitted to copies")
     # All rows are scaled by the test set alone, so that every model is seen in the same space.
     normalise = _Normaliser(test_rows, dtype, device)
+    equal = _EqualRows.count(train_rows, test_rows, generated_rows)
+    if equal.shared == len(test_rows):
+        raise UserError(
+            f"all {equal.shared:,} test rows are train rows too: the divergence is tested on rows "
+            "that are not in the train set; give another train or test set"
+        )
     fits = _Fits(normalise(train_rows), normalise(test_rows), len(generated_rows), max_generated)
     baseline = None if mode == "gap" else fits.complete_baseline(seeds, baseline)
     first, values = None, []
     for seed in seeds:
         draw = fits.draw_orders(seed)
         mixture = Mixture(normalise(generated_rows[draw.generated]), fits.train[draw.order])
-        first = first or (mixture.memorisation_scores(), draw.generated)
+        if first is None:
+            nearest = mixture.nearest_squared.cpu().numpy() / fits.train.shape[1]
+            first = (mixture.memorisation_scores(), draw.generated, nearest)
         nll = mixture.mean_nll(fits.test if mode == "test" else fits.train)
         # The gap needs no baseline: it compares train and test rows under the same mixture.
         compared = mixture.mean_nll(fits.test) if baseline is None else baseline.nll[seed]
         values.append(100 * (nll - compared))
     assert first is not None
-    warnings = normalise.warnings
-    if max(np.abs(values)) > _SUSPICIOUS:
-        cause = "features far from the real ones" if mode == "train" else "copies of train rows"
+    copied = int((first[2] <= _COPY).sum())
+    warnings = normalise.warnings + equal.warnings(has_baseline=baseline is not None)
+    if baseline is not None:
+        warnings += fits.baseline_warnings()
+    if copied:
+        warnings += (_COPIED.format_sentence(count=copied, rows=len(first[1])),)
+    extreme = max(values, key=abs)
+    if abs(extreme) > _SUSPICIOUS:
+        cause = _find_cause(extreme, mode, first[2])
         warnings += (_FAR.format_sentence(limit=_SUSPICIOUS, cause=cause),)
     return FeatureLikelihoodDivergence(
         value=float(np.mean(values)),
@@ -166,10 +213,70 @@ def feature_likelihood_divergence(
         n_train=len(train_rows),
         n_test=len(test_rows),
         n_generated=len(first[1]),
+        n_baseline=None if baseline is None else fits.n_baseline,
+        n_copied=copied,
+        n_shared=equal.shared,
         dim=fits.train.shape[1],
         dtype=dtype,
         warnings=warnings,
     )
+
+
+@dataclass(frozen=True)
+class _EqualRows:
+    """How many rows of the three sets are equal: test rows in train, and so on."""
+
+    train: int
+    test: int
+    generated: int
+    shared: int
+    repeated: int
+    copied_test: int
+
+    @classmethod
+    def count(
+        cls,
+        train: NDArray[np.floating],
+        test: NDArray[np.floating],
+        generated: NDArray[np.floating],
+    ) -> Self:
+        """Count them, in sets ``[n, d]``, ``[m, d]`` and ``[g, d]``."""
+        sums = [row_digests(rows) for rows in (train, test, generated)]
+        known, unseen = set(sums[0]), set(sums[1]) - set(sums[0])
+        return cls(
+            train=len(train),
+            test=len(test),
+            generated=len(generated),
+            shared=sum(digest in known for digest in sums[1]),
+            repeated=len(train) - len(known),
+            copied_test=sum(digest in unseen for digest in sums[2]),
+        )
+
+    def warnings(self, *, has_baseline: bool) -> tuple[str, ...]:
+        """What they do to the value, one sentence each; `has_baseline` is of its mode."""
+        found: list[str] = []
+        if self.shared:
+            share = self.shared / self.test
+            found.append(_OVERLAP.format_sentence(count=self.shared, rows=self.test, share=share))
+        # Some empty tiles are alike in any real set: that many move nothing.
+        if has_baseline and self.repeated > _REPEATED_SHARE * self.train:
+            found.append(_REPEATED.format_sentence(count=self.repeated, rows=self.train))
+        if self.copied_test:
+            found.append(_COPIED_TEST.format_sentence(count=self.copied_test, rows=self.generated))
+        return tuple(found)
+
+
+def _find_cause(value: float, mode: str, nearest: NDArray[np.float64]) -> str:
+    """What takes a value beyond ±1000; `nearest` ``[M]`` are squared distances per dimension.
+
+    A copy's variance collapses: it explains its own train row alone, so that train rows become
+    far likelier and test rows far less likely. Far rows explain neither.
+    """
+    if (nearest <= _COPY).any():
+        return "the copies of train rows"
+    if np.median(nearest) < _NEAR or (mode != "test" and value < 0):
+        return "near copies of train rows"
+    return "features far from the real ones, such as another encoder's"
 
 
 def _check_arguments(mode: str, dtype: str, seeds: Sequence[int], max_generated: int) -> None:
@@ -225,7 +332,18 @@ class _Fits:
     ) -> None:
         self.train, self.test = train, test
         self._n_generated, self._used = n_generated, min(n_generated, max_generated)
-        self._centres = min(self._used, len(train) // 2)
+        self.n_baseline = min(self._used, len(train) // 2)
+
+    def baseline_warnings(self) -> tuple[str, ...]:
+        """A sentence where the baseline has fewer centres than the generated set."""
+        if self.n_baseline == self._used:
+            return ()
+        return (
+            _SMALL_BASELINE.format_sentence(
+                centres=self.n_baseline, train=len(self.train), used=self._used,
+                needed=2 * self._used,
+            ),
+        )  # fmt: skip
 
     def draw_orders(self, seed: int) -> _Draw:
         # One stream for all four, in this order: the same seed gives the authors' numbers.
@@ -236,7 +354,7 @@ class _Fits:
             random.choice(self._n_generated, self._used, replace=False) if capped else everything,
             random.choice(n, n, replace=False),
             random.choice(n, n, replace=False),
-            random.choice(n - self._centres, n - self._centres, replace=False),
+            random.choice(n - self.n_baseline, n - self.n_baseline, replace=False),
         )
 
     def complete_baseline(
@@ -262,8 +380,8 @@ class _Fits:
     def _baseline_nll(self, seed: int) -> float:
         # Centres must not be among the rows that they are fitted to: variances would vanish.
         draw = self.draw_orders(seed)
-        centres = draw.baseline_order[: self._centres]
-        rest = draw.baseline_order[self._centres :]
+        centres = draw.baseline_order[: self.n_baseline]
+        rest = draw.baseline_order[self.n_baseline :]
         fitted_to = self.train[rest[draw.baseline_fit_order]]
         return Mixture(self.train[centres], fitted_to).mean_nll(self.test)
 
@@ -310,6 +428,8 @@ METRIC = Metric(
     ),
     needs=("train",),
     depends_on_device=True,
-    warnings=(_DROPPED, _FAR),
+    warnings=(
+        _DROPPED, _OVERLAP, _REPEATED, _COPIED_TEST, _SMALL_BASELINE, _COPIED, _FAR,
+    ),
     parts=(MetricPart("gap", "fld_gap", "FLD gap"),),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from evaluate.metrics.metric import (
     Metric,
     MetricSettings,
     TableQuantity,
+    WarningKind,
     plain_fields,
     value_at,
 )
@@ -35,6 +36,11 @@ from evaluate.metrics.neighbours import (
     open_pairs,
 )
 
+_LOWERED = WarningKind(
+    "lowered_k",
+    "k is {k} in place of {wanted}, as more than half of the smaller set of {rows} rows would be "
+    "in every ball: compare with numbers of the same k only",
+)
 Semantics = Literal["fld", "kynkaanniemi", "prdc"]
 
 
@@ -366,13 +372,35 @@ _SHOWN = {
 """Numbers that reports and tables show, with their meaning."""
 
 
+def largest_k(rows: int) -> int:
+    """The largest k that means something in a set of so many rows.
+
+    A ball that reaches beyond half of the other rows of its set says where the set is, not where
+    its neighbourhood is.
+
+    >>> largest_k(2), largest_k(8), largest_k(41)
+    (0, 3, 20)
+    """
+    return (rows - 1) // 2
+
+
 def manifold_result(pair: FeaturePair, settings: MetricSettings) -> dict[str, object]:
-    """The metric as plain values, with its settings."""
-    most = min(len(pair.real), len(pair.generated)) - 1
-    result = precision_recall(
-        pair.real, pair.generated, k=min(settings.k, most), device=pair.device
-    )
-    return plain_fields(result)
+    """The metric as plain values, with its settings; a k that is too large is lowered and said.
+
+    Raises:
+        UserError: fewer than 3 rows in a set, in which no k means anything.
+    """
+    smaller = min(len(pair.real), len(pair.generated))
+    k = min(settings.k, largest_k(smaller))
+    if k < 1:
+        raise UserError(
+            f"the smaller set has {smaller} row{'s' * (smaller != 1)}, but precision and recall "
+            "need at least 3; measure more images"
+        )
+    result = precision_recall(pair.real, pair.generated, k=k, device=pair.device)
+    is_lowered = k < settings.k
+    warnings = [_LOWERED.format_sentence(k=k, wanted=settings.k, rows=smaller)]
+    return plain_fields(result) | {"warnings": warnings if is_lowered else []}
 
 
 def manifold_summary(result: Record) -> str:
@@ -390,5 +418,6 @@ METRIC = Metric(
         TableQuantity(key, key.capitalize(), "higher", value_at(key), share=True, meaning=meaning)
         for key, meaning in _SHOWN.items()
     ),
+    warnings=(_LOWERED,),
     summary=manifold_summary,
 )

@@ -209,6 +209,8 @@ class Metric:
         place: where it is in tables, ascending.
         compute: the result as plain JSON values, from a pair and the settings.
         needs: which optional features of the pair it reads.
+        reads: which of the pair's two sets it reads besides.
+        reads_directions: whether a row of zeros, which has no direction, is refused.
         reads_clusters: whether it reads the pair's labels, if there are draws.
         depends_on_device: whether its value depends on the device by rounding.
         compute_floor: the part of the result that is also computed between two halves of the
@@ -228,6 +230,8 @@ class Metric:
     rows: Callable[[Record, Record], list[MetricRow]] | None = None
     quantities: tuple[TableQuantity, ...] = ()
     needs: tuple[Literal["train", "sources"], ...] = ()
+    reads: tuple[Literal["real", "generated"], ...] = ("real", "generated")
+    reads_directions: bool = False
     reads_clusters: bool = False
     depends_on_device: bool = False
     compute_floor: Callable[[FeaturePair, MetricSettings], dict[str, object]] | None = None

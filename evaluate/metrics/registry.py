@@ -1,5 +1,6 @@
 """All metrics by name, found as the modules of `evaluate.metrics` that define `METRIC`."""
 
+import json
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
@@ -7,6 +8,7 @@ from pkgutil import iter_modules
 import evaluate.metrics
 from common.errors import UserError
 from common.record import Record
+from common.text import one_line
 from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings, TableQuantity
 
 
@@ -37,6 +39,33 @@ def compute_metrics(
         if name not in METRICS:
             raise UserError(f"metric '{name}' is not known; expected one of {', '.join(METRICS)}")
     return {name: METRICS[name].compute(pair, settings) for name in names}
+
+
+def compute_each(
+    pair: FeaturePair, names: Sequence[str], settings: MetricSettings
+) -> tuple[dict[str, object], dict[str, str]]:
+    """The results of the named metrics, and of those that failed the reason: none costs another.
+
+    A result with NaN or infinity, which no results file takes, is a failure too.
+    """
+    results: dict[str, object] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            results[name] = METRICS[name].compute(pair, settings)
+            json.dumps(results[name], allow_nan=False)
+        except Exception as error:
+            # Whatever it is: the other metrics may have taken hours.
+            results[name] = None
+            failed[name] = describe_failure(error)
+    return results, failed
+
+
+def describe_failure(error: Exception) -> str:
+    """Why a metric has no value, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def compute_floors(pair: FeaturePair, settings: MetricSettings) -> dict[str, dict[str, object]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from evaluate.compare.results import make_warning
 from evaluate.compare.warnings import FEW_TILES, blockiness_warnings, metric_warnings
+from evaluate.metrics.registry import METRICS
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.tables import row_label
 
@@ -33,6 +34,7 @@ def find_cautions(protocol: Protocol, results: Results) -> Warnings:
         warnings.append(
             make_warning("left_out", f"the rows of {name} were left out, as configured")
         )
+    warnings += _failure_warnings(results)
     # Last, since a sentence that is covered by a warning above is left out.
     warnings += metric_warnings(_shown_metrics(results), warnings)
     return list({entry["message"]: entry for entry in warnings}.values())
@@ -77,6 +79,19 @@ def _random_warnings(results: Results) -> Warnings:
     notes = {name: identity.get("generator_note") for name, identity in identities.items()}
     return warnings + [
         make_warning("untested", f"{name}: {note}") for name, note in notes.items() if note
+    ]
+
+
+def _failure_warnings(results: Results) -> Warnings:
+    """What could not be computed, and why, with the first place where that was so."""
+    first: dict[tuple[str, str], str] = {}
+    for cell in results.get("cells", []):
+        for name, reason in cell["results"].get("failed", {}).items():
+            place = f"{row_label(cell)}, {cell['encoder']}, {cell['column']}"
+            first.setdefault((name, reason), place)
+    return [
+        make_warning("not_measured", f"{METRICS[name].title}: not measured: {reason} ({place})")
+        for (name, reason), place in first.items()
     ]
 
 

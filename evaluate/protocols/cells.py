@@ -8,12 +8,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.torch_processes import choose_device
+from evaluate.compare.inputs import TileRows, find_faults, stopped_metrics
 from evaluate.compare.measure import make_pair, real_halves
 from evaluate.compare.sides import FeatureSide, slide_attribute, source_features
 from evaluate.metrics.likelihood import METRIC as LIKELIHOOD
 from evaluate.metrics.likelihood import LikelihoodBaseline, likelihood_result
 from evaluate.metrics.metric import FeaturePair, Metric, MetricSettings
-from evaluate.metrics.registry import METRICS, needed_features
+from evaluate.metrics.registry import METRICS, describe_failure, needed_features
 from evaluate.protocols.comparable import check_sides, number_basis
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.controls import grouped_distances, halves_by_label, neighbour_cosines
@@ -85,16 +86,32 @@ class Measurer:
         settings = self.protocol.settings
         settings = settings if cell.kind == "model" else replace(settings, draws=0)
         results: Results = {}
+        failed: dict[str, str] = {}
         for metric in (METRICS[name] for name in cell.metrics):
             is_likelihood = metric is LIKELIHOOD
             compute = partial(self._measure_likelihood, opened) if is_likelihood else metric.compute
             inputs = self._result_inputs(metric, pair, opened, settings)
-            results[metric.name] = self.store.get_or_compute(
-                inputs, partial(compute, pair, settings)
-            )
+            # Hours of other metrics and cells are not lost for one that cannot be computed.
+            try:
+                results[metric.name] = self.store.get_or_compute(
+                    inputs, partial(compute, pair, settings)
+                )
+            except (UserError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+                failed[metric.name] = self._describe_failure(metric, opened, error)
+        if failed:
+            results["failed"] = failed
         if cell.kind == "model" and "groups" in self.protocol.plots:
             results["groups"] = self._measure_groups(cell, opened)
         return results
+
+    def _describe_failure(
+        self, metric: Metric, opened: dict[str, OpenSide], error: Exception
+    ) -> str:
+        """Why a metric has no value, with slide, rank and file where rows are the cause."""
+        sides = {name: TileRows.of_side(name, one.side) for name, one in opened.items()}
+        return stopped_metrics([metric], find_faults(sides)).get(
+            metric.name, describe_failure(error)
+        )
 
     def _make_pair(self, cell: Cell, opened: dict[str, OpenSide]) -> FeaturePair:
         generated, real = opened["generated"].side, opened["real"].side

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from common.console import EXIT_OK, print_line
+from common.console import EXIT_FAILURES, EXIT_OK, print_line
 from common.text import format_bytes, format_seconds
 from common.torch_processes import joined_processes, make_sums_independent_of_threads
 from evaluate.compare.results import write_results
@@ -38,11 +38,11 @@ def protocol_command(options: argparse.Namespace) -> int:
         rest = f"{len(lines)} things are missing" if lines else "nothing is missing"
         print_line(f"protocol {protocol.name}: {len(cells)} comparisons; {rest}")
     else:
-        _run_and_write(protocol, options.arguments)
+        return _run_and_write(protocol, options.arguments)
     return EXIT_OK
 
 
-def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> None:
+def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> int:
     folder = out_folder(protocol)
     results = run_protocol(protocol, arguments)
     write_results(folder / "results.json", results)
@@ -52,3 +52,5 @@ def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> None:
     for path in written:
         print_line(f"protocol {protocol.name}: wrote {path}, {format_bytes(path.stat().st_size)}")
     print_line(f"protocol {protocol.name}: done in {format_seconds(results['seconds'])}")
+    has_failed = any("failed" in cell["results"] for cell in results.get("cells", []))
+    return EXIT_FAILURES if has_failed else EXIT_OK

@@ -21,7 +21,8 @@ Schema 1, one JSON object:
                      encoder, column (the set it is held against), point (swept values), real and
                      generated (source, view, px), train, basis (all that must agree within a
                      table, n_real, n_generated and k among it) and results: by metric the fields
-                     of the result classes of evaluate.metrics with their seeds, and `groups`
+                     of the result classes of evaluate.metrics with their seeds, `groups`, and
+                     `failed`, the reason by metric, where one could not be computed
     tables           name, title, better, columns (encoder, set) and rows: label, kind, cells by
                      "encoder/set" of value, spread, n; null where there is no number
     memorisation     in place of cells: one search per encoder

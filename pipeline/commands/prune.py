@@ -4,7 +4,7 @@ import argparse
 
 from pipeline.commands.options import add_dataset
 
-HELP = "remove what no selection needs and what crashes left behind"
+HELP = "remove what no selection needs and what crashes left behind, or an encoder's features"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-selection", nargs="+", default=[], action="extend", metavar="NAME",
         help="only what these need stays (default: all selections count)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", default="", metavar="ENCODER",
+        help="instead: all features of that encoder, to make them with other weights; "
+        "ENCODER+VIEW takes those of one view",
     )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="only list what would go (default)")
@@ -24,4 +29,6 @@ def run(options: argparse.Namespace) -> int:
     from pipeline.dataset import open_dataset
     from pipeline.upkeep.prune import prune
 
-    return prune(open_dataset(options.dataset), options.keep_selection, options.yes)
+    return prune(
+        open_dataset(options.dataset), options.keep_selection, options.yes, options.features
+    )

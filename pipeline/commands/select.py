@@ -14,6 +14,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     add_config_options(parser, SelectConfig)
     parser.add_argument(
+        "--replace", action="store_true",
+        help="replace a selection of that name that was made with other options",
+    )  # fmt: skip
+    parser.add_argument(
         "--remove", metavar="NAME", action="append", default=[],
         help="remove that selection, if no other depends on it; may be given several times",
     )  # fmt: skip
@@ -34,4 +38,5 @@ def run(options: argparse.Namespace) -> int:
         return EXIT_OK
     if not options.name:
         raise UserError("select needs --name (or --remove); see `python -m pipeline select --help`")
-    return select(dataset, config_from_options(SelectConfig, options))
+    config = config_from_options(SelectConfig, options)
+    return select(dataset, config, replace_other=options.replace)

@@ -46,7 +46,7 @@ from pipeline.dataset.tables.selections import (
     read_selection,
     write_selection,
 )
-from pipeline.dataset.tables.slides import Slide, read_slides, write_slides
+from pipeline.dataset.tables.slides import Slide, bounds_from, read_slides, write_slides
 from pipeline.dataset.tiles.png_tar import decode_png, encode_png, write_tar
 from pipeline.dataset.tiles.store import TileStore
 
@@ -68,6 +68,7 @@ __all__ = [
     "Slide",
     "TileStore",
     "begun_stages",
+    "bounds_from",
     "candidate_count",
     "check_name",
     "check_slide_id",

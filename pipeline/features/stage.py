@@ -41,12 +41,6 @@ _TILES_PER_BUNDLE = {"cpu": 256, "cuda": 100_000}
 _BUNDLES_PER_WORKER = 4
 
 
-_FIXED = frozenset(
-    {"weights_sha256", "compute_dtype", "view", "dim", "tokens_shape", "resize", "mean", "std"}
-)
-"""What of encoder.json must stay as it is; hub id and software versions may differ."""
-
-
 def _on_devices(engine: EngineConfig, device: str) -> EngineConfig:
     """With its number of workers; by default one per local GPU, or one on all cores."""
     if engine.cluster:
@@ -74,12 +68,23 @@ def _encoder_record(dataset: Dataset, tile_px: int, config: CacheConfig) -> dict
         path = config.file(dataset, tile_px, kind)
         written = _written_record(path)
         if written is not None:
-            refuse_other_features(path, written, {"compute_dtype": config.dtype})
+            refuse_other_features(
+                path, written, {"compute_dtype": config.dtype}, remedy=_remedy(dataset, config)
+            )
             # A file may have changed under the same name: its weights are read again.
             if written["weights"] == config.weights and not Path(config.weights).exists():
                 return written
     return _describe_encoder(
         load_encoder_once(config.encoder, config.weights, "cpu", "float32"), tile_px, config
+    )
+
+
+def _remedy(dataset: Dataset, config: CacheConfig) -> str:
+    """What to do where features are there that were made otherwise."""
+    folder = dataset.features_dir(0, config.encoder, config.view).name
+    return (
+        "use the former, another --dataset, or remove them first: `python -m pipeline prune "
+        f"--dataset {dataset.root} --features {folder}` lists them, and with --yes removes them"
     )
 
 
@@ -131,7 +136,7 @@ def claim_encoder(
             file = commit_json(dataset, run.run_id, path, record)
             run.append([Entry(path.name, "done", fingerprint, scope=scope, files=(file,))])
         else:
-            refuse_other_features(path, written, {k: v for k, v in record.items() if k in _FIXED})
+            refuse_other_features(path, written, record, remedy=_remedy(dataset, config))
 
 
 @dataclass(frozen=True)

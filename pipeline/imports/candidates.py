@@ -36,7 +36,12 @@ from pipeline.selection.cohort import Cohort
 from pipeline.selection.plan import IMPORTED, TRAIN, VAL_OUT, Ties, role_of_name, ties_to_json
 from pipeline.selection.select import family_patients
 from pipeline.selection.slides import cohort_of_slides
-from pipeline.selection.ties import check_honoured, check_may_change, read_ties
+from pipeline.selection.ties import (
+    check_honoured,
+    check_may_change,
+    describe_replacement,
+    read_ties,
+)
 from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import tissue_fingerprint
 
@@ -219,6 +224,8 @@ def _write_selections(
     with Run(dataset, SELECT, stage_versions()) as run:
         for draft in drafts:
             selection = draft.selection
+            if change := describe_replacement(dataset, selection):
+                print_line(f"import: selection '{selection.name}' is replaced: {change}")
             record = write_selection(dataset, run.run_id, selection)
             entry = Entry(
                 selection.name, "done", draft.fingerprint, files=(record,),

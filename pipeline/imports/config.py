@@ -21,8 +21,13 @@ from pipeline.tiles.config import PNG_CODECS
 
 Anchor = Literal["corner", "center"]
 Units = Literal["", "level0", "level", "mpp"]
+Frame = Literal["auto", "bounds", "canvas"]
 
 _ANCHOR = option_metadata("what of the tile a position is: its upper left corner, or its centre")
+_FRAME = option_metadata(
+    "corner that coordinates count from: of the scanned area (QuPath) or of the whole slide "
+    "(OpenSlide); auto: whichever puts them on tissue"
+)
 _DROP_OUTSIDE = option_metadata(
     "leave out tiles that are not wholly on their slide (default: refuse)"
 )
@@ -79,6 +84,7 @@ class CoordinatesConfig:
         "", "what the coordinates are pixels of (default: as the columns say)"
     )
     anchor: Anchor = option_field("corner", _ANCHOR)
+    frame: Frame = option_field("auto", _FRAME)
     drop_outside: bool = option_field(False, _DROP_OUTSIDE)
 
 
@@ -97,6 +103,7 @@ class H5Config:
     )
     name: str = field(metadata=option_metadata("the selection that they become"))
     anchor: Anchor = option_field("corner", _ANCHOR)
+    frame: Frame = option_field("auto", _FRAME)
     drop_outside: bool = option_field(False, _DROP_OUTSIDE)
 
 
@@ -115,6 +122,13 @@ class TilesConfig:
     seed: int = option_field(0, RANK_SEED)
     names: Literal["none", "x_y", "col_row"] = option_field(
         "none", "what names end in: the corner in pixels, or the cell of the grid"
+    )
+    slide_from: str = option_field(
+        "auto",
+        "what names a slide: folder, name (what pictures' names begin with), or a regular "
+        "expression whose group is the slide in a picture's path; auto: names where they have "
+        "TCGA barcodes or the folder is flat, else folders",
+        metavar="RULE",
     )
     crop: bool = option_field(False, "take the centre of larger pictures")
     icc: Icc = option_field("ignore", "srgb: apply a picture's colour profile")
@@ -168,6 +182,7 @@ class MasksConfig:
         flag="--class",
         metavar="NAME=CLASS",
     )
+    frame: Frame = option_field("auto", _FRAME)
     stage_in: StageIn = IN_PLACE
 
 
@@ -180,3 +195,8 @@ class CoordinatesExport:
     )
     tiles: bool = option_field(False, "with the tiles that were kept")
     selections: tuple[str, ...] = option_field((), SELECTIONS)
+    frame: Frame = option_field(
+        "auto",
+        "corner that coordinates count from: of the scanned area, as QuPath does (bounds, and auto "
+        "where the slide states one), or of the whole slide (canvas)",
+    )

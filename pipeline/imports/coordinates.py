@@ -22,6 +22,7 @@ from pipeline.imports.positions import (
     slide_frames,
 )
 from pipeline.imports.table import PositionTable, read_positions
+from pipeline.imports.tile_fit import TileFit, moved_origin, moved_parameters
 from pipeline.tissue.stage import usable_slides
 
 
@@ -57,7 +58,7 @@ def import_coordinates(dataset: Dataset, config: CoordinatesConfig) -> int:
         "anchor": config.anchor,
         "drop_outside": config.drop_outside,
     }
-    return record_candidates(dataset, slides, imported, parameters)
+    return record_candidates(dataset, slides, imported, parameters | moved_parameters(imported))
 
 
 def dataset_frames(dataset: Dataset, slides: Sequence[Slide]) -> SlideFrames:
@@ -78,14 +79,18 @@ def _place_table(
     # The table's names as slides of the dataset; rows of other slides are reported and left out.
     codes = slide_index[table.codes] if len(slide_index) else table.codes
     _report_unknown(table, slide_index)
+    what = "centre" if config.anchor == "center" else "upper left corner"
+    print_line(f"import: {table.path}: read {table.describe_units()} of each tile's {what}")
     rows = np.flatnonzero(codes >= 0)
     codes = codes[rows]
     factors = _level0_factors(table, rows, codes, slides, frames)
     # Centres become corners in level-0 pixels, where a tile's size is known.
     half = frames.size[codes] / 2 if config.anchor == "center" else 0.0
-    x, y, is_inside = place_tiles(
-        frames, codes, table.x[rows] * factors - half, table.y[rows] * factors - half
+    fit = TileFit(table.path.name, slides, frames, config.frame)
+    x, y, moved = fit.shift_tiles(
+        codes, table.x[rows] * factors - half, table.y[rows] * factors - half
     )
+    x, y, is_inside = place_tiles(frames, codes, x, y)
     if not is_inside.all():
         row, slide = rows[~is_inside][0], slides[codes[~is_inside][0]]
         what = (
@@ -98,8 +103,12 @@ def _place_table(
                 f"{what}; are --units and --anchor right? --drop-outside leaves them out"
             )
         print_line(f"import: {what}; left out")
-    origin = {"file": table.path.name, "units": table.units, "anchor": config.anchor}
-    return ImportedTiles(name, codes[is_inside], x[is_inside], y[is_inside], origin)
+    codes, x, y = codes[is_inside], x[is_inside], y[is_inside]
+    fit.check_tissue(codes, x, y)
+    origin: dict[str, object] = {
+        "file": table.path.name, "units": table.units, "anchor": config.anchor
+    }  # fmt: skip
+    return ImportedTiles(name, codes, x, y, origin | moved_origin(moved))
 
 
 def _report_unknown(table: PositionTable, slide_index: Ints) -> None:

@@ -1,26 +1,30 @@
 """`geojson`: masks and tiles of slides as GeoJSON files that QuPath opens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.console import open_meter
+from common.console import open_meter, print_line
 from common.errors import UserError
 from common.files import write_bytes
+from common.text import list_some
 from pipeline.dataset import (
     Dataset,
     Entry,
     FileRecord,
     Ledger,
+    Slide,
     read_candidates,
     read_selection,
 )
-from pipeline.imports.config import CoordinatesExport
+from pipeline.imports.config import CoordinatesExport, Frame
 from pipeline.imports.coordinates import dataset_frames
+from pipeline.imports.frames import inner_bounds, with_bounds
 from pipeline.imports.geojson import encode_features, mask_features, tile_features
 from pipeline.run.drain import run_tasks
 from pipeline.run.summary import Summary, report_summary
@@ -34,13 +38,16 @@ from pipeline.tissue.stage import usable_slides
 class SlideExport:
     """A slide to write: level-0 pixels per mask pixel (0: no mask), ranks and size of its tiles.
 
-    `ranks` is int64 [n], None without tiles; `size` is a tile's side in level-0 pixels.
+    `ranks` is int64 [n], None without tiles; `size` is a tile's side in level-0 pixels. Written
+    coordinates count from `corner` (x, y), level-0 px; `frame` names it where the slide has two.
     """
 
     slide_id: str
     scale: float
     ranks: npt.NDArray[np.int64] | None = None
     size: float = 0.0
+    corner: tuple[int, int] = (0, 0)
+    frame: str = ""
 
 
 def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineConfig) -> int:
@@ -62,6 +69,7 @@ def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineCo
     with open_meter("geojson", len(tasks), "slides") as progress:
         run_tasks(export_slide, tasks, engine, add_entries, progress)
         summary.seconds = progress.seconds
+    _report_frame(exports)
     return report_summary(summary, out)
 
 
@@ -77,7 +85,8 @@ def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExpor
         mask = dataset.relative_path(dataset.mask_file(slide.slide_id))
         has_mask = any(record.path == mask for record in entry.files)
         scale = entry.values["um_per_px"] / float(slide.mpp or 1) if has_mask else 0.0
-        exports.append(SlideExport(slide.slide_id, scale))
+        export = SlideExport(slide.slide_id, scale)
+        exports.append(replace(export, **_export_frame(slide, config.frame)))
     # Imported pictures have no place on a slide, so that their corners would mean nothing.
     if config.tiles or config.selections:
         if any(not slide.levels for slide in slides):
@@ -89,6 +98,29 @@ def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExpor
             for export, size in zip(exports, sizes, strict=True)
         ]
     return [export for export in exports if export.scale or export.ranks is not None]
+
+
+def _export_frame(slide: Slide, frame: Frame) -> dict[str, Any]:
+    """Corner and frame of what is written for the slide: QuPath's, unless another is requested."""
+    if frame == "canvas" and slide.bounds is None:
+        return {}
+    bounds = inner_bounds(with_bounds(slide))
+    if bounds is None:
+        return {}
+    if frame == "canvas":
+        return {"frame": "canvas"}
+    return {"corner": bounds[:2], "frame": "bounds"}
+
+
+def _report_frame(exports: Sequence[SlideExport]) -> None:
+    """Say whose coordinates do not count from the corner of the whole slide."""
+    shifted = [e.slide_id for e in exports if e.frame == "bounds"]
+    if shifted:
+        print_line(
+            f"geojson: coordinates of {len(shifted):,} slides count from the corner of the scanned "
+            f"area, as QuPath shows it (--frame canvas: from that of the whole slide): "
+            f"{list_some(shifted)}"
+        )
 
 
 def _tile_ranks(
@@ -114,12 +146,14 @@ def export_slide(root: str, export: SlideExport, out: str) -> list[Entry]:
     regions, tiles = [], []
     try:
         if export.scale:
-            regions = mask_features(_read_mask(dataset, export.slide_id), export.scale)
+            mask = _read_mask(dataset, export.slide_id)
+            regions = mask_features(mask, export.scale, export.corner)
         if export.ranks is not None:
             table = read_candidates(dataset, export.slide_id).take(export.ranks)
-            x, y = table["x_level0"].to_numpy(), table["y_level0"].to_numpy()
+            x = table["x_level0"].to_numpy() - export.corner[0]
+            y = table["y_level0"].to_numpy() - export.corner[1]
             tiles = tile_features(export.ranks, x, y, export.size)
-        data = encode_features([*regions, *tiles])
+        data = encode_features([*regions, *tiles], export.frame)
         write_bytes(path, data)
     except UserError as error:
         return [Entry(export.slide_id, "failed", "", str(error))]

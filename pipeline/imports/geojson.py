@@ -1,6 +1,7 @@
 """Masks and tiles as GeoJSON for QuPath, and QuPath's annotations as masks.
 
-Coordinates are level-0 pixels from the upper left corner of the slide, as QuPath has them.
+Coordinates are level-0 pixels. QuPath counts them from the corner of the scanned area where the
+slide states one (see `frames`); here they count from that of the whole slide.
 """
 
 import json
@@ -13,7 +14,15 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.text import one_line
-from pipeline.imports.polygons import Polygon, paint_polygon, polygon_area, trace_polygons
+from pipeline.imports.polygons import (
+    Affine,
+    Painted,
+    Polygon,
+    is_within,
+    paint_polygon,
+    polygon_area,
+    trace_polygons,
+)
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.overlay import CLASS_COLOURS
 
@@ -25,11 +34,15 @@ _CLASS_OF_NAME = {name: value for value, name in CLASS_NAMES.items()} | {
 }
 _CLASSES_TEXT = ", ".join(CLASS_NAMES.values())
 _DECIMALS = 3
+_FRAME_MEMBER = "coordinates_from"
 _FARTHEST_PX = 1e8
 """Of a point from the slide's corner: no slide is a hundred times as large as the largest."""
 
 Feature: TypeAlias = dict[str, Any]
 """A GeoJSON feature, as `json` reads it: anything may be in it."""
+
+Area: TypeAlias = tuple[TissueClass, Polygon]
+"""A class and where it is, in level-0 pixels."""
 
 
 def class_of(name: str, class_names: Mapping[str, TissueClass]) -> TissueClass | None:
@@ -70,13 +83,16 @@ def refuse_unknown(names: Iterable[str]) -> None:
         )
 
 
-def mask_features(mask: npt.NDArray[np.uint8], scale: float) -> list[Feature]:
+def mask_features(
+    mask: npt.NDArray[np.uint8], scale: float, corner: tuple[int, int] = (0, 0)
+) -> list[Feature]:
     """A feature per region of each class but background, of a mask [h, w] of `TissueClass`.
 
-    `scale` is level-0 pixels per mask pixel.
+    `scale` is level-0 pixels per mask pixel; coordinates count from `corner` (x, y), level-0 px.
     """
+    to_corner = Affine((scale, scale), (-float(corner[0]), -float(corner[1])))
     return [
-        _make_feature(polygon.scale_by(scale), CLASS_NAMES[value], CLASS_COLOURS[value])
+        _make_feature(polygon.move_by(to_corner), CLASS_NAMES[value], CLASS_COLOURS[value])
         for value in TissueClass
         if value != TissueClass.BACKGROUND
         for polygon in trace_polygons(mask == value)
@@ -117,10 +133,15 @@ def _close_ring(ring: npt.NDArray[np.float64]) -> list[list[float]]:
     return [[int(v) if v.is_integer() else v for v in point] for point in points.tolist()]
 
 
-def encode_features(features: Sequence[Feature]) -> bytes:
-    """The bytes of a FeatureCollection, one feature per line."""
+def encode_features(features: Sequence[Feature], frame: str = "") -> bytes:
+    """The bytes of a FeatureCollection, one feature per line.
+
+    `frame` is where coordinates count from (see `read_annotations`), '' where a slide has one only.
+    """
     lines = ",\n".join(json.dumps(feature, separators=(",", ":")) for feature in features)
-    return f'{{"type":"FeatureCollection","features":[\n{lines}\n]}}\n'.encode()
+    # Of a member that GeoJSON does not define QuPath takes no notice.
+    stated = f'"{_FRAME_MEMBER}":{json.dumps(frame)},' if frame else ""
+    return f'{{"type":"FeatureCollection",{stated}"features":[\n{lines}\n]}}\n'.encode()
 
 
 def read_features(path: Path) -> list[Feature]:
@@ -128,9 +149,18 @@ def read_features(path: Path) -> list[Feature]:
 
     Tiles and cells are no annotations and are left out.
     """
+    return read_annotations(path)[0]
+
+
+def read_annotations(path: Path) -> tuple[list[Feature], str]:
+    """The features of a GeoJSON file, and the frame that it states ('' where it states none).
+
+    Only files that `geojson` wrote state one: `bounds` or `canvas`.
+    """
     try:
-        document = json.loads(path.read_bytes())
+        document, frame = json.loads(path.read_bytes()), ""
         if isinstance(document, dict):
+            frame = str(document.get(_FRAME_MEMBER, ""))
             document = document.get("features", [document])
         features = []
         for feature in document:
@@ -140,7 +170,7 @@ def read_features(path: Path) -> list[Feature]:
                 # A class that cannot be read shall be refused here, where the file is named.
                 class_name(feature)
                 features.append(feature)
-        return features
+        return features, frame
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error, 120)
         raise UserError(f"{path.name} is not GeoJSON with features: {reason}") from error
@@ -167,7 +197,12 @@ def features_mask(
     scale: float,
     class_names: Mapping[str, TissueClass],
 ) -> npt.NDArray[np.uint8]:
-    """Mask of `shape` (h, w) from annotations; `scale` is level-0 pixels per mask pixel.
+    """Mask of `shape` (h, w) from annotations in canvas coordinates, see `paint_areas`."""
+    return paint_areas(class_areas(features, class_names), shape, scale).mask
+
+
+def class_areas(features: Sequence[Feature], class_names: Mapping[str, TissueClass]) -> list[Area]:
+    """Classes and polygons of annotations, in the order in which they are painted.
 
     Where annotations overlap, of tissue and background the smaller covers the larger (an island
     in a cut-out, a cut-out in tissue), and artifacts cover both. Raises `UserError` for unknown
@@ -181,10 +216,29 @@ def features_mask(
     ]
     # Painted in this order: the large before the small, artifacts last.
     areas.sort(key=lambda pair: (pair[0] > TissueClass.TISSUE, -polygon_area(pair[1])))
+    return areas
+
+
+def paint_areas(
+    areas: Sequence[Area], shape: tuple[int, int], scale: float, affine: Affine | None = None
+) -> Painted:
+    """Mask of `shape` (h, w) from areas; `scale` is level-0 pixels per mask pixel.
+
+    `affine` leads from the areas' coordinates to level-0 pixels of the whole slide.
+    """
     mask = np.zeros(shape, np.uint8)
+    total = on_slide = 0.0
+    is_negative = False
     for value, polygon in areas:
-        paint_polygon(mask, polygon.scale_by(1 / scale), int(value))
-    return mask
+        moved = (polygon if affine is None else polygon.move_by(affine)).scale_by(1 / scale)
+        pixels = paint_polygon(mask, moved, int(value))
+        # A ring that crosses itself has less of an area than pixels, a small one may have none.
+        if value != TissueClass.BACKGROUND:
+            area = max(polygon_area(moved), pixels)
+            total += area
+            on_slide += area if is_within(moved, shape) else pixels
+            is_negative |= bool((moved.shell < -1).any())
+    return Painted(mask, on_slide / total if total else 1.0, is_negative)
 
 
 def polygons_of(feature: Feature) -> list[Polygon]:

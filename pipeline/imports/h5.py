@@ -19,23 +19,30 @@ from common.files import hash_file
 from common.text import list_some, one_line
 from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
 from pipeline.imports.candidates import ImportedTiles, record_candidates
-from pipeline.imports.config import H5Config
+from pipeline.imports.config import Frame, H5Config
 from pipeline.imports.coordinates import dataset_frames
+from pipeline.imports.frames import inner_bounds, with_bounds
 from pipeline.imports.positions import Floats, SlideFrames, match_slides, place_tiles
+from pipeline.imports.tile_fit import TileFit, moved_origin, moved_parameters
 from pipeline.tissue.stage import usable_slides
 
 _SUFFIXES = (".h5", ".hdf5")
 _TRIDENT_SUFFIX = "_patches"
+_SIZE_SLACK = 0.001
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A slide's patches: upper left corners float64 [n, 2] and side, in level-0 pixels."""
+    """A slide's patches: upper left corners float64 [n, 2] and side, in level-0 pixels.
+
+    `frame` is where they count from, "auto" where the file does not say.
+    """
 
     path: Path
     tool: str
     corners: Floats
     size: float
+    frame: Frame = "auto"
 
 
 def import_h5(dataset: Dataset, config: H5Config) -> int:
@@ -60,7 +67,7 @@ def import_h5(dataset: Dataset, config: H5Config) -> int:
         "anchor": config.anchor,
         "drop_outside": config.drop_outside,
     }
-    return record_candidates(dataset, slides, [tiles], parameters)
+    return record_candidates(dataset, slides, [tiles], parameters | moved_parameters([tiles]))
 
 
 def find_files(folder: Path, slides: Sequence[Slide], known: Sequence[str]) -> dict[int, Path]:
@@ -111,7 +118,28 @@ def read_patches(path: Path, slide: Slide) -> Patches:
     if corners.ndim != 2 or corners.shape[1] != 2:
         raise UserError(f"{path}: coords is {list(corners.shape)}, expected [n, 2]")
     tool, size = patch_size(path, attributes, slide)
-    return Patches(path, tool, corners, size)
+    return Patches(path, tool, corners, size, _stated_frame(path, attributes, slide))
+
+
+def _stated_frame(path: Path, attributes: Mapping[str, npt.NDArray[Any]], slide: Slide) -> Frame:
+    """The frame by the slide's size in TRIDENT's attributes, "auto" where they do not say.
+
+    Raises `UserError` where it is that of another slide.
+    """
+    try:
+        size = tuple(float(attributes[f"level0_{side}"]) for side in ("width", "height"))
+    except (KeyError, TypeError, ValueError):
+        return "auto"
+    sizes: dict[Frame, tuple[int, int]] = {"canvas": (slide.width, slide.height)}
+    if bounds := inner_bounds(with_bounds(slide)):
+        sizes["bounds"] = bounds[2:]
+    for frame, known in sizes.items():
+        if all(abs(a - b) <= 1 + _SIZE_SLACK * b for a, b in zip(size, known, strict=True)):
+            return frame
+    raise UserError(
+        f"{path} was made from a slide of {size[0]:.0f}x{size[1]:.0f} px, but {slide.slide_id} is "
+        f"{slide.width}x{slide.height}; is it of another scan or level?"
+    )
 
 
 def patch_size(
@@ -144,7 +172,10 @@ def _place_patches(
     if config.anchor == "center":
         sides = np.repeat([slide_patches.size for slide_patches in patches.values()], counts)
         corners = corners + ((sides - frames.size[codes]) / 2)[:, None]
-    x, y, is_inside = place_tiles(frames, codes, corners[:, 0], corners[:, 1])
+    stated = {i: found.frame for i, found in patches.items() if found.frame != "auto"}
+    fit = TileFit(str(config.folder), slides, frames, config.frame, stated)
+    x, y, moved = fit.shift_tiles(codes, corners[:, 0], corners[:, 1])
+    x, y, is_inside = place_tiles(frames, codes, x, y)
     if not is_inside.all():
         # Patches at a border are padded by both tools; our tiles must be on the slide.
         outside = Counter(codes[~is_inside].tolist())
@@ -159,8 +190,12 @@ def _place_patches(
         print_line(f"import: {what}; left out")
     if not is_inside.any():
         raise UserError(f"{config.folder}: no tile is on its slide; nothing was written")
-    origin = {"folder": config.folder.name, "anchor": config.anchor, "files": len(patches)}
-    return ImportedTiles(config.name, codes[is_inside], x[is_inside], y[is_inside], origin)
+    codes, x, y = codes[is_inside], x[is_inside], y[is_inside]
+    fit.check_tissue(codes, x, y)
+    origin: dict[str, object] = {
+        "folder": config.folder.name, "anchor": config.anchor, "files": len(patches)
+    }  # fmt: skip
+    return ImportedTiles(config.name, codes, x, y, origin | moved_origin(moved))
 
 
 def _report_sizes(
@@ -169,7 +204,10 @@ def _report_sizes(
     """Report how many slides have patches of another size than our tiles."""
     tools = " and ".join(sorted({slide_patches.tool for slide_patches in patches.values()}))
     total = sum(len(slide_patches.corners) for slide_patches in patches.values())
-    print_line(f"import: {total:,} patches of {len(patches):,} slides, written by {tools}")
+    print_line(
+        f"import: {total:,} patches of {len(patches):,} slides, written by {tools}: read coords as "
+        "level-0 pixels of each patch's upper left corner"
+    )
     different = [i for i, found in patches.items() if abs(found.size - frames.size[i]) > 1]
     if different:
         index = different[0]

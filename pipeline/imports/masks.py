@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,14 +26,19 @@ from pipeline.dataset import (
     fingerprint_of,
 )
 from pipeline.dataset.journal import Outcome
-from pipeline.imports.config import MasksConfig
+from pipeline.imports.config import Frame, MasksConfig
+from pipeline.imports.frames import Bounds, inner_bounds, with_bounds
 from pipeline.imports.geojson import (
-    features_mask,
+    class_areas,
+    paint_areas,
     parse_classes,
+    read_annotations,
     read_features,
     refuse_unknown,
     unknown_classes,
 )
+from pipeline.imports.mask_fit import Paint, place_mask
+from pipeline.imports.polygons import Affine, Painted
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
@@ -57,17 +63,20 @@ _CHECKED_FIRST = 8
 _MAX_STRETCH = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskFile:
-    """A mask of one slide as a detector: it looks at the file, not at the slide.
+    """A mask of one slide as a detector: it looks at the file, and at the slide where it belongs.
 
-    What somebody annotated as a fold is an artifact: no class is experimental.
+    What somebody annotated as a fold is an artifact: no class is experimental. `note` is what
+    `detect` found that a person should know.
     """
 
     experimental: ClassVar[frozenset[TissueClass]] = frozenset()
     path: Path
     slide: Slide
     class_names: Mapping[str, TissueClass]
+    frame: Frame = "auto"
+    note: str = ""
 
     @property
     def um_per_px(self) -> float:
@@ -82,11 +91,29 @@ class MaskFile:
         """The mask, uint8 [h, w], at the size of the overview uint8 [h, w, 3]."""
         shape = (rgb.shape[0], rgb.shape[1])
         scale = um_per_px / float(self.slide.mpp or 1)
+        paint, frame, usual = self._open_file(shape, scale)
+        placed = place_mask(
+            paint, self.slide, frame, rgb, um_per_px, usual=usual, is_checked=self.frame == "auto"
+        )
+        self.note = placed.note
+        return Detection(placed.mask, glass_level(rgb))
+
+    def _open_file(self, shape: tuple[int, int], scale: float) -> tuple[Paint, Frame, Frame]:
+        """How the file is painted, the frame that it must be in, and the usual one of such files.
+
+        `shape` (h, w) is the mask's, `scale` level-0 pixels per mask pixel.
+        """
         if self.path.suffix == ".png":
-            mask = read_png_mask(self.path, shape, scale, (self.slide.width, self.slide.height))
-        else:
-            mask = features_mask(read_features(self.path), shape, scale, self.class_names)
-        return Detection(mask, glass_level(rgb))
+            picture = _to_classes(_read_picture(self.path))
+            if picture.shape == shape:
+                # One of ours, pixel by pixel.
+                return lambda a: Painted(picture) if a == Affine() else None, "canvas", "canvas"
+            return paint_picture(picture, shape, scale, self.slide), self.frame, "canvas"
+        features, stated = read_annotations(self.path)
+        areas = class_areas(features, self.class_names)
+        frames: dict[str, Frame] = {"bounds": "bounds", "canvas": "canvas"}
+        frame = frames.get(stated, "auto") if self.frame == "auto" else self.frame
+        return partial(paint_areas, areas, shape, scale), frame, "bounds"
 
 
 def masks_identity(config: MasksConfig) -> dict[str, object]:
@@ -102,11 +129,16 @@ def masks_identity(config: MasksConfig) -> dict[str, object]:
     }
 
 
-def mask_source(mask: Path, class_names: Mapping[str, TissueClass]) -> str:
-    """What a slide's candidates are made from: the mask's bytes and what its names mean."""
+def mask_source(
+    mask: Path, class_names: Mapping[str, TissueClass], frame: Mapping[str, object] | None = None
+) -> str:
+    """What a slide's candidates are made from: the mask's bytes and what its names mean.
+
+    `frame` is what places the mask on a slide that has two frames.
+    """
     classes = {name: int(value) for name, value in class_names.items()}
     try:
-        return fingerprint_of(sha256=hash_file(mask), classes=classes)
+        return fingerprint_of(sha256=hash_file(mask), classes=classes, **(frame or {}))
     except OSError as error:
         raise UserError(f"{mask} cannot be read: {error.strerror}") from error
 
@@ -152,12 +184,15 @@ def mask_slide(
 ) -> list[Entry]:
     """Mask uint8 [h, w], overlay and candidates of one slide, from its mask file."""
     tissue = TissueConfig(config.min_tissue, config.max_artifact, _DETECTOR, config.stage_in)
-    detector = MaskFile(path, slide, parse_classes(config.classes))
+    detector = MaskFile(path, slide, parse_classes(config.classes), config.frame)
     try:
         entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, fingerprint, detector)
     except UserError as error:
         return [Entry(slide.slide_id, "failed", fingerprint, f"{path.name}: {error}")]
-    return [replace(entry, values={**entry.values, "source": source})]
+    values = {**entry.values, "source": source}
+    if detector.note:
+        values["notes"] = [*values.get("notes", ()), detector.note]
+    return [replace(entry, values=values)]
 
 
 def read_png_mask(
@@ -171,18 +206,78 @@ def read_png_mask(
     picture = _to_classes(_read_picture(path))
     if picture.shape == shape:
         return picture
-    width, height = size_level0
+    if not _has_shape(picture, size_level0):
+        raise _shape_error(picture, [size_level0])
+    return _spread_picture(picture, shape, scale, (0, 0, *size_level0))
+
+
+def _has_shape(picture: npt.NDArray[np.uint8], size: tuple[int, int]) -> bool:
+    """Whether a picture [h, w] may be one of an area of that (width, height)."""
     # Rounding by a pixel or so does not make it another shape.
-    across, down = picture.shape[1] / width, picture.shape[0] / height
+    across, down = picture.shape[1] / size[0], picture.shape[0] / size[1]
     slack = 1.5 / min(picture.shape)
-    if abs(across - down) > max(across, down) * (_MAX_STRETCH + slack):
-        raise UserError(
-            f"{picture.shape[1]}x{picture.shape[0]} px has another shape than the slide "
-            f"({width}x{height}); expected a picture of the whole slide"
-        )
-    columns = np.minimum((np.arange(shape[1]) + 0.5) * scale * across, picture.shape[1] - 1)
-    rows = np.minimum((np.arange(shape[0]) + 0.5) * scale * down, picture.shape[0] - 1)
-    return picture[np.ix_(rows.astype(np.int64), columns.astype(np.int64))]
+    return abs(across - down) <= max(across, down) * (_MAX_STRETCH + slack)
+
+
+def _shape_error(picture: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> UserError:
+    whole, *scanned = [f"{width}x{height}" for width, height in sizes]
+    areas = f" or of the scanned area ({scanned[0]})" if scanned else ""
+    return UserError(
+        f"{picture.shape[1]}x{picture.shape[0]} px has another shape than the slide "
+        f"({whole}); expected a picture of the whole slide{areas}"
+    )
+
+
+def _spread_picture(
+    picture: npt.NDArray[np.uint8], shape: tuple[int, int], scale: float, area: Bounds,
+    is_part: bool = False,
+) -> npt.NDArray[np.uint8]:  # fmt: skip
+    """Mask of `shape` with the picture spread over an area (x, y, width, height) in level-0 px.
+
+    The area is the whole slide, or a part of it: what is outside a part is background.
+    """
+    x, y, width, height = area
+    # By the centres of the mask's pixels, in pixels of the picture.
+    columns = ((np.arange(shape[1]) + 0.5) * scale - x) * (picture.shape[1] / width)
+    rows = ((np.arange(shape[0]) + 0.5) * scale - y) * (picture.shape[0] / height)
+    columns_px = np.clip(columns, 0, picture.shape[1] - 1).astype(np.int64)
+    rows_px = np.clip(rows, 0, picture.shape[0] - 1).astype(np.int64)
+    mask = picture[np.ix_(rows_px, columns_px)]
+    if is_part:
+        mask[(rows < 0) | (rows >= picture.shape[0])] = 0
+        mask[:, (columns < 0) | (columns >= picture.shape[1])] = 0
+    return mask
+
+
+def paint_picture(
+    picture: npt.NDArray[np.uint8], shape: tuple[int, int], scale: float, slide: Slide
+) -> Paint:
+    """How a picture [h, w] of the whole slide or of its scanned area becomes a mask of `shape`.
+
+    Raises `UserError` where it is of neither.
+    """
+    size, bounds = (slide.width, slide.height), inner_bounds(slide)
+    areas = {(0.0, 0.0): (0, 0, *size)} if _has_shape(picture, size) else {}
+    if bounds is not None and _has_shape(picture, bounds[2:]):
+        areas[float(bounds[0]), float(bounds[1])] = bounds
+    if not areas:
+        raise _shape_error(picture, [size, bounds[2:]] if bounds else [size])
+
+    def paint(affine: Affine) -> Painted | None:
+        # A picture has the slide's size, so that it can be mirrored and nothing else.
+        turned = picture
+        shift = affine.shift
+        if affine.scale != (1.0, 1.0):
+            if affine.swap or set(map(abs, affine.scale)) != {1.0}:
+                return None
+            turned = picture[:: int(affine.scale[1]), :: int(affine.scale[0])]
+            shift = (0.0, 0.0)
+        if affine.swap or shift not in areas:
+            return None
+        area = areas[shift]
+        return Painted(_spread_picture(turned, shape, scale, area, is_part=area == bounds))
+
+    return paint
 
 
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
@@ -226,6 +321,10 @@ class ImportMasksStage(Stage[Slide]):
         self.class_names = parse_classes(config.classes)
         self.slides = usable_slides(dataset)
         self.masks = find_masks(config.folder, self.slides)
+        if config.frame != "canvas":
+            with_mask = [slide.slide_id in self.masks for slide in self.slides]
+            pairs = zip(self.slides, with_mask, strict=True)
+            self.slides = [with_bounds(slide) if has else slide for slide, has in pairs]
         # Before anything is written, look for unknown names in a few small files.
         texts = [path for path in self.masks.values() if path.suffix != ".png"]
         unknown: set[str] = set()
@@ -243,12 +342,19 @@ class ImportMasksStage(Stage[Slide]):
         # A mask is read once for its sum; a slide without one keeps what it was imported from.
         ledger = Ledger.read(self.dataset, STAGE)[""]
         self.sources = {
-            slide.slide_id: mask_source(self.masks[slide.slide_id], self.class_names)
+            slide.slide_id: mask_source(
+                self.masks[slide.slide_id], self.class_names, self._frame_of(slide)
+            )
             if slide.slide_id in self.masks
             else imported_source(ledger.entries(slide.slide_id))
             for slide in self.slides
         }
         return self.slides
+
+    def _frame_of(self, slide: Slide) -> dict[str, object]:
+        """What places the slide's mask; {} where coordinates can mean one thing only."""
+        bounds = inner_bounds(slide)
+        return {"frame": self.config.frame, "bounds": bounds} if bounds else {}
 
     def item_fingerprint(self, item: Slide) -> str:
         """Of the slide and its mask."""

@@ -32,6 +32,38 @@ class Polygon:
         """The polygon in px `factor` times as small."""
         return Polygon(self.shell * factor, tuple(hole * factor for hole in self.holes))
 
+    def move_by(self, affine: "Affine") -> "Polygon":
+        """The polygon with its points as the map has them."""
+        return Polygon(
+            affine.move_points(self.shell), tuple(affine.move_points(hole) for hole in self.holes)
+        )
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Where points (x, y) go: `scale` * (x, y) + `shift`; `swap` exchanges x and y before."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+    swap: bool = False
+
+    def move_points(self, points: Floats) -> Floats:
+        """Points float64 [n, 2] of (x, y) as the map has them."""
+        return (points[:, ::-1] if self.swap else points) * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A mask uint8 [h, w] of classes, and what of its areas is not in it.
+
+    `inside` is the share (0 to 1) of them that is; `is_negative` says that some reach over the
+    mask's left or upper edge.
+    """
+
+    mask: npt.NDArray[np.uint8]
+    inside: float = 1.0
+    is_negative: bool = False
+
 
 def fill_polygon(polygon: Polygon, shape: tuple[int, int]) -> tuple[Bools, int, int]:
     """The pixels of a mask of `shape` (h, w) whose centres are in the polygon (even-odd rule).
@@ -184,7 +216,14 @@ def polygon_area(polygon: Polygon) -> float:
     return areas[0] - sum(areas[1:])
 
 
-def paint_polygon(mask: npt.NDArray[np.uint8], polygon: Polygon, value: int) -> None:
-    """Set the pixels of the polygon in a mask [h, w], in place."""
+def is_within(polygon: Polygon, shape: tuple[int, int]) -> bool:
+    """Whether all of a polygon is in a mask of `shape` (h, w)."""
+    shell = polygon.shell
+    return bool((shell.min(0) >= 0).all() and (shell.max(0) <= shape[::-1]).all())
+
+
+def paint_polygon(mask: npt.NDArray[np.uint8], polygon: Polygon, value: int) -> int:
+    """Set the pixels of the polygon in a mask [h, w], in place; returns how many they are."""
     inside, top, left = fill_polygon(polygon, (mask.shape[0], mask.shape[1]))
     mask[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = value
+    return int(inside.sum())

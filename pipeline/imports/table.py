@@ -55,6 +55,18 @@ class PositionTable:
     units: str
     scale: Floats | None
     first_line: int
+    columns: Columns
+
+    def describe_units(self) -> str:
+        """How x and y were understood."""
+        columns = f"columns {self.columns.x}, {self.columns.y}"
+        if self.scale is None or not len(self.scale):
+            return f"x and y ({columns}) as level-0 pixels"
+        least, most = float(self.scale.min()), float(self.scale.max())
+        span = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+        if self.units == "level":
+            return f"x and y ({columns}) as pixels of level {span} (column {self.columns.level})"
+        return f"x and y ({columns}) as pixels of {span} µm (column {self.columns.mpp})"
 
     def lines(self, rows: npt.NDArray[np.int64]) -> str:
         """'lines 3, 17, ...' of the rows, the first few of them."""
@@ -86,7 +98,9 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     numbers = [_read_floats(path, table, name, first_line) for name in names[1:]]
     slides, codes = _read_codes(path, table, resolved.slide, first_line)
     scale = numbers[2] if units != "level0" else None
-    return PositionTable(path, slides, codes, numbers[0], numbers[1], units, scale, first_line)
+    return PositionTable(
+        path, slides, codes, numbers[0], numbers[1], units, scale, first_line, resolved
+    )
 
 
 def _read_csv_header(path: Path) -> list[str]:

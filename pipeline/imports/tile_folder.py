@@ -4,7 +4,7 @@ import csv
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,11 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.text import list_some
 from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
+from pipeline.imports.picture_names import find_barcode, name_slides
 from pipeline.slides.barcode import parse_barcode
 from pipeline.slides.entries import SlideTableRow
 
+AUTO = "auto"
+_RULES = {
+    "folder": "their folders' names",
+    "barcode": "the TCGA barcodes in their names",
+    "name": "what their names begin with",
+    "expression": "the regular expression",
+    "table": "the table",
+}
+"""In words, what may name a slide."""
 _PICTURES = frozenset({".png", ".jpg", ".jpeg"})
 _PATHS = ("path", "tile_path", "file", "filename", "file_name", "image")
 _SLIDES = ("slide_id", "slide", "wsi")
@@ -29,7 +40,7 @@ class TileFolder:
 
     `positions` are (x, y) or (column, row) per picture as a table states them, empty where names
     are to be read; `cells` says that they are columns and rows. `taken_by` is the other folder
-    that has the same name: this one cannot be imported.
+    that has the same name: this one cannot be imported. `rule` is what named the slide.
     """
 
     slide_id: str
@@ -41,7 +52,9 @@ class TileFolder:
     site: str = ""
     project: str = ""
     sample_type: str = ""
+    preparation: str = ""
     taken_by: str = ""
+    rule: str = "folder"
 
 
 @dataclass(frozen=True)
@@ -56,26 +69,50 @@ class Listing:
     sha256: str
 
 
-def find_tile_folders(source: Path) -> list[TileFolder]:
-    """Folders with pictures below a folder (any depth), or the slides of a CSV, by slide id.
+def find_tile_folders(
+    source: Path, slide_from: str = AUTO, taken: Mapping[str, str] | None = None
+) -> list[TileFolder]:
+    """Slides of the pictures below a folder (any depth), or of a CSV, by slide id.
 
-    A slide is named after its folder (DSMIL's `<class>/<slide>/<col>_<row>.jpeg` and plain
-    `<slide>/*.png` alike). Raises `UserError` where there is no picture, or a folder with
-    pictures has another one inside: two magnifications are two datasets.
+    `slide_from` says what names a slide: its folder (DSMIL's `<class>/<slide>/<col>_<row>.jpeg` and
+    plain `<slide>/*.png` alike), the pictures' names, the group of a regular expression that is
+    found in the path below `source`, or "auto" (see `_name_rule`). `taken` are ids and paths of the
+    slides that the dataset has: they stay what they are. Raises `UserError` where there is no
+    picture, where a picture names no slide, or a folder with pictures has another one inside: two
+    magnifications are two datasets.
     """
     if source.is_file():
         return _from_csv(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or CSV; expected folders of PNG or JPEG tiles")
-    folders = []
-    for root, _, names in sorted(os.walk(source.absolute())):
-        files = tuple(sorted(name for name in names if Path(name).suffix.lower() in _PICTURES))
-        if files:
-            slide_id = safe_slide_id(Path(root).name)
-            folders.append(_with_barcode(TileFolder(slide_id, Path(root), files)))
-    if not folders:
+    # A folder's name may be a link or '.', what it is called is in its path.
+    top = source.absolute()
+    pictures: dict[Path, list[str]] = {}
+    for folder, _, names in sorted(os.walk(top)):
+        if files := sorted(name for name in names if Path(name).suffix.lower() in _PICTURES):
+            pictures[Path(folder)] = files
+    if not pictures:
         raise UserError(f"{source} has no pictures; expected <slide>/<tile>.png, .jpg or .jpeg")
-    _refuse_nested(folders)
+    if slide_from not in (AUTO, "folder", "name"):
+        return _group_pictures(top, _match_pictures(top, pictures, slide_from), "expression")
+    _refuse_nested(pictures)
+    folders = []
+    named: dict[str, list[tuple[str, str]]] = {"barcode": [], "name": []}
+    for root, files in pictures.items():
+        slides = name_slides(files)
+        rule = _name_rule(top, root, slides, taken or {}) if slide_from == AUTO else slide_from
+        if rule == "folder":
+            folders.append(TileFolder(safe_slide_id(root.name), root, tuple(files)))
+        else:
+            below = root.relative_to(top)
+            named[rule] += [(s, str(below / f)) for s, f in zip(slides, files, strict=True)]
+    for rule, pairs in named.items():
+        folders += _group_pictures(top, pairs, rule)
+    return _number_repeated([_with_barcode(folder) for folder in folders])
+
+
+def _number_repeated(folders: Sequence[TileFolder]) -> list[TileFolder]:
+    """The folders by slide id; of two with one name the second is called otherwise."""
     by_id: dict[str, TileFolder] = {}
     for folder in sorted(folders, key=lambda folder: folder.root):
         if (first := by_id.get(folder.slide_id)) is not None:
@@ -87,19 +124,106 @@ def find_tile_folders(source: Path) -> list[TileFolder]:
     return [by_id[slide_id] for slide_id in sorted(by_id)]
 
 
-def _refuse_nested(folders: Sequence[TileFolder]) -> None:
-    roots = {folder.root for folder in folders}
-    for folder in folders:
-        above = next((parent for parent in folder.root.parents if parent in roots), None)
+def _name_rule(top: Path, root: Path, slides: Sequence[str], taken: Mapping[str, str]) -> str:
+    """What names the slides of a folder's pictures: "barcode", "name" or "folder".
+
+    `slides` are those that the pictures' names begin with. TCGA barcodes count, unless the folder
+    is one slide's; other names count in the folder that was given, where each occurs more than
+    once on average. A folder that the dataset has as one slide stays one.
+    """
+    distinct = set(slides)
+    if taken.get(safe_slide_id(root.name)) == str(root):
+        return "folder"
+    if all(find_barcode(slide) for slide in slides):
+        is_slide = len(distinct) == 1 and find_barcode(root.name)
+        return "folder" if is_slide else "barcode"
+    is_repeated = len(distinct) > 1 and "" not in distinct and len(slides) >= 2 * len(distinct)
+    return "name" if root == top and is_repeated else "folder"
+
+
+def _match_pictures(
+    top: Path, pictures: Mapping[Path, Sequence[str]], expression: str
+) -> list[tuple[str, str]]:
+    """The slide and the path of each picture, by a regular expression."""
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise UserError(f"--slide-from '{expression}' is no regular expression: {error}") from error
+    if not pattern.groups:
+        raise UserError(
+            f"--slide-from '{expression}': expected auto, folder, name, or a regular expression "
+            "with one group in parentheses, which is the slide"
+        )
+    pairs = []
+    for root, files in pictures.items():
+        for file in files:
+            path = (root / file).relative_to(top).as_posix()
+            match = pattern.search(path)
+            pairs.append((match[1] or "" if match else "", path))
+    return pairs
+
+
+def _group_pictures(top: Path, pairs: Sequence[tuple[str, str]], rule: str) -> list[TileFolder]:
+    """The slides of pictures by (slide, path below `top`)."""
+    if unnamed := [path for slide, path in pairs if not slide]:
+        raise UserError(
+            f"{top}: {len(unnamed):,} of {len(pairs):,} pictures name no slide, such as "
+            f"{unnamed[0]}; give --slide-from folder, a regular expression, or a CSV"
+        )
+    groups: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    for slide, path in sorted(pairs):
+        slide_id = safe_slide_id(slide)
+        if names.setdefault(slide_id, slide) != slide:
+            raise UserError(
+                f"{top}: slide '{slide}' and '{names[slide_id]}' would both be called {slide_id}; "
+                "rename one of them, or give a CSV"
+            )
+        groups.setdefault(slide_id, []).append(path)
+    return [
+        _with_barcode(TileFolder(slide_id, top, tuple(sorted(files)), rule=rule))
+        for slide_id, files in sorted(groups.items())
+    ]
+
+
+def _refuse_nested(roots: Collection[Path]) -> None:
+    for root in roots:
+        above = next((parent for parent in root.parents if parent in roots), None)
         if above is not None:
             raise UserError(
-                f"{above} has pictures and so does {folder.root} inside it (two "
+                f"{above} has pictures and so does {root} inside it (two "
                 "magnifications?): give the folder of one of them, or a CSV with path and slide"
             )
 
 
+def describe_folders(folders: Sequence[TileFolder]) -> str:
+    """What was understood of a source, in one line: slides, tiles, and what named the slides."""
+    parts = []
+    for rule, words in _RULES.items():
+        of_rule = [folder for folder in folders if folder.rule == rule]
+        if of_rule:
+            tiles = sum(len(folder.files) for folder in of_rule)
+            example = f"such as {of_rule[0].slide_id}"
+            parts.append(f"{tiles:,} tiles of {len(of_rule):,} slides by {words}, {example}")
+    return "; ".join(parts)
+
+
+def doubtful_folders(folders: Sequence[TileFolder]) -> list[str]:
+    """Folders taken for one slide whose pictures' names begin as if they were of several."""
+    doubtful = []
+    for folder in folders:
+        if folder.rule != "folder":
+            continue
+        slides = sorted(set(name_slides(folder.files)))
+        is_only = len(folders) == 1
+        # Names without a repetition, such as hashes, are a habit inside a slide's folder.
+        if len(slides) > 1 and (is_only or len(folder.files) >= 2 * len(slides)):
+            doubtful.append(f"{folder.root} ({len(slides):,}: {list_some(slides)})")
+    return doubtful
+
+
 def _with_barcode(folder: TileFolder) -> TileFolder:
-    """Patient, site and project of a TCGA barcode, where nothing else says them."""
+    """Patient, site, project and kind of section of a TCGA barcode, unless a table says them."""
     barcode = parse_barcode(folder.slide_id)
     if barcode is None:
         return folder
@@ -109,6 +233,7 @@ def _with_barcode(folder: TileFolder) -> TileFolder:
         site=folder.site or barcode.site,
         project=folder.project or barcode.project,
         sample_type=folder.sample_type or barcode.sample_type,
+        preparation=folder.preparation or barcode.preparation,
     )
 
 
@@ -204,6 +329,8 @@ def _csv_folder(slide_id: str, rows: _SlideRows, is_cells: bool) -> TileFolder:
         rows.first.read_text("site", "tss"),
         rows.first.read_text("project"),
         rows.first.read_text("sample_type"),
+        rows.first.read_text("preparation").lower(),
+        rule="table",
     )
     return _with_barcode(folder)
 

@@ -6,7 +6,7 @@ a picture that cannot be read leaves nothing but that row and its reason.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from common.console import print_line
 from common.errors import UserError
+from common.text import list_some
 from pipeline.dataset import (
     Dataset,
     DatasetKind,
@@ -29,6 +31,8 @@ from pipeline.dataset import (
     commit_file,
     encode_png,
     fingerprint_of,
+    read_slides,
+    safe_slide_id,
     write_candidates,
     write_tar,
 )
@@ -40,6 +44,8 @@ from pipeline.imports.config import TilesConfig
 from pipeline.imports.picture import read_picture
 from pipeline.imports.tile_folder import (
     TileFolder,
+    describe_folders,
+    doubtful_folders,
     find_tile_folders,
     list_files,
     tile_order,
@@ -59,6 +65,7 @@ from pipeline.tissue.stage import tissue_fingerprint
 VERSION = 1
 _PROGRESS_TILES = 64
 _READER = "tiles"
+_LATER_COLUMNS = frozenset({"series", "levels_left_out", "notes", "bounds", "sampled_sha256"})
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def _slide_row(folder: TileFolder, config: TilesConfig) -> Slide:
     return Slide(
         folder.slide_id, str(folder.root), reader=_READER, mpp=config.mpp, tile_mpp=config.mpp,
         mpp_source="given", patient=folder.patient, site=folder.site, project=folder.project,
-        sample_type=folder.sample_type,
+        sample_type=folder.sample_type, preparation=folder.preparation,
     )  # fmt: skip
 
 
@@ -117,8 +124,13 @@ def _list_folder(
     slide = replace(_slide_row(folder, config), bytes=listing.bytes, mtime_ns=listing.mtime_ns)
     candidates = tissue_fingerprint(slide, identity, listing.sha256)
     tiles = tile_fingerprint(slide, identity, config.tile_px, listing.sha256)
+    # As earlier releases wrote rows, where that says the same: their tiles stay valid. They did not
+    # record how a section was prepared, which decides on frozen ones only.
+    values = {key: v for key, v in asdict(slide).items() if v or key not in _LATER_COLUMNS}
+    if slide.preparation != "frozen":
+        values["preparation"] = ""
     row = fingerprint_of(
-        stage=DatasetKind.IMPORTED_TILES, row=asdict(slide), candidates=candidates, tiles=tiles
+        stage=DatasetKind.IMPORTED_TILES, row=values, candidates=candidates, tiles=tiles
     )
     return _ListedFolder(folder, slide, _Fingerprints(row, candidates, tiles, listing.sha256))
 
@@ -211,6 +223,45 @@ class _FolderJob:
         return write_candidates(self.dataset, self.run_id, self.folder.slide_id, table)
 
 
+def _imported_slides(dataset: Dataset) -> dict[str, str]:
+    """Ids and paths of the slides whose tiles the dataset has already."""
+    if not dataset.slides_file.exists():
+        return {}
+    return {s.slide_id: s.path for s in read_slides(dataset) if s.status == "ok"}
+
+
+def _refuse_other_grouping(folders: Sequence[TileFolder], taken: Mapping[str, str]) -> None:
+    """Refuse to import a folder's pictures a second time, as other slides."""
+    for folder in folders:
+        root = str(folder.root)
+        if folder.rule == "folder":
+            others = [s for s, path in taken.items() if path == root and s != folder.slide_id]
+        else:
+            name = safe_slide_id(folder.root.name)
+            others = [name] if taken.get(name) == root and name != folder.slide_id else []
+        if others:
+            raise UserError(
+                f"the dataset has the pictures of {root} already, as slide {list_some(others)} and "
+                f"not {folder.slide_id}: give the same --slide-from, or another --dataset"
+            )
+
+
+def _report_folders(folders: Sequence[TileFolder]) -> None:
+    """Print what was understood of the source."""
+    print_line(f"import: {describe_folders(folders)}")
+    if doubtful := doubtful_folders(folders):
+        print_line(
+            f"import: {len(doubtful):,} folders are taken for one slide each, but their pictures' "
+            f"names begin in several ways: {list_some(doubtful)}. If they are several slides: "
+            "--slide-from name, a regular expression, or a CSV"
+        )
+    if frozen := sum(folder.preparation == "frozen" for folder in folders):
+        print_line(
+            f"import: {frozen:,} of {len(folders):,} slides are frozen sections, which `select` "
+            "leaves out without --frozen"
+        )
+
+
 class ImportTilesStage(Stage[_ListedFolder]):
     """Folders of pictures as shards, candidates and slides.parquet."""
 
@@ -224,7 +275,10 @@ class ImportTilesStage(Stage[_ListedFolder]):
     def __init__(self, dataset: Dataset, config: TilesConfig) -> None:
         super().__init__(dataset)
         self.config = config
-        self.folders = find_tile_folders(config.source)
+        taken = _imported_slides(dataset)
+        self.folders = find_tile_folders(config.source, config.slide_from, taken)
+        _refuse_other_grouping(self.folders, taken)
+        _report_folders(self.folders)
         self.slides: dict[str, Slide] = {}
 
     def identity_claims(self) -> dict[str, object]:

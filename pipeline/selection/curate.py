@@ -1,6 +1,6 @@
 """The `curate` stage: tiles with artifacts found by a linear classifier on cached features."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,6 +65,8 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
     _check_config(config)
     tissue = read_tissue(dataset)
     selections = _selections_to_clean(dataset, config)
+    cleaned = [_configure_cleaned(dataset, config, name) for name in selections]
+    _check_cleaned(dataset, cleaned)
     tile_px = int(identity_value(dataset, "tile_px"))
     store = FeatureStore(dataset, tile_px=tile_px, encoder=config.encoder, view=config.view)
     count_of = dict(
@@ -92,10 +94,29 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
         return status
     # The deny-list before the selections, which name its hash.
     _write_result(work, labels, store.record)
-    for name in selections:
-        stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
-        select(dataset, _cleaned_selection(config, name, stratify))
+    for one in cleaned:
+        select(dataset, one)
     return EXIT_OK
+
+
+def _configure_cleaned(dataset: Dataset, config: CurateConfig, name: str) -> SelectConfig:
+    """What `select` is to make of a selection, divided as that one was."""
+    stratify = read_plan(dataset, name).get("parameters", {}).get("stratify", "site")
+    return _cleaned_selection(config, name, stratify)
+
+
+def _check_cleaned(dataset: Dataset, cleaned: Sequence[SelectConfig]) -> None:
+    """Refuse, before anything is computed, names of selections that curate did not make."""
+    there = dataset.selection_names()
+    for one in cleaned:
+        plan = read_plan(dataset, one.name) if one.name in there else {}
+        made = plan.get("parameters", {})
+        is_ours = made.get("parent") == one.parent and tuple(made.get("deny", ())) == one.deny
+        if one.name in there and not is_ours:
+            raise UserError(
+                f"selection '{one.name}' is there already and was not made by this curation: "
+                f"remove it first (`select --remove {one.name}`), or give another --name"
+            )
 
 
 def _check_config(config: CurateConfig) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from common.console import print_line, stdout
 from pipeline.dataset import Selection
-from pipeline.selection.cohort import Exclusion
+from pipeline.selection.cohort import FEW_CANDIDATES, FROZEN, SAMPLE_TYPE, Exclusion
 from pipeline.selection.draw import Division
 from pipeline.selection.plan import count_exclusions, plan_of
 
@@ -66,13 +66,27 @@ def excluded_csv(excluded: Sequence[Exclusion]) -> bytes:
     return text.getvalue().encode()
 
 
+def name_option(reason: str) -> str:
+    """A reason for leaving slides out, with the option that decides it.
+
+    >>> name_option("frozen section")
+    'frozen section (--frozen takes them)'
+    """
+    options = {
+        FROZEN: "--frozen takes them",
+        SAMPLE_TYPE: "--sample-types decides",
+        FEW_CANDIDATES: "--min-candidates decides",
+    }
+    return f"{reason} ({options[reason]})" if reason in options else reason
+
+
 def print_exclusions(title: str, excluded: Sequence[Exclusion]) -> None:
     """A table of what was left out, by reason."""
     if not excluded:
         return
     table = Table("left out", "slides", "candidates", title=f"{title}: slides left out")
     for row in count_exclusions(excluded):
-        table.add_row(row["reason"], f"{row['slides']:,}", f"{row['candidates']:,}")
+        table.add_row(name_option(row["reason"]), f"{row['slides']:,}", f"{row['candidates']:,}")
     stdout.print(table)
 
 

@@ -1,6 +1,7 @@
 """The `select` stage: a named selection, its budget divided among sites and slides."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -41,6 +42,7 @@ from pipeline.selection.draw import (
 from pipeline.selection.hold_out import choose_hold_out, parse_cover
 from pipeline.selection.outcome import (
     excluded_csv,
+    name_option,
     print_below_quota,
     print_exclusions,
     print_selection,
@@ -63,6 +65,7 @@ from pipeline.selection.ties import (
     check_may_change,
     check_new_hold_out,
     check_not_imported,
+    check_replaced,
     excluded_file,
     held_out,
     read_ties,
@@ -87,8 +90,12 @@ class Drawing:
     ties: Ties
 
 
-def select(dataset: Dataset, config: SelectConfig) -> int:
-    """Write selections/<name>.parquet with its plan; returns the exit status."""
+def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = False) -> int:
+    """Write selections/<name>.parquet with its plan; returns the exit status.
+
+    A selection of that name with other tiles is refused where it was made with other options,
+    unless `replace_other`; where the dataset has changed it is made again.
+    """
     config = _check_config(dataset, config)
     # Read once: the fingerprints and the drawing must see the same cohort and ties.
     tissue, known = read_tissue(dataset), read_ties(dataset)
@@ -108,6 +115,9 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
     division, selections = make_selections(config, drawing, seed, slides_sha256)
+    for selection in selections:
+        is_same = has_options(dataset, selection.name, config)
+        check_replaced(dataset, selection, is_same=is_same, replace=replace_other)
     _write_selections(dataset, selections, drawing, fingerprints, tissue.candidates)
     print_exclusions(f"select {config.name}", drawing.excluded)
     for selection in selections:
@@ -115,6 +125,18 @@ def select(dataset: Dataset, config: SelectConfig) -> int:
     if config.tiles is not None:
         print_below_quota(division)
     return 0
+
+
+def has_options(dataset: Dataset, name: str, config: SelectConfig) -> bool:
+    """Whether the selection of that name was made with these options."""
+    if name not in dataset.selection_names():
+        return False
+    recorded = read_plan(dataset, name).get("parameters")
+    if not isinstance(recorded, dict):
+        return False
+    # An option that an older version did not have was at its default then.
+    former = asdict(SelectConfig("")) | recorded
+    return bool(json.loads(json.dumps(former)) == json.loads(json.dumps(asdict(config))))
 
 
 def _check_config(dataset: Dataset, config: SelectConfig) -> SelectConfig:
@@ -207,7 +229,7 @@ def prepare_drawing(
         patients = family_patients(tissue.cohort, free)
     if not len(free):
         rows = count_exclusions(excluded)
-        reasons = ", ".join(f"{row['slides']} {row['reason']}" for row in rows)
+        reasons = ", ".join(f"{row['slides']} {name_option(row['reason'])}" for row in rows)
         raise UserError(f"selection '{config.name}': no slide is left; left out: {reasons}")
     denied, deny = read_denied(dataset, config.deny)
     honours = {name: hash_patients(held[name]) for name in held}

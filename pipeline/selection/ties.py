@@ -7,7 +7,7 @@ import numpy as np
 
 from common.console import print_line
 from common.errors import UserError
-from pipeline.dataset import Dataset, Entry, Run, read_journal, read_selection
+from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
@@ -121,6 +121,41 @@ def check_may_change(known: Mapping[str, Ties], name: str, doing: str) -> None:
             f"{doing} '{name}': {_quote_all(children)} {'was' if len(children) == 1 else 'were'} "
             f"drawn from it; {_remove_first(children)}, or use another --name"
         )
+
+
+def describe_replacement(dataset: Dataset, selection: Selection) -> str:
+    """What of the file of that name a new selection would replace; "" for the same rows, or none.
+
+    Raises `UserError` where the file cannot be read.
+    """
+    if selection.name not in dataset.selection_names():
+        return ""
+    old = read_selection(dataset, selection.name)
+    if old.content_hash == selection.content_hash:
+        return ""
+    new, former = (
+        f"{one.rows:,} tiles of {len(one.slide_ids):,} slide{'s' * (len(one.slide_ids) != 1)}"
+        for one in (selection, old)
+    )
+    return f"{new} in place of {former}" + (" (others)" if new == former else "")
+
+
+def check_replaced(dataset: Dataset, selection: Selection, *, is_same: bool, replace: bool) -> None:
+    """Refuse to replace a selection that was made with other options, unless `replace`.
+
+    `is_same` says that the options are those it was made with: then the dataset has changed, and
+    the selection follows it, which is said.
+    """
+    change = describe_replacement(dataset, selection)
+    if not change:
+        return
+    if not (is_same or replace):
+        raise UserError(
+            f"selection '{selection.name}' is there already and was made otherwise; this one "
+            f"would have {change}: give --replace to replace it, or another --name"
+        )
+    why = "made again, as the dataset has changed" if is_same else "replaced"
+    print_line(f"select: selection '{selection.name}' is {why}: {change}")
 
 
 def remove_selection(dataset: Dataset, name: str) -> None:

@@ -53,6 +53,7 @@ def _describe(slide: Slide, reader: SlideReader, source: SlideEntry, config: Sca
         height=base.height,
         levels=tuple((v.width, v.height, v.downsample) for v in reader.levels),
         series=reader.series,
+        bounds=reader.bounds,
         notes=(*slide.notes, *reader.notes),
     )
     try:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -14,30 +15,30 @@ from pipeline.slides.reader import SlideOpenError
 _ITEM, _DELIMITER, _PIXELS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0", b"\xe0\x7f\x10\x00"
 _UNDEFINED = 0xFFFFFFFF
 _CODESTREAM_STARTS = (
-    b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ",
+    b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ",
 )  # fmt: skip
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _EOI_TAIL = 16
+_ENDS_WITH_EOI = ("jpeg", "ljpeg", "jpegls", "jpeg2000", "htj2k")
 _J2K_CODING, _J2K_TRANSFORM_AT = b"\xff\x52", 8
 _JPEG_OWN_COLOUR = (b"\xff\xe0", b"\xff\xee")
 """Markers JFIF and Adobe: with one of them a JPEG says itself how its colours are stored."""
 
 _JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
+_jpeg2k_decode = partial(imagecodecs.jpeg2k_decode, numthreads=1)
 _DECODERS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     "1.2.840.10008.1.2.4.57": ("ljpeg", imagecodecs.ljpeg_decode),
     "1.2.840.10008.1.2.4.70": ("ljpeg", imagecodecs.ljpeg_decode),
     "1.2.840.10008.1.2.4.80": ("jpegls", imagecodecs.jpegls_decode),
     "1.2.840.10008.1.2.4.81": ("jpegls", imagecodecs.jpegls_decode),
-    "1.2.840.10008.1.2.4.90": ("jpeg2000", imagecodecs.jpeg2k_decode),
-    "1.2.840.10008.1.2.4.91": ("jpeg2000", imagecodecs.jpeg2k_decode),
-    "1.2.840.10008.1.2.4.110": ("jpegxl", imagecodecs.jpegxl_decode),
-    "1.2.840.10008.1.2.4.111": ("jpegxl", imagecodecs.jpegxl_decode),
-    "1.2.840.10008.1.2.4.112": ("jpegxl", imagecodecs.jpegxl_decode),
-    "1.2.840.10008.1.2.4.201": ("htj2k", imagecodecs.htj2k_decode),
-    "1.2.840.10008.1.2.4.202": ("htj2k", imagecodecs.htj2k_decode),
-    "1.2.840.10008.1.2.4.203": ("htj2k", imagecodecs.htj2k_decode),
+    "1.2.840.10008.1.2.4.90": ("jpeg2000", _jpeg2k_decode),
+    "1.2.840.10008.1.2.4.91": ("jpeg2000", _jpeg2k_decode),
+    "1.2.840.10008.1.2.4.201": ("htj2k", _jpeg2k_decode),
+    "1.2.840.10008.1.2.4.202": ("htj2k", _jpeg2k_decode),
+    "1.2.840.10008.1.2.4.203": ("htj2k", _jpeg2k_decode),
 }
+"""High-throughput JPEG 2000 by OpenJPEG: imagecodecs' own decoder for it only prints its errors."""
 _RLE = "1.2.840.10008.1.2.5"
 
 
@@ -186,6 +187,8 @@ def unwrap_items(data: bytes) -> bytes:
 def decode_frame(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
     """RGB uint8 [height, width, 3] of a frame's bytes (without items); ValueError where damaged."""
     shape = (coding.height, coding.width, 3)
+    if coding.codec in _ENDS_WITH_EOI and _EOI not in data[-_EOI_TAIL:]:
+        raise ValueError(f"a frame is not a whole {coding.codec} picture")
     if coding.syntax in _JPEG:
         image = _decode_jpeg(data, coding)
     elif coding.syntax == _RLE:
@@ -210,7 +213,7 @@ def _is_ybr(data: bytes, coding: FrameCoding) -> bool:
     JPEG's own decoder converts them, and that of JPEG 2000 where the codestream says that it has
     a transform of its own.
     """
-    if not coding.photometric.startswith("YBR_FULL") or coding.codec in ("jpeg", "jpegxl"):
+    if not coding.photometric.startswith("YBR_FULL") or coding.codec == "jpeg":
         return False
     if coding.codec not in ("jpeg2000", "htj2k"):
         return True
@@ -219,8 +222,8 @@ def _is_ybr(data: bytes, coding: FrameCoding) -> bool:
 
 
 def _decode_jpeg(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
-    if not data.startswith(_SOI) or _EOI not in data[-_EOI_TAIL:]:
-        raise ValueError("a frame is not a whole JPEG")
+    if not data.startswith(_SOI):
+        raise ValueError("a frame is not a JPEG")
     stated = "RGB" if coding.photometric == "RGB" else "YCBCR"
     space = None if data[2:4] in _JPEG_OWN_COLOUR else stated
     return np.asarray(imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace="RGB"))

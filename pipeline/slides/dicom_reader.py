@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from common.text import list_some
 from pipeline.slides.dicom_frames import FrameCoding, decode_frame, find_frames, unwrap_items
-from pipeline.slides.dicom_series import read_head, series_files
+from pipeline.slides.dicom_series import read_head, read_header, series_files
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError
 from pipeline.slides.tiled_reader import TiledReader
 
-_AFTER_HEADER = 0x7FE00008
+_LAST_TAG = 0x7FE00007
+"""Of the group of the pixels all but the pixels: tables of offsets, and lengths."""
 _MOST_FRAME_PX = 1 << 27
 _GREY = 128
 _MCU = 8
@@ -235,10 +236,8 @@ def _volume_instances(files: Sequence[Path]) -> list[_Instance]:
 
 
 def _open_instance(path: Path) -> _Instance:
-    from pydicom.filereader import read_partial
-
     with path.open("rb") as file:
-        header: Any = read_partial(file, stop_when=lambda tag, _vr, _length: tag >= _AFTER_HEADER)
+        header = read_header(file, _LAST_TAG)
         _require_colour(header)
         coding = FrameCoding(
             str(header.file_meta.TransferSyntaxUID),

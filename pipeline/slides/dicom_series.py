@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from common.text import list_some
 from pipeline.slides.reader import SlideOpenError
@@ -53,16 +54,13 @@ def read_head(path: Path) -> DicomHead | None:
 
 @lru_cache(maxsize=65_536)
 def _read_head(path: Path, _size: int, _mtime_ns: int) -> DicomHead | None:
-    # Imported here: `--help` is quick, and most cohorts have no DICOM file.
-    from pydicom.filereader import read_partial
-
     with path.open("rb") as file:
         if file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] != _MAGIC:
             return None
         file.seek(0)
         try:
             # Not to the pixels: the table of a sparse slide's frames may be 100 MB before them.
-            data = read_partial(file, stop_when=lambda tag, _vr, _length: tag > _LAST_TAG)
+            data = read_header(file, _LAST_TAG)
             kinds = data.get("ImageType") or ()
             return DicomHead(
                 str(data.get("SeriesInstanceUID", "")),
@@ -75,6 +73,17 @@ def _read_head(path: Path, _size: int, _mtime_ns: int) -> DicomHead | None:
         except Exception:
             # pydicom raises many kinds for damaged headers; all mean the same.
             return None
+
+
+def read_header(file: BinaryIO, last_tag: int) -> Any:
+    """The attributes of an open DICOM file up to a tag; the file is left where the next begins."""
+    # Imported here: `--help` is quick, and most cohorts have no DICOM file.
+    from pydicom import config
+    from pydicom.filereader import read_partial
+
+    # Files that break a rule of the standard are common: pydicom would warn of each value.
+    config.settings.reading_validation_mode = config.IGNORE
+    return read_partial(file, stop_when=lambda tag, _vr, _length: tag > last_tag)
 
 
 def group_series(folder: Path) -> Mapping[str, Sequence[Path]]:

@@ -4,7 +4,6 @@ OpenSlide takes whole positions of level 0. On a level whose downsample is not w
 fall on a pixel: reading begins there, in blocks, and tiles are cut from the blocks.
 """
 
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +16,6 @@ _EXACT = 1 / 512
 """Part of a pixel that cairo, with 8 bits for it, takes for none."""
 
 
-@cache
 def block_edges(size: int, downsample: float) -> npt.NDArray[np.int64] | None:
     """Where to begin and end reading along a level's side of `size` px: int64, from 0 to `size`.
 

@@ -17,7 +17,7 @@ class _FewerLevels(SlideReader):
         self.levels = tuple(reader.levels[index] for index in kept)
         self.resolution, self.codec = reader.resolution, reader.codec
         self.series, self.notes = reader.series, reader.notes
-        self.icc_profile = reader.icc_profile
+        self.icc_profile, self.bounds = reader.icc_profile, reader.bounds
         if reader.native_tiles:
             self.native_tiles = tuple(reader.native_tiles[index] for index in kept)
         self.cache_bytes = reader.cache_bytes

@@ -62,7 +62,7 @@ def _open_chosen(path: Path, name: str, series: str, choice: "TiffChoice | None"
             raise SlideOpenError(f"no series '{series}': {name} shows one image of this format")
         return entry.open(path, series)
     if choice.only_native:
-        raise SlideOpenError(f"{name} cannot show it ({choice.only_native}); use reader native")
+        raise SlideOpenError(f"not with {name}: {choice.only_native}; use reader native")
     if choice.is_misshown:
         raise SlideOpenError(f"{name} shows no {choice.image.unfit}")
     reader = entry.open(path)

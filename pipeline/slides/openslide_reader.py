@@ -28,6 +28,12 @@ _BLOCK_CACHE_BYTES = 256 << 20
 """Enough for the four largest blocks that meet in a corner."""
 _STRIP_PIXELS = 4_000_000
 _UNKNOWN_TILE = (256, 256)
+_BOUNDS = (
+    openslide.PROPERTY_NAME_BOUNDS_X,
+    openslide.PROPERTY_NAME_BOUNDS_Y,
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+    openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+)
 
 
 class OpenSlideReader(SlideReader):
@@ -45,6 +51,7 @@ class OpenSlideReader(SlideReader):
     def __init__(self, path: Path, series: str = "") -> None:
         self.path, self.series = path, series
         self._blocks: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint8]] = OrderedDict()
+        self._edges: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         try:
             self._slide = openslide.OpenSlide(_entry_file(path, series))
         except openslide.OpenSlideUnsupportedFormatError as error:
@@ -68,6 +75,7 @@ class OpenSlideReader(SlideReader):
             *self._slide.dimensions,
         )
         self.native_tiles = _native_tile_sizes(properties, len(self.levels))
+        self.bounds = _scanned_area(properties, self.levels[0])
         profile = self._slide.color_profile
         self.icc_profile = None if profile is None else profile.tobytes()
         self._plan_blocks()
@@ -75,22 +83,23 @@ class OpenSlideReader(SlideReader):
     def _plan_blocks(self) -> None:
         """Say that levels are read in blocks, so that tiles are cut in an order that suits them."""
         sizes = list(self.native_tiles) or [_UNKNOWN_TILE] * len(self.levels)
-        for level, size in enumerate(self.levels):
-            edges = self._block_edges(level) if size.downsample % 1 else None
-            if edges is not None:
-                sizes[level] = int(np.diff(edges[0]).max()), int(np.diff(edges[1]).max())
+        for number, level in enumerate(self.levels):
+            if not level.downsample % 1:
+                continue
+            columns = block_edges(level.width, level.downsample)
+            rows = block_edges(level.height, level.downsample)
+            if columns is not None and rows is not None:
+                self._edges[number] = columns, rows
+                sizes[number] = int(np.diff(columns).max()), int(np.diff(rows).max())
         self.native_tiles = tuple(sizes)
 
     def _read_window(
         self, level: int, x: int, y: int, width: int, height: int
     ) -> npt.NDArray[np.uint8]:
+        if level in self._edges:
+            return self._join_blocks(level, (x, y, x + width, y + height))
         scale = self.levels[level].downsample
-        if not scale % 1:
-            return self.read_interpolated(level, x, y, width, height)
-        edges = self._block_edges(level)
-        if edges is not None:
-            return self._join_blocks(edges, level, (x, y, x + width, y + height))
-        if round(scale) <= _MOST_REDUCTION:
+        if scale % 1 and round(scale) <= _MOST_REDUCTION:
             return self._reduce_base(level, x, y, width, height)
         return self.read_interpolated(level, x, y, width, height)
 
@@ -104,23 +113,13 @@ class OpenSlideReader(SlideReader):
         region = self._slide.read_region(corner, level, (width, height))
         return over_white(np.asarray(region))
 
-    def _block_edges(self, level: int) -> tuple[npt.NDArray[np.int64], ...] | None:
-        """The columns and rows of the level where blocks begin and end."""
-        size = self.levels[level]
-        x, y = block_edges(size.width, size.downsample), block_edges(size.height, size.downsample)
-        return None if x is None or y is None else (x, y)
-
-    def _join_blocks(
-        self,
-        edges: tuple[npt.NDArray[np.int64], ...],
-        level: int,
-        box: tuple[int, int, int, int],
-    ) -> npt.NDArray[np.uint8]:
+    def _join_blocks(self, level: int, box: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
         """The part of a level in `box` (left, top, right, bottom), out of its blocks."""
         left, top, right, bottom = box
+        columns, rows = self._edges[level]
         canvas = np.empty((bottom - top, right - left, 3), np.uint8)
-        for at_y, end_y in blocks_between(edges[1], top, bottom):
-            for at_x, end_x in blocks_between(edges[0], left, right):
+        for at_y, end_y in blocks_between(rows, top, bottom):
+            for at_x, end_x in blocks_between(columns, left, right):
                 block = self._take_block(level, at_x, at_y, end_x - at_x, end_y - at_y)
                 x, x_end = max(left, at_x), min(right, end_x)
                 y, y_end = max(top, at_y), min(bottom, end_y)
@@ -147,16 +146,16 @@ class OpenSlideReader(SlideReader):
         """Means of whole pixels of level 0, in strips."""
         scale, base = level_downsamples(self.levels)[level], self.levels[0]
         factor = round(scale)
-        left, top = round(x * scale), round(y * scale)
+        # The last column and row of a level may be of less than its share of pixels, or of none.
+        left, top = min(round(x * scale), base.width - 1), round(y * scale)
         across = min(width * factor, base.width - left)
         rows = max(1, _STRIP_PIXELS // (width * factor * factor))
         strips = []
         for row in range(0, height, rows):
             count = min(rows, height - row)
-            start = top + row * factor
+            start = min(top + row * factor, base.height - 1)
             down = min(count * factor, base.height - start)
             strip = self.read_interpolated(0, left, start, across, down)
-            # The last column and row of a level may be of less than its share of pixels.
             gaps = (0, count * factor - down, 0, width * factor - across)
             if any(gaps):
                 strip = np.asarray(
@@ -204,6 +203,16 @@ def _native_tile_sizes(properties: dict[str, str], levels: int) -> tuple[tuple[i
             return ()
         sizes.append((int(width), int(height)))
     return tuple(sizes)
+
+
+def _scanned_area(properties: dict[str, str], base: Level) -> tuple[int, int, int, int] | None:
+    """The rectangle (x, y, width, height) of the slide that was scanned, where it is stated."""
+    try:
+        x, y, width, height = (int(float(properties[name])) for name in _BOUNDS)
+    except (KeyError, ValueError, OverflowError):
+        return None
+    fits = x >= 0 and y >= 0 and x + width <= base.width and y + height <= base.height
+    return (x, y, width, height) if fits and width > 0 and height > 0 else None
 
 
 def _parse_number(text: str | None) -> float | None:

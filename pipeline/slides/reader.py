@@ -63,6 +63,8 @@ class SlideReader(ABC):
     """The image of the file that is shown, '' where the file has one only."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the file is read, a clause each."""
+    bounds: tuple[int, int, int, int] | None = None
+    """The scanned area (x, y, width, height) in level-0 px, None where the file states none."""
     icc_profile: bytes | None = None
     """The colour profile that the slide carries; readers never apply it."""
     native_tiles: tuple[tuple[int, int], ...] = ()

@@ -16,6 +16,7 @@ from pipeline.dataset import (
     Missing,
     Run,
     Slide,
+    bounds_from,
     fingerprint_of,
     write_slides,
 )
@@ -97,6 +98,7 @@ def _slide_of_entry(entry: Entry) -> Slide:
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
     for key in ("levels_left_out", "notes"):
         values[key] = tuple(values.get(key, ()))
+    values["bounds"] = bounds_from(values.get("bounds"))
     values["reason"] = "" if entry.outcome == "done" else redact_secrets(entry.reason)
     if entry.outcome == "failed":
         values["status"] = "failed"

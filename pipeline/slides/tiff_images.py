@@ -156,12 +156,12 @@ def choose_image(tiff: tifffile.TiffFile, series: str = "") -> TiffChoice:
     pages = image.levels[0][plane]
     key = f"{image.key}/{image.planes[plane]}" if plane else image.key
     if plane:
-        only_native = f"others show the first plane, not {key}"
+        only_native = f"it shows the first plane, not {key}"
     elif image.base.index != 0:
-        only_native = f"others show what the file begins with, not image {image}"
+        only_native = f"it shows what the file begins with, not image {image}"
     else:
         is_apart = len(pages) > 1 and not image.unfit
-        only_native = "its channels are pages of their own" if is_apart else ""
+        only_native = "it shows one channel of three" if is_apart else ""
         key = ""
     # A file of one image needs no name for it.
     key = "" if len(images) == 1 and not plane else key

@@ -1,7 +1,7 @@
 """The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.dataset import (
     FileRecord,
     Ledger,
     Missing,
+    Run,
     Slide,
     candidate_count,
     commit_bytes,
@@ -38,6 +39,7 @@ from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
 from pipeline.dataset.tiles.zarr_shard import commit_zarr
 from pipeline.run.stage import Stage, run_stage
+from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask, collect_entries, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
@@ -127,6 +129,20 @@ def _note_candidates(
             for slide_id, origin in entry.values["candidates"].items():
                 if slide_id in needs:
                     needs[slide_id].drawn_from[name] = str(origin)
+
+
+def _count_selected(
+    dataset: Dataset, selections: tuple[str, ...], spans: Mapping[str, Sequence[range]]
+) -> int:
+    """How many selected ranks are in these spans of blocks, by slide."""
+    inside: dict[str, list[npt.NDArray[np.int32]]] = {}
+    for name in selections or tuple(dataset.selection_names()) if spans else ():
+        for slide_id, ranks in read_selection(dataset, name).items():
+            for span in spans.get(slide_id, ()):
+                edges = np.searchsorted(ranks, [span.start * BLOCK_ROWS, span.stop * BLOCK_ROWS])
+                inside.setdefault(slide_id, []).append(ranks[edges[0] : edges[1]])
+    # Selections may share ranks.
+    return sum(len(np.unique(np.concatenate(parts))) for parts in inside.values())
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
@@ -351,6 +367,7 @@ class TileStage(Stage[_SlideNeed]):
         self.tile_px = _output_px(dataset, config)
         self.config = replace(config, tile_px=self.tile_px)
         self.scopes = (str(self.tile_px),)
+        self.written_spans: dict[str, list[range]] = {}
 
     def identity_claims(self) -> dict[str, object]:
         """Resampler, colour handling and codec."""
@@ -403,6 +420,7 @@ class TileStage(Stage[_SlideNeed]):
         """Cut the missing tiles of one slide."""
         rows = candidate_count(self.dataset, item.slide_id)
         tiles = sum(len(ranks_of_blocks(span, rows)) for span in missing.spans)
+        self.written_spans[item.slide_id] = list(missing.spans)
         arguments = (
             str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
             self.config,
@@ -410,6 +428,17 @@ class TileStage(Stage[_SlideNeed]):
         # Slides differ in codec and in how much of them a tile covers.
         cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)
         return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
+
+    def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
+        """Say so where more tiles were written than are selected."""
+        written = summary.counts.get("tiles", 0)
+        spans = {s: self.written_spans.get(s, []) for s in summary.done_slides}
+        selected = _count_selected(self.dataset, self.config.selections, spans)
+        if written > selected:
+            print_line(
+                f"tile: {written:,} tiles for {selected:,} selected: whole blocks of {BLOCK_ROWS} "
+                "ranks are written"
+            )
 
     @property
     def output_path(self) -> Path:

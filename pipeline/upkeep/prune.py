@@ -1,5 +1,7 @@
 """`prune`: remove what no selection needs, and what crashes and older parameters left behind.
 
+Or, with an encoder's name, all of its features, so that they can be made with other weights.
+
 What a kill -9 leaves is always what the next run of `prune` removes: first a journal line says
 `pruned`, from which moment no reader sees the shard, then its files go.
 """
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from common.console import EXIT_OK, open_meter, print_line, stdout
 from common.errors import UserError
-from common.text import format_bytes, format_seconds
+from common.text import format_bytes, format_seconds, list_some
 from pipeline.dataset import (
     BLOCK_ROWS,
     Dataset,
@@ -26,10 +28,11 @@ from pipeline.dataset import (
     software_versions,
 )
 from pipeline.upkeep.verify.inventory import Inventory, Stray, read_inventory, tile_writer
-from pipeline.upkeep.verify.runs import StagingFolder, staging_folders
+from pipeline.upkeep.verify.runs import StagingFolder, live_run, staging_folders
 from pipeline.upkeep.verify.sums import sha256_of
 
-_STAGES = ("tile", "cache")
+_CACHE = "cache"
+_STAGES = ("tile", _CACHE)
 _RECORD = "/encoder.json"
 _ENTRIES_PER_TURN = 256
 _BUFFER_BYTES = 1 << 20
@@ -56,6 +59,8 @@ class PrunePlan:
     folders: list[StagingFolder] = field(default_factory=list)
     rows: list[PlanRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reason: str = "no selection needs it"
+    title: str = "what nothing needs"
 
     @property
     def files(self) -> int:
@@ -78,14 +83,20 @@ class PrunePlan:
         self.rows.append(PlanRow(kind, len(sizes), sum(sizes)))
 
 
-def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
+def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, features: str = "") -> int:
     """List, or with `yes` remove, what no selection (of those to keep) needs.
 
-    Returns the exit status. Raises `UserError` where it is not certain what is needed.
+    With `features`, the name of an encoder, all of its features and nothing else. Returns the exit
+    status. Raises `UserError` where it is not certain what is needed, or may be removed.
     """
-    plan = make_plan(read_inventory(dataset), keep)
+    if features and keep:
+        raise UserError(
+            "--features removes an encoder's features whole: leave --keep-selection out"
+        )
+    inventory = read_inventory(dataset)
+    plan = plan_features(inventory, features) if features else make_plan(inventory, keep)
     if any(row.files for row in plan.rows):
-        table = Table("what", "files", "bytes", title="prune: what nothing needs")
+        table = Table("what", "files", "bytes", title=f"prune: {plan.title}")
         for row in plan.rows:
             if row.files:
                 table.add_row(row.kind, f"{row.files:,}", format_bytes(row.bytes))
@@ -93,9 +104,12 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False) -> int:
     for note in plan.notes:
         print_line(f"note: {note}")
     if not (plan.files or plan.folders or plan.entries):
-        print_line(f"prune: nothing to remove in {dataset.root}")
+        nothing = f"no features of {features} in" if features else "nothing to remove in"
+        print_line(f"prune: {nothing} {dataset.root}")
         return EXIT_OK
     what = f"{plan.files:,} files, {format_bytes(plan.bytes)}"
+    if features and yes and (running := live_run(dataset)):
+        raise UserError(f"--features {features}: {running}")
     # Removing is the exception: tiles of a cohort take days to cut again.
     if not yes:
         print_line(f"prune: would remove {what}; nothing was removed, give --yes to do it")
@@ -135,6 +149,66 @@ def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
         size = sum(stray.bytes for stray in found)
         plan.rows.append(PlanRow(f"files: {kind}", len(found), size))
     return plan
+
+
+def plan_features(inventory: Inventory, encoder: str) -> PrunePlan:
+    """All features of an encoder, of every slide, tile size, kind and view; nothing is touched.
+
+    `encoder` may be a folder's name, h0-mini+jpeg70, which takes the features of that view alone.
+    Raises `UserError` for a name of which the dataset never had features.
+    """
+    strays = inventory.list_strays()
+    linked = tuple(f"{link}/" for link in strays.links)
+    plan = PrunePlan(
+        reason=f"prune --features {encoder}", title=f"features of {encoder}, whoever needs them"
+    )
+    by_scope: dict[str, list[Entry]] = {}
+    for entry in inventory.current_entries(_CACHE):
+        if entry.outcome == "done" and is_of_encoder(entry.scope, encoder):
+            by_scope.setdefault(entry.scope, []).append(entry)
+    for scope, entries in by_scope.items():
+        if any(record.path.startswith(linked) for entry in entries for record in entry.files):
+            plan.notes.append(f"{scope}: features in a linked folder stay, remove them there")
+            continue
+        plan.entries.setdefault(_CACHE, []).extend(entries)
+        plan.add_entries(inventory.dataset, f"{_CACHE} {scope}", entries)
+    # The record refuses other weights as long as any features are left: it goes last.
+    plan.entries.get(_CACHE, []).sort(key=lambda entry: entry.scope.endswith(_RECORD))
+    # Files that a killed run left, or a line that was lost; the user named all of the encoder's.
+    plan.strays = [
+        stray
+        for stray in (*strays.superseded, *strays.leftover, *strays.uncovered)
+        if stray.path.startswith("features/") and stray.path.endswith((".parquet", _RECORD))
+        and is_of_encoder(stray.path.partition("/")[2], encoder)
+    ]  # fmt: skip
+    size = sum(stray.bytes for stray in plan.strays)
+    plan.rows.append(PlanRow("files that no current line names", len(plan.strays), size))
+    if not plan.files and not plan.entries:
+        _check_encoder_name(inventory, encoder)
+    return plan
+
+
+def is_of_encoder(place: str, encoder: str) -> bool:
+    """Whether a scope, or a path below `features/`, is of an encoder or of its folder.
+
+    >>> scope = "224/h0-mini+jpeg70/cls"
+    >>> [is_of_encoder(scope, name) for name in ("h0-mini", "h0-mini+jpeg70", "h0", "h0-mini+x")]
+    [True, True, False, False]
+    """
+    folder = place.partition("/")[2].partition("/")[0]
+    return encoder in (folder, folder.partition("+")[0])
+
+
+def _check_encoder_name(inventory: Inventory, encoder: str) -> None:
+    """Refuse a name of which no line ever was: a slip of the pen must not look like success."""
+    scopes = [entry.scope for entry in inventory.journals.get(_CACHE, [])]
+    if any(is_of_encoder(scope, encoder) for scope in scopes):
+        return
+    there = sorted({scope.split("/")[1] for scope in scopes if "/" in scope})
+    raise UserError(
+        f"--features {encoder}: {inventory.dataset.root} has no such features; there: "
+        f"{list_some(there)}"
+    )
 
 
 def _find_needs(inventory: Inventory, keep: Sequence[str], plan: PrunePlan) -> Needs:
@@ -241,9 +315,6 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
             else:
                 folder.path.unlink()
             progress.advance(folder.files)
-        for stray in plan.strays:
-            _remove_stray(dataset, stray)
-            progress.advance()
         versions = software_versions()
         for stage, entries in plan.entries.items():
             with Run(dataset, stage, versions) as run:
@@ -252,13 +323,16 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
                     # The lines first: from then on no reader looks for the files.
                     run.append(
                         Entry(
-                            entry.slide_id, "pruned", entry.fingerprint, "no selection needs it",
+                            entry.slide_id, "pruned", entry.fingerprint, plan.reason,
                             scope=entry.scope, start=entry.start, stop=entry.stop,
                         )
                         for entry in turn
                     )  # fmt: skip
                     for entry in turn:
                         progress.advance(_remove_files(dataset, entry))
+        for stray in plan.strays:
+            _remove_stray(dataset, stray)
+            progress.advance()
         return progress.seconds
 
 

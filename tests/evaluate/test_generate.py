@@ -178,6 +178,53 @@ def test_a_larger_limit_extends_a_smaller_one(
     assert tile_hashes(Dataset(tmp_path / "syn")) == large
 
 
+@pytest.mark.parametrize(("conditions", "made"), [(2, 16), (16, 16), (21, 32), (62, 62)])
+def test_more_images_than_asked_for_are_announced_before_they_are_made(
+    run: Callable[..., GenerationOutcome],
+    capsys: pytest.CaptureFixture[str],
+    conditions: int,
+    made: int,
+) -> None:
+    """A block may only be cut short where the guidance ends, as features of it are read whole."""
+
+    class Watched(Stripes):
+        def generate_tiles(self, *args: Any, **named: Any) -> Any:
+            said.append(capsys.readouterr().out)
+            return super().generate_tiles(*args, **named)
+
+    said: list[str] = []
+    outcome = run(generator=Watched(), conditions=conditions)
+    assert (outcome.made, outcome.selected) == (made, conditions)
+    clause = f"{made} images for {conditions} selected: whole blocks of 16 are made"
+    assert (clause in said[0]) == (made > conditions)
+    run(conditions=conditions)
+    assert "whole blocks" not in capsys.readouterr().out
+
+
+def test_an_eta_is_known_after_the_first_steps(
+    run: Callable[..., GenerationOutcome],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 100_000, 60))
+    monkeypatch.setattr("common.console.time.monotonic", lambda: float(next(clock)))
+
+    class Slow(Stripes):
+        def generate_tiles(self, features: Any, seeds: Any, progress: Any = None) -> Any:
+            for step in range(50):
+                progress(step + 1, 50)
+            return super().generate_tiles(features, seeds)
+
+    run(generator=Slow(), conditions=16)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert len(lines) >= 50
+    assert lines[0].startswith("generate: 0/16 images")
+    assert "step 1/50" in lines[0]
+    assert not any("unknown" in line for line in lines)
+    assert "step 25/50" in lines[24]
+    assert lines[24].startswith("generate: 0/16 images")
+
+
 def test_other_values_than_the_datasets_are_refused(
     run: Callable[..., GenerationOutcome], tmp_path: Path
 ) -> None:

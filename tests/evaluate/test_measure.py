@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.record import Record
+from evaluate.__main__ import main
 from evaluate.compare.measure import measure, real_halves
 from evaluate.compare.results import read_results, write_results
 from evaluate.compare.sides import FeatureSide
@@ -27,6 +29,8 @@ from evaluate.metrics import (
 )
 from evaluate.metrics.blockiness import measure_blockiness
 from evaluate.metrics.metric import MetricSettings
+from evaluate.metrics.registry import METRICS
+from evaluate.report.command import write_report
 from evaluate.report.images import read_tile_pairs
 from evaluate.report.page import all_warnings
 from pipeline.dataset import (
@@ -36,8 +40,11 @@ from pipeline.dataset import (
     claim_identity,
     make_selection,
     new_run_id,
+    read_candidates,
+    read_slides,
     write_selection,
 )
+from pipeline.dataset.features import FeatureStore
 
 
 @pytest.fixture
@@ -50,6 +57,13 @@ def synthetic(real: Dataset, tmp_path: Path) -> Dataset:
     return make_synthetic(
         tmp_path / "syn", SelectionConditions.open_selection(real, "train", "h0-mini")
     )
+
+
+@pytest.fixture
+def trained(evaluate_real: Callable[..., Dataset]) -> FeatureSide:
+    """150 training tiles, none of which is among the real ones."""
+    dataset = evaluate_real({"T-1": 151}, name="trained")
+    return FeatureSide.open_selection(dataset.root, "train", "h0-mini", like=None)
 
 
 def sides(real: Dataset, synthetic: Dataset) -> tuple[FeatureSide, FeatureSide]:
@@ -149,7 +163,7 @@ def test_warnings_name_random_weights_and_small_samples(real: Dataset, synthetic
 
 
 def test_what_a_metric_says_against_itself_reaches_the_warnings(
-    evaluate_real: Callable[..., Dataset], tmp_path: Path
+    evaluate_real: Callable[..., Dataset], trained: FeatureSide, tmp_path: Path
 ) -> None:
     real = evaluate_real()
     synthetic = make_synthetic(
@@ -158,7 +172,7 @@ def test_what_a_metric_says_against_itself_reaches_the_warnings(
     first, second = sides(real, synthetic)
     first.features[:, 4] = 0.5
     settings = MetricSettings(draws=0, fld_seeds=(0,))
-    results = measure(first, second, train=first, settings=settings)
+    results = measure(first, second, train=trained, settings=settings)
     found = {(one["code"], one["message"]) for one in results["warnings"]}
     for code, text in (
         ("frechet_distance", "Fréchet distance: 1 of 12 real feature dimensions are constant"),
@@ -243,10 +257,12 @@ def test_results_survive_the_file_and_foreign_files_are_refused(
         read_results(tmp_path / "absent.json")
 
 
-def test_the_battery_carries_n_seeds_and_widths(real: Dataset, synthetic: Dataset) -> None:
+def test_the_battery_carries_n_seeds_and_widths(
+    real: Dataset, synthetic: Dataset, trained: FeatureSide
+) -> None:
     first, second = sides(real, synthetic)
     results = measure(
-        first, second, train=first, settings=MetricSettings(draws=4, fld_seeds=(0, 1))
+        first, second, train=trained, settings=MetricSettings(draws=4, fld_seeds=(0, 1))
     )
     metrics = results["metrics"]
     frechet = metrics["frechet_distance"]
@@ -313,7 +329,10 @@ def test_blockiness_sees_jpeg_and_nothing_else() -> None:
 
 
 def test_distances_are_computed_on_the_device_that_was_asked_for(
-    real: Dataset, synthetic: Dataset, monkeypatch: pytest.MonkeyPatch
+    real: Dataset,
+    synthetic: Dataset,
+    trained: FeatureSide,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
 
@@ -331,7 +350,7 @@ def test_distances_are_computed_on_the_device_that_was_asked_for(
         monkeypatch.setattr(module, metric.__name__, on_a_cpu(metric))
     first, second = sides(real, synthetic)
     settings = MetricSettings(draws=0, fld_seeds=(0,))
-    measure(first, second, train=first, settings=settings, device="cuda")
+    measure(first, second, train=trained, settings=settings, device="cuda")
     assert {device for _, device in asked} == {"cuda"}
     assert [name for name, _ in asked].count("feature_likelihood_divergence") == 1
     assert len(asked) == 1 + 1 + 8  # and both halves of eight floors
@@ -349,3 +368,136 @@ def test_a_metrics_sentence_is_said_once_with_its_places() -> None:
     assert said[1]["message"].endswith("images: not linear (row 0; row 1; row 2 and 2 more)")
     known = [{"code": "fewer_tiles_than_dimensions", "message": ""}]
     assert [one["code"] for one in metric_warnings(found, known)] == ["metric_frechet_infinity"]
+
+
+def spoilt(dataset: Dataset, rows: dict[str, dict[int, float]]) -> None:
+    """Cache the dataset's features again with some rows of one value: zero, NaN, infinity."""
+    features = {}
+    for slide in read_slides(dataset):
+        store = FeatureStore(dataset, tile_px=PX, encoder="h0-mini")
+        count = read_candidates(dataset, slide.slide_id).num_rows
+        features[slide.slide_id] = store.read(slide.slide_id, range(count)).copy()
+        for rank, value in rows.get(slide.slide_id, {}).items():
+            features[slide.slide_id][rank] = value
+    write_features(dataset, features)
+
+
+def measure_by_door(real: Dataset, synthetic: Dataset, out: Path, *more: str) -> int:
+    return main(
+        ["measure", "--real", str(real.root), "--real-selection", "train", "--draws", "0",
+         "--generated", str(synthetic.root), "--out", str(out), *more]
+    )  # fmt: skip
+
+
+def test_one_zero_row_costs_the_cosine_alone(
+    real: Dataset, synthetic: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt(real, {"C-2": {5: 0.0}})
+    out = tmp_path / "results.json"
+    assert measure_by_door(real, synthetic, out) == 1
+    said = capsys.readouterr().out
+    place = f"slide C-2, rank 5 (features/{PX}/h0-mini/cls/C-2.0-24.parquet)"
+    assert f"real features: only zeros in 1 of 62 rows: {place}" in said
+    assert f"source features: only zeros in 1 of 62 rows: {place}" in said
+    results = read_results(out)
+    first, second = sides(real, synthetic)
+    metrics = results.part("metrics")
+    assert not metrics.part("cosine_similarity")
+    assert place in results.part("failed").text("cosine_similarity")
+    assert set(results["failed"]) == {"cosine_similarity"}
+    distance = frechet_distance(first.features, second.features)
+    assert metrics.part("frechet_distance").number("value") == distance.value
+    recall = precision_recall(first.features, second.features).recall
+    assert metrics.part("precision_recall").number("recall") == recall
+    assert results.part("references").part("real_vs_real")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_without_a_number_are_named_and_cost_what_reads_them(
+    real: Dataset, synthetic: Dataset, trained: FeatureSide, tmp_path: Path, value: float
+) -> None:
+    spoilt(trained.dataset, {"T-1": {3: value, 9: value}})
+    out, more = tmp_path / "results.json", ["--train-selection", "train"]
+    more += ["--guidance", str(trained.dataset.root)]
+    assert measure_by_door(real, synthetic, out, *more) == 1
+    results = read_results(out)
+    assert set(results["failed"]) == {"feature_likelihood"}
+    reason = results.part("failed").text("feature_likelihood")
+    assert "train features: NaN or infinity in 2 of 150 rows: slide T-1, rank 3 (feat" in reason
+    assert "slide T-1, rank 9" in reason
+    computed = [name for name, result in results.part("metrics").items() if result]
+    assert computed == [
+        "frechet_distance", "kernel_distance", "precision_recall", "sliced_distance"
+    ]  # fmt: skip
+    # Where a side itself is spoilt all metrics are, and the file says so all the same.
+    spoilt(synthetic, {"gen-00000": {0: value}})
+    assert measure_by_door(real, synthetic, out) == 1
+    assert not any(read_results(out).part("metrics").values())
+    assert "gen-00000, rank 0" in read_results(out).part("failed").text("frechet_distance")
+    page = tmp_path / "report.html"
+    write_report(results_file=out, run_dir=None, real=real.root, generated=synthetic.root, out=page)
+    assert "Fréchet distance: not measured" in page.read_text()
+
+
+@pytest.mark.parametrize("fault", [MemoryError("no room"), KeyError("bug"), float("nan")])
+def test_no_metric_costs_another_whatever_happens_to_it(
+    real: Dataset, synthetic: Dataset, monkeypatch: pytest.MonkeyPatch, fault: object
+) -> None:
+    def compute(*_: object) -> dict[str, object]:
+        if isinstance(fault, Exception):
+            raise fault
+        return {"value": fault}
+
+    broken = replace(METRICS["kernel_distance"], compute=compute)
+    monkeypatch.setitem(METRICS, "kernel_distance", broken)
+    results = measure(*sides(real, synthetic), settings=MetricSettings(draws=0))
+    assert list(results["failed"]) == ["kernel_distance"]
+    assert results["metrics"]["kernel_distance"] is None
+    assert results["metrics"]["sliced_distance"]["value"] > 0
+    (said,) = (one for one in results["warnings"] if one["code"] == "not_measured")
+    assert said["message"].startswith("Kernel distance (KID): not measured: ")
+    json.dumps(results, allow_nan=False)
+
+
+def test_an_unusable_results_file_is_refused_before_anything_is_computed(
+    real: Dataset, synthetic: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.compare.command.measure", lambda *_, **__: pytest.fail("late"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "results.json"):
+        with pytest.raises(UserError, match=r"--out .*give another file"):
+            measure_by_door(real, synthetic, out)
+
+
+def test_training_tiles_are_no_test_set(
+    evaluate_real: Callable[..., Dataset], real: Dataset, synthetic: Dataset
+) -> None:
+    first, second = sides(real, synthetic)
+    copy = evaluate_real({"A.b-1": 40, "C-2": 24, "D": 20}, name="renamed")
+    for train in (first, FeatureSide.open_selection(copy.root, "train", "h0-mini", like=first)):
+        with pytest.raises(UserError, match=r"--train-selection 'train' .*\(62 tiles\), but FLD"):
+            measure(first, second, train=train)
+    part = make_selection("part", {"C-2": np.arange(1, 24, dtype=np.int32)}, {})
+    write_selection(real, new_run_id(), part)
+    train = FeatureSide.open_selection(real.root, "part", "h0-mini", like=first)
+    results = measure(first, second, train=train, settings=MetricSettings(draws=0, fld_seeds=(0,)))
+    assert results["metrics"]["feature_likelihood"]["n_shared"] == 23
+    said = [one["message"] for one in results["warnings"] if "FLD" not in one["code"]]
+    assert any("23 of 62 test rows (37.1%) are train rows too" in one for one in said)
+
+
+def test_a_k_that_few_tiles_cannot_have_is_lowered_aloud(
+    evaluate_real: Callable[..., Dataset], real: Dataset, synthetic: Dataset
+) -> None:
+    first, second = sides(evaluate_real({"A": 13}, name="few"), synthetic)
+    for wanted, used in ((3, 3), (5, 5), (6, 5), (40, 5)):
+        results = measure(first, second, settings=MetricSettings(draws=0, k=wanted))
+        found = results["metrics"]["precision_recall"]
+        assert found["k"] == used
+        assert (
+            found["precision"]
+            == precision_recall(first.features, second.features, k=used).precision
+        )
+        said = [one["message"] for one in results["warnings"] if "k is" in one["message"]]
+        assert len(said) == (wanted > used)
+        assert all(f"k is {used} in place of {wanted}" in one for one in said)

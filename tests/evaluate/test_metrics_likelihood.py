@@ -151,19 +151,93 @@ def test_float32_stays_within_its_stated_distance():
 
 def test_orders_good_worse_and_copied_sets_and_warns_of_the_copy():
     rng = np.random.default_rng(2)
-    train, test, fresh = (rng.standard_normal((200, 10)) for _ in range(3))
+    train, test, fresh = (rng.standard_normal((n, 10)) for n in (400, 200, 200))
 
     def score(rows, mode="test"):
         return feature_likelihood_divergence(train, test, rows, mode=mode, seeds=(0,))
 
-    good, shifted, copied = score(fresh), score(fresh + 2), score(train)
-    assert abs(good.value) < 10 < shifted.value < copied.value
+    good, shifted, copied = score(fresh), score(fresh + 2), score(train[:200])
+    assert abs(good.value) < 10 < shifted.value
     assert good.warnings == ()
-    assert any("copies of train rows" in line for line in copied.warnings)
+    assert copied.warnings[0] == "200 of 200 generated rows are copies of train rows"
     assert score(train, "gap").value < -1000 < score(fresh, "gap").value
     half = score(np.concatenate([train[:20], fresh[:180]]))
     assert half.memorisation[:20].min() > half.memorisation[20:].max()
     np.testing.assert_array_equal(half.memorisation_rows, np.arange(200))
+
+
+def three_sets(n=400, m=200, g=200, d=10):
+    rng = np.random.default_rng(2)
+    return tuple(rng.standard_normal((size, d)) for size in (n, m, g))
+
+
+@pytest.mark.parametrize("mode", ["test", "train", "gap"])
+@pytest.mark.parametrize("noise", [0, 1e-7, 1e-2])
+def test_a_value_of_copies_names_copies_whatever_its_sign(mode, noise):
+    """Copies make train rows likely and test rows unlikely: far below zero, or far above it."""
+    train, test, fresh = three_sets()
+    found = feature_likelihood_divergence(
+        train, test, train + noise * np.resize(fresh, train.shape), mode=mode, seeds=(0,)
+    )
+    (cause,) = [line for line in found.warnings if line.startswith("a value beyond")] or [""]
+    assert bool(cause) == (abs(found.value) > 1000)
+    assert "far from" not in cause
+    assert noise > 0 or "the copies of train rows" in cause
+    assert found.n_copied == (0 if noise == 1e-2 else 400)
+
+
+@pytest.mark.parametrize("mode", ["test", "train"])
+def test_a_value_of_far_rows_names_no_copies(mode):
+    train, test, fresh = three_sets()
+    found = feature_likelihood_divergence(train, test, fresh * 1e3 + 1e6, mode=mode, seeds=(0,))
+    assert found.value > 1000
+    assert found.n_copied == 0
+    (cause,) = found.warnings
+    assert "features far from the real ones" in cause
+    assert "copies" not in cause
+
+
+@pytest.mark.parametrize("mode", ["test", "train", "gap"])
+def test_a_test_set_within_the_train_set_is_refused(mode):
+    train, test, fresh = three_sets()
+    for known in (test, np.concatenate([train, test])[::-1]):
+        with pytest.raises(UserError, match="all 200 test rows are train rows too"):
+            feature_likelihood_divergence(known, test, fresh, mode=mode, seeds=(0,))
+
+
+def test_rows_that_sets_share_are_counted_and_said():
+    train, test, fresh = three_sets()
+    mixed = np.concatenate([test[:50], train])
+    found = feature_likelihood_divergence(mixed, test, fresh, seeds=(0,))
+    assert found.n_shared == 50
+    assert found.warnings == (
+        "50 of 200 test rows (25.0%) are train rows too, so the test is not on unseen rows alone",
+    )
+    found = feature_likelihood_divergence(train, test, test, seeds=(0,))
+    assert found.warnings == (
+        "200 of 200 generated rows are copies of test rows, which flatters them",
+    )
+    found = feature_likelihood_divergence(np.repeat(train, 2, axis=0), test, fresh, seeds=(0,))
+    assert found.warnings == (
+        "400 of 800 train rows are copies of other train rows: the baseline is of copies, which "
+        "lowers the value",
+    )
+
+
+@pytest.mark.parametrize("generated", [199, 200, 201, 300])
+def test_a_baseline_smaller_than_the_generated_set_is_said_with_its_size(generated):
+    """By the authors' rule k = min(generated, train // 2) train rows stand in for generated."""
+    train, test, fresh = three_sets(g=generated)
+    found = feature_likelihood_divergence(train, test, fresh, seeds=(0,))
+    assert found.n_baseline == min(generated, 200)
+    said = [line for line in found.warnings if "the baseline has" in line]
+    assert len(said) == (generated > 200)
+    if said:
+        assert (
+            f"200 centres, half of 400 train rows, and the generated set has {generated}"
+            in (said[0])
+        )
+        assert f"give {2 * generated} train rows or more" in said[0]
 
 
 def test_the_baseline_of_one_model_serves_the_next_and_no_other_data():

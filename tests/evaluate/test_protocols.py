@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from evaluate.__main__ import main, parse_arguments
 from evaluate.metrics import cosine_similarity, frechet_distance
 from evaluate.metrics.registry import METRICS
 from evaluate.protocols import cells as cells_module
+from evaluate.protocols.cautions import find_cautions
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import check_sides, check_table, number_basis
 from evaluate.protocols.config import load_protocol, protocol_names
@@ -724,3 +725,24 @@ def test_from_a_slide_to_a_page_with_nothing_written_by_hand(tmp_path: Path) -> 
     again = subprocess.run(run, check=True, capture_output=True, text=True)
     assert " 0 results computed" in again.stdout
     assert "$ " not in again.stdout
+
+
+def test_one_metric_s_failure_costs_no_other_of_a_protocol(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> dict[str, object]:
+        raise UserError("no such luck")
+
+    protocol = toy(world, "table2", "encoders=[uni2-h]")
+    cell = next(one for one in plan_cells(protocol) if one.kind == "reference")
+    broken = replace(METRICS["precision_recall"], compute=fail)
+    monkeypatch.setitem(METRICS, "precision_recall", broken)
+    measurer = Measurer(protocol, SourceMaker(protocol), ResultStore(tmp_path / "cells"))
+    results = measurer.measure_cell(cell)
+    assert results["failed"] == {"precision_recall": "no such luck"}
+    assert "precision_recall" not in results
+    assert results["frechet_distance"]["value"] > 0
+    shown = {"cells": [asdict(cell) | {"basis": {}, "results": results}]}
+    shown |= {"sources": {}, "encoders": {}}
+    said = [one["message"] for one in find_cautions(protocol, shown)]
+    assert any("Precision and recall: not measured: no such luck (" in one for one in said)

@@ -80,6 +80,9 @@ def test_published_settings_are_the_defaults_and_unpublished_ones_are_refused() 
     assert settings_for("pixcell", {}) == SamplerSettings("dpm", 50, 2.0, 0.0, 1.0)
     with pytest.raises(UserError, match="cytosyn takes no solver"):
         settings_for("cytosyn", {"solver": "ode"})
+    for kind in ("cytosyn", "pixcell"):
+        with pytest.raises(UserError, match=f"{kind} takes no legacy_truncate"):
+            settings_for(kind, {"legacy_truncate": True})
     with pytest.raises(UserError, match="pixcell takes no guidance_low"):
         settings_for("pixcell", {"guidance_low": 0.1})
 

@@ -24,6 +24,32 @@ def test_the_solvers_to_choose_from_are_the_samplers() -> None:
     assert set(SamplerSettings().arguments()) <= set(names)
 
 
+def test_truncated_images_are_a_dataset_of_their_own(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And those that are rounded are recorded as before there was the option."""
+    for name, more in (("rounded", ()), ("truncated", ("--legacy-truncate",))):
+        assert main(command(name, "--limit", "4", *more)) == 0
+    rounded, truncated = (Dataset(tmp_path / name) for name in ("rounded", "truncated"))
+    assert read_identity(rounded)["rounding"] == "nearest"
+    assert read_identity(truncated)["rounding"] == "down"
+    differences = [
+        tile.astype(int) - other
+        for slide in TileStore(rounded, DOOR_PX).slide_ids()
+        for tile, other in zip(
+            TileStore(rounded, DOOR_PX).read(slide, range(4)),
+            TileStore(truncated, DOOR_PX).read(slide, range(4)),
+            strict=True,
+        )
+    ]
+    assert set(np.unique(differences)) == {0, 1}
+    assert 0.3 < float(np.mean(differences)) < 0.7
+    with pytest.raises(UserError, match="rounding is 'nearest' in this dataset, 'down' was asked"):
+        main(command("rounded", "--limit", "4", "--legacy-truncate"))
+    with pytest.raises(UserError, match="rounding is 'down' in this dataset, 'nearest' was asked"):
+        main(command("truncated", "--limit", "4"))
+
+
 def test_the_last_key_turns_fastest() -> None:
     points = parse_sweep(["steps=20,50", "solver=sde,ode"])
     assert [point.name for point in points] == [

@@ -342,6 +342,45 @@ def test_repa_e_checkpoints_load(tmp_path: Path, use_ema: bool) -> None:
         model.generate(torch.tensor([10]), num_inference_steps=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "has_null"),
+    [
+        ({}, True),  # the code's default is 1000 classes, which 10 rows tell nothing of
+        ({"cfg_prob": 0.1}, True),
+        ({"cfg_prob": 0.0}, False),
+        ({"num_classes": 10, "cfg_prob": 0.1}, False),
+        ({"num_classes": 9, "cfg_prob": 0.0}, True),  # the table itself decides
+        ({"num_classes": 10}, False),
+        ({"num_classes": 9}, True),
+    ],
+)
+def test_a_repa_e_table_of_classes_with_and_without_the_null_class(
+    tmp_path: Path, arguments: dict[str, float], has_null: bool
+) -> None:
+    content = repa_e_content()
+    key = "y_embedder.embedding_table.weight"
+    sit = {**content["ema"], key: content["ema"][key][:10].clone()}
+    namespace = argparse.Namespace(path_type="linear", encoder_depth=1, **arguments)
+    repa_e_checkpoint(tmp_path / "x.pt", ema=sit, args=namespace)
+    model = CytoSyn.from_repa_e(tmp_path / "x.pt")
+    assert model.sit.config.conditioning == ("label" if has_null else "label-only")
+    assert model.sit.config.num_classes == 10 - has_null
+    assert model.sit.state_dict()[key].equal(sit[key])
+    last = torch.tensor([9 - has_null])
+    quick = {"num_inference_steps": 2, "solver": "ode"}
+    assert model.generate(last, guidance_scale=1.0, **quick).shape == (1, 8, 8, 3)
+    with pytest.raises(UserError, match=rf"\[0, {9 - has_null}\]"):
+        model.generate(last + 1, **quick)
+    if not has_null:
+        for features in (last, None):
+            with pytest.raises(
+                UserError, match=r"no null class: give labels, and guidance_scale=1"
+            ):
+                model.generate(features, **quick)
+    model.save_pretrained(tmp_path / "model")
+    assert CytoSyn.from_pretrained(tmp_path / "model").sit.config == model.sit.config
+
+
 def test_foreign_repa_e_files_are_one_clear_line(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:

@@ -384,6 +384,17 @@ def test_labels_and_their_null_class() -> None:
     assert torch.allclose(mixed[1], model(x, t, labels)[1], atol=1e-6)
 
 
+def test_labels_without_a_null_class() -> None:
+    model = stirred(conditioning="label-only", num_classes=5)
+    x, t, _ = inputs()
+    labels = torch.tensor([0, 3, 4])
+    assert model.y_embedder.embedding_table.weight.shape == (5, 128)
+    assert model(x, t, labels).shape == x.shape
+    for y, drop in ((None, None), (labels, torch.tensor([True, False, True]))):
+        with pytest.raises(UserError, match="without label drop and has no null class"):
+            model(x, t, y, drop=drop)
+
+
 def test_no_conditioning_refuses_a_condition() -> None:
     model = stirred(conditioning="none")
     x, t, y = inputs()

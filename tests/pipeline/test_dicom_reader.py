@@ -1,6 +1,7 @@
 """DICOM slides show each level's own pixels, in every way that frames are stored."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_a_head_is_read_once_and_again_when_the_file_changes(tmp_path, image, mo
     assert [*group_series(tmp_path)] == [f"{UID}.1"]
     write_dicom(path, image[:200], f"{UID}.2")
     assert [*group_series(tmp_path)] == [f"{UID}.2"]
-    monkeypatch.setattr("pydicom.filereader.read_partial", None)
+    monkeypatch.setattr(dicom_series, "read_header", None)
     assert dicom_series.read_head(path).image_type == VOLUME
 
 
@@ -266,6 +267,21 @@ def test_a_damaged_frame_is_an_error_and_never_grey(tmp_path, image):
         with pytest.raises(SlideReadError, match=r"1-0\.dcm: cannot read level 0 at x=128"):
             slide.read(0, 128, 128, 128, 128)
         assert slide.read(0, 0, 0, 128, 128).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("stored", ["jpeg", "htj2k", "rle"])
+@pytest.mark.filterwarnings("error")
+def test_bytes_that_were_changed_raise_nothing_unexpected(tmp_path, image, stored):
+    path = write_series(tmp_path, [image[:256, :256]], stored=stored, sparse=stored == "rle")
+    written = path.read_bytes()
+    rng = np.random.default_rng(8)
+    for _ in range(30):
+        data = bytearray(written)
+        for at in rng.integers(132, min(len(data), 4000), 4):
+            data[at] = int(rng.integers(0, 256))
+        path.write_bytes(data)
+        with suppress(SlideOpenError, SlideReadError), DicomReader(path) as slide:
+            slide.read(0, 0, 0, 256, 256)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from pipeline.__main__ import main
 from pipeline.slides.readers import ReaderEntry
-from pipeline.upkeep.doctor import machine, reading, storage
+from pipeline.upkeep.doctor import check, machine, reading, storage
 from pipeline.upkeep.doctor.check import doctor
 from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
@@ -46,10 +46,10 @@ def test_a_reader_that_shows_other_pixels_is_found(
     assert {one.state for one in reading.reader_findings(tmp_path)} == {"ok"}
     real = ReaderEntry.open
 
-    def broken(entry: ReaderEntry, path: Path) -> object:
+    def broken(entry: ReaderEntry, path: Path, *series: str) -> object:
         if "tiffslide" in entry.location:
             raise ImportError("libsomething.so.1: cannot open shared object file")
-        reader = real(entry, path)
+        reader = real(entry, path, *series)
         if "openslide" in entry.location:
             read = reader.read
             monkeypatch.setattr(reader, "read", lambda *a: np.zeros_like(read(*a)), raising=False)
@@ -173,7 +173,7 @@ def test_the_hubs_token_is_never_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrst")
-    assert machine.hub_finding() == Finding("hub token", "ok", "in HF_TOKEN")
+    assert machine.hub_finding() == Finding("hub token", "ok", "found in HF_TOKEN (not shown)")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert machine.hub_finding().state == "warning"
@@ -183,11 +183,33 @@ def test_the_hubs_token_is_never_shown(
     assert "hf_" not in found.result
 
 
+def test_what_is_said_of_the_token_is_readable_and_no_secret_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_abcdefghijklmnopqrst"
+    leak = Finding("readers", "bad", f"cannot open https://user:{secret}@host/x, Token: {secret}")
+    monkeypatch.setattr(check, "_collect_findings", lambda config: [machine.hub_finding(), leak])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    doctor(DoctorConfig())
+    said = capsys.readouterr().out
+    assert "warning  hub token: none\n" in said
+    monkeypatch.setenv("HF_TOKEN", secret)
+    doctor(DoctorConfig())
+    said += capsys.readouterr().out
+    assert "ok       hub token: found in HF_TOKEN (not shown)\n" in said
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text(secret)
+    doctor(DoctorConfig())
+    said += capsys.readouterr().out
+    assert f"ok       hub token: found in {tmp_path}/token (not shown)\n" in said
+    assert secret not in said
+
+
 def test_something_bad_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.upkeep.doctor import check
-
     bad = Finding("disk", "bad", "broken", "buy another")
     monkeypatch.setattr(check, "_collect_findings", lambda config: [bad])
     assert doctor(DoctorConfig()) == 1

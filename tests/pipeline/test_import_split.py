@@ -119,7 +119,7 @@ def test_once_the_imported_selections_are_removed_their_tiles_are_there_to_draw_
     assert select(dataset, "--name", "train") == 0
 
 
-def test_an_import_changes_no_selection_that_others_rely_on(split):
+def test_an_import_changes_no_selection_that_others_rely_on(split, capsys):
     dataset, tables = split
     assert select(dataset, "--remove", "train") == 0
     assert select(dataset, "--name", "train", "--from", "val-in", "--tiles", "3") == 0
@@ -129,8 +129,10 @@ def test_an_import_changes_no_selection_that_others_rely_on(split):
         import_tables(dataset, *tables)
     assert digest(dataset.root) == before
     select(dataset, "--remove", "small")
+    capsys.readouterr()
     assert import_tables(dataset, *tables) == 0
     assert read_selection(dataset, "train").rows == 6
+    assert "selection 'train' is replaced: 6 tiles of" in capsys.readouterr().out
 
 
 def test_an_import_takes_no_hold_out_s_place(split):

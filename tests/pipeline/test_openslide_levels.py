@@ -18,6 +18,7 @@ from pipeline.tiles.stage import STAGE, VERSION, tile_fingerprint
 from pipeline.tissue.stage import tissue_fingerprint
 from tests.pipeline.dicom_files import shrink, tissue
 
+CMU = Path(__file__).parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
 IDENTITY = {
     "resampler": "area", "icc": "ignore", "codec": "png", "mpp": 0.5, "mpp_tolerance": 0.02,
     "tile_px": 224, "seed": 1, "overview_mpp": 8.0,
@@ -27,8 +28,7 @@ IDENTITY = {
 @pytest.fixture(scope="module")
 def odd_slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
     """A pyramid of odd sizes, without loss, and its levels as they were written."""
-    cmu = Path(__file__).parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs"
-    base = tissue(cmu, 2001, 1703)
+    base = tissue(CMU, 2001, 1703)
     levels = [base, shrink(base, 2), shrink(base, 4)]
     path = tmp_path_factory.mktemp("odd") / "odd.tif"
     with tifffile.TiffWriter(path) as tiff:
@@ -50,7 +50,6 @@ def white_around(image: np.ndarray, x: int, y: int, width: int, height: int) -> 
 @pytest.mark.parametrize("block_px", [300, 2048])
 def test_windows_are_the_levels_own_pixels(odd_slide, monkeypatch, block_px):
     monkeypatch.setattr(level_blocks, "_BLOCK_PX", block_px)
-    block_edges.cache_clear()
     path, levels = odd_slide
     rng = np.random.default_rng(4)
     with OpenSlideReader(path) as slide:
@@ -61,7 +60,6 @@ def test_windows_are_the_levels_own_pixels(odd_slide, monkeypatch, block_px):
             window = (*(int(rng.integers(-200, side)) for side in (width, height)), 224, 190)
             expected = white_around(levels[level], *window)
             assert np.array_equal(slide.read(level, *window), expected), (level, window)
-    block_edges.cache_clear()
 
 
 def test_tiles_are_the_levels_own_pixels(odd_slide):
@@ -125,3 +123,21 @@ def test_only_tiles_that_were_interpolated_are_made_again():
         parent = tissue_fingerprint(slide, IDENTITY)
         former = fingerprint_of(stage=STAGE, version=VERSION, parent=parent, **values)
         assert (tile_fingerprint(slide, IDENTITY) != former) == is_new
+
+
+def test_the_edge_of_a_level_that_is_rounded_up_is_reduced_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(openslide_reader, "block_edges", lambda *_: None)
+    base = tissue(
+        Path(__file__).parents[1] / "data" / "slides" / "CMU-1-Small-Region.svs", 601, 701
+    )
+    below = np.pad(shrink(base, 2), ((0, 2), (0, 1), (0, 0)), mode="edge")
+    with tifffile.TiffWriter(tmp_path / "up.tif") as tiff:
+        for number, level in enumerate((base, below)):
+            tiff.write(
+                level, tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
+                subfiletype=number,
+            )  # fmt: skip
+    with OpenSlideReader(tmp_path / "up.tif") as slide:
+        shown = slide.read(1, 0, 0, 351, 302).astype(int)
+    assert np.abs(shown - below)[:300, :350].max() <= 1
+    assert np.array_equal(shown[300:], np.repeat(shown[300:301], 2, 0))

@@ -1,6 +1,7 @@
 """Prune removes what nothing needs and nothing else, and a kill in between harms nobody."""
 
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pipeline.dataset import (
     Ledger,
     Run,
     TileStore,
+    commit_bytes,
     make_selection,
     new_run_id,
     read_journal,
@@ -258,3 +260,119 @@ def test_without_its_journal_nothing_is_a_leftover(two_shards, capsys):
 def test_a_pruned_line_makes_nothing_stand(two_shards):
     line = Entry(SLIDE, "pruned", "f", start=0, stop=16)
     assert Ledger([line], lambda entry: True)[""].done(SLIDE, "f") is None
+
+
+OTHER = RECORD | {"weights_sha256": "1" * 64}
+
+
+@pytest.fixture
+def two_encoders(two_shards):
+    """Features of h0-mini, of one of its views, and of another encoder."""
+    for encoder, view in (("h0-mini", "jpeg70"), ("uni2-h", "")):
+        for kind in ("cls", "tokens-float16"):
+            (old,) = (two_shards.features_dir(224, "h0-mini") / kind).glob("*.parquet")
+            folder = two_shards.features_dir(224, encoder, view) / kind
+            with Run(two_shards, "cache", {}) as one:
+                config = replace(CONFIG, encoder=encoder, view=view)
+                record = RECORD | {"encoder": encoder, "view": view}
+                claim_encoder(two_shards, one, 224, config, record)
+                file = commit_bytes(two_shards, one.run_id, folder / old.name, old.read_bytes())
+                (_, stop) = map(int, old.stem.rpartition(".")[2].split("-"))
+                scope = config.scope(224, kind)
+                one.append([Entry(SLIDE, "done", "f", scope=scope, start=0, stop=stop,
+                                  files=(file,))])  # fmt: skip
+    assert run(two_shards, "verify") == 0
+    return two_shards
+
+
+def claim_other(dataset):
+    """What `cache` does first with other weights."""
+    with Run(dataset, "cache", {}) as one:
+        claim_encoder(dataset, one, 224, CONFIG, OTHER)
+
+
+@pytest.mark.parametrize(("name", "folders"), [
+    ("h0-mini", {"h0-mini", "h0-mini+jpeg70"}), ("h0-mini+jpeg70", {"h0-mini+jpeg70"}),
+    ("uni2-h", {"uni2-h"}),
+])  # fmt: skip
+def test_an_encoder_s_features_go_and_nothing_else(two_encoders, capsys, name, folders):
+    before = digest(two_encoders.root)
+    gone = {
+        path for path in before if path.startswith("features/") and path.split("/")[2] in folders
+    }
+    freed = format_bytes(sum((two_encoders.root / path).stat().st_size for path in gone))
+    assert prune(two_encoders, "--features", name) == 0
+    assert f"would remove {len(gone)} files, {freed}; nothing was" in capsys.readouterr().out
+    assert digest(two_encoders.root) == before
+    assert prune(two_encoders, "--features", name, "--yes") == 0
+    assert f"removed {len(gone)} files, {freed} from" in capsys.readouterr().out
+    assert digest(two_encoders.root) == {k: v for k, v in before.items() if k not in gone}
+    assert run(two_encoders, "verify") == 0
+    assert prune(two_encoders, "--features", name, "--yes") == 0
+    assert f"no features of {name} in" in capsys.readouterr().out
+
+
+def test_the_refusal_of_other_weights_names_the_way_out(two_encoders, capsys):
+    with pytest.raises(UserError) as refusal:
+        claim_other(two_encoders)
+    command = f"python -m pipeline prune --dataset {two_encoders.root} --features h0-mini"
+    assert "weights_sha256 '000" in str(refusal.value)
+    assert f"`{command}`" in str(refusal.value)
+    assert main([*command.split()[3:], "--yes"]) == 0
+    claim_other(two_encoders)
+    record = json.loads(
+        (two_encoders.features_dir(224, "h0-mini") / "cls" / "encoder.json").read_text()
+    )
+    assert record["weights_sha256"] == OTHER["weights_sha256"]
+    with pytest.raises(UserError, match="uni2-h"):
+        prune(two_encoders, "--features", "uni3-h")
+    with pytest.raises(UserError, match="leave --keep-selection out"):
+        prune(two_encoders, "--features", "uni2-h", "--keep-selection", "small")
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_killed_while_features_go(two_encoders, monkeypatch, moment):
+    """After any number of files: what is left is whole or unseen, and the same command goes on."""
+    import pipeline.upkeep.prune as module
+
+    class Killed(BaseException):
+        pass
+
+    done = []
+    remove = Path.unlink
+
+    def killed(path, *more, **named):
+        if path.suffix in (".parquet", ".json") and "features" in path.parts:
+            if len(done) == moment:
+                raise Killed
+            done.append(path)
+        remove(path, *more, **named)
+
+    monkeypatch.setattr(module, "_ENTRIES_PER_TURN", 2)
+    monkeypatch.setattr(Path, "unlink", killed)
+    if moment < 8:  # two folders of two kinds, each with a record and a file
+        with pytest.raises(Killed):
+            prune(two_encoders, "--features", "h0-mini", "--yes")
+    else:
+        assert prune(two_encoders, "--features", "h0-mini", "--yes") == 0
+    monkeypatch.undo()
+    assert run(two_encoders, "verify") == 0
+    # As long as a reader would see any, other weights are refused.
+    scopes = Ledger.read(two_encoders, "cache")
+    if any(scopes[CONFIG.scope(224, kind)].written for kind in CONFIG.kinds):
+        with pytest.raises(UserError, match="--features h0-mini"):
+            claim_other(two_encoders)
+    assert prune(two_encoders, "--features", "h0-mini", "--yes") == 0
+    assert [path.name for path in (two_encoders.root / "features" / "224").iterdir()] == ["uni2-h"]
+    claim_other(two_encoders)
+    assert run(two_encoders, "verify") == 0
+
+
+def test_features_are_not_removed_under_a_run(two_encoders):
+    live = two_encoders.root / ".tmp" / new_run_id()
+    live.mkdir(parents=True)
+    before = digest(two_encoders.root)
+    assert prune(two_encoders, "--features", "h0-mini") == 0
+    with pytest.raises(UserError, match="may be at work"):
+        prune(two_encoders, "--features", "h0-mini", "--yes")
+    assert digest(two_encoders.root) == before

@@ -20,6 +20,7 @@ from pipeline.dataset import (
     new_run_id,
     read_selection,
     read_slides,
+    write_slides,
 )
 from pipeline.dataset.grid import reserve_size
 from pipeline.dataset.tables.selections import read_plan, read_rows, write_rows, write_selection
@@ -137,7 +138,10 @@ def test_a_hold_out_that_others_honour_cannot_change_or_go(dataset):
     select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "200")
     select(dataset, "--name", "train", "--tiles", "500")
     # More tiles of the same patients harm nobody.
-    assert select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "300") == 0
+    more = ["--name", "val-out", "--hold-out", "20", "--tiles", "300"]
+    with pytest.raises(UserError, match="300 tiles of 20 slides in place of 200 tiles of 20 sl"):
+        select(dataset, *more)
+    assert select(dataset, *more, "--replace") == 0
     with pytest.raises(UserError, match="another choice would put them into training"):
         select(dataset, "--name", "val-out", "--hold-out", "12", "--tiles", "200")
     with pytest.raises(UserError, match="another choice would put them into training"):
@@ -195,6 +199,64 @@ def test_a_hold_out_is_refused_over_what_other_rules_drew(tmp_path):
     assert select(dataset, "--name", "train-normal", "--sample-types", "11") == 0
     with pytest.raises(UserError, match=r"patients of 'train-normal': a hold-out comes before"):
         select(dataset, "--name", "val-out", "--hold-out", "2", "--sample-types", "01")
+
+
+def test_a_selection_is_replaced_only_where_that_was_said(dataset, capsys):
+    assert select(dataset, "--name", "train", "--tiles", "500") == 0
+    file = dataset.selection_file("train")
+    before = file.read_bytes()
+    for other in (["--tiles", "400"], ["--tiles", "500", "--stratify", "none"], [],
+                  ["--pool", "reserve", "--tiles", "50"], ["--hold-out", "20"]):  # fmt: skip
+        with pytest.raises(UserError, match=r"'train' is there already.*--replace.*another --na"):
+            select(dataset, "--name", "train", *other)
+        assert file.read_bytes() == before
+    capsys.readouterr()
+    assert select(dataset, "--name", "train", "--tiles", "500") == 0
+    assert "already done, nothing to redo" in capsys.readouterr().out
+    assert select(dataset, "--name", "train", "--tiles", "400", "--replace") == 0
+    assert "selection 'train' is replaced: 400 tiles of" in capsys.readouterr().out
+    assert read_selection(dataset, "train").rows == 400
+    assert select(dataset, "--name", "train", "--tiles", "400") == 0
+    # The same tiles by other words replace nothing: 400 with any share of slides' rules the same.
+    sample = ["--min-candidates", "1", "--tiles", "400"]
+    assert select(dataset, "--name", "train", *sample) == 0
+
+
+def test_a_selection_follows_the_dataset_aloud(dataset, capsys):
+    """`make tile` and recipes repeat `select` as it was: slides that came since are taken."""
+    select(dataset, "--name", "train")
+    before = read_selection(dataset, "train")
+    slides = read_slides(dataset)
+    gone = next(s for s in slides if s.slide_id == before.slide_ids[0])
+    write_slides(dataset, "run", [s for s in slides if s is not gone])
+    capsys.readouterr()
+    assert select(dataset, "--name", "train") == 0
+    after = read_selection(dataset, "train")
+    change = f"{after.rows:,} tiles of {len(after.slide_ids):,} slides in place of {before.rows:,}"
+    said = capsys.readouterr().out
+    assert f"selection 'train' is made again, as the dataset has changed: {change}" in said
+    write_slides(dataset, "run", slides)
+    assert select(dataset, "--name", "train") == 0
+    assert read_selection(dataset, "train").content_hash == before.content_hash
+
+
+def test_a_file_that_select_did_not_make_is_not_replaced(dataset):
+    mine = make_selection("train", {"x": np.arange(3, dtype=np.int32)}, {})
+    write_selection(dataset, "run", mine)
+    with pytest.raises(UserError, match="in place of 3 tiles of 1 slide:"):
+        select(dataset, "--name", "train")
+    assert select(dataset, "--name", "train", "--replace") == 0
+
+
+def test_frozen_sections_are_refused_with_their_option(tmp_path, capsys):
+    dataset = two_slides_a_patient(tmp_path / "d", preparation="frozen")
+    assert select(dataset, "--name", "some") == 0
+    assert "frozen section (--frozen takes them)" in " ".join(capsys.readouterr().out.split())
+    slides = [replace(slide, preparation="frozen") for slide in read_slides(dataset)]
+    write_slides(dataset, "run", slides)
+    with pytest.raises(UserError, match=r"11 frozen section \(--frozen takes them\)"):
+        select(dataset, "--name", "none")
+    assert select(dataset, "--name", "all", "--frozen") == 0
 
 
 def test_two_hold_outs_do_not_meet(dataset):

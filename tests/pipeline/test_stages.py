@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,3 +329,28 @@ def test_cuda_that_is_not_there_is_one_line(own_tiled):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--device cpu" in done.stderr
+
+
+def test_tiles_beyond_the_selected_ones_have_a_reason(own_tiled, capsys):
+    """A selection that ends within a block: the block is written whole, and the summary says so."""
+    shutil.rmtree(own_tiled.root / "tiles")
+    shutil.rmtree(own_tiled.status_dir("tile"))
+    root = str(own_tiled.root)
+    for name, count in (("few", 20), ("more", 37)):
+        assert main(["select", "--dataset", root, "--name", name, "--tiles", str(count)]) == 0
+    capsys.readouterr()
+    written = 0
+    # The second run writes what the first one did not; both selections share their first ranks.
+    for names in (["few"], ["few", "more"]):
+        before = written
+        (ranks,) = (ranks for _, ranks in read_selection(own_tiled, names[-1]).items())
+        chosen = [word for name in names for word in ("--selection", name)]
+        assert main(["tile", "--dataset", root, "--workers", "1", *chosen]) == 0
+        written = sum(entry.stop - entry.start for entry in read_journal(own_tiled, "tile"))
+        blocks = {rank // 16 for rank in ranks}
+        assert written == 16 * len(blocks)
+        selected = sum(rank // 16 >= before // 16 + min(blocks) for rank in ranks)
+        clause = f"tile: {written - before} tiles for {selected} selected: whole blocks of 16 ranks"
+        assert clause in capsys.readouterr().out
+    assert main(["tile", "--dataset", root, "--workers", "1", "--selection", "more"]) == 0
+    assert "whole blocks" not in capsys.readouterr().out

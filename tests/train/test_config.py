@@ -36,6 +36,7 @@ def test_the_papers_preset_holds_the_papers_values() -> None:
     assert not config.ema.warmup
     assert config.loss.generator_start == 0
     assert (config.model.sit.hidden_size, config.model.sit.depth) == (1152, 28)
+    assert config.model.sit.train_pos_embed, "REPA-E's loop makes every parameter trainable"
     assert config.export == type(config.export)(sit="ema", vae="raw")
 
 

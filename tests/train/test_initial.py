@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config, weights_of
+from conftest import small_config
 from torch import Tensor
 
 from common.errors import UserError
 from model.cytosyn import CytoSyn
-from model.images import from_uint8
 from model.sit import SiT, SiTConfig
 from model.vae import VAE
 from model.weights import seeded_init, write_tensors
 from pipeline.dataset import Dataset
 from train.config import Config
-from train.loop import train
-from train.networks import build_networks, build_parts
+from train.networks import build_networks
 
 CPU = torch.device("cpu")
 
@@ -96,43 +94,6 @@ def test_a_training_checkpoint_of_repa_e(config: Config, tmp_path: Path) -> None
         else:
             assert value.equal(given[key])
     assert float(ours[0].bn.running_mean[0]) == 0.25
-
-
-def test_latent_statistics_begin_at_those_of_the_vae(config: Config, tmp_path: Path) -> None:
-    vae = others(config)[1]
-    vae.save(tmp_path / "vae.safetensors")
-    tiles = torch.randint(0, 256, (11, 32, 32, 3), dtype=torch.uint8)
-    init = replace(config.init, vae=str(tmp_path / "vae.safetensors"))
-    parts = build_parts(replace(config, init=init), CPU, tiles)
-    posterior = vae.encode(from_uint8(tiles))
-    draws = [posterior.sample(torch.randn_like(posterior.mean)) for _ in range(300)]
-    variance, mean = torch.var_mean(torch.cat(draws), dim=(0, 2, 3))
-    for norm in (parts.networks.sit.bn, parts.sit_average.module.bn):
-        torch.testing.assert_close(norm.running_mean, mean, atol=0.02, rtol=0)
-        torch.testing.assert_close(norm.running_var, variance, atol=0, rtol=0.03)
-        assert norm.num_batches_tracked == 0
-    fresh = build_parts(config, CPU, tiles).networks.sit.bn
-    assert fresh.running_mean.eq(0).all()
-    assert fresh.running_var.eq(1).all()
-
-
-@pytest.mark.parametrize("mode", ["repa", "ldm"])
-def test_a_run_on_a_frozen_vae_keeps_its_statistics_in_the_average(
-    train_dataset: Dataset, tmp_path: Path, mode: str
-) -> None:
-    config = small_config(train_dataset, tmp_path)
-    vae = others(config)[1]
-    with torch.no_grad():  # a sharp posterior of small latents, far from a variance of 1
-        vae.quant_conv.weight.mul_(0.1)
-        vae.quant_conv.bias[4:] = -6
-    vae.save(tmp_path / "vae.safetensors")
-    options = (f"run.mode={mode}", f"init.vae={tmp_path / 'vae.safetensors'}", "ema.sit=0.9999")
-    assert train(small_config(train_dataset, tmp_path / "run", *options, "run.steps=3")) == 0
-    weights = weights_of(tmp_path / "run", 3)
-    for name in ("running_mean", "running_var"):
-        assert weights[f"sit_ema/bn.{name}"].equal(weights[f"sit/bn.{name}"])
-    assert not weights["sit/bn.running_mean"].eq(0).any()
-    assert float(weights["sit/bn.running_var"].max()) < 0.2, "from 1 it would be 0.9³ by now"
 
 
 def test_what_does_not_fit_is_named(config: Config, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_srun_starts_one_training_of_its_tasks(train_dataset: Dataset, tmp_path:
     assert statuses == [0, 0], outputs
     assert "on 2 x cpu" in outputs[0]
     assert "training on" not in outputs[1]
+    assert "Warning" not in "".join(outputs), "PyTorch warns of options that it renamed"
     assert weights_of(tmp_path / "run", 6)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from pipeline.dataset.features.parquet import FeatureShard
+from pipeline.dataset.features.record import FeatureRecord
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
 from pipeline.dataset.tables.selections import Selection
@@ -57,15 +58,22 @@ def read_encoder_record(
 
 
 def refuse_other_features(
-    path: Path, written: Mapping[str, object], wanted: Mapping[str, object]
+    path: Path,
+    written: Mapping[str, object],
+    wanted: Mapping[str, object],
+    *,
+    remedy: str = "use the former or another --dataset",
 ) -> None:
-    """Refuse features that were made with other values than are wanted, with both of them."""
-    for key, value in wanted.items():
-        if key in written and written[key] != value:
-            raise UserError(
-                f"{path}: these features were made with {key} {written[key]!r}, "
-                f"{value!r} was asked for; use the former or another --dataset"
-            )
+    """Refuse features that were made with other values than are wanted, with both of them.
+
+    Fields of `FeatureRecord` count, where both sides know them; `remedy` is what to do.
+    """
+    made, asked = FeatureRecord.parse(written), FeatureRecord.parse(wanted)
+    for key, value, other in made.differs_from(asked):
+        raise UserError(
+            f"{path}: these features were made with {key} {value!r}, {other!r} was asked for; "
+            f"{remedy}"
+        )
 
 
 def _missing_message(dataset: Dataset, encoder: str, kind: str, view: str, selection: str) -> str:
@@ -146,6 +154,11 @@ class FeatureStore:
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
         if not cached.all():
             raise self._absent_error(slide_id, int(ranks[np.argmin(cached)]))
+
+    def file_of(self, slide_id: str, rank: int) -> str:
+        """The file, relative to the dataset, that has a rank's features; "" where none has."""
+        entry = self._ledger.file_of(slide_id, rank)
+        return entry.files[0].path if entry else ""
 
     def _absent_error(self, slide_id: str, rank: int) -> UserError:
         missing = _missing_message(

@@ -1,6 +1,6 @@
 """slides.parquet: one row per slide. Readers ignore unknown columns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ SLIDES_SCHEMA = pa.schema(
         ("levels_left_out", pa.list_(pa.int32())),
         ("notes", pa.list_(pa.string())),
         ("sampled_sha256", pa.string()),
+        ("bounds", pa.list_(pa.int32())),
     ]
 )
 
@@ -59,7 +60,9 @@ class Slide:
     the file that is the slide, '' where it has one only; `levels_left_out` are the reader's levels
     that are not used, so that `levels` are the others; `notes` is what a person should know of a
     slide that is taken. `sampled_sha256` is of samples of the file's bytes: by it `scan` recognises
-    a slide that was moved, and a file that only has the slide's name.
+    a slide that was moved, and a file that only has the slide's name. `bounds` is the scanned area
+    (x, y, width, height) in level-0 px, None where the file states none or an earlier release
+    scanned it.
     """
 
     slide_id: str
@@ -88,6 +91,7 @@ class Slide:
     levels_left_out: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     sampled_sha256: str = ""
+    bounds: tuple[int, int, int, int] | None = None
 
     @property
     def content_key(self) -> dict[str, object]:
@@ -134,7 +138,20 @@ def _slide_of_row(row: dict[str, Any]) -> Slide:
     # Rows of earlier releases lack these columns.
     left_out = tuple(int(index) for index in row.pop("levels_left_out", None) or ())
     notes = tuple(str(note) for note in row.pop("notes", None) or ())
-    slide = Slide(levels=levels, levels_left_out=left_out, notes=notes, **row)
+    bounds = bounds_from(row.pop("bounds", None))
+    slide = Slide(levels=levels, levels_left_out=left_out, notes=notes, bounds=bounds, **row)
     if not isinstance(slide.slide_id, str) or not isinstance(slide.path, str):
         raise ValueError("a row without slide_id or path")
     return slide
+
+
+def bounds_from(values: Sequence[int] | None) -> tuple[int, int, int, int] | None:
+    """A scanned area (x, y, width, height) as JSON and Parquet return it; None without one.
+
+    >>> bounds_from([2200, 1700, 3000, 2500])
+    (2200, 1700, 3000, 2500)
+    """
+    if not values:
+        return None
+    x, y, width, height = map(int, values)
+    return x, y, width, height

@@ -5,7 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from common.console import EXIT_FAILURES, EXIT_OK, print_line
+from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
+from common.redact import redact_secrets
 from pipeline.upkeep.doctor.config import DoctorConfig
 from pipeline.upkeep.doctor.finding import Finding
 from pipeline.upkeep.doctor.machine import (
@@ -29,7 +30,9 @@ def doctor(config: DoctorConfig, *, as_json: bool = False) -> int:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))
         return EXIT_FAILURES if bad else EXIT_OK
     for finding in findings:
-        print_line(f"{_SIGNS[finding.state]} {finding.subject}: {finding.result}")
+        # The subject is ours: "hub token: " before a result would pass for a secret's header.
+        line = f"{_SIGNS[finding.state]} {finding.subject}: {redact_secrets(finding.result)}"
+        stdout.print(line, markup=False)
         if finding.fix:
             print_line(f"          fix: {finding.fix}")
     host = os.uname().nodename

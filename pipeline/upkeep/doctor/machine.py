@@ -129,14 +129,14 @@ def hub_finding() -> Finding:
     """Whether there is a token for gated weights; it is never shown, sent or tried."""
     for name in _TOKEN_NAMES:
         if os.environ.get(name, "").strip():
-            return Finding("hub token", "ok", f"in {name}")
+            return Finding("hub token", "ok", f"found in {name} (not shown)")
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     path = Path(os.environ.get("HF_TOKEN_PATH", f"{home}/token")).expanduser()
     problem = "none"
     with suppress(OSError):
         problem = "" if path.read_text().strip() else "none"
     return make_finding(
-        "hub token", f"in {path}", problem,
+        "hub token", f"found in {path} (not shown)", problem,
         "gated weights (H0-mini) need one: set HF_TOKEN, or run `pipeline weights fetch` where one "
         "is and use --weights FILE", "warning",
     )  # fmt: skip
