@@ -217,7 +217,7 @@ def test_real_slides_keep_their_levels(shared_data):
 def test_tiles_come_from_the_right_place_without_the_false_level(tissue, tmp_path):
     """The padded level would be read at a downsample of 1.7: the tile is level 0's reduction."""
     half = reduced(tissue, 2)
-    entry = SlideEntry("a", tmp_path / "a.tif")
+    entry = SlideEntry(tmp_path / "a.tif", "a")
     described = {}
     for name, levels in (("a", [tissue, padded(half, 1536, 1536)]), ("b", [tissue])):
         path = write_pyramid(tmp_path / f"{name}.tif", levels)

@@ -187,7 +187,7 @@ def _write_tiff(path, pixels, description="", ome=None, mpp=None):
 
 def _describe(path, mpp_from="auto", table=None):
     config = ScanConfig(inputs=("x",), mpp_from=mpp_from)
-    return describe_slide(Slide("a", str(path)), path, SlideEntry("a", path, mpp=table), config)[0]
+    return describe_slide(Slide("a", str(path)), path, SlideEntry(path, "a", mpp=table), config)[0]
 
 
 APERIO_TEXT = "Aperio Image Library v11\r\n900x900 (256x256) JPEG/RGB Q=70|AppMag = {}|MPP = {}"
