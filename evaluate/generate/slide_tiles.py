@@ -42,7 +42,7 @@ def read_slide_tiles(
     """
     try:
         from pipeline.slides.levels import without_levels
-        from pipeline.slides.open import open_slide
+        from pipeline.slides.open import best_reader
         from pipeline.slides.pyramid import find_false_levels
         from pipeline.slides.region import read_region
         from pipeline.slides.resolution import MppContradictionError, plan_read, resolve_mpp
@@ -54,7 +54,9 @@ def read_slide_tiles(
     if not path.exists():
         raise UserError(f"slide {path}: no such file")
     try:
-        with open_slide(path) as opened:
+        # As `scan` would read it: its tiles must be those that the model knows.
+        opened, _ = best_reader(path)
+        with opened:
             reader = without_levels(opened, find_false_levels(opened))
             try:
                 native_mpp = resolve_mpp(reader.resolution, table=None, assumed=slide_mpp).value
