@@ -24,7 +24,13 @@ from train.checkpoint import list_checkpoints
 from train.loop import train
 from train.signals import EXIT_REQUEUE, StopRequests
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+NUMBERS = [
+    signal.SIGINT,
+    *(
+        pytest.param(number, marks=pytest.mark.full)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    ),
+]
 EXIT_INTERRUPTED = 130
 
 _WAITS_IN_STEP_4 = """
@@ -119,10 +125,11 @@ def test_a_second_interrupt_ends_at_once(
     assert "interrupted again: ended at once" in said
     assert "Traceback" not in said
     assert steps_of(run_dir) == ["step-00000003"]
-    assert train(small_config(train_dataset, run_dir)) == 0
+    subprocess.run(command(train_dataset, run_dir), env=environment(), cwd=HOME, check=True)
     assert_same_weights(weights_of(run_dir, 6), weights_of(whole, 6))
 
 
+@pytest.mark.full
 def test_a_second_interrupt_ends_processes_that_wait_for_each_other(
     train_dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -162,7 +169,7 @@ run_door(lambda: main(sys.argv[1:]), ("train",))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_request_before_the_first_step_ends_the_run(
     train_dataset: Dataset, tmp_path: Path, number: signal.Signals, size: int
 ) -> None:
@@ -189,7 +196,7 @@ def test_a_request_before_the_first_step_ends_the_run(
     assert not (run_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_interrupts_of_torchrun(train_dataset: Dataset, tmp_path: Path, times: int) -> None:
     """It passes the first on as SIGINT, and the second as SIGTERM."""
     run_dir = tmp_path / "run"
@@ -223,6 +230,7 @@ def test_interrupts_of_torchrun(train_dataset: Dataset, tmp_path: Path, times: i
     assert train(small_config(train_dataset, run_dir, f"run.steps={stopped + 1}")) == 0
 
 
+@pytest.mark.full
 def test_a_reader_that_the_same_key_ended_costs_no_checkpoint(
     train_dataset: Dataset, tmp_path: Path
 ) -> None:
