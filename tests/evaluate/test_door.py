@@ -68,6 +68,7 @@ def files(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.full
 def test_the_dataset_does_not_depend_on_the_number_of_processes_or_threads(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -313,7 +313,8 @@ def test_cache_writes_and_reuses_features(own_tiled, capsys):
 
 
 def test_gated_weights_are_never_replaced(own_tiled, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable HF_HUB_OFFLINE is read when the library is imported, which it is by now.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="random:0"):
         main(["cache", "--dataset", str(own_tiled.root)])
 

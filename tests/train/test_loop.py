@@ -153,6 +153,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_set(
         assert named in str(caught.value)
 
 
+@pytest.mark.full
 def test_a_kill_at_any_point_of_a_step_loses_and_repeats_no_line(
     train_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +260,7 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("shared", "of_two"),
     [
-        (("run.sync_discriminator=true",), ()),
+        pytest.param(("run.sync_discriminator=true",), (), marks=pytest.mark.full),
         pytest.param(("loss.generator=0",), ("optim.accumulate=2",), marks=pytest.mark.full),
     ],
     ids=["whole", "in parts"],

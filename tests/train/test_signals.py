@@ -196,7 +196,7 @@ def test_a_request_before_the_first_step_ends_the_run(
     assert not (run_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_interrupts_of_torchrun(train_dataset: Dataset, tmp_path: Path, times: int) -> None:
     """It passes the first on as SIGINT, and the second as SIGTERM."""
     run_dir = tmp_path / "run"
@@ -245,6 +245,7 @@ def test_a_reader_that_the_same_key_ended_costs_no_checkpoint(
     assert steps_of(run_dir) == ["step-00000003", "step-00000005"]
 
 
+@pytest.mark.full
 def test_a_closed_terminal_costs_no_checkpoint(train_dataset: Dataset, tmp_path: Path) -> None:
     """The kernel sends SIGHUP to what the terminal controls, and refuses all that is written."""
     run_dir = tmp_path / "run"
