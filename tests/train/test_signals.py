@@ -24,13 +24,7 @@ from train.checkpoint import list_checkpoints
 from train.loop import train
 from train.signals import EXIT_REQUEUE, StopRequests
 
-NUMBERS = [
-    signal.SIGINT,
-    *(
-        pytest.param(number, marks=pytest.mark.full)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    ),
-]
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 EXIT_INTERRUPTED = 130
 
 _WAITS_IN_STEP_4 = """
@@ -92,7 +86,10 @@ def steps_of(run_dir: Path) -> list[str]:
     return [path.name for path in list_checkpoints(run_dir)]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "number",
+    [NUMBERS[0], *(pytest.param(number, marks=pytest.mark.full) for number in NUMBERS[1:])],
+)
 def test_a_request_saves_after_the_step_and_the_rest_equals_one_go(
     train_dataset: Dataset, tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:
