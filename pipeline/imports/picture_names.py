@@ -62,7 +62,7 @@ def _prefer_barcode(stem: str, slide: str) -> str:
     match = _BARCODE.search(stem)
     if match is None:
         return slide
-    # Of a patient several slides may be told apart by what follows.
+    # What follows the patient's part of the name may distinguish several slides of that patient.
     if match["section"] is None and slide.startswith(match[0]):
         return slide
     return match[0]
