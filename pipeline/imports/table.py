@@ -58,7 +58,7 @@ class PositionTable:
     columns: Columns
 
     def describe_units(self) -> str:
-        """How x and y were understood."""
+        """The units and corner in which x and y were read."""
         columns = f"columns {self.columns.x}, {self.columns.y}"
         if self.scale is None or not len(self.scale):
             return f"x and y ({columns}) as level-0 pixels"

@@ -197,7 +197,7 @@ def _refuse_nested(roots: Collection[Path]) -> None:
 
 
 def describe_folders(folders: Sequence[TileFolder]) -> str:
-    """What was understood of a source, in one line: slides, tiles, and what named the slides."""
+    """A source in one line: how many slides and tiles, and by what the slides are named."""
     parts = []
     for rule, words in _RULES.items():
         of_rule = [folder for folder in folders if folder.rule == rule]

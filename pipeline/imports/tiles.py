@@ -247,7 +247,7 @@ def _refuse_other_grouping(folders: Sequence[TileFolder], taken: Mapping[str, st
 
 
 def _report_folders(folders: Sequence[TileFolder]) -> None:
-    """Print what was understood of the source."""
+    """Print how many slides and tiles the source has, and what names them."""
     print_line(f"import: {describe_folders(folders)}")
     if doubtful := doubtful_folders(folders):
         print_line(

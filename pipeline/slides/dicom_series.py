@@ -22,7 +22,7 @@ WSI_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _MAGIC, _MAGIC_AT = b"DICM", 128
 _LAST_TAG = 0x00400512
 """ContainerIdentifier, which names the glass slide; the tables of frames come after it."""
-_SUFFIX = re.compile(r"|\.dcm|\.dicom|\.dic|\.[0-9]+", re.IGNORECASE)
+DICOM_SUFFIX = re.compile(r"|\.dcm|\.dicom|\.dic|\.[0-9]+", re.IGNORECASE)
 """Archives name files by their UIDs, with or without a suffix: what follows the last dot is '', a
 suffix of DICOM or a number."""
 _SETTLED_NS = 2_000_000_000
@@ -102,7 +102,11 @@ def group_series(folder: Path) -> Mapping[str, Sequence[Path]]:
 def _group_series(folder: Path, _changed_ns: int) -> Mapping[str, Sequence[Path]]:
     groups: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not _SUFFIX.fullmatch(path.suffix) or not path.is_file():
+        if (
+            path.name.startswith(".")
+            or not DICOM_SUFFIX.fullmatch(path.suffix)
+            or not path.is_file()
+        ):
             continue
         head = read_head(path)
         if head and head.sop_class == WSI_CLASS and head.series_uid:

@@ -5,21 +5,19 @@ samples of their bytes, which takes milliseconds where a checksum of the whole t
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from common.text import format_bytes
 from pipeline.dataset import Slide
-from pipeline.slides.dicom_series import series_files
+from pipeline.slides.dicom_series import DICOM_SUFFIX, series_files
 from pipeline.slides.entries import SlideEntry
 from pipeline.slides.reader import SlideOpenError
 from pipeline.slides.readers import SLIDE_SUFFIXES
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 15
 _HASH_CHUNK = 1 << 22
-_DICOM_SUFFIX = re.compile(r"|\.dcm|\.dicom|\.dic|\.[0-9]+", re.IGNORECASE)
 
 
 def slide_files(path: Path, series: str = "") -> list[Path]:
@@ -28,7 +26,7 @@ def slide_files(path: Path, series: str = "") -> list[Path]:
     A folder that is no DICOM slide has all files in it. Raises `OSError`.
     """
     is_folder = path.is_dir()
-    if is_folder or _DICOM_SUFFIX.fullmatch(path.suffix):
+    if is_folder or DICOM_SUFFIX.fullmatch(path.suffix):
         try:
             return series_files(path, series)
         except SlideOpenError:

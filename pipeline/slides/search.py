@@ -14,7 +14,7 @@ from pathlib import Path
 from common.text import one_line
 from pipeline.dataset import safe_slide_id
 from pipeline.slides.dicom_series import group_series, read_head
-from pipeline.slides.readers import SLIDE_SUFFIXES
+from pipeline.slides.readers import PICTURE_SUFFIXES, SLIDE_SUFFIXES
 
 _LINES_SHOWN, _OTHERS_SHOWN = 20, 12
 _DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic"})
@@ -57,7 +57,6 @@ _PARTIAL_SUFFIXES = frozenset(
 _DOWNLOAD_CONTROL = ".aria2"
 """aria2 writes a file under its own name, and keeps this one next to it until it is whole."""
 
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})
 _CLOSED_FORMATS = frozenset(
     [
         ".vsi",
@@ -264,7 +263,7 @@ class FolderSearch:
         ]
         for name in names:
             suffix, path = _suffix_of(name), os.path.join(folder.path, name)
-            if suffix in SLIDE_SUFFIXES and suffix not in _PICTURES:
+            if suffix in SLIDE_SUFFIXES and suffix not in PICTURE_SUFFIXES:
                 if name + _DOWNLOAD_CONTROL in listed:
                     self.pass_over(suffix, "still being downloaded", path)
                 else:
@@ -356,7 +355,7 @@ def _stem_of(name: str) -> str:
 
 def _reason_for(suffix: str) -> tuple[str, str]:
     """Under which kind and reason a file with this suffix, in lower case, is counted."""
-    if suffix in _PICTURES:
+    if suffix in PICTURE_SUFFIXES:
         return suffix, "pictures: name them in a CSV, or by a glob, to tile them"
     if suffix in _CLOSED_FORMATS:
         return suffix, "a slide format that no reader here opens; convert it to OME-TIFF or DICOM"
