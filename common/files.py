@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,41 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def make_directory(path: Path) -> None:
+    """Make a folder and its parents, each with its name synced; one that is there is left alone.
+
+    Raises `OSError`.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    # Without this a power loss takes the folder, and all synced files in it, with it.
+    sync_directory(path.parent)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open to be read; a pipe, device, socket or folder is refused at once.
+
+    Raises `OSError`, with a message that says what the path is.
+    """
+    # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise OSError(f"it is {_kind_of_file(mode)}, expected a regular file")
+    os.set_blocking(handle, True)
+    return os.fdopen(handle, "rb")
+
+
+def _kind_of_file(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+             stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "no file")
+
+
 @contextmanager
 def replacing_file(final: Path, staged: Path | None = None) -> Iterator[IO[bytes]]:
     """A binary file to write; it gets its final name, synced, when the block ends well.
@@ -35,13 +71,13 @@ def replacing_file(final: Path, staged: Path | None = None) -> Iterator[IO[bytes
     """
     staged = staged or final.with_name(f".{final.name}.{secrets.token_hex(4)}")
     try:
-        staged.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(staged.parent)
         with staged.open("wb") as file:
             yield file
             # Bytes before the name: a power loss must not leave the final name on an empty file.
             file.flush()
             os.fsync(file.fileno())
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(final.parent)
         staged.replace(final)
         # A rename survives a power loss only once its folder is synced.
         sync_directory(final.parent)

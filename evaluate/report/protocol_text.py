@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from common.escape import escape_latex
 from common.record import Record
 from common.text import format_number, format_share
 
@@ -78,22 +79,6 @@ def _markdown_table(table: Record) -> list[str]:
         cells = [label.replace("|", "\\|"), *values, counts_text(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-_ESCAPES = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#",
-            "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-            "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "…": r"\ldots{}",
-            "“": "``", "”": "''", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
-            "→": r"$\to$", "−": "$-$", "’": "'", "₁": "$_1$", "₂": "$_2$"}  # fmt: skip
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it reads.
-
-    >>> escape_latex("50 % ± 2")
-    '50 \\\\% $\\\\pm$ 2'
-    """
-    return "".join(_ESCAPES.get(character, character) for character in text)
 
 
 def tables_as_latex(results: Record) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,27 @@ class Dataset:
     def staging_dir(self, run_id: str) -> Path:
         """Where a run writes before it renames; on the same file system as the rest."""
         return self.root / ".tmp" / run_id
+
+    def resolve_inside(self, path: str) -> Path:
+        """The place of a path as journals name it, which is nowhere but in this dataset.
+
+        Raises `UserError` where the path leaves the dataset, or a folder on the way is a link:
+        what a record names must not lead to files that are not the dataset's.
+        """
+        if not is_inside(path):
+            raise UserError(f"{path!r} is not a path inside {self.root}")
+        place = self.root
+        for part in path.split("/")[:-1]:
+            place = place / part
+            try:
+                is_link = stat.S_ISLNK(place.lstat().st_mode)
+            except OSError:
+                break  # what is not there leads nowhere
+            if is_link:
+                raise UserError(
+                    f"{self.root / path} is behind the link {place}: it is not the dataset's own"
+                )
+        return self.root / path
 
     def relative_path(self, path: Path) -> str:
         """The path as journals name it: relative to the dataset, with '/'."""

@@ -1,0 +1,95 @@
+"""Real mechanisms that break things: file systems, users, clocks, process ids, system calls.
+
+Each fixture skips with its reason where the machine does not offer the mechanism.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+def _attempt(command: list[str]) -> str:
+    """Why a command does not work here; '' if it does."""
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not installed"
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if run.returncode == 0 else run.stderr.strip()[:200] or f"exit {run.returncode}"
+
+
+@pytest.fixture
+def make_small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`make_small_disk(size_kib)` mounts an empty file system (tmpfs) of that size."""
+    mounted: list[Path] = []
+
+    def mount(size_kib: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        reason = _attempt(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(folder)])
+        if reason:
+            pytest.skip(f"no file system can be mounted here: {reason}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.fixture
+def as_nobody() -> list[str]:
+    """The beginning of a command that runs the rest as user nobody."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+    if reason := _attempt([*command, "true"]):
+        pytest.skip(f"no command can be run as another user: {reason}")
+    return command
+
+
+@pytest.fixture
+def in_new_pid_namespace() -> list[str]:
+    """The beginning of a command that runs the rest as a container does: with its own ids."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if reason := _attempt([*command, "true"]):
+        pytest.skip(f"no process namespace can be made here: {reason}")
+    return command
+
+
+@pytest.fixture
+def shift_clock() -> Callable[[str], dict[str, str]]:
+    """`shift_clock("-1d")` gives the variables under which a process reads that clock."""
+    if not _FAKETIME.exists():
+        pytest.skip("libfaketime is not installed (Debian's package faketime)")
+
+    def variables(offset: str) -> dict[str, str]:
+        # Timeouts and sleeps go by the monotonic clock, which no administrator sets.
+        return {"LD_PRELOAD": str(_FAKETIME), "FAKETIME": offset, "DONT_FAKE_MONOTONIC": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+
+    return variables
+
+
+@pytest.fixture
+def preload_shim(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """`preload_shim(c_source)` gives the variables under which that C replaces system calls."""
+
+    def build(source: str) -> dict[str, str]:
+        if shutil.which("cc") is None:
+            pytest.skip("no C compiler (cc) to build the shim with")
+        library = tmp_path / "shim.so"
+        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), "-x", "c", "-", "-ldl"]
+        subprocess.run(command, input=source, text=True, check=True)
+        return {"LD_PRELOAD": str(library)}
+
+    return build
+
+
+@pytest.fixture
+def clean_environment() -> dict[str, str]:
+    """The environment of a user's command: this project importable, nothing of the folder's."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": root}
