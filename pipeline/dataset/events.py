@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import make_directory
 from common.redact import redact_all
 
 SUFFIX = ".log"
@@ -45,7 +46,7 @@ class EventLog:
         try:
             # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.path.parent)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.path, flags, 0o666)
             os.write(self._handle, line.encode())

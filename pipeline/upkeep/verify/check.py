@@ -14,7 +14,12 @@ from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_slides
-from pipeline.dataset.identity import identity_damage, mixed_kinds
+from pipeline.dataset.identity import (
+    identity_damage,
+    mixed_kinds,
+    restore_identity,
+    way_back,
+)
 from pipeline.dataset.layout import is_inside
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
 from pipeline.upkeep.verify.journal_lines import LineDamage, journal_lines
@@ -45,8 +50,9 @@ class Problem:
 def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -> int:
     """Re-read the dataset, print what is wrong and how to fix it; returns the exit status.
 
-    With `repair`, damaged files that their stage makes again from what it has are removed (never
-    selections or dataset.json, nor what could not be read), and bad journal lines are dropped.
+    With `repair`, dataset.json is restored from the stages' copies, damaged files that their stage
+    makes again from what it has are removed (never selections, nor what could not be read), and bad
+    journal lines are dropped.
     Raises `UserError` for that while a run may be at work.
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
@@ -62,6 +68,9 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
             "unknown what was written: make it readable, then verify again"
         ) from error
     check = Verification(dataset)
+    # First: without the identity it is unknown which command makes what is damaged again.
+    if repair and (restored := restore_identity(dataset)):
+        check.notes.append(restored)
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
@@ -86,8 +95,9 @@ class Verification:
         path = self.dataset.identity_file
         damage = identity_damage(self.dataset)
         if damage:
-            what = damage.removeprefix(f"{path} ") if path.exists() else "missing"
-            self.problems.append(Problem(path.name, what, "restore it from a copy"))
+            fix = way_back(self.dataset)
+            what = damage.removeprefix(f"{path} ").removesuffix(f": {fix}")
+            self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
             if not damage and b'"crc"' not in path.read_bytes():
