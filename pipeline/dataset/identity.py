@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import json_bytes, write_bytes
+from common.files import json_bytes, open_regular
 from common.json_text import parse_json
-from pipeline.dataset.commit import commit_json, new_run_id
+from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
 from pipeline.dataset.tables.slides import read_slides
@@ -126,7 +126,7 @@ def identity_damage(dataset: Dataset) -> str:
     # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
-        data = dataset.identity_file.read_bytes()
+        data = _read_file(dataset.identity_file)
     except (UserError, OSError) as error:
         return str(error)
     if set(document) == {"identity", "records"}:
@@ -191,6 +191,24 @@ def copy_file(dataset: Dataset, stage: str) -> Path:
     return dataset.status_dir(stage) / dataset.identity_file.name
 
 
+def list_copies(dataset: Dataset) -> list[Path]:
+    """The stages' copies of dataset.json, by path."""
+    return sorted((dataset.root / "status").glob(f"*/{dataset.identity_file.name}"))
+
+
+def copy_damage(file: Path) -> str:
+    """What is wrong with the bytes of a copy; "" where they are as they were written."""
+    try:
+        data = _read_file(file)
+        document = _parse_document(data)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        return f"is no copy of dataset.json: {error}"
+    is_whole = "crc" in document and _is_sound(document) and json_bytes(document) == data
+    return "" if is_whole else "was altered: its checksum does not match"
+
+
 def merge_copies(dataset: Dataset) -> dict[str, Any] | None:
     """dataset.json as the stages' copies together have it; None where there is no sound copy.
 
@@ -198,9 +216,9 @@ def merge_copies(dataset: Dataset) -> dict[str, Any] | None:
     of a stage is in the stage's own copy.
     """
     copies: dict[str, dict[str, Any]] = {}
-    for path in (dataset.root / "status").glob(f"*/{dataset.identity_file.name}"):
+    for path in list_copies(dataset):
         with suppress(OSError, ValueError):
-            document = _parse_document(path.read_bytes())
+            document = _parse_document(_read_file(path))
             if _is_sound(document) and document["identity"]["format_version"] == FORMAT_VERSION:
                 copies[path.parent.name] = document
     if not copies:
@@ -211,7 +229,8 @@ def merge_copies(dataset: Dataset) -> dict[str, Any] | None:
         merged["identity"] |= copies[stage]["identity"]
         merged["records"] |= copies[stage]["records"]
     for stage, document in copies.items():
-        merged["records"] |= {stage: document["records"].get(stage, merged["records"].get(stage))}
+        if stage in document["records"]:
+            merged["records"][stage] = document["records"][stage]
     return merged | {"crc": _checksum_of(merged)}
 
 
@@ -229,19 +248,28 @@ def way_back(dataset: Dataset) -> str:
     )
 
 
-def restore_identity(dataset: Dataset) -> str:
-    """Write a missing or damaged dataset.json again, from the stages' copies of it.
+def restore_identity(dataset: Dataset) -> list[str]:
+    """Write a missing or damaged dataset.json again from the stages' copies, and damaged copies.
 
-    Returns what was done, "" where there is nothing to do or nothing to do it with: a file that
+    Returns notes of what was done: none where there is nothing to do it with. A file that
     cannot be opened, or is of another format, may be sound. What a damaged file contained is kept
     in `.damaged`. Raises `UserError` where it cannot be written.
     """
+    notes = [_restore_main(dataset)] if identity_damage(dataset) else []
     if not identity_damage(dataset):
-        return ""
+        document = _read_document(dataset)
+        for file in list_copies(dataset):
+            if copy_damage(file):
+                _commit_document(dataset, file, document | {"crc": _checksum_of(document)})
+                notes.append(f"repair: restored {dataset.relative_path(file)}")
+    return [note for note in notes if note]
+
+
+def _restore_main(dataset: Dataset) -> str:
     file, data = dataset.identity_file, b""
     restored = merge_copies(dataset)
     try:
-        data = file.read_bytes()
+        data = _read_file(file)
         document = _parse_document(data)
         if document["identity"]["format_version"] != FORMAT_VERSION:
             return ""
@@ -256,7 +284,9 @@ def restore_identity(dataset: Dataset) -> str:
         return ""
     kept = ""
     if data.strip(b"\0 \r\n"):
-        write_bytes(dataset.root / ".damaged" / file.name, data)
+        run_id = new_run_id()
+        commit_bytes(dataset, run_id, dataset.root / ".damaged" / file.name, data)
+        dataset.staging_dir(run_id).rmdir()
         kept = f"; the damaged one is .damaged/{file.name}"
     _commit_document(dataset, file, restored)
     return f"repair: restored {file.name}{kept}"
@@ -267,7 +297,7 @@ def _is_copied(
 ) -> bool:
     """Whether a stage's own copy has its values and record."""
     try:
-        document = _parse_document(copy_file(dataset, stage).read_bytes())
+        document = _parse_document(_read_file(copy_file(dataset, stage)))
         identity = document["identity"]
     except (OSError, ValueError):
         return False
@@ -321,9 +351,14 @@ def _is_there(dataset: Dataset) -> bool:
 
 def _unreadable_message(dataset: Dataset, error: OSError) -> str:
     return (
-        f"{dataset.identity_file} cannot be read: {error.strerror}; fix its permissions or its "
-        "disk, or restore it from a copy"
+        f"{dataset.identity_file} cannot be read: {error.strerror or error}; fix its "
+        "permissions or its disk, or restore it from a copy"
     )
+
+
+def _read_file(file: Path) -> bytes:
+    with open_regular(file) as opened:
+        return opened.read()
 
 
 def _parse_document(data: bytes) -> dict[str, Any]:
@@ -346,7 +381,7 @@ def _is_sound(document: Mapping[str, Any]) -> bool:
 def _read_document(dataset: Dataset) -> dict[str, Any]:
     file, data = dataset.identity_file, b""
     try:
-        data = file.read_bytes()
+        data = _read_file(file)
         document = _parse_document(data)
     except FileNotFoundError as error:
         how = way_back(dataset) if merge_copies(dataset) else "run `scan` first"

@@ -15,7 +15,9 @@ from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_slides
 from pipeline.dataset.identity import (
+    copy_damage,
     identity_damage,
+    list_copies,
     mixed_kinds,
     restore_identity,
     way_back,
@@ -69,8 +71,8 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
         ) from error
     check = Verification(dataset)
     # First: without the identity it is unknown which command makes what is damaged again.
-    if repair and (restored := restore_identity(dataset)):
-        check.notes.append(restored)
+    if repair:
+        check.notes += restore_identity(dataset)
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
@@ -91,7 +93,7 @@ class Verification:
         self.seconds = 0.0
 
     def check_identity(self) -> None:
-        """Check dataset.json."""
+        """Check dataset.json and the stages' copies of it."""
         path = self.dataset.identity_file
         damage = identity_damage(self.dataset)
         if damage:
@@ -107,6 +109,11 @@ class Verification:
                 )
         if not damage:
             self._check_kind()
+        for copy in list_copies(self.dataset):
+            self.files, self.bytes = self.files + 1, self.bytes + copy.stat().st_size
+            if what := copy_damage(copy):
+                fix = "run `pipeline verify --repair`"
+                self.problems.append(Problem(self.dataset.relative_path(copy), what, fix))
 
     def _check_kind(self) -> None:
         """Whether all of the dataset is of one kind: slides, imported tiles or generated."""
