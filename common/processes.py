@@ -36,7 +36,8 @@ class ProcessIdentity:
         except (ValueError, TypeError, RecursionError):
             return None
         texts = all(isinstance(value, str) for value in (made.boot, made.namespace, made.host))
-        return made if texts and type(made.pid) is type(made.started) is int else None
+        is_whole = type(made.pid) is type(made.started) is int
+        return made if texts and is_whole and made.pid > 0 else None
 
     def is_alive(self) -> bool | None:
         """Whether the process lives; None where only others could say, in another container too."""

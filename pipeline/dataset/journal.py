@@ -35,7 +35,7 @@ STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "cu
 
 LEASE_SUFFIX = ".lease"
 """`status/<stage>/<run_id>.lease` is there while the run lives; see `common.leases`."""
-_NUMBERED = re.compile(r"r(\d{12})-")
+_NUMBERED = re.compile(r"r([0-9]{12})-")
 _HIGHEST = 10**12 - 1
 
 Outcome = Literal["done", "rejected", "failed", "pruned"]

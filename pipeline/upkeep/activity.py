@@ -49,13 +49,7 @@ class Running:
 
 
 class RunJudge:
-    """Says which runs of a dataset may be at work.
-
-    A run that has a lease lives by it (`common.leases`). One of an older release has none: where
-    its process is there on a machine of that name it lives, else it must have written lately, by
-    the clock of the file server. That its process is not there proves nothing: it may be in a
-    container that has the same name.
-    """
+    """Says which runs of a dataset may be at work, by their leases (`common.leases`)."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._root = dataset.root
@@ -63,29 +57,28 @@ class RunJudge:
         self._leases = {path.stem: path for path in leases}
 
     @cached_property
-    def _server_time(self) -> float | None:
-        """Seconds since the epoch; asked for only where a run cannot be judged without."""
+    def server_time(self) -> float | None:
+        """Seconds since the epoch on the file server; asked only where nothing else decides."""
         return file_server_time(self._root / "status")
 
-    def may_live(
-        self, run_id: str, written: float, silent_s: float, *, host: str = "", pid: int = 0
-    ) -> bool:
-        """Whether a run may be at work that wrote last at `written`, in epoch seconds.
+    def was_written_lately(self, written: float, silent_s: float) -> bool:
+        """Whether something was written less than `silent_s` ago, in epoch seconds; or may be."""
+        return self.server_time is None or self.server_time - written < silent_s
 
-        `silent_s`, `host` and `pid` are for a run without a lease that an older release began.
+    def may_live(self, run_id: str, written: float) -> bool | None:
+        """Whether a run that wrote last at `written` (epoch seconds) may be at work.
+
+        None for a run of an older release, which had no lease.
         """
         if lease := self._leases.get(run_id):
-            return is_lease_alive(lease, lambda: self._server_time)
-        # A run of this release has had a lease as long as it could write.
+            return is_lease_alive(lease, lambda: self.server_time)
+        # A run of this release has a lease for as long as it lives and can write.
         is_numbered = run_order(run_id)[0] > 0
-        if not is_numbered and pid and host == socket.gethostname() and is_process_alive(pid):
-            return True
-        now = self._server_time
-        return now is None or now - written < (DEAD_S if is_numbered else silent_s)
+        return self.was_written_lately(written, DEAD_S) if is_numbered else None
 
     def may_hold(self, lock: Path) -> bool:
         """Whether the holder of a lock, as the file names it, may live."""
-        return is_lease_alive(lock, lambda: self._server_time)
+        return is_lease_alive(lock, lambda: self.server_time)
 
 
 def list_running(dataset: Dataset) -> list[Running]:
@@ -138,12 +131,17 @@ def _summarise_run(events: list[Event], log: Path, judge: RunJudge) -> Running:
         rate = done / max(elapsed, 1e-3) if done else None
     host, pid = str(begin.get("host", "")), int(begin.get("pid", 0))
     written = log.stat().st_mtime
+    is_alive = judge.may_live(log.stem, written)
+    if is_alive is None:
+        # That no process of this id is here proves nothing: a container may have this host's name.
+        is_here = host == socket.gethostname() and is_process_alive(pid)
+        is_alive = is_here or judge.was_written_lately(written, _SILENT_S)
     return Running(
         stage=last.stage, run=last.run, host=host, pid=pid,
         slurm_job=str(begin.get("slurm_job", "")),
         array_task=str(begin.get("slurm_array_task", "")),
         since=events[0].time, last=last.time,
-        alive=judge.may_live(log.stem, written, _SILENT_S, host=host, pid=pid),
+        alive=is_alive,
         done=done, total=total, unit=unit, rate=rate,
         seconds_left=(total - done) / rate if rate else None,
         in_progress=len(worker_of),

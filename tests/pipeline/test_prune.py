@@ -209,8 +209,6 @@ def test_of_staging_folders_only_dead_ones_go_and_a_live_run_keeps_unnamed_files
     for name in (live, dead, elsewhere):
         (top / name).mkdir(parents=True)
         (top / name / "half").write_bytes(b"1234")
-    for path in (top / dead / "half", top / dead):
-        os.utime(path, (0, 0))
     shard = two_shards.tiles_dir(224) / f"{SLIDE}.512-528.tar"
     shard.write_bytes(b"committed, its line is yet to come")
     assert prune(two_shards, "--yes") == 0

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import time
 
 import numpy as np
@@ -35,7 +36,7 @@ from pipeline.features.stage import claim_encoder
 from pipeline.upkeep.activity import RunJudge
 from pipeline.upkeep.verify import repair, sums
 from pipeline.upkeep.verify.journal_lines import damage_of
-from pipeline.upkeep.verify.runs import may_be_alive
+from pipeline.upkeep.verify.runs import may_be_alive, may_write
 
 SLIDE = "CMU-1-Small-Region"
 RECORD = {"encoder": "h0-mini", "weights_sha256": "0" * 64, "compute_dtype": "float32", "view": "",
@@ -403,15 +404,19 @@ def test_a_run_without_a_lease_is_alive_by_its_process_here_and_by_its_age(whole
     host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
     if len(host) >= 24:
         pytest.skip("this host's name is cut short in run ids")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     own = f"20200101T000000-000000000-{host}-{os.getpid()}-abcdef"
-    unseen = f"20200101T000000-000000000-{host}-{2**22 + 1}-abcdef"
+    unseen = f"20200101T000000-000000000-{host}-{ended.pid}-abcdef"
+    no_process = f"20200101T000000-000000000-{host}-{2**22 + 1}-abcdef"
     other = "20200101T000000-000000000-node-7-1-abcdef"
-    now, judge = time.time(), RunJudge(whole)
-    assert may_be_alive(judge, own, 0.0)
+    now = time.time()
+    assert may_be_alive(own, 0.0, now)
+    assert not may_be_alive(no_process, now, now)
     for run_id in (unseen, other, "unknown"):
-        assert may_be_alive(judge, run_id, now - 3600)
-        assert not may_be_alive(judge, run_id, now - 25 * 3600)
+        assert may_be_alive(run_id, now - 3600, now)
+        assert not may_be_alive(run_id, now - 25 * 3600, now)
     # One of this release has a lease, or has ended.
     for run_id in (own, unseen):
-        assert may_be_alive(judge, f"r000000000001-{run_id}", now - 60)
-        assert not may_be_alive(judge, f"r000000000001-{run_id}", now - 3600)
+        assert may_write(RunJudge(whole), f"r000000000001-{run_id}", now - 60)
+        assert not may_write(RunJudge(whole), f"r000000000001-{run_id}", now - 3600)

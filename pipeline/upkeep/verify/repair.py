@@ -9,7 +9,7 @@ from pipeline.dataset import Dataset, commit_bytes, new_run_id
 from pipeline.upkeep.activity import RunJudge
 from pipeline.upkeep.verify.inventory import Inventory, read_inventory
 from pipeline.upkeep.verify.journal_lines import canonical_line, journal_lines
-from pipeline.upkeep.verify.runs import live_run, may_be_alive
+from pipeline.upkeep.verify.runs import live_run, may_write
 from pipeline.upkeep.verify.sums import FileDamage, describe_unreadable, sha256_of
 
 _BUFFER_BYTES = 1 << 22
@@ -117,7 +117,7 @@ def _rewrite_journal(dataset: Dataset, journal: Path, judge: RunJudge) -> int:
     """Write a journal without its bad lines; returns how many. Not while its run may live."""
     lines = list(journal_lines(journal))
     bad = sum(line.damage is not None for line in lines)
-    if not bad or may_be_alive(judge, journal.stem, journal.stat().st_mtime):
+    if not bad or may_write(judge, journal.stem, journal.stat().st_mtime):
         return 0
     kept = (line.data for line in lines if line.damage in (None, "respelt"))
     run_id = new_run_id()

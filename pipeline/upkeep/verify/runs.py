@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.leases import read_holder
+from common.processes import is_process_alive
 from pipeline.dataset import Dataset
 from pipeline.upkeep.activity import RunJudge, list_running
 
 _RUN_ID = re.compile(r"^(r\d{12}-)?\d{8}T\d{6}-\d{9}-(?P<host>.*)-(?P<pid>\d{1,10})-[0-9a-f]{6}$")
 _HOST_CHARACTERS = 24
+_HIGHEST_PID = 1 << 22
+"""Linux gives no higher ids, in any container."""
 _SILENT_S = 24 * 3600.0
 """A run of an older release, which has no lease, that has written nothing for a day is dead."""
 
@@ -70,17 +73,29 @@ def _measure_folder(path: Path, judge: RunJudge) -> StagingFolder:
             files, size = files + 1, size + stat.st_size
     if _is_lock(path):
         return StagingFolder(path, judge.may_hold(path), files, size)
-    return StagingFolder(path, may_be_alive(judge, path.name, newest), files, size)
+    return StagingFolder(path, may_write(judge, path.name, newest), files, size)
 
 
-def may_be_alive(judge: RunJudge, run_id: str, newest: float) -> bool:
-    """Whether the run may still be writing; `newest` is when it last wrote, in epoch seconds."""
-    host, pid, match = "", 0, _RUN_ID.match(run_id)
+def may_write(judge: RunJudge, run_id: str, newest: float) -> bool:
+    """Whether a run may still be writing; `newest` is when it last wrote, in epoch seconds."""
+    if (is_alive := judge.may_live(run_id, newest)) is not None:
+        return is_alive
+    now = judge.server_time
+    return now is None or may_be_alive(run_id, newest, now)
+
+
+def may_be_alive(run_id: str, newest: float, now: float) -> bool:
+    """Whether a run without a lease, of an older release, may still be writing.
+
+    `newest` is when it last wrote and `now` the present, both in epoch seconds of the file server.
+    A process that is there on a host of that name lives. One that is not proves nothing, for it
+    may be in a container of that name: only a day without a sign of life does.
+    """
+    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
+    match = _RUN_ID.match(run_id)
     # Where the host's name is cut short in the id, the process may be another machine's.
-    if match and len(match["host"]) < _HOST_CHARACTERS and match["host"] == _host_name():
-        host, pid = socket.gethostname(), int(match["pid"])
-    return judge.may_live(run_id, newest, _SILENT_S, host=host, pid=pid)
-
-
-def _host_name() -> str:
-    return "".join(c if c.isalnum() else "-" for c in socket.gethostname())
+    if match and match["host"] == host and len(host) < _HOST_CHARACTERS:
+        pid = int(match["pid"])
+        if pid > _HIGHEST_PID or is_process_alive(pid):
+            return pid <= _HIGHEST_PID
+    return now - newest < _SILENT_S
