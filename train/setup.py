@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.config import read_yaml
 from common.console import print_line
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -214,8 +215,11 @@ def damaged_file(
                 return f"{path} is empty"
             if path.suffix == ".json":
                 parse_json(data)
-            else:
-                load_config(path)
+                continue
+            load_config(path)
+            # Its last keys: with defaults in place of what was cut off it would be another run.
+            if not {"sit", "vae"} <= read_yaml(path).get("export", {}).keys():
+                return f"{path} is cut short"
         except FileNotFoundError:
             continue
         except (OSError, UserError, ValueError) as error:

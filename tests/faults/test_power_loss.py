@@ -102,7 +102,7 @@ os.fsync(os.open("folder", os.O_RDONLY))
 
 
 @pytest.mark.full  # all commands from a slide to a report
-@pytest.mark.parametrize(("layout", "umask"), [("tar", 0o077), ("zarr", 0o002), ("tar", 0o022)])
+@pytest.mark.parametrize(("layout", "umask"), [("png", 0o077), ("zarr", 0o002), ("png", 0o022)])
 def test_what_journals_name_survives_the_stages(machine: Machine, layout: str, umask: int) -> None:
     root, dataset = machine.root, machine.root / "new" / "ds"
     machine.umask = umask
