@@ -21,6 +21,7 @@ from pipeline.dataset import (
     fingerprint_of,
     read_identity,
     read_selection,
+    read_selection_rows,
     write_selection,
 )
 from pipeline.dataset.tables.selections import read_plan
@@ -103,7 +104,7 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     ledger = Ledger.read(dataset, STAGE)[""]
     if all(ledger.done(name, fingerprints[name]) for name in config.names):
         for name in config.names:
-            rows = read_selection(dataset, name).rows
+            rows = read_selection_rows(dataset, name).rows
             print_line(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
     # Only a part of an imported selection is sure to be on its side of the split.

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.console import print_line
 from common.errors import UserError
-from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection
+from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection_rows
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
@@ -74,7 +74,7 @@ def check_new_hold_out(
         for other, ties in sorted(known.items())
         if other != name and not _descends_from(known, other, name) and name not in ties.honours
         and ties.role != VAL_OUT and dataset.selection_file(other).exists()
-        and np.isin(wanted, read_selection(dataset, other).slide_ids).any()
+        and np.isin(wanted, read_selection_rows(dataset, other).slide_ids).any()
     ]  # fmt: skip
     if inside:
         raise UserError(
@@ -130,7 +130,7 @@ def describe_replacement(dataset: Dataset, selection: Selection) -> str:
     """
     if selection.name not in dataset.selection_names():
         return ""
-    old = read_selection(dataset, selection.name)
+    old = read_selection_rows(dataset, selection.name)
     if old.content_hash == selection.content_hash:
         return ""
     new, former = (
