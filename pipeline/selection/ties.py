@@ -7,6 +7,7 @@ import numpy as np
 
 from common.console import print_line
 from common.errors import UserError
+from common.text import same_identity_key
 from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection_rows
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
@@ -87,7 +88,11 @@ def check_new_hold_out(
 def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ...]) -> None:
     """Refuse `name` with other patients than those that selections leave alone on its account."""
     before = known.get(name)
-    if before is not None and before.patients and set(before.patients) != set(patients):
+    if before is None or not before.patients:
+        return
+    # By key: the same patients may be written otherwise since.
+    former, present = (set(map(same_identity_key, some)) for some in (before.patients, patients))
+    if former != present:
         bound = sorted(other for other, ties in known.items() if name in ties.honours)
         if bound:
             raise UserError(
