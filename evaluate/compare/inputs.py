@@ -70,13 +70,17 @@ def find_faults(sets: Mapping[str, TileRows]) -> list[InputFault]:
     faults = []
     for field, tiles in sets.items():
         # A block at a time: masks of all entries would be a quarter of the features again.
-        # NaN is within no limit.
         finite = np.concatenate(
+            [np.isfinite(block).all(axis=1) for block in row_chunks(tiles.features)]
+        )
+        # NaN is within no limit: what is left of these are finite.
+        within = np.concatenate(
             [(np.abs(block) <= MOST_FEATURE).all(axis=1) for block in row_chunks(tiles.features)]
         )
         zero = np.concatenate([~block.any(axis=1) for block in row_chunks(tiles.features)])
         for kind, mask, words in (
-            ("not_finite", ~finite, f"NaN, infinity or magnitudes above {MOST_FEATURE:,.0f} in"),
+            ("not_finite", ~finite, "NaN or infinity in"),
+            ("not_finite", finite & ~within, f"magnitudes above {MOST_FEATURE:,.0f} in"),
             ("zero", zero, "only zeros in"),
         ):
             rows = np.flatnonzero(mask)
