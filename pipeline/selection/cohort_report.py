@@ -74,11 +74,7 @@ def check_selections(planned: Planned) -> list[tuple[str, bool]]:
     keys = identity_keys(planned.cohort.patient)
     patient = dict(zip(planned.cohort.slide_id, keys, strict=True))
     held, trained = (
-        {
-            same_identity_key(str(patient[slide]))
-            for selection in group
-            for slide in selection.slide_ids
-        }
+        {patient[slide] for selection in group for slide in selection.slide_ids}
         for group in (by_role[VAL_OUT], by_role[TRAIN] + by_role[VAL_IN])
     )
     parents = {train.name: plan_of(train)["ties"]["parent"] for train in by_role[TRAIN]}
