@@ -55,7 +55,7 @@ def read_encoder_record(
     try:
         with open_regular(path) as file:
             record = parse_json(file.read())
-        return _check_record(record)
+        return {"tile_px": tile_px} | _check_record(record)
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except (OSError, ValueError) as error:
@@ -76,6 +76,8 @@ def _check_record(record: object) -> dict[str, Any]:
     """The record, whose keys that readers rely on have their types; raises `ValueError`."""
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
+    if missing := [key for key in ("encoder", "weights", "dim") if key not in record]:
+        raise ValueError(f"it has no {', '.join(missing)}")
     for key, kinds in _RECORD_TYPES.items():
         if key in record and not isinstance(record[key], kinds):
             raise ValueError(f"{key} is {one_line(repr(record[key]), 60)}")
