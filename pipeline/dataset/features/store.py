@@ -76,8 +76,6 @@ def _check_record(record: object) -> dict[str, Any]:
     """The record, whose keys that readers rely on have their types; raises `ValueError`."""
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
-    if missing := [key for key in ("encoder", "weights", "dim") if key not in record]:
-        raise ValueError(f"it has no {', '.join(missing)}")
     for key, kinds in _RECORD_TYPES.items():
         if key in record and not isinstance(record[key], kinds):
             raise ValueError(f"{key} is {one_line(repr(record[key]), 60)}")
@@ -85,6 +83,15 @@ def _check_record(record: object) -> dict[str, Any]:
         if key in record and not 0 < record[key] < 1 << 20:
             raise ValueError(f"{key} is {record[key]}")
     return record
+
+
+def require_fields(store: "FeatureStore", *names: str) -> None:
+    """Refuse features whose encoder.json does not state these fields, which it may lack."""
+    if missing := [name for name in names if store.record.get(name) is None]:
+        raise UserError(
+            f"encoder.json of the {store.kind} features of {store.encoder} in "
+            f"{store.dataset.root} has no {', '.join(missing)}: cache them again"
+        )
 
 
 def refuse_other_features(
