@@ -29,13 +29,14 @@ from rich.text import Text
 
 from common.errors import UserError
 from common.redact import redact_secrets
+from common.streams import lossy_output
 from common.text import find_nearest, format_seconds
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
 
 _LOG_WIDTH = 160
-stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -44,20 +45,23 @@ def print_line(message: str) -> None:
     stdout.print(redact_secrets(message), markup=False)
 
 
-def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
+def run_door(
+    command: Callable[[], int], rooms: tuple[str, ...], *, prints_result: bool = False
+) -> None:
     """Run a room's command and exit with its status.
 
-    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Rooms that
-    were not imported from this project (a stray train.py in the working folder) are refused.
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Output that
+    cannot be written ends no command; where it is the result (`prints_result`), the status of one
+    that did its work is 1. Rooms that were not imported from this project (a stray train.py in the
+    working folder) are refused.
     """
-    try:
-        _check_rooms(rooms)
-        status = command()
-    except (UserError, KeyboardInterrupt) as error:
-        status = report_error(error)
-    except BrokenPipeError:
-        # The reader has gone (`| head`): Python's last flush must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with lossy_output(is_result=prints_result) as losses:
+        try:
+            _check_rooms(rooms)
+            status = command()
+        except (UserError, KeyboardInterrupt) as error:
+            status = report_error(error)
+    if losses and prints_result and status == EXIT_OK:
         status = EXIT_FAILURES
     sys.exit(status)
 

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, NoReturn, Self, TextIO, cast
+from typing import Any, NoReturn, Self
 
-from common.console import EXIT_INTERRUPTED, print_line, stderr, stdout
+from common.console import EXIT_INTERRUPTED, print_line
 
 EXIT_REQUEUE = 75
 """Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
@@ -54,18 +53,12 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._note_signal)
         self._watcher = threading.Thread(target=self._watch_signals, args=(reading,), daemon=True)
         self._watcher.start()
-        # What Ctrl-C also ends (`| tee log`) or a closed terminal must not cost the checkpoint.
-        self._files = stdout._file, stderr._file
-        for console, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
-            if stream is not None:  # as in a process that was started without one
-                console.file = cast(TextIO, _Tolerant(stream, self))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore_handlers(self._previous_fd)
         os.close(self._writing)  # which ends the thread
         self._watcher.join()
-        stdout._file, stderr._file = self._files
 
     def begin_steps(self) -> None:
         """From now on a request is noted, for the end of the step to see."""
@@ -111,35 +104,6 @@ class StopRequests:
                     "interrupted: finishing this step and saving it; Ctrl-C again ends at once, "
                     "without saving"
                 )
-
-
-class _Tolerant:
-    """A stream whose failures, once a stop was requested, are passed over."""
-
-    def __init__(self, stream: TextIO, requests: StopRequests) -> None:
-        self._stream, self._requests = stream, requests
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._leave_stream(error)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._leave_stream(error)
-
-    def _leave_stream(self, error: OSError) -> None:
-        if not self._requests.received:
-            raise error
-        # What is still buffered, and Python's last flush, go there too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def _end_at_once(says: bool) -> NoReturn:
