@@ -4,7 +4,6 @@ Used by the doors of `pipeline`, `train` and `evaluate`.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,11 @@ EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
 
 _LOG_WIDTH = 160
-stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH)
+stdout = Console(
+    soft_wrap=True,
+    highlight=False,
+    width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH,
+)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from common.console import EXIT_FAILURES, EXIT_USAGE, report_error, stderr, stdout
 from common.errors import UserError
+from common.launch import STORE_VARIABLE
 
 Outcome = TypeVar("Outcome")
 _CPU = torch.device("cpu")
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 """Words in gloo's plain RuntimeErrors when another process has gone."""
@@ -113,13 +117,42 @@ def joined_processes(
         return
     backend = gpu_backend if chosen.type == "cuda" else "gloo"
     # By hand, to keep the store: in it the processes agree on who reports an error.
-    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    store, rank = _open_store(size, patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
         yield Processes(rank, size, chosen)
     except BaseException as error:
         _exit_at_once(error, store, rank)
     dist.destroy_process_group()
+
+
+def _open_store(size: int, patience: timedelta) -> tuple[dist.Store, int]:
+    """Where the processes find one another, and this one's rank.
+
+    torch.distributed knows no passwords: on one machine its sockets are on loopback, and the store
+    is a file of the owner's, or a server on loopback. torchrun's own server is not ours to choose.
+    """
+    rank, address = int(os.environ.get("RANK", "-1")), os.environ.get("MASTER_ADDR", "")
+    path, is_torchrun = os.environ.get(STORE_VARIABLE), "TORCHELASTIC_RUN_ID" in os.environ
+    if path or address in _LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # Otherwise gloo listens where the host's name leads, NCCL on all networks.
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if path:
+        store: dist.Store = dist.FileStore(path, size)
+        store.set_timeout(patience)
+        return store, rank
+    if rank == 0 and address in _LOOPBACK and not is_torchrun:
+        # By itself the store would listen on all networks.
+        with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))) as server:
+            store = dist.TCPStore(
+                "127.0.0.1", server.getsockname()[1], size, is_master=True, timeout=patience,
+                master_listen_fd=server.detach(),
+            )  # fmt: skip
+        return store, rank
+    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    return store, rank
 
 
 def choose_device(name: str, local_rank: int = 0, *, setting: str = "--device ") -> torch.device:

@@ -6,6 +6,7 @@ with `weights_only=True`.
 
 import hashlib
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -273,10 +274,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors; the file appears whole or not at all.
 
-    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors only.
+    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors only. Raises
+    `OSError`, as for a full disk.
     """
     path = Path(path)
     # Under a temporary name first: a reader never sees half of it.
@@ -285,7 +290,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        save_file(packed, temporary)
+        try:
+            save_file(packed, temporary)
+        except SafetensorError as error:
+            # Its only form of the system's errors is a text.
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         temporary.chmod(0o644)  # mkstemp makes it private; exported weights are shared
         temporary.replace(path)
     finally:
