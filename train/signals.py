@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, NoReturn, Self
 
 from common.console import EXIT_INTERRUPTED, print_line
+from common.torch_processes import ExplainedExit
 
 EXIT_REQUEUE = 75
 """Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
@@ -19,8 +20,15 @@ _IGNORABLE = (signal.SIGHUP,)  # as nohup leaves it
 _SAME_KEY_S = 0.1  # Ctrl-C can reach a process twice: from the terminal and from what started it
 
 
-class StoppedEarly(SystemExit):
+class StoppedEarly(ExplainedExit):
     """Leaves a run that was asked to stop before its first step: nothing would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            EXIT_REQUEUE,
+            "stopped on request before the first step of this start: there is nothing new to "
+            f"save; the same command begins there again (exit status {EXIT_REQUEUE})",
+        )
 
 
 class StopRequests:
@@ -55,7 +63,9 @@ class StopRequests:
         self._watcher.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, StoppedEarly) and self._says:
+            print_line(error.line)
         self._restore_handlers(self._previous_fd)
         os.close(self._writing)  # which ends the thread
         self._watcher.join()
@@ -78,12 +88,7 @@ class StopRequests:
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if self._may_leave:
-            if self._says:
-                print_line(
-                    "stopped on request before the first step of this start: there is nothing new "
-                    f"to save; the same command begins there again (exit status {EXIT_REQUEUE})"
-                )
-            raise StoppedEarly(EXIT_REQUEUE)
+            raise StoppedEarly
 
     def _watch_signals(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as pipe:
