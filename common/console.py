@@ -49,32 +49,39 @@ def print_line(message: str) -> None:
 
 
 def run_door(
-    command: Callable[[], int], rooms: tuple[str, ...], *, prints_result: bool = False
+    command: Callable[[], int],
+    rooms: tuple[str, ...],
+    *,
+    prints_result: bool = False,
+    is_resumable: bool = True,
 ) -> None:
     """Run a room's command and exit with its status.
 
     A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Output that
     cannot be written ends no command; where it is the result (`prints_result`), the status of one
-    that did its work is 1. Rooms that were not imported from this project (a stray train.py in the
-    working folder) are refused.
+    that did its work is 1. `is_resumable` is whether an interrupted command keeps what it has done.
+    Rooms that were not imported from this project (a stray train.py in the working folder) are
+    refused.
     """
     with lossy_output(is_result=prints_result) as losses:
         try:
             _check_rooms(rooms)
             status = command()
         except (UserError, KeyboardInterrupt) as error:
-            status = report_error(error)
+            status = report_error(error, is_resumable=is_resumable)
     if losses and prints_result and status == EXIT_OK:
         status = EXIT_FAILURES
     sys.exit(status)
 
 
-def report_error(error: UserError | KeyboardInterrupt) -> int:
+def report_error(error: UserError | KeyboardInterrupt, *, is_resumable: bool = True) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
         stderr.print(redact_secrets(f"error: {error}"), markup=False, style="bold red")
         return EXIT_USAGE
-    stderr.print("interrupted: what was committed stays; run the same command to go on")
+    done = "what was committed stays; run the same command to go on"
+    again = "no result was written; the same command begins again"
+    stderr.print(f"interrupted: {done if is_resumable else again}")
     return EXIT_INTERRUPTED
 
 

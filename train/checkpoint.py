@@ -208,6 +208,8 @@ def _write_folder(final: Path, state: RunState, files: Mapping[str, Mapping[str,
             shutil.rmtree(final)
         staged.rename(final)
         sync_directory(folder)
+    except UserError as error:  # of a file in the folder; the checkpoint's own line follows
+        raise error.__cause__ or error from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
-from common.files import write_text
+from common.files import sync_directory, write_text
 from train.config import Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,6 +36,8 @@ class MetricsLog:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
             self._file = self.path.open("a", encoding="utf-8")
+            # Its name; its lines are synced before each checkpoint.
+            sync_directory(run_dir)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self._events: Any = None
