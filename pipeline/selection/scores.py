@@ -82,7 +82,8 @@ def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
     except (OSError, KeyError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read ({reason}); run `python -m pipeline cache`"
+            f"{path} cannot be read ({reason}); run `python -m pipeline verify --repair`, "
+            "then `cache` again"
         ) from error
 
 

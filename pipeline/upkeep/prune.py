@@ -27,6 +27,7 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.upkeep.verify.inventory import Inventory, Stray, read_inventory, tile_writer
 from pipeline.upkeep.verify.runs import StagingFolder, live_run, staging_folders
 from pipeline.upkeep.verify.sums import sha256_of
@@ -93,6 +94,15 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, feature
         raise UserError(
             "--features removes an encoder's features whole: leave --keep-selection out"
         )
+    if not yes:
+        return _prune_claimed(dataset, keep, yes, features)
+    # What is planned is removed under the same claim: a selection that is made meanwhile waits,
+    # and is then told by `tile` and `cache` what it lacks.
+    with hold_claim(dataset, SELECTIONS, "prune"):
+        return _prune_claimed(dataset, keep, yes, features)
+
+
+def _prune_claimed(dataset: Dataset, keep: Sequence[str], yes: bool, features: str) -> int:
     inventory = read_inventory(dataset)
     plan = plan_features(inventory, features) if features else make_plan(inventory, keep)
     if any(row.files for row in plan.rows):
@@ -129,7 +139,9 @@ def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
     # Needs first: where they are uncertain, nothing at all is planned.
     plan = PrunePlan()
     needs = _find_needs(inventory, keep, plan)
-    strays, folders = inventory.list_strays(), staging_folders(inventory.dataset)
+    own_claim = inventory.dataset.staging_dir(f"{SELECTIONS}.lock")
+    strays = inventory.list_strays()
+    folders = [one for one in staging_folders(inventory.dataset) if one.path != own_claim]
     plan.folders = [folder for folder in folders if not folder.alive]
     alive = [folder for folder in folders if folder.alive]
     # What is behind a link may belong to another dataset too.

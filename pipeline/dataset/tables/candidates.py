@@ -42,4 +42,7 @@ def candidate_count(dataset: Dataset, slide_id: str) -> int:
     try:
         return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({error}): run `tissue` again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): run `python -m pipeline verify --repair`, then "
+            "`tissue` again"
+        ) from error

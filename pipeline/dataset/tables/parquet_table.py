@@ -32,4 +32,5 @@ def read_table(path: Path, columns: list[str] | None = None, hint: str = "") -> 
         return table
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
+        again = f"{hint.removesuffix(' first')} again" if hint else "run the command that wrote it"
+        raise UserError(f"{path} cannot be read: {reason}; remove it and {again}") from error

@@ -159,7 +159,10 @@ def read_rows(path: Path, name: str) -> Selection:
                 check_slide_id(slide_id)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
+        raise UserError(
+            f"{path} cannot be read: {reason}; remove it and run `select --name {name}` (or the "
+            "command that made it) with the same options, or name other selections"
+        ) from error
     return _group_by_slide(name, list(known), codes, ranks, plan)
 
 
