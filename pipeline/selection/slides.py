@@ -11,7 +11,12 @@ from common.errors import UserError
 from common.text import list_some
 from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
-from pipeline.tissue.stage import candidates_origin, imported_source, tissue_fingerprint
+from pipeline.tissue.stage import (
+    candidates_origin,
+    imported_source,
+    is_lost,
+    tissue_fingerprint,
+)
 
 _NO_RESULT = "no tissue result"
 
@@ -47,9 +52,7 @@ def read_tissue(dataset: Dataset) -> Tissue:
         entries = ledger.entries(slide.slide_id)
         expected = tissue_fingerprint(slide, identity, imported_source(entries))
         entry = ledger.done(slide.slide_id, expected)
-        if entry is None and any(
-            one.fingerprint == expected and one.outcome != "failed" for one in entries
-        ):
+        if entry is None and is_lost(entries, expected):
             lost.append(slide.slide_id)
         elif entry is None:
             unusable[slide.slide_id] = (_NO_RESULT, "run `tissue`")

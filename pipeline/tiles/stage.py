@@ -59,6 +59,7 @@ from pipeline.tissue.stage import (
     candidates_origin,
     candidates_sha256,
     imported_source,
+    is_lost,
     is_same_origin,
     tissue_fingerprint,
 )
@@ -167,8 +168,8 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
         return f"{slide.status} by scan ({slide.reason}): fix that and scan, or `select` again"
     if parent is None:
         return (
-            f"{dataset.candidates_file(slide.slide_id)} is missing or damaged, or not of the slide "
-            "as it is now: run `tissue` (or the `import` that made it), then `select` again"
+            f"{dataset.candidates_file(slide.slide_id)} is not of the slide as it is now: "
+            "run `tissue` (or the `import` that made it), then `select` again"
         )
     if parent.outcome != "done":
         return f"{parent.outcome} by tissue ({parent.reason}): `select` again, without this slide"
@@ -436,6 +437,11 @@ class TileStage(Stage[_SlideNeed]):
         parent = self.parents.done(item.slide_id, current)
         if parent is not None:
             self.parent_of[item.slide_id] = parent
+        if parent is None and is_lost(self.parents.entries(item.slide_id), current):
+            return "failed", (
+                f"its tissue result ({self.dataset.candidates_file(item.slide_id)} or the mask) is "
+                "missing or damaged: run `tissue` (or the `import` that made it), then `tile` again"
+            )
         reason = _reason_to_refuse(self.dataset, item.slide, parent, item.need)
         return ("failed", reason) if reason else None
 

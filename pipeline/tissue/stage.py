@@ -88,6 +88,14 @@ def imported_source(entries: Iterable[Entry]) -> str:
     return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
+def is_lost(entries: Iterable[Entry], fingerprint: str) -> bool:
+    """Whether a slide had this very result, for where the ledger has none that is done.
+
+    Its files are missing or damaged, and `entries` are the slide's current lines.
+    """
+    return any(e.fingerprint == fingerprint and e.outcome != "failed" for e in entries)
+
+
 def candidates_sha256(entry: Entry) -> str:
     """The sum of the candidates that a line of this stage names, '' where it names none."""
     written = [file.sha256 for file in entry.files if file.path.startswith("candidates/")]

@@ -27,7 +27,7 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
-from pipeline.dataset.claim import SELECTIONS, hold_claim
+from pipeline.dataset.claim import FEATURES, SELECTIONS, hold_claim
 from pipeline.upkeep.verify.inventory import Inventory, Stray, read_inventory, tile_writer
 from pipeline.upkeep.verify.runs import StagingFolder, live_run, staging_folders
 from pipeline.upkeep.verify.sums import sha256_of
@@ -96,9 +96,11 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, feature
         )
     if not yes:
         return _prune_claimed(dataset, keep, yes, features)
-    # What is planned is removed under the same claim: a selection that is made meanwhile waits,
-    # and is then told by `tile` and `cache` what it lacks.
-    with hold_claim(dataset, SELECTIONS, "prune"):
+    if features and (running := live_run(dataset)):
+        raise UserError(f"--features {features}: {running}")
+    # What is planned is removed under the same claim: a selection that is made at the same time
+    # waits, and `tile` and `cache` then find out what it lacks.
+    with hold_claim(dataset, FEATURES if features else SELECTIONS, "prune"):
         return _prune_claimed(dataset, keep, yes, features)
 
 
@@ -118,8 +120,6 @@ def _prune_claimed(dataset: Dataset, keep: Sequence[str], yes: bool, features: s
         print_line(f"prune: {nothing} {dataset.root}")
         return EXIT_OK
     what = f"{plan.files:,} files, {format_bytes(plan.bytes)}"
-    if features and yes and (running := live_run(dataset)):
-        raise UserError(f"--features {features}: {running}")
     # Removing is the exception: tiles of a cohort take days to cut again.
     if not yes:
         print_line(f"prune: would remove {what}; nothing was removed, give --yes to do it")
