@@ -62,13 +62,16 @@ def companion_files(path: Path) -> list[Path]:
 
 
 def file_states(path: Path, series: str = "") -> list[tuple[str, int, int, int]]:
-    """Name, inode, bytes and modification time (ns) of all files of a slide; [] if unreadable."""
+    """Name, inode, bytes and time (ns) of the last change of all files of a slide.
+
+    The time is the file system's own, which no program sets. [] if a file cannot be read.
+    """
     try:
         files = [*slide_files(path, series), *companion_files(path)]
         stats = [(file.name, file.stat()) for file in files]
     except OSError:
         return []
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return [(name, stat.st_ino, stat.st_size, stat.st_ctime_ns) for name, stat in stats]
 
 
 def hash_slide(path: Path, series: str = "", *, companions: bool = False) -> str:
