@@ -70,7 +70,8 @@ def run_well(root: Path, stage: str, *options: str) -> str:
 def run(root: Path, stage: str, *options: str, status: int) -> str:
     """What a command says, on one line; it must end with this status."""
     done = pipeline(stage, "--dataset", str(root), *options)
-    said = " ".join((done.stdout + done.stderr).split())
+    # Without the lines of tables, which break a reason between any two words.
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert done.returncode == status, said
     return said
 
