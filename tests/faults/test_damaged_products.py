@@ -143,13 +143,13 @@ def test_a_damaged_selection_and_table_of_slides_are_made_again_as_the_message_s
     before = contents(own.root)
     flip(own.selection_file("train"))
     said = run(own.root, "tile", *WORKERS, status=2)
-    assert "remove it and run `select --name train`" in said
+    assert "remove it, then make it again with `python -m pipeline select`" in said
     own.selection_file("train").unlink()
     run_well(own.root, "select", "--name", "train")
     run_well(own.root, "tile", *WORKERS)
     flip(own.slides_file)
     said = run(own.root, "tissue", *WORKERS, status=2)
-    assert "remove it and run `python -m pipeline scan` again" in said
+    assert "remove it, then run `python -m pipeline scan`" in said
     own.slides_file.unlink()
     run_well(own.root, "scan", str(made / "in"), *WORKERS)
     run_well(own.root, "tissue", *WORKERS)
