@@ -139,9 +139,7 @@ def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
     # Needs first: where they are uncertain, nothing at all is planned.
     plan = PrunePlan()
     needs = _find_needs(inventory, keep, plan)
-    own_claim = inventory.dataset.staging_dir(f"{SELECTIONS}.lock")
-    strays = inventory.list_strays()
-    folders = [one for one in staging_folders(inventory.dataset) if one.path != own_claim]
+    strays, folders = inventory.list_strays(), staging_folders(inventory.dataset)
     plan.folders = [folder for folder in folders if not folder.alive]
     alive = [folder for folder in folders if folder.alive]
     # What is behind a link may belong to another dataset too.
