@@ -3,6 +3,7 @@
 ```yaml
 dataset: dataset            # for every step that names no other
 workers: 8                  # or cluster: FILE.yaml, or scheduler: ADDRESS
+slide_timeout: 3600         # seconds; of --slide-timeout, which every step may have as well
 steps:
   - scan: {slides: /data/slides}
   - tissue
@@ -29,7 +30,8 @@ from common.plain_yaml import load_yaml
 from common.text import find_nearest, one_line
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
-_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")
+_TIMEOUT_KEY = "slide_timeout"
+_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, _TIMEOUT_KEY, "steps")
 _ON_ENGINE = ("scan", "tissue", "tile", "cache", "curate", "import tiles", "import masks")
 _STEPS: Mapping[str, tuple[str, ...]] = {
     "scan": ("slides",),
@@ -128,7 +130,8 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
             if key not in _KNOWN_KEYS:
                 raise UserError(f"unknown key '{key}'{_suggest_word(key, _KNOWN_KEYS)}")
         engine = engine or {key: document.get(key) for key in _ENGINE_KEYS}
-        shared = {"dataset": document.get("dataset"), **engine}
+        timeout = document.get(_TIMEOUT_KEY)
+        shared = {"dataset": document.get("dataset"), _TIMEOUT_KEY: timeout, **engine}
         steps = tuple(_parse_step(value, shared) for value in document["steps"])
         _check_options(steps)
     except UserError as error:
@@ -160,6 +163,8 @@ def _parse_step(step: object, shared: Mapping[str, object]) -> Step:
     # A step that states where it runs is not given the shared place as well.
     if name in _ON_ENGINE and not any(key in merged for key in _ENGINE_KEYS):
         merged |= {key: value for key, value in shared.items() if key in _ENGINE_KEYS}
+    if name in _ON_ENGINE and "slide-timeout" not in merged:
+        merged.setdefault(_TIMEOUT_KEY, shared[_TIMEOUT_KEY])
     merged = {key: value for key, value in merged.items() if value is not None}
     return Step(name, merged, tuple(_make_arguments(name, merged)))
 
