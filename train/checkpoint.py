@@ -5,7 +5,6 @@ optimizer, and state.json. There is no state of a random generator or of the rea
 randomness and the stream are functions of the step.
 """
 
-import json
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from common.console import print_line
 from common.errors import UserError
 from common.files import json_bytes, sync_directory
+from common.json_text import read_json
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -205,7 +205,7 @@ def read_state(checkpoint: Path) -> RunState:
     """The state.json of a checkpoint; raises `UserError` for a damaged or newer one."""
     path = checkpoint / _STATE_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         version = values["format_version"]
         # Fields of a later release are left out.
         known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}

@@ -11,6 +11,7 @@ from typing import IO, Self
 
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 
 LOCK_FILE = ".lock"
 _HERE_S = 10.0
@@ -84,7 +85,7 @@ class RunLock:
         """The process that has the lock, in words, and whether it is on this machine."""
         # A holder that is just starting may not have written its name yet.
         try:
-            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            holder = read_json(self.path)
         except (OSError, ValueError):
             holder = {}
         if not isinstance(holder, dict):

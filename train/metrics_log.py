@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.files import write_text
+from common.json_text import parse_json
 from train.config import Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -122,6 +123,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, float]]:
         return
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(text)
+            yield parse_json(text)
         except ValueError:
             continue

@@ -1,12 +1,12 @@
 """Opening a run: every check that can fail is made before the first network is built."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
 from common.files import write_json, write_text
+from common.json_text import read_json
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
@@ -197,7 +197,7 @@ def read_records(run_dir: Path) -> dict[str, Any]:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
     path = run_dir / RECORDS_FILE
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(read_json(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
 

@@ -1,12 +1,12 @@
 """The tiles of a synthetic dataset by condition and variation, and the real ones behind them."""
 
-import json
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.json_text import read_json
 from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.conditions import CONDITIONS_FILE, ConditionListing
 from evaluate.generate.plan import IMAGES_PER_SLIDE, pseudo_slide_id
@@ -120,7 +120,7 @@ class GeneratedTiles:
 def _read_listing(dataset: Dataset) -> ConditionListing | None:
     path = dataset.root / GUIDANCE_DIR / CONDITIONS_FILE
     try:
-        return cast(ConditionListing, json.loads(path.read_text()))
+        return cast(ConditionListing, read_json(path))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -19,7 +19,10 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(
-    parser: argparse.ArgumentParser, *, array: bool = False, slide_timeout_s: float = SLIDE_TIMEOUT_S
+    parser: argparse.ArgumentParser,
+    *,
+    array: bool = False,
+    slide_timeout_s: float = SLIDE_TIMEOUT_S,
 ) -> None:
     """`--workers`, `--cluster`, `--scheduler`, `--slide-timeout`; `--array` for some stages.
 

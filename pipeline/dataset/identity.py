@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import json_bytes
+from common.files import json_bytes, read_regular
+from common.json_text import read_json
 from pipeline.dataset.commit import commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
@@ -122,7 +123,7 @@ def identity_damage(dataset: Dataset) -> str:
     # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
-        data = dataset.identity_file.read_bytes()
+        data = read_regular(dataset.identity_file)
     except (UserError, OSError) as error:
         return str(error)
     if set(document) == {"identity", "records"}:
@@ -219,7 +220,7 @@ def _unreadable_message(dataset: Dataset, error: OSError) -> str:
 
 def _read_document(dataset: Dataset) -> dict[str, Any]:
     try:
-        document = json.loads(dataset.identity_file.read_text())
+        document = read_json(dataset.identity_file)
         version = document["identity"]["format_version"]
     except FileNotFoundError as error:
         raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error

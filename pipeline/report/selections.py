@@ -1,6 +1,5 @@
 """A selection against the cohort that it was drawn from: shares by project and by site."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from common.json_text import parse_json
 from pipeline.dataset import Dataset
 from pipeline.dataset.tables.parquet_table import read_table
 from pipeline.selection.distribution import jensen_shannon, sum_by_group
@@ -75,7 +75,7 @@ def read_selections(dataset: Dataset) -> list[SelectionFacts]:
         counted = pc.value_counts(table["slide_id"]).to_pylist()
         counts = sorted((row["values"], int(row["counts"])) for row in counted)
         try:
-            plan = json.loads((table.schema.metadata or {}).get(b"plan", b"{}"))
+            plan = parse_json((table.schema.metadata or {}).get(b"plan", b"{}"))
         except ValueError:
             plan = {}
         selections.append(

@@ -13,7 +13,6 @@ discarded, so that memory does not grow with the slide.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.json_text import read_json
 from common.text import find_nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.detect import Detection
@@ -59,7 +59,7 @@ class NetworkDescription:
 def read_description(path: Path) -> NetworkDescription:
     """The description in a JSON file; a `DetectorFileError` names file, key and what is wanted."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
         raise DetectorFileError(
             f"{path} is missing: a network needs a JSON of its name with {', '.join(_KEYS[:4])}"

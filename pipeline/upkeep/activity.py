@@ -7,6 +7,7 @@ from calendar import timegm
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import MOST_LINE, open_regular, open_text
 from common.processes import is_process_alive
 from pipeline.dataset import Dataset
 from pipeline.dataset.events import SUFFIX, Event, decode_event, read_events
@@ -56,15 +57,15 @@ def list_running(dataset: Dataset) -> list[Running]:
                 run = _summarise_run(events, path.stat().st_mtime)
                 if run.alive or run.array_task not in begun_since:
                     running.append(run)
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                begin = decode_event(lines.readline())
+            with open_text(path, errors="replace") as lines:
+                begin = decode_event(lines.readline(MOST_LINE))
             begun_since.add(str(begin.fields.get("slurm_array_task", "")) if begin else "")
     return running
 
 
 def _has_ended(path: Path) -> bool:
     """Whether the log's last line is the run's end; the rest is not read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_BYTES))
         return b'"event": "end"' in file.read().rstrip().rpartition(b"\n")[2]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.json_text import parse_json
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
 from pipeline.dataset.features.quantise import dequantise_tokens
@@ -90,7 +91,7 @@ class FeatureShard:
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-            meta = json.loads((schema.metadata or {})[_META_KEY])
+            meta = parse_json((schema.metadata or {})[_META_KEY])
             self.kind: str = meta["kind"]
             self.shape: tuple[int, ...] = tuple(meta["shape"])
             self.dtype: str = meta["dtype"]

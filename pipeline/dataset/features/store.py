@@ -1,6 +1,5 @@
 """Reading features by (slide, rank), and what they were made with."""
 
-import json
 import threading
 import warnings
 from collections import OrderedDict
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.json_text import read_json
 from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.features.record import FeatureRecord
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
@@ -50,7 +50,7 @@ def read_encoder_record(
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(read_json(path))
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except ValueError as error:

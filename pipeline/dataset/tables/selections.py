@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.json_text import parse_json
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset, check_slide_id
 
@@ -130,7 +131,7 @@ def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
     path = dataset.selection_file(name)
     try:
         metadata = pq.read_schema(path).metadata or {}
-        return dict(json.loads(metadata.get(b"plan", b"{}")))
+        return dict(parse_json(metadata.get(b"plan", b"{}")))
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}; remove it and run `select`") from error
 
@@ -145,7 +146,7 @@ def read_rows(path: Path, name: str) -> Selection:
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:
-            plan = json.loads((file.schema_arrow.metadata or {}).get(b"plan", b"{}"))
+            plan = parse_json((file.schema_arrow.metadata or {}).get(b"plan", b"{}"))
             codes = np.empty(file.metadata.num_rows, np.int32)
             ranks = np.empty(file.metadata.num_rows, np.int32)
             start = 0
