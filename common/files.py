@@ -18,6 +18,8 @@ MOST_TEXT_BYTES = 256 << 20
 """Of a configuration, record, results or GeoJSON file; parsed it takes about ten times that."""
 MOST_LINE = 16 << 20
 """Characters of a line of a journal or a log."""
+MOST_ROW = 1 << 20
+"""Characters of a line of a table."""
 
 
 def sync_directory(path: Path) -> None:
@@ -48,6 +50,11 @@ def open_regular(path: Path) -> io.BufferedReader:
 
     Raises `OSError`, whose `strerror` says what the path is.
     """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """The descriptor of a regular file, to be read from; raises what `open_regular` raises."""
     # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode
@@ -56,12 +63,12 @@ def open_regular(path: Path) -> io.BufferedReader:
         what = f"it is {_kind_of_file(mode)}, expected a regular file"
         raise OSError(errno.EINVAL, what, str(path))
     os.set_blocking(handle, True)
-    return os.fdopen(handle, "rb")
+    return handle
 
 
 def require_regular(path: Path) -> None:
     """Refuse, with an `OSError`, what `open_regular` refuses: for libraries that open by name."""
-    open_regular(path).close()
+    os.close(open_descriptor(path))
 
 
 def open_text(
@@ -89,6 +96,14 @@ def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 def read_lines(file: IO[str], most_characters: int = MOST_LINE) -> Iterator[str]:
     """The lines of an open text; a longer one comes in pieces, so that none takes all memory."""
     while line := file.readline(most_characters):
+        yield line
+
+
+def table_lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a table's text; raises `OSError` for one that is longer than any row is."""
+    while line := file.readline(MOST_ROW + 1):
+        if len(line) > MOST_ROW:
+            raise OSError(errno.EFBIG, f"a line has more than {MOST_ROW:,} characters")
         yield line
 
 

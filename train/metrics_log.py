@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import MOST_TEXT_BYTES, read_regular, write_text
 from common.json_text import parse_json
 from train.config import Config
 
@@ -121,7 +121,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _read_lines(path: Path) -> Iterator[dict[str, float]]:
     if not path.exists():
         return
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode().splitlines():
         try:
             yield parse_json(text)
         except ValueError:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import read_regular
 from common.json_text import read_json
 from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.conditions import CONDITIONS_FILE, ConditionListing
@@ -102,7 +103,7 @@ class GeneratedTiles:
             raise UserError(f"{self.dataset.root}: tile {listed['name']} was not on disk")
         path = self.dataset.root / GUIDANCE_DIR / listed["file"]
         try:
-            return decode_png(path.read_bytes())
+            return decode_png(read_regular(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read; run the same `generate` again") from error
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import MOST_TEXT_BYTES, read_regular
 from common.json_text import parse_json, read_json
 from common.record import Record
 
@@ -34,7 +35,7 @@ def read_run(path: Path) -> RunCurves:
         raise UserError(f"{path} is no run directory (no metrics.jsonl); give --run RUN of train")
     # A line that is no JSON was torn by a kill.
     rows = []
-    for line in log.read_text().splitlines():
+    for line in read_regular(log, 4 * MOST_TEXT_BYTES).decode().splitlines():
         with suppress(ValueError):
             row = parse_json(line)
             if isinstance(row, dict) and "step" in row:

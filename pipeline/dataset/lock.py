@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import open_descriptor
 
 STALE_S = 60.0
 """A holder writes one small file: who has not let go after so long was killed."""
@@ -67,7 +68,7 @@ def _holder_text(path: Path) -> str:
     """What tells one holder's lock from the next one's; "" where there is none."""
     try:
         # Opened, for a network file system may answer a mere stat from memory.
-        handle = os.open(path, os.O_RDONLY)
+        handle = open_descriptor(path)
     except OSError:
         return ""
     try:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
-from common.files import hash_file
+from common.files import hash_file, require_regular
 from common.text import list_some, one_line
 from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
 from pipeline.imports.candidates import ImportedTiles, record_candidates
@@ -106,6 +106,7 @@ def read_patches(path: Path, slide: Slide) -> Patches:
     import h5py
 
     try:
+        require_regular(path)
         with h5py.File(path, "r") as file:
             if "coords" not in file:
                 raise UserError(f"{path}: no dataset 'coords'; there: {', '.join(file) or 'none'}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import MOST_YAML_BYTES
 from common.files import open_regular, read_regular
 from common.json_text import parse_json
 from common.options import parse_count
@@ -243,7 +244,7 @@ def plan_training(step: Step) -> StepPlan:
     """GPU-seconds left at the training run's own rate; unknown before it has begun."""
     folder = Path(str(step.values.get("run.dir", "")))
     try:
-        config = load_yaml(read_regular(folder / "config.yaml").decode())
+        config = load_yaml(read_regular(folder / "config.yaml", MOST_YAML_BYTES).decode())
         last = _last_metrics(folder / "metrics.jsonl")
         total, batch = int(config["run"]["steps"]), int(config["data"]["batch_size"])
         done, rate = int(str(last["step"])), float(str(last["images_per_s"]))

@@ -25,7 +25,9 @@ from pathlib import Path
 
 import yaml
 
+from common.config import MOST_YAML_BYTES
 from common.errors import UserError
+from common.files import read_regular
 from common.plain_yaml import load_yaml
 from common.text import find_nearest, one_line
 
@@ -117,7 +119,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
     naming file, step and key.
     """
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(read_regular(path, MOST_YAML_BYTES).decode())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if not (isinstance(document, dict) and document.get("steps")):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from common.files import read_regular
 from pipeline.dataset import Dataset, Slide, commit_bytes
 
 Bgr = npt.NDArray[np.uint8]
@@ -60,7 +61,7 @@ def make_thumbs(
 
 def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
-        data = np.frombuffer(thumb.overlay.read_bytes(), np.uint8)
+        data = np.frombuffer(read_regular(thumb.overlay), np.uint8)
         picture, factor = _decode_picture(data)
     except (OSError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"

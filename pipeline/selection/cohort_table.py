@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_text, table_lines
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
@@ -42,8 +43,8 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     that name, else they are simulated from file sizes. Raises `UserError` naming file and line.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+        with open_text(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(table_lines(file))
             columns = reader.fieldnames or []
             _require_columns(path, columns)
             rows = [

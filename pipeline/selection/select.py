@@ -113,7 +113,9 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     prepare = prepare_part if config.parent else prepare_drawing
     drawing = prepare(dataset, config, tissue, known, seed)
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
-    slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
+    slides_sha256 = hashlib.sha256(
+        read_regular(dataset.slides_file, 4 * MOST_TEXT_BYTES)
+    ).hexdigest()
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
         is_same = has_options(dataset, selection.name, config)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.files import open_descriptor, open_regular
 from common.text import list_some
 from pipeline.slides.dicom_frames import FrameCoding, decode_frame, find_frames, unwrap_items
 from pipeline.slides.dicom_series import read_head, read_header, series_files
@@ -181,7 +182,7 @@ class DicomReader(TiledReader):
         number = int(native.files[index])
         part = self._parts[number]
         if number not in self._descriptors:
-            self._descriptors[number] = os.open(part.path, os.O_RDONLY)
+            self._descriptors[number] = open_descriptor(part.path)
         data = os.pread(self._descriptors[number], size, offset)
         if len(data) != size:
             raise ValueError("the file ends inside a frame")
@@ -236,7 +237,7 @@ def _volume_instances(files: Sequence[Path]) -> list[_Instance]:
 
 
 def _open_instance(path: Path) -> _Instance:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = read_header(file, _LAST_TAG)
         _require_colour(header)
         coding = FrameCoding(

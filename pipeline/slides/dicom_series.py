@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from common.files import open_regular
 from common.text import list_some
 from pipeline.slides.reader import SlideOpenError
 
@@ -54,7 +55,7 @@ def read_head(path: Path) -> DicomHead | None:
 
 @lru_cache(maxsize=65_536)
 def _read_head(path: Path, _size: int, _mtime_ns: int) -> DicomHead | None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] != _MAGIC:
             return None
         file.seek(0)

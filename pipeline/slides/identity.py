@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from common.files import open_regular
 from common.text import format_bytes
 from pipeline.dataset import Slide
 from pipeline.slides.dicom_series import DICOM_SUFFIX, series_files
@@ -48,7 +49,7 @@ def hash_slide(path: Path, series: str = "") -> str:
     """sha256, in hex, of a slide's files one after the other, sorted by name."""
     sha = hashlib.sha256()
     for file in slide_files(path, series):
-        with file.open("rb") as data:
+        with open_regular(file) as data:
             while chunk := data.read(_HASH_CHUNK):
                 sha.update(chunk)
     return sha.hexdigest()
@@ -63,7 +64,7 @@ def sample_slide(path: Path, series: str = "") -> str:
     for file in slide_files(path, series):
         size = file.stat().st_size
         sha.update(size.to_bytes(8, "little"))
-        with file.open("rb") as data:
+        with open_regular(file) as data:
             # From the first bytes to the last, evenly: a header alone is the scanner's.
             for index in range(_SAMPLES):
                 data.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from common.files import open_descriptor
 from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, over_white
 from pipeline.slides.tiff_images import JPEG, choose_image, describe_layout, is_own_format
@@ -97,7 +98,7 @@ class NativeReader(TiledReader):
             # Pages in other files are not looked for: a slide is one file.
             with tifffile.TiffFile(path, _multifile=False) as tiff:
                 self._describe_levels(tiff, series)
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = open_descriptor(path)
         except SlideOpenError as error:
             raise SlideOpenError(f"native: {error}") from error
         except Exception as error:

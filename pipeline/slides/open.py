@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import open_regular
 from common.text import one_line
 from pipeline.dataset import Slide
 from pipeline.slides.levels import without_levels
@@ -173,7 +174,7 @@ def _refuse_known_non_slides(path: Path) -> None:
     if path.is_dir():
         return
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
     except OSError as error:
         raise SlideOpenError(f"cannot be read: {error.strerror}") from error

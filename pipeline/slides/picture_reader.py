@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from common.files import open_regular
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader, over_white
 
 MOST_PIXELS = 150_000_000
@@ -79,7 +80,7 @@ def _require_tissue_kind(path: Path, image: Image.Image) -> None:
         raise SlideOpenError(_too_large(f"{image.width}x{image.height} px"))
     if image.mode not in _OPAQUE + _CLEAR:
         raise SlideOpenError(f"its pixels are {image.mode}, expected 8-bit RGB or grey")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_PNG_DEPTH_AT + 1)
     # Pillow reduces 16-bit RGB to 8 bits without a word.
     if image.format == "PNG" and head[-1] == 16:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import read_regular
 from common.json_text import read_json
 from common.text import find_nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
@@ -121,6 +122,10 @@ def _parse_classes(path: Path, names: object) -> tuple[TissueClass, ...]:
     return tuple(known[name] for name in names)
 
 
+_MOST_NETWORK_BYTES = 2 << 30
+"""What ONNX allows a file."""
+
+
 class OnnxDetector:
     """A learned detector, run by onnxruntime on the CPU, one thread: same input, same mask."""
 
@@ -130,7 +135,7 @@ class OnnxDetector:
         self.path = path
         self.description = read_description(path.with_suffix(".json"))
         try:
-            data = path.read_bytes()
+            data = read_regular(path, _MOST_NETWORK_BYTES)
         except OSError as error:
             raise DetectorFileError(f"{path} cannot be read ({error.strerror})") from error
         self.sha256 = hashlib.sha256(data).hexdigest()

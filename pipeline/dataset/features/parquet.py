@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
@@ -89,6 +90,7 @@ class FeatureShard:
         self.start = parse_shard_name(path.name).start
         # Only the footer is read here; pages are read when their block is.
         try:
+            require_regular(path)
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata
             meta = parse_json((schema.metadata or {})[_META_KEY])

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from pipeline.dataset.commit import FileRecord
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.tables.parquet_table import read_table, write_table
@@ -40,6 +41,7 @@ def candidate_count(dataset: Dataset, slide_id: str) -> int:
     """How many candidates a slide has, from the file's footer alone."""
     path = dataset.candidates_file(slide_id)
     try:
+        require_regular(path)
         return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({error}): run `tissue` again") from error

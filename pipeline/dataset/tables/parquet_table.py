@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset
 
@@ -27,6 +28,7 @@ def read_table(path: Path, columns: list[str] | None = None, hint: str = "") -> 
     if not path.exists():
         raise UserError(f"{path} is missing{': ' + hint if hint else ''}")
     try:
+        require_regular(path)
         table = pq.read_table(path, columns=columns, page_checksum_verification=True)
         table.column_names  # noqa: B018 (damaged names are no text, which is found out here)
         return table

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset, check_slide_id
@@ -130,6 +131,7 @@ def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
     """A selection's plan, from the file's footer alone; {} where it has none."""
     path = dataset.selection_file(name)
     try:
+        require_regular(path)
         metadata = pq.read_schema(path).metadata or {}
         return dict(parse_json(metadata.get(b"plan", b"{}")))
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -143,6 +145,7 @@ def read_rows(path: Path, name: str) -> Selection:
     """
     known: dict[str, int] = {}
     try:
+        require_regular(path)
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_descriptor, read_regular
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, parse_shard_name
 
@@ -131,7 +132,7 @@ class ShardHandle:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = open_descriptor(path)
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
@@ -164,7 +165,7 @@ class TarShard:
         index = path.with_suffix(".idx")
         # Blocks are read whole, so that the offset of each block's first member is enough.
         try:
-            lines = index.read_text().splitlines()
+            lines = read_regular(index).decode().splitlines()
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
             last = lines[-1].split(" ", 3)
             end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER
