@@ -1,6 +1,5 @@
 """The `select` stage: a named selection, its budget divided among sites and slides."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
+from common.files import hash_file
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -113,9 +113,7 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     prepare = prepare_part if config.parent else prepare_drawing
     drawing = prepare(dataset, config, tissue, known, seed)
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
-    slides_sha256 = hashlib.sha256(
-        read_regular(dataset.slides_file, 4 * MOST_TEXT_BYTES)
-    ).hexdigest()
+    slides_sha256 = hash_file(dataset.slides_file)
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
         is_same = has_options(dataset, selection.name, config)
