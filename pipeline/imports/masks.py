@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
+from common.pictures import open_picture
 from common.text import list_some, one_line
 from pipeline.dataset import (
     Dataset,
@@ -61,6 +61,7 @@ _VERSION = 1
 _NO_MASK = "no mask was imported for this slide"
 _CHECKED_FIRST = 8
 _MAX_STRETCH = 0.02
+_MOST_MASK_PX = 1 << 28
 
 
 @dataclass
@@ -283,7 +284,7 @@ def paint_picture(
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
     try:
         # PNG alone: Pillow's reader of PostScript runs a program.
-        with Image.open(path, formats=("PNG",)) as image:
+        with open_picture(path, ("PNG",), _MOST_MASK_PX, is_mask=True) as image:
             if image.mode == "1":
                 return np.array(image.convert("L"), np.uint8)
             if image.mode not in ("L", "P"):
@@ -291,7 +292,7 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
                     f"the picture is {image.mode}; expected one grey or palette value per pixel"
                 )
             return np.array(image, np.uint8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot be read as a PNG: {one_line(error, 120)}") from error
 
 

@@ -23,7 +23,7 @@ from pipeline.slides.tiled_reader import TiledReader
 
 _LAST_TAG = 0x7FE00007
 """Of the group of the pixels all but the pixels: tables of offsets, and lengths."""
-_MOST_FRAME_PX = 1 << 27
+_MOST_FRAME_PX, _MOST_FRAMES = 1 << 27, 1 << 23
 _GREY = 128
 _MCU = 8
 
@@ -263,6 +263,9 @@ def _require_colour(header: Any) -> None:
     size = header.Rows, header.Columns, header.TotalPixelMatrixRows, header.TotalPixelMatrixColumns
     if min(size) < 1 or size[0] * size[1] > _MOST_FRAME_PX:
         raise SlideOpenError(f"dicom: rows and columns of frame and level are {size}")
+    frames = -(-size[2] // size[0]) * -(-size[3] // size[1])
+    if frames > _MOST_FRAMES:
+        raise SlideOpenError(f"dicom: {frames:,} frames in a level, at most {_MOST_FRAMES:,}")
 
 
 def _choose_images(
