@@ -319,6 +319,8 @@ class ImportMasksStage(Stage[Slide]):
     def __init__(self, dataset: Dataset, config: MasksConfig) -> None:
         super().__init__(dataset)
         self.config = config
+        self.sources: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.class_names = parse_classes(config.classes)
         self.slides = usable_slides(dataset)
         self.masks = find_masks(config.folder, self.slides)
@@ -342,14 +344,17 @@ class ImportMasksStage(Stage[Slide]):
         """The slides that scan found fit for tiling."""
         # A mask is read once for its sum; a slide without one keeps what it was imported from.
         ledger = Ledger.read(self.dataset, STAGE)[""]
-        self.sources = {
-            slide.slide_id: mask_source(
-                self.masks[slide.slide_id], self.class_names, self._frame_of(slide)
-            )
-            if slide.slide_id in self.masks
-            else imported_source(ledger.entries(slide.slide_id))
-            for slide in self.slides
-        }
+        self.sources, self.unreadable = {}, {}
+        for slide in self.slides:
+            mask, slide_id = self.masks.get(slide.slide_id), slide.slide_id
+            try:
+                self.sources[slide_id] = (
+                    mask_source(mask, self.class_names, self._frame_of(slide))
+                    if mask
+                    else imported_source(ledger.entries(slide_id))
+                )
+            except UserError as error:
+                self.sources[slide_id], self.unreadable[slide_id] = "", str(error)
         return self.slides
 
     def _frame_of(self, slide: Slide) -> dict[str, object]:
@@ -364,7 +369,9 @@ class ImportMasksStage(Stage[Slide]):
     def reason_to_refuse(
         self, item: Slide, fingerprint: str, ledger: Ledger
     ) -> tuple[Outcome, str] | None:
-        """A slide without a mask, unless an earlier import had one."""
+        """A slide whose mask cannot be read, or without one unless an earlier import had one."""
+        if item.slide_id in self.unreadable:
+            return "failed", self.unreadable[item.slide_id]
         if item.slide_id in self.masks or ledger[""].done(item.slide_id, fingerprint) is not None:
             return None
         return "rejected", _NO_MASK

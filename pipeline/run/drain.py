@@ -258,7 +258,7 @@ class Drain:
     def _end_slide(self, address: str, flight: _Flight) -> None:
         flight.future.cancel()
         slide_id = flight.slide.slide_id
-        self._observer.log_event("slide overdue", worker=flight.worker, slide=slide_id)
+        self._observer.log_event("worker killed", worker=flight.worker, slide=slide_id)
         if behind := flight.rest[1:]:
             self._waiting.appendleft(behind)
         limit = format_seconds(self._slide_timeout_s)

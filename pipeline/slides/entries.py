@@ -131,6 +131,11 @@ class SlideSearch:
             absolute = _absolute_path(path)
             slide_id = self._make_id(path, absolute, base or absolute.parent.parent)
             yield _Mention(SlideEntry(absolute, slide_id))
+        elif path.exists():
+            raise UserError(
+                f"{text} is a pipe or device, expected slides or a table: write what it gives to a "
+                "file, and name that"
+            )
         else:
             yield from self._expand_glob(text)
 

@@ -54,7 +54,10 @@ def list_running(dataset: Dataset) -> list[Running]:
         begun_since: set[str] = set()
         for path in sorted(folder.glob(f"*{SUFFIX}"), reverse=True):
             if not _has_ended(path) and (events := read_events(path)):
-                run = _summarise_run(events, path.stat().st_mtime)
+                try:
+                    run = _summarise_run(events, path.stat().st_mtime)
+                except (KeyError, TypeError, ValueError, OverflowError):
+                    continue  # lines that no run of ours wrote
                 if run.alive or run.array_task not in begun_since:
                     running.append(run)
             with open_text(path, errors="replace") as lines:

@@ -20,32 +20,32 @@ def tiff(directories: Sequence[Fields], following: Sequence[int] | None = None, 
     """
     following = following or [*range(1, len(directories)), -1]
     word, count_form, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
-    starts, at = [], 16 + len(data)
-    for fields in directories:
-        starts.append(at)
-        at += struct.calcsize("<" + count_form) + entry * len(fields) + struct.calcsize(word)
-        at += sum(len(_pack(*field, starts)) for field in fields.values())
-    out = b"II*\0" + struct.pack("<I", starts[0])
-    if big:
-        out = b"II+\0\x08\0\0\0" + struct.pack("<Q", starts[0])
-    out = out.ljust(16, b"\0") + data
-    for fields, after, start in zip(directories, following, starts, strict=True):
-        head = struct.calcsize("<" + count_form) + entry * len(fields) + struct.calcsize(word)
+    room = struct.calcsize(word)
+    heads = [struct.calcsize("<" + count_form) + entry * len(f) + room for f in directories]
+    tails = [sum(_size_of(*field) for field in f.values()) for f in directories]
+    starts = [16 + len(data)]
+    for head, tail in zip(heads, tails, strict=True):
+        starts.append(starts[-1] + head + tail)
+    del starts[-1]
+    first = b"II+\0\x08\0\0\0" if big else b"II*\0"
+    parts = [(first + struct.pack("<" + word, starts[0])).ljust(16, b"\0"), data]
+    for number, fields in enumerate(directories):
         body, tail = struct.pack("<" + count_form, len(fields)), b""
         for tag, (kind, values) in sorted(fields.items()):
-            packed = _pack(kind, values, starts)
-            size = struct.calcsize(word)
-            value = packed.ljust(size, b"\0")
-            if len(packed) > size:
-                value = struct.pack("<" + word, start + head + len(tail))
+            packed = value = _pack(kind, values, starts)
+            if len(packed) > room:
+                value = struct.pack("<" + word, starts[number] + heads[number] + len(tail))
                 tail += packed
-            body += struct.pack(
-                "<HH" + word, tag, kind, len(packed) // struct.calcsize(_FORMS[kind])
-            )
-            body += value
-        out += body + struct.pack("<" + word, starts[after] if after >= 0 else 0)
-        out += tail.ljust(sum(len(_pack(*f, starts)) for f in fields.values()), b"\0")
-    return out
+            count = len(packed) // struct.calcsize(_FORMS[kind])
+            body += struct.pack("<HH" + word, tag, kind, count) + value.ljust(room, b"\0")
+        after = following[number]
+        end = struct.pack("<" + word, starts[after] if after >= 0 else 0)
+        parts.append(body + end + tail.ljust(tails[number], b"\0"))
+    return b"".join(parts)
+
+
+def _size_of(kind: int, values: Sequence[int] | bytes) -> int:
+    return len(values) * (1 if isinstance(values, bytes) else struct.calcsize(_FORMS[kind]))
 
 
 def _pack(kind: int, values: Sequence[int] | bytes, starts: Sequence[int]) -> bytes:
@@ -57,9 +57,11 @@ def _pack(kind: int, values: Sequence[int] | bytes, starts: Sequence[int]) -> by
     return struct.pack(f"<{len(values)}{_FORMS[kind]}", *places)
 
 
-def page(width: int, height: int, tile: int = 256, compression: int = 8, *, stored: int = 16,
-         tiles: int = 0, **more: object) -> dict[int, tuple[int, Sequence[int] | bytes]]:  # fmt: skip
-    """A page of RGB tiles, all stored in the file's first bytes; `tiles` is how many are listed."""
+def page(
+    width: int, height: int, tile: int = 256, compression: int = 8, *, stored: int = 16,
+    tiles: int = 0,
+) -> dict[int, tuple[int, Sequence[int] | bytes]]:  # fmt: skip
+    """A page of RGB tiles, all of the same first bytes; `tiles` is how many are listed."""
     count = tiles or -(-width // tile) * -(-height // tile)
     return {
         256: (4, [width]), 257: (4, [height]), 259: (3, [compression]), **TIFF_RGB,
