@@ -107,6 +107,10 @@ def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) ->
 
 
 def _parse_whole(path: Path, number: int, text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise UserError(f"{path}, line {number}: '{text}', expected a whole number from {least} up")
+    # 18 digits at most: they fit into an int64.
+    is_number = text.isascii() and text.isdigit() and len(text) <= 18
+    if not is_number or int(text) < least:
+        raise UserError(
+            f"{path}, line {number}: '{text[:40]}', expected a whole number from {least} up"
+        )
     return int(text)

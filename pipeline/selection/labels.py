@@ -69,7 +69,9 @@ def _parse_row(
     slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
     if slide_id not in candidates:
         raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
-    if not (rank.isascii() and rank.isdigit()) or int(rank) >= candidates[slide_id]:
+    # Ten digits at most: Python refuses to read a number of thousands.
+    is_number = rank.isascii() and rank.isdigit() and len(rank) <= 10
+    if not is_number or int(rank) >= candidates[slide_id]:
         raise UserError(
             f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
             "(ranks from 0)"
