@@ -282,7 +282,7 @@ def test_no_record_ends_a_command_with_a_traceback(tmp_path, value, capsys) -> N
     claim_identity(dataset, {"mpp": 0.5, "tile_px": 224}, stage="scan", versions={})
     for stage in ("scan", "tissue", "tile"):
         folder = dataset.status_dir(stage)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "20260101T000000Z-aaaa.jsonl").write_text(
             write_line(value) + write_line("{}", start=10**400) + write_line("{}", seconds=10**400)
         )
