@@ -230,6 +230,28 @@ for read in (
         assert "NEWLINE" not in line, line
 
 
+def test_an_array_that_was_never_written_is_refused_by_its_size(tmp_path) -> None:
+    h5py = pytest.importorskip("h5py")
+    from pipeline.dataset import Slide
+    from pipeline.imports.h5 import read_patches
+
+    path = tmp_path / "s.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("coords", (10**12, 2), "int64", chunks=(1024, 2))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"coords has 2,000,000,000,000 numbers"):
+        read_patches(path, Slide("s", "s.svs"))
+
+
+def test_a_shard_is_not_read_by_what_its_index_claims(tmp_path) -> None:
+    from pipeline.dataset.tiles.png_tar import ShardHandle
+
+    handle = ShardHandle(sparse_file(tmp_path / "s.0-16.tar", 1 << 40))
+    for begin, end in ((0, 1 << 40), (9, 0)):
+        with pytest.raises(UserError, match="a block of"):
+            handle.read(begin, end)
+
+
 def test_a_list_of_slides_is_a_file_not_a_pipe(tmp_path) -> None:
     from pipeline.slides.entries import find_slides
 

@@ -18,6 +18,8 @@ from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, pars
 
 PNG_EFFORTS = ("small", "fast")
 _HEADER = 512
+_MOST_BLOCK_BYTES = 2 << 30
+"""Of 16 tiles, which have 2 MB each as a rule."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUE_COLOUR, _FILTER_AVERAGE = 2, 3
 _PNG_OPTIONS = [
@@ -136,6 +138,9 @@ class ShardHandle:
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
+        # What an index says: a sparse file has any number of bytes.
+        if not 0 <= end - begin <= _MOST_BLOCK_BYTES:
+            raise UserError(f"{self.path}: a block of {end - begin:,} bytes: run `verify`")
         try:
             data = os.pread(self.fd, end - begin, begin)
         except OSError as error:
