@@ -1,6 +1,5 @@
 """The `cache` stage: an encoder's CLS and patch tokens for the named selections."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -91,8 +91,8 @@ def _remedy(dataset: Dataset, config: CacheConfig) -> str:
 def _written_record(path: Path) -> dict[str, Any] | None:
     """encoder.json as it was written, or None."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else None
-    except (ValueError, TypeError) as error:
+        return dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and run `cache` again") from error
 
 

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from common.files import read_regular
+from common.pictures import PictureSizeError, check_data
 from pipeline.dataset import Dataset, Slide, commit_bytes
 
 Bgr = npt.NDArray[np.uint8]
@@ -60,9 +62,10 @@ def make_thumbs(
 
 def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
-        data = np.frombuffer(thumb.overlay.read_bytes(), np.uint8)
-        picture, factor = _decode_picture(data)
-    except (OSError, cv2.error) as error:
+        data = read_regular(thumb.overlay)
+        check_data(data, ("JPEG",))
+        picture, factor = _decode_picture(np.frombuffer(data, np.uint8))
+    except (OSError, PictureSizeError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"
     if picture is None:
         return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"

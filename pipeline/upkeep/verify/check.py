@@ -12,6 +12,7 @@ from rich.table import Table
 
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
+from common.files import read_regular
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_selection, read_slides
 from pipeline.dataset.identity import (
@@ -106,7 +107,7 @@ class Verification:
             self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
-            if not damage and b'"crc"' not in path.read_bytes():
+            if not damage and b'"crc"' not in read_regular(path):
                 self.notes.append(
                     f"not covered: {path.name} has no checksum (removed, or made by an older "
                     "release)"
