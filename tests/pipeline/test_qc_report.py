@@ -22,6 +22,7 @@ from report_data import replicate
 from scipy.spatial.distance import jensenshannon
 
 from common.errors import UserError
+from common.escape import script_safe_json
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -34,7 +35,7 @@ from pipeline.dataset import (
     read_slides,
     write_slides,
 )
-from pipeline.report.data import code_words, round_short, script_safe_json
+from pipeline.report.data import code_words, round_short
 from pipeline.report.distributions import make_histogram
 from pipeline.report.facts import last_entries, read_facts, reason_kind
 from pipeline.report.page import count_totals, selection_part
