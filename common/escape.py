@@ -116,6 +116,17 @@ def _escape_match(match: re.Match[str]) -> str:
     return f"\\{character}"
 
 
+def escape_plot(text: str) -> str:
+    """Text of a figure that matplotlib draws as it reads, on one line: no formula, never hidden.
+
+    >>> escape_plot("$x$"), escape_plot("_a")
+    ('\\\\$x\\\\$', ' _a')
+    """
+    shown = escape_terminal(text).replace("$", r"\$")
+    # A legend leaves out labels that begin with an underscore.
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def escape_csv(text: str) -> str:
     """A cell on one line that no spreadsheet takes for a formula; a number stays one.
 
