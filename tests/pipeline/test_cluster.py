@@ -3,6 +3,7 @@
 import filecmp
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -80,6 +81,9 @@ def test_a_stages_own_keys_come_over_the_files(tmp_path: Path) -> None:
         ("- a\n- b", "expected keys and values"),
         ("stages: [tile]", "expected 'stages:"),
         ("a: [", "not YAML"),
+        ('queue: "cpu\\ncurl x | sh"', "queue is .*expected one word"),
+        ("account: lab --wrap=id", "account is .*expected one word"),
+        ('directives: ["--gres=gpu:1\\nid"]', "expected one line"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -109,6 +113,21 @@ def test_the_job_script_has_what_the_file_says(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert line in script.splitlines()
     assert "--lifetime 86100s" in script
+
+
+def test_values_with_blanks_and_quotes_are_words_of_the_job_script(tmp_path: Path) -> None:
+    from dask_jobqueue.slurm import SLURMJob
+
+    config = ClusterConfig(local_dir="/tmp/it's $(id)", log_dir=str(tmp_path / "l"), tls=False)
+    options = cluster_options(config, {"HF_HOME": "/data/my models; id"})
+    for key in ("scheduler_options", "silence_logs"):
+        del options[key]
+    script = SLURMJob("tcp://127.0.0.1:1", name="w", **options).job_script()
+    words = shlex.split(next(line for line in script.splitlines() if "--local-directory" in line))
+    assert words[words.index("--local-directory") + 1] == "/tmp/it's $(id)"
+    assert "export HF_HOME='/data/my models; id'" in script.splitlines()
+    with pytest.raises(UserError, match="log_dir"):
+        cluster_options(ClusterConfig(log_dir=str(tmp_path / "a b")), {})
 
 
 def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
