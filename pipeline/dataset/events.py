@@ -48,7 +48,7 @@ class EventLog:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.path, flags, 0o666)
-            os.write(self._handle, line.encode())
+            os.write(self._handle, line.encode(errors="backslashreplace"))
         except OSError:
             # A full disk would fail again at every event.
             self._broken = True
