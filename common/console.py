@@ -168,7 +168,7 @@ class Meter:
                 MofNCompleteColumn(),
                 _RateColumn(self.unit),
                 TimeElapsedColumn(),
-                TextColumn("ETA"),
+                TextColumn("ETA", markup=False),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
                 console=stdout,
