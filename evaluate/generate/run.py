@@ -189,8 +189,8 @@ def _plan_missing(
 def describe_excess(asked: int, there: int) -> str:
     """Why a dataset has more images than were asked for, in one clause.
 
-    >>> describe_excess(16, 32)
-    '32 images are there already or were begun, 16 were asked for: all are kept; fewer need another --out'
+    >>> describe_excess(16, 32).partition(":")[0]
+    '32 images are there already or were begun, 16 were asked for'
     """
     return (
         f"{there:,} images are there already or were begun, {asked:,} were asked for: all are "

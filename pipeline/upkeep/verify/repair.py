@@ -1,15 +1,15 @@
 """`verify --repair`: remove what its stage makes again, and nothing that may be sound."""
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError
 from pipeline.dataset import Dataset, commit_bytes, new_run_id
+from pipeline.upkeep.activity import RunJudge
 from pipeline.upkeep.verify.inventory import Inventory, read_inventory
 from pipeline.upkeep.verify.journal_lines import canonical_line, journal_lines
-from pipeline.upkeep.verify.runs import live_run, may_be_alive
+from pipeline.upkeep.verify.runs import live_run, may_write
 from pipeline.upkeep.verify.sums import FileDamage, describe_unreadable, sha256_of
 
 _BUFFER_BYTES = 1 << 22
@@ -45,9 +45,10 @@ def repair_damage(dataset: Dataset, damaged: Mapping[str, FileDamage]) -> list[s
             removed += not why
         kept |= {path: why} if why else {}
     # Lines after files: what says that a file is damaged is still there while it is removed.
+    judge = RunJudge(dataset)
     for journal in sorted((dataset.root / "status").glob("*/*.jsonl")):
         try:
-            removed += _rewrite_journal(dataset, journal)
+            removed += _rewrite_journal(dataset, journal, judge)
         except OSError as error:
             kept[dataset.relative_path(journal)] = describe_unreadable(error)
     notes = [f"repair: kept {path}: {why}" for path, why in list(kept.items())[:_EXAMPLES]]
@@ -112,11 +113,11 @@ def _remove_altered(journals: JournalReader, path: str, buffer: bytearray) -> st
     return ""
 
 
-def _rewrite_journal(dataset: Dataset, journal: Path) -> int:
+def _rewrite_journal(dataset: Dataset, journal: Path, judge: RunJudge) -> int:
     """Write a journal without its bad lines; returns how many. Not while its run may live."""
     lines = list(journal_lines(journal))
     bad = sum(line.damage is not None for line in lines)
-    if not bad or may_be_alive(journal.stem, journal.stat().st_mtime, time.time()):
+    if not bad or may_write(judge, journal.stem, journal.stat().st_mtime):
         return 0
     kept = (line.data for line in lines if line.damage in (None, "respelt"))
     run_id = new_run_id()
