@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,15 @@ from rich.table import Table
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, read_identity, read_slides
-from pipeline.dataset.identity import identity_damage, mixed_kinds
+from pipeline.dataset import Dataset, read_identity, read_selection, read_slides
+from pipeline.dataset.identity import (
+    copy_damage,
+    identity_damage,
+    list_copies,
+    mixed_kinds,
+    restore_identity,
+    way_back,
+)
 from pipeline.dataset.journal import run_order
 from pipeline.dataset.layout import is_inside
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
@@ -45,8 +52,9 @@ class Problem:
 def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -> int:
     """Re-read the dataset, print what is wrong and how to fix it; returns the exit status.
 
-    With `repair`, damaged files that their stage makes again from what it has are removed (never
-    selections or dataset.json, nor what could not be read), and bad journal lines are dropped.
+    With `repair`, dataset.json is restored from the stages' copies, damaged files that their stage
+    makes again from what it has are removed (never selections, nor what could not be read), and bad
+    journal lines are dropped.
     Raises `UserError` for that while a run may be at work.
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
@@ -62,9 +70,13 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
             "unknown what was written: make it readable, then verify again"
         ) from error
     check = Verification(dataset)
+    # First: without the identity it is unknown which command makes what is damaged again.
+    if repair:
+        check.notes += restore_identity(dataset)
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
+    check.check_tables(damaged)
     check.note_strays(inventory)
     if repair:
         check.notes += repair_damage(dataset, damaged)
@@ -82,12 +94,13 @@ class Verification:
         self.seconds = 0.0
 
     def check_identity(self) -> None:
-        """Check dataset.json."""
+        """Check dataset.json and the stages' copies of it."""
         path = self.dataset.identity_file
         damage = identity_damage(self.dataset)
         if damage:
-            what = damage.removeprefix(f"{path} ") if path.exists() else "missing"
-            self.problems.append(Problem(path.name, what, "restore it from a copy"))
+            fix = way_back(self.dataset)
+            what = damage.removeprefix(f"{path} ").removesuffix(f": {fix}")
+            self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
             if not damage and b'"crc"' not in path.read_bytes():
@@ -97,6 +110,11 @@ class Verification:
                 )
         if not damage:
             self._check_kind()
+        for copy in list_copies(self.dataset):
+            self.files, self.bytes = self.files + 1, self.bytes + copy.stat().st_size
+            if what := copy_damage(copy):
+                fix = "run `pipeline verify --repair`"
+                self.problems.append(Problem(self.dataset.relative_path(copy), what, fix))
 
     def _check_kind(self) -> None:
         """Whether all of the dataset is of one kind: slides, imported tiles or generated."""
@@ -160,6 +178,27 @@ class Verification:
             fix = suggest_fix(inventory.named[path][-1], damaged[path], tiles_by)
             self.problems.append(Problem(path, damaged[path].words, fix))
         return damaged
+
+    def check_tables(self, damaged: Mapping[str, FileDamage]) -> None:
+        """Check what the sums do not cover: tables that others wrote, or of what was there before.
+
+        `damaged` files are reported already.
+        """
+        files = [self.dataset.slides_file] if self.dataset.slides_file.exists() else []
+        files += [self.dataset.selection_file(name) for name in self.dataset.selection_names()]
+        for path in files:
+            name = self.dataset.relative_path(path)
+            if name in damaged:
+                continue
+            try:
+                if path == self.dataset.slides_file:
+                    read_slides(self.dataset)
+                else:
+                    read_selection(self.dataset, path.stem)
+            except UserError as error:
+                stage = "scan" if path == self.dataset.slides_file else "select"
+                what = str(error).removeprefix(f"{path}").lstrip(": ")
+                self.problems.append(Problem(name, what, f"remove it and run {_command_of(stage)}"))
 
     def note_strays(self, inventory: Inventory) -> None:
         """Note files that no line names, and what runs have under `.tmp`."""
