@@ -359,11 +359,11 @@ def hostile(tmp_path: Path) -> Dataset:
     identity = {"mpp": 0.5, "mpp_tolerance": 0.02, "tile_px": 224, "grid": HOSTILE, "seed": 0}
     claim_identity(dataset, identity, stage="scan", versions={})
     slide = Slide(
-        HOSTILE, path=HOSTILE, status="failed", reason=HOSTILE, reader=HOSTILE, mpp=float("nan"),
+        "hostile", path=HOSTILE, status="failed", reason=HOSTILE, reader=HOSTILE, mpp=None,
         mpp_source=HOSTILE, patient=HOSTILE, site=HOSTILE, project=HOSTILE,
     )  # fmt: skip
     with Run(dataset, "scan", {}) as run:
-        write_slides(dataset, run.run_id, [slide, Slide("../../x", path="", reason="")])
+        write_slides(dataset, run.run_id, [slide])
         run.append([Entry("../../x", "done", "m", HOSTILE)])
     return dataset
 
@@ -373,9 +373,16 @@ def test_what_others_named_is_text(hostile: Dataset) -> None:
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert "img" not in {tag for tag, _ in page.tags}
     assert not [name for _, given in page.tags for name in given if name.startswith("on")]
-    assert page.of(HOSTILE, "reason") == HOSTILE
+    assert page.of("hostile", "reason") == HOSTILE
     assert "document.title='owned'" in page.text
     assert not (hostile.root.parent / "x.jpg").exists()
+
+
+def test_an_id_that_is_a_way_out_of_the_folder_is_refused(hostile: Dataset) -> None:
+    with Run(hostile, "scan", {}) as run:
+        write_slides(hostile, run.run_id, [Slide("../../x", path="", reason="")])
+    with pytest.raises(UserError, match="slide id .* is not usable"):
+        write_report(hostile)
 
 
 def test_script_data_cannot_end_its_element() -> None:
@@ -525,10 +532,10 @@ def test_the_viewer_walks_by_keys(browser: Browser, many: Dataset) -> None:
 def test_hostile_words_stay_words_in_a_browser(browser: Browser, hostile: Dataset) -> None:
     write_report(hostile)
     browser.errors.clear()
-    browser.open(address(hostile, slide=HOSTILE, sort="reason"))
+    browser.open(address(hostile, slide="hostile", sort="reason"))
     assert browser.run("document.title") != "owned"
-    assert browser.run("document.getElementById('viewer-title').textContent") == HOSTILE
-    assert HOSTILE in shown(browser)
+    assert browser.run("document.querySelector('.reason-full').textContent") == HOSTILE
+    assert browser.run("document.querySelector('#rows .reason').textContent") == HOSTILE
     assert browser.run("document.querySelectorAll('img').length") == 0
     assert browser.run("document.querySelector('#rows .absent').textContent") == "no picture"
     assert browser.errors == []
