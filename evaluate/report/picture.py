@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError
+from common.escape import escape_plot
 from common.pictures import PictureSizeError, check_data
 from evaluate.metrics.registry import summarise_metrics
 from evaluate.report.images import Tile
@@ -77,7 +78,9 @@ def _draw_footer(figure: Figure, content: PageContent) -> None:
     text = summaries[0] if summaries else ""
     random = any(one["code"].startswith("random_") for one in content.warnings)
     note = "; encoder weights are random: the number means nothing" if random else ""
-    figure.text(0.985, 0.025, text + note, ha="right", color="#b3261e" if random else MUTED)
+    figure.text(
+        0.985, 0.025, escape_plot(text + note), ha="right", color="#b3261e" if random else MUTED
+    )
 
 
 def _encode_below(figure: Figure, limit: int) -> bytes:

@@ -52,12 +52,12 @@ class EventLog:
                 make_directory(self.path.parent)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._handle = os.open(self.path, flags, 0o666)
-                os.write(self._handle, line.encode())
+                os.write(self._handle, line.encode(errors="backslashreplace"))
                 # After a power loss an empty log would not say which run it was.
                 os.fsync(self._handle)
                 sync_directory(self.path.parent)
                 return
-            os.write(self._handle, line.encode())
+            os.write(self._handle, line.encode(errors="backslashreplace"))
         except OSError:
             # A full disk would fail again at every event.
             self._broken = True

@@ -340,7 +340,7 @@ def _checksum_of(document: Mapping[str, object]) -> str:
     """Checksum of identity and records, so that a flipped byte is not taken for another mpp."""
     parts = {key: document[key] for key in ("identity", "records")}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(text.encode(errors='backslashreplace')):08x}"
 
 
 def _is_there(dataset: Dataset) -> bool:

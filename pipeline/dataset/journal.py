@@ -66,7 +66,8 @@ class Entry:
 
 def _checksum_of(record: Mapping[str, object]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f"{zlib.crc32(text.encode()):08x}"
+    # Names of files may have bytes that are no text; JSON writes those as the same escapes.
+    return f"{zlib.crc32(text.encode(errors='backslashreplace')):08x}"
 
 
 def encode_line(entry: Entry, versions: dict[str, str]) -> str:
@@ -210,7 +211,9 @@ class Run:
     def append(self, entries: Iterable[Entry]) -> None:
         """Append lines and sync: after this returns, the entries count."""
         entries = [replace(entry, reason=redact_secrets(entry.reason)) for entry in entries]
-        data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
+        data = "".join(encode_line(entry, self.versions) for entry in entries).encode(
+            errors="backslashreplace"
+        )
         try:
             if self._handle is None:
                 make_directory(self.journal_file.parent)

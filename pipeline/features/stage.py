@@ -1,6 +1,7 @@
 """The `cache` stage: an encoder's CLS and patch tokens for the named selections."""
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,8 @@ def _remedy(dataset: Dataset, config: CacheConfig) -> str:
     folder = dataset.features_dir(0, config.encoder, config.view).name
     return (
         "use the former, another --dataset, or remove them first: `python -m pipeline prune "
-        f"--dataset {dataset.root} --features {folder}` lists them, and with --yes removes them"
+        f"--dataset {shlex.quote(str(dataset.root))} --features {folder}` lists them, and with "
+        "--yes removes them"
     )
 
 
@@ -189,10 +191,11 @@ class CacheStage(Stage[_SlideBlocks]):
         # By the journals alone: looking at every file of a cohort takes minutes.
         for slide in self.slides:
             if not slide.blocks <= self.tiles.recorded_blocks(slide.slide_id):
+                root = shlex.quote(str(self.dataset.root))
                 raise UserError(
                     f"slide {slide.slide_id}: selected tiles are not in "
                     f"{self.dataset.tiles_dir(self.tile_px)}; run `python -m pipeline tile "
-                    f"--dataset {self.dataset.root} --tile-px {self.tile_px}` first"
+                    f"--dataset {root} --tile-px {self.tile_px}` first"
                 )
         self.encoder_record = _encoder_record(self.dataset, self.tile_px, self.config)
         self.weights_sha256 = str(self.encoder_record["weights_sha256"])

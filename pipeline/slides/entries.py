@@ -107,7 +107,7 @@ class SlideSearch:
         """
         entries = []
         for mention in _one_per_series(self._by_path):
-            entry = mention.entry
+            entry = _refuse_bytes(mention.entry)
             if self.id_from == "csv" and not mention.has_id:
                 raise UserError(
                     f"{entry.location}: no table has a slide_id for it, which --id-from csv needs"
@@ -228,6 +228,17 @@ def refuse_entry(entry: SlideEntry, taken_by: str, refusal: str) -> SlideEntry:
     return replace(
         entry, slide_id=f"{entry.slide_id[:190]}.{digest}", taken_by=taken_by, refusal=refusal
     )
+
+
+def _refuse_bytes(entry: SlideEntry) -> SlideEntry:
+    """The entry, refused where no record can have its path: one with bytes that are no text."""
+    try:
+        entry.location.encode()
+    except UnicodeEncodeError:
+        shown = entry.location.encode(errors="backslashreplace").decode()
+        refusal = f"the path {shown} is not UTF-8; rename the file or folder"
+        return replace(entry, path=Path(shown), refusal=refusal)
+    return entry
 
 
 def find_slides(inputs: Iterable[str], id_from: IdSource = "stem") -> list[SlideEntry]:

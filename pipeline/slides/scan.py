@@ -188,7 +188,7 @@ def scan_slide(
     """
     slide, why = _slide_before_opening(source), ""
     try:
-        if source.taken_by:
+        if source.refusal:
             raise SlideOpenError(source.refusal)
         with local_slide(slide, config.stage_in, Path(scratch)) as path:
             if source.uri:

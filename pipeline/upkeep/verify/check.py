@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
@@ -326,5 +325,5 @@ def _print_problems(problems: list[Problem]) -> None:
     table.add_column("what is wrong")
     table.add_column("how to fix it")
     for problem in problems:
-        table.add_row(escape(problem.path), escape(problem.what), escape(problem.fix))
+        table.add_row(problem.path, problem.what, problem.fix)
     stdout.print(table)
