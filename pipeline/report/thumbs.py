@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.files import read_regular
+from common.files import open_regular, read_regular
 from common.pictures import PictureSizeError, check_data
 from pipeline.dataset import Dataset, Slide, commit_bytes
 
