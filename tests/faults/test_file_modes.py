@@ -4,13 +4,14 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from modes import other_modes
 
+from common.errors import UserError
 from common.files import replacing_path, write_text
 from model.weights import write_tensors
 from pipeline.dataset import Dataset, Entry, Run, claim_identity, commit_bytes
@@ -87,3 +88,10 @@ def test_two_members_of_a_group_write_one_dataset(
     assert {path.stat().st_gid for path in root.rglob("*")} == {4321}
     assert stat.S_IMODE((root / "ds").stat().st_mode) == 0o2775
     assert (root / "ds" / "slides.parquet").read_text() == "user65533"
+
+
+def test_weights_that_do_not_fit_leave_nothing(make_small_disk: Callable[[int], Path]) -> None:
+    disk = make_small_disk(256)
+    with pytest.raises(UserError, match=r"cannot write .*sit\.safetensors: No space left"):
+        write_tensors(disk / "sit.safetensors", {"weight": torch.zeros(1_000_000)})
+    assert list(disk.iterdir()) == []
