@@ -23,7 +23,9 @@ from pipeline.dataset import (
     commit_bytes,
     make_selection,
     new_run_id,
+    read_candidates,
     read_journal,
+    write_candidates,
     write_selection,
 )
 from pipeline.dataset.features import FeatureStore
@@ -129,7 +131,11 @@ def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, 
     ranks = {"another-slide": np.arange(3, dtype=np.int32)}
     with Run(other, "select", {}) as one:
         write_selection(other, one.run_id, make_selection("elsewhere", ranks, {}))
-    shutil.copy(next((other.root / "candidates").iterdir()), other.candidates_file("another-slide"))
+    with Run(other, "tissue", {}) as one:
+        table = read_candidates(other, SLIDE)
+        record = write_candidates(other, one.run_id, "another-slide", table)
+        counts = {"candidate tiles": table.num_rows}
+        one.append([Entry("another-slide", "done", "f", files=(record,), counts=counts)])
     with pytest.raises(UserError, match="'train' is missing"):
         prune(other, "--yes")
     other.selection_file("train").write_bytes(lost)
