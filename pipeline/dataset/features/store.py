@@ -1,5 +1,6 @@
 """Reading features by (slide, rank), and what they were made with."""
 
+import shlex
 import threading
 import warnings
 from collections import OrderedDict
@@ -55,7 +56,7 @@ def read_encoder_record(
     try:
         with open_regular(path) as file:
             record = parse_json(file.read())
-        return _check_record(record)
+        return {"tile_px": tile_px} | _check_record(record)
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except (OSError, ValueError) as error:
@@ -85,6 +86,15 @@ def _check_record(record: object) -> dict[str, Any]:
     return record
 
 
+def require_fields(store: "FeatureStore", *names: str) -> None:
+    """Refuse features whose encoder.json does not state these fields, which it may lack."""
+    if missing := [name for name in names if store.record.get(name) is None]:
+        raise UserError(
+            f"encoder.json of the {store.kind} features of {store.encoder} in "
+            f"{store.dataset.root} has no {', '.join(missing)}: cache them again"
+        )
+
+
 def refuse_other_features(
     path: Path,
     written: Mapping[str, object],
@@ -109,7 +119,8 @@ def _missing_message(dataset: Dataset, encoder: str, kind: str, view: str, selec
     seen = f" under view {view}" if view else ""
     return (
         f"no {kind} features of {encoder}{seen} in {dataset.root}; make them with "
-        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}{chosen}`"
+        f"`python -m pipeline cache --dataset {shlex.quote(str(dataset.root))} "
+        f"--encoder {encoder}{chosen}`"
     )
 
 
