@@ -13,6 +13,7 @@ import pytest
 import torch
 from listening import listening_at
 
+from common.console import EXIT_INTERRUPTED, report_error
 from common.errors import UserError
 from pipeline.dataset import Dataset
 from tests.train.conftest import command, environment, make_dataset, small_config
@@ -169,3 +170,13 @@ def test_a_signal_to_one_of_two_stops_both_with_one_line(
     assert "error" not in said
     stopped = int(said.partition("stopped on request at step ")[2].split()[0])
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{stopped:08d}"
+
+
+@pytest.mark.parametrize(
+    ("is_resumable", "says"), [(True, "committed stays"), (False, "no result was written")]
+)
+def test_an_interrupt_says_what_is_left(
+    capsys: pytest.CaptureFixture[str], is_resumable: bool, says: str
+) -> None:
+    assert report_error(KeyboardInterrupt(), is_resumable=is_resumable) == EXIT_INTERRUPTED
+    assert says in capsys.readouterr().err
