@@ -4,7 +4,6 @@ Used by the doors of `pipeline`, `train` and `evaluate`.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +28,18 @@ from rich.text import Text
 
 from common.errors import UserError
 from common.redact import redact_secrets
+from common.streams import lossy_output
 from common.text import find_nearest, format_seconds
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
 
 _LOG_WIDTH = 160
-stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+stdout = Console(
+    soft_wrap=True,
+    highlight=False,
+    width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH,
+)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -44,30 +48,40 @@ def print_line(message: str) -> None:
     stdout.print(redact_secrets(message), markup=False)
 
 
-def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
+def run_door(
+    command: Callable[[], int],
+    rooms: tuple[str, ...],
+    *,
+    prints_result: bool = False,
+    is_resumable: bool = True,
+) -> None:
     """Run a room's command and exit with its status.
 
-    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Rooms that
-    were not imported from this project (a stray train.py in the working folder) are refused.
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Output that
+    cannot be written ends no command; where it is the result (`prints_result`), the status of one
+    that did its work is 1. `is_resumable` is whether an interrupted command keeps what it has done.
+    Rooms that were not imported from this project (a stray train.py in the working folder) are
+    refused.
     """
-    try:
-        _check_rooms(rooms)
-        status = command()
-    except (UserError, KeyboardInterrupt) as error:
-        status = report_error(error)
-    except BrokenPipeError:
-        # The reader has gone (`| head`): Python's last flush must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with lossy_output(is_result=prints_result) as losses:
+        try:
+            _check_rooms(rooms)
+            status = command()
+        except (UserError, KeyboardInterrupt) as error:
+            status = report_error(error, is_resumable=is_resumable)
+    if losses and prints_result and status == EXIT_OK:
         status = EXIT_FAILURES
     sys.exit(status)
 
 
-def report_error(error: UserError | KeyboardInterrupt) -> int:
+def report_error(error: UserError | KeyboardInterrupt, *, is_resumable: bool = True) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
         stderr.print(redact_secrets(f"error: {error}"), markup=False, style="bold red")
         return EXIT_USAGE
-    stderr.print("interrupted: what was committed stays; run the same command to go on")
+    done = "what was committed stays; run the same command to go on"
+    again = "no result was written; the same command begins again"
+    stderr.print(f"interrupted: {done if is_resumable else again}")
     return EXIT_INTERRUPTED
 
 

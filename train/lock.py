@@ -1,5 +1,6 @@
 """One training per run directory: the main process holds a lock on RUN/.lock while it lives."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -87,9 +88,9 @@ class RunLock:
         holder: dict[str, object] = {"host": here.host, "pid": here.pid, "boot": here.boot}
         if job := os.environ.get("SLURM_JOB_ID"):
             holder["job"] = job
-        file.truncate(0)
-        file.write(json.dumps(holder) + "\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk is met where something matters
+            file.truncate(0)
+            os.write(file.fileno(), f"{json.dumps(holder)}\n".encode())
         return True
 
     def _try_lease(self) -> bool:

@@ -161,7 +161,8 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
             print_line(f"{damage}: writing it again")
         remove_unfinished(run_dir)
         record = data.source.encoder_record
-        header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
+        named = [record.get(key) for key in ("encoder", "weights")]
+        header = f"# encoder {named[0]}, weights {named[1]}\n" if record else ""
         # Where a reader of the configuration cannot miss it.
         if record.get("random_weights"):
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"

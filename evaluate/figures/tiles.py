@@ -104,7 +104,10 @@ class GeneratedTiles:
         try:
             return decode_png(path.read_bytes())
         except OSError as error:
-            raise UserError(f"{path} cannot be read; run the same `generate` again") from error
+            raise UserError(
+                f"{path} cannot be read; run `python -m pipeline verify --repair`, then the same "
+                "`generate`"
+            ) from error
 
     def image_warnings(self) -> tuple[str, ...]:
         """What a figure must not hide of its images."""
@@ -124,4 +127,6 @@ def _read_listing(dataset: Dataset) -> ConditionListing | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged; run the same `generate` again") from error
+        raise UserError(
+            f"{path} is damaged; run `python -m pipeline verify --repair`, then the same `generate`"
+        ) from error

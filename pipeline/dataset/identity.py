@@ -171,6 +171,8 @@ def claim_identity(
     if before != after:
         with hold_lock(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
             # What another run claimed in between counts, and is kept.
+            if kind:
+                refuse_other_kind(dataset, kind, stage)
             before, after = _with_claims(dataset, claims, stage, record)
             if before != after:
                 # The copy first: once a stage goes on, its values are there twice.

@@ -169,5 +169,8 @@ def _read_mask(dataset: Dataset, slide_id: str) -> npt.NDArray[np.uint8]:
     except cv2.error:
         mask = None
     if mask is None or mask.ndim != 2:
-        raise UserError(f"{path} cannot be read as a mask; run the stage that made it again")
+        raise UserError(
+            f"{path} cannot be read as a mask; run `pipeline verify --repair`, then `tissue` (or "
+            "the `import` that made it)"
+        )
     return np.asarray(mask, np.uint8)

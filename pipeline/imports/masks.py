@@ -43,6 +43,7 @@ from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
+from pipeline.slides.identity import OtherFileError
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection, DetectorConfig
@@ -187,6 +188,8 @@ def mask_slide(
     detector = MaskFile(path, slide, parse_classes(config.classes), config.frame)
     try:
         entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, fingerprint, detector)
+    except OtherFileError as error:
+        return [Entry(slide.slide_id, "failed", fingerprint, str(error), values=dict(error.values))]
     except UserError as error:
         return [Entry(slide.slide_id, "failed", fingerprint, f"{path.name}: {error}")]
     values = {**entry.values, "source": source}

@@ -54,7 +54,7 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
 _WITHOUT_DATASET = ("train", "train export", "evaluate generate", "evaluate measure",
                     "evaluate report")  # fmt: skip
 _LAUNCHED = ("train", "evaluate generate")
-"""Steps that may be several processes, by torchrun."""
+"""Steps that may be several processes (`common.launch`)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def processes(self) -> int:
-        """How many processes torchrun starts; 1 is one without torchrun."""
+        """How many processes the step is."""
         return int(str(self.values.get("processes", 1)))
 
     @property
@@ -91,13 +91,11 @@ class Step:
         """The whole command line, Python first."""
         launcher = ["-m", self.room]
         if self.processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone",
-                        f"--nproc-per-node={self.processes}", *launcher]  # fmt: skip
+            launcher = ["-m", "common.launch", str(self.processes), self.room]
         return [sys.executable, *launcher, *self.arguments]
 
     def __str__(self) -> str:
-        launcher = f"torchrun --nproc-per-node={self.processes}" if self.processes > 1 else "python"
-        return " ".join([launcher, "-m", self.room, *self.arguments])
+        return " ".join(["python", *self.command()[1:]])
 
 
 @dataclass(frozen=True)

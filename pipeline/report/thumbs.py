@@ -65,7 +65,7 @@ def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     except (OSError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"
     if picture is None:
-        return f"{thumb.overlay} is not a picture; run `tissue` again"
+        return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
     commit_bytes(target, run_id, thumb.final, encode_small(without_legend))
     return ""

@@ -112,7 +112,9 @@ def collect_entries(
     try:
         made.extend(entries)
     except UserError as error:
-        made.append(Entry(slide_id, "failed", fingerprint, str(error), scope=scope))
+        # An error may know what else it makes void, see `withdraw_lost`.
+        values = dict(getattr(error, "values", {}))
+        made.append(Entry(slide_id, "failed", fingerprint, str(error), scope=scope, values=values))
     return made
 
 

@@ -31,7 +31,7 @@ SCORES_SCHEMA = pa.schema([("rank", pa.int32()), ("score", pa.float32())])
 _COLUMNS = (
     Column("rank", pa.int32(), least=0), Column("score", pa.float32(), least=0, most=1),
 )  # fmt: skip
-_CACHE = "run `python -m pipeline cache` again"
+_CACHE = "run `python -m pipeline verify --repair`, then `cache` again"
 _HINT = "remove it and run `curate` again"
 _GROUPS_AT_ONCE = 256
 """Row groups of 16 tiles read together: 13 MB of H0-mini's features."""
@@ -109,7 +109,7 @@ def _check_block(path: Path, ranks: Ranks, features: npt.NDArray[np.float32]) ->
         row, value = found
         raise UserError(
             f"{path}: the cls features of rank {ranks[row]} have the value {value:g}, expected "
-            f"finite numbers of magnitude up to {MOST_FEATURE:,.0f}; remove the file and {_CACHE}"
+            f"finite numbers of magnitude up to {MOST_FEATURE:,.0f}; {_CACHE}"
         )
 
 

@@ -25,6 +25,7 @@ from pipeline.dataset import (
     read_selection_rows,
     write_selection,
 )
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import (
@@ -102,8 +103,15 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     """Write selections/<name>.parquet with its plan; returns the exit status.
 
     A selection of that name with other tiles is refused where it was made with other options,
-    unless `replace_other`; where the dataset has changed it is made again.
+    unless `replace_other`; where the dataset has changed it is made again. Another command that
+    changes selections is waited for, and then counts.
     """
+    with hold_claim(dataset, SELECTIONS, STAGE):
+        return select_claimed(dataset, config, replace_other=replace_other)
+
+
+def select_claimed(dataset: Dataset, config: SelectConfig, *, replace_other: bool = False) -> int:
+    """`select`, where the claim on selections is held already; returns the exit status."""
     config = _check_config(dataset, config)
     # Read once: the fingerprints and the drawing must see the same cohort and ties.
     tissue, known = read_tissue(dataset), read_ties(dataset)

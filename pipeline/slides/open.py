@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.text import one_line
 from pipeline.dataset import Slide
+from pipeline.slides.identity import OtherFileError
 from pipeline.slides.levels import without_levels
 from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
 from pipeline.slides.readers import AUTO, READERS, reader_entry, readers_for
@@ -81,10 +82,16 @@ def _choose_image(path: Path, series: str) -> "TiffChoice | None":
 def open_scanned(slide: Slide, path: Path) -> SlideReader:
     """Open a slide as `scan` recorded it: its reader, its series, and only the levels it took.
 
-    `path` is where the file is now (see `local_slide`). Raises `SlideOpenError`.
+    `path` is where the file is now (see `local_slide`). Raises `SlideOpenError`, and
+    `OtherFileError` where the file's levels are not those that `scan` recorded.
     """
-    reader = open_slide(path, slide.reader, slide.series)
-    return without_levels(reader, slide.levels_left_out)
+    opened = open_slide(path, slide.reader, slide.series)
+    reader = without_levels(opened, slide.levels_left_out)
+    sizes = [(level.width, level.height) for level in reader.levels]
+    if slide.levels and sizes != [(width, height) for width, height, _ in slide.levels]:
+        opened.close()
+        raise OtherFileError(slide.slide_id, f"{path} has other levels")
+    return reader
 
 
 def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:

@@ -172,5 +172,5 @@ class FeatureShard:
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
-                "run `python -m pipeline verify`"
+                "run `python -m pipeline verify --repair`, then `cache` again"
             ) from error

@@ -16,6 +16,8 @@ from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, parse_shard_name
 
 PNG_EFFORTS = ("small", "fast")
+SHARD_REMEDY = "run `python -m pipeline verify --repair`, then `tile` again"
+"""What makes a damaged shard anew: `tile` alone goes by names and sizes of files."""
 _HEADER = 512
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUE_COLOUR, _FILTER_AVERAGE = 2, 3
@@ -140,7 +142,7 @@ class ShardHandle:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
         if len(data) != end - begin:
-            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+            raise UserError(f"{self.path} is shorter than its index says: {SHARD_REMEDY}")
         return data
 
     def __del__(self) -> None:
@@ -171,9 +173,7 @@ class TarShard:
             starts = np.array([*offsets, end], np.int64)
             _check_starts(starts, name, path.stat().st_size)
         except (OSError, IndexError, ValueError, OverflowError) as error:
-            raise UserError(f"{index} cannot be read ({error}): run `verify` and tile again") from (
-                error
-            )
+            raise UserError(f"{index} cannot be read ({error}): {SHARD_REMEDY}") from (error)
         return cls(path, name.start, name.stop, starts)
 
     def open_handle(self) -> ShardHandle:
@@ -185,14 +185,14 @@ class TarShard:
         handle = handle or self.open_handle()
         index = block - self.start // BLOCK_ROWS
         if not 0 <= index < len(self.block_starts) - 1:
-            raise UserError(f"{self.path} has no block {block}: run `verify`")
+            raise UserError(f"{self.path} has no block {block}: {SHARD_REMEDY}")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
         # Ranks by the tar's headers, not by the index: a mixed-up pair of files is found out.
         members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):
-            raise UserError(f"{self.path}: block {block} has not its tiles: run `verify`")
+            raise UserError(f"{self.path}: block {block} has not its tiles: {SHARD_REMEDY}")
         return members
 
 
@@ -216,7 +216,7 @@ def _read_members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
             if name != member_name(slide_id, rank) or size < 0:
                 raise ValueError(f"a member {name[:80]!r} is not one of slide {slide_id}")
         except (tarfile.TarError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}): run `verify`") from error
+            raise UserError(f"{path} is damaged ({error}): {SHARD_REMEDY}") from error
         at += _HEADER
         yield rank, data[at : at + size]
         at += -(-size // _HEADER) * _HEADER
