@@ -1,18 +1,22 @@
 """What a long command shows: one-line errors, progress with rate and ETA.
 
-Used by the doors of `pipeline`, `train` and `evaluate`.
+Used by the doors of `pipeline`, `train` and `evaluate`. All that they print but JSON and scripts
+passes through the two consoles here, which let no text of a record steer the terminal.
 """
 
 import argparse
+import io
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,9 +28,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from common.errors import UserError
+from common.escape import escape_terminal
 from common.redact import redact_secrets
 from common.streams import lossy_output
 from common.text import find_nearest, format_seconds
@@ -35,17 +41,40 @@ EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 _PLAIN_INTERVAL_S = 10.0
 
 _LOG_WIDTH = 160
-stdout = Console(
-    soft_wrap=True,
-    highlight=False,
-    width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH,
-)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class _PlainConsole(Console):
+    """A console on which text is only text: no markup, emoji code or control character."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(
+            stderr=stderr, width=width, soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string, such as a table's cell, on one line."""
+        # Before it is measured: a table's columns are as wide as what is shown.
+        return super().render_str(escape_terminal(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """All that is drawn, whatever it is made of; lines end, nothing else steers."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isalnum():
+                yield segment
+            else:
+                lines = map(escape_terminal, segment.text.split("\n"))
+                yield Segment("\n".join(lines), segment.style)
+
+
+stdout = _PlainConsole(width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH)
+stderr = _PlainConsole(stderr=True)
 
 
 def print_line(message: str) -> None:
     """Print one line, without secrets, on the terminal or in the batch job's log."""
-    stdout.print(redact_secrets(message), markup=False)
+    stdout.print(escape_terminal(redact_secrets(message)))
 
 
 def run_door(
@@ -63,6 +92,7 @@ def run_door(
     Rooms that were not imported from this project (a stray train.py in the working folder) are
     refused.
     """
+    _guard_streams()
     with lossy_output(is_result=prints_result) as losses:
         try:
             _check_rooms(rooms)
@@ -77,12 +107,34 @@ def run_door(
 def report_error(error: UserError | KeyboardInterrupt, *, is_resumable: bool = True) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
-        stderr.print(redact_secrets(f"error: {error}"), markup=False, style="bold red")
+        stderr.print(escape_terminal(redact_secrets(f"error: {error}")), style="bold red")
         return EXIT_USAGE
     done = "what was committed stays; run the same command to go on"
     again = "no result was written; the same command begins again"
     stderr.print(f"interrupted: {done if is_resumable else again}")
     return EXIT_INTERRUPTED
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print on stderr where an unforeseen error came from; what it says steers no terminal."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        stderr.print(Text(line))
+
+
+def _guard_streams() -> None:
+    """Tracebacks and the log lines of libraries quote files, too."""
+    sys.excepthook = lambda kind, error, trace: print_traceback(error)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PlainFormatter())
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal does not have ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_terminal(super().format(record))
 
 
 def _check_rooms(rooms: tuple[str, ...]) -> None:
@@ -121,14 +173,14 @@ class Meter:
         if stdout.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _RateColumn(self.unit),
                 TimeElapsedColumn(),
-                TextColumn("ETA"),
+                TextColumn("ETA", markup=False),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=stdout,
             )
             self._bar.start()

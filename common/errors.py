@@ -1,8 +1,7 @@
 """The one error that is meant for the user: a line without a traceback."""
 
-import re
+from common.escape import escape_terminal
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _LONGEST = 1500
 
 
@@ -19,5 +18,5 @@ class UserError(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = _CONTROL.sub(" ", str(message))
+        text = escape_terminal(str(message))
         super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")

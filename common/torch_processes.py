@@ -5,7 +5,6 @@ import hashlib
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.console import EXIT_FAILURES, EXIT_USAGE, print_line, report_error, stderr, stdout
+from common.console import (
+    EXIT_FAILURES,
+    EXIT_USAGE,
+    print_line,
+    print_traceback,
+    report_error,
+    stderr,
+    stdout,
+)
 from common.errors import UserError
 from common.launch import STORE_VARIABLE
 
@@ -216,14 +223,14 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
             status = left
         elif _is_first(store, "reported"):
             reason = str(error).splitlines()[0][-200:]
-            stderr.print(f"error: process {rank} lost another process: {reason}", markup=False)
+            stderr.print(f"error: process {rank} lost another process: {reason}")
     else:
         first = _is_first(store, hashlib.sha256(repr(error).encode()).hexdigest())
         _is_first(store, "reported")
         if isinstance(error, UserError | KeyboardInterrupt):
             status = report_error(error) if first else EXIT_USAGE
         elif first:
-            traceback.print_exception(error)
+            print_traceback(error)
     # What follows flushes nothing by itself.
     for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

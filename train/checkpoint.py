@@ -6,7 +6,6 @@ randomness and the stream are functions of the step.
 """
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from common.console import print_line
 from common.errors import UserError
 from common.files import json_bytes, make_directory, sync_directory
+from common.json_text import read_json
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -224,7 +224,7 @@ def read_state(checkpoint: Path) -> RunState:
     """The state.json of a checkpoint; raises `UserError` for a damaged or newer one."""
     path = checkpoint / _STATE_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         version = values["format_version"]
         # Fields of a later release are left out.
         known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}

@@ -12,6 +12,7 @@ from typing import IO, Self
 from common import leases
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 from common.leases import Lease, file_server_time, is_lease_alive, read_holder
 from common.processes import identify_process
 from pipeline.dataset.lock import hold_lock
@@ -113,7 +114,7 @@ class RunLock:
         """The process that has the lock, in words, and whether it is on this machine."""
         # A holder that is just starting may not have written its name yet.
         try:
-            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            holder = read_json(self.path)
         except (OSError, ValueError):
             holder = {}
         if not isinstance(holder, dict):

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
-from common.files import sync_directory, write_text
+from common.files import MOST_TEXT_BYTES, read_regular, sync_directory, write_text
+from common.json_text import parse_json
 from train.config import Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -159,8 +160,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _read_lines(path: Path) -> Iterator[dict[str, float]]:
     if not path.exists():
         return
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode().splitlines():
         try:
-            yield json.loads(text)
+            yield parse_json(text)
         except ValueError:
             continue

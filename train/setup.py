@@ -8,8 +8,8 @@ from typing import Any, Literal
 from common.config import read_yaml
 from common.console import print_line
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.json_text import parse_json
+from common.files import read_regular, write_json, write_text
+from common.json_text import parse_json, read_json
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
@@ -211,7 +211,7 @@ def damaged_file(
     """
     for path in (run_dir / name for name in names):
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
             if not data.strip(b"\0 \r\n"):
                 return f"{path} is empty"
             if path.suffix == ".json":
@@ -245,7 +245,7 @@ def read_records(run_dir: Path) -> dict[str, Any]:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
     path = run_dir / RECORDS_FILE
     try:
-        return dict(parse_json(path.read_bytes()))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
 

@@ -1,5 +1,6 @@
 """A block of the dataset with its features: tiles, CLS tokens and patch tokens in one order."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def check_coverage(
 
     A training run must not find out after days that its last slides were never cached.
     """
-    root = dataset.root
+    root = shlex.quote(str(dataset.root))
     tiles = Ledger.read(dataset, "tile")[str(tile_px)]
     _require_blocks(
         table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}"

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.files import replacing_file, write_text
+from common.json_text import read_json
 from pipeline.dataset import BLOCK_ROWS, Selection
 
 BLOCK_DTYPE = np.dtype([("slide", "<u4"), ("block", "<u4"), ("mask", "<u2")])
@@ -104,7 +105,7 @@ def write_blocks(table: BlockTable, folder: Path) -> None:
 
 def map_blocks(folder: Path) -> BlockTable:
     """The table in a folder; its blocks are mapped, so that a node's processes share them."""
-    slides = tuple(json.loads((folder / _SLIDES_FILE).read_text()))
+    slides = tuple(read_json(folder / _SLIDES_FILE))
     return BlockTable(slides, np.load(folder / _BLOCKS_FILE, mmap_mode="r"))
 
 

@@ -1,5 +1,6 @@
 """One side of a comparison: a selection of a dataset, its features, whose tiles they are."""
 
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,11 +156,11 @@ def open_store(
     tile_px = tile_px or int(identity_value(dataset, "tile_px"))
     if not encoder_file(dataset, tile_px, encoder, view, "cls").exists():
         # The command can be pasted as it is: it repeats weights and view.
-        more = f" --weights {weights}" if weights else ""
+        more = f" --weights {shlex.quote(weights)}" if weights else ""
         more += f" --view {view}" if view else ""
         raise UserError(
             f"no cls features of {encoder} in {dataset.root}; make them with `python -m pipeline "
-            f"cache --dataset {dataset.root} --selection {selection_name} "
+            f"cache --dataset {shlex.quote(str(dataset.root))} --selection {selection_name} "
             f"--encoder {encoder}{more} --tokens none`"
         )
     return FeatureStore(dataset, tile_px=tile_px, encoder=encoder, view=view)

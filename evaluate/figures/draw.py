@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from common.escape import escape_plot
 from common.files import write_bytes
 from evaluate.figures.layout import Sheet, compose_sheet
 from evaluate.report.plots import INK, STYLE
@@ -34,8 +35,8 @@ def draw_sheet(sheet: Sheet, banner: tuple[str, ...]) -> dict[str, bytes]:
             y = 1 - (_MARGIN_PX / 2 + _LINE_PX * (line + 0.5)) / total_h
             # A letter is about 0.62 as wide as high: points at which the line fits the width.
             points = min(9.0, 72 / _DPI * (total_w - _MARGIN_PX) / (0.62 * len(text)))
-            figure.text(0.5, y, text, ha="center", va="center", color=_WARNING, weight="bold",
-                        size=points)  # fmt: skip
+            figure.text(0.5, y, escape_plot(text), ha="center", va="center", color=_WARNING,
+                        weight="bold", size=points)  # fmt: skip
         left, bottom = _MARGIN_PX / total_w, _MARGIN_PX / total_h
         axes = figure.add_axes((left, bottom, width / total_w, height / total_h))
         axes.imshow(canvas.pixels, interpolation="nearest", aspect="auto")
@@ -43,7 +44,7 @@ def draw_sheet(sheet: Sheet, banner: tuple[str, ...]) -> dict[str, bytes]:
         y = 1 - (head - _TITLE_PX / 2) / total_h
         for left_px, title in zip(canvas.lefts, sheet.titles, strict=True):
             x = (_MARGIN_PX + zoom * (left_px + canvas.tile_px / 2)) / total_w
-            figure.text(x, y, title, ha="center", va="center", color=INK, size=9)
+            figure.text(x, y, escape_plot(title), ha="center", va="center", color=INK, size=9)
         return {".png": _save_figure(figure, "png"), ".pdf": _save_figure(figure, "pdf")}
 
 

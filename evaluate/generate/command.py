@@ -117,5 +117,6 @@ def _finish_sweep(
         if point is not None
     ]
     path = write_table(out, rows)
-    print_line(path.read_text().rstrip())
+    for line in path.read_text().splitlines():
+        print_line(line)
     print_line(f"generate: {len(rows)} datasets of one sweep; wrote {path}")

@@ -112,6 +112,22 @@ def missing_units(units: Iterable[Unit], done: dict[str, list[Span]]) -> list[Un
     return missing
 
 
+def end_of_spans(done: dict[str, list[Span]]) -> int:
+    """The image index after the last one of all spans of ranks, by pseudo-slide; 0 for none.
+
+    >>> end_of_spans({"gen-00000": [(0, 1024)], "gen-00001": [(16, 32)]})
+    1056
+    """
+    return max(
+        (
+            int(slide_id.removeprefix("gen-")) * IMAGES_PER_SLIDE + stop
+            for slide_id, spans in done.items()
+            for _, stop in spans
+        ),
+        default=0,
+    )
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Image indices int64 [micro_batch] of one call of the generator; rows [begin, end) are kept.

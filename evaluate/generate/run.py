@@ -18,6 +18,7 @@ from common.torch_processes import Processes
 from evaluate.generate.condition_source import GUIDING_FINGERPRINT, ConditionSource
 from evaluate.generate.plan import (
     Unit,
+    end_of_spans,
     micro_batches,
     missing_units,
     plan_units,
@@ -158,9 +159,15 @@ def _plan_missing(
 ) -> list[Unit]:
     """Write the tables for all images, and report and return the units that are missing."""
     conditions = min(request.conditions or source.count, source.count)
-    selected = max(conditions * request.variations, count_planned_images(dataset))
+    asked, planned = conditions * request.variations, count_planned_images(dataset)
     # Whole blocks are made even where fewer images are selected: a larger --limit adds to them.
     end = None if source.end is None else source.end * request.variations
+    done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
+    # Without the selection's file, the images say what it had, to a block.
+    there = planned or end_of_spans(done)
+    selected = asked if asked >= planned and whole_blocks(asked, end) >= there else there
+    if selected > asked:
+        print_line(f"generate: {describe_excess(asked, selected)}")
     images = whole_blocks(selected, end)
     write_tables(
         dataset,
@@ -172,7 +179,6 @@ def _plan_missing(
         mpp=request.mpp,
         plan={**claims, "guidance_selection": source.name},
     )
-    done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     units = missing_units(plan_units(images, request.micro_batch), done)
     missing = sum(unit.image_count for unit in units)
     if missing and images > selected:
@@ -181,6 +187,18 @@ def _plan_missing(
         rest = f"making the other {missing:,}" if missing else "nothing to make"
         print_line(f"generate: {images - missing:,} of {images:,} images are done; {rest}")
     return units
+
+
+def describe_excess(asked: int, there: int) -> str:
+    """Why a dataset has more images than were asked for, in one clause.
+
+    >>> describe_excess(16, 32).partition(":")[0]
+    '32 images are there already or were begun, 16 were asked for'
+    """
+    return (
+        f"{there:,} images are there already or were begun, {asked:,} were asked for: all are "
+        "kept; fewer need another --out"
+    )
 
 
 def describe_rounding(selected: int, images: int) -> str:

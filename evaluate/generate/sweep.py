@@ -1,7 +1,5 @@
 """A grid of sampler settings under the same seeds: one dataset per point, and one table of all."""
 
-import csv
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from common.errors import UserError
+from common.escape import csv_text
 from common.files import write_text
 from evaluate.generate.write import count_planned_images
 from model.sampler_settings import FIELD_OF_OPTION, SamplerSettings, Solver
@@ -81,9 +80,8 @@ def write_table(root: Path, rows: Sequence[tuple[str, Mapping[str, object]]]) ->
     Times are those of the journals, in seconds, summed over processes and restarts, so that a
     repeated run writes the same table.
     """
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["dataset", *_COLUMNS, "images", "sampling_seconds", "seconds_per_image"])
+    head = ("dataset", *_COLUMNS, "images", "sampling_seconds", "seconds_per_image")
+    table: list[Sequence[object]] = [head]
     for name, identity in rows:
         dataset = Dataset(root / name)
         entries = [entry for entry in read_journal(dataset, "tile") if entry.outcome == "done"]
@@ -93,7 +91,7 @@ def write_table(root: Path, rows: Sequence[tuple[str, Mapping[str, object]]]) ->
         # Of the journals and not of this run, which may have made nothing.
         images = count_planned_images(dataset)
         row = [name, *values, images, f"{seconds:.2f}", f"{seconds / max(made, 1):.4g}"]
-        table.writerow(row)
+        table.append(row)
     path = root / TABLE_FILE
-    write_text(path, buffer.getvalue())
+    write_text(path, csv_text(table))
     return path

@@ -1,5 +1,6 @@
 """A protocol from its plan to results.json: make what is missing, refuse, measure, lay out."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -73,7 +74,7 @@ def make_missing(sources: SourceMaker, cells: list[Cell]) -> None:
 def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
     """What is still to be made, one line each, as commands where they are the pipeline's."""
     lines = [
-        f"python -m {' '.join(sources.cache_command(seen, encoder))}"
+        f"python -m {shlex.join(sources.cache_command(seen, encoder))}"
         for seen, encoder in sources.conditioning_features()
         if sources.missing_features(seen, encoder, whole=True)
     ]
@@ -89,7 +90,7 @@ def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
             view = f" through {seen.view}" if seen.view else ""
             lines.append(f"{encoder} features of {seen.source}{view}, once it is made")
         elif sources.missing_features(seen, encoder):
-            lines.append(f"python -m {' '.join(sources.cache_command(seen, encoder))}")
+            lines.append(f"python -m {shlex.join(sources.cache_command(seen, encoder))}")
     return list(dict.fromkeys(lines))
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 from scipy.stats import kendalltau
 
+from common.escape import escape_plot
 from common.record import Record
 from evaluate.report.plots import COLOURS, INK, MUTED, draw_svg
 
@@ -120,7 +121,7 @@ def _draw_steps(axes: Axes, lines: StepLines, reference: float | None, title: st
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set(title=title, xlabel="solver steps", ylabel="Fréchet distance")
+    axes.set(title=escape_plot(title), xlabel="solver steps", ylabel="Fréchet distance")
     low, high = axes.get_ylim()
     if len(ticks) > 3:
         # Room above the lines for the inset and the legend.
@@ -132,7 +133,14 @@ def _draw_steps(axes: Axes, lines: StepLines, reference: float | None, title: st
 def _draw_step_lines(axes: Axes, lines: StepLines) -> None:
     for colour, (solver, points) in zip(COLOURS, lines.items(), strict=False):
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, "o-", color=colour, markersize=4, label=solver.upper() or "FD")
+        axes.plot(
+            steps,
+            values,
+            "o-",
+            color=colour,
+            markersize=4,
+            label=escape_plot(solver.upper() or "FD"),
+        )
 
 
 def _draw_inset(axes: Axes, lines: StepLines, least_steps: int) -> None:
@@ -178,12 +186,12 @@ def _draw_infinity(axes: Axes, cells: Sequence[Record], title: str) -> None:
         # The line is drawn to 1/N = 0, where its value is read.
         ends, intercept = np.array([0.0, inverse.max()]), line.number("value")
         name = _row_name(cell) if len(cells) > 1 else "intercept"
-        label = f"{name}: {intercept:.4g}"
+        label = escape_plot(f"{name}: {intercept:.4g}")
         axes.plot(ends, intercept + line.number("slope") * ends, color=colour, label=label)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
-    axes.set(title=title, xlabel="1 / N", ylabel="Fréchet distance")
+    axes.set(title=escape_plot(title), xlabel="1 / N", ylabel="Fréchet distance")
     axes.legend(loc="upper left")
 
 
@@ -219,7 +227,7 @@ def _draw_cosine(axes: Axes, histogram: Record, lines: Mapping[str, float], titl
     axes.set_xlim(low - 0.03, 1.02)
     axes.set_ylim(0, 1.45 * max(counts.max(), 1))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set(title=title, xlabel="cosine similarity", ylabel="tiles")
+    axes.set(title=escape_plot(title), xlabel="cosine similarity", ylabel="tiles")
     # On white: the lines run up behind it.
     axes.legend(
         loc="upper left", ncols=2, fontsize=7.5, frameon=True, framealpha=1, edgecolor="white"
@@ -257,10 +265,10 @@ def _draw_groups(axes: Axes, groups: Sequence[Record], title: str) -> None:
 
 
 def _label_bars(axes: Axes, names: list[str], title: str) -> None:
-    axes.set_yticks(np.arange(len(names)), names, fontsize=7.5)
+    axes.set_yticks(np.arange(len(names)), list(map(escape_plot, names)), fontsize=7.5)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set(title=title, xlabel="Fréchet distance")
+    axes.set(title=escape_plot(title), xlabel="Fréchet distance")
 
 
 def scenario_plots(results: Record) -> list[ProtocolPlot]:
@@ -316,6 +324,7 @@ def concordance_plots(results: Record) -> list[ProtocolPlot]:
 
 def _draw_matrix(axes: Axes, names: list[str], matrix: npt.NDArray[np.float64]) -> None:
     axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+    names = list(map(escape_plot, names))
     axes.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.grid(visible=False)
@@ -341,10 +350,10 @@ def draw_ratios(search: Record) -> bytes:
             edges, counts = (np.array(histogram.numbers(name)) for name in ("edges", "counts"))
             # Shares, since the sets differ in size.
             shares = counts / max(counts.sum(), 1)
-            axes.stairs(shares, edges, color=colour, label=label, linewidth=1.6)
+            axes.stairs(shares, edges, color=colour, label=escape_plot(label), linewidth=1.6)
             lowest = min(lowest, edges[np.flatnonzero(counts)[0]])
         axes.set_xlim(max(0.0, lowest - 0.05), 1.0)
-        axes.set_title(encoder)
+        axes.set_title(escape_plot(encoder))
         axes.set_xlabel("distance to the nearest / to the second nearest training tile")
         axes.set_ylabel("share of tiles")
         axes.legend(loc="upper left")

@@ -1,8 +1,9 @@
 """A protocol's tables as Markdown and LaTeX, from the same rows as the page's."""
 
+import re
 from collections.abc import Iterator
 
-from common.escape import escape_latex
+from common.escape import escape_latex, escape_markdown
 from common.record import Record
 from common.text import format_number, format_share
 
@@ -47,17 +48,26 @@ def counts_text(row: Record) -> str:
 
 def tables_as_markdown(results: Record) -> str:
     """All tables as GitHub's Markdown, with the warnings in front."""
-    lines = [f"# {results['title']}", ""]
+    lines = [f"# {escape_markdown(results.text('title'))}", ""]
     if results["source"]:
-        lines += [f"Protocol `{results['protocol']}`: {results['source']}.", ""]
-    lines += [f"> **Warning.** {one['message']}\n" for one in results.parts("warnings")]
+        source = escape_markdown(results.text("source"))
+        lines += [f"Protocol {_code_markdown(results.text('protocol'))}: {source}.", ""]
+    lines += [
+        f"> **Warning.** {escape_markdown(one.text('message'))}\n"
+        for one in results.parts("warnings")
+    ]
     for table in results.parts("tables"):
         lines += [*_markdown_table(table), ""]
     return "\n".join(lines)
 
 
+def _code_markdown(name: str) -> str:
+    """A name as code; as text where it has what ends code or means something in it."""
+    return f"`{name}`" if re.fullmatch(r"[\w.+-]+", name, re.ASCII) else escape_markdown(name)
+
+
 def _table_heading(table: Record) -> str:
-    return f"{table['title']} {_BETTER[table.text('better')]}".rstrip()
+    return f"{table['title']} {_BETTER.get(table.text('better'), '')}".rstrip()
 
 
 def _texts_by_row(table: Record) -> Iterator[tuple[Record, list[str]]]:
@@ -67,16 +77,18 @@ def _texts_by_row(table: Record) -> Iterator[tuple[Record, list[str]]]:
 
 
 def _markdown_table(table: Record) -> list[str]:
-    heads = [f"{one['encoder']}, {one['set']}" for one in table.parts("columns")]
+    heads = [escape_markdown(f"{one['encoder']}, {one['set']}") for one in table.parts("columns")]
     lines = [
-        f"## {_table_heading(table)}",
+        f"## {escape_markdown(_table_heading(table))}",
         "",
         "| " + " | ".join(["", *heads, "n"]) + " |",
         "|---|" + "---:|" * len(heads) + "---|",
     ]
     for row, values in _texts_by_row(table):
-        label = row.text("label") if row["kind"] == "model" else f"*{row['label']}*"
-        cells = [label.replace("|", "\\|"), *values, counts_text(row)]
+        label = escape_markdown(row.text("label"))
+        # Stars around nothing would be stars.
+        cells = [f"*{label}*" if label and row["kind"] != "model" else label]
+        cells += map(escape_markdown, [*values, counts_text(row)])
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -84,7 +96,10 @@ def _markdown_table(table: Record) -> list[str]:
 def tables_as_latex(results: Record) -> str:
     """All tables in booktabs' form, the warnings in front as comments."""
     lines = ["% \\usepackage{booktabs}"]
-    lines += [f"% warning: {one['message']}" for one in results.parts("warnings")]
+    # Escaped in comments too: they are there to be made text of.
+    lines += [
+        f"% warning: {escape_latex(one.text('message'))}" for one in results.parts("warnings")
+    ]
     for table in results.parts("tables"):
         lines += ["", *_latex_table(results.text("protocol"), table)]
     return "\n".join(lines) + "\n"

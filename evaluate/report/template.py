@@ -3,9 +3,9 @@
 import base64
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common.templates import load_template
 from evaluate.report.images import encode_page_png
 
 _HERE = Path(__file__).parent
@@ -22,15 +22,7 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def render_template(name: str, **values: object) -> str:
     """A template of this folder, filled: every value is escaped, a missing one is an error."""
-    # Strict: a missing value is an error, never an empty place on the page.
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name).render(
+    return load_template(_HERE / name).render(
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         svg_uri=lambda data: data_uri(data, "image/svg+xml"),
         jpeg_uri=lambda data: data_uri(data, "image/jpeg"),

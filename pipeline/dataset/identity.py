@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import json_bytes, open_regular
+from common.files import json_bytes, read_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
@@ -340,7 +340,7 @@ def _checksum_of(document: Mapping[str, object]) -> str:
     """Checksum of identity and records, so that a flipped byte is not taken for another mpp."""
     parts = {key: document[key] for key in ("identity", "records")}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(text.encode(errors='backslashreplace')):08x}"
 
 
 def _is_there(dataset: Dataset) -> bool:
@@ -359,8 +359,7 @@ def _unreadable_message(dataset: Dataset, error: OSError) -> str:
 
 
 def _read_file(file: Path) -> bytes:
-    with open_regular(file) as opened:
-        return opened.read()
+    return read_regular(file)
 
 
 def _parse_document(data: bytes) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The `cache` stage: an encoder's CLS and patch tokens for the named selections."""
 
-import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -84,15 +85,16 @@ def _remedy(dataset: Dataset, config: CacheConfig) -> str:
     folder = dataset.features_dir(0, config.encoder, config.view).name
     return (
         "use the former, another --dataset, or remove them first: `python -m pipeline prune "
-        f"--dataset {dataset.root} --features {folder}` lists them, and with --yes removes them"
+        f"--dataset {shlex.quote(str(dataset.root))} --features {folder}` lists them, and with "
+        "--yes removes them"
     )
 
 
 def _written_record(path: Path) -> dict[str, Any] | None:
     """encoder.json as it was written, or None."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else None
-    except (ValueError, TypeError) as error:
+        return dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and run `cache` again") from error
 
 
@@ -189,10 +191,11 @@ class CacheStage(Stage[_SlideBlocks]):
         # By the journals alone: looking at every file of a cohort takes minutes.
         for slide in self.slides:
             if not slide.blocks <= self.tiles.recorded_blocks(slide.slide_id):
+                root = shlex.quote(str(self.dataset.root))
                 raise UserError(
                     f"slide {slide.slide_id}: selected tiles are not in "
                     f"{self.dataset.tiles_dir(self.tile_px)}; run `python -m pipeline tile "
-                    f"--dataset {self.dataset.root} --tile-px {self.tile_px}` first"
+                    f"--dataset {root} --tile-px {self.tile_px}` first"
                 )
         self.encoder_record = _encoder_record(self.dataset, self.tile_px, self.config)
         self.weights_sha256 = str(self.encoder_record["weights_sha256"])

@@ -3,6 +3,7 @@
 ```yaml
 dataset: dataset            # for every step that names no other
 workers: 8                  # or cluster: FILE.yaml, or scheduler: ADDRESS
+slide_timeout: 3600         # seconds; of --slide-timeout, which every step may have as well
 steps:
   - scan: {slides: /data/slides}
   - tissue
@@ -24,12 +25,15 @@ from pathlib import Path
 
 import yaml
 
+from common.config import MOST_YAML_BYTES
 from common.errors import UserError
+from common.files import read_regular
 from common.plain_yaml import load_yaml
 from common.text import find_nearest, one_line
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
-_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")
+_TIMEOUT_KEY = "slide_timeout"
+_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, _TIMEOUT_KEY, "steps")
 _ON_ENGINE = ("scan", "tissue", "tile", "cache", "curate", "import tiles", "import masks")
 _STEPS: Mapping[str, tuple[str, ...]] = {
     "scan": ("slides",),
@@ -113,7 +117,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
     naming file, step and key.
     """
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(read_regular(path, MOST_YAML_BYTES).decode())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if not (isinstance(document, dict) and document.get("steps")):
@@ -126,7 +130,8 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
             if key not in _KNOWN_KEYS:
                 raise UserError(f"unknown key '{key}'{_suggest_word(key, _KNOWN_KEYS)}")
         engine = engine or {key: document.get(key) for key in _ENGINE_KEYS}
-        shared = {"dataset": document.get("dataset"), **engine}
+        timeout = document.get(_TIMEOUT_KEY)
+        shared = {"dataset": document.get("dataset"), _TIMEOUT_KEY: timeout, **engine}
         steps = tuple(_parse_step(value, shared) for value in document["steps"])
         _check_options(steps)
     except UserError as error:
@@ -158,6 +163,8 @@ def _parse_step(step: object, shared: Mapping[str, object]) -> Step:
     # A step that states where it runs is not given the shared place as well.
     if name in _ON_ENGINE and not any(key in merged for key in _ENGINE_KEYS):
         merged |= {key: value for key, value in shared.items() if key in _ENGINE_KEYS}
+    if name in _ON_ENGINE and "slide-timeout" not in merged:
+        merged.setdefault(_TIMEOUT_KEY, shared[_TIMEOUT_KEY])
     merged = {key: value for key, value in merged.items() if value is not None}
     return Step(name, merged, tuple(_make_arguments(name, merged)))
 

@@ -1,11 +1,11 @@
 """The table's data as one compact JSON document: a column per field, repeated words coded."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 from urllib.parse import quote
 
+from common.escape import escape_terminal
 from pipeline.report.facts import Facts, SlideFacts
 from pipeline.report.selections import SelectionFacts
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
@@ -49,6 +49,7 @@ def page_data(
     slides = facts.slides
     words = {key: [getattr(row, name) for row in slides] for key, name in _OF_FACTS.items()}
     words |= {name: [getattr(row.slide, name) for row in slides] for name in _OF_SLIDE}
+    words = {key: list(map(escape_terminal, column)) for key, column in words.items()}
     classes = [(CLASS_NAMES[c], c) for c in TissueClass if c > TissueClass.BACKGROUND]
     return {
         "overlays": quote(overlays, safe="/"),
@@ -113,9 +114,3 @@ def round_short(value: float | None) -> float | int | None:
 def css_colour(colour: Colour) -> str:
     """`#rrggbb` of an RGB triple, each 0 to 255."""
     return "#" + "".join(f"{part:02x}" for part in colour)
-
-
-def script_safe_json(document: object) -> str:
-    """JSON for the inside of a script element: nothing in it can end that element."""
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -39,6 +39,7 @@ class SlideFacts:
     `status` is one of `STATUSES`; `stage` is the stage that decided it and `reason` its words
     ('' for ok). `class_mm2` and `tiles` are the tissue stage's mm² by class and grid tiles by
     verdict, empty where there is no result; `note` is a stage's remark on a slide that it took.
+    `overlay_sha256` is that of the current overlay by its journal line, None where there is none.
     `refusing` are the classes for which tiles are refused: not those that a detector marks on
     trial only.
     """
@@ -54,7 +55,7 @@ class SlideFacts:
     plan: str = ""
     grid_tiles: int | None = None
     candidates: int | None = None
-    has_overlay: bool = False
+    overlay_sha256: str | None = None
     refusing: frozenset[str] = frozenset()
 
     @property
@@ -212,7 +213,7 @@ class _FactsReader:
             plan=describe_plan(values.get("plan", {})),
             grid_tiles=entry.counts.get("grid tiles"),
             candidates=entry.counts.get("candidate tiles"),
-            has_overlay=self._has_overlay(entry),
+            overlay_sha256=self._overlay_sha256(entry),
             refusing=self.refusing,
         )  # fmt: skip
 
@@ -231,13 +232,13 @@ class _FactsReader:
                     return "failed", stage, later.reason or _UNKNOWN_REASON
         return "ok", "", ""
 
-    def _has_overlay(self, entry: Entry) -> bool:
+    def _overlay_sha256(self, entry: Entry) -> str | None:
         try:
             check_slide_id(entry.slide_id)  # the id becomes a file name
         except UserError:
-            return False
+            return None
         name = self.dataset.relative_path(self.dataset.overlay_file(entry.slide_id))
-        return any(record.path == name for record in entry.files)
+        return next((record.sha256 for record in entry.files if record.path == name), None)
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:

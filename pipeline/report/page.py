@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from common.templates import load_template
+from common.escape import script_safe_json
+from common.templates import escape_html, load_template
 from pipeline.report import svg
-from pipeline.report.data import VERDICT_ORDER, css_colour, page_data, script_safe_json
+from pipeline.report.data import VERDICT_ORDER, css_colour, page_data
 from pipeline.report.distributions import make_distributions
 from pipeline.report.facts import STATUSES, Facts
 from pipeline.report.selections import (
@@ -192,9 +193,9 @@ def mark_code(text: str) -> Markup:
     >>> mark_code("run `tissue` & look")
     Markup('run <code>tissue</code> &amp; look')
     """
-    parts = [escape(part) for part in text.split("`")]
+    parts = [escape_html(part) for part in text.split("`")]
     if len(parts) % 2 == 0:
-        return escape(text)
+        return escape_html(text)
     marked = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
     return Markup("").join(marked)
 

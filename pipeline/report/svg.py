@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from common.templates import escape_html
 from pipeline.report.distributions import Distribution, round_step
 from pipeline.report.selections import Shares
 
@@ -39,7 +40,7 @@ def histogram_svg(distribution: Distribution) -> Markup:
         height = max(_MIN_BAR, span * count / top)
         is_last = not math.isfinite(high)
         words = f"{number(low)} or more" if is_last else f"{number(low)} to {number(high)}"
-        label = escape(f"{count:,} slide{'' if count == 1 else 's'}: {words}")
+        label = escape_html(f"{count:,} slide{'' if count == 1 else 's'}: {words}")
         ends = f"{low:.6g}:" if is_last else f"{low:.6g}:{high:.6g}"
         return (
             f'<a href="#range={quote(quantity.key)}:{ends}" aria-label="{label}">'
@@ -61,7 +62,7 @@ def histogram_svg(distribution: Distribution) -> Markup:
         for i in range(0, len(edges), every)
     )
     axis = f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" ' \
-           f'text-anchor="middle">{escape(quantity.unit)}</text>'  # fmt: skip
+           f'text-anchor="middle">{escape_html(quantity.unit)}</text>'  # fmt: skip
     title = f"Histogram: {quantity.title}, {quantity.unit}"
     return _wrap_chart(_HEIGHT, title, _draw_y_grid(top) + "".join(bars) + ticks + axis)
 
@@ -90,9 +91,9 @@ def share_bars_svg(shares: Shares, what: str) -> Markup:
         y = top + index * _ROW
         shown = name if len(name) <= 18 else name[:17] + "…"
         parts.append(
-            f"<g><title>{escape(name)}: {cohort:.2%} of the candidates, {selected:.2%} of the "
+            f"<g><title>{escape_html(name)}: {cohort:.2%} of the candidates, {selected:.2%} of the "
             f"selection</title>"
-            f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{escape(shown)}</text>'
+            f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{escape_html(shown)}</text>'
             f'<rect class="cohort" x="{left}" y="{y + 1}" width="{span * cohort / widest:.2f}" '
             'height="6"/>'
             f'<rect class="bar" x="{left}" y="{y + 8}" width="{span * selected / widest:.2f}" '
@@ -190,7 +191,7 @@ def share_scatter_svg(shares: Shares, what: str) -> Markup:
     parts = [square.draw_frame(), f'<path class="dots" d="{dots}"/>']
     for i in far:
         kind = "short" if selected[i] < cohort[i] else "dot"
-        label = escape(
+        label = escape_html(
             f"{what} {shares.names[i] or '(none)'}: {cohort[i]:.3%} of the candidates, "
             f"{selected[i]:.3%} of the selection"
         )
@@ -211,10 +212,10 @@ def stacked_svg(parts: Sequence[tuple[str, int, str]]) -> Markup:
         width = 1000 * count / total
         drawn.append(
             f'<rect x="{left:.2f}" y="0" width="{width:.2f}" height="14" fill="{colour}">'
-            f"<title>{escape(name)}: {count:,}</title></rect>"
+            f"<title>{escape_html(name)}: {count:,}</title></rect>"
         )
         left += width
-    label = escape(", ".join(f"{name} {count:,}" for name, count, _ in parts))
+    label = escape_html(", ".join(f"{name} {count:,}" for name, count, _ in parts))
     return Markup(
         f'<svg class="stack" viewBox="0 0 1000 14" preserveAspectRatio="none" role="img" '
         f'aria-label="{label}">{"".join(drawn)}</svg>'
@@ -224,5 +225,5 @@ def stacked_svg(parts: Sequence[tuple[str, int, str]]) -> Markup:
 def _wrap_chart(height: float, label: str, body: str) -> Markup:
     return Markup(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {height:g}" role="group" '
-        f'aria-label="{escape(label)}">{body}</svg>'
+        f'aria-label="{escape_html(label)}">{body}</svg>'
     )

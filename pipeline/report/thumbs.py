@@ -1,5 +1,6 @@
-"""Small pictures of the tissue overlays, made only where they are missing or out of date."""
+"""Small pictures of the tissue overlays, made only where they are missing or of another overlay."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,30 +11,48 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from common.files import open_regular, read_regular
+from common.pictures import PictureSizeError, check_data
 from pipeline.dataset import Dataset, Slide, commit_bytes
 
 Bgr = npt.NDArray[np.uint8]
 
-_SIDE_PX, _QUALITIES, _MAX_BYTES = 288, (82, 72, 60, 45), 20_000
+_SIDE_PX, _QUALITIES, _MAX_BYTES = 288, (82, 72, 60, 45), 19_900
+_VERSION = 1
+"""Raised where pictures of the same overlays are drawn in another way."""
+_JPEG_BEGINS, _JPEG_COMMENT = b"\xff\xd8", b"\xff\xfe"
 _LEGEND_WIDTH_PX = 640
 """Overlays are widened to this for their legend; wider ones are as wide as their slide."""
 
 
 @dataclass(frozen=True)
 class Thumb:
-    """A slide, its overlay, and where its small picture belongs."""
+    """A slide, its overlay with the sum that its journal line states, where its picture belongs."""
 
     slide: Slide
     overlay: Path
+    overlay_sha256: str
     final: Path
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the small picture is there and no older than the overlay."""
+        """Whether the small picture is there and was made from this overlay.
+
+        It says itself what it was made from: the times of files are anything where a dataset was
+        copied or a clock was wrong.
+        """
+        comment = self.comment(self.overlay_sha256)
         try:
-            return self.final.stat().st_mtime_ns >= self.overlay.stat().st_mtime_ns
+            with open_regular(self.final) as file:
+                return file.read(len(comment)) == comment
         except OSError:
             return False
+
+    def comment(self, overlay_sha256: str) -> bytes:
+        """The first bytes of a JPEG of which a comment says all that it is made from."""
+        made_from = ascii((_VERSION, overlay_sha256, self.slide.width, self.slide.height))
+        words = f"histogen {hashlib.sha256(made_from.encode()).hexdigest()}".encode()
+        return _JPEG_BEGINS + _JPEG_COMMENT + (len(words) + 2).to_bytes(2, "big") + words
 
 
 def make_thumbs(
@@ -60,14 +79,18 @@ def make_thumbs(
 
 def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
-        data = np.frombuffer(thumb.overlay.read_bytes(), np.uint8)
-        picture, factor = _decode_picture(data)
-    except (OSError, cv2.error) as error:
+        # What was read, not what the journal says, so that no other picture is taken for it.
+        overlay = read_regular(thumb.overlay)
+        check_data(overlay, ("JPEG",))
+        picture, factor = _decode_picture(np.frombuffer(overlay, np.uint8))
+    except (OSError, PictureSizeError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"
     if picture is None:
         return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
-    commit_bytes(target, run_id, thumb.final, encode_small(without_legend))
+    comment = thumb.comment(hashlib.sha256(overlay).hexdigest())
+    small = encode_small(without_legend).removeprefix(_JPEG_BEGINS)
+    commit_bytes(target, run_id, thumb.final, comment + small)
     return ""
 
 
@@ -95,7 +118,7 @@ def crop_legend(picture: Bgr, slide: Slide, legend_width: float) -> Bgr:
 
 
 def encode_small(picture: Bgr) -> bytes:
-    """JPEG of at most 288 px a side, at the best of a few qualities within 20 kB (or the last)."""
+    """JPEG of at most 288 px a side, at the best of a few qualities of 19.9 kB (or the last)."""
     scale = min(1.0, _SIDE_PX / max(picture.shape[:2]))
     size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
     small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

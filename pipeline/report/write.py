@@ -23,9 +23,11 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
     """
     out = (out or dataset.root / "report").absolute()
     facts, selections = read_facts(dataset), read_selections(dataset)
-    ids = [row.slide.slide_id for row in facts.slides if row.has_overlay]
-    slides = {row.slide.slide_id: row.slide for row in facts.slides}
-    thumbs = [Thumb(slides[i], dataset.overlay_file(i), out / THUMBS / f"{i}.jpg") for i in ids]
+    thumbs = [
+        Thumb(row.slide, dataset.overlay_file(row.slide.slide_id), row.overlay_sha256,
+              out / THUMBS / f"{row.slide.slide_id}.jpg")
+        for row in facts.slides if row.overlay_sha256 is not None
+    ]  # fmt: skip
     target, run_id = Dataset(out), new_run_id()
     is_new = False
     try:
@@ -34,7 +36,8 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
             threads = workers or len(os.sched_getaffinity(0))
             errors = make_thumbs(target, run_id, missing, threads, progress.advance)
         tissue = os.path.relpath((dataset.root / "tissue").absolute(), out).replace(os.sep, "/")
-        html = render_page(facts, selections, set(ids) - errors.keys(), tissue + "/")
+        pictured = {thumb.slide.slide_id for thumb in thumbs} - errors.keys()
+        html = render_page(facts, selections, pictured, tissue + "/")
         page = html.encode("utf-8", "replace")
         if not (out / PAGE).exists() or (out / PAGE).read_bytes() != page:
             commit_bytes(target, run_id, out / PAGE, page)
@@ -45,12 +48,12 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
             target.staging_dir(run_id).parent.rmdir()
     for slide_id, error in sorted(errors.items()):
         print_line(f"report: no small picture of {slide_id}: {error}")
-    made = len(missing) - len(errors)
+    slides, made = len(facts.slides), len(missing) - len(errors)
     if not made and not is_new:
-        print_line(f"report: {len(slides):,} slides, already done, nothing to redo: {out / PAGE}")
+        print_line(f"report: {slides:,} slides, already done, nothing to redo: {out / PAGE}")
         return 0
     print_line(
-        f"report: {len(slides):,} slides; wrote {made:,} of {len(thumbs):,} small pictures and "
+        f"report: {slides:,} slides; wrote {made:,} of {len(thumbs):,} small pictures and "
         f"{out / PAGE} ({format_bytes(len(page))}); open it in a browser"
     )
     return 0

@@ -6,7 +6,9 @@ lost otherwise (preempted, its node gone) is replaced; jobs that are not needed 
 
 import asyncio
 import re
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,11 @@ from common.errors import UserError
 from common.text import one_line
 
 _GPU_DIRECTIVE = re.compile(r"--(gres|tres-per-\w+)[= ]\S*gpu|--gpus(-per-\w+)?[= ]|^-G")
+_SHELL_PATH = re.compile(r"[\w./:@%+=,${} -]*", re.ASCII)
+_PLAIN_WORD = re.compile(r"[\w./:@%+=,-]+")
+_SHELL_PATH = re.compile(r"[\w./:@%+=,${} -]*", re.ASCII)
+_PLAIN_WORD = re.compile(r"[\w./:@%+=,-]+")
+"""What neither SLURM nor a shell takes for more than one word."""
 _MARGIN_S, _MARGIN_SHARE = 300.0, 0.1
 """A worker leaves this long before its job's walltime (or this share of a short one)."""
 _ADAPT_EVERY_S = 2.0
@@ -79,6 +86,22 @@ class ClusterConfig:
             if not is_right:
                 raise UserError(f"{key} is {getattr(self, key)!r}, expected {expected}")
         parse_walltime(self.walltime)
+        self._check_words()
+
+    def _check_words(self) -> None:
+        """Refuse what would be another line or word of the batch script that it is written into."""
+        for key in ("queue", "account", "interface"):
+            text = getattr(self, key)
+            if text and not _PLAIN_WORD.fullmatch(text):
+                raise UserError(f"{key} is {text!r}, expected one word of letters and digits")
+        if not _SHELL_PATH.fullmatch(self.local_dir):
+            raise UserError(
+                f"local_dir is {self.local_dir!r}, expected a folder, which may name variables of "
+                "the job (/scratch/$USER)"
+            )
+        for text in (self.memory, self.walltime, *self.directives):
+            if not text.isprintable():
+                raise UserError(f"{text!r}: expected one line without control characters")
 
     @property
     def asks_for_gpus(self) -> bool:
@@ -176,10 +199,18 @@ def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[
     """The arguments of dask-jobqueue's cluster class."""
     # Absolute: jobs do not start in this process's folder everywhere.
     logs = Path(config.log_dir).resolve()
+    # The job's script has it as it is, also in the worker's options: nothing there can be quoted.
+    if not _PLAIN_WORD.fullmatch(str(logs)):
+        raise UserError(
+            f"--cluster: log_dir is {str(logs)!r}, whose name a batch script cannot have: expected "
+            "a folder without blanks, quotes and other characters that a shell reads"
+        )
     logs.mkdir(parents=True, exist_ok=True)
-    exports = [f"export {name}={value}" for name, value in environment.items()]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     options: dict[str, Any] = {
         "cores": config.cores,
+        # Into a script, as it is: the folder of an environment may have blanks in its name.
+        "python": shlex.quote(sys.executable),
         "processes": config.workers,
         "memory": config.memory,
         "walltime": config.walltime,

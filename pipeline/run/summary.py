@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from rich.table import Table
-from rich.text import Text
 
 from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
 from common.redact import redact_secrets
@@ -111,8 +110,7 @@ def _print_rows(rows: list[tuple[str, str, str]], table: Table) -> None:
     if not rows:
         return
     for slide_id, outcome, reason in rows[:_ROWS_SHOWN]:
-        # As plain text: a reason quotes what others wrote, and may contain rich's brackets.
-        table.add_row(Text(slide_id), outcome, Text(redact_secrets(reason)))
+        table.add_row(slide_id, outcome, redact_secrets(reason))
     stdout.print(table)
     if len(rows) > _ROWS_SHOWN:
         print_line(f"... and {len(rows) - _ROWS_SHOWN} more, in the stage's journal")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.escape import escape_plot
 from common.templates import load_template
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import identity_keys
@@ -143,7 +144,8 @@ def plot_shares(plans: Mapping[str, SelectionPlan]) -> bytes:
             tiles = np.array([row["tiles"] for row in spread["rows"]], float)
             cohort, tiles = 100 * cohort / cohort.sum(), 100 * tiles / tiles.sum()
             some = (tiles > 0) & (cohort > 0)
-            label = f"{name}: {some.sum()} {column}s, JSD {spread['jsd_bits_tiles']:.2g} bits"
+            bits = f"JSD {spread['jsd_bits_tiles']:.2g} bits"
+            label = escape_plot(f"{name}: {some.sum()} {column}s, {bits}")
             axes.plot(cohort[some], tiles[some], ".", color=colour, alpha=0.6, label=label)
             ends = [min(ends[0], cohort[some].min()), max(ends[1], cohort[some].max())]
         # On this line a selection has the cohort's own share.

@@ -1,13 +1,12 @@
 """What `select` and `plan-cohort` print of a selection, and the list of slides left out."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from common.console import print_line, stdout
+from common.escape import csv_text
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import FEW_CANDIDATES, FROZEN, SAMPLE_TYPE, Exclusion
 from pipeline.selection.draw import Division
@@ -58,12 +57,9 @@ def outcome_of(selection: Selection) -> SelectionOutcome:
 
 def excluded_csv(excluded: Sequence[Exclusion]) -> bytes:
     """The list of slides left out, sorted: slide_id, reason, detail, candidates."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "reason", "detail", "candidates"])
-    for row in sorted(excluded, key=lambda exclusion: exclusion.slide_id):
-        writer.writerow([row.slide_id, row.reason, row.detail, row.candidates])
-    return text.getvalue().encode()
+    by_slide = sorted(excluded, key=lambda exclusion: exclusion.slide_id)
+    rows = [(row.slide_id, row.reason, row.detail, row.candidates) for row in by_slide]
+    return csv_text([("slide_id", "reason", "detail", "candidates"), *rows]).encode()
 
 
 def name_option(reason: str) -> str:

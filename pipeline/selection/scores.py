@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from common.text import one_line
 from pipeline.dataset import (
     Dataset,
@@ -86,6 +87,7 @@ def score_shards(
 def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
     """Ranks [n] and CLS features [n, d] of a feature file, a few thousand rows at a time."""
     try:
+        require_regular(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for first in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
                 groups = range(first, min(first + _GROUPS_AT_ONCE, file.num_row_groups))

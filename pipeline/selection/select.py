@@ -1,6 +1,5 @@
 """The `select` stage: a named selection, its budget divided among sites and slides."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
+from common.files import hash_file
 from common.text import describe_joined, joined_names, same_identity_key
 from pipeline.dataset import (
     Dataset,
@@ -131,7 +131,7 @@ def select_claimed(dataset: Dataset, config: SelectConfig, *, replace_other: boo
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     if line := describe_joined("patients", joined_names(tissue.cohort.patient.tolist())):
         print_line(f"select: {line}")
-    slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
+    slides_sha256 = hash_file(dataset.slides_file)
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
         is_same = has_options(dataset, selection.name, config)

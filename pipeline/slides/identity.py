@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from common.files import open_regular
 from common.text import format_bytes
 from pipeline.dataset import Slide
 from pipeline.slides.dicom_series import DICOM_SUFFIX, series_files
@@ -78,7 +79,7 @@ def hash_slide(path: Path, series: str = "", *, companions: bool = False) -> str
     """sha256, in hex, of a slide's files one after the other, sorted by name."""
     sha = hashlib.sha256()
     for file in [*slide_files(path, series), *(companion_files(path) if companions else ())]:
-        with file.open("rb") as data:
+        with open_regular(file) as data:
             while chunk := data.read(_HASH_CHUNK):
                 sha.update(chunk)
     return sha.hexdigest()
@@ -93,7 +94,7 @@ def sample_slide(path: Path, series: str = "", *, companions: bool = True) -> st
     for file in [*slide_files(path, series), *(companion_files(path) if companions else ())]:
         size = file.stat().st_size
         sha.update(size.to_bytes(8, "little"))
-        with file.open("rb") as data:
+        with open_regular(file) as data:
             # From the first bytes to the last, evenly: a header alone is the scanner's.
             for index in range(_SAMPLES):
                 data.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))

@@ -41,6 +41,7 @@ from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
 from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
+from pipeline.slides.tiff_limits import refuse_unbounded
 
 STAGE, VERSION = "scan", 5
 TABLE_SCOPE = "table"
@@ -187,7 +188,7 @@ def scan_slide(
     """
     slide, why = _slide_before_opening(source), ""
     try:
-        if source.taken_by:
+        if source.refusal:
             raise SlideOpenError(source.refusal)
         with local_slide(slide, config.stage_in, Path(scratch)) as path:
             if source.uri:
@@ -244,6 +245,8 @@ def _add_sums(slide: Slide, path: Path, series: str, is_whole: bool) -> Slide:
 
 def _require_whole(path: Path) -> None:
     try:
+        if path.is_file():
+            refuse_unbounded(path)
         missing = what_is_missing(path)
         unwritten = "" if missing else what_is_unwritten(path)
     except OSError as error:

@@ -178,6 +178,45 @@ def test_a_larger_limit_extends_a_smaller_one(
     assert tile_hashes(Dataset(tmp_path / "syn")) == large
 
 
+@pytest.mark.parametrize("selection", ["there", "lost"])
+def test_a_smaller_limit_keeps_what_is_there_and_says_so(
+    run: Callable[..., GenerationOutcome],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    selection: str,
+) -> None:
+    run(conditions=40)
+    dataset = Dataset(tmp_path / "syn")
+    before, table = tile_hashes(dataset), dataset.selection_file("generated").read_bytes()
+    if selection == "lost":
+        dataset.selection_file("generated").unlink()
+    capsys.readouterr()
+    outcome = run(conditions=16)
+    # Of a lost selection the images tell as much: whole blocks of them.
+    there = 40 if selection == "there" else 48
+    assert (outcome.made, outcome.selected) == (0, there)
+    said = capsys.readouterr().out
+    assert f"{there} images are there already or were begun, 16 were asked for" in said
+    assert read_selection(dataset, "generated").rows == there
+    assert before.items() <= tile_hashes(dataset).items()
+    if selection == "there":
+        assert dataset.selection_file("generated").read_bytes() == table
+    # The command as before says nothing of the kind.
+    run(conditions=there)
+    assert "asked for" not in capsys.readouterr().out
+
+
+def test_a_lost_selection_is_the_same_by_the_same_command(
+    run: Callable[..., GenerationOutcome], tmp_path: Path
+) -> None:
+    run(conditions=40)
+    path = Dataset(tmp_path / "syn").selection_file("generated")
+    rows = read_selection(Dataset(tmp_path / "syn"), "generated")
+    path.unlink()
+    run(conditions=40)
+    assert read_selection(Dataset(tmp_path / "syn"), "generated").content_hash == rows.content_hash
+
+
 @pytest.mark.parametrize(("conditions", "made"), [(2, 16), (16, 16), (21, 32), (62, 62)])
 def test_more_images_than_asked_for_are_announced_before_they_are_made(
     run: Callable[..., GenerationOutcome],

@@ -80,6 +80,10 @@ def test_a_stages_own_keys_come_over_the_files(tmp_path: Path) -> None:
         ("- a\n- b", "expected keys and values"),
         ("stages: [tile]", "expected 'stages:"),
         ("a: [", "not YAML"),
+        ('queue: "cpu\\ncurl x | sh"', "queue is .*expected one word"),
+        ("account: lab --wrap=id", "account is .*expected one word"),
+        ("local_dir: /tmp/$(id)", "local_dir is .*expected a folder"),
+        ('directives: ["--gres=gpu:1\\nid"]', "expected one line"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -111,6 +115,20 @@ def test_the_job_script_has_what_the_file_says(tmp_path: Path) -> None:
     assert "--lifetime 86100s" in script
     assert "--no-dashboard" in script
     assert 'mktemp -d -p "${TMPDIR:-/tmp}"' in script, "no folder that others can take first"
+
+
+def test_values_with_blanks_and_quotes_are_words_of_the_job_script(tmp_path: Path) -> None:
+    from dask_jobqueue.slurm import SLURMJob
+
+    config = ClusterConfig(local_dir="/a b/$USER", log_dir=str(tmp_path / "l"), tls=False)
+    options = cluster_options(config, {"HF_HOME": "/data/my models; id"})
+    for key in ("scheduler_options", "silence_logs"):
+        del options[key]
+    script = SLURMJob("tcp://127.0.0.1:1", name="w", **options).job_script()
+    assert 'mkdir -p "/a b/$USER"' in script.splitlines()
+    assert "export HF_HOME='/data/my models; id'" in script.splitlines()
+    with pytest.raises(UserError, match="log_dir"):
+        cluster_options(ClusterConfig(log_dir=str(tmp_path / "a b")), {})
 
 
 def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

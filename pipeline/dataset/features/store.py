@@ -1,5 +1,6 @@
 """Reading features by (slide, rank), and what they were made with."""
 
+import shlex
 import threading
 import warnings
 from collections import OrderedDict
@@ -118,7 +119,8 @@ def _missing_message(dataset: Dataset, encoder: str, kind: str, view: str, selec
     seen = f" under view {view}" if view else ""
     return (
         f"no {kind} features of {encoder}{seen} in {dataset.root}; make them with "
-        f"`python -m pipeline cache --dataset {dataset.root} --encoder {encoder}{chosen}`"
+        f"`python -m pipeline cache --dataset {shlex.quote(str(dataset.root))} "
+        f"--encoder {encoder}{chosen}`"
     )
 
 

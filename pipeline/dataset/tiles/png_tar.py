@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_descriptor, read_regular
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, parse_shard_name
 
@@ -19,6 +20,8 @@ PNG_EFFORTS = ("small", "fast")
 SHARD_REMEDY = "run `python -m pipeline verify --repair`, then `tile` again"
 """What makes a damaged shard anew: `tile` alone goes by names and sizes of files."""
 _HEADER = 512
+_MOST_BLOCK_BYTES = 2 << 30
+"""Of 16 tiles, which have 2 MB each as a rule."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUE_COLOUR, _FILTER_AVERAGE = 2, 3
 _PNG_OPTIONS = [
@@ -133,10 +136,13 @@ class ShardHandle:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = open_descriptor(path)
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
+        # What an index says: a sparse file has any number of bytes.
+        if not 0 <= end - begin <= _MOST_BLOCK_BYTES:
+            raise UserError(f"{self.path}: a block of {end - begin:,} bytes: run `verify`")
         try:
             data = os.pread(self.fd, end - begin, begin)
         except OSError as error:
@@ -166,7 +172,7 @@ class TarShard:
         index = path.with_suffix(".idx")
         # Blocks are read whole, so that the offset of each block's first member is enough.
         try:
-            lines = index.read_text().splitlines()
+            lines = read_regular(index).decode().splitlines()
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
             last = lines[-1].split(" ", 3)
             end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER

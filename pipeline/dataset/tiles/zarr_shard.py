@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import hash_file, make_directory, sync_directory
+from common.files import hash_file, make_directory, open_regular, sync_directory
 from pipeline.dataset.commit import FileRecord, HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset, parse_shard_name
 from pipeline.dataset.tiles.png_tar import SHARD_REMEDY, ShardHandle
@@ -223,7 +223,7 @@ class ZarrShard:
         count = name.stop - name.start
         # The index is at the end, and its length follows from the ranks in the name.
         try:
-            with path.joinpath(*_CHUNK_FILE).open("rb") as file:
+            with open_regular(path.joinpath(*_CHUNK_FILE)) as file:
                 file.seek(-(count * _INDEX_ROW + _CRC), os.SEEK_END)
                 size = file.tell()
                 index = np.frombuffer(file.read(count * _INDEX_ROW), "<u8").reshape(count, 2)

@@ -32,7 +32,7 @@ def doctor(config: DoctorConfig, *, as_json: bool = False) -> int:
     for finding in findings:
         # The subject is ours: "hub token: " before a result would pass for a secret's header.
         line = f"{_SIGNS[finding.state]} {finding.subject}: {redact_secrets(finding.result)}"
-        stdout.print(line, markup=False)
+        stdout.print(line)
         if finding.fix:
             print_line(f"          fix: {finding.fix}")
     host = os.uname().nodename

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
+from common.files import read_regular
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_selection, read_slides
 from pipeline.dataset.identity import (
@@ -106,7 +106,7 @@ class Verification:
             self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
-            if not damage and b'"crc"' not in path.read_bytes():
+            if not damage and b'"crc"' not in read_regular(path):
                 self.notes.append(
                     f"not covered: {path.name} has no checksum (removed, or made by an older "
                     "release)"
@@ -325,5 +325,5 @@ def _print_problems(problems: list[Problem]) -> None:
     table.add_column("what is wrong")
     table.add_column("how to fix it")
     for problem in problems:
-        table.add_row(escape(problem.path), escape(problem.what), escape(problem.fix))
+        table.add_row(problem.path, problem.what, problem.fix)
     stdout.print(table)
