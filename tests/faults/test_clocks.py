@@ -146,7 +146,7 @@ RUNS = st.lists(
 
 
 @given(RUNS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_runs_under_any_clocks_are_in_the_order_in_which_they_ran(
     tmp_path_factory: pytest.TempPathFactory, runs: list[Any]
 ) -> None:

@@ -21,13 +21,12 @@ from pipeline.dataset import (
     Dataset,
     Run,
     Slide,
-    claim_identity,
     make_selection,
     write_selection,
-    write_slides,
 )
 from pipeline.upkeep.activity import list_running
 from pipeline.upkeep.verify.runs import staging_folders
+from tests.pipeline.cohort_data import tissue_dataset
 from tests.pipeline.faults import ROOT
 
 RUN = """
@@ -52,13 +51,10 @@ with Run(dataset, "tile", {}) as run:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     """A dataset that prune and verify find whole."""
-    made = Dataset(tmp_path / "dataset")
-    claim_identity(made, {"mpp": 0.5, "tile_px": 224}, stage="scan", versions={})
-    with Run(made, "scan", {}) as run:
-        write_slides(made, run.run_id, [Slide("s", "s.svs", mpp=0.5)])
-        write_selection(
-            made, run.run_id, make_selection("all", {"s": np.arange(3, dtype=np.int32)}, {})
-        )
+    made = tissue_dataset(tmp_path / "dataset", [Slide("s", "s.svs", mpp=0.5)], [3])
+    with Run(made, "select", {}) as run:
+        selection = make_selection("all", {"s": np.arange(3, dtype=np.int32)}, {})
+        write_selection(made, run.run_id, selection)
     return made
 
 

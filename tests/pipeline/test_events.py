@@ -28,7 +28,7 @@ def test_a_stage_leaves_a_line_an_event(tiled: Dataset) -> None:
     begun, done = (e for e in events if e.event in ("slide begun", "slide done"))
     assert begun.fields["slide"] == done.fields["slide"] == "CMU-1-Small-Region"
     assert begun.fields["worker"] == done.fields["worker"]
-    assert "tcp://" in done.fields["worker"]
+    assert "tls://" in done.fields["worker"]
     assert done.fields["counts"] == {"tiles": 49}
     assert events[0].fields["pid"] == os.getpid()
     assert [one.time for one in events] == sorted(one.time for one in events)
