@@ -146,7 +146,7 @@ def measure_cache(
         work, weights = {blocks: tuple(kinds)}, encoder.weights_sha256
         root = str(dataset.root)
         jobs = [
-            (bundle.SlideWork(root, "bench", name, config, 224, work, "f", weights),)
+            (bundle.SlideWork(root, "bench", name, config, 224, work, "f", weights, tiles),)
             for name in slides
         ]
         with in_this_process(encoder):

@@ -14,9 +14,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from common.errors import UserError
+from common.files import read_regular
 from common.plain_yaml import load_yaml
+from common.text import one_line
 
 T = TypeVar("T")
+
+
+MOST_YAML_BYTES = 4 << 20
+"""YAML is parsed at 1 MB per second; no configuration has a hundredth of that."""
 
 
 class _Raw(str):
@@ -26,11 +32,11 @@ class _Raw(str):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `UserError` where there is none."""
     try:
-        values = load_yaml(path.read_text())
+        values = load_yaml(read_regular(path, MOST_YAML_BYTES).decode())
     except FileNotFoundError as error:
         raise UserError(f"configuration {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path}: cannot be read ({error})") from error
+        raise UserError(f"configuration {path}: cannot be read ({one_line(error)})") from error
     except ValueError as error:
         raise UserError(f"configuration {path}: not YAML: {error}") from error
     # An empty file is a configuration of defaults.

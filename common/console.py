@@ -7,7 +7,6 @@ passes through the two consoles here, which let no text of a record steer the te
 import argparse
 import io
 import logging
-import os
 import sys
 import time
 import traceback
@@ -35,6 +34,7 @@ from rich.text import Text
 from common.errors import UserError
 from common.escape import escape_terminal
 from common.redact import redact_secrets
+from common.streams import lossy_output
 from common.text import find_nearest, format_seconds
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -68,7 +68,7 @@ class _PlainConsole(Console):
                 yield Segment("\n".join(lines), segment.style)
 
 
-stdout = _PlainConsole(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+stdout = _PlainConsole(width=None if sys.stdout and sys.stdout.isatty() else _LOG_WIDTH)
 stderr = _PlainConsole(stderr=True)
 
 
@@ -77,31 +77,41 @@ def print_line(message: str) -> None:
     stdout.print(escape_terminal(redact_secrets(message)))
 
 
-def run_door(command: Callable[[], int], rooms: tuple[str, ...]) -> None:
+def run_door(
+    command: Callable[[], int],
+    rooms: tuple[str, ...],
+    *,
+    prints_result: bool = False,
+    is_resumable: bool = True,
+) -> None:
     """Run a room's command and exit with its status.
 
-    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Rooms that
-    were not imported from this project (a stray train.py in the working folder) are refused.
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Output that
+    cannot be written ends no command; where it is the result (`prints_result`), the status of one
+    that did its work is 1. `is_resumable` is whether an interrupted command keeps what it has done.
+    Rooms that were not imported from this project (a stray train.py in the working folder) are
+    refused.
     """
     _guard_streams()
-    try:
-        _check_rooms(rooms)
-        status = command()
-    except (UserError, KeyboardInterrupt) as error:
-        status = report_error(error)
-    except BrokenPipeError:
-        # The reader has gone (`| head`): Python's last flush must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with lossy_output(is_result=prints_result) as losses:
+        try:
+            _check_rooms(rooms)
+            status = command()
+        except (UserError, KeyboardInterrupt) as error:
+            status = report_error(error, is_resumable=is_resumable)
+    if losses and prints_result and status == EXIT_OK:
         status = EXIT_FAILURES
     sys.exit(status)
 
 
-def report_error(error: UserError | KeyboardInterrupt) -> int:
+def report_error(error: UserError | KeyboardInterrupt, *, is_resumable: bool = True) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
         stderr.print(escape_terminal(redact_secrets(f"error: {error}")), style="bold red")
         return EXIT_USAGE
-    stderr.print("interrupted: what was committed stays; run the same command to go on")
+    done = "what was committed stays; run the same command to go on"
+    again = "no result was written; the same command begins again"
+    stderr.print(f"interrupted: {done if is_resumable else again}")
     return EXIT_INTERRUPTED
 
 

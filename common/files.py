@@ -1,6 +1,8 @@
 """Files that appear under their final name whole and synced, or not at all."""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -11,6 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
+
+MOST_TEXT_BYTES = 256 << 20
+"""Of a configuration, record, results or GeoJSON file; parsed it takes about ten times that."""
+MOST_LINE = 16 << 20
+"""Characters of a line of a journal or a log."""
+MOST_ROW = 1 << 20
+"""Characters of a line of a table."""
 
 
 def sync_directory(path: Path) -> None:
@@ -59,19 +68,66 @@ def _sync_names(path: Path) -> None:
     _SYNCED.add(path)
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, open to be read; a pipe, device, socket or folder is refused at once.
 
-    Raises `OSError`, with a message that says what the path is.
+    Raises `OSError`, whose `strerror` says what the path is.
     """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path) -> int:
+    """The descriptor of a regular file, to be read from; raises what `open_regular` raises."""
     # Without O_NONBLOCK the opening of a pipe waits for a writer, for ever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(f"it is {_kind_of_file(mode)}, expected a regular file")
+        what = f"it is {_kind_of_file(mode)}, expected a regular file"
+        raise OSError(errno.EINVAL, what, str(path))
     os.set_blocking(handle, True)
-    return os.fdopen(handle, "rb")
+    return handle
+
+
+def require_regular(path: Path) -> None:
+    """Refuse, with an `OSError`, what `open_regular` refuses: for libraries that open by name."""
+    os.close(open_descriptor(path))
+
+
+def open_text(
+    path: Path, *, encoding: str = "utf-8", errors: str = "strict", newline: str | None = None
+) -> IO[str]:
+    """A regular file, open to be read as text; the keywords are those of `open`."""
+    return io.TextIOWrapper(open_regular(path), encoding, errors, newline=newline)
+
+
+def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
+    """The bytes of a regular file; one of more than `most_bytes` is refused before it is read.
+
+    Raises `OSError`, whose `strerror` says what is wrong with the file.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # The size is no promise: another process may be writing.
+        data = file.read(most_bytes + 1) if size <= most_bytes else b""
+    if max(size, len(data)) > most_bytes:
+        what = f"it has {max(size, len(data)):,} bytes, expected at most {most_bytes:,}"
+        raise OSError(errno.EFBIG, what, str(path))
+    return data
+
+
+def read_lines(file: IO[str], most_characters: int = MOST_LINE) -> Iterator[str]:
+    """The lines of an open text; a longer one comes in pieces, so that none takes all memory."""
+    while line := file.readline(most_characters):
+        yield line
+
+
+def table_lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a table's text; raises `OSError` for one that is longer than any row is."""
+    while line := file.readline(MOST_ROW + 1):
+        if len(line) > MOST_ROW:
+            raise OSError(errno.EFBIG, f"a line has more than {MOST_ROW:,} characters")
+        yield line
 
 
 def _kind_of_file(mode: int) -> str:
@@ -146,7 +202,7 @@ def _renaming(staged: Path, final: Path) -> Iterator[None]:
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """The hex digest of a file's bytes, such as "sha256" or "md5"; raises `OSError`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         # Not for security: machines that forbid MD5 for that still compare copies by it.
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
     return digest.hexdigest()

@@ -1,7 +1,9 @@
 """The processes that `torchrun` started for one command, or a single one, and their devices."""
 
+import contextlib
 import hashlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +18,21 @@ from torch import Tensor
 from common.console import (
     EXIT_FAILURES,
     EXIT_USAGE,
+    print_line,
     print_traceback,
     report_error,
     stderr,
     stdout,
 )
 from common.errors import UserError
+from common.launch import STORE_VARIABLE
 
 Outcome = TypeVar("Outcome")
 _CPU = torch.device("cpu")
+
+_LEFT = "histogen/left"
+"""The key in the store under which a process that leaves on purpose has its exit status."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 """Words in gloo's plain RuntimeErrors when another process has gone."""
@@ -32,6 +40,14 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 
 class ReportedElsewhereError(Exception):
     """Ends this process of several: the main one reports the mistake."""
+
+
+class ExplainedExit(SystemExit):
+    """Ends a command with a status and a line, which one of several processes prints."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(status)
+        self.line = line
 
 
 @dataclass(frozen=True)
@@ -119,13 +135,42 @@ def joined_processes(
         return
     backend = gpu_backend if chosen.type == "cuda" else "gloo"
     # By hand, to keep the store: in it the processes agree on who reports an error.
-    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    store, rank = _open_store(size, patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
         yield Processes(rank, size, chosen)
     except BaseException as error:
         _exit_at_once(error, store, rank)
     dist.destroy_process_group()
+
+
+def _open_store(size: int, patience: timedelta) -> tuple[dist.Store, int]:
+    """Where the processes find one another, and this one's rank.
+
+    torch.distributed knows no passwords: on one machine its sockets are on loopback, and the store
+    is a file of the owner's, or a server on loopback. torchrun's own server is not ours to choose.
+    """
+    rank, address = int(os.environ.get("RANK", "-1")), os.environ.get("MASTER_ADDR", "")
+    path, is_torchrun = os.environ.get(STORE_VARIABLE), "TORCHELASTIC_RUN_ID" in os.environ
+    is_local = path or address in _LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    if is_local and "lo" in (name for _, name in socket.if_nameindex()):
+        # Otherwise gloo listens where the host's name leads, NCCL on all networks.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if path:
+        store: dist.Store = dist.FileStore(path, size)
+        store.set_timeout(patience)
+        return store, rank
+    if rank == 0 and address in _LOOPBACK and not is_torchrun:
+        # By itself the store would listen on all networks.
+        with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))) as server:
+            store = dist.TCPStore(
+                "127.0.0.1", server.getsockname()[1], size, is_master=True, timeout=patience,
+                master_listen_fd=server.detach(),
+            )  # fmt: skip
+        return store, rank
+    store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+    return store, rank
 
 
 def choose_device(name: str, local_rank: int = 0, *, setting: str = "--device ") -> torch.device:
@@ -167,10 +212,16 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
     lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
     if isinstance(error, ReportedElsewhereError):
         status = EXIT_USAGE
-    elif isinstance(error, SystemExit):  # it has said why
+    elif isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else EXIT_FAILURES
+        with contextlib.suppress(RuntimeError):  # the process that kept the store has ended
+            store.set(_LEFT, str(status))
+        if isinstance(error, ExplainedExit) and _is_first(store, "reported"):
+            print_line(error.line)
     elif lost or isinstance(error, dist.DistError):
-        if _is_first(store, "reported"):
+        if (left := _status_of_others(store)) is not None:
+            status = left
+        elif _is_first(store, "reported"):
             reason = str(error).splitlines()[0][-200:]
             stderr.print(f"error: process {rank} lost another process: {reason}")
     else:
@@ -182,8 +233,17 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
             print_traceback(error)
     # What follows flushes nothing by itself.
     for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)
+
+
+def _status_of_others(store: dist.Store) -> int | None:
+    """The status of a process that left on purpose, None where there is none."""
+    try:
+        return int(store.get(_LEFT)) if store.check([_LEFT]) else None
+    except RuntimeError:  # the process that kept the store has ended
+        return None
 
 
 def _is_first(store: dist.Store, key: str) -> bool:

@@ -132,4 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(lambda: main(sys.argv[1:]), ("common", "evaluate", "model", "pipeline"))
+    run_door(
+        lambda: main(sys.argv[1:]),
+        ("common", "evaluate", "model", "pipeline"),
+        # The others write their result whole, at the end.
+        is_resumable=bool({"generate", "protocol"} & set(sys.argv[1:2])),
+    )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import make_directory, write_text
+from common.json_text import read_json
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.noise import derive_seeds, seed_tensor
@@ -351,8 +352,8 @@ def _read_config(path: Path) -> _FolderConfig:
     if not path.is_file():
         raise UserError(f"model {path.parent}: has no {_CONFIG}; export the model again")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"model {path}: not valid JSON ({error}); export the model again"
         ) from error

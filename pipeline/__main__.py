@@ -13,6 +13,9 @@ _DESCRIPTION = (
     "order scan, tissue, select, tile, cache; each may be run again and does only what is missing."
 )
 
+_PRINT_RESULTS = {"batch", "doctor", "prune", "status", "verify"}
+"""Commands that are of no use where their output cannot be written."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
@@ -35,4 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(lambda: main(sys.argv[1:]), ("common", "model", "pipeline"))
+    run_door(
+        lambda: main(sys.argv[1:]),
+        ("common", "model", "pipeline"),
+        prints_result=bool(_PRINT_RESULTS & set(sys.argv[1:2])),
+    )

@@ -26,3 +26,8 @@ MIN_TISSUE = option_metadata(
 MAX_ARTIFACT = option_metadata(
     "largest share of a candidate tile that is artifact", parse=parse_fraction
 )
+
+SLIDE_TIMEOUT_S = 14_400.0
+"""Seconds after which a slide fails: 4 h, where a real slide takes minutes (80 core-seconds)."""
+CACHE_TIMEOUT_S = 86_400.0
+"""The same for `cache`: the largest encoder takes 13 h on one core for a slide of 10,500 tiles."""

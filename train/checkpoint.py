@@ -5,7 +5,7 @@ optimizer, and state.json. There is no state of a random generator or of the rea
 randomness and the stream are functions of the step.
 """
 
-import json
+import errno
 import os
 import re
 import secrets
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from common.console import print_line
 from common.errors import UserError
 from common.files import json_bytes, make_directory, sync_directory
+from common.json_text import read_json
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"^step-(\d{8,})$")
 _STATE_FILE = "state.json"
 _STAGING = ".writing-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,35 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step`, durably, then remove all but the newest `keep`.
 
-    `keep` is at least 1; `files` are the tensors of each safetensors file by its stem. Raises
-    `UserError` where the folder cannot be written; earlier checkpoints then remain.
+    `keep` is at least 1; `files` are the tensors of each safetensors file by its stem. On a full
+    disk the oldest goes first where another remains. Raises `UserError` where the folder cannot be
+    written; earlier checkpoints then remain.
     """
-    folder = checkpoints_dir(run_dir)
-    final = folder / f"step-{state.step:08d}"
+    final = checkpoints_dir(run_dir) / f"step-{state.step:08d}"
+    try:
+        try:
+            _write_folder(final, state, files)
+        except OSError as error:
+            older = list_checkpoints(run_dir)
+            if error.errno not in _NO_ROOM or not len(older) >= keep > 1:
+                raise
+            # It would go in a moment anyway: a disk with room for `keep` of them must do.
+            shutil.rmtree(older[0], ignore_errors=True)
+            _write_folder(final, state, files)
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; free space or choose "
+            "another run.dir, then run the same command to go on"
+        ) from error
+    # Only now: until the new one is on disk, the old ones are what a restart reads.
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write_folder(final: Path, state: RunState, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint's folder, synced, under its final name; raises `OSError`."""
+    folder = final.parent
     staged = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
     try:
         make_directory(staged)
@@ -182,17 +208,10 @@ def write_checkpoint(
             shutil.rmtree(final)
         staged.rename(final)
         sync_directory(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write checkpoint {final}: {error.strerror or error}; free space or choose "
-            "another run.dir, then run the same command to go on"
-        ) from error
+    except UserError as error:  # of a file in the folder; the checkpoint's own line follows
+        raise error.__cause__ or error from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    # Only now: until the new one is on disk, the old ones are what a restart reads.
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -205,7 +224,7 @@ def read_state(checkpoint: Path) -> RunState:
     """The state.json of a checkpoint; raises `UserError` for a damaged or newer one."""
     path = checkpoint / _STATE_FILE
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         version = values["format_version"]
         # Fields of a later release are left out.
         known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}

@@ -6,7 +6,6 @@ frozen they are all that ever normalises its latents, as in REPA (Yu et al., arX
 in REPA-E's second stage (arXiv 2504.10483), which read them from a file.
 """
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from common.console import open_meter, print_line
 from common.errors import UserError
+from common.json_text import read_json
 from common.torch_processes import Processes
 from model.images import from_uint8
 from model.latent_norm import LatentNorm
@@ -156,7 +156,7 @@ def _scale_of_file(path: Path) -> LatentScale:
 def _scale_of_config(path: Path) -> LatentScale | None:
     """What a diffusers VAE's config.json says of all channels alike; None where it says nothing."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         factor, shift = values.get("scaling_factor"), values.get("shift_factor")
         if not factor:
             return None

@@ -1,5 +1,6 @@
 """One training per run directory: the main process holds a lock on RUN/.lock while it lives."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -11,6 +12,7 @@ from typing import IO, Self
 from common import leases
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 from common.leases import Lease, file_server_time, is_lease_alive, read_holder
 from common.processes import identify_process
 from pipeline.dataset.lock import hold_lock
@@ -87,9 +89,9 @@ class RunLock:
         holder: dict[str, object] = {"host": here.host, "pid": here.pid, "boot": here.boot}
         if job := os.environ.get("SLURM_JOB_ID"):
             holder["job"] = job
-        file.truncate(0)
-        file.write(json.dumps(holder) + "\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk is met where something matters
+            file.truncate(0)
+            os.write(file.fileno(), f"{json.dumps(holder)}\n".encode())
         return True
 
     def _try_lease(self) -> bool:
@@ -112,7 +114,7 @@ class RunLock:
         """The process that has the lock, in words, and whether it is on this machine."""
         # A holder that is just starting may not have written its name yet.
         try:
-            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            holder = read_json(self.path)
         except (OSError, ValueError):
             holder = {}
         if not isinstance(holder, dict):

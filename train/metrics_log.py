@@ -3,15 +3,19 @@
 import json
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from common.console import print_line
 from common.errors import UserError
-from common.files import sync_directory, write_text
+from common.files import MOST_TEXT_BYTES, read_regular, sync_directory, write_text
+from common.json_text import parse_json
 from train.config import Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,23 +35,27 @@ class MetricsLog:
         if self.path.exists():
             kept = [line for line in _read_lines(self.path) if 0 < step >= line["step"]]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        # Its name; its lines are synced before each checkpoint.
-        sync_directory(run_dir)
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+            # Its name; its lines are synced before each checkpoint.
+            sync_directory(run_dir)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self._events: Any = None
         self._wandb = open_wandb(run_dir, config) if config.log.wandb else None
         if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            with self._tolerate_events():
+                self._events = _open_events(run_dir / "tensorboard", step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with suppress(OSError):  # of lines whose loss has been reported
+            self._file.close()
+        with self._tolerate_events():
+            if self._events is not None:
+                self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
@@ -56,9 +64,10 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         # At once, for those who follow the file while the run goes on.
         self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        with self._tolerate_events():
+            if self._events is not None:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -69,12 +78,41 @@ class MetricsLog:
 
     def write_picture(self, step: int, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """Show an RGB picture uint8 [h, w, 3] in TensorBoard and Weights & Biases."""
-        if self._events is not None:
-            self._events.add_image(name, pixels, step, dataformats="HWC")
+        with self._tolerate_events():
+            if self._events is not None:
+                self._events.add_image(name, pixels, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+    @contextmanager
+    def _tolerate_events(self) -> Iterator[None]:
+        """Go on without events once they cannot be written: metrics.jsonl has the same values."""
+        try:
+            yield
+        except OSError as error:
+            self._events = None
+            print_line(
+                f"warning: TensorBoard's events cannot be written ({error.strerror or error}): "
+                f"training goes on without them; {METRICS_FILE} has the same values"
+            )
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard events; what was logged after `step` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    report = threading.excepthook
+
+    def report_unknown(failure: threading.ExceptHookArgs) -> None:
+        # The writer's own thread ends with the error that its next call here raises as well.
+        module = type(failure.thread).__module__
+        if not (issubclass(failure.exc_type, OSError) and module.startswith("tensorboard")):
+            report(failure)
+
+    threading.excepthook = report_unknown
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def open_wandb(run_dir: Path, config: Config) -> Any:
@@ -122,8 +160,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _read_lines(path: Path) -> Iterator[dict[str, float]]:
     if not path.exists():
         return
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode().splitlines():
         try:
-            yield json.loads(text)
+            yield parse_json(text)
         except ValueError:
             continue

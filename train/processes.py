@@ -96,13 +96,14 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
     if "WORLD_SIZE" in environ or "SLURM_STEP_ID" not in environ or size == "1":
         return {}
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    is_alone = environ.get("SLURM_STEP_NUM_NODES") == "1"
     # Jobs on one node, and steps of one job, must not meet on a port.
     step = int(environ["SLURM_JOB_ID"]) + 97 * int(environ["SLURM_STEP_ID"])
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": size,
         "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "MASTER_ADDR": environ.get("MASTER_ADDR", first_host(nodes)),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", "127.0.0.1" if is_alone else first_host(nodes)),
         "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + step % 20000)),
     }
 

@@ -112,6 +112,7 @@ class Reporter:
         self._averages = Averages(processes, config.data.batch_size)
         self._window, self._started = Window(), time.monotonic()
         self._damaged_here, self._damage_said = 0, set[str]()
+        self._failing: set[str] = set()
         self._note, self._flop = "", 0
         # MFU is a share of this rate, in TFLOP/s.
         self._matrix_rate = config.log.matrix_tflop_per_s
@@ -165,7 +166,8 @@ class Reporter:
             self._damage_said.add(damage)
             lines += json.dumps({"step": batch.step + 1, "skipped": damage}) + "\n"
         if lines:
-            append_text(self.run_dir / SKIPPED_FILE, lines)
+            with self._tolerate_failure(f"the line of {SKIPPED_FILE}"):
+                append_text(self.run_dir / SKIPPED_FILE, lines)
 
     def count_step(self, metrics: Metrics, *, skipped: bool) -> None:
         """Count a finished step; the metrics of a skipped one are left out."""
@@ -339,16 +341,22 @@ class Reporter:
 
     @contextmanager
     def _tolerate_failure(self, what: str) -> Iterator[None]:
-        """A failure inside the block is one line: a picture must not cost a night of training."""
+        """A failure inside the block is one line: a picture must not cost a night of training.
+
+        One that goes on, as on a full disk, is reported when it begins.
+        """
         try:
             yield
+            self._failing.discard(what)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             reason = str(UserError(error))
             if isinstance(error, torch.OutOfMemoryError):
                 reason = reason.partition(". ")[0]  # a paragraph on allocation follows
-            print_line(
-                f"warning: {what} of step {self.state.step} failed, training goes on: {reason}"
-            )
+            if what not in self._failing:
+                print_line(
+                    f"warning: {what} of step {self.state.step} failed, training goes on: {reason}"
+                )
+            self._failing.add(what)
             if self.processes.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from common.config import read_yaml
 from common.console import print_line
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.json_text import parse_json
+from common.files import read_regular, write_json, write_text
+from common.json_text import parse_json, read_json
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
@@ -161,7 +161,8 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
             print_line(f"{damage}: writing it again")
         remove_unfinished(run_dir)
         record = data.source.encoder_record
-        header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
+        named = [record.get(key) for key in ("encoder", "weights")]
+        header = f"# encoder {named[0]}, weights {named[1]}\n" if record else ""
         # Where a reader of the configuration cannot miss it.
         if record.get("random_weights"):
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
@@ -210,7 +211,7 @@ def damaged_file(
     """
     for path in (run_dir / name for name in names):
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
             if not data.strip(b"\0 \r\n"):
                 return f"{path} is empty"
             if path.suffix == ".json":
@@ -244,7 +245,7 @@ def read_records(run_dir: Path) -> dict[str, Any]:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
     path = run_dir / RECORDS_FILE
     try:
-        return dict(parse_json(path.read_bytes()))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
 

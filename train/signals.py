@@ -3,13 +3,13 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, NoReturn, Self, TextIO, cast
+from typing import Any, NoReturn, Self
 
-from common.console import EXIT_INTERRUPTED, print_line, stderr, stdout
+from common.console import EXIT_INTERRUPTED, print_line
+from common.torch_processes import ExplainedExit
 
 EXIT_REQUEUE = 75
 """Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
@@ -20,8 +20,15 @@ _IGNORABLE = (signal.SIGHUP,)  # as nohup leaves it
 _SAME_KEY_S = 0.1  # Ctrl-C can reach a process twice: from the terminal and from what started it
 
 
-class StoppedEarly(SystemExit):
+class StoppedEarly(ExplainedExit):
     """Leaves a run that was asked to stop before its first step: nothing would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            EXIT_REQUEUE,
+            "stopped on request before the first step of this start: there is nothing new to "
+            f"save; the same command begins there again (exit status {EXIT_REQUEUE})",
+        )
 
 
 class StopRequests:
@@ -54,18 +61,14 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._note_signal)
         self._watcher = threading.Thread(target=self._watch_signals, args=(reading,), daemon=True)
         self._watcher.start()
-        # What Ctrl-C also ends (`| tee log`) or a closed terminal must not cost the checkpoint.
-        self._files = stdout._file, stderr._file
-        for console, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
-            if stream is not None:  # as in a process that was started without one
-                console.file = cast(TextIO, _Tolerant(stream, self))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, StoppedEarly) and self._says:
+            print_line(error.line)
         self._restore_handlers(self._previous_fd)
         os.close(self._writing)  # which ends the thread
         self._watcher.join()
-        stdout._file, stderr._file = self._files
 
     def begin_steps(self) -> None:
         """From now on a request is noted, for the end of the step to see."""
@@ -85,12 +88,7 @@ class StopRequests:
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if self._may_leave:
-            if self._says:
-                print_line(
-                    "stopped on request before the first step of this start: there is nothing new "
-                    f"to save; the same command begins there again (exit status {EXIT_REQUEUE})"
-                )
-            raise StoppedEarly(EXIT_REQUEUE)
+            raise StoppedEarly
 
     def _watch_signals(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as pipe:
@@ -111,35 +109,6 @@ class StopRequests:
                     "interrupted: finishing this step and saving it; Ctrl-C again ends at once, "
                     "without saving"
                 )
-
-
-class _Tolerant:
-    """A stream whose failures, once a stop was requested, are passed over."""
-
-    def __init__(self, stream: TextIO, requests: StopRequests) -> None:
-        self._stream, self._requests = stream, requests
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._leave_stream(error)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._leave_stream(error)
-
-    def _leave_stream(self, error: OSError) -> None:
-        if not self._requests.received:
-            raise error
-        # What is still buffered, and Python's last flush, go there too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def _end_at_once(says: bool) -> NoReturn:

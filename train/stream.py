@@ -11,7 +11,6 @@ block is read once by a cursor, and a batch mixes B K distant places over K step
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import replacing_file, write_text
+from common.json_text import read_json
 from pipeline.dataset import BLOCK_ROWS, Selection
 
 BLOCK_DTYPE = np.dtype([("slide", "<u4"), ("block", "<u4"), ("mask", "<u2")])
@@ -97,19 +98,14 @@ def compile_blocks(selection: Selection) -> BlockTable:
 
 def write_blocks(table: BlockTable, folder: Path) -> None:
     """Write a table as whole files: `slides.json`, and `blocks.npy` with 10 bytes per block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not synced: every start writes them again before it reads them.
-    staged = folder / f".writing-{os.getpid()}"
-    staged.write_text(json.dumps(table.slide_ids))
-    staged.replace(folder / _SLIDES_FILE)
-    with staged.open("wb") as file:
+    write_text(folder / _SLIDES_FILE, json.dumps(table.slide_ids))
+    with replacing_file(folder / _BLOCKS_FILE) as file:
         np.save(file, table.blocks)
-    staged.replace(folder / _BLOCKS_FILE)
 
 
 def map_blocks(folder: Path) -> BlockTable:
     """The table in a folder; its blocks are mapped, so that a node's processes share them."""
-    slides = tuple(json.loads((folder / _SLIDES_FILE).read_text()))
+    slides = tuple(read_json(folder / _SLIDES_FILE))
     return BlockTable(slides, np.load(folder / _BLOCKS_FILE, mmap_mode="r"))
 
 

@@ -37,6 +37,7 @@ import torch
 
 from common.errors import UserError
 from common.files import write_text
+from common.json_text import read_json
 from common.record import Record
 
 SCHEMA_VERSION = 2
@@ -68,7 +69,7 @@ def check_writable(path: Path) -> None:
 def read_results(path: Path) -> Record:
     """Read results.json; a `UserError` names what is wrong with it and how to get one."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"no results at {path}: run `python -m evaluate measure` first") from error
     except (OSError, ValueError) as error:

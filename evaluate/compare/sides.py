@@ -57,7 +57,7 @@ class FeatureSide:
         # Both sides need the same weights, so the advice for a missing cache names them.
         store = open_store(
             dataset, selection_name, encoder, view=view, tile_px=tile_px,
-            weights=like.store.record["weights"] if like else None,
+            weights=like.store.record.get("weights") if like else None,
         )  # fmt: skip
         if like is not None:
             check_comparable(like.store, store)

@@ -1,12 +1,13 @@
 """The tiles of a synthetic dataset by condition and variation, and the real ones behind them."""
 
-import json
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import read_regular
+from common.json_text import read_json
 from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.conditions import CONDITIONS_FILE, ConditionListing
 from evaluate.generate.plan import IMAGES_PER_SLIDE, pseudo_slide_id
@@ -102,9 +103,12 @@ class GeneratedTiles:
             raise UserError(f"{self.dataset.root}: tile {listed['name']} was not on disk")
         path = self.dataset.root / GUIDANCE_DIR / listed["file"]
         try:
-            return decode_png(path.read_bytes())
+            return decode_png(read_regular(path))
         except OSError as error:
-            raise UserError(f"{path} cannot be read; run the same `generate` again") from error
+            raise UserError(
+                f"{path} cannot be read; run `python -m pipeline verify --repair`, then the same "
+                "`generate`"
+            ) from error
 
     def image_warnings(self) -> tuple[str, ...]:
         """What a figure must not hide of its images."""
@@ -120,8 +124,10 @@ class GeneratedTiles:
 def _read_listing(dataset: Dataset) -> ConditionListing | None:
     path = dataset.root / GUIDANCE_DIR / CONDITIONS_FILE
     try:
-        return cast(ConditionListing, json.loads(path.read_text()))
+        return cast(ConditionListing, read_json(path))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged; run the same `generate` again") from error
+        raise UserError(
+            f"{path} is damaged; run `python -m pipeline verify --repair`, then the same `generate`"
+        ) from error

@@ -20,7 +20,7 @@ from pipeline.dataset import (
     read_identity,
     read_selection,
 )
-from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore
+from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore, require_fields
 
 Positions = npt.NDArray[np.int64]
 """Numbers of conditions, from 0."""
@@ -146,6 +146,7 @@ class SelectionConditions(ShuffledSelection):
     encoder_record: EncoderRecord
 
     def __init__(self, dataset: Dataset, selection: Selection, store: FeatureStore) -> None:
+        require_fields(store, "encoder", "dim")
         super().__init__(dataset, selection, int(store.record["tile_px"]))
         self.store = store
         self.encoder_record = cast(EncoderRecord, dict(store.record))
@@ -199,7 +200,7 @@ def encoder_identity(record: EncoderRecord) -> dict[str, object]:
     """The guiding encoder's keys of a synthetic dataset's identity."""
     return {
         "guidance_encoder": record["encoder"],
-        "guidance_encoder_sha256": record["weights_sha256"],
+        "guidance_encoder_sha256": record.get("weights_sha256"),
         "guidance_compute_dtype": record.get("compute_dtype"),
     }
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from common.pictures import PictureSizeError, open_picture
 from evaluate.generate.condition_source import check_resolution
 from evaluate.generate.conditions import Reference
 from evaluate.generators import EncoderRecord
@@ -18,6 +19,9 @@ from pipeline.dataset import Dataset, TileStore, identity_value
 from pipeline.dataset.features import FeatureStore
 
 Tile = npt.NDArray[np.uint8]
+
+
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Wanted:
 def read_image(path: Path, wanted: Wanted) -> Tile:
     """An image file as RGB uint8 [px, px, 3]; refused where it is not the model's tile size."""
     try:
-        with Image.open(path) as image:
+        # Formats that Pillow decodes itself: for PostScript it runs a program.
+        with open_picture(path, _FORMATS) as image:
             if image.size != (wanted.tile_px, wanted.tile_px):  # before a slide is decoded
                 raise UserError(
                     f"image {path} is {image.width} x {image.height} px, the model's tiles are "
@@ -41,7 +46,7 @@ def read_image(path: Path, wanted: Wanted) -> Tile:
             return np.array(image.convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
-    except Image.DecompressionBombError as error:
+    except PictureSizeError as error:
         raise UserError(
             f"image {path} is far larger than a tile of {wanted.tile_px} px ({error}); give tiles "
             "of a slide by --slide FILE --at x,y"

@@ -44,6 +44,7 @@ from pipeline.dataset import (
     read_identity,
     software_versions,
 )
+from pipeline.dataset.claim import GENERATED, hold_claim
 
 _STAGE_VERSION = 1
 _ENCODE_THREADS = 4
@@ -100,7 +101,9 @@ def generate(
             dataset, claims, stage="generate", versions=_software_versions(),
             kind=DatasetKind.GENERATED,
         )  # fmt: skip
-        units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
+        # Tables only grow: two runs with other numbers of images must see each other's.
+        with hold_claim(dataset, GENERATED, "generate"):
+            units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
     # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances

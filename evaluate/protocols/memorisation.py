@@ -123,8 +123,8 @@ class CopySearch:
         """What names the training features without reading them all: selection and encoder."""
         record, dataset = self._store.record, self._store.dataset
         return [str(dataset.root.resolve()), guiding_fingerprint(dataset),
-                self._selection.content_hash, record["weights_sha256"], record["view"],
-                record["compute_dtype"], record["tile_px"], self._encoder]  # fmt: skip
+                self._selection.content_hash, record.get("weights_sha256"), record.get("view"),
+                record.get("compute_dtype"), record["tile_px"], self._encoder]  # fmt: skip
 
     def _train_blocks(self) -> Iterator[Features]:
         """The training features in the selection's order, some 16,384 rows at a time."""

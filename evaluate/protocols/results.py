@@ -30,11 +30,11 @@ Schema 1, one JSON object:
     seconds, versions, hardware
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.json_text import read_json
 
 SCHEMA_VERSION = 1
 KIND = "protocol"
@@ -47,7 +47,7 @@ def read_protocol_results(path: Path) -> dict[str, Any] | None:
     Raises `UserError` for one of another schema or with parts missing.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
     except (OSError, ValueError):
         return None  # `measure`'s reader says what is wrong
     if not isinstance(results, dict) or results.get("kind") != KIND:

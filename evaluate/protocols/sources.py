@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import read_regular
 from evaluate.generate.condition_source import guiding_fingerprint
 from evaluate.generate.plan import source_order
 from evaluate.generate.write import SELECTION_NAME
@@ -129,7 +130,7 @@ class ProtocolSources:
         spec = self.find_model(name)
         config = Path(spec.model) / "config.json"
         if config.exists():
-            return hashlib.sha256(config.read_bytes()).hexdigest()
+            return hashlib.sha256(read_regular(config)).hexdigest()
         return f"{spec.generator} {spec.model}"
 
     def find_model(self, name: str) -> ModelSpec:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.json_text import read_json
 from evaluate.compare.results import write_results
 
 VERSION = 1
@@ -42,7 +43,7 @@ class ResultStore:
         text = json.dumps({"version": VERSION, **inputs}, sort_keys=True)
         path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))["result"]
+            result = read_json(path)["result"]
             self.reused += 1
             return result
         except (OSError, ValueError, KeyError):
@@ -50,4 +51,4 @@ class ResultStore:
         write_results(path, {"inputs": inputs, "result": compute()})
         self.computed += 1
         # Read back, so that a first run and a resumed one have the same values and types.
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
+        return read_json(path)["result"]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import read_regular
 from evaluate.generate.condition_source import foreign_guidance
 from evaluate.generate.plan import source_order
 from pipeline.dataset import (
@@ -107,4 +108,4 @@ def read_overlays(dataset: Dataset, slide_ids: Sequence[str], count: int) -> lis
     """The overlays of the first slides that have one."""
     files = ((slide_id, dataset.overlay_file(slide_id)) for slide_id in slide_ids)
     existing = ((slide_id, file) for slide_id, file in files if file.exists())
-    return [Overlay(slide_id, file.read_bytes()) for slide_id, file in islice(existing, count)]
+    return [Overlay(slide_id, read_regular(file)) for slide_id, file in islice(existing, count)]

@@ -1,6 +1,7 @@
 """One small PNG that shows a run at a glance, for a README."""
 
 import io
+from contextlib import suppress
 
 import cv2
 import matplotlib as mpl
@@ -11,6 +12,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.escape import escape_plot
+from common.pictures import PictureSizeError, check_data
 from evaluate.metrics.registry import summarise_metrics
 from evaluate.report.images import Tile
 from evaluate.report.page import PageContent
@@ -49,8 +51,10 @@ def _draw_overlay(axes: Axes, content: PageContent) -> None:
     if not content.overlays:
         axes.set_axis_off()
         return
-    data = np.frombuffer(content.overlays[0].jpeg, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    jpeg, image = content.overlays[0].jpeg, None
+    with suppress(PictureSizeError):
+        check_data(jpeg, ("JPEG",))
+        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise UserError(f"the overlay of {content.overlays[0].slide_id} is no readable JPEG")
     _draw_image(axes, np.asarray(image, np.uint8))

@@ -1,6 +1,5 @@
 """What training left behind: its curves from metrics.jsonl, and its summary."""
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import MOST_TEXT_BYTES, read_regular
+from common.json_text import parse_json, read_json
 from common.record import Record
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -34,9 +35,9 @@ def read_run(path: Path) -> RunCurves:
         raise UserError(f"{path} is no run directory (no metrics.jsonl); give --run RUN of train")
     # A line that is no JSON was torn by a kill.
     rows = []
-    for line in log.read_text().splitlines():
+    for line in read_regular(log, 4 * MOST_TEXT_BYTES).decode().splitlines():
         with suppress(ValueError):
-            row = json.loads(line)
+            row = parse_json(line)
             if isinstance(row, dict) and "step" in row:
                 rows.append(Record(row, str(log)))
     return RunCurves(path, _series_by_name(rows), _read_summary(path / "summary.json"))
@@ -65,7 +66,7 @@ def _read_summary(path: Path) -> Record:
     if not path.exists():
         return Record({})
     try:
-        summary = json.loads(path.read_text())
+        summary = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; run training to its end again") from error
     return Record(summary if isinstance(summary, dict) else {}, str(path))

@@ -5,6 +5,7 @@ import argparse
 from common.options import add_config_options, config_from_options
 from pipeline.commands.options import add_dataset, add_engine, engine_config
 from pipeline.features.config import CacheConfig
+from pipeline.options import CACHE_TIMEOUT_S
 
 HELP = "write an encoder's CLS and patch tokens for selections"
 
@@ -16,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print files, bytes and hours, compute nothing"
     )
     add_dataset(parser)
-    add_engine(parser, array=True)
+    add_engine(parser, array=True, slide_timeout_s=CACHE_TIMEOUT_S)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import make_directory, sync_directory
+from common.files import make_directory, open_text, read_lines, sync_directory
+from common.json_text import parse_json
 from common.redact import redact_all
 
 SUFFIX = ".log"
@@ -98,7 +99,7 @@ class Event:
 def decode_event(line: str) -> Event | None:
     """The event of a line, or None where the line is torn."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         head = [str(record.pop(key)) for key in ("time", "run", "stage", "event")]
         return Event(head[0], head[1], head[2], head[3], record)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -108,5 +109,5 @@ def decode_event(line: str) -> Event | None:
 def read_events(path: Path) -> list[Event]:
     """Every whole line of a log."""
     # A torn line may end inside a character.
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        return [event for line in lines if (event := decode_event(line)) is not None]
+    with open_text(path, errors="replace") as lines:
+        return [event for line in read_lines(lines) if (event := decode_event(line)) is not None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import json_bytes, open_regular
+from common.files import json_bytes, read_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
 from pipeline.dataset.layout import Dataset
@@ -171,6 +171,8 @@ def claim_identity(
     if before != after:
         with hold_lock(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
             # What another run claimed in between counts, and is kept.
+            if kind:
+                refuse_other_kind(dataset, kind, stage)
             before, after = _with_claims(dataset, claims, stage, record)
             if before != after:
                 # The copy first: once a stage goes on, its values are there twice.
@@ -357,8 +359,7 @@ def _unreadable_message(dataset: Dataset, error: OSError) -> str:
 
 
 def _read_file(file: Path) -> bytes:
-    with open_regular(file) as opened:
-        return opened.read()
+    return read_regular(file)
 
 
 def _parse_document(data: bytes) -> dict[str, Any]:

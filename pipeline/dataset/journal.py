@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.files import make_directory, sync_directory
+from common.files import make_directory, open_text, read_lines, sync_directory
+from common.json_text import parse_json
 from common.leases import Lease, clear_leases
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
@@ -84,11 +85,10 @@ def encode_line(entry: Entry, versions: dict[str, str]) -> str:
 def decode_line(line: str) -> Entry | None:
     """The entry of a line, or None where the line is torn or was altered."""
     try:
-        record = json.loads(line)
-        crc = record.pop("crc")
+        record = parse_json(line)
+        if record.pop("crc") != _checksum_of(record):
+            return None
     except (ValueError, KeyError, AttributeError, TypeError):
-        return None
-    if crc != _checksum_of(record):
         return None
     # Keys of newer releases are passed over.
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}
@@ -100,22 +100,30 @@ def decode_line(line: str) -> Entry | None:
 
 
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
+_MOST = 1 << 62
+"""Of any number that a run writes."""
 
 
 def _check_types(entry: Entry) -> Entry:
     """The entry, if its values are of the types that a run writes."""
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
-    whole = all(type(value) is int for value in (entry.start, entry.stop))
+    whole = all(type(value) is int and abs(value) < _MOST for value in (entry.start, entry.stop))
     tables = isinstance(entry.counts, dict) and isinstance(entry.values, dict)
-    if not (texts and whole and tables and isinstance(entry.seconds, int | float)):
+    # What is read is summed: a number of a thousand digits fits into no other.
+    sane = tables and all(map(_is_sane, (entry.seconds, *entry.counts.values())))
+    if not (texts and whole and sane):
         raise ValueError("not a line of a journal")
     return entry
+
+
+def _is_sane(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _MOST
 
 
 def _file_record(values: dict[str, Any]) -> FileRecord:
     record = FileRecord(**values)
     texts = isinstance(record.path, str) and isinstance(record.sha256, str)
-    if not texts or type(record.bytes) is not int:
+    if not texts or type(record.bytes) is not int or abs(record.bytes) > _MOST:
         raise ValueError("not a file's record")
     return record
 
@@ -278,8 +286,9 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     for name in sorted(_list_folder(folder), key=run_order):
         if name.endswith(".jsonl"):
             try:
-                with (folder / name).open(encoding="utf-8", errors="replace") as lines:
-                    entries += [one for line in lines if (one := decode_line(line)) is not None]
+                with open_text(folder / name, errors="replace") as file:
+                    lines = map(decode_line, read_lines(file))
+                    entries += [entry for entry in lines if entry is not None]
             except OSError as error:
                 raise _refuse_journal(folder / name, error) from error
     if outside:

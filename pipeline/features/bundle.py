@@ -20,7 +20,6 @@ from pipeline.dataset import (
     Entry,
     FileRecord,
     TileStore,
-    candidate_count,
     commit_file,
 )
 from pipeline.dataset.commit import HashingFile
@@ -52,7 +51,8 @@ class SlideWork:
     """One slide's missing features, as a worker receives them.
 
     `spans` are the ranges [start, stop) of blocks to compute, each with the kinds of features that
-    it lacks; `tile_px` is the tile side in px.
+    it lacks; `tile_px` is the tile side in px; `rows` is one more than the slide's last written
+    rank.
     """
 
     root: str
@@ -63,6 +63,7 @@ class SlideWork:
     spans: Mapping[range, tuple[str, ...]]
     fingerprint: str
     weights_sha256: str
+    rows: int
 
     def failed_entries(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
         """The lines of a failure, of the kinds that some span lacks and a later run writes.
@@ -244,7 +245,7 @@ class _FeatureJob:
             cls.extend(part.cls for part in parts)
             stop = start + sum(map(len, cls))
         else:
-            rows = candidate_count(self.dataset, self.work.slide_id)
+            rows = self.work.rows
             stop = ranks_of_blocks(span.blocks, rows).stop
             path = self._file_path(token_kind, start, stop)
             write = partial(self._write_tokens, parts, cls)

@@ -1,6 +1,5 @@
 """The `cache` stage: an encoder's CLS and patch tokens for the named selections."""
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
@@ -10,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from common.console import print_line
 from common.errors import UserError
+from common.json_text import read_json
 from pipeline.dataset import (
     Dataset,
     Entry,
     Ledger,
     Missing,
     Run,
-    candidate_count,
     commit_json,
     fingerprint_of,
     identity_value,
 )
+from pipeline.dataset.claim import FEATURES, hold_claim
 from pipeline.dataset.features.store import refuse_other_features
 from pipeline.dataset.layout import ranks_of_blocks
 from pipeline.features.bundle import SlideWork, cache_bundle, load_encoder_once
@@ -93,8 +93,8 @@ def _remedy(dataset: Dataset, config: CacheConfig) -> str:
 def _written_record(path: Path) -> dict[str, Any] | None:
     """encoder.json as it was written, or None."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else None
-    except (ValueError, TypeError) as error:
+        return dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and run `cache` again") from error
 
 
@@ -124,8 +124,15 @@ def claim_encoder(
 ) -> None:
     """Write and journal encoder.json of each kind, or refuse features made otherwise.
 
-    `tile_px` is the tile side in px.
+    `tile_px` is the tile side in px. Under a claim: of two runs with other weights one is refused.
     """
+    with hold_claim(dataset, FEATURES, STAGE):
+        _write_records(dataset, run, tile_px, config, record)
+
+
+def _write_records(
+    dataset: Dataset, run: Run, tile_px: int, config: CacheConfig, record: dict[str, Any]
+) -> None:
     ledger = Ledger.read(dataset, STAGE)
     for kind in config.kinds:
         path = config.file(dataset, tile_px, kind)
@@ -211,8 +218,14 @@ class CacheStage(Stage[_SlideBlocks]):
 
     def count_tiles(self, slide_id: str, spans: Iterable[range]) -> int:
         """Tiles in spans [start, stop) of blocks of a slide, of 16 each but the slide's last."""
-        rows = candidate_count(self.dataset, slide_id)
+        rows = self._rows_of(slide_id)
         return sum(len(ranks_of_blocks(span, rows)) for span in spans)
+
+    def _rows_of(self, slide_id: str) -> int:
+        """One more than the slide's last written rank: only its last block may be short."""
+        # By the journal: a damaged table of candidates must not stop what needs no positions.
+        shards = self.tiles.written.get(slide_id, ())
+        return max((shard.stop for shard in shards), default=0)
 
     def make_task(
         self, item: _SlideBlocks, fingerprint: str, missing: Missing, run_id: str
@@ -224,7 +237,7 @@ class CacheStage(Stage[_SlideBlocks]):
         }
         work = SlideWork(
             str(self.dataset.root), run_id, item.slide_id, self.config, self.tile_px, spans,
-            fingerprint, self.weights_sha256,
+            fingerprint, self.weights_sha256, self._rows_of(item.slide_id),
         )  # fmt: skip
         tiles = self.count_tiles(item.slide_id, spans)
         scopes = tuple(scope for scope in self.scopes if scope in missing.scopes)

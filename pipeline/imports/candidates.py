@@ -30,6 +30,7 @@ from pipeline.dataset import (
     write_candidates,
     write_selection,
 )
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.imports.positions import Floats, Ints, RankedUnion, ranked_union
 from pipeline.run.stage import stage_versions
 from pipeline.run.summary import Summary, report_summary
@@ -106,7 +107,10 @@ def record_candidates(
             writer.write_batch(batch)
             progress.advance(len(batch))
         summary.seconds = progress.seconds
-    _write_selections(dataset, imported, ranks, fingerprints, identity["seed"], detector, summary)
+    with hold_claim(dataset, SELECTIONS, "import"):
+        _write_selections(
+            dataset, imported, ranks, fingerprints, identity["seed"], detector, summary
+        )
     for tiles, count in zip(imported, duplicates.tolist(), strict=True):
         if count:
             print_line(

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from common.console import open_meter, print_line
 from common.errors import UserError
-from common.files import write_bytes
+from common.files import read_regular, write_bytes
+from common.pictures import PictureSizeError, check_data
 from common.text import list_some
 from pipeline.dataset import (
     Dataset,
@@ -165,9 +166,14 @@ def export_slide(root: str, export: SlideExport, out: str) -> list[Entry]:
 def _read_mask(dataset: Dataset, slide_id: str) -> npt.NDArray[np.uint8]:
     path = dataset.mask_file(slide_id)
     try:
-        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
+        data = read_regular(path)
+        check_data(data, ("PNG",), is_mask=True)
+        mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, PictureSizeError, cv2.error):
         mask = None
     if mask is None or mask.ndim != 2:
-        raise UserError(f"{path} cannot be read as a mask; run the stage that made it again")
+        raise UserError(
+            f"{path} cannot be read as a mask; run `pipeline verify --repair`, then `tissue` (or "
+            "the `import` that made it)"
+        )
     return np.asarray(mask, np.uint8)

@@ -17,6 +17,7 @@ from common.errors import UserError
 from pipeline.dataset import Slide
 from pipeline.imports.config import Frame
 from pipeline.imports.polygons import Affine
+from pipeline.slides.identity import check_recorded
 from pipeline.slides.openslide_reader import OpenSlideReader
 from pipeline.slides.reader import SlideOpenError
 from pipeline.tissue.classes import TissueClass
@@ -33,10 +34,12 @@ _CLEARLY = 0.1
 def with_bounds(slide: Slide) -> Slide:
     """The slide with its `bounds`, read from its file where an older `scan` did not record them.
 
-    Raises `UserError` where the file would have to be read and cannot be.
+    Raises `UserError` where the file would have to be read and cannot be, and `OtherFileError`
+    where it is another one than `scan` recorded.
     """
     if slide.bounds is not None or slide.vendor not in _VENDORS_WITH_BOUNDS:
         return slide
+    check_recorded(slide, Path(slide.path))
     try:
         with OpenSlideReader(Path(slide.path)) as reader:
             base, bounds = reader.levels[0], reader.bounds

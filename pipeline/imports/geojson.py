@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.json_text import read_json
 from common.text import one_line
 from pipeline.imports.polygons import (
     Affine,
@@ -158,7 +159,7 @@ def read_annotations(path: Path) -> tuple[list[Feature], str]:
     Only files that `geojson` wrote state one: `bounds` or `canvas`.
     """
     try:
-        document, frame = json.loads(path.read_bytes()), ""
+        document, frame = read_json(path), ""
         if isinstance(document, dict):
             frame = str(document.get(_FRAME_MEMBER, ""))
             document = document.get("features", [document])

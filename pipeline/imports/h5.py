@@ -4,6 +4,7 @@ Both keep `coords` [n, 2], upper left corners in level-0 pixels, and state in it
 large a patch is: TRIDENT as `patch_size_level0`, CLAM as `patch_size` at `patch_level`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
-from common.files import hash_file
+from common.files import hash_file, require_regular
 from common.text import list_some, one_line
 from pipeline.dataset import Dataset, Slide, fingerprint_of, read_slides
 from pipeline.imports.candidates import ImportedTiles, record_candidates
@@ -29,6 +30,8 @@ from pipeline.tissue.stage import usable_slides
 _SUFFIXES = (".h5", ".hdf5")
 _TRIDENT_SUFFIX = "_patches"
 _SIZE_SLACK = 0.001
+_MOST_PATCHES = 50_000_000
+"""Of one slide: ten times what fits on the largest, edge to edge at 0.25 µm per px."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,17 @@ def read_patches(path: Path, slide: Slide) -> Patches:
     import h5py
 
     try:
+        require_regular(path)
         with h5py.File(path, "r") as file:
             if "coords" not in file:
                 raise UserError(f"{path}: no dataset 'coords'; there: {', '.join(file) or 'none'}")
-            corners = np.asarray(file["coords"], np.float64)
+            coords = file["coords"]
+            shape = getattr(coords, "shape", ())
+            # An array that was never written is as large as it claims, in a few bytes.
+            if (count := math.prod(shape)) > 2 * _MOST_PATCHES:
+                most = f"{2 * _MOST_PATCHES:,}"
+                raise UserError(f"{path}: coords has {count:,} numbers, expected at most {most}")
+            corners = np.asarray(coords, np.float64)
             attributes = {key: np.asarray(value) for key, value in file["coords"].attrs.items()}
     except OSError as error:
         raise UserError(f"{path} cannot be read as HDF5: {one_line(error, 120)}") from error

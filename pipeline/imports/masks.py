@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from common.console import print_line
 from common.errors import UserError
 from common.files import hash_file
+from common.pictures import open_picture
 from common.text import list_some, one_line
 from pipeline.dataset import (
     Dataset,
@@ -43,6 +43,7 @@ from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
+from pipeline.slides.identity import OtherFileError
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.config import TissueConfig
 from pipeline.tissue.detect import Detection, DetectorConfig
@@ -61,6 +62,7 @@ _VERSION = 1
 _NO_MASK = "no mask was imported for this slide"
 _CHECKED_FIRST = 8
 _MAX_STRETCH = 0.02
+_MOST_MASK_PX = 1 << 28
 
 
 @dataclass
@@ -187,6 +189,8 @@ def mask_slide(
     detector = MaskFile(path, slide, parse_classes(config.classes), config.frame)
     try:
         entry = record_tissue(Dataset(Path(root)), run_id, slide, tissue, fingerprint, detector)
+    except OtherFileError as error:
+        return [Entry(slide.slide_id, "failed", fingerprint, str(error), values=dict(error.values))]
     except UserError as error:
         return [Entry(slide.slide_id, "failed", fingerprint, f"{path.name}: {error}")]
     values = {**entry.values, "source": source}
@@ -283,7 +287,7 @@ def paint_picture(
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
     try:
         # PNG alone: Pillow's reader of PostScript runs a program.
-        with Image.open(path, formats=("PNG",)) as image:
+        with open_picture(path, ("PNG",), _MOST_MASK_PX, is_mask=True) as image:
             if image.mode == "1":
                 return np.array(image.convert("L"), np.uint8)
             if image.mode not in ("L", "P"):
@@ -291,7 +295,7 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
                     f"the picture is {image.mode}; expected one grey or palette value per pixel"
                 )
             return np.array(image, np.uint8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot be read as a PNG: {one_line(error, 120)}") from error
 
 
@@ -318,6 +322,8 @@ class ImportMasksStage(Stage[Slide]):
     def __init__(self, dataset: Dataset, config: MasksConfig) -> None:
         super().__init__(dataset)
         self.config = config
+        self.sources: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.class_names = parse_classes(config.classes)
         self.slides = usable_slides(dataset)
         self.masks = find_masks(config.folder, self.slides)
@@ -341,14 +347,17 @@ class ImportMasksStage(Stage[Slide]):
         """The slides that scan found fit for tiling."""
         # A mask is read once for its sum; a slide without one keeps what it was imported from.
         ledger = Ledger.read(self.dataset, STAGE)[""]
-        self.sources = {
-            slide.slide_id: mask_source(
-                self.masks[slide.slide_id], self.class_names, self._frame_of(slide)
-            )
-            if slide.slide_id in self.masks
-            else imported_source(ledger.entries(slide.slide_id))
-            for slide in self.slides
-        }
+        self.sources, self.unreadable = {}, {}
+        for slide in self.slides:
+            mask, slide_id = self.masks.get(slide.slide_id), slide.slide_id
+            try:
+                self.sources[slide_id] = (
+                    mask_source(mask, self.class_names, self._frame_of(slide))
+                    if mask
+                    else imported_source(ledger.entries(slide_id))
+                )
+            except UserError as error:
+                self.sources[slide_id], self.unreadable[slide_id] = "", str(error)
         return self.slides
 
     def _frame_of(self, slide: Slide) -> dict[str, object]:
@@ -363,7 +372,9 @@ class ImportMasksStage(Stage[Slide]):
     def reason_to_refuse(
         self, item: Slide, fingerprint: str, ledger: Ledger
     ) -> tuple[Outcome, str] | None:
-        """A slide without a mask, unless an earlier import had one."""
+        """A slide whose mask cannot be read, or without one unless an earlier import had one."""
+        if item.slide_id in self.unreadable:
+            return "failed", self.unreadable[item.slide_id]
         if item.slide_id in self.masks or ledger[""].done(item.slide_id, fingerprint) is not None:
             return None
         return "rejected", _NO_MASK

@@ -16,6 +16,7 @@ from pipeline.imports.candidates import ImportedTiles
 from pipeline.imports.config import Frame
 from pipeline.imports.frames import Bools, find_tissue, inner_bounds, is_clearly_more, with_bounds
 from pipeline.imports.positions import Floats, Ints, SlideFrames
+from pipeline.slides.identity import OtherFileError, check_recorded
 from pipeline.slides.open import open_scanned
 from pipeline.slides.region import read_overview
 from pipeline.tissue.detect import DetectorConfig
@@ -49,11 +50,18 @@ class SlideTissue:
 
 @lru_cache(maxsize=8)
 def read_tissue(slide: Slide) -> SlideTissue | None:
-    """The tissue of a slide, None where its file cannot be read here."""
+    """The tissue of a slide, None where its file cannot be read here.
+
+    Raises `OtherFileError` where it is another file than `scan` recorded.
+    """
     try:
-        with open_scanned(slide, Path(slide.path)) as reader:
+        path = Path(slide.path)
+        check_recorded(slide, path)
+        with open_scanned(slide, path) as reader:
             mpp = float(slide.mpp or 1)
             rgb, um_per_px = read_overview(reader, mpp, DetectorConfig().um_per_px)
+    except OtherFileError:
+        raise
     except (UserError, OSError):
         return None
     if not rgb.size:

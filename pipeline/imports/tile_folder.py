@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_text, table_lines
 from common.text import list_some
 from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
@@ -256,8 +257,8 @@ def _from_csv(table: Path) -> list[TileFolder]:
     """Slides of a CSV with path and slide, and perhaps x and y or col and row, patient, site ..."""
     slides: dict[str, _SlideRows] = {}
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+        with open_text(table, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(table_lines(file))
             columns = reader.fieldnames or []
             path_column = _find_column(table, columns, _PATHS)
             slide_column = _find_column(table, columns, _SLIDES)

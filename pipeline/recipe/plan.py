@@ -5,11 +5,13 @@ and seconds are those of the dataset's own journal; before its first entry, size
 docs/scaling.md and hours are unknown.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import MOST_YAML_BYTES
+from common.files import open_regular, read_regular
+from common.json_text import parse_json
 from common.options import parse_count
 from common.plain_yaml import load_yaml
 from pipeline.dataset import BLOCK_ROWS, Dataset, Entry, Ledger, read_journal
@@ -242,7 +244,7 @@ def plan_training(step: Step) -> StepPlan:
     """GPU-seconds left at the training run's own rate; unknown before it has begun."""
     folder = Path(str(step.values.get("run.dir", "")))
     try:
-        config = load_yaml((folder / "config.yaml").read_text())
+        config = load_yaml(read_regular(folder / "config.yaml", MOST_YAML_BYTES).decode())
         last = _last_metrics(folder / "metrics.jsonl")
         total, batch = int(config["run"]["steps"]), int(config["data"]["batch_size"])
         done, rate = int(str(last["step"])), float(str(last["images_per_s"]))
@@ -256,12 +258,12 @@ def plan_training(step: Step) -> StepPlan:
 
 def _last_metrics(path: Path) -> dict[str, object]:
     """The last whole line of a metrics file that has a rate; {} where there is none."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
         lines = file.read().splitlines()
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "images_per_s" in row:

@@ -3,6 +3,7 @@
 ```yaml
 dataset: dataset            # for every step that names no other
 workers: 8                  # or cluster: FILE.yaml, or scheduler: ADDRESS
+slide_timeout: 3600         # seconds; of --slide-timeout, which every step may have as well
 steps:
   - scan: {slides: /data/slides}
   - tissue
@@ -24,12 +25,15 @@ from pathlib import Path
 
 import yaml
 
+from common.config import MOST_YAML_BYTES
 from common.errors import UserError
+from common.files import read_regular
 from common.plain_yaml import load_yaml
 from common.text import find_nearest, one_line
 
 _ENGINE_KEYS = ("workers", "cluster", "scheduler")
-_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, "steps")
+_TIMEOUT_KEY = "slide_timeout"
+_KNOWN_KEYS = ("dataset", *_ENGINE_KEYS, _TIMEOUT_KEY, "steps")
 _ON_ENGINE = ("scan", "tissue", "tile", "cache", "curate", "import tiles", "import masks")
 _STEPS: Mapping[str, tuple[str, ...]] = {
     "scan": ("slides",),
@@ -54,7 +58,7 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
 _WITHOUT_DATASET = ("train", "train export", "evaluate generate", "evaluate measure",
                     "evaluate report")  # fmt: skip
 _LAUNCHED = ("train", "evaluate generate")
-"""Steps that may be several processes, by torchrun."""
+"""Steps that may be several processes (`common.launch`)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Step:
 
     @property
     def processes(self) -> int:
-        """How many processes torchrun starts; 1 is one without torchrun."""
+        """How many processes the step is."""
         return int(str(self.values.get("processes", 1)))
 
     @property
@@ -91,13 +95,11 @@ class Step:
         """The whole command line, Python first."""
         launcher = ["-m", self.room]
         if self.processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone",
-                        f"--nproc-per-node={self.processes}", *launcher]  # fmt: skip
+            launcher = ["-m", "common.launch", str(self.processes), self.room]
         return [sys.executable, *launcher, *self.arguments]
 
     def __str__(self) -> str:
-        launcher = f"torchrun --nproc-per-node={self.processes}" if self.processes > 1 else "python"
-        return " ".join([launcher, "-m", self.room, *self.arguments])
+        return " ".join(["python", *self.command()[1:]])
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
     naming file, step and key.
     """
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
+        document = load_yaml(read_regular(path, MOST_YAML_BYTES).decode())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if not (isinstance(document, dict) and document.get("steps")):
@@ -128,7 +130,8 @@ def load_recipe(path: Path, engine: Mapping[str, object] | None = None) -> Recip
             if key not in _KNOWN_KEYS:
                 raise UserError(f"unknown key '{key}'{_suggest_word(key, _KNOWN_KEYS)}")
         engine = engine or {key: document.get(key) for key in _ENGINE_KEYS}
-        shared = {"dataset": document.get("dataset"), **engine}
+        timeout = document.get(_TIMEOUT_KEY)
+        shared = {"dataset": document.get("dataset"), _TIMEOUT_KEY: timeout, **engine}
         steps = tuple(_parse_step(value, shared) for value in document["steps"])
         _check_options(steps)
     except UserError as error:
@@ -160,6 +163,8 @@ def _parse_step(step: object, shared: Mapping[str, object]) -> Step:
     # A step that states where it runs is not given the shared place as well.
     if name in _ON_ENGINE and not any(key in merged for key in _ENGINE_KEYS):
         merged |= {key: value for key, value in shared.items() if key in _ENGINE_KEYS}
+    if name in _ON_ENGINE and "slide-timeout" not in merged:
+        merged.setdefault(_TIMEOUT_KEY, shared[_TIMEOUT_KEY])
     merged = {key: value for key, value in merged.items() if value is not None}
     return Step(name, merged, tuple(_make_arguments(name, merged)))
 

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.files import open_regular
+from common.files import open_regular, read_regular
+from common.pictures import PictureSizeError, check_data
 from pipeline.dataset import Dataset, Slide, commit_bytes
 
 Bgr = npt.NDArray[np.uint8]
@@ -78,16 +79,16 @@ def make_thumbs(
 
 def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
-        # What was read, not what the journal says, so that no other picture is taken for it.
-        with open_regular(thumb.overlay) as file:
-            overlay = file.read()
-        picture, factor = _decode_picture(np.frombuffer(overlay, np.uint8))
-    except (OSError, cv2.error) as error:
+        data = read_regular(thumb.overlay)
+        check_data(data, ("JPEG",))
+        picture, factor = _decode_picture(np.frombuffer(data, np.uint8))
+    except (OSError, PictureSizeError, cv2.error) as error:
         return f"{thumb.overlay} cannot be read: {error}"
     if picture is None:
-        return f"{thumb.overlay} is not a picture; run `tissue` again"
+        return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
-    comment = thumb.comment(hashlib.sha256(overlay).hexdigest())
+    # Of what was read, not what the journal says, so that no other picture is taken for it.
+    comment = thumb.comment(hashlib.sha256(data).hexdigest())
     small = encode_small(without_legend).removeprefix(_JPEG_BEGINS)
     commit_bytes(target, run_id, thumb.final, comment + small)
     return ""

@@ -7,9 +7,11 @@ charged to both. When a slide is given up is decided in `give_up`.
 
 import itertools
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -40,6 +42,10 @@ _REPORTED_WITHIN_S = 2.0
 """That a worker died is reported a moment after it is seen to be gone."""
 _HEARTBEAT_S = 30.0
 """How often a run that goes on says so in its log."""
+_MOST_UNSEEN_S = 10.0
+"""What counts of a time in which the coordinator was stopped: its workers may have finished."""
+_KILLED_WITHIN_S = 30.0
+"""A nanny waits some seconds for its worker, then kills it."""
 
 
 class Observer(Protocol):
@@ -98,6 +104,7 @@ def run_bundles(
             client, function, on_entries, progress, observer or SilentObserver(),
             external=bool(config.scheduler or config.cluster),
             lifetime_s=config.cluster.lifetime_s if config.cluster else 0.0,
+            slide_timeout_s=config.slide_timeout_s,
         )  # fmt: skip
         check = None
         if config.cluster:
@@ -119,7 +126,8 @@ def run_bundles(
 class _Flight:
     """A bundle on a worker; `received` counts the slides whose entries have arrived.
 
-    `worker_since` is when its worker was first seen, `began` when the slide in progress began.
+    `worker_since` is when its worker was first seen, `began` when the slide in progress began;
+    `watched_from` is the latter in seconds for which the coordinator has watched.
     """
 
     future: Any
@@ -129,6 +137,7 @@ class _Flight:
     worker: str = ""
     worker_since: float = 0.0
     began: float = 0.0
+    watched_from: float = 0.0
     received: int = 0
 
     @property
@@ -175,15 +184,20 @@ class Drain:
         *,
         external: bool = False,
         lifetime_s: float = 0.0,
+        slide_timeout_s: float = 0.0,
     ) -> None:
         """Args as of `run_bundles`.
 
         `external`: workers are not restarted here, so that a death may be a lost job;
-        `lifetime_s`: after how long workers leave by themselves, 0 where that is unknown.
+        `lifetime_s`: after how long workers leave by themselves, 0 where that is unknown;
+        `slide_timeout_s`: after how long a slide fails and its worker is killed, 0 for never.
         """
         self._client, self._function = client, function
         self._on_entries, self._progress, self._observer = on_entries, progress, observer
         self._external, self._lifetime_s = external, lifetime_s
+        self._slide_timeout_s = slide_timeout_s
+        self._watched_s, self._watched_at = 0.0, time.monotonic()
+        self._restarts: dict[str, threading.Thread] = {}
         self._waiting: deque[list[SlideTask]] = deque()
         self._flights: dict[str, _Flight] = {}
         self._dead: list[tuple[float, _Flight]] = []
@@ -219,11 +233,50 @@ class Drain:
             self._log_heartbeat()
             if check is not None:
                 check()
-            try:
-                action = self._actions.get(timeout=_LOOK_AROUND_S)
-            except queue.Empty:
-                continue
-            action()
+            self._take_actions()
+            self._end_overdue()
+        for restart in self._restarts.values():
+            restart.join(_KILLED_WITHIN_S)
+
+    def _take_actions(self) -> None:
+        """Do what was queued; wait a moment for the first."""
+        with suppress(queue.Empty):
+            action = self._actions.get(timeout=_LOOK_AROUND_S)
+            while True:
+                action()
+                action = self._actions.get_nowait()
+
+    def _end_overdue(self) -> None:
+        """Fail the slides that have taken too long, each alone, and kill what works on them."""
+        now = time.monotonic()
+        self._watched_s += min(now - self._watched_at, _MOST_UNSEEN_S)
+        self._watched_at = now
+        for address, flight in list(self._flights.items()):
+            if 0 < self._slide_timeout_s < self._watched_s - flight.watched_from:
+                self._end_slide(address, self._flights.pop(address))
+
+    def _end_slide(self, address: str, flight: _Flight) -> None:
+        flight.future.cancel()
+        slide_id = flight.slide.slide_id
+        self._observer.log_event("worker killed", worker=flight.worker, slide=slide_id)
+        if behind := flight.rest[1:]:
+            self._waiting.appendleft(behind)
+        limit = format_seconds(self._slide_timeout_s)
+        self._take_entries(
+            flight, flight.slide.failed_entries(f"took longer than {limit} (--slide-timeout)")
+        )
+        # In a thread, since it takes seconds. Code that hangs in a library hears no signal.
+        restart = threading.Thread(target=self._kill_worker, args=(address,), daemon=True)
+        self._restarts[address] = restart
+        restart.start()
+
+    def _kill_worker(self, address: str) -> None:
+        try:
+            self._client.restart_workers([address], timeout=_KILLED_WITHIN_S)
+        except Exception as error:
+            # It gets no other slide, since `_fill_workers` passes over it as long as it is there.
+            note = f"worker {address} cannot be restarted and is left out: {one_line(error, 160)}"
+            self._actions.put(partial(print_line, note))
 
     def _log_heartbeat(self) -> None:
         if time.monotonic() - self._heartbeat >= _HEARTBEAT_S:
@@ -254,7 +307,7 @@ class Drain:
         self._on_entries(entries)
         self._progress.end_slide(flight.slide)
         flight.received += 1
-        flight.began = time.monotonic()
+        flight.began, flight.watched_from = time.monotonic(), self._watched_s
 
     def _fill_workers(self) -> None:
         """Give every free worker a bundle; take back those of workers that left."""
@@ -263,7 +316,9 @@ class Drain:
         for address in self._left_in_good_order(set(workers), now):
             self._take_back(self._flights.pop(address), self._gone_since[address])
         self._judge_deaths({str(worker.get("nanny")) for worker in workers.values()}, now)
-        for address in self._fleet.youngest_first(set(workers) - set(self._flights)):
+        for address in self._fleet.youngest_first(
+            set(workers) - set(self._flights) - set(self._restarts)
+        ):
             if self._waiting:
                 self._submit_bundle(address, workers[address], self._waiting.popleft())
 
@@ -297,7 +352,7 @@ class Drain:
         )  # fmt: skip
         self._flights[address] = _Flight(
             future, tasks, number, str(worker.get("nanny")), name,
-            self._fleet.since[address], time.monotonic(),
+            self._fleet.since[address], time.monotonic(), self._watched_s,
         )  # fmt: skip
         future.add_done_callback(
             lambda _: self._actions.put(partial(self._end_flight, address, number))

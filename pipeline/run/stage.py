@@ -28,6 +28,7 @@ from pipeline.dataset.journal import Outcome
 from pipeline.run.drain import run_bundles
 from pipeline.run.summary import Summary, report_summary
 from pipeline.run.tasks import OneByOne, SlideTask, sort_dearest_first
+from pipeline.run.withdraw import withdraw_lost
 from pipeline.run.workers import EngineConfig
 
 _PACKAGES = ("numpy", "opencv-python-headless", "openslide-python", "openslide-bin", "tiffslide")
@@ -58,7 +59,7 @@ class Stage(ABC, Generic[Item]):
     dataset it writes (`UNKNOWN` for any), `scopes` the parts of the stage that are tracked apart.
     `work` is the worker's function: of one task's arguments, or of a list of them (see
     `make_bundles`). `identity` is what `identity_claims` claimed, {} for nothing. The driver calls
-    `list_items` first, then the other methods item by item.
+    `claim_items` and `list_items` first, then the other methods item by item.
     """
 
     name: str
@@ -83,6 +84,9 @@ class Stage(ABC, Generic[Item]):
     def identity_claims(self) -> dict[str, object]:
         """Identity values that every stage must agree with; {} for none."""
         return {}
+
+    def claim_items(self) -> None:
+        """Called once the identity is claimed: what no other run may decide at the same time."""
 
     @abstractmethod
     def list_items(self) -> Iterable[Item]:
@@ -135,6 +139,7 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
         stage.identity = claim_identity(
             dataset, claims, stage=stage.name, versions=versions, kind=stage.kind
         )
+    stage.claim_items()
     summary = Summary(stage.label)
     with ExitStack() as stack:
         runs = [
@@ -210,6 +215,7 @@ def _run_tasks(
 
     def on_entries(entries: list[Entry]) -> None:
         stage.journal_entries(runs, entries)
+        withdraw_lost(stage.dataset, entries)
         for entry in entries:
             summary.add_entry(entry)
 

@@ -1,5 +1,6 @@
 """A slide as a task: what the coordinator sends to a worker and what the worker reports back."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from common.errors import UserError
 from pipeline.dataset import Entry
 from pipeline.dataset.journal import encode_line
 
+_BATCHED_S = 0.003
 TOPIC = "histogen"
 """Dask's topic for what a task reports while it goes on."""
 
@@ -88,6 +90,27 @@ def _send_to_coordinator(message: Mapping[str, object]) -> None:
     worker.log_event(TOPIC, message)
 
 
+def _wait_until_sent() -> None:
+    """Let what was sent leave this process: the next slide may take it down, or its lock.
+
+    It takes some milliseconds, at most a second.
+    """
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:
+        return
+    # Behind the message in the loop's queue; then it waits in a batch to be written.
+    is_queued = threading.Event()
+    worker.loop.add_callback(is_queued.set)
+    is_queued.wait(1.0)
+    deadline = time.monotonic() + 1.0
+    while getattr(worker.batched_stream, "buffer", ()) and time.monotonic() < deadline:
+        time.sleep(_BATCHED_S)
+    time.sleep(_BATCHED_S)
+
+
 @dataclass(frozen=True)
 class OneByOne:
     """A function of one slide as a function of a bundle of slides."""
@@ -112,7 +135,9 @@ def collect_entries(
     try:
         made.extend(entries)
     except UserError as error:
-        made.append(Entry(slide_id, "failed", fingerprint, str(error), scope=scope))
+        # An error may know what else it makes void, see `withdraw_lost`.
+        values = dict(getattr(error, "values", {}))
+        made.append(Entry(slide_id, "failed", fingerprint, str(error), scope=scope, values=values))
     return made
 
 
@@ -133,6 +158,7 @@ def run_bundle(
         if index + 1 < len(bundle):
             lines = [encode_line(entry, {}) for entry in entries]
             _send_to_coordinator({"bundle": number, "index": index, "lines": lines})
+            _wait_until_sent()
     return done
 
 

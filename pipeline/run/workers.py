@@ -12,6 +12,7 @@ from typing import Any
 from common.console import print_line
 from common.errors import UserError
 from common.text import one_line
+from pipeline.options import SLIDE_TIMEOUT_S
 from pipeline.run.cluster import ClusterConfig, open_cluster
 
 RETURNS_WITHIN_S = 60.0
@@ -26,6 +27,7 @@ class EngineConfig:
 
     `threads` is what numerical libraries may use inside a local worker: 1 where slides are cut,
     more where a network runs on a CPU. `array` is (i, n): of all slides, the i-th of n parts.
+    A slide that takes longer than `slide_timeout_s` fails, 0 for no limit.
     """
 
     workers: int | None = None
@@ -33,6 +35,7 @@ class EngineConfig:
     threads: int = 1
     cluster: ClusterConfig | None = None
     array: tuple[int, int] = (0, 1)
+    slide_timeout_s: float = SLIDE_TIMEOUT_S
 
     @property
     def is_part(self) -> bool:

@@ -1,7 +1,6 @@
 """A cohort from a CSV list of slides, before a slide was opened; candidates simulated."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import open_text, table_lines
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
@@ -44,8 +43,8 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     that name, else they are simulated from file sizes. Raises `UserError` naming file and line.
     """
     try:
-        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open_text(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(table_lines(file))
             columns = reader.fieldnames or []
             _require_columns(path, columns)
             rows = [

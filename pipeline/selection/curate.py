@@ -24,6 +24,7 @@ from pipeline.dataset import (
     make_selection,
     read_selection,
 )
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.dataset.features import FeatureStore, feature_scope
 from pipeline.dataset.tables.selections import read_plan, write_rows
 from pipeline.run.stage import Stage, run_stage, stage_versions
@@ -35,7 +36,7 @@ from pipeline.selection.config import CurateConfig, SelectConfig
 from pipeline.selection.denied import curation_dir, deny_file
 from pipeline.selection.labels import Labels, read_labels
 from pipeline.selection.scores import read_scores, score_slide, scores_scope
-from pipeline.selection.select import select
+from pipeline.selection.select import select_claimed
 from pipeline.selection.slides import read_tissue
 from pipeline.selection.ties import check_may_change, read_ties
 
@@ -92,10 +93,13 @@ def curate(dataset: Dataset, config: CurateConfig, engine: EngineConfig) -> int:
             "curate: without all scores no deny-list is written; fix the slides and run again"
         )
         return status
-    # The deny-list before the selections, which name its hash.
-    _write_result(work, labels, store.record)
-    for one in cleaned:
-        select(dataset, one)
+    with hold_claim(dataset, SELECTIONS, STAGE):
+        # Once more: while tiles were scored others may have made selections.
+        _check_cleaned(dataset, cleaned)
+        # The deny-list before the selections, which name its hash.
+        _write_result(work, labels, store.record)
+        for one in cleaned:
+            select_claimed(dataset, one)
     return EXIT_OK
 
 

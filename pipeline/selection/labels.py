@@ -1,7 +1,6 @@
 """Labelled tiles from a CSV: slide_id, rank, label (usable or artifact)."""
 
 import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import open_text, table_lines
 
 _COLUMNS = ("slide_id", "rank", "label")
 _IS_ARTIFACT = {"artifact": True, "1": True, "usable": False, "0": False}
@@ -36,8 +35,8 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
     """
     labels: dict[tuple[str, int], bool] = {}
     try:
-        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open_text(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(table_lines(file))
             columns = reader.fieldnames or []
             if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import require_regular
 from common.text import one_line
 from pipeline.dataset import (
     Dataset,
@@ -31,7 +32,7 @@ SCORES_SCHEMA = pa.schema([("rank", pa.int32()), ("score", pa.float32())])
 _COLUMNS = (
     Column("rank", pa.int32(), least=0), Column("score", pa.float32(), least=0, most=1),
 )  # fmt: skip
-_CACHE = "run `python -m pipeline cache` again"
+_CACHE = "run `python -m pipeline verify --repair`, then `cache` again"
 _HINT = "remove it and run `curate` again"
 _GROUPS_AT_ONCE = 256
 """Row groups of 16 tiles read together: 13 MB of H0-mini's features."""
@@ -86,6 +87,7 @@ def score_shards(
 def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
     """Ranks [n] and CLS features [n, d] of a feature file, a few thousand rows at a time."""
     try:
+        require_regular(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for first in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
                 groups = range(first, min(first + _GROUPS_AT_ONCE, file.num_row_groups))
@@ -109,7 +111,7 @@ def _check_block(path: Path, ranks: Ranks, features: npt.NDArray[np.float32]) ->
         row, value = found
         raise UserError(
             f"{path}: the cls features of rank {ranks[row]} have the value {value:g}, expected "
-            f"finite numbers of magnitude up to {MOST_FEATURE:,.0f}; remove the file and {_CACHE}"
+            f"finite numbers of magnitude up to {MOST_FEATURE:,.0f}; {_CACHE}"
         )
 
 

@@ -1,6 +1,5 @@
 """The `select` stage: a named selection, its budget divided among sites and slides."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
+from common.files import hash_file
 from common.text import describe_joined, joined_names, same_identity_key
 from pipeline.dataset import (
     Dataset,
@@ -25,6 +25,7 @@ from pipeline.dataset import (
     read_selection_rows,
     write_selection,
 )
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import (
@@ -102,8 +103,15 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     """Write selections/<name>.parquet with its plan; returns the exit status.
 
     A selection of that name with other tiles is refused where it was made with other options,
-    unless `replace_other`; where the dataset has changed it is made again.
+    unless `replace_other`; where the dataset has changed it is made again. Another command that
+    changes selections is waited for, and then counts.
     """
+    with hold_claim(dataset, SELECTIONS, STAGE):
+        return select_claimed(dataset, config, replace_other=replace_other)
+
+
+def select_claimed(dataset: Dataset, config: SelectConfig, *, replace_other: bool = False) -> int:
+    """`select`, where the claim on selections is held already; returns the exit status."""
     config = _check_config(dataset, config)
     # Read once: the fingerprints and the drawing must see the same cohort and ties.
     tissue, known = read_tissue(dataset), read_ties(dataset)
@@ -123,7 +131,7 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     if line := describe_joined("patients", joined_names(tissue.cohort.patient.tolist())):
         print_line(f"select: {line}")
-    slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
+    slides_sha256 = hash_file(dataset.slides_file)
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
         is_same = has_options(dataset, selection.name, config)

@@ -8,9 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.text import list_some
 from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
-from pipeline.tissue.stage import candidates_origin, imported_source, tissue_fingerprint
+from pipeline.tissue.stage import (
+    candidates_origin,
+    imported_source,
+    is_lost,
+    tissue_fingerprint,
+)
 
 _NO_RESULT = "no tissue result"
 
@@ -38,6 +44,7 @@ def read_tissue(dataset: Dataset) -> Tissue:
     unusable: dict[str, tuple[str, str]] = {}
     origins: dict[str, str] = {}
     counts = np.zeros(len(slides), np.int64)
+    lost: list[str] = []
     for index, slide in enumerate(slides):
         if slide.status != "ok":
             unusable[slide.slide_id] = (f"{slide.status} by scan", slide.reason)
@@ -45,16 +52,27 @@ def read_tissue(dataset: Dataset) -> Tissue:
         entries = ledger.entries(slide.slide_id)
         expected = tissue_fingerprint(slide, identity, imported_source(entries))
         entry = ledger.done(slide.slide_id, expected)
-        if entry is None:
+        if entry is None and is_lost(entries, expected):
+            lost.append(slide.slide_id)
+        elif entry is None:
             unusable[slide.slide_id] = (_NO_RESULT, "run `tissue`")
         elif entry.outcome == "rejected":
             unusable[slide.slide_id] = ("rejected by tissue", entry.reason)
         else:
             # From the journal: 100,000 Parquet footers on a shared file system take minutes.
             journalled = entry.counts.get("candidate tiles")
-            counts[index] = journalled or candidate_count(dataset, slide.slide_id)
+            try:
+                counts[index] = journalled or candidate_count(dataset, slide.slide_id)
+            except UserError:
+                lost.append(slide.slide_id)
             fingerprints[slide.slide_id] = expected
             origins[slide.slide_id] = candidates_origin(slide, entry)
+    if lost:
+        # A selection without them would be another one, under the name of the whole.
+        raise UserError(
+            f"the tissue result of {len(lost):,} slides is lost or damaged "
+            f"({list_some(lost)}): run `tissue` (or the `import` that made it), then `select` again"
+        )
     if not fingerprints:
         waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())
         what = f"{waiting} slides wait for it" if waiting else "none was found"

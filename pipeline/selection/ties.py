@@ -9,6 +9,7 @@ from common.console import print_line
 from common.errors import UserError
 from common.text import same_identity_key
 from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection_rows
+from pipeline.dataset.claim import SELECTIONS, hold_claim
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
@@ -165,6 +166,11 @@ def check_replaced(dataset: Dataset, selection: Selection, *, is_same: bool, rep
 
 def remove_selection(dataset: Dataset, name: str) -> None:
     """Remove a selection that nothing depends on; its journal line is superseded."""
+    with hold_claim(dataset, SELECTIONS, STAGE):
+        _remove_claimed(dataset, name)
+
+
+def _remove_claimed(dataset: Dataset, name: str) -> None:
     known = read_ties(dataset, whole=False)
     if name not in known:
         raise UserError(

@@ -8,6 +8,7 @@ from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, commit_bytes, new_run_id, write_selection, write_slides
 from pipeline.dataset.commit import clean_staging
+from pipeline.dataset.lock import hold_lock
 from pipeline.selection.cohort_report import render_cohort
 from pipeline.selection.cohort_table import read_cohort_csv
 from pipeline.selection.config import PlanConfig
@@ -23,7 +24,11 @@ def plan_cohort(table_file: Path, out: Path, config: PlanConfig) -> int:
             f"{out} is a dataset, whose slides a plan would replace: give another --out"
         )
     table = read_cohort_csv(table_file, config.candidates)
-    with open_meter("plan-cohort", len(config.train) + 3, "selections") as progress:
+    with (
+        # Not in .tmp, which is removed: two plans into one folder would be a mixture.
+        hold_lock(out / ".plan-cohort.lock"),
+        open_meter("plan-cohort", len(config.train) + 3, "selections") as progress,
+    ):
         slides = write_slides(target, run_id, table.slides)
         planned = plan_selections(table, config, slides.sha256)
         size = slides.bytes

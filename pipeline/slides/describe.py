@@ -13,6 +13,8 @@ from pipeline.slides.reader import SlideReader
 from pipeline.slides.resolution import ResolutionError, plan_read, resolve_mpp
 
 _PROBE_PX = 64
+_MOST_MM2 = 20_000
+"""Twice the largest glass (100 x 100 mm): masks are as large as a slide claims to be."""
 
 
 def describe_slide(
@@ -69,6 +71,10 @@ def _describe(slide: Slide, reader: SlideReader, source: SlideEntry, config: Sca
     except ResolutionError as error:
         return replace(slide, status="rejected", reason=str(error))
     slide = replace(slide, tile_mpp=plan.mpp)
+    area = base.width * base.height * mpp.value**2 / 1e6
+    if area > _MOST_MM2:
+        reason = f"it would be {area:,.0f} mm² at {mpp.value:g} µm per px, larger than any glass"
+        return replace(slide, status="rejected", reason=reason)
     # Half a pixel of slack, as the grid has: sizes at level 0 are rounded.
     needed = plan.window * plan.downsample
     if min(base.width, base.height) < needed - 0.5:

@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.slides.declared_size import require_size
 from pipeline.slides.reader import SlideOpenError
 
 _ITEM, _DELIMITER, _PIXELS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0", b"\xe0\x7f\x10\x00"
@@ -40,6 +41,7 @@ _DECODERS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
 }
 """High-throughput JPEG 2000 by OpenJPEG: imagecodecs' own decoder for it only prints its errors."""
 _RLE = "1.2.840.10008.1.2.5"
+_MOST_FRAMES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def find_frames(
     end = os.fstat(file.fileno()).st_size
     if not coding.is_encapsulated:
         size = coding.width * coding.height * 3
-        offsets = file.tell() + np.arange(count, dtype=np.int64) * size
-        sizes = np.full(count, size, np.int64)
         found = min(length, end - file.tell()) // size
+        # As many as there are, not as many as are claimed.
+        offsets = file.tell() + np.arange(min(count, found), dtype=np.int64) * size
+        sizes = np.full(len(offsets), size, np.int64)
     else:
         if length != _UNDEFINED:
             raise SlideOpenError("dicom: compressed frames are not in items")
@@ -139,8 +142,10 @@ def _encapsulated_frames(
 
 def _walk_items(file: BinaryIO, end: int) -> list[tuple[int, int]]:
     """[start, end) of every item from here to the end of the sequence, with the items' heads."""
-    items = []
+    items: list[tuple[int, int]] = []
     while (head := file.read(8))[:4] == _ITEM and len(head) == 8:
+        if len(items) > _MOST_FRAMES:
+            raise SlideOpenError(f"dicom: more than {_MOST_FRAMES:,} items")
         start, size = file.tell() - 8, int.from_bytes(head[4:], "little")
         items.append((start, start + 8 + size))
         if start + 8 + size > end:
@@ -187,6 +192,8 @@ def unwrap_items(data: bytes) -> bytes:
 def decode_frame(data: bytes, coding: FrameCoding) -> npt.NDArray[np.uint8]:
     """RGB uint8 [height, width, 3] of a frame's bytes (without items); ValueError where damaged."""
     shape = (coding.height, coding.width, 3)
+    if coding.codec in _ENDS_WITH_EOI:
+        require_size(data, coding.width, coding.height)
     if coding.codec in _ENDS_WITH_EOI and _EOI not in data[-_EOI_TAIL:]:
         raise ValueError(f"a frame is not a whole {coding.codec} picture")
     if coding.syntax in _JPEG:
@@ -234,6 +241,9 @@ def _decode_rle(data: bytes, size: int) -> npt.NDArray[np.uint8]:
     count, *starts = np.frombuffer(data[:64], "<u4").tolist()
     if count != 3:
         raise ValueError(f"a frame has {count} planes, expected 3")
+    # PackBits adds a byte to 128 at most; what is longer would become 128 times as much.
+    if len(data) > 64 + 4 * (size + 128):
+        raise ValueError(f"a frame has {len(data):,} bytes of run lengths for {3 * size:,}")
     parts = zip(starts[:3], [*starts[1:3], len(data)], strict=True)
     planes = [imagecodecs.packbits_decode(data[start:stop]) for start, stop in parts]
     return np.concatenate([np.frombuffer(plane, np.uint8)[:size] for plane in planes])

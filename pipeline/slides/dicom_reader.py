@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.files import open_descriptor, open_regular
 from common.text import list_some
 from pipeline.slides.dicom_frames import FrameCoding, decode_frame, find_frames, unwrap_items
 from pipeline.slides.dicom_series import read_head, read_header, series_files
@@ -22,7 +23,7 @@ from pipeline.slides.tiled_reader import TiledReader
 
 _LAST_TAG = 0x7FE00007
 """Of the group of the pixels all but the pixels: tables of offsets, and lengths."""
-_MOST_FRAME_PX = 1 << 27
+_MOST_FRAME_PX, _MOST_FRAMES = 1 << 27, 1 << 23
 _GREY = 128
 _MCU = 8
 
@@ -181,7 +182,7 @@ class DicomReader(TiledReader):
         number = int(native.files[index])
         part = self._parts[number]
         if number not in self._descriptors:
-            self._descriptors[number] = os.open(part.path, os.O_RDONLY)
+            self._descriptors[number] = open_descriptor(part.path)
         data = os.pread(self._descriptors[number], size, offset)
         if len(data) != size:
             raise ValueError("the file ends inside a frame")
@@ -236,7 +237,7 @@ def _volume_instances(files: Sequence[Path]) -> list[_Instance]:
 
 
 def _open_instance(path: Path) -> _Instance:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = read_header(file, _LAST_TAG)
         _require_colour(header)
         coding = FrameCoding(
@@ -262,6 +263,9 @@ def _require_colour(header: Any) -> None:
     size = header.Rows, header.Columns, header.TotalPixelMatrixRows, header.TotalPixelMatrixColumns
     if min(size) < 1 or size[0] * size[1] > _MOST_FRAME_PX:
         raise SlideOpenError(f"dicom: rows and columns of frame and level are {size}")
+    frames = -(-size[2] // size[0]) * -(-size[3] // size[1])
+    if frames > _MOST_FRAMES:
+        raise SlideOpenError(f"dicom: {frames:,} frames in a level, at most {_MOST_FRAMES:,}")
 
 
 def _choose_images(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from common.files import open_regular
 from common.text import list_some
 from pipeline.slides.reader import SlideOpenError
 
@@ -26,6 +27,7 @@ DICOM_SUFFIX = re.compile(r"|\.dcm|\.dicom|\.dic|\.[0-9]+", re.IGNORECASE)
 """Archives name files by their UIDs, with or without a suffix: what follows the last dot is '', a
 suffix of DICOM or a number."""
 _SETTLED_NS = 2_000_000_000
+_MOST_VALUE_BYTES, _UNDEFINED = 1 << 29, 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def read_head(path: Path) -> DicomHead | None:
 
 @lru_cache(maxsize=65_536)
 def _read_head(path: Path, _size: int, _mtime_ns: int) -> DicomHead | None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] != _MAGIC:
             return None
         file.seek(0)
@@ -83,7 +85,13 @@ def read_header(file: BinaryIO, last_tag: int) -> Any:
 
     # Files that break a rule of the standard are common: pydicom would warn of each value.
     config.settings.reading_validation_mode = config.IGNORE
-    return read_partial(file, stop_when=lambda tag, _vr, _length: tag > last_tag)
+
+    def stop(tag: int, _kind: str | None, length: int) -> bool:
+        if tag <= last_tag and _MOST_VALUE_BYTES < length != _UNDEFINED:
+            raise ValueError(f"the value of an attribute has {length:,} bytes")
+        return tag > last_tag
+
+    return read_partial(file, stop_when=stop)
 
 
 def group_series(folder: Path) -> Mapping[str, Sequence[Path]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import open_text, table_lines
 from pipeline.dataset import check_slide_id, safe_slide_id
 from pipeline.slides.config import IdSource
 from pipeline.slides.dicom_series import group_series, read_head
@@ -130,6 +131,11 @@ class SlideSearch:
             absolute = _absolute_path(path)
             slide_id = self._make_id(path, absolute, base or absolute.parent.parent)
             yield _Mention(SlideEntry(absolute, slide_id))
+        elif path.exists():
+            raise UserError(
+                f"{text} is a pipe or device, expected slides or a table: write what it gives to a "
+                "file, and name that"
+            )
         else:
             yield from self._expand_glob(text)
 
@@ -313,10 +319,10 @@ def _stem_of(path: Path) -> str:
 def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
     """The rows of a table with the name of the path's column, '' for a GDC manifest."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
+        with open_text(table, newline="", encoding="utf-8-sig") as file:
+            header = next(table_lines(file), "")
             file.seek(0)
-            rows = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
+            rows = csv.DictReader(table_lines(file), delimiter="\t" if "\t" in header else ",")
             columns = rows.fieldnames or []
             is_manifest = set(columns) >= _GDC_COLUMNS
             path_column = next((name for name in _PATH_COLUMNS if name in columns), "")

@@ -5,10 +5,12 @@ samples of their bytes, which takes milliseconds where a checksum of the whole t
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+from common.files import open_regular
 from common.text import format_bytes
 from pipeline.dataset import Slide
 from pipeline.slides.dicom_series import DICOM_SUFFIX, series_files
@@ -17,6 +19,7 @@ from pipeline.slides.reader import SlideOpenError
 from pipeline.slides.readers import SLIDE_SUFFIXES
 
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 15
+_MIRAX, _NAMED_ALIKE = ".mrxs", frozenset({".vms", ".vmu"})
 _HASH_CHUNK = 1 << 22
 
 
@@ -44,31 +47,132 @@ def slide_state(path: Path, series: str = "") -> tuple[int, int]:
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
-def hash_slide(path: Path, series: str = "") -> str:
+def companion_files(path: Path) -> list[Path]:
+    """The files that a slide's format has next to the slide's own, sorted; [] for most formats.
+
+    Those of MIRAX are in the folder of the slide's name, those of VMS and VMU begin with its name.
+    Raises `OSError`.
+    """
+    suffix = path.suffix.lower()
+    if suffix == _MIRAX and (folder := path.with_suffix("")).is_dir():
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    if suffix in _NAMED_ALIKE:
+        alike = (file for file in path.parent.iterdir() if file.name.startswith(path.stem))
+        return sorted(file for file in alike if file.is_file() and file != path)
+    return []
+
+
+def file_states(path: Path, series: str = "") -> list[tuple[str, int, int, int]]:
+    """Name, inode, bytes and time (ns) of the last change of all files of a slide.
+
+    The time is the file system's own, which no program sets. [] if a file cannot be read.
+    """
+    try:
+        files = [*slide_files(path, series), *companion_files(path)]
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return []
+    return [(name, stat.st_ino, stat.st_size, stat.st_ctime_ns) for name, stat in stats]
+
+
+def hash_slide(path: Path, series: str = "", *, companions: bool = False) -> str:
     """sha256, in hex, of a slide's files one after the other, sorted by name."""
     sha = hashlib.sha256()
-    for file in slide_files(path, series):
-        with file.open("rb") as data:
+    for file in [*slide_files(path, series), *(companion_files(path) if companions else ())]:
+        with open_regular(file) as data:
             while chunk := data.read(_HASH_CHUNK):
                 sha.update(chunk)
     return sha.hexdigest()
 
 
-def sample_slide(path: Path, series: str = "") -> str:
+def sample_slide(path: Path, series: str = "", *, companions: bool = True) -> str:
     """sha256, in hex, of the sizes of a slide's files and of eight samples of each file's bytes.
 
     Raises `OSError`.
     """
     sha = hashlib.sha256()
-    for file in slide_files(path, series):
+    for file in [*slide_files(path, series), *(companion_files(path) if companions else ())]:
         size = file.stat().st_size
         sha.update(size.to_bytes(8, "little"))
-        with file.open("rb") as data:
+        with open_regular(file) as data:
             # From the first bytes to the last, evenly: a header alone is the scanner's.
             for index in range(_SAMPLES):
                 data.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                 sha.update(data.read(_SAMPLE_BYTES))
     return sha.hexdigest()
+
+
+def has_samples(path: Path, series: str, sampled_sha256: str) -> bool:
+    """Whether a slide's samples are those with this sum; raises `OSError`."""
+    if sample_slide(path, series) == sampled_sha256:
+        return True
+    # Earlier releases took none of the files that a format has next to the slide's own.
+    has_companions = bool(companion_files(path))
+    return has_companions and sample_slide(path, series, companions=False) == sampled_sha256
+
+
+class OtherFileError(SlideOpenError):
+    """A slide's file is no longer the one that `scan` recorded: its mask and tiles are another's.
+
+    `values` are those of the slide's line in the journal: they have `scan` open the slide again.
+    """
+
+    values: ClassVar[Mapping[str, object]] = {"withdraw": "scan"}
+
+    def __init__(self, slide_id: str, what: str) -> None:
+        super().__init__(
+            f"slide {slide_id} is no longer the file that scan recorded ({what}); run `scan` again"
+        )
+
+
+def check_recorded(slide: Slide, path: Path) -> None:
+    """Refuse a file that is not the slide that `scan` recorded; one that was only touched is.
+
+    By its bytes in number and samples of them, never by its time alone, which a copy may keep or
+    lose. Raises `OtherFileError`.
+    """
+    size, _ = slide_state(path, slide.series)
+    # What cannot be read is refused, with its reason, when it is opened.
+    if not size:
+        return
+    if not slide.sampled_sha256:
+        # Recorded by an earlier release, which counted all files in a DICOM slide's folder.
+        is_one_file = len(slide_files(path, slide.series)) == 1 and not path.is_dir()
+        if slide.mtime_ns and is_one_file and size != slide.bytes:
+            raise OtherFileError(slide.slide_id, _other_size(slide, path, size))
+        return
+    if size != slide.bytes:
+        raise OtherFileError(slide.slide_id, _other_size(slide, path, size))
+    try:
+        is_same = has_samples(path, slide.series, slide.sampled_sha256)
+    except OSError as error:
+        raise SlideOpenError(f"slide {slide.slide_id}: {path}: {error.strerror}") from error
+    if not is_same:
+        raise OtherFileError(slide.slide_id, f"{path} has other bytes, and as many as before")
+
+
+def recorded_state(slide: Slide) -> dict[str, object]:
+    """Which file of a slide a result was made from, for the values of its journal line."""
+    return {
+        "bytes": slide.bytes, "mtime_ns": slide.mtime_ns, "sampled_sha256": slide.sampled_sha256,
+    }  # fmt: skip
+
+
+def is_other_file(slide: Slide, state: object) -> bool:
+    """Whether a result with this `recorded_state` was made from another file of the slide.
+
+    False where either side does not say.
+    """
+    before = state.get("sampled_sha256") if isinstance(state, dict) else ""
+    if not before or not slide.sampled_sha256 or before == slide.sampled_sha256:
+        return False
+    # An earlier release took other samples of formats of several files, of the very same slide.
+    has_companions = Path(slide.path).suffix.lower() in (_MIRAX, *_NAMED_ALIKE)
+    return not has_companions or bool(slide.sha256)
+
+
+def _other_size(slide: Slide, path: Path, size: int) -> str:
+    return f"{path} has {size:,} bytes, {slide.bytes:,} then"
 
 
 class KnownSlides:
@@ -158,7 +262,7 @@ def is_same_content(known: Slide, entry: SlideEntry) -> bool:
         return False
     try:
         if known.sampled_sha256:
-            return known.sampled_sha256 == sample_slide(entry.path, entry.series)
+            return has_samples(entry.path, entry.series, known.sampled_sha256)
         # Recorded by an earlier release, which took no samples.
         if known.sha256:
             return known.sha256 == hash_slide(entry.path, entry.series)

@@ -17,12 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from common.files import open_descriptor
+from pipeline.slides.declared_size import require_size
 from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, over_white
 from pipeline.slides.tiff_images import JPEG, choose_image, describe_layout, is_own_format
 from pipeline.slides.tiled_reader import TiledReader
 
 _UNCOMPRESSED, _JPEG_2000_YCBCR, _JPEG_2000_RGB = 1, 33003, 33005
+_STATE_THEIR_SIZE = frozenset(
+    {6, 7, 33003, 33004, 33005, 33007, 34712, 34892, 34927, 34933, 34934, 50001}
+)
+"""Compressions of whole pictures with heads of their own: JPEG, JPEG 2000, PNG and WebP."""
 _COLORSPACE = {2: "RGB", 6: "YCBCR"}
 _UNIT_IN_UM = {2: 25_400.0, 3: 10_000.0}
 _APERIO_MPP = re.compile(r"\bMPP\s*=\s*([0-9.]+)")
@@ -97,7 +103,7 @@ class NativeReader(TiledReader):
             # Pages in other files are not looked for: a slide is one file.
             with tifffile.TiffFile(path, _multifile=False) as tiff:
                 self._describe_levels(tiff, series)
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = open_descriptor(path)
         except SlideOpenError as error:
             raise SlideOpenError(f"native: {error}") from error
         except Exception as error:
@@ -377,6 +383,23 @@ def _segment_decoder(
     page: Any, first: int, height: int
 ) -> Callable[[bytes, int], npt.NDArray[Any]]:
     """What turns the bytes of a segment into pixels [height, width, channels]."""
+    layout = page.keyframe
+    decode = _unbounded_decoder(page, first, height)
+    if int(layout.compression) not in _STATE_THEIR_SIZE:
+        return decode
+    width, rows = _segment_grid(layout)[:2]
+
+    def decode_bounded(data: bytes, index: int) -> npt.NDArray[Any]:
+        require_size(data, width, rows)
+        return decode(data, index)
+
+    return decode_bounded
+
+
+def _unbounded_decoder(
+    page: Any, first: int, height: int
+) -> Callable[[bytes, int], npt.NDArray[Any]]:
+    """The same by the size that the bytes themselves may state."""
     layout = page.keyframe
     tables, codec = layout.jpegtables, _codec_name(layout)
     if codec == "jpeg":

@@ -1,13 +1,21 @@
 """Opening a slide with the reader that fits."""
 
+import os
+import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import open_regular, read_regular
 from common.text import one_line
 from pipeline.dataset import Slide
+from pipeline.slides.dicom_series import DICOM_SUFFIX, read_head
+from pipeline.slides.identity import OtherFileError
 from pipeline.slides.levels import without_levels
-from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError
+from pipeline.slides.reader import SlideOpenError, SlideReader, SlideReadError, refuse_extent
 from pipeline.slides.readers import AUTO, READERS, reader_entry, readers_for
+from pipeline.slides.tiff_limits import refuse_unbounded
 
 if TYPE_CHECKING:
     from pipeline.slides.native_reader import NativeReader
@@ -15,6 +23,9 @@ if TYPE_CHECKING:
 
 _SHOW_WHAT_COMES_FIRST = ("openslide", "tiffslide")
 """Readers that show what a TIFF file begins with, whatever else it has."""
+_MIRAX_INDEX, _MOST_INDEX_BYTES = "Slidedat.ini", 16 << 20
+_FILE_NAME = re.compile(r"/|\.[A-Za-z]\w*$")
+"""What a value of an index has in it that names a file."""
 _READ_WHOLE_PX = 224
 _A_TIFF = Path("any.tif")
 
@@ -28,12 +39,13 @@ def open_slide(path: Path, reader: str = AUTO, series: str = "") -> SlideReader:
     with the reasons in one line.
     """
     _refuse_known_non_slides(path)
+    _refuse_other_parts(path)
     choice = _choose_image(path, series)
     names = [reader] if reader != AUTO else _readers_to_try(path, choice)
     reasons = []
     for name in names:
         try:
-            return _open_chosen(path, name, series, choice)
+            return _within_limits(_open_chosen(path, name, series, choice))
         except SlideOpenError as error:
             reasons.append(one_line(error, 120))
     if choice is not None and choice.image.unfit:
@@ -81,10 +93,16 @@ def _choose_image(path: Path, series: str) -> "TiffChoice | None":
 def open_scanned(slide: Slide, path: Path) -> SlideReader:
     """Open a slide as `scan` recorded it: its reader, its series, and only the levels it took.
 
-    `path` is where the file is now (see `local_slide`). Raises `SlideOpenError`.
+    `path` is where the file is now (see `local_slide`). Raises `SlideOpenError`, and
+    `OtherFileError` where the file's levels are not those that `scan` recorded.
     """
-    reader = open_slide(path, slide.reader, slide.series)
-    return without_levels(reader, slide.levels_left_out)
+    opened = open_slide(path, slide.reader, slide.series)
+    reader = without_levels(opened, slide.levels_left_out)
+    sizes = [(level.width, level.height) for level in reader.levels]
+    if slide.levels and sizes != [(width, height) for width, height, _ in slide.levels]:
+        opened.close()
+        raise OtherFileError(slide.slide_id, f"{path} has other levels")
+    return reader
 
 
 def best_reader(path: Path, series: str = "") -> tuple[SlideReader, str]:
@@ -169,12 +187,65 @@ def _is_misread(reference: SlideReader, native: "NativeReader") -> bool:
     return is_fractional or len(native.levels) < len(reference.levels)
 
 
+def _within_limits(reader: SlideReader) -> SlideReader:
+    """The reader, closed and refused where it shows more pixels than the slide's bytes can."""
+    try:
+        base = reader.levels[0]
+        refuse_extent(base.width, base.height, sum(_size_of(file) for file in _parts(reader.path)))
+    except SlideOpenError:
+        reader.close()
+        raise
+    return reader
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that OpenSlide reads with a slide: named in it, or all in its folder."""
+    suffix = path.suffix.lower()
+    if path.is_dir() or (DICOM_SUFFIX.fullmatch(suffix) and read_head(path)):
+        return [*(path if path.is_dir() else path.parent).iterdir()]
+    if suffix == ".mrxs" and path.with_suffix("").is_dir():
+        index = path.with_suffix("") / _MIRAX_INDEX
+        return [path, *index.parent.iterdir(), *_named_parts(index)]
+    return [path, *(_named_parts(path) if suffix in (".vms", ".vmu") else ())]
+
+
+def _named_parts(index: Path) -> Iterator[Path]:
+    """The files that an index of `key = value` lines names."""
+    if not os.path.lexists(index):
+        return
+    for line in read_regular(index, _MOST_INDEX_BYTES).decode(errors="replace").splitlines():
+        name = line.partition("=")[2].strip().lstrip("/")
+        if _FILE_NAME.search(name):
+            part = index.parent / name
+            if part.exists():
+                yield part
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _refuse_other_parts(path: Path) -> None:
+    """Refuse a slide with a pipe or device among the files that are opened with it."""
+    try:
+        for part in _parts(path):
+            mode = part.stat().st_mode if part.exists() else stat.S_IFREG
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise SlideOpenError(f"{part.name} next to it is no regular file")
+    except OSError as error:
+        raise SlideOpenError(f"cannot be read: {error.strerror}") from error
+
+
 def _refuse_known_non_slides(path: Path) -> None:
     if path.is_dir():
         return
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
+        refuse_unbounded(path)
     except OSError as error:
         raise SlideOpenError(f"cannot be read: {error.strerror}") from error
     if not head:

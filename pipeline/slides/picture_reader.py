@@ -1,15 +1,16 @@
 """PNG, JPEG and BMP pictures of a region as slides with one level (BACH and the like)."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from common.files import open_regular
+from common.pictures import MOST_PICTURE_PX, PictureSizeError, open_picture
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader, over_white
 
-MOST_PIXELS = 150_000_000
+MOST_PIXELS = MOST_PICTURE_PX
 """Decoded at once and kept, 3 bytes each: larger pictures are refused before they are decoded."""
 
 _FORMATS = ("PNG", "JPEG", "BMP")
@@ -53,13 +54,9 @@ class PictureReader(SlideReader):
 def _open_picture(path: Path) -> Image.Image:
     """The picture's head; its pixels are not decoded."""
     try:
-        with warnings.catch_warnings():
-            # Pillow has a limit of its own, for which it warns and which is an error at twice that.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path, formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise SlideOpenError(_too_large(f"over {most:,} pixels")) from error
+        return open_picture(path, _FORMATS, MOST_PIXELS)
+    except PictureSizeError as error:
+        raise SlideOpenError(_too_large(str(error).removeprefix("it has "))) from error
     except Exception as error:
         raise SlideOpenError(
             "not a PNG, JPEG or BMP picture; a file of another kind must not have such a name"
@@ -75,11 +72,9 @@ def _too_large(what: str) -> str:
 
 def _require_tissue_kind(path: Path, image: Image.Image) -> None:
     """Refuse what is no picture of tissue in 8-bit colour or grey, in words."""
-    if image.width * image.height > MOST_PIXELS:
-        raise SlideOpenError(_too_large(f"{image.width}x{image.height} px"))
     if image.mode not in _OPAQUE + _CLEAR:
         raise SlideOpenError(f"its pixels are {image.mode}, expected 8-bit RGB or grey")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(_PNG_DEPTH_AT + 1)
     # Pillow reduces 16-bit RGB to 8 bits without a word.
     if image.format == "PNG" and head[-1] == 16:

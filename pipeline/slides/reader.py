@@ -20,6 +20,29 @@ class SlideReadError(UserError):
     """A region of an open slide could not be read; the message has its coordinates."""
 
 
+MOST_EXTENT_PX = 1 << 38
+"""Pixels of the largest level: a glass of 100 x 75 mm at 0.17 µm per px."""
+_IMPLAUSIBLE_FROM_PX, _MOST_PX_PER_BYTE = 1 << 33, 10_000
+"""White glass takes a byte for 64 px in JPEG, for 700 in JPEG 2000, for 8,000 in tiles left out."""
+
+
+def refuse_extent(width: int, height: int, size: int) -> None:
+    """Raise `SlideOpenError` for a picture, in px, that no file of `size` bytes has.
+
+    Grids and masks are as large as a header says, whatever pixels there are.
+    """
+    area = width * height
+    if area > MOST_EXTENT_PX:
+        raise SlideOpenError(
+            f"it claims {width}x{height} px, which is more than {MOST_EXTENT_PX:,}"
+        )
+    if area > max(_IMPLAUSIBLE_FROM_PX, _MOST_PX_PER_BYTE * size):
+        raise SlideOpenError(
+            f"it claims {width}x{height} px, more than {_MOST_PX_PER_BYTE:,} for each of its "
+            f"{size:,} bytes; the file is damaged"
+        )
+
+
 @dataclass(frozen=True)
 class Level:
     """A pyramid level: size in pixels, and level-0 pixels per pixel of this level (>= 1)."""

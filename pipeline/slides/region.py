@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.slides.reader import Level, SlideReader
+from pipeline.slides.reader import Level, SlideReader, SlideReadError
 from pipeline.slides.resolution import ReadPlan, area_resample, level_downsamples, plan_read
 
 _KERNELS = {
@@ -18,6 +18,8 @@ _KERNELS = {
 """Pillow's filter, and its reach in output pixels."""
 
 _STRIP_PIXELS = 16_000_000
+MOST_OVERVIEW_PX = 400_000_000
+"""Of the largest glass at 5 µm per px."""
 _UNKNOWN_NATIVE_TILE = (256, 256)
 
 
@@ -177,6 +179,11 @@ def read_overview(
     factor = max(1, round(target_um_per_px / level_mpp))
     size = reader.levels[level]
     width, height = size.width // factor, size.height // factor
+    if width * height > MOST_OVERVIEW_PX:
+        raise SlideReadError(
+            f"slide {reader.path.name}: an overview of {width}x{height} px is larger than any "
+            "glass; is its resolution right?"
+        )
     rows = max(1, _STRIP_PIXELS // max(1, size.width * factor))
     strips = []
     for top in range(0, height, rows):

@@ -20,8 +20,9 @@ from pipeline.dataset import (
     fingerprint_of,
     write_slides,
 )
+from pipeline.dataset.claim import SLIDES, hold_claim
 from pipeline.dataset.journal import Outcome
-from pipeline.run.stage import Stage, run_stage
+from pipeline.run.stage import Stage, run_stage, stage_versions
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
@@ -29,15 +30,25 @@ from pipeline.slides.barcode import Barcode, parse_barcode
 from pipeline.slides.config import ScanConfig
 from pipeline.slides.describe import describe_slide
 from pipeline.slides.entries import SlideEntry, SlideSearch, refuse_entry
-from pipeline.slides.identity import KnownSlides, hash_slide, sample_slide, slide_state
+from pipeline.slides.identity import (
+    KnownSlides,
+    has_samples,
+    hash_slide,
+    sample_slide,
+    slide_state,
+)
 from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
 from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
+from pipeline.slides.tiff_limits import refuse_unbounded
 
 STAGE, VERSION = "scan", 5
 TABLE_SCOPE = "table"
 """Scope of the journal line that names slides.parquet."""
+IDS_SCOPE = "ids"
+"""Scope of the line by which a scan claims ids, before it opens the slides that are to have them.
+No file belongs to it, so that its outcome is `pruned`."""
 
 
 def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Slide]:
@@ -45,24 +56,30 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Sli
 
     Returns its rows by slide_id.
     """
-    # From all journals, not from this run: array elements and earlier runs scanned other slides.
-    ledger = Ledger.read(dataset, STAGE)
-    rows = {
-        slide_id: _slide_of_entry(entry)
-        for slide_id in ledger[""]
-        for entry in ledger[""].entries(slide_id)
-    }
-    # A slide that was refused for its id, and now has one of its own, is one row.
-    taken = {slide.path for slide in rows.values() if slide.status != "failed"}
-    rows = {k: row for k, row in rows.items() if row.status != "failed" or row.path not in taken}
-    fingerprint = fingerprint_of(rows=[asdict(rows[key]) for key in sorted(rows)])
-    name = dataset.slides_file.name
-    if ledger[TABLE_SCOPE].done(name, fingerprint) is None:
-        record = write_slides(dataset, run.run_id, rows.values())
-        # Another scan may have ended since this run began: the table is of its slides too.
-        run.take_precedence()
-        run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
-        summary.files, summary.bytes = 1, record.bytes
+    # The journals are read under the claim: a scan that ends at the same time either has its lines
+    # in them by now, or writes the table after this one, with the lines of both.
+    with hold_claim(dataset, SLIDES, STAGE):
+        # From all journals, not from this run: array elements and earlier runs scanned other
+        # slides.
+        ledger = Ledger.read(dataset, STAGE)
+        rows = {
+            slide_id: _slide_of_entry(entry)
+            for slide_id in ledger[""]
+            for entry in ledger[""].entries(slide_id)
+        }
+        # A slide that was refused for its id, and now has one of its own, is one row.
+        taken = {slide.path for slide in rows.values() if slide.status != "failed"}
+        rows = {
+            k: row for k, row in rows.items() if row.status != "failed" or row.path not in taken
+        }
+        fingerprint = fingerprint_of(rows=[asdict(rows[key]) for key in sorted(rows)])
+        name = dataset.slides_file.name
+        if ledger[TABLE_SCOPE].done(name, fingerprint) is None:
+            record = write_slides(dataset, run.run_id, rows.values())
+            # Another scan may have ended since this run began: the table is of its slides too.
+            run.take_precedence()
+            run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
+            summary.files, summary.bytes = 1, record.bytes
     return rows
 
 
@@ -92,6 +109,21 @@ def known_slides(dataset: Dataset) -> list[Slide]:
     return [_slide_of_entry(entry) for entry in entries.values()]
 
 
+def claimed_slides(dataset: Dataset) -> dict[str, Slide]:
+    """Slides whose ids scans claimed before they opened them, by id: what was known of each then.
+
+    They are of status "failed": nothing was read of them yet.
+    """
+    claimed: dict[str, Slide] = {}
+    for entry in Ledger.read(dataset, STAGE).lines:
+        if entry.scope == IDS_SCOPE:
+            for slide_id, (path, size, mtime_ns) in entry.values["ids"].items():
+                claimed[slide_id] = Slide(
+                    slide_id, path, status="failed", bytes=size, mtime_ns=mtime_ns
+                )
+    return claimed
+
+
 def _refuse_other_file(entry: SlideEntry, known: KnownSlides) -> SlideEntry:
     """The entry, refused where its id is that of another file in the dataset."""
     reason = "" if entry.taken_by else known.reason_to_refuse(entry)
@@ -117,7 +149,8 @@ def _slide_of_entry(entry: Entry) -> Slide:
         values[key] = tuple(values.get(key, ()))
     values["bounds"] = bounds_from(values.get("bounds"))
     values["reason"] = "" if entry.outcome == "done" else redact_secrets(entry.reason)
-    if entry.outcome == "failed":
+    # Withdrawn where a later stage found another file in its place.
+    if entry.outcome in ("failed", "pruned"):
         values["status"] = "failed"
     return Slide(**({"slide_id": entry.slide_id, "path": ""} | values))
 
@@ -146,11 +179,12 @@ def _source_fingerprint(source: SlideEntry, config: ScanConfig) -> str:
 
 
 def scan_slide(
-    source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str
+    source: SlideEntry, config: ScanConfig, fingerprint: str, scratch: str, before: str = ""
 ) -> list[Entry]:
     """Open one slide and describe it; every way to fail becomes an entry with a reason.
 
-    What is recorded: µm per px, sizes in level-0 px, bytes of the file.
+    What is recorded: µm per px, sizes in level-0 px, bytes of the file. `before` is the sum of
+    samples that a file of as many bytes, with this time, had when it was recorded; '' for none.
     """
     slide, why = _slide_before_opening(source), ""
     try:
@@ -161,6 +195,10 @@ def scan_slide(
                 slide = replace(slide, bytes=slide_state(path, source.series)[0])
             # The sums before it is opened: they are of the file also where that is damaged.
             slide = _add_sums(slide, path, source.series, config.sha256)
+            if before and not has_samples(path, source.series, before):
+                # Neither number nor time tells the files apart, as later stages would do.
+                sha256 = hash_slide(path, source.series, companions=True)
+                slide = replace(slide, sha256=sha256)
             _require_whole(path)
             slide, why = describe_slide(slide, path, source, config)
     except ResolutionError as error:
@@ -207,6 +245,8 @@ def _add_sums(slide: Slide, path: Path, series: str, is_whole: bool) -> Slide:
 
 def _require_whole(path: Path) -> None:
     try:
+        if path.is_file():
+            refuse_unbounded(path)
         missing = what_is_missing(path)
         unwritten = "" if missing else what_is_unwritten(path)
     except OSError as error:
@@ -230,21 +270,50 @@ class ScanStage(Stage[SlideEntry]):
     def __init__(self, dataset: Dataset, config: ScanConfig) -> None:
         super().__init__(dataset)
         self.config = config
-        search = SlideSearch(config.id_from)
-        search.add_inputs(config.inputs)
-        self.before = {slide.slide_id: slide for slide in known_slides(dataset)}
-        known = KnownSlides([] if config.replace else self.before.values())
-        self.sources = [
-            _refuse_other_file(entry, known)
-            for entry in search.entries(known.keep_id, known.is_known)
-        ]
-        self.passed_over = search.folders.describe_passed()
+        self.search = SlideSearch(config.id_from)
+        self.search.add_inputs(config.inputs)
+        self.before: dict[str, Slide] = {}
+        self.claimed: dict[str, Slide] = {}
+        self._read_known()
+        self.passed_over = self.search.folders.describe_passed()
         if not self.sources:
             there = f"; there: {'; '.join(self.passed_over)}" if self.passed_over else ""
             raise UserError(
                 f"no slides in {', '.join(config.inputs)}: expected files ending in .svs, .tiff, "
                 f".ndpi, .mrxs, .dcm or the like, or a CSV with a path column{there}"
             )
+
+    def _read_known(self) -> None:
+        """Give every slide its id, by the ids that the dataset's slides have."""
+        known_before = self.before, self.claimed
+        self.before = {slide.slide_id: slide for slide in known_slides(self.dataset)}
+        self.claimed = claimed_slides(self.dataset)
+        if known_before == (self.before, self.claimed) and known_before != ({}, {}):
+            return
+        known = KnownSlides([] if self.config.replace else (self.claimed | self.before).values())
+        self.sources = [
+            _refuse_other_file(entry, known)
+            for entry in self.search.entries(known.keep_id, known.is_known)
+        ]
+
+    def claim_items(self) -> None:
+        """Claim the ids of new slides, so that no scan at the same time gives them to others."""
+        with hold_claim(self.dataset, SLIDES, STAGE):
+            self._read_known()
+            new = {
+                entry.slide_id: (entry.location, *_bytes_and_time(entry))
+                for entry in self.sources
+                if not entry.taken_by and self._holder_of(entry.slide_id) != entry.location
+            }
+            if new:
+                line = Entry("ids", "pruned", "", scope=IDS_SCOPE, values={"ids": new})
+                with Run(self.dataset, STAGE, stage_versions()) as run:
+                    run.append([line])
+
+    def _holder_of(self, slide_id: str) -> str:
+        """The path or address of the slide that has the id, or has claimed it; '' for none."""
+        holder = self.before.get(slide_id) or self.claimed.get(slide_id)
+        return holder.path if holder else ""
 
     def identity_claims(self) -> dict[str, object]:
         """Resolution, grid and seed of the tiles to come."""
@@ -263,9 +332,13 @@ class ScanStage(Stage[SlideEntry]):
     ) -> SlideTask:
         """Open one slide; of one whose worker dies, what was known before is journalled."""
         scratch = str(self.dataset.staging_dir(run_id))
+        state = _bytes_and_time(item)
+        known = self.before.get(item.slide_id)
+        is_alike = known is not None and (known.bytes, known.mtime_ns) == state
+        before = known.sampled_sha256 if known and (is_alike or item.uri) else ""
         return SlideTask(
-            item.slide_id, fingerprint, (item, self.config, fingerprint, scratch),
-            _bytes_and_time(item)[0], values=slide_values(_slide_before_opening(item)),
+            item.slide_id, fingerprint, (item, self.config, fingerprint, scratch, before),
+            state[0], values=slide_values(_slide_before_opening(item)),
         )  # fmt: skip
 
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:

@@ -25,7 +25,13 @@ from common.processes import is_process_alive
 from common.redact import HIDDEN, redact_secrets, secrets_in
 from pipeline.dataset import Slide
 from pipeline.slides.config import JOB_SCRATCH, StageIn
-from pipeline.slides.identity import sample_slide, slide_state
+from pipeline.slides.identity import (
+    OtherFileError,
+    check_recorded,
+    file_states,
+    has_samples,
+    slide_state,
+)
 
 _PREFIX = "histogen-stage-in"
 _LEASE, _LEASED = ".lease", "leased-"
@@ -47,12 +53,14 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
 
     `folder` is used where no scratch was named. A copy of another size in bytes, or another MD5,
     than the table states is fetched again. Raises `StageInError` naming slide and command, or a
-    path that has no file any more, or another file than the one that was scanned.
+    path that has no file any more, and `OtherFileError` where the file is another one than `scan`
+    recorded, at the beginning or by the end of the context.
     """
     if not stage_in.command:
         path = Path(slide.path)
         _check_present(slide, path)
-        yield path
+        with _unchanged(slide, path):
+            yield path
         return
     scratch = _make_scratch(stage_in, folder)
     prefix = f"{_PREFIX}-{_host_name()}-"
@@ -116,18 +124,32 @@ def _check_present(slide: Slide, path: Path) -> None:
             f"slide {slide.slide_id}: {path} {what}; if the slide was moved or renamed, scan it "
             "again where it is now"
         )
-    # Earlier releases took no samples, and counted all files in a DICOM slide's folder.
-    if not slide.mtime_ns or not slide.sampled_sha256:
+    check_recorded(slide, path)
+
+
+@contextmanager
+def _unchanged(slide: Slide, path: Path) -> Iterator[None]:
+    """Refuse what was read in the meantime where the file became another one.
+
+    Raises `OtherFileError`, also in place of the error that half a file made.
+    """
+    before = file_states(path, slide.series)
+    try:
+        yield
+    except (UserError, OSError):
+        _check_unchanged(slide, path, before)
+        raise
+    _check_unchanged(slide, path, before)
+
+
+def _check_unchanged(slide: Slide, path: Path, before: list[tuple[str, int, int, int]]) -> None:
+    after = file_states(path, slide.series)
+    if after == before:
         return
-    size, mtime_ns = slide_state(path, slide.series)
-    is_same = size == slide.bytes and (
-        mtime_ns == slide.mtime_ns or sample_slide(path, slide.series) == slide.sampled_sha256
-    )
-    if size and not is_same:
-        raise StageInError(
-            f"slide {slide.slide_id}: {path} is not the file that was scanned ({size:,} bytes, "
-            f"{slide.bytes:,} then); scan it again, then run the later stages"
-        )
+    # Only touched, or moved away and back: the bytes decide, where `scan` has taken some.
+    if not after or not slide.sampled_sha256:
+        raise OtherFileError(slide.slide_id, f"{path} changed while it was read")
+    check_recorded(slide, path)
 
 
 def _make_scratch(stage_in: StageIn, folder: Path) -> Path:
@@ -156,7 +178,7 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
     if name in ("", ".", ".."):
         name = slide.slide_id
     # Under the slide's name, by which tools that write into a folder call it.
-    dest, problem = folder / name, ""
+    dest, problem, is_other = folder / name, "", False
     argv = stage_in.make_command(slide.path, dest)
     for attempt in range(stage_in.retries + 1):
         if attempt:
@@ -164,14 +186,18 @@ def _fetch_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Path:
             # Half a file of the attempt before must not be taken for the slide.
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        problem = _run_command(argv, stage_in.timeout_s)
+        problem, is_other = _run_command(argv, stage_in.timeout_s), False
         if not problem:
             # Some tools write the file into a folder that they make.
             fetched = dest if dest.exists() else min(folder.rglob(name), default=None)
             if not fetched:
                 problem = f"it ended well but wrote no {name}"
-            elif not (problem := _copy_problem(fetched, slide)):
+            elif problem := _copy_problem(fetched, slide):
+                is_other = bool(slide.sampled_sha256)
+            else:
                 return fetched
+    if is_other:
+        raise OtherFileError(slide.slide_id, f"from {slide.path}: {problem}")
     raise StageInError(
         f"slide {slide.slide_id}: `{_without_secrets(argv, shlex.join(argv))}` failed "
         f"{stage_in.retries + 1} times, last: {_without_secrets(argv, problem)}"
@@ -218,12 +244,16 @@ def _end_with_worker() -> None:
 
 def _copy_problem(path: Path, slide: Slide) -> str:
     """Why what came is not the slide, or ''."""
-    if path.is_dir():
-        return ""
-    size = path.stat().st_size
-    if slide.bytes and size != slide.bytes:
+    size, _ = slide_state(path, slide.series)
+    is_whole = not path.is_dir() or bool(slide.sampled_sha256)
+    if is_whole and slide.bytes and size != slide.bytes:
         return f"{size:,} bytes came, {slide.bytes:,} were expected"
     # To recognise a damaged copy, not against forgery.
-    if slide.md5 and (md5 := hash_file(path, "md5")) != slide.md5:
+    if not path.is_dir() and slide.md5 and (md5 := hash_file(path, "md5")) != slide.md5:
         return f"md5 is {md5}, {slide.md5} was expected"
+    try:
+        if slide.sampled_sha256 and not has_samples(path, slide.series, slide.sampled_sha256):
+            return f"{size:,} bytes came, as many as expected, and others than scan recorded"
+    except OSError as error:
+        return f"what came cannot be read: {error.strerror}"
     return ""

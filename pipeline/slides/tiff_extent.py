@@ -13,6 +13,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from common.files import open_regular
+
 _OFFSETS_AND_COUNTS = ((324, 325), (273, 279))
 """TileOffsets and TileByteCounts; StripOffsets and StripByteCounts."""
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
@@ -64,7 +66,7 @@ def _open_tiff(path: Path) -> Iterator["_DirectoryWalk | None"]:
     if path.is_dir() or path.suffix.lower() in _QUIRKY:
         yield None
         return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = file.read(16)
         order = {b"II": "<", b"MM": ">"}.get(header[:2])
         kind = struct.unpack(order + "H", header[2:4])[0] if order and len(header) == 16 else 0

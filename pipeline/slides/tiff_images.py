@@ -5,6 +5,7 @@ planes, or channels stored as pages of their own. Everything here is read from d
 OME-XML; no pixels.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ _ASSOCIATED = re.compile(
 """Names that end in these words: "Label-free imaging" is none."""
 _APERIO_ASSOCIATED = re.compile(r"^\s*(label|macro)\s+\d+\s*x\s*\d+", re.MULTILINE)
 _ROUNDED_PX = 1.5
+_MOST_PLANES = 100_000
+_OME_COUNTS = ("SizeZ", "SizeC", "SizeT")
+_OME_PLACES = frozenset({"IFD", "PlaneCount", "NumPlanes"})
 _NAME_LETTERS = 60
 _UM_PER_UNIT = {
     "pm": 1e-6, "nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "dm": 1e5,
@@ -138,12 +142,53 @@ def choose_in_file(path: Path, series: str = "") -> TiffChoice | None:
     try:
         # Pages in other files are not looked for: a slide is one file.
         with tifffile.TiffFile(path, _multifile=False) as tiff:
+            require_sane_ome(tiff, path.parent)
             return None if is_own_format(tiff) else choose_image(tiff, series)
     except SlideOpenError:
         raise
     except Exception:
         # tifffile raises many kinds for damaged headers: the readers say what is wrong.
         return None
+
+
+def require_sane_ome(tiff: tifffile.TiffFile, folder: Path) -> None:
+    """Refuse OME-XML that speaks of more planes than any file has, or of pipes as other files.
+
+    Readers make a list of as many planes as are stated.
+    """
+    xml = tiff.ome_metadata if tiff.is_ome else None
+    try:
+        elements = ElementTree.fromstring(xml or "<none/>").iter()
+    except ElementTree.ParseError:
+        return
+    for element in elements:
+        attributes = element.attrib
+        numbers = [attributes.get(name, "1") for name in _OME_COUNTS]
+        planes = math.prod(int(number) for number in numbers if number.isdecimal())
+        planes = max(planes, *(int(v) for v in _ome_places(attributes)), _modulo_steps(attributes))
+        if planes > _MOST_PLANES:
+            raise SlideOpenError(f"its OME-XML speaks of {planes:,} planes")
+        name = attributes.get("FileName", "")
+        if name and (other := folder / name).exists() and not other.is_file():
+            raise SlideOpenError(f"its OME-XML names {one_line(name, 60)}, which is no file")
+
+
+def _ome_places(attributes: dict[str, str]) -> Iterator[str]:
+    yield "0"
+    for name, value in attributes.items():
+        if (name in _OME_PLACES or name.startswith("First")) and value.strip().isdecimal():
+            yield value.strip()
+
+
+def _modulo_steps(attributes: dict[str, str]) -> int:
+    """How many places an axis of OME's Modulo has."""
+    try:
+        start, end = float(attributes["Start"]), float(attributes["End"])
+        return int(abs(end - start) / abs(float(attributes.get("Step", "1"))))
+    except (KeyError, ValueError):
+        return 0
+    except (ZeroDivisionError, OverflowError):
+        return _MOST_PLANES + 1
 
 
 def choose_image(tiff: tifffile.TiffFile, series: str = "") -> TiffChoice:

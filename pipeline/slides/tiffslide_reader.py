@@ -10,6 +10,7 @@ import tiffslide
 from pipeline.slides.metadata import read_description
 from pipeline.slides.reader import Level, ResolutionTags, SlideOpenError, SlideReader
 from pipeline.slides.tiff_images import describe_layout
+from pipeline.slides.tiff_limits import MOST_SEGMENT_BYTES
 
 _ICC_TAG = 34675
 _UNIT_IN_UM = {"CENTIMETER": 10_000.0, "INCH": 25_400.0}
@@ -45,6 +46,7 @@ class TiffSlideReader(SlideReader):
             first: Any = self._slide.ts_tifffile.pages.first
             profile, description = first.tags.get(_ICC_TAG), str(first.description)
             unfit = describe_layout((first,)) or ("" if first.dtype == np.uint8 else "16 bits")
+            _require_small_tiles(self._slide.ts_tifffile)
         except Exception as error:
             # tifffile raises many kinds for damaged headers; all mean the same to the user.
             raise SlideOpenError(f"tiffslide: {error}") from error
@@ -69,6 +71,14 @@ class TiffSlideReader(SlideReader):
     def close(self) -> None:
         """Release the file."""
         self._slide.close()
+
+
+def _require_small_tiles(tiff: Any) -> None:
+    """Raise ValueError for tiles or strips that take more memory than a machine may have."""
+    for page in tiff.pages:
+        page = page.keyframe
+        if int(np.prod([int(side) for side in page.chunks])) > MOST_SEGMENT_BYTES:
+            raise ValueError(f"its tiles of {page.chunks} are too large")
 
 
 def _resolution_tags(properties: dict[str, object]) -> ResolutionTags:

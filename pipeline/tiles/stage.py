@@ -43,9 +43,11 @@ from pipeline.dataset.tiles.zarr_shard import commit_zarr
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask, collect_entries, report_progress
+from pipeline.run.withdraw import LostResultError
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.colour import to_srgb
 from pipeline.slides.cost import tile_cost
+from pipeline.slides.identity import recorded_state
 from pipeline.slides.open import open_scanned
 from pipeline.slides.reader import Level, SlideReader
 from pipeline.slides.region import cut_tiles
@@ -53,9 +55,12 @@ from pipeline.slides.resolution import ReadPlan, plan_read
 from pipeline.slides.staging import local_slide
 from pipeline.tiles.config import TileConfig
 from pipeline.tiles.spool import Spool
+from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import (
     candidates_origin,
+    candidates_sha256,
     imported_source,
+    is_lost,
     is_same_origin,
     tissue_fingerprint,
 )
@@ -182,14 +187,21 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
                 f"selection '{selection}' was drawn from another file or other candidates than the "
                 "slide's as they are now: `select` again"
             )
-    # The journal line states it: the footers of 100,000 files take minutes.
-    rows = parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
+    try:
+        rows = _count_candidates(dataset, slide, parent)
+    except UserError as error:
+        return str(error)
     if need.last >= rows:
         return (
             f"selection '{need.selection}' names rank {need.last} of {rows} candidates: it was "
             "made from former ones, `select` again"
         )
     return ""
+
+
+def _count_candidates(dataset: Dataset, slide: Slide, parent: Entry) -> int:
+    # The journal line states it: the footers of 100,000 files take minutes.
+    return parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
 
 
 def tile_fingerprint(
@@ -228,24 +240,27 @@ def _was_interpolated(slide: Slide, identity: dict[str, Any]) -> bool:
 
 
 def tile_slide(
-    root: str, run_id: str, slide: Slide, spans: list[range], fingerprint: str, config: TileConfig
-) -> list[Entry]:
+    root: str, run_id: str, slide: Slide, spans: list[range], fingerprint: str, config: TileConfig,
+    candidates_sha256: str = "",
+) -> list[Entry]:  # fmt: skip
     """Write one slide's missing shards, on a worker; `spans` are ranges [start, stop) of blocks.
 
-    A read error fails the slide with its coordinates.
+    A read error fails the slide with its coordinates. `candidates_sha256` is the sum that the
+    slide's candidates had when they were written, '' where it is not known.
     """
     cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    shards = _write_shards(dataset, run_id, slide, spans, fingerprint, config)
+    shards = _write_shards(dataset, run_id, slide, spans, fingerprint, config, candidates_sha256)
     return collect_entries(shards, slide.slide_id, fingerprint, str(config.tile_px or ""))
 
 
 def _write_shards(
     dataset: Dataset, run_id: str, slide: Slide, spans: list[range], fingerprint: str,
-    config: TileConfig,
+    config: TileConfig, candidates_sha256: str,
 ) -> Iterator[Entry]:  # fmt: skip
     """One entry per shard: those written before a later one fails are journalled."""
-    job = _TileJob(dataset, run_id, slide, fingerprint, config, _output_px(dataset, config))
+    tile_px = _output_px(dataset, config)
+    job = _TileJob(dataset, run_id, slide, fingerprint, config, tile_px, candidates_sha256)
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     with Spool(folder) as spool:
         began = time.monotonic()
@@ -268,11 +283,12 @@ class _TileJob:
     fingerprint: str
     config: TileConfig
     tile_px: int
+    candidates_sha256: str
 
     def fill_spool(self, spool: Spool, block_spans: list[range]) -> list[range]:
         """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
         # Spans may share native tiles of the slide, which one pass decodes once.
-        all_x, all_y = read_positions(self.dataset, self.slide.slide_id)
+        all_x, all_y = self._read_positions()
         rows = len(all_x)
         spans = [ranks_of_blocks(blocks, rows) for blocks in block_spans]
         ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
@@ -289,6 +305,23 @@ class _TileJob:
                 if done % _PROGRESS_TILES == 0:
                     report_progress(self.slide.slide_id, _PROGRESS_TILES)
         return spans
+
+    def _read_positions(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        path = self.dataset.candidates_file(self.slide.slide_id)
+        try:
+            # A page's checksum says that it is whole, not that it is the one that was written.
+            is_same = not self.candidates_sha256 or hash_file(path) == self.candidates_sha256
+            reason = "" if is_same else "its sha256 is another than when it was written"
+            if is_same:
+                return read_positions(self.dataset, self.slide.slide_id)
+        except UserError as error:
+            reason = str(error)
+        except OSError as error:
+            reason = str(error.strerror)
+        raise LostResultError(
+            f"{path} is damaged ({reason}): run `tissue` (or the `import` that made it), then "
+            "`tile` again", TISSUE,
+        )  # fmt: skip
 
     def _cut_tiles(
         self, reader: SlideReader, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
@@ -322,7 +355,7 @@ class _TileJob:
         return Entry(
             self.slide.slide_id, "done", self.fingerprint, scope=str(self.tile_px),
             start=span.start, stop=span.stop, files=write(span, encoded),
-            counts={"tiles": len(span)},
+            counts={"tiles": len(span)}, values={"slide": recorded_state(self.slide)},
             seconds=time.monotonic() - began,
         )  # fmt: skip
 
@@ -377,6 +410,7 @@ class TileStage(Stage[_SlideNeed]):
         self.config = replace(config, tile_px=self.tile_px)
         self.scopes = (str(self.tile_px),)
         self.written_spans: dict[str, list[range]] = {}
+        self.parent_of: dict[str, Entry] = {}
 
     def identity_claims(self) -> dict[str, object]:
         """Resampler, colour handling and codec."""
@@ -409,6 +443,13 @@ class TileStage(Stage[_SlideNeed]):
         source = self._imported_source(item.slide_id)
         current = tissue_fingerprint(item.slide, self.identity, source)
         parent = self.parents.done(item.slide_id, current)
+        if parent is not None:
+            self.parent_of[item.slide_id] = parent
+        if parent is None and is_lost(self.parents.entries(item.slide_id), current):
+            return "failed", (
+                f"its tissue result ({self.dataset.candidates_file(item.slide_id)} or the mask) is "
+                "missing or damaged: run `tissue` (or the `import` that made it), then `tile` again"
+            )
         reason = _reason_to_refuse(self.dataset, item.slide, parent, item.need)
         return ("failed", reason) if reason else None
 
@@ -427,12 +468,13 @@ class TileStage(Stage[_SlideNeed]):
         self, item: _SlideNeed, fingerprint: str, missing: Missing, run_id: str
     ) -> SlideTask:
         """Cut the missing tiles of one slide."""
-        rows = candidate_count(self.dataset, item.slide_id)
+        parent = self.parent_of[item.slide_id]
+        rows = _count_candidates(self.dataset, item.slide, parent)
         tiles = sum(len(ranks_of_blocks(span, rows)) for span in missing.spans)
         self.written_spans[item.slide_id] = list(missing.spans)
         arguments = (
             str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
-            self.config,
+            self.config, candidates_sha256(parent),
         )  # fmt: skip
         # Slides differ in codec and in how much of them a tile covers.
         cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)

@@ -13,7 +13,6 @@ discarded, so that memory does not grow with the slide.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -25,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import read_regular
+from common.json_text import read_json
 from common.text import find_nearest
 from pipeline.tissue.classes import CLASS_NAMES, TissueClass
 from pipeline.tissue.detect import Detection
@@ -59,7 +60,7 @@ class NetworkDescription:
 def read_description(path: Path) -> NetworkDescription:
     """The description in a JSON file; a `DetectorFileError` names file, key and what is wanted."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
         raise DetectorFileError(
             f"{path} is missing: a network needs a JSON of its name with {', '.join(_KEYS[:4])}"
@@ -121,6 +122,10 @@ def _parse_classes(path: Path, names: object) -> tuple[TissueClass, ...]:
     return tuple(known[name] for name in names)
 
 
+_MOST_NETWORK_BYTES = 2 << 30
+"""What ONNX allows a file."""
+
+
 class OnnxDetector:
     """A learned detector, run by onnxruntime on the CPU, one thread: same input, same mask."""
 
@@ -130,7 +135,7 @@ class OnnxDetector:
         self.path = path
         self.description = read_description(path.with_suffix(".json"))
         try:
-            data = path.read_bytes()
+            data = read_regular(path, _MOST_NETWORK_BYTES)
         except OSError as error:
             raise DetectorFileError(f"{path} cannot be read ({error.strerror})") from error
         self.sha256 = hashlib.sha256(data).hexdigest()

@@ -31,6 +31,7 @@ from pipeline.run.stage import Stage, run_stage
 from pipeline.run.tasks import SlideTask, collect_entries
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.cost import overview_cost
+from pipeline.slides.identity import recorded_state
 from pipeline.slides.open import open_scanned
 from pipeline.slides.reader import SlideReader
 from pipeline.slides.region import read_overview
@@ -87,13 +88,26 @@ def imported_source(entries: Iterable[Entry]) -> str:
     return next((str(e.values["source"]) for e in entries if "source" in e.values), "")
 
 
+def is_lost(entries: Iterable[Entry], fingerprint: str) -> bool:
+    """Whether a slide had this very result, for where the ledger has none that is done.
+
+    Its files are missing or damaged, and `entries` are the slide's current lines.
+    """
+    return any(e.fingerprint == fingerprint and e.outcome != "failed" for e in entries)
+
+
+def candidates_sha256(entry: Entry) -> str:
+    """The sum of the candidates that a line of this stage names, '' where it names none."""
+    written = [file.sha256 for file in entry.files if file.path.startswith("candidates/")]
+    return written[0] if written else ""
+
+
 def candidates_origin(slide: Slide, entry: Entry) -> str:
     """Which tissue a slide's ranks count, as two parts of 12 hex digits: its candidates, its bytes.
 
     A part is '' where it is not known. `entry` is the slide's current line.
     """
-    written = [file.sha256 for file in entry.files if file.path.startswith("candidates/")]
-    return f"{written[0][:12] if written else ''}.{slide.sampled_sha256[:12]}"
+    return f"{candidates_sha256(entry)[:12]}.{slide.sampled_sha256[:12]}"
 
 
 def is_same_origin(one: str, other: str) -> bool:
@@ -168,6 +182,7 @@ def record_tissue(
     values = {
         "glass": detection.glass, "um_per_px": um_per_px, "plan": asdict(plan),
         "class_mm2": _class_areas(detection.mask, um_per_px), "tiles": judgement.count_verdicts(),
+        "slide": recorded_state(slide),
     }  # fmt: skip
     # Only where they say something: most slides have even glass and no notes.
     if detection.glass_variation:

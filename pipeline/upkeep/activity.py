@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from common.files import MOST_LINE, open_regular, open_text
 from common.leases import DEAD_S, file_server_time, is_lease_alive
 from common.processes import is_process_alive
 from pipeline.dataset import Dataset
@@ -91,18 +92,21 @@ def list_running(dataset: Dataset) -> list[Running]:
         logs = folder.glob(f"*{SUFFIX}")
         for path in sorted(logs, key=lambda log: run_order(log.name), reverse=True):
             if not _has_ended(path) and (events := read_events(path)):
-                run = _summarise_run(events, path, judge)
+                try:
+                    run = _summarise_run(events, path, judge)
+                except (KeyError, TypeError, ValueError, OverflowError):
+                    continue  # lines that no run of ours wrote
                 if run.alive or run.array_task not in begun_since:
                     running.append(run)
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                begin = decode_event(lines.readline())
+            with open_text(path, errors="replace") as lines:
+                begin = decode_event(lines.readline(MOST_LINE))
             begun_since.add(str(begin.fields.get("slurm_array_task", "")) if begin else "")
     return running
 
 
 def _has_ended(path: Path) -> bool:
     """Whether the log's last line is the run's end; the rest is not read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL_BYTES))
         return b'"event": "end"' in file.read().rstrip().rpartition(b"\n")[2]

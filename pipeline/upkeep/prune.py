@@ -27,6 +27,7 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
+from pipeline.dataset.claim import FEATURES, SELECTIONS, hold_claim
 from pipeline.upkeep.verify.inventory import Inventory, Stray, read_inventory, tile_writer
 from pipeline.upkeep.verify.runs import StagingFolder, live_run, staging_folders
 from pipeline.upkeep.verify.sums import sha256_of
@@ -93,6 +94,17 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, feature
         raise UserError(
             "--features removes an encoder's features whole: leave --keep-selection out"
         )
+    if not yes:
+        return _prune_claimed(dataset, keep, yes, features)
+    if features and (running := live_run(dataset)):
+        raise UserError(f"--features {features}: {running}")
+    # What is planned is removed under the same claim: a selection that is made at the same time
+    # waits, and `tile` and `cache` then find out what it lacks.
+    with hold_claim(dataset, FEATURES if features else SELECTIONS, "prune"):
+        return _prune_claimed(dataset, keep, yes, features)
+
+
+def _prune_claimed(dataset: Dataset, keep: Sequence[str], yes: bool, features: str) -> int:
     inventory = read_inventory(dataset)
     plan = plan_features(inventory, features) if features else make_plan(inventory, keep)
     if any(row.files for row in plan.rows):
@@ -108,8 +120,6 @@ def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, feature
         print_line(f"prune: {nothing} {dataset.root}")
         return EXIT_OK
     what = f"{plan.files:,} files, {format_bytes(plan.bytes)}"
-    if features and yes and (running := live_run(dataset)):
-        raise UserError(f"--features {features}: {running}")
     # Removing is the exception: tiles of a cohort take days to cut again.
     if not yes:
         print_line(f"prune: would remove {what}; nothing was removed, give --yes to do it")

@@ -4,7 +4,6 @@ Each item becomes DIR/<name>.safetensors, with the tensors under their published
 record in DIR/weights.json: where it came from, its sums, its licence.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torchvision
 from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
 from common.errors import UserError
 from common.files import hash_file, replacing_path, write_json
+from common.json_text import read_json
 from common.text import format_bytes
 from model.encoders import MissingPackageError, published_sha256, table
 from model.encoders.published import Published, ReleaseFile, local_copy
@@ -193,7 +193,7 @@ def _read_records(folder: Path) -> dict[str, WeightsRecord]:
     if not path.exists():
         return {}
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = read_json(path)
         if not all("file" in record and "sha256" in record for record in records.values()):
             raise ValueError("records lack a file or its sha256")
     except (ValueError, AttributeError, TypeError, OSError) as error:

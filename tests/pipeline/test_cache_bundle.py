@@ -95,7 +95,7 @@ def arguments(
     spans = work or {range(3): config.kinds}
     return (
         SlideWork(
-            str(dataset.root), "run", slide, config, PX, spans, "mark", encoder.weights_sha256
+            str(dataset.root), "run", slide, config, PX, spans, "mark", encoder.weights_sha256, ROWS
         ),
     )
 

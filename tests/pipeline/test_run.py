@@ -128,11 +128,9 @@ def test_values_are_words_of_their_own_and_never_a_shells(tmp_path: Path) -> Non
     assert train.arguments == (
         "--config=tiny", "run.dir=r", "model.vae={base: 4}", "log.tensorboard=false",
     )  # fmt: skip
-    assert train.command()[1:5] == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-    ]  # fmt: skip
+    assert train.command()[1:6] == ["-m", "common.launch", "4", "train", "--config=tiny"]
     assert export.command()[1:] == ["-m", "train", "export", "--sit=ema", "--", "r", "m"]
-    assert generate.command()[-5:] == ["-m", "evaluate", "generate", "--model=m", "--limit=32"]
+    assert generate.command()[-5:] == ["2", "evaluate", "generate", "--model=m", "--limit=32"]
 
 
 def test_steps_of_other_rooms_run_as_processes(

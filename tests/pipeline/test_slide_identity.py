@@ -23,7 +23,7 @@ from pipeline.dataset import Dataset, Entry, Run, Slide, claim_identity, read_sl
 from pipeline.run.summary import Summary
 from pipeline.slides.config import IN_PLACE, ScanConfig
 from pipeline.slides.entries import SlideEntry, find_slides, slide_id_of
-from pipeline.slides.identity import sample_slide, slide_files
+from pipeline.slides.identity import OtherFileError, sample_slide, slide_files
 from pipeline.slides.scan import ScanStage, record_slides, scan_slide, slide_values
 from pipeline.slides.search import FolderSearch
 from pipeline.slides.staging import StageInError, local_slide
@@ -549,7 +549,7 @@ def test_a_slide_that_is_gone_or_another_file_is_named_with_its_path(tmp_path, w
         assert found == path, "only touched"
     write(path, 300, None)
     with (
-        pytest.raises(StageInError, match=r"slide 1: .*a/1.tif is not the file that was scanned"),
+        pytest.raises(OtherFileError, match=r"slide 1 is no longer the file that scan recorded"),
         local_slide(slide, IN_PLACE, tmp_path),
     ):
         pass

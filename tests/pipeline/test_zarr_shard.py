@@ -140,10 +140,10 @@ def test_a_missing_or_short_index_says_what_to_run(tmp_path):
     commit_zarr(dataset, "run", final, 8, random_chunks(16)[1])
     file = final / "c" / "0" / "0" / "0" / "0"
     os.truncate(file, 40)
-    with pytest.raises(UserError, match="tile again"):
+    with pytest.raises(UserError, match="`tile` again"):
         ZarrShard.open(final)
     file.unlink()
-    with pytest.raises(UserError, match="tile again"):
+    with pytest.raises(UserError, match="`tile` again"):
         ZarrShard.open(final)
 
 

@@ -18,6 +18,7 @@ from pipeline.dataset.features.store import (
     encoder_file,
     feature_scope,
     read_encoder_record,
+    require_fields,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "find_outside",
     "open_writer",
     "read_encoder_record",
+    "require_fields",
     "token_table",
     "write_blocks",
 ]

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from common.files import open_regular
+
 _INT32_FIELD = 0x15
 """Thrift compact: the next field, of type int32."""
 
@@ -31,7 +33,7 @@ class PlainPages:
         # The column of a list is called `element`; its path begins with the list's own name.
         paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         self._columns = {path.partition(".")[0]: i for i, path in enumerate(paths)}
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import require_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
@@ -94,7 +94,7 @@ class FeatureShard:
         self.slide_id, self.start, self.stop = name.slide_id, name.start, name.stop
         # Only the footer is read here; pages are read when their block is.
         try:
-            open_regular(path).close()
+            require_regular(path)
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata
             meta = parse_json((schema.metadata or {})[_META_KEY])
@@ -172,5 +172,5 @@ class FeatureShard:
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
-                "run `python -m pipeline verify`"
+                "run `python -m pipeline verify --repair`, then `cache` again"
             ) from error

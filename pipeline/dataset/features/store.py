@@ -56,7 +56,7 @@ def read_encoder_record(
     try:
         with open_regular(path) as file:
             record = parse_json(file.read())
-        return _check_record(record)
+        return {"tile_px": tile_px} | _check_record(record)
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except (OSError, ValueError) as error:
@@ -84,6 +84,15 @@ def _check_record(record: object) -> dict[str, Any]:
         if key in record and not 0 < record[key] < 1 << 20:
             raise ValueError(f"{key} is {record[key]}")
     return record
+
+
+def require_fields(store: "FeatureStore", *names: str) -> None:
+    """Refuse features whose encoder.json does not state these fields, which it may lack."""
+    if missing := [name for name in names if store.record.get(name) is None]:
+        raise UserError(
+            f"encoder.json of the {store.kind} features of {store.encoder} in "
+            f"{store.dataset.root} has no {', '.join(missing)}: cache them again"
+        )
 
 
 def refuse_other_features(

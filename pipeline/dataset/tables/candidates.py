@@ -95,4 +95,7 @@ def candidate_count(dataset: Dataset, slide_id: str) -> int:
         with open_regular(path) as file:
             return int(pq.read_metadata(file).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): run `tissue` again") from error
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}): run `python -m pipeline verify --repair`, "
+            "then `tissue` again"
+        ) from error

@@ -141,7 +141,9 @@ def read_schema(
 def unreadable_error(path: Path, error: BaseException, hint: str) -> UserError:
     """The error to raise for a file that pyarrow cannot read."""
     reason = one_line(error) or "there is not enough memory for it"
-    return UserError(f"{path} cannot be read: {reason}; remove it and run again ({hint})")
+    return UserError(
+        f"{path} cannot be read: {reason}; remove it, then {hint.removesuffix(' first')}"
+    )
 
 
 def check_column(

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import open_text, read_lines, require_regular
 from common.json_text import parse_json
 from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
@@ -192,8 +193,8 @@ def _journalled_counts(dataset: Dataset) -> dict[str, int]:
     counts: dict[str, int] = {}
     try:
         for path in dataset.status_dir("tissue").glob("*.jsonl"):
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
+            with open_text(path, errors="replace") as file:
+                for line in read_lines(file):
                     if found := _COUNT.search(line):
                         count, slide_id = int(found[1]), found[2]
                         counts[slide_id] = min(count, counts.get(slide_id, count))
@@ -264,6 +265,7 @@ def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
     known: dict[str, int] = {}
     plan = _plan_of(path, read_schema(path, (_SLIDE, _RANK), hint, _MOST_ROWS))
     try:
+        require_regular(path)
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:

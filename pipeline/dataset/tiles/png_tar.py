@@ -12,11 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_descriptor, read_regular
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, parse_shard_name
 
 PNG_EFFORTS = ("small", "fast")
+SHARD_REMEDY = "run `python -m pipeline verify --repair`, then `tile` again"
+"""What makes a damaged shard anew: `tile` alone goes by names and sizes of files."""
 _HEADER = 512
+_MOST_BLOCK_BYTES = 2 << 30
+"""Of 16 tiles, which have 2 MB each as a rule."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUE_COLOUR, _FILTER_AVERAGE = 2, 3
 _PNG_OPTIONS = [
@@ -131,16 +136,19 @@ class ShardHandle:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = open_descriptor(path)
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
+        # What an index says: a sparse file has any number of bytes.
+        if not 0 <= end - begin <= _MOST_BLOCK_BYTES:
+            raise UserError(f"{self.path}: a block of {end - begin:,} bytes: run `verify`")
         try:
             data = os.pread(self.fd, end - begin, begin)
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
         if len(data) != end - begin:
-            raise UserError(f"{self.path} is shorter than its index says: run `verify`")
+            raise UserError(f"{self.path} is shorter than its index says: {SHARD_REMEDY}")
         return data
 
     def __del__(self) -> None:
@@ -164,16 +172,14 @@ class TarShard:
         index = path.with_suffix(".idx")
         # Blocks are read whole, so that the offset of each block's first member is enough.
         try:
-            lines = index.read_text().splitlines()
+            lines = read_regular(index).decode().splitlines()
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
             last = lines[-1].split(" ", 3)
             end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER
             starts = np.array([*offsets, end], np.int64)
             _check_starts(starts, name, path.stat().st_size)
         except (OSError, IndexError, ValueError, OverflowError) as error:
-            raise UserError(f"{index} cannot be read ({error}): run `verify` and tile again") from (
-                error
-            )
+            raise UserError(f"{index} cannot be read ({error}): {SHARD_REMEDY}") from (error)
         return cls(path, name.start, name.stop, starts)
 
     def open_handle(self) -> ShardHandle:
@@ -185,14 +191,14 @@ class TarShard:
         handle = handle or self.open_handle()
         index = block - self.start // BLOCK_ROWS
         if not 0 <= index < len(self.block_starts) - 1:
-            raise UserError(f"{self.path} has no block {block}: run `verify`")
+            raise UserError(f"{self.path} has no block {block}: {SHARD_REMEDY}")
         begin, end = int(self.block_starts[index]), int(self.block_starts[index + 1])
         data = handle.read(begin, end)
         # Ranks by the tar's headers, not by the index: a mixed-up pair of files is found out.
         members = dict(_read_members(data, self.path))
         ranks = range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.stop))
         if list(members) != list(ranks):
-            raise UserError(f"{self.path}: block {block} has not its tiles: run `verify`")
+            raise UserError(f"{self.path}: block {block} has not its tiles: {SHARD_REMEDY}")
         return members
 
 
@@ -216,7 +222,7 @@ def _read_members(data: bytes, path: Path) -> Iterable[tuple[int, bytes]]:
             if name != member_name(slide_id, rank) or size < 0:
                 raise ValueError(f"a member {name[:80]!r} is not one of slide {slide_id}")
         except (tarfile.TarError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}): run `verify`") from error
+            raise UserError(f"{path} is damaged ({error}): {SHARD_REMEDY}") from error
         at += _HEADER
         yield rank, data[at : at + size]
         at += -(-size // _HEADER) * _HEADER

@@ -11,7 +11,7 @@ from common.errors import UserError
 from pipeline.dataset.journal import Entry
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
-from pipeline.dataset.tiles.png_tar import ShardHandle, TarShard, decode_png
+from pipeline.dataset.tiles.png_tar import SHARD_REMEDY, ShardHandle, TarShard, decode_png
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, decode_chunk
 
 _OPEN_FILES = 128
@@ -63,8 +63,7 @@ class TileStore:
         except ValueError as error:
             where = self._shard_of_block(slide_id, rank // BLOCK_ROWS).path
             raise UserError(
-                f"{where}: tile {rank} of slide {slide_id} is damaged ({error}); "
-                "run `python -m pipeline verify`, then tile again"
+                f"{where}: tile {rank} of slide {slide_id} is damaged ({error}); {SHARD_REMEDY}"
             ) from error
         return tile
 

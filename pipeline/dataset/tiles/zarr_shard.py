@@ -6,13 +6,16 @@ it. A chunk is planar (transpose), delta-coded along the rows (numcodecs), zstd,
 (numcodecs). Stock zarr reads it; reading and encoding here need no zarr.
 """
 
+import errno
+import itertools
 import json
 import os
 import secrets
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import make_directory, sync_directory
+from common.files import hash_file, make_directory, open_regular, sync_directory
 from pipeline.dataset.commit import FileRecord, HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset, parse_shard_name
-from pipeline.dataset.tiles.png_tar import ShardHandle
+from pipeline.dataset.tiles.png_tar import SHARD_REMEDY, ShardHandle
 
 CODEC = "zarr-delta-zstd"
 _ZSTD_LEVEL = 3
 _CHUNK_FILE = ("c", "0", "0", "0", "0")
 _INDEX_ROW, _CRC = 16, 4
+_MOST_TURNS = 100
 
 
 def encode_chunk(tile: npt.NDArray[np.uint8]) -> bytes:
@@ -118,7 +122,7 @@ def commit_zarr(
             sync_directory(folder)
         # Renamed as a whole: readers see all of the array or nothing.
         make_directory(final.parent)
-        _replace_folder(staged, final)
+        _replace_folder(staged, final, sizes)
     except OSError as error:
         raise UserError(
             f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
@@ -132,14 +136,43 @@ def commit_zarr(
     )
 
 
-def _replace_folder(staged: Path, final: Path) -> None:
-    """Rename the folder into place; a damaged one at that place goes first."""
-    if final.exists():
-        old = staged.with_name(f"{staged.name}.old")
-        final.rename(old)
+def _replace_folder(staged: Path, final: Path, sums: Sequence[tuple[int, str]]) -> None:
+    """Rename the folder into place; what is there with the same `sums` stays, all else goes.
+
+    Another run may do the same at the same time: whoever is second finds the other's array.
+    """
+    for number in itertools.count():
+        try:
+            # Fails where there is an array, and only then; an empty folder is replaced.
+            staged.rename(final)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            if number >= _MOST_TURNS:
+                raise
+        if _has_sums(final, sums):
+            break
+        # A damaged one, or another run's: moved away whole, since readers may have it open.
+        old = staged.with_name(f"{staged.name}.old{number}")
+        with suppress(FileNotFoundError):
+            final.rename(old)
         shutil.rmtree(old, ignore_errors=True)
-    staged.rename(final)
+        if old.is_file():
+            old.unlink(missing_ok=True)
     sync_directory(final.parent)
+
+
+def _has_sums(array: Path, sums: Sequence[tuple[int, str]]) -> bool:
+    """Whether an array's files have these sizes in bytes and sha256."""
+    files = (array / "zarr.json", array.joinpath(*_CHUNK_FILE))
+    try:
+        # Sizes first: a damaged array is often short, and need not be read.
+        return all(
+            file.stat().st_size == size for file, (size, _) in zip(files, sums, strict=True)
+        ) and all(hash_file(file) == sha256 for file, (_, sha256) in zip(files, sums, strict=True))
+    except OSError:
+        return False
 
 
 def _write_parts(path: Path, parts: Iterable[bytes]) -> tuple[int, str]:
@@ -190,15 +223,13 @@ class ZarrShard:
         count = name.stop - name.start
         # The index is at the end, and its length follows from the ranks in the name.
         try:
-            with path.joinpath(*_CHUNK_FILE).open("rb") as file:
+            with open_regular(path.joinpath(*_CHUNK_FILE)) as file:
                 file.seek(-(count * _INDEX_ROW + _CRC), os.SEEK_END)
                 size = file.tell()
                 index = np.frombuffer(file.read(count * _INDEX_ROW), "<u8").reshape(count, 2)
             _check_index(index, size)
         except (OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{path} cannot be read ({error}): run `verify` and tile again") from (
-                error
-            )
+            raise UserError(f"{path} cannot be read ({error}): {SHARD_REMEDY}") from (error)
         return cls(path, name.start, name.stop, index)
 
     def open_handle(self) -> ShardHandle:
@@ -210,7 +241,7 @@ class ZarrShard:
         handle = handle or self.open_handle()
         first = block * BLOCK_ROWS
         if not self.start <= first < self.stop:
-            raise UserError(f"{self.path} has no block {block}: run `verify`")
+            raise UserError(f"{self.path} has no block {block}: {SHARD_REMEDY}")
         rows = self.index[first - self.start : first - self.start + BLOCK_ROWS].astype(np.int64)
         begin, end = int(rows[0, 0]), int(rows[-1].sum())
         data = handle.read(begin, end)

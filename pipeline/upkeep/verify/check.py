@@ -11,6 +11,7 @@ from rich.table import Table
 
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
+from common.files import read_regular
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_selection, read_slides
 from pipeline.dataset.identity import (
@@ -23,6 +24,7 @@ from pipeline.dataset.identity import (
 )
 from pipeline.dataset.journal import run_order
 from pipeline.dataset.layout import is_inside
+from pipeline.slides.identity import is_other_file
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
 from pipeline.upkeep.verify.journal_lines import LineDamage, journal_lines
 from pipeline.upkeep.verify.repair import refuse_live_runs, repair_damage
@@ -76,6 +78,7 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
+    check.check_slides(inventory)
     check.check_tables(damaged)
     check.note_strays(inventory)
     if repair:
@@ -103,7 +106,7 @@ class Verification:
             self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
-            if not damage and b'"crc"' not in path.read_bytes():
+            if not damage and b'"crc"' not in read_regular(path):
                 self.notes.append(
                     f"not covered: {path.name} has no checksum (removed, or made by an older "
                     "release)"
@@ -178,6 +181,25 @@ class Verification:
             fix = suggest_fix(inventory.named[path][-1], damaged[path], tiles_by)
             self.problems.append(Problem(path, damaged[path].words, fix))
         return damaged
+
+    def check_slides(self, inventory: Inventory) -> None:
+        """Check that masks and tiles are of the slide files that slides.parquet records."""
+        try:
+            slides = {slide.slide_id: slide for slide in read_slides(self.dataset)}
+        except UserError:
+            return  # damage of the table is reported as such
+        for stage in ("tissue", "tile"):
+            others: dict[str, list[str]] = {}
+            for entry in inventory.current_entries(stage):
+                slide = slides.get(entry.slide_id)
+                is_made = entry.outcome == "done" and bool(entry.files)
+                if is_made and slide and is_other_file(slide, entry.values.get("slide")):
+                    others.setdefault(entry.slide_id, []).append(entry.files[0].path)
+            for slide_id, paths in others.items():
+                more = f" (and {len(paths) - 1:,} more files)" if len(paths) > 1 else ""
+                what = f"made from another file of slide {slide_id} than slides.parquet has{more}"
+                fix = "run `pipeline tissue`, `pipeline select` and `pipeline tile`"
+                self.problems.append(Problem(paths[0], what, fix))
 
     def check_tables(self, damaged: Mapping[str, FileDamage]) -> None:
         """Check what the sums do not cover: tables that others wrote, or of what was there before.

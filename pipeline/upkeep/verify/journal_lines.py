@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.files import open_regular
+from common.json_text import parse_json
 from pipeline.dataset.journal import decode_line
 
 LineDamage = Literal["torn", "altered", "respelt"]
@@ -24,7 +26,7 @@ class Line:
 
 def journal_lines(path: Path) -> Iterator[Line]:
     """The lines of a journal; raises OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, data in enumerate(file, 1):
             yield Line(number, data, damage_of(data))
 
@@ -39,13 +41,12 @@ def damage_of(data: bytes) -> LineDamage | None:
     try:
         # A whole record, and then what does not belong there: a newline was changed.
         json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "torn"
     return "altered"
 
 
 def canonical_line(line: str | bytes) -> bytes:
     """A readable line in the only form in which lines are written."""
-    return (json.dumps(json.loads(line), sort_keys=True, ensure_ascii=False) + "\n").encode(
-        errors="backslashreplace"
-    )
+    text = json.dumps(parse_json(line), sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

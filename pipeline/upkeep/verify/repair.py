@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import open_regular
 from pipeline.dataset import Dataset, commit_bytes, new_run_id
 from pipeline.upkeep.activity import RunJudge
 from pipeline.upkeep.verify.inventory import Inventory, read_inventory
@@ -71,7 +72,7 @@ class JournalReader:
         states = []
         for path in sorted((self.dataset.root / "status").glob("*/*.jsonl")):
             # Opened, not only looked up: a network file system then asks its server.
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 stat = os.fstat(file.fileno())
             states.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns))
         if states != self._states:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.files import open_regular
 from pipeline.dataset import FileRecord
 
 _CHUNK_BYTES = 1 << 22
@@ -69,7 +70,7 @@ def sha256_of(
 ) -> tuple[int, str]:
     """Bytes and sha256 of a file, read through `buffer`; raises OSError."""
     sha, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
+    with open_regular(path).detach() as file, memoryview(buffer) as view:
         while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
             sha.update(view[:count])
             size += count
