@@ -88,7 +88,8 @@ def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     if picture is None:
         return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
-    comment = thumb.comment(hashlib.sha256(overlay).hexdigest())
+    # Of what was read, not what the journal says, so that no other picture is taken for it.
+    comment = thumb.comment(hashlib.sha256(data).hexdigest())
     small = encode_small(without_legend).removeprefix(_JPEG_BEGINS)
     commit_bytes(target, run_id, thumb.final, comment + small)
     return ""

@@ -48,6 +48,5 @@ def damage_of(data: bytes) -> LineDamage | None:
 
 def canonical_line(line: str | bytes) -> bytes:
     """A readable line in the only form in which lines are written."""
-    return (json.dumps(parse_json(line), sort_keys=True, ensure_ascii=False) + "\n").encode(
-        errors="backslashreplace"
-    )
+    text = json.dumps(parse_json(line), sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
