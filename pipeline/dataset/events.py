@@ -46,7 +46,7 @@ class EventLog:
             # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.path, flags, 0o666)
             os.write(self._handle, line.encode())
         except OSError:

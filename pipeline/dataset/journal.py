@@ -19,7 +19,7 @@ from common.files import sync_directory
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, process_location
-from pipeline.dataset.layout import Dataset, is_inside
+from pipeline.dataset.layout import Dataset, is_stage_file
 
 STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 """The stages that keep journals, in the order of a dataset's life."""
@@ -119,6 +119,9 @@ class Run:
         self.run_id = new_run_id()
         self._handle: int | None = None
         folder = dataset.status_dir(stage)
+        # Before hours of work, and for what is staged without a commit.
+        for path in (self.journal_file, dataset.staging_dir(self.run_id) / "file"):
+            dataset.refuse_linked_folders(path)
         self._log = EventLog(folder / f"{self.run_id}{SUFFIX}", self.run_id, stage)
         self._workers: dict[str, str] = {}
         self._outcomes: Counter[str] = Counter()
@@ -147,7 +150,7 @@ class Run:
         try:
             if self._handle is None:
                 self.journal_file.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)
             # A disk that is all but full takes a part of the bytes without an error.
@@ -202,8 +205,8 @@ def begun_stages(dataset: Dataset) -> list[str]:
 def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list[Entry]:
     """Every valid line of a stage, oldest run first.
 
-    A journal is data, and others may have written it: a line that names a file outside the
-    dataset is left out, but for `verify`, which reports it (`outside`).
+    A journal is data, and others may have written it: a line that names a file which the stage
+    does not write is left out, but for those that report it (`outside`).
     """
     # By name, which begins with the run's time: the oldest run comes first.
     entries: list[Entry] = []
@@ -221,7 +224,15 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
         ) from error
     if outside:
         return entries
-    return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]
+    return [entry for entry in entries if not foreign_file(stage, entry)]
+
+
+def foreign_file(stage: str, entry: Entry) -> str:
+    """The first file of a line that its stage does not write, or not for this line; '' if none."""
+    for record in entry.files:
+        if not is_stage_file(stage, record.path, vars(entry)):
+            return record.path or "''"
+    return ""
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:

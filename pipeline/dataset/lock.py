@@ -22,6 +22,8 @@ def hold_lock(path: Path) -> Iterator[None]:
     of other machines nor process ids, which each container numbers anew, are trusted. Raises
     `UserError` where it cannot be made, or stays held by others for 600 s.
     """
+    if path.parent.is_symlink():
+        raise UserError(f"cannot lock {path}: {path.parent} is a link; put a folder in its place")
     _acquire_lock(path)
     # A lock that was broken meanwhile is another's now, and must not be removed.
     mine = _holder_text(path)

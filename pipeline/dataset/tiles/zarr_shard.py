@@ -102,6 +102,8 @@ def commit_zarr(
     not writable.
     """
     name = parse_shard_name(final.name)
+    for path in (final, dataset.staging_dir(run_id) / final.name):
+        dataset.refuse_linked_folders(path)
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
     head = json.dumps(
         array_metadata(name.slide_id, name.start, name.stop, tile_px), indent=2
@@ -134,7 +136,9 @@ def commit_zarr(
 
 def _replace_folder(staged: Path, final: Path) -> None:
     """Rename the folder into place; a damaged one at that place goes first."""
-    if final.exists():
+    if final.is_symlink():
+        final.unlink()  # a link is replaced, and what it leads to is left alone
+    elif final.exists():
         old = staged.with_name(f"{staged.name}.old")
         final.rename(old)
         shutil.rmtree(old, ignore_errors=True)
