@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from pipeline.dataset import Dataset, Entry, FileRecord, HashingFile, commit_file
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    FileRecord,
+    HashingFile,
+    check_slide_id,
+    commit_file,
+)
 from pipeline.dataset.tables.parquet_table import read_table
 from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
@@ -25,7 +32,7 @@ _GROUPS_AT_ONCE = 256
 
 def scores_file(dataset: Dataset, name: str, slide_id: str) -> Path:
     """The file of a slide's scores: rank, and the probability of an artifact from 0 to 1."""
-    return curation_dir(dataset, name) / "scores" / f"{slide_id}.parquet"
+    return curation_dir(dataset, name) / "scores" / f"{check_slide_id(slide_id)}.parquet"
 
 
 def score_slide(

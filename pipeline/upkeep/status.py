@@ -16,6 +16,7 @@ from common.console import print_line, stdout
 from common.redact import redact_secrets
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, Entry, Ledger, Selection, begun_stages, read_selection
+from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.upkeep.activity import Running, list_running
 
 _REASONS_SHOWN = 8
@@ -118,8 +119,11 @@ def file_kind(path: str) -> str:
 
 
 def is_bookkeeping(scope: str) -> bool:
-    """Whether lines of this scope name a table or an encoder.json, not a slide's work."""
-    return scope == "table" or scope.endswith("encoder.json")
+    """Whether lines of this scope name a table, an encoder.json or what `verify` moved away.
+
+    Such lines are no slide's work.
+    """
+    return scope == "table" or scope.endswith("encoder.json") or scope.startswith(DAMAGED_DIR)
 
 
 def _stage_status(

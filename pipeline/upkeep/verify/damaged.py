@@ -17,6 +17,7 @@ from pipeline.dataset import (
     DatasetKind,
     Entry,
     Ledger,
+    Slide,
     kind_of,
     read_identity,
     read_slides,

@@ -1,13 +1,15 @@
 """Sizes and sha256 of many files at once: hashing releases the GIL, so threads are enough."""
 
 import hashlib
+import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+from common.files import open_regular
 from pipeline.dataset import FileRecord
 
 _CHUNK_BYTES = 1 << 22
@@ -20,7 +22,7 @@ class FileDamage:
     `altered` is a file that was read to its end; one that is `unreadable` may be sound.
     """
 
-    kind: Literal["missing", "unreadable", "altered", "outside"]
+    kind: Literal["missing", "unreadable", "altered"]
     words: str
 
 
@@ -69,8 +71,9 @@ def sha256_of(
 ) -> tuple[int, str]:
     """Bytes and sha256 of a file, read through `buffer`; raises OSError."""
     sha, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
-        while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
+    with open_regular(path) as file, memoryview(buffer) as view:
+        raw = cast(io.BufferedReader, file).raw
+        while not (stop and stop.is_set()) and (count := raw.readinto(view)):
             sha.update(view[:count])
             size += count
             advance(count)
