@@ -70,10 +70,10 @@ def decode_line(line: str) -> Entry | None:
     """The entry of a line, or None where the line is torn or was altered."""
     try:
         record = json.loads(line)
-        crc = record.pop("crc")
+        is_whole = record.pop("crc") == _checksum_of(record)
     except (ValueError, KeyError, AttributeError, TypeError):
-        return None
-    if crc != _checksum_of(record):
+        return None  # also half a character, which has no bytes to be summed
+    if not is_whole:
         return None
     # Keys of newer releases are passed over.
     known = {key: record[key] for key in Entry.__dataclass_fields__ if key in record}

@@ -192,7 +192,8 @@ class Verification:
                 f"{DAMAGED_DIR}: {len(moved):,} files, {size}, which `--repair` moved there; "
                 "`pipeline prune` removes those that were made again since"
             )
-        for folder in staging_folders(self.dataset):
+        is_linked = self.dataset.staging_dir("").is_symlink()
+        for folder in () if is_linked else staging_folders(self.dataset):
             state = "may be under way" if folder.alive else "is dead (`pipeline prune` removes it)"
             self.notes.append(
                 f".tmp/{folder.path.name}: the run {state}; "
