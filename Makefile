@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-slurm lint house bench docs clean
+.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-faults test-slurm lint house bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -119,6 +119,11 @@ test: setup ## the tests that run in under ten minutes on two cores
 
 test-full: setup ## the longer tests as well
 	$(PY) -m pytest -m 'full and not gpu and not slurm' $(ARGS)
+
+test-faults: setup ## every attack of docs/reliability.md: full disks, power loss, clocks, hostile files
+	$(PY) -m pytest -rs tests/faults $(ARGS)
+	$(PY) -m pytest -rs $(wildcard $(addprefix tests/pipeline/test_,faults.py fuzz.py give_up.py interrupted.py killed.py security.py)) $(ARGS)
+	$(PY) -m pytest -rs tests/train/test_checkpoint.py tests/train/test_signals.py $(ARGS)
 
 test-slurm: setup ## stages and training as jobs of a real SLURM, started for the tests
 	@bash tests/slurm/install.sh

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import dask
 import numpy as np
 import openslide
 import psutil
@@ -220,7 +221,15 @@ def dask_cluster(workers: int) -> Iterator[tuple[Client, EngineConfig, list[int]
     """A cluster that is up, how the stage finds it, and its workers' process ids."""
     with dask_client(EngineConfig(workers=workers), workers) as client:
         pids = list(client.run(os.getpid).values())
-        yield client, EngineConfig(scheduler=client.scheduler.address), pids
+        # The stage finds the cluster by its address, and shows this client's certificate.
+        security = client.security
+        certificate = {
+            "distributed.comm.tls.ca-file": security.tls_ca_file,
+            "distributed.comm.tls.client.cert": security.tls_client_cert,
+            "distributed.comm.tls.client.key": security.tls_client_key,
+        }
+        with dask.config.set(certificate):
+            yield client, EngineConfig(scheduler=client.scheduler.address), pids
 
 
 def stage_once(bench: TilingBench, png: str, engine: EngineConfig, pids: list[int]) -> Times:

@@ -44,6 +44,7 @@ from pipeline.dataset.tables.selections import (
     Selection,
     make_selection,
     read_selection,
+    read_selection_rows,
     write_selection,
 )
 from pipeline.dataset.tables.slides import Slide, bounds_from, read_slides, write_slides
@@ -91,6 +92,7 @@ __all__ = [
     "read_identity",
     "read_journal",
     "read_selection",
+    "read_selection_rows",
     "read_slides",
     "safe_slide_id",
     "software_versions",

@@ -2,20 +2,29 @@
 
 One file `status/<stage>/<run_id>.jsonl` per coordinator or array element; one line per slide and
 scope, with a CRC, so that a line torn by kill -9 is recognised and left out.
+
+Clocks may lie, so that no time says which of two lines is the later one. A run id begins with a
+number, one more than the highest in the folder when the run claims it, which it does after having
+read what it decides by: whatever a run knew of is older than its own lines. Runs that knew nothing
+of each other are in the order of their names. Older releases wrote no number; their runs come
+first, by name, which begins with their time, and they read newer ones in the right order too.
 """
 
 import json
 import os
+import re
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
 from common.files import sync_directory
+from common.leases import Lease, clear_leases
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, process_location
@@ -23,6 +32,11 @@ from pipeline.dataset.layout import Dataset, is_stage_file
 
 STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 """The stages that keep journals, in the order of a dataset's life."""
+
+LEASE_SUFFIX = ".lease"
+"""`status/<stage>/<run_id>.lease` is there while the run lives; see `common.leases`."""
+_NUMBERED = re.compile(r"r([0-9]{12})-")
+_HIGHEST = 10**12 - 1
 
 Outcome = Literal["done", "rejected", "failed", "pruned"]
 """`pruned` supersedes the `done` line of a rank range whose files `prune` removed."""
@@ -105,10 +119,30 @@ def _file_record(values: dict[str, Any]) -> FileRecord:
     return record
 
 
-class Run:
-    """One run of one stage: its id, its staging folder, its journal, its log of events.
+def run_order(name: str) -> tuple[int, str]:
+    """What runs are sorted by, oldest first: the number that an id begins with, then the name.
 
-    The log's last line has the run's outcomes and how many seconds it took.
+    >>> sorted(["r000000000002-a", "zzz", "20260101T000000-b", "r000000000001-c"], key=run_order)
+    ['20260101T000000-b', 'zzz', 'r000000000001-c', 'r000000000002-a']
+    """
+    match = _NUMBERED.match(name)
+    return (int(match[1]) if match else 0, name)
+
+
+def _claim_run_id(folder: Path) -> str:
+    """An id that comes after all runs of a stage's folder."""
+    # The logs and leases count too: a run may have begun, and not have written a line yet.
+    highest = max((run_order(name)[0] for name in _list_folder(folder)), default=0)
+    # A forged name may have the highest number: then names decide, and nothing breaks.
+    return f"r{min(highest + 1, _HIGHEST):012d}-{new_run_id()}"
+
+
+class Run:
+    """One run of one stage: its id, its staging folder, its journal, its log of events, its lease.
+
+    The log's last line has the run's outcomes and how many seconds it took. The id is claimed when
+    it is first needed, and later than all that was there by then: a run reads first, then asks for
+    its id. One that writes nothing claims nothing.
     """
 
     def __init__(
@@ -116,21 +150,46 @@ class Run:
     ) -> None:
         self.dataset, self.stage, self.versions = dataset, stage, versions
         self._device = {"device": device} if device else {}
-        self.run_id = new_run_id()
+        self._folder = dataset.status_dir(stage)
         self._handle: int | None = None
-        folder = dataset.status_dir(stage)
         # Before hours of work, and for what is staged without a commit.
-        for path in (self.journal_file, dataset.staging_dir(self.run_id) / "file"):
-            dataset.refuse_linked_folders(path)
-        self._log = EventLog(folder / f"{self.run_id}{SUFFIX}", self.run_id, stage)
+        for folder in (self._folder, dataset.staging_dir("")):
+            dataset.refuse_linked_folders(folder / "file")
+        self._lease: Lease | None = None
+        self._journal_id = ""
         self._workers: dict[str, str] = {}
         self._outcomes: Counter[str] = Counter()
         self._began = time.monotonic()
 
+    @cached_property
+    def run_id(self) -> str:
+        """The run's id, by which its staging folder, journal, log and lease are named."""
+        run_id = _claim_run_id(self._folder)
+        self._lease = Lease(self._folder / f"{run_id}{LEASE_SUFFIX}")
+        clear_leases(self._folder.glob(f"*{LEASE_SUFFIX}"), self._lease.path)
+        return run_id
+
+    @cached_property
+    def _log(self) -> EventLog:
+        return EventLog(self._folder / f"{self.run_id}{SUFFIX}", self.run_id, self.stage)
+
     @property
     def journal_file(self) -> Path:
         """This run's journal."""
-        return self.dataset.status_dir(self.stage) / f"{self.run_id}.jsonl"
+        return self._folder / f"{self._journal_id or self.run_id}.jsonl"
+
+    def take_precedence(self) -> None:
+        """Have what is appended from now on count over all lines that are there now.
+
+        For what is decided after reading again, while other runs may have written. It goes to a
+        journal of its own if there are later runs than this one.
+        """
+        mine = run_order(self._journal_id or self.run_id)
+        theirs = (run_order(name.partition(".")[0]) for name in _list_folder(self._folder))
+        if all(one <= mine for one in theirs):
+            return
+        self._close_journal()
+        self._journal_id = _claim_run_id(self._folder)
 
     def log_event(self, name: str, **fields: Any) -> None:
         """Add a line to the run's log; the first one is preceded by where and with what it runs."""
@@ -177,15 +236,21 @@ class Run:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Close the journal and the log and remove the staging folder."""
+        """Close the journal and the log, remove the staging folder, and end the lease."""
+        self._close_journal()
+        if self._lease is None:
+            return
         if self._log.has_events:
             seconds = round(time.monotonic() - self._began, 3)
             self._log.write("end", outcomes=dict(self._outcomes), seconds=seconds)
             self._log.close()
+        clean_staging(self.dataset, self.run_id)
+        self._lease.end()
+
+    def _close_journal(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-        clean_staging(self.dataset, self.run_id)
 
     def __enter__(self) -> "Run":
         return self
@@ -208,20 +273,15 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
     A journal is data, and others may have written it: a line that names a file which the stage
     does not write is left out, but for those that report it (`outside`).
     """
-    # By name, which begins with the run's time: the oldest run comes first.
     entries: list[Entry] = []
     folder = dataset.status_dir(stage)
-    try:
-        # Not a glob: that takes a folder that may not be read for an empty one.
-        for name in sorted(os.listdir(folder) if folder.exists() else ()):
-            if name.endswith(".jsonl"):
+    for name in sorted(_list_folder(folder), key=run_order):
+        if name.endswith(".jsonl"):
+            try:
                 with (folder / name).open(encoding="utf-8", errors="replace") as lines:
                     entries += [one for line in lines if (one := decode_line(line)) is not None]
-    except OSError as error:
-        raise UserError(
-            f"journal {error.filename or folder} cannot be read: {error.strerror}; fix its "
-            "permissions or its disk: without it, finished work would be done again"
-        ) from error
+            except OSError as error:
+                raise _refuse_journal(folder / name, error) from error
     if outside:
         return entries
     return [entry for entry in entries if not foreign_file(stage, entry)]
@@ -233,6 +293,22 @@ def foreign_file(stage: str, entry: Entry) -> str:
         if not is_stage_file(stage, record.path, vars(entry)):
             return record.path or "''"
     return ""
+
+
+def _list_folder(folder: Path) -> list[str]:
+    """The names in a stage's folder, none where it has none."""
+    try:
+        # Not a glob: that takes a folder that may not be read for an empty one.
+        return os.listdir(folder) if folder.exists() else []
+    except OSError as error:
+        raise _refuse_journal(folder, error) from error
+
+
+def _refuse_journal(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"journal {error.filename or path} cannot be read: {error.strerror or error}; fix its "
+        "permissions or its disk: without it, finished work would be done again"
+    )
 
 
 def files_present(dataset: Dataset, entry: Entry) -> bool:

@@ -1,15 +1,12 @@
 """A selection against the cohort that it was drawn from: shares by project and by site."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
-from pipeline.dataset import Dataset
-from pipeline.dataset.tables.parquet_table import read_table
+from pipeline.dataset import Dataset, read_selection
 from pipeline.selection.distribution import jensen_shannon, sum_by_group
 
 GROUPS = ("project", "site")
@@ -70,17 +67,10 @@ def read_selections(dataset: Dataset) -> list[SelectionFacts]:
     """All selections of the dataset, by name."""
     selections = []
     for name in dataset.selection_names():
-        # Only the slide of each row: a cohort's selection has 10^8 rows.
-        table = read_table(dataset.selection_file(name), ["slide_id"])
-        counted = pc.value_counts(table["slide_id"]).to_pylist()
-        counts = sorted((row["values"], int(row["counts"])) for row in counted)
-        try:
-            plan = json.loads((table.schema.metadata or {}).get(b"plan", b"{}"))
-        except ValueError:
-            plan = {}
-        selections.append(
-            SelectionFacts(name, dict(counts), plan if isinstance(plan, dict) else {})
-        )
+        selection = read_selection(dataset, name)
+        counts = np.diff(selection.offsets).tolist()
+        by_slide = dict(zip(selection.slide_ids, counts, strict=True))
+        selections.append(SelectionFacts(name, by_slide, selection.plan))
     return selections
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import build_config, read_yaml
+from common.console import print_line
 from common.errors import UserError
 from common.text import one_line
 
@@ -28,6 +29,7 @@ _LOST_AFTER_S = 60.0
 _QUERY_QUEUE_EVERY_S = 20.0
 _MAX_FAILED_STARTS = 3
 """Jobs in a row that may end before a worker of theirs answered, before the stage gives up."""
+_WITHOUT_PAGES = ("--no-dashboard", "--worker-class", "pipeline.run.private.PrivateWorker")
 _SECONDS = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
 _SECONDS_AFTER_DAYS = {1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)}
 """Seconds of each part of a time without and with days, by the number of its parts."""
@@ -154,8 +156,16 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
         ) from error
     # dask-jobqueue reports its own mistakes as several kinds of errors.
     options = cluster_options(config, environment)
+    # Here: distributed takes a second that other commands save.
+    from pipeline.run.private import PrivateScheduler
+
+    if not config.tls:
+        print_line(
+            "warning: tls is false in the cluster file: whoever reaches this command's scheduler, "
+            "or a worker, over the network runs code as you; take that line out"
+        )
     try:
-        cluster = SLURMCluster(**options)
+        cluster = SLURMCluster(scheduler_cls=PrivateScheduler, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--cluster: {one_line(error)}") from error
     with cluster:
@@ -174,13 +184,12 @@ def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[
         "memory": config.memory,
         "walltime": config.walltime,
         "interface": config.interface or None,
-        "local_directory": config.local_dir or None,
         "log_directory": str(logs),
         "job_name": "histogen",
         "job_extra_directives": list(config.directives),
-        "job_script_prologue": [*exports, *config.prologue],
-        "worker_extra_args": ["--lifetime", f"{config.lifetime_s}s"],
-        "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+        "job_script_prologue": [*exports, *config.prologue, *_private_folder(config.local_dir)],
+        "worker_extra_args": ["--lifetime", f"{config.lifetime_s}s", *_WITHOUT_PAGES],
+        "scheduler_options": {"dashboard": False, "dashboard_address": None},
         "silence_logs": "critical",
     }
     if config.queue:
@@ -191,6 +200,22 @@ def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[
         # Anyone who reaches an open Dask scheduler runs code in its workers.
         options |= {"security": True, "protocol": "tls://", "shared_temp_directory": str(logs)}
     return options
+
+
+def _private_folder(parent: str) -> list[str]:
+    """Shell lines that give a job's workers a scratch folder of their own in `parent`, or $TMPDIR.
+
+    Dask's own has a name that another user of the node can take first, and its workers import
+    modules from there.
+    """
+    # `parent` may name variables of the job, as in $SLURM_TMPDIR.
+    parent = parent or "${TMPDIR:-/tmp}"
+    return [
+        f'mkdir -p "{parent}"',
+        f'DASK_TEMPORARY_DIRECTORY="$(mktemp -d -p "{parent}" histogen-XXXXXXXX)" || exit 1',
+        "export DASK_TEMPORARY_DIRECTORY",
+        "trap 'rm -rf \"$DASK_TEMPORARY_DIRECTORY\"' EXIT",
+    ]
 
 
 def make_scaler(

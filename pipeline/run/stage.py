@@ -141,7 +141,7 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
             stack.enter_context(Run(dataset, name, versions, device=stage.device))
             for name in stage.journals
         ]
-        tasks, lines = _plan_stage(stage, runs[0].run_id, summary)
+        tasks, lines = _plan_stage(stage, runs[0], summary)
         if tasks:
             # Before hours of work that could not be written.
             for name in stage.journals:
@@ -156,7 +156,7 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
 
 
 def _plan_stage(
-    stage: Stage[Item], run_id: str, summary: Summary
+    stage: Stage[Item], run: Run, summary: Summary
 ) -> tuple[list[SlideTask], list[Entry]]:
     """The tasks, and the lines to journal first: refusals, and lines that are taken back."""
     ledger = Ledger.read(stage.dataset, stage.name)
@@ -176,7 +176,8 @@ def _plan_stage(
         missing = stage.find_missing(item, fingerprint, ledger)
         lines += missing.withdrawn
         if missing:
-            tasks.append(stage.make_task(item, fingerprint, missing, run_id))
+            # The id is claimed here, after the ledger was read: the run is later than all in it.
+            tasks.append(stage.make_task(item, fingerprint, missing, run.run_id))
             continue
         summary.skipped += 1
         if missing.done is not None and missing.done.outcome == "rejected":

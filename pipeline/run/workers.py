@@ -4,10 +4,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+from common.console import print_line
 from common.errors import UserError
 from common.text import one_line
 from pipeline.run.cluster import ClusterConfig, open_cluster
@@ -113,11 +115,22 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
                     f"--scheduler {config.scheduler}: no Dask scheduler answers there"
                 ) from error
             with client:
+                _warn_open(str(client.scheduler_info()["address"]))
                 _check_scheduler(client, config.scheduler)
                 yield client
             return
         with _local_cluster(config, tasks) as cluster, Client(cluster) as client:
             yield client
+
+
+@cache
+def _warn_open(address: str) -> None:
+    """Say, once, that a scheduler lets everybody in."""
+    if not address.startswith("tls://"):
+        print_line(
+            f"warning: --scheduler {address}: without TLS whoever reaches it runs code as its "
+            "owner; start it with certificates (docs/cluster.md)"
+        )
 
 
 def _check_scheduler(client: Any, address: str) -> None:
@@ -143,27 +156,33 @@ def _check_scheduler(client: Any, address: str) -> None:
         )
 
 
-def _local_cluster(config: EngineConfig, tasks: int) -> Any:
+@contextmanager
+def _local_cluster(config: EngineConfig, tasks: int) -> Iterator[Any]:
     """A local cluster; a worker that is killed while it starts costs another try, not the stage."""
-    from distributed import LocalCluster
-
-    for _ in range(_STARTS):
-        try:
-            return LocalCluster(
-                n_workers=config.worker_count(tasks),
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address="127.0.0.1:0",
-                memory_limit=0,
-                env=config.worker_environment(),
-                silence_logs=logging.CRITICAL,
+    try:
+        # Here: distributed takes a second that other commands save.
+        from pipeline.run.private import open_local_cluster
+    except ImportError as error:
+        raise UserError(
+            f"the local workers need a package that is not installed ({one_line(error)}): install "
+            "histogen's dependencies again"
+        ) from error
+    workers, reason = config.worker_count(tasks), ""
+    with ExitStack() as stack:
+        for _ in range(_STARTS):
+            try:
+                cluster = stack.enter_context(
+                    open_local_cluster(workers, config.worker_environment(), logging.CRITICAL)
+                )
+                break
+            except RuntimeError as error:
+                reason = one_line(error)
+        else:
+            raise UserError(
+                f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
+                "Try fewer with --workers"
             )
-        except RuntimeError as error:
-            reason = one_line(error)
-    raise UserError(
-        f"the local workers did not start, {_STARTS} times ({reason}): is memory short? "
-        "Try fewer with --workers"
-    )
+        yield cluster
 
 
 def count_workers(config: EngineConfig) -> int:

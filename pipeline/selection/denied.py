@@ -37,7 +37,7 @@ def read_denied(dataset: Dataset, names: Sequence[str]) -> tuple[dict[str, Ranks
                 f"no deny-list '{name}' in {dataset.root}; there: {known}; "
                 "make one with `python -m pipeline curate`"
             )
-        rows = read_rows(path, name)
+        rows = read_rows(path, name, "make it again with `python -m pipeline curate`")
         # By content: a deny-list that is made again alike changes no selection's fingerprint.
         hashes[name] = rows.content_hash
         for slide_id, ranks in rows.items():

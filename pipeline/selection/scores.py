@@ -17,7 +17,7 @@ from pipeline.dataset import (
     check_slide_id,
     commit_file,
 )
-from pipeline.dataset.tables.parquet_table import read_table
+from pipeline.dataset.tables.parquet_table import Column, read_table
 from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
 from pipeline.selection.denied import curation_dir
@@ -26,6 +26,10 @@ Ranks = npt.NDArray[np.int32]
 Scores = npt.NDArray[np.float32]
 
 SCORES_SCHEMA = pa.schema([("rank", pa.int32()), ("score", pa.float32())])
+_COLUMNS = (
+    Column("rank", pa.int32(), least=0), Column("score", pa.float32(), least=0, most=1),
+)  # fmt: skip
+_HINT = "remove it and run `curate` again"
 _GROUPS_AT_ONCE = 256
 """Row groups of 16 tiles read together: 13 MB of H0-mini's features."""
 
@@ -110,5 +114,9 @@ def write_scores(
 
 def read_scores(dataset: Dataset, name: str, slide_id: str) -> tuple[Ranks, Scores]:
     """A slide's ranks int32 [n] and scores float32 [n]."""
-    table = read_table(scores_file(dataset, name, slide_id), hint="run `curate` again")
-    return table["rank"].to_numpy(), table["score"].to_numpy()
+    path = scores_file(dataset, name, slide_id)
+    table = read_table(path, _COLUMNS, _HINT)
+    ranks = table["rank"].to_numpy()
+    if (ranks[1:] <= ranks[:-1]).any():
+        raise UserError(f"{path}: column 'rank' is not ascending, or has a rank twice; {_HINT}")
+    return ranks, table["score"].to_numpy()

@@ -59,6 +59,8 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Sli
     name = dataset.slides_file.name
     if ledger[TABLE_SCOPE].done(name, fingerprint) is None:
         record = write_slides(dataset, run.run_id, rows.values())
+        # Another scan may have ended since this run began: the table is of its slides too.
+        run.take_precedence()
         run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
     return rows

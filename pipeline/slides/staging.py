@@ -20,6 +20,7 @@ from time import sleep
 
 from common.errors import UserError
 from common.files import hash_file
+from common.leases import Lease, file_server_time, is_lease_alive
 from common.processes import is_process_alive
 from common.redact import HIDDEN, redact_secrets, secrets_in
 from pipeline.dataset import Slide
@@ -27,6 +28,8 @@ from pipeline.slides.config import JOB_SCRATCH, StageIn
 from pipeline.slides.identity import sample_slide, slide_state
 
 _PREFIX = "histogen-stage-in"
+_LEASE, _LEASED = ".lease", "leased-"
+_SILENT_S = 24 * 3600.0
 _FIRST_PAUSE_S = 2.0
 _REASON_CHARACTERS = 200
 _PR_SET_PDEATHSIG = 1
@@ -53,16 +56,47 @@ def local_slide(slide: Slide, stage_in: StageIn, folder: Path) -> Iterator[Path]
         return
     scratch = _make_scratch(stage_in, folder)
     prefix = f"{_PREFIX}-{_host_name()}-"
-    # Copies of processes that were killed on this machine: nothing else would remove them.
-    for abandoned in scratch.glob(f"{prefix}*"):
-        pid = abandoned.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not is_process_alive(int(pid)):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    slide_folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=scratch))
+    _remove_abandoned(scratch, prefix)
+    slide_folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{_LEASED}", dir=scratch))
+    lease = Lease(slide_folder / _LEASE)
     try:
-        yield _fetch_slide(slide, stage_in, slide_folder)
+        # Below the lease: the command may be given the folder, and retries empty it.
+        below = slide_folder / "slide"
+        below.mkdir()
+        yield _fetch_slide(slide, stage_in, below)
     finally:
+        lease.end()
         shutil.rmtree(slide_folder, ignore_errors=True)
+
+
+def _remove_abandoned(scratch: Path, prefix: str) -> None:
+    """Remove copies of processes that were killed: nothing else would.
+
+    A process id alone proves nothing: scratch may be shared with containers that have this name.
+    """
+    for abandoned in scratch.glob(f"{prefix}*"):
+        lease, owner = abandoned / _LEASE, abandoned.name.removeprefix(prefix)
+        if lease.exists():
+            is_dead = not is_lease_alive(lease, lambda: file_server_time(scratch))
+        elif owner.startswith(_LEASED):
+            # It is being made or removed, or it was killed just then.
+            is_dead = _is_silent(abandoned, scratch)
+        else:
+            # An older release's, which named the process and had no lease.
+            pid = owner.split("-")[0]
+            is_dead = pid.isdigit() and not is_process_alive(int(pid))
+        if is_dead:
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _is_silent(folder: Path, scratch: Path) -> bool:
+    """Whether nothing was written into a folder for a day, by the clock of its file server."""
+    try:
+        written = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    except OSError:
+        return False
+    now = file_server_time(scratch)
+    return now is not None and now - written > _SILENT_S
 
 
 def _check_present(slide: Slide, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,23 @@ from pipeline.dataset import (
     Ledger,
     Missing,
     Run,
+    Selection,
     Slide,
     candidate_count,
     commit_bytes,
     commit_file,
     fingerprint_of,
     kind_of,
-    read_candidates,
     read_identity,
     read_selection,
+    read_selection_rows,
     read_slides,
     write_tar,
 )
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
+from pipeline.dataset.tables.candidates import read_positions
 from pipeline.dataset.tiles.zarr_shard import commit_zarr
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
@@ -100,13 +102,17 @@ class _Need:
     drawn_from: dict[str, str] = field(default_factory=dict)
 
 
-def _needs_by_slide(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, _Need]:
+def _needs_by_slide(
+    dataset: Dataset,
+    selections: tuple[str, ...],
+    read: Callable[[Dataset, str], Selection] = read_selection,
+) -> dict[str, _Need]:
     names = selections or tuple(dataset.selection_names())
     if not names:
         raise UserError(f"{dataset.root} has no selection; run `python -m pipeline select` first")
     needs: dict[str, _Need] = {}
     for name in names:
-        for slide_id, ranks in read_selection(dataset, name).items():
+        for slide_id, ranks in read(dataset, name).items():
             need = needs.setdefault(slide_id, _Need())
             need.blocks.update(np.unique(ranks // BLOCK_ROWS).tolist())
             if ranks[-1] > need.last:
@@ -137,7 +143,7 @@ def _count_selected(
     """How many selected ranks are in these spans of blocks, by slide."""
     inside: dict[str, list[npt.NDArray[np.int32]]] = {}
     for name in selections or tuple(dataset.selection_names()) if spans else ():
-        for slide_id, ranks in read_selection(dataset, name).items():
+        for slide_id, ranks in read_selection_rows(dataset, name).items():
             for span in spans.get(slide_id, ()):
                 edges = np.searchsorted(ranks, [span.start * BLOCK_ROWS, span.stop * BLOCK_ROWS])
                 inside.setdefault(slide_id, []).append(ranks[edges[0] : edges[1]])
@@ -146,7 +152,10 @@ def _count_selected(
 
 
 def needed_blocks(dataset: Dataset, selections: tuple[str, ...]) -> dict[str, set[int]]:
-    """Per slide, the blocks (of 16 ranks, from 0 up) that contain a selected rank."""
+    """Per slide, the blocks (of 16 ranks, from 0 up) that contain a selected rank.
+
+    Raises `UserError` for a selection of slides or ranks that the dataset does not have.
+    """
     return {
         slide_id: need.blocks for slide_id, need in _needs_by_slide(dataset, selections).items()
     }
@@ -263,12 +272,11 @@ class _TileJob:
     def fill_spool(self, spool: Spool, block_spans: list[range]) -> list[range]:
         """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
         # Spans may share native tiles of the slide, which one pass decodes once.
-        candidates = read_candidates(self.dataset, self.slide.slide_id)
-        rows = candidates.num_rows
+        all_x, all_y = read_positions(self.dataset, self.slide.slide_id)
+        rows = len(all_x)
         spans = [ranks_of_blocks(blocks, rows) for blocks in block_spans]
         ranks = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        x = candidates["x_level0"].to_numpy()[ranks]
-        y = candidates["y_level0"].to_numpy()[ranks]
+        x, y = all_x[ranks], all_y[ranks]
         encode = self.config.make_encoder()
         folder = self.dataset.staging_dir(self.run_id)
         with (
@@ -361,7 +369,8 @@ class TileStage(Stage[_SlideNeed]):
 
     def __init__(self, dataset: Dataset, config: TileConfig) -> None:
         super().__init__(dataset)
-        self.needs = _needs_by_slide(dataset, config.selections)
+        # A rank beyond its slide's candidates fails that slide alone, unknown slides the stage.
+        self.needs = _needs_by_slide(dataset, config.selections, read_selection_rows)
         _note_candidates(dataset, config.selections, self.needs)
         # Workers get the size: their lines have its scope even where they can read no identity.
         self.tile_px = _output_px(dataset, config)

@@ -15,7 +15,14 @@ from rich.table import Table
 from common.console import print_line, stdout
 from common.redact import redact_secrets
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, Entry, Ledger, Selection, begun_stages, read_selection
+from pipeline.dataset import (
+    Dataset,
+    Entry,
+    Ledger,
+    Selection,
+    begun_stages,
+    read_selection_rows,
+)
 from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.upkeep.activity import Running, list_running
 
@@ -80,7 +87,7 @@ def read_status(dataset: Dataset) -> Status:
     coverages: list[Coverage] = []
     logs = [path for path in (dataset.root / "status").rglob("*") if not path.is_dir()]
     kinds = Counter({"status": sum(path.stat().st_size for path in logs)})
-    selections = [read_selection(dataset, name) for name in dataset.selection_names()]
+    selections = [read_selection_rows(dataset, name) for name in dataset.selection_names()]
     for stage in begun_stages(dataset):
         ledger = Ledger.read(dataset, stage)
         for scope in ledger.scopes:

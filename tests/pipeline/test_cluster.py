@@ -109,6 +109,8 @@ def test_the_job_script_has_what_the_file_says(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert line in script.splitlines()
     assert "--lifetime 86100s" in script
+    assert "--no-dashboard" in script
+    assert 'mktemp -d -p "${TMPDIR:-/tmp}"' in script, "no folder that others can take first"
 
 
 def test_jobs_whose_workers_are_gone_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.errors import UserError
+from common.processes import ProcessIdentity
 from pipeline.dataset import Dataset, claim_identity, identity, lock, read_identity
 from pipeline.dataset.commit import commit_json
 from pipeline.dataset.lock import hold_lock
@@ -87,14 +89,8 @@ def test_what_stands_already_needs_no_lock(dataset: Dataset) -> None:
     assert claim(dataset, mpp=0.5)["mpp"] == 0.5
 
 
-def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / ".tmp" / "lock"
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    assert subprocess.run(command, check=False).returncode == -9
-    assert path.exists()
-    monkeypatch.setattr(lock, "STALE_S", 0.3)
+def hold_by_turns(path: Path) -> None:
+    """Eight threads hold the lock, and no two of them at once."""
     inside: list[int] = []
 
     def hold(number: int) -> int:
@@ -109,17 +105,76 @@ def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_successors_lock_is_never_broken(tmp_path: Path) -> None:
+def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / ".tmp" / "lock"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert path.exists()
+    hold_by_turns(path)
+
+
+def test_a_holder_that_did_not_say_who_it_is_is_outlived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older releases wrote nothing into the lock, and a full disk has no room for a name."""
+    monkeypatch.setattr(lock, "STALE_S", 0.3)
+    path = tmp_path / ".tmp" / "lock"
+    path.parent.mkdir()
+    path.touch()
+    hold_by_turns(path)
+
+
+def test_a_lock_is_renewed_for_as_long_as_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder elsewhere, whose process nobody here can see, keeps it however long it takes."""
+    monkeypatch.setattr(lock, "STALE_S", 0.4)
+    monkeypatch.setattr(lock, "RENEW_S", 0.05)
+    monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
+    path = tmp_path / "lock"
+    with hold_lock(path) as held:
+        there = ProcessIdentity.from_json(path.read_text())
+        assert there is not None
+        assert there.is_alive()
+        elsewhere = replace(there, namespace="pid:[1]")
+        assert elsewhere.is_alive() is None
+        path.write_text(elsewhere.to_json())
+        with pytest.raises(UserError, match=f"held by process {os.getpid()} on "), hold_lock(path):
+            pass
+        assert held.is_held()
+    assert not path.exists()
+
+
+def test_a_holder_that_lives_here_keeps_a_lock_that_it_does_not_renew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does one that SIGSTOP or a suspended laptop stopped."""
+    monkeypatch.setattr(lock, "STALE_S", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
+    with hold_lock(tmp_path / "lock"):
+        with pytest.raises(UserError, match="is held by process"), hold_lock(tmp_path / "lock"):
+            pass
+        assert (tmp_path / "lock").exists()
+
+
+def test_a_successors_lock_is_never_broken_nor_released(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with hold_lock(path):
-        dead = lock._holder_text(path)
-    with hold_lock(path):
+        dead = lock._look_at(path)
+    assert dead is not None
+    with hold_lock(path) as held:
         os.utime(path, ns=(1, 1))
         lock._break_lock(path, dead)
-        assert path.exists()
-        (tmp_path / f"lock.{lock._holder_text(path)}").touch()
-        lock._break_lock(path, lock._holder_text(path))
+        assert held.is_held()
+        there = lock._look_at(path)
+        assert there is not None
+        (tmp_path / f"lock.{there.name}").touch()
+        lock._break_lock(path, there)
         assert path.exists(), "another waiter has the right to break it"
+        path.unlink()
+        path.touch()
+        assert not held.is_held()
+    assert path.exists(), "it is another's"
 
 
 def test_a_lock_that_is_never_let_go_is_named(
@@ -128,7 +183,7 @@ def test_a_lock_that_is_never_let_go_is_named(
     monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
     with hold_lock(tmp_path / "lock"):
         with (
-            pytest.raises(UserError, match=r"lock is held by others .* remove it"),
+            pytest.raises(UserError, match=r"lock is held by process .* remove it"),
             hold_lock(tmp_path / "lock"),
         ):
             pass

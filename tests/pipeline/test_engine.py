@@ -173,6 +173,13 @@ def run_there(cluster: Any, *tasks: SlideTask, observer: Any = None) -> dict[str
     return entries
 
 
+def test_a_scheduler_without_tls_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with cluster_of(0, n_workers=1) as cluster:
+        for name in ("a", "b"):
+            assert name in run_there(cluster, SlideTask(name, "f", (name, "ok")))
+    assert capsys.readouterr().out.count("without TLS whoever reaches it runs code") == 1
+
+
 def test_a_scheduler_that_waits_for_dead_workers_is_refused() -> None:
     with (
         cluster_of(1, n_workers=1) as cluster,

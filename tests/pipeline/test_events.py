@@ -132,7 +132,8 @@ def test_running_dead_and_ended_runs_are_told_apart(
     dead = Run(dataset, "tile", {})
     dead.log_event("tasks", slides=1, total=1, unit="slides", engine="local")
     (log,) = dataset.status_dir("tile").glob("*.log")
-    log.write_text(log.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
+    (lease,) = dataset.status_dir("tile").glob("*.lease")
+    lease.write_text(lease.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
     (seen,) = list_running(dataset)
     assert (seen.alive, seen.stage) == (False, "tile")
 

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
+from common.processes import ProcessIdentity, identify_process
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, Entry, Slide, read_slides
 from pipeline.run.summary import Summary, report_summary
@@ -127,6 +129,27 @@ def test_copies_left_by_a_killed_process_are_removed(store: Path, tmp_path: Path
         assert not dead.exists()
         assert mine.exists()
         assert other_host.exists()
+
+
+def test_a_copy_with_a_lease_lives_by_it(store: Path, tmp_path: Path) -> None:
+    """Scratch may be shared with a container that has this host's name and ids of its own."""
+    prefix = f"histogen-stage-in-{staging._host_name()}-leased-"
+    here = identify_process()
+    leases = {
+        "dead": replace(here, pid=2**22 + 1), "mine": here,
+        "contained": replace(here, namespace="pid:[1]"), "late": replace(here, boot="another"),
+    }  # fmt: skip
+    for name, holder in leases.items():
+        folder = tmp_path / f"{prefix}{name}"
+        folder.mkdir()
+        (folder / ".lease").write_text(holder.to_json())
+    (tmp_path / f"{prefix}made").mkdir()
+    os.utime(tmp_path / f"{prefix}late" / ".lease", (0, 0))
+    with local_slide(far("one.svs"), StageIn(command(store)), tmp_path) as path:
+        names = {each.name.removeprefix(prefix) for each in tmp_path.glob(f"{prefix}*")}
+        (own,) = names - {"mine", "contained", "made"}
+        assert path.is_relative_to(tmp_path / f"{prefix}{own}")
+        assert ProcessIdentity.from_json((path.parents[1] / ".lease").read_text()) == here
 
 
 def test_a_manifest_of_the_gdc_is_understood(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.json_text import parse_json
+from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset, check_slide_id
+from pipeline.dataset.ledger import Ledger
+from pipeline.dataset.tables.candidates import candidate_count
+from pipeline.dataset.tables.parquet_table import (
+    Column,
+    check_column,
+    read_schema,
+    unreadable_error,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,21 @@ def _selection_rows(selection: Selection, start: int, stop: int) -> pa.Table:
 
 
 def read_selection(dataset: Dataset, name: str) -> Selection:
-    """The named selection; a `UserError` lists those there are where it is missing."""
+    """The named selection, all of whose slides and ranks the dataset has.
+
+    Raises `UserError`: where it is missing, with those there are; where its file is no table of
+    (slide_id, rank) rows; where a slide is unknown or a rank is beyond the slide's candidates.
+    """
+    selection = read_selection_rows(dataset, name)
+    check_selection(dataset, selection)
+    return selection
+
+
+def read_selection_rows(dataset: Dataset, name: str) -> Selection:
+    """The named selection as its file has it; slides and candidates are not looked at.
+
+    For commands that treat each slide alone, or report what is wrong.
+    """
     path = dataset.selection_file(name)
     if not path.exists():
         known = ", ".join(dataset.selection_names()) or "none"
@@ -125,42 +151,153 @@ def read_selection(dataset: Dataset, name: str) -> Selection:
     return read_rows(path, name)
 
 
+def check_selection(dataset: Dataset, selection: Selection) -> None:
+    """Refuse a selection of slides that the dataset does not have, or of ranks beyond theirs.
+
+    A rank is a row of the slide's candidates: any other one would be a tile that nothing knows of.
+    """
+    last = {
+        slide_id: int(ranks[-1]) for slide_id, ranks in selection.items() if len(ranks)
+    }  # ascending
+    # The journal states the counts: footers of 10,000 files on a shared disk take minutes.
+    lowest = _journalled_counts(dataset)
+    doubtful = [slide_id for slide_id, rank in last.items() if rank >= lowest.get(slide_id, 0)]
+    counts = _candidate_counts(dataset, doubtful)
+    unknown = [slide_id for slide_id in doubtful if counts[slide_id] is None]
+    if unknown and _has_slides(dataset):
+        raise UserError(
+            f"{dataset.selection_file(selection.name)}: selection '{selection.name}' names slides "
+            f"that {dataset.root} does not have or has no candidates of: "
+            f"{list_some(unknown, 3)}; make it again with `python -m pipeline select`"
+        )
+    for slide_id in doubtful:
+        count = counts[slide_id]
+        if count is not None and last[slide_id] >= count:
+            raise UserError(
+                f"{dataset.selection_file(selection.name)}: selection '{selection.name}' names "
+                f"rank {last[slide_id]} of slide {slide_id}, which has {count:,} candidates (ranks "
+                "from 0): it was made from others; make it again with `python -m pipeline select`"
+            )
+
+
+_COUNT = re.compile(r'"candidate tiles": (\d{1,9})\b.*?"slide_id": "([^"\\]+)"')
+
+
+def _journalled_counts(dataset: Dataset) -> dict[str, int]:
+    """The least number of candidates that any journal line of a slide states.
+
+    A look at the lines, thirty times as fast as reading the ledger: it can prove that ranks are
+    there, and leaves every other slide to the ledger.
+    """
+    counts: dict[str, int] = {}
+    try:
+        for path in dataset.status_dir("tissue").glob("*.jsonl"):
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    if found := _COUNT.search(line):
+                        count, slide_id = int(found[1]), found[2]
+                        counts[slide_id] = min(count, counts.get(slide_id, count))
+    except OSError:
+        return {}  # which the ledger reports
+    return counts
+
+
+def _candidate_counts(dataset: Dataset, slides: Collection[str]) -> dict[str, int | None]:
+    """The current number of candidates of each of the slides; None where there are none."""
+    if not slides:
+        return {}
+    ledger = Ledger.read(dataset, "tissue")[""]
+
+    def count_of(slide_id: str) -> int | None:
+        latest = ledger.latest(slide_id)
+        if latest is not None and type(latest.counts.get("candidate tiles")) is int:
+            return latest.counts["candidate tiles"]
+        exists = dataset.candidates_file(slide_id).exists()
+        return candidate_count(dataset, slide_id) if exists else None
+
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(slides, pool.map(count_of, slides), strict=True))
+
+
+def _has_slides(dataset: Dataset) -> bool:
+    """Whether the dataset says at all which slides it has."""
+    return dataset.slides_file.exists() or (dataset.root / "candidates").is_dir()
+
+
 def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
     """A selection's plan, from the file's footer alone; {} where it has none."""
     path = dataset.selection_file(name)
+    return _plan_of(path, read_schema(path, (), _HINT, _MOST_ROWS))
+
+
+def _plan_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    """The plan in a file's metadata, whose parts that others rely on have their types."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        return dict(json.loads(metadata.get(b"plan", b"{}")))
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {error}; remove it and run `select`") from error
+        plan = parse_json((schema.metadata or {}).get(b"plan", b"{}"))
+        if not isinstance(plan, dict):
+            raise ValueError("it is no JSON object")
+        if not isinstance(plan.get("parameters", {}), dict):
+            raise ValueError("its parameters are no JSON object")
+        return plan
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read: the plan in its metadata: {one_line(error)}; remove it and "
+            "run `select`"
+        ) from error
 
 
-def read_rows(path: Path, name: str) -> Selection:
-    """A file of (slide_id, rank int32) rows in any order, sorted, with the plan in it.
+_HINT = "make it again with `python -m pipeline select`"
+_SLIDE = Column("slide_id", pa.string())
+_RANK = Column("rank", pa.int32(), least=0)
+_MOST_ROWS = (1 << 31) - 1
+_MOST_GROUP_ROWS = 1 << 26
+"""Rows that are read at once: the default row groups of all writers are far smaller."""
 
-    Read a row group at a time: 10^8 rows need twice the memory of their ranks.
+
+def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
+    """A file of (slide_id, rank) rows in any order, sorted, with the plan in it.
+
+    Read a row group at a time: 10^8 rows need twice the memory of their ranks. Raises `UserError`
+    with the hint where columns are missing or of other types, and where a row has no value, a
+    negative rank, an id that no slide can have, or is there twice.
     """
     known: dict[str, int] = {}
+    plan = _plan_of(path, read_schema(path, (_SLIDE, _RANK), hint, _MOST_ROWS))
     try:
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:
-            plan = json.loads((file.schema_arrow.metadata or {}).get(b"plan", b"{}"))
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if sum(groups) != file.metadata.num_rows or max(groups, default=0) > _MOST_GROUP_ROWS:
+                raise ValueError(f"row groups of {max(groups, default=0):,} rows")
             codes = np.empty(file.metadata.num_rows, np.int32)
             ranks = np.empty(file.metadata.num_rows, np.int32)
             start = 0
-            for group in range(file.num_row_groups):
+            for group, count in enumerate(groups):
                 table = file.read_row_group(group, ["slide_id", "rank"], use_threads=False)
-                stop = start + table.num_rows
-                codes[start:stop] = _global_codes(table["slide_id"], known)
-                ranks[start:stop] = table["rank"].to_numpy()
+                stop = start + count
+                slides = table["slide_id"]
+                if slides.null_count:
+                    check_column(path, slides, _SLIDE, hint, start)
+                codes[start:stop] = _global_codes(slides, known)
+                ranks[start:stop] = check_column(path, table["rank"], _RANK, hint, start).to_numpy()
                 start = stop
-            for slide_id in known:
-                check_slide_id(slide_id)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {reason}; remove it and run again") from error
-    return _group_by_slide(name, list(known), codes, ranks, plan)
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as error:
+        raise unreadable_error(path, error, hint) from error
+    try:
+        for slide_id in known:
+            check_slide_id(slide_id)
+    except UserError as error:
+        raise UserError(f"{path}: column 'slide_id': {error}; {hint}") from error
+    selection = _group_by_slide(name, list(known), codes, ranks, plan)
+    for slide_id, slide_ranks in selection.items():
+        twice = np.flatnonzero(slide_ranks[1:] == slide_ranks[:-1])
+        if len(twice):
+            raise UserError(
+                f"{path}: rank {slide_ranks[twice[0]]} of slide {slide_id} comes twice, expected "
+                f"each tile once; {hint}"
+            )
+    return selection
 
 
 def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray[np.int32]:

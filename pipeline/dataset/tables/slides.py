@@ -1,15 +1,17 @@
 """slides.parquet: one row per slide. Readers ignore unknown columns."""
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
 
 from common.errors import UserError
+from common.text import one_line
 from pipeline.dataset.commit import FileRecord
-from pipeline.dataset.layout import Dataset
-from pipeline.dataset.tables.parquet_table import read_table, write_table
+from pipeline.dataset.layout import Dataset, check_slide_id
+from pipeline.dataset.tables.parquet_table import Column, read_table, write_table
 
 LEVEL = pa.struct([("width", pa.int32()), ("height", pa.int32()), ("downsample", pa.float64())])
 
@@ -115,33 +117,66 @@ def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> File
     return write_table(dataset, run_id, dataset.slides_file, table)
 
 
+_HINT = "run `python -m pipeline scan` first"
+_STATUSES = ("ok", "rejected", "failed")
+_LIMITS = {
+    "mpp": (1e-6, 1e6), "tile_mpp": (1e-6, 1e6), "width": (0, None), "height": (0, None),
+    "bytes": (0, None),
+}  # fmt: skip
+# Rows of earlier releases lack the later columns; a table of another tool has nulls for ''.
+_COLUMNS = tuple(
+    Column(
+        field.name, field.type, field.name in ("slide_id", "path"),
+        field.name not in ("slide_id", "path", "status"), *_LIMITS.get(field.name, (None, None)),
+    )
+    for field in SLIDES_SCHEMA
+)  # fmt: skip
+
+
 def read_slides(dataset: Dataset) -> list[Slide]:
-    """All slides, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
-    table = read_table(dataset.slides_file, hint="run `python -m pipeline scan` first")
-    # Columns of newer releases are passed over.
-    rows = table.select([name for name in SLIDES_SCHEMA.names if name in table.column_names])
-    try:
-        return [_slide_of_row(row) for row in rows.to_pylist()]
-    except (TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{dataset.slides_file} is not a table of slides ({reason}): remove it and run `scan`"
-        ) from error
+    """All slides, sorted by slide_id; mpp in µm per px, sizes in level-0 px.
+
+    Raises `UserError` naming file, column and row where the table is not one of slides.
+    """
+    path = dataset.slides_file
+    slides: dict[str, Slide] = {}
+    for number, row in enumerate(read_table(path, _COLUMNS, _HINT).to_pylist()):
+        try:
+            slide = _slide_of_row(row)
+        except (TypeError, KeyError, ValueError, UserError) as error:
+            raise UserError(
+                f"{path} is not a table of slides (row {number:,}: {one_line(error)}): remove it "
+                "and run `scan`"
+            ) from error
+        if slide.slide_id in slides:
+            raise UserError(
+                f"{path}: row {number:,}: slide '{slide.slide_id}' comes twice, expected each once;"
+                " remove the table and run `scan`"
+            )
+        slides[slide.slide_id] = slide
+    return [slides[slide_id] for slide_id in sorted(slides)]
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Slide)}
 
 
 def _slide_of_row(row: dict[str, Any]) -> Slide:
-    """A row as a slide."""
+    """A row as a slide; raises `ValueError` where it is none."""
     levels = tuple(
         (int(v["width"]), int(v["height"]), float(v["downsample"]))
         for v in row.pop("levels", None) or ()
     )
+    if not all(w > 0 and h > 0 and 0 < d < math.inf for w, h, d in levels):
+        raise ValueError(f"levels {levels[:4]}, expected sizes and factors above 0")
     # Rows of earlier releases lack these columns.
     left_out = tuple(int(index) for index in row.pop("levels_left_out", None) or ())
     notes = tuple(str(note) for note in row.pop("notes", None) or ())
     bounds = bounds_from(row.pop("bounds", None))
-    slide = Slide(levels=levels, levels_left_out=left_out, notes=notes, bounds=bounds, **row)
-    if not isinstance(slide.slide_id, str) or not isinstance(slide.path, str):
-        raise ValueError("a row without slide_id or path")
+    known = {name: _DEFAULTS[name] if value is None else value for name, value in row.items()}
+    slide = Slide(levels=levels, levels_left_out=left_out, notes=notes, bounds=bounds, **known)
+    check_slide_id(slide.slide_id)
+    if slide.status not in _STATUSES:
+        raise ValueError(f"status '{slide.status[:40]}', expected {', '.join(_STATUSES)}")
     return slide
 
 

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_slides
 from pipeline.dataset.identity import identity_damage, mixed_kinds
+from pipeline.dataset.journal import run_order
 from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.upkeep.verify.damaged import list_damaged
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
@@ -116,7 +117,7 @@ class Verification:
     def check_journals(self) -> None:
         """Check the lines of every journal."""
         for folder in sorted((self.dataset.root / "status").glob("*")):
-            journals = sorted(folder.glob("*.jsonl"))
+            journals = sorted(folder.glob("*.jsonl"), key=lambda path: run_order(path.name))
             for index, journal in enumerate(journals):
                 try:
                     self._check_journal(journal, journals[index + 1 :])

@@ -17,11 +17,12 @@ from pipeline.dataset import (
     Dataset,
     Selection,
     Slide,
+    candidate_count,
     identity_value,
-    read_selection,
+    read_selection_rows,
     read_slides,
 )
-from pipeline.dataset.tables.parquet_table import read_table
+from pipeline.dataset.tables.candidates import read_positions
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.selection.leakage import Ranks, equal_files, find_overlaps, shared_patients
 from pipeline.selection.plan import GUIDANCE, TRAIN, VAL_IN, VAL_OUT, role_of_name
@@ -169,7 +170,7 @@ def _make_pairs(dataset: Dataset, roles: Mapping[str, str]) -> list[SelectionPai
     by_role: dict[str, list[Selection]] = {}
     for name, role in roles.items():
         if role:
-            by_role.setdefault(role, []).append(read_selection(dataset, name))
+            by_role.setdefault(role, []).append(read_selection_rows(dataset, name))
     # With one side empty nothing could leak, and the check would pass for nothing.
     for side, option, present in (
         ("training", "--train", TRAIN in by_role),
@@ -271,11 +272,13 @@ def _slide_overlaps(
     dataset: Dataset, slide: Slide, tile: TileSize, sides: list[tuple[int, Ranks, Ranks]]
 ) -> Iterator[SlideOverlap]:
     """What each pair (its number, the ranks of both) shares on the slide."""
-    path, columns = dataset.candidates_file(slide.slide_id), ["x_level0", "y_level0"]
-    table = read_table(path, columns, "run `tissue`")
-    x, y = (table[column].to_numpy() for column in columns)
+    if is_placed(slide):
+        x, y = read_positions(dataset, slide.slide_id)
+        rows = len(x)
+    else:
+        rows = candidate_count(dataset, slide.slide_id)
     for number, seen, held in sides:
-        ours, theirs = (ranks[(ranks >= 0) & (ranks < len(x))] for ranks in (seen, held))
+        ours, theirs = (ranks[ranks < rows] for ranks in (seen, held))
         unplaced = len(seen) + len(held) - len(ours) - len(theirs)
         shared = np.intersect1d(seen, held)
         result = SlideOverlap(number, slide.slide_id, shared, unplaced=unplaced)

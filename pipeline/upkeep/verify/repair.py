@@ -4,7 +4,6 @@ Nothing that may be sound is touched, and nothing that is behind a link.
 """
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,10 +21,11 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.inside import file_state, move_inside, remove_file
 from pipeline.dataset.layout import DAMAGED_DIR, is_known_stage
+from pipeline.upkeep.activity import RunJudge
 from pipeline.upkeep.verify.damaged import STAGE, Remaking, free_place, unit_of
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory
 from pipeline.upkeep.verify.journal_lines import canonical_line, journal_lines
-from pipeline.upkeep.verify.runs import live_run, may_be_alive
+from pipeline.upkeep.verify.runs import live_run, may_write
 from pipeline.upkeep.verify.sums import FileDamage, describe_unreadable, sha256_of
 
 _BUFFER_BYTES = 1 << 22
@@ -57,8 +57,9 @@ def repair_damage(dataset: Dataset, damaged: Mapping[str, FileDamage]) -> list[s
         elif damage.kind == "altered":
             repair.clear_file(path)
     # Lines after files: what says that a file is damaged is still there while it is moved.
+    judge = RunJudge(dataset)
     for journal in sorted((dataset.root / "status").glob("*/*.jsonl")):
-        repair.clear_lines(journal)
+        repair.clear_lines(journal, judge)
     repair.journal_moves()
     return repair.describe()
 
@@ -143,12 +144,12 @@ class Repair:
             Entry(entry.slide_id, "done", entry.fingerprint, reason, scope=place, files=(record,))
         )
 
-    def clear_lines(self, journal: Path) -> None:
+    def clear_lines(self, journal: Path, judge: RunJudge) -> None:
         """Write a journal without its bad lines, which go to `.damaged`; not while its run may
         live."""
         path = self.dataset.relative_path(journal)
         try:
-            self.removed += _rewrite_journal(self.dataset, journal)
+            self.removed += _rewrite_journal(self.dataset, journal, judge)
         except OSError as error:
             self.kept[path] = describe_unreadable(error)
         except UserError as error:
@@ -200,13 +201,13 @@ def _reason_to_keep(
     return busy or ("" if is_same else "it changed meanwhile")
 
 
-def _rewrite_journal(dataset: Dataset, journal: Path) -> int:
+def _rewrite_journal(dataset: Dataset, journal: Path, judge: RunJudge) -> int:
     """Write a journal without its bad lines, once these are safe; returns how many."""
     lines = list(journal_lines(journal))
     bad = [line.data for line in lines if line.damage not in (None, "respelt")]
     if all(line.damage is None for line in lines):
         return 0
-    if may_be_alive(journal.stem, journal.stat().st_mtime, time.time()):
+    if may_write(judge, journal.stem, journal.stat().st_mtime):
         return 0
     path = dataset.relative_path(journal)
     dataset.resolve_inside(path)
