@@ -15,6 +15,8 @@ BLOCK_ROWS = 16
 _SHARD_NAME = re.compile(r"^(?P<slide>.+)\.(?P<start>\d+)-(?P<stop>\d+)\.(?P<kind>\w+)$")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_LONGEST_PATH = 4000
+"""Letters of a path in a record: no file system takes more, and patterns take time for them."""
 _MOST_LETTERS = 200
 """Of a name: with a shard's ranks and suffix it still fits into the 255 bytes of a file name."""
 
@@ -111,7 +113,9 @@ def is_inside(path: str) -> bool:
         path.encode()
     except UnicodeEncodeError:  # half a character, which no system call takes
         return False
-    return not {"", ".", ".."} & set(path.split("/")) and "\0" not in path
+    if len(path) > _LONGEST_PATH or "\0" in path:
+        return False
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 def is_known_stage(stage: str) -> bool:

@@ -365,6 +365,32 @@ def test_a_folder_swapped_after_the_check_is_not_followed(dataset: Dataset, outs
     assert snapshot(outside) == before
 
 
+def test_prune_removes_links_in_tmp_and_not_what_they_lead_to(
+    dataset: Dataset, outside: Path
+) -> None:
+    before = snapshot(outside)
+    top = dataset.root / ".tmp"
+    inside = top / DEAD_RUN / "deep"
+    inside.mkdir(parents=True)
+    links = [top / DEAD_RUN.replace("abcdef", "fedcba"), inside / "folder", top / DEAD_RUN / "file"]
+    for link in links:
+        link.symlink_to(outside / "canary.txt" if link.name == "file" else outside)
+    for path in (*links, inside, inside.parent):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    assert command(dataset, "prune", "--yes") == ""
+    assert list(top.iterdir()) == []
+    assert snapshot(outside) == before
+
+
+def test_the_datasets_own_folder_may_be_a_link(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dataset.root)
+    linked = Dataset(tmp_path / "link")
+    assert command(linked, "select", "--name", "new", "--tiles", "8") == ""
+    damage(dataset.mask_file(SLIDE))
+    assert command(linked, "verify", "--repair") == ""
+    assert not dataset.mask_file(SLIDE).exists()
+
+
 def damage(path: Path) -> bytes:
     data = bytearray(path.read_bytes())
     data[random.Random(1).randrange(len(data))] ^= 1
@@ -476,6 +502,7 @@ def test_masks_and_tiles_go_only_where_their_slide_is_there(
         place = dataset.damaged_dir / dataset.relative_path(path)
         assert place.exists() == (not is_there)
         assert is_there or place.read_bytes() == data
+    assert command(dataset, "report") == command(dataset, "status") == ""
 
 
 def test_a_slide_of_another_time_or_settings_is_no_source(dataset: Dataset, slide: Path) -> None:
