@@ -98,6 +98,8 @@ def decode_line(line: str) -> Entry | None:
         return None
 
 
+MOST_RANKS = 1 << 26
+"""Ranks that a slide may have; the most of a real one are fewer than 10^7."""
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
 
 
@@ -106,7 +108,9 @@ def _check_types(entry: Entry) -> Entry:
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
     whole = all(type(value) is int for value in (entry.start, entry.stop))
     tables = isinstance(entry.counts, dict) and isinstance(entry.values, dict)
-    if not (texts and whole and tables and isinstance(entry.seconds, int | float)):
+    # Blocks are counted one by one: a range without end would take all memory.
+    in_range = whole and -1 <= entry.start <= entry.stop <= MOST_RANKS
+    if not (texts and in_range and tables and isinstance(entry.seconds, int | float)):
         raise ValueError("not a line of a journal")
     return entry
 

@@ -352,13 +352,14 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
             progress.advance(folder.files)
         versions = software_versions()
         for stage, entries in plan.entries.items():
+            reason = "made again, or not wanted" if stage == VERIFY else plan.reason
             with Run(dataset, stage, versions) as run:
                 for start in range(0, len(entries), _ENTRIES_PER_TURN):
                     turn = entries[start : start + _ENTRIES_PER_TURN]
                     # The lines first: from then on no reader looks for the files.
                     run.append(
                         Entry(
-                            entry.slide_id, "pruned", entry.fingerprint, plan.reason,
+                            entry.slide_id, "pruned", entry.fingerprint, reason,
                             scope=entry.scope, start=entry.start, stop=entry.stop,
                         )
                         for entry in turn

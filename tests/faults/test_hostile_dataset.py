@@ -203,6 +203,16 @@ def test_verify_names_a_foreign_line_and_repair_keeps_it_aside(
     assert ".damaged: 1 files" in capsys.readouterr().out
 
 
+def test_a_range_without_end_is_no_line(dataset: Dataset) -> None:
+    lines = []
+    for start, stop in ((0, 10**12), (-5, 16), (32, 16), (0, 1 << 70)):
+        tar = FileRecord(f"tiles/224/{SLIDE}.{start}-{stop}.tar", 1, "0")
+        lines.append(Entry(SLIDE, "done", "f", scope="224", start=start, stop=stop, files=(tar,)))
+    forge(dataset, "tile", lines)
+    assert len(read_journal(dataset, "tile")) == 1
+    assert command(dataset, "status") == command(dataset, "prune", "--yes") == ""
+
+
 ALLOWED = {
     "scan": ("slides.parquet",), "tissue": ("tissue/", "candidates/"), "select": ("selections/",),
     "generate": ("slides.parquet", "candidates/", "guidance/", "selections/"), "tile": ("tiles/",),
