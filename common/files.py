@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,17 +23,40 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a folder and its parents, each with its name synced; one that is there is left alone.
+    """Make a folder and its parents, each with its name synced.
 
-    Raises `OSError`.
+    The name of one that is there is synced as well, once per process and up to its file system's
+    root: whoever made it may not have done so. Raises `OSError`.
     """
+    path = path.absolute()
     if path.is_dir():
+        _sync_names(path)
         return
     if path.parent != path:
         make_directory(path.parent)
     path.mkdir(exist_ok=True)
     # Without this a power loss takes the folder, and all synced files in it, with it.
     sync_directory(path.parent)
+    _SYNCED.add(path)
+
+
+_SYNCED: set[Path] = set()
+"""Folders whose names this process has synced, up to their file system's root."""
+
+
+def _sync_names(path: Path) -> None:
+    """Sync the names by which a folder is reached, where this process has not done so yet."""
+    if path in _SYNCED:
+        return
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        if folder in _SYNCED or folder.is_mount():
+            break
+        # Others' folders, which may not be opened, or are of read-only file systems.
+        with suppress(OSError):
+            sync_directory(folder.parent)
+        _SYNCED.add(folder)
+    _SYNCED.add(path)
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -69,14 +92,44 @@ def replacing_file(final: Path, staged: Path | None = None) -> Iterator[IO[bytes
     Raises:
         UserError: the disk is full or not writable; the message names `final`.
     """
-    staged = staged or final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+    staged = staged or _staged_name(final)
+    with _renaming(staged, final), staged.open("wb") as file:
+        yield file
+        # Bytes before the name: a power loss must not leave the final name on an empty file.
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing_path(final: Path) -> Iterator[Path]:
+    """The path of an empty file for a library to write, or to replace by one of its own.
+
+    When the block ends well, the file is synced and gets its final name, and the mode that the
+    umask and the folder give to new files: libraries make files that only their owner may read.
+    Errors are those of `replacing_file`.
+    """
+    staged = _staged_name(final)
+    with _renaming(staged, final):
+        with staged.open("xb") as empty:
+            mode = os.fstat(empty.fileno()).st_mode
+        yield staged
+        with staged.open("rb") as file:
+            # Not where it is right: some file systems refuse any change of modes.
+            if os.fstat(file.fileno()).st_mode != mode:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
+            os.fsync(file.fileno())
+
+
+def _staged_name(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _renaming(staged: Path, final: Path) -> Iterator[None]:
+    """Make the folders; rename `staged`, which the block has written and synced, to `final`."""
     try:
         make_directory(staged.parent)
-        with staged.open("wb") as file:
-            yield file
-            # Bytes before the name: a power loss must not leave the final name on an empty file.
-            file.flush()
-            os.fsync(file.fileno())
+        yield
         make_directory(final.parent)
         staged.replace(final)
         # A rename survives a power loss only once its folder is synced.
@@ -115,6 +168,18 @@ def write_bytes(final: Path, data: bytes) -> None:
 def write_text(final: Path, text: str) -> None:
     """Write the UTF-8 bytes of a text as a whole file; see `replacing_file`."""
     write_bytes(final, text.encode())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a file that grows now and then; text and name survive a power loss afterwards.
+
+    Raises `OSError`.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import make_directory, write_text
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.noise import derive_seeds, seed_tensor
@@ -218,7 +218,7 @@ class CytoSyn(nn.Module):
         was cut short or put together from two models is recognised.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         # Until the new configuration is there, the folder is no model.
         (folder / _CONFIG).unlink(missing_ok=True)
         weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}

@@ -4,9 +4,10 @@ Nothing here executes pickled code: files are safetensors, or PyTorch archives r
 with `weights_only=True`.
 """
 
+import errno
 import hashlib
 import os
-import tempfile
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import replacing_path
 
 Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -274,22 +276,21 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors; the file appears whole or not at all.
+    """Write named tensors as safetensors; the file appears whole and synced, or not at all.
 
-    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors only.
+    Tensors are moved to the CPU and made contiguous. The bytes depend on the tensors only. Raises
+    `UserError` naming the file where the disk is full or not writable.
     """
-    path = Path(path)
-    # Under a temporary name first: a reader never sees half of it.
     packed = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        save_file(packed, temporary)
-        temporary.chmod(0o644)  # mkstemp makes it private; exported weights are shared
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_path(Path(path)) as staged:
+        try:
+            save_file(packed, staged)
+        except SafetensorError as error:
+            # The library's own kind of error, in which the system's is only words.
+            text = str(error)
+            number = re.search(r"os error (\d+)", text)
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else text) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common.console import print_line
 from common.errors import UserError
-from common.files import json_bytes, sync_directory
+from common.files import json_bytes, make_directory, sync_directory
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -169,7 +169,7 @@ def write_checkpoint(
     final = folder / f"step-{state.step:08d}"
     staged = folder / f"{_STAGING}{final.name}-{secrets.token_hex(4)}"
     try:
-        staged.mkdir(parents=True)
+        make_directory(staged)
         for name, tensors in files.items():
             write_tensors(staged / f"{name}.safetensors", tensors)
         (staged / _STATE_FILE).write_bytes(json_bytes(asdict(state)))

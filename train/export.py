@@ -19,8 +19,8 @@ from train.checkpoint import (
     load_network,
     read_state,
 )
-from train.config import Weights, load_config
-from train.setup import CONFIG_FILE, read_records
+from train.config import Weights
+from train.setup import read_config, read_records
 
 
 def export_run(
@@ -36,10 +36,7 @@ def export_run(
     Defaults are the configuration's `export` section and the newest checkpoint. Raises
     `UserError` where the run has no such checkpoint or weights.
     """
-    config_file = run_dir / CONFIG_FILE
-    if not config_file.exists():
-        raise UserError(f"{run_dir} is not a run: it has no {CONFIG_FILE}")
-    config, checkpoint = load_config(config_file), _find_checkpoint(run_dir, step)
+    config, checkpoint = read_config(run_dir), _find_checkpoint(run_dir, step)
     chosen_sit, chosen_vae = sit or config.export.sit, vae or config.export.vae
     records = read_records(run_dir)
     encoder: Mapping[str, Any] = records["encoder"]

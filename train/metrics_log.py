@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import sync_directory, write_text
 from train.config import Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +32,8 @@ class MetricsLog:
             kept = [line for line in _read_lines(self.path) if 0 < step >= line["step"]]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        # Its name; its lines are synced before each checkpoint.
+        sync_directory(run_dir)
         self._events: Any = None
         self._wandb = open_wandb(run_dir, config) if config.log.wandb else None
         if config.log.tensorboard:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.console import Meter, open_meter, print_line
 from common.errors import UserError
-from common.files import write_json
+from common.files import append_text, write_json
 from common.text import format_seconds
 from common.torch_processes import Processes
 from model.sit import SiT
@@ -158,13 +158,14 @@ class Reporter:
     def note_damage(self, batch: Batch) -> None:
         """Name the tiles that were replaced: each once on the console, each time in a file."""
         self._damaged_here += len(batch.damaged)
+        lines = ""
         for damage in batch.damaged:
             if damage not in self._damage_said:
                 print_line(f"skipped: {damage}")
             self._damage_said.add(damage)
-            line = json.dumps({"step": batch.step + 1, "skipped": damage}) + "\n"
-            with (self.run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as file:
-                file.write(line)
+            lines += json.dumps({"step": batch.step + 1, "skipped": damage}) + "\n"
+        if lines:
+            append_text(self.run_dir / SKIPPED_FILE, lines)
 
     def count_step(self, metrics: Metrics, *, skipped: bool) -> None:
         """Count a finished step; the metrics of a skipped one are left out."""

@@ -1,12 +1,15 @@
 """Opening a run: every check that can fail is made before the first network is built."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.config import read_yaml
+from common.console import print_line
 from common.errors import UserError
 from common.files import write_json, write_text
+from common.json_text import parse_json
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
@@ -141,6 +144,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
     # Before anything is written: the files of another run stay as they are.
     _check_same_configuration(config, run_dir)
+    damage = damaged_file(run_dir)
     table = data.stream.table
     state = RunState(0, table.content_hash, config.hash)
     if checkpoint is not None:
@@ -153,6 +157,8 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     processes.wait_for_all()  # all have read before the main process writes
 
     def claim_directory() -> None:
+        if damage:
+            print_line(f"{damage}: writing it again")
         remove_unfinished(run_dir)
         record = data.source.encoder_record
         header = f"# encoder {record['encoder']}, weights {record['weights']}\n" if record else ""
@@ -187,26 +193,82 @@ def is_finished(config: Config) -> bool:
     run_dir = run_directory(config)
     _check_same_configuration(config, run_dir)
     checkpoint = latest_checkpoint(run_dir)
-    # The summary is the last file that a run writes.
-    if checkpoint is None or not (run_dir / SUMMARY_FILE).exists():
+    # The summary is the last file that a run writes. What a power loss emptied, opening the run
+    # writes again.
+    if checkpoint is None or not (run_dir / SUMMARY_FILE).exists() or damaged_file(run_dir):
         return False
     return read_state(checkpoint).step >= config.run.steps
+
+
+def damaged_file(
+    run_dir: Path, names: Sequence[str] = (CONFIG_FILE, RECORDS_FILE, SUMMARY_FILE)
+) -> str:
+    """The first of a run's files that cannot be read, and why.
+
+    "" where those that are there can be read. Releases that did not sync them left them empty
+    after a power loss.
+    """
+    for path in (run_dir / name for name in names):
+        try:
+            data = path.read_bytes()
+            if not data.strip(b"\0 \r\n"):
+                return f"{path} is empty"
+            if path.suffix == ".json":
+                parse_json(data)
+                continue
+            load_config(path)
+            # Its last keys: with defaults in place of what was cut off it would be another run.
+            if not {"sit", "vae"} <= read_yaml(path).get("export", {}).keys():
+                return f"{path} is cut short"
+        except FileNotFoundError:
+            continue
+        except (OSError, UserError, ValueError) as error:
+            return f"{path} cannot be read ({error})"
+    return ""
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of a run; a `UserError` says how to have a damaged one again."""
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{run_dir} is not a run: it has no {CONFIG_FILE}")
+    if damage := damaged_file(run_dir, (CONFIG_FILE, RECORDS_FILE)):
+        raise UserError(
+            f"{damage}: run `python -m train` with the configuration that the run was begun with "
+            f"and run.dir={run_dir}, which writes it again and goes on where the run was"
+        )
+    return load_config(path)
 
 
 def read_records(run_dir: Path) -> dict[str, Any]:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
     path = run_dir / RECORDS_FILE
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        return dict(parse_json(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
 
 
 def _check_same_configuration(config: Config, run_dir: Path) -> None:
     path = run_dir / CONFIG_FILE
-    if path.exists() and (differing := differing_keys(config, load_config(path))):
+    if not path.exists():
+        return
+    damage = damaged_file(run_dir, (CONFIG_FILE,))
+    differing = [] if damage else differing_keys(config, load_config(path))
+    if not damage and not differing:
+        return
+    checkpoint = latest_checkpoint(run_dir)
+    # The checkpoint knows whose it is. The file may be damaged, and is written again.
+    if checkpoint is not None and read_state(checkpoint).config_sha256 == config.hash:
+        return
+    if not damage:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
             f"{run_dir} is the run of another configuration ({'; '.join(differing[:3])}{more}): "
             f"use another run.dir, or --config {path} to continue it"
+        )
+    if checkpoint is not None:
+        raise UserError(
+            f"{damage}, and {checkpoint} is of another configuration than this: give the one that "
+            f"the run was begun with; if it is this one for certain, remove {path}"
         )

@@ -98,6 +98,7 @@ def compile_blocks(selection: Selection) -> BlockTable:
 def write_blocks(table: BlockTable, folder: Path) -> None:
     """Write a table as whole files: `slides.json`, and `blocks.npy` with 10 bytes per block."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Not synced: every start writes them again before it reads them.
     staged = folder / f".writing-{os.getpid()}"
     staged.write_text(json.dumps(table.slide_ids))
     staged.replace(folder / _SLIDES_FILE)

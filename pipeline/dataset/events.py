@@ -1,17 +1,20 @@
 """The machine's copy of what users read: one JSON line per event of a run.
 
-`status/<stage>/<run_id>.log` is next to the run's journal. Nothing depends on it: it is neither
-synced nor checked, and a line may be torn by a kill. `pipeline status` reads it for what runs now.
+`status/<stage>/<run_id>.log` is next to the run's journal. Nothing depends on it: it is not
+checked, only its first and last lines are synced, and a line may be torn by a kill. `pipeline
+status` reads it for what runs now.
 """
 
 import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import make_directory, sync_directory
 from common.redact import redact_all
 
 SUFFIX = ".log"
@@ -45,17 +48,24 @@ class EventLog:
         try:
             # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.path.parent)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.path, flags, 0o666)
+                os.write(self._handle, line.encode())
+                # After a power loss an empty log would not say which run it was.
+                os.fsync(self._handle)
+                sync_directory(self.path.parent)
+                return
             os.write(self._handle, line.encode())
         except OSError:
             # A full disk would fail again at every event.
             self._broken = True
 
     def close(self) -> None:
-        """Close the file."""
+        """Sync and close the file."""
         if self._handle is not None:
+            with suppress(OSError):
+                os.fsync(self._handle)
             os.close(self._handle)
             self._handle = None
 

@@ -5,14 +5,17 @@ import json
 import platform
 import zlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import json_bytes
-from pipeline.dataset.commit import commit_json, new_run_id
+from common.files import json_bytes, open_regular
+from common.json_text import parse_json
+from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
+from pipeline.dataset.inside import free_place
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
 from pipeline.dataset.tables.slides import read_slides
@@ -51,6 +54,8 @@ def open_dataset(root: Path) -> Dataset:
     """The dataset at `root`; refuses a folder without one, or one of another major format."""
     dataset = Dataset(root)
     if not _is_there(dataset):
+        if merge_copies(dataset):
+            raise UserError(f"{dataset.identity_file} is missing: {way_back(dataset)}")
         raise UserError(
             f"no dataset at {root} (no dataset.json): run `python -m pipeline scan` first"
         )
@@ -122,13 +127,13 @@ def identity_damage(dataset: Dataset) -> str:
     # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
-        data = dataset.identity_file.read_bytes()
+        data = _read_file(dataset.identity_file)
     except (UserError, OSError) as error:
         return str(error)
     if set(document) == {"identity", "records"}:
         return ""
     if "crc" not in document or json_bytes(document) != data:
-        return f"{dataset.identity_file} was altered outside its values: restore it from a copy"
+        return f"{dataset.identity_file} was altered outside its values: {way_back(dataset)}"
     return ""
 
 
@@ -156,7 +161,7 @@ def claim_identity(
     Where a stage makes one kind of dataset, `kind`, a dataset of another kind is refused.
     Another value than the recorded one is refused with both in the message. The stage's
     software versions and platform are recorded too; records have no time and no host name in them,
-    so that two datasets made alike are alike in bytes.
+    so that two datasets made alike are alike in bytes. Each stage keeps a copy, `copy_file`.
     """
     if kind:
         refuse_other_kind(dataset, kind, stage)
@@ -169,10 +174,143 @@ def claim_identity(
             # What another run claimed in between counts, and is kept.
             before, after = _with_claims(dataset, claims, stage, record)
             if before != after:
-                run_id = new_run_id()
-                commit_json(dataset, run_id, dataset.identity_file, after)
-                dataset.staging_dir(run_id).rmdir()
+                # The copy first: once a stage goes on, its values are there twice.
+                for file in (copy_file(dataset, stage), dataset.identity_file):
+                    _commit_document(dataset, file, after)
+    elif not _is_copied(dataset, claims, stage, record):
+        # A dataset of an older release. Where there is no room, the stage's own files come first.
+        with suppress(UserError):
+            _commit_document(dataset, copy_file(dataset, stage), after)
     return dict(after["identity"])
+
+
+def copy_file(dataset: Dataset, stage: str) -> Path:
+    """The copy of dataset.json as it was when a stage last claimed something.
+
+    It is next to the stage's journals, where earlier releases read only `.jsonl` and `.log`.
+    """
+    return dataset.status_dir(stage) / dataset.identity_file.name
+
+
+def list_copies(dataset: Dataset) -> list[Path]:
+    """The stages' copies of dataset.json, by path."""
+    return sorted((dataset.root / "status").glob(f"*/{dataset.identity_file.name}"))
+
+
+def copy_damage(file: Path) -> str:
+    """What is wrong with the bytes of a copy; "" where they are as they were written."""
+    try:
+        data = _read_file(file)
+        document = _parse_document(data)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        return f"is no copy of dataset.json: {error}"
+    is_whole = "crc" in document and _is_sound(document) and json_bytes(document) == data
+    return "" if is_whole else "was altered: its checksum does not match"
+
+
+def merge_copies(dataset: Dataset) -> dict[str, Any] | None:
+    """dataset.json as the stages' copies together have it; None where there is no sound copy.
+
+    Values are only ever added, so that all copies together have all of them; and the last record
+    of a stage is in the stage's own copy.
+    """
+    copies: dict[str, dict[str, Any]] = {}
+    for path in list_copies(dataset):
+        with suppress(OSError, ValueError):
+            document = _parse_document(_read_file(path))
+            if _is_sound(document) and document["identity"]["format_version"] == FORMAT_VERSION:
+                copies[path.parent.name] = document
+    if not copies:
+        return None
+    merged: dict[str, Any] = {"identity": {}, "records": {}}
+    # The fullest is the newest: where a value was changed by hand, its copy has it.
+    for _, stage in sorted((len(copies[stage]["identity"]), stage) for stage in copies):
+        merged["identity"] |= copies[stage]["identity"]
+        merged["records"] |= copies[stage]["records"]
+    for stage, document in copies.items():
+        if stage in document["records"]:
+            merged["records"][stage] = document["records"][stage]
+    return merged | {"crc": _checksum_of(merged)}
+
+
+def way_back(dataset: Dataset) -> str:
+    """What to do about a dataset.json that is missing or damaged, as the end of a message."""
+    if merge_copies(dataset):
+        return (
+            f"run `python -m pipeline verify --dataset {dataset.root} --repair`, which restores it "
+            "from the stages' copies"
+        )
+    return (
+        "restore it from a copy; if there is none (earlier releases kept none), remove it and run "
+        "the stages so far again with the same options: each states its values and finds its work "
+        "done"
+    )
+
+
+def restore_identity(dataset: Dataset) -> list[str]:
+    """Write a missing or damaged dataset.json again from the stages' copies, and damaged copies.
+
+    Returns notes of what was done: none where there is nothing to do it with. A file that
+    cannot be opened, or is of another format, may be sound. What a damaged file contained is kept
+    in `.damaged`. Raises `UserError` where it cannot be written.
+    """
+    notes = [_restore_main(dataset)] if identity_damage(dataset) else []
+    if not identity_damage(dataset):
+        document = _read_document(dataset)
+        for file in list_copies(dataset):
+            if copy_damage(file):
+                _commit_document(dataset, file, document | {"crc": _checksum_of(document)})
+                notes.append(f"repair: restored {dataset.relative_path(file)}")
+    return [note for note in notes if note]
+
+
+def _restore_main(dataset: Dataset) -> str:
+    file, data = dataset.identity_file, b""
+    restored = merge_copies(dataset)
+    try:
+        data = _read_file(file)
+        document = _parse_document(data)
+        if document["identity"]["format_version"] != FORMAT_VERSION:
+            return ""
+        if "crc" in document and _is_sound(document):
+            restored = {key: document[key] for key in ("identity", "records", "crc")}
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            return ""
+    except ValueError:
+        pass  # not JSON, or cut short
+    if restored is None:
+        return ""
+    kept = ""
+    if data.strip(b"\0 \r\n"):
+        run_id = new_run_id()
+        place = free_place(dataset, file.name)
+        commit_bytes(dataset, run_id, dataset.root / place, data)
+        dataset.staging_dir(run_id).rmdir()
+        kept = f"; the damaged one is {place}"
+    _commit_document(dataset, file, restored)
+    return f"repair: restored {file.name}{kept}"
+
+
+def _is_copied(
+    dataset: Dataset, claims: Mapping[str, object], stage: str, record: Mapping[str, object]
+) -> bool:
+    """Whether a stage's own copy has its values and record."""
+    try:
+        document = _parse_document(_read_file(copy_file(dataset, stage)))
+        identity = document["identity"]
+    except (OSError, ValueError):
+        return False
+    states = all(key in identity and identity[key] == value for key, value in claims.items())
+    return states and _is_sound(document) and document["records"].get(stage) == record
+
+
+def _commit_document(dataset: Dataset, file: Path, document: Mapping[str, object]) -> None:
+    run_id = new_run_id()
+    commit_json(dataset, run_id, file, document)
+    dataset.staging_dir(run_id).rmdir()
 
 
 def _with_claims(
@@ -180,6 +318,9 @@ def _with_claims(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """dataset.json as it is (None: there is none), and with a stage's claims and record."""
     before = _read_document(dataset) if _is_there(dataset) else None
+    if before is None and merge_copies(dataset):
+        # Begun anew it would lack what the other stages stated.
+        raise UserError(f"{dataset.identity_file} is missing: {way_back(dataset)}")
     empty: dict[str, Any] = {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
     after = copy.deepcopy(before) if before else empty
     identity = after["identity"]
@@ -212,30 +353,56 @@ def _is_there(dataset: Dataset) -> bool:
 
 def _unreadable_message(dataset: Dataset, error: OSError) -> str:
     return (
-        f"{dataset.identity_file} cannot be read: {error.strerror}; fix its permissions or its "
-        "disk, or restore it from a copy"
+        f"{dataset.identity_file} cannot be read: {error.strerror or error}; fix its "
+        "permissions or its disk, or restore it from a copy"
     )
 
 
+def _read_file(file: Path) -> bytes:
+    with open_regular(file) as opened:
+        return opened.read()
+
+
+def _parse_document(data: bytes) -> dict[str, Any]:
+    """The document in the bytes of a dataset.json; raises `ValueError` where it is none."""
+    document = parse_json(data)
+    if not isinstance(document, dict) or not all(
+        isinstance(document.get(key), dict) for key in ("identity", "records")
+    ):
+        raise ValueError("it has no identity and records")
+    if "format_version" not in document["identity"]:
+        raise ValueError("it has no format_version")
+    return dict(document)
+
+
+def _is_sound(document: Mapping[str, Any]) -> bool:
+    """Whether the checksum matches, or there is none."""
+    return bool(document.get("crc", _checksum_of(document)) == _checksum_of(document))
+
+
 def _read_document(dataset: Dataset) -> dict[str, Any]:
+    file, data = dataset.identity_file, b""
     try:
-        document = json.loads(dataset.identity_file.read_text())
-        version = document["identity"]["format_version"]
+        data = _read_file(file)
+        document = _parse_document(data)
     except FileNotFoundError as error:
-        raise UserError(f"{dataset.identity_file} is missing: run `scan` first") from error
+        how = way_back(dataset) if merge_copies(dataset) else "run `scan` first"
+        raise UserError(f"{file} is missing: {how}") from error
     except OSError as error:
         raise UserError(_unreadable_message(dataset, error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{dataset.identity_file} is not a dataset's identity: {error}") from error
+    except ValueError as error:
+        what = f"is not a dataset's identity ({error})" if data else "is empty"
+        raise UserError(f"{file} {what}: {way_back(dataset)}") from error
     # Before the checksum, which another format may take otherwise.
+    version = document["identity"]["format_version"]
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{dataset.identity_file}: format version {version}, this software reads "
-            f"{FORMAT_VERSION}; use the release that wrote it or make a new dataset"
+            f"{file}: format version {version}, this software reads {FORMAT_VERSION}; use the "
+            "release that wrote it or make a new dataset"
         )
-    if document.get("crc", _checksum_of(document)) != _checksum_of(document):
+    if not _is_sound(document):
         raise UserError(
-            f"{dataset.identity_file} is damaged (its checksum does not match): restore it from a "
-            "copy; if it was edited on purpose, remove its 'crc' line"
+            f"{file} is damaged (its checksum does not match): if it was edited on purpose, "
+            f"remove its 'crc' line; otherwise {way_back(dataset)}"
         )
-    return dict(document)
+    return document

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from common.files import make_directory
-from pipeline.dataset.layout import Dataset
+from pipeline.dataset.layout import DAMAGED_DIR, Dataset
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -96,3 +96,11 @@ def move_inside(
         os.fsync(source)
     remove_empty_folders(dataset, folders)
     return True
+
+
+def free_place(dataset: Dataset, path: str) -> str:
+    """Where in `.damaged` a file or folder of that path goes: nothing has that place yet."""
+    place, number = f"{DAMAGED_DIR}/{path}", 2
+    while os.path.lexists(dataset.root / place):
+        place, number = f"{DAMAGED_DIR}/{number}/{path}", number + 1
+    return place

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.files import sync_directory
+from common.files import make_directory, sync_directory
 from common.leases import Lease, clear_leases
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
@@ -212,7 +212,7 @@ class Run:
         data = "".join(encode_line(entry, self.versions) for entry in entries).encode()
         try:
             if self._handle is None:
-                self.journal_file.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(self.journal_file.parent)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)

@@ -5,7 +5,6 @@ record in DIR/weights.json: where it came from, its sums, its licence.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torchvision
 
 from common.console import EXIT_FAILURES, EXIT_OK, print_line, stdout
 from common.errors import UserError
-from common.files import hash_file, sync_directory, write_json
+from common.files import hash_file, replacing_path, write_json
 from common.text import format_bytes
 from model.encoders import MissingPackageError, published_sha256, table
 from model.encoders.published import Published, ReleaseFile, local_copy
@@ -177,12 +176,8 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
             "licence": item.licence,
             "gating": item.gating,
         }
-        # Synced and readable by all before it has its name: other users' jobs read it.
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.chmod(0o644)
-        staged.replace(final)
-        sync_directory(folder)
+        with replacing_path(final) as checked:
+            staged.replace(checked)
     except OSError as error:
         raise WeightsError(
             f"weights of {item.name}: cannot write {folder} ({error.strerror or error}); free "

@@ -126,7 +126,7 @@ def test_an_identity_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "dataset.json").mkdir()
     claim = {"stage": "scan", "versions": {}}
     for read in (open_dataset, lambda root: claim_identity(Dataset(root), {}, **claim)):
-        with pytest.raises(UserError, match=r"dataset\.json cannot be read: Is a directory; fix"):
+        with pytest.raises(UserError, match=r"dataset\.json cannot be read: it is a folder"):
             read(tmp_path)
 
     def refuse(_path):

@@ -1,16 +1,22 @@
 """Several processes that meet a mistake: one line, told once, and nobody waits for ever."""
 
+import errno
+import os
 import re
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HOME, command, environment, small_config, weights_of
 
+from common import leases
 from common.errors import UserError
+from common.processes import identify_process
 from pipeline.dataset import Dataset
 from train import lock
 from train.loop import train
@@ -157,6 +163,36 @@ def test_a_second_training_in_a_run_directory_is_refused(
         assert unfinished.exists(), "what the first one is writing"
     assert train(config) == 0
     assert not unfinished.exists()
+
+
+def test_without_locks_of_the_file_system_a_lease_keeps_a_second_training_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock, "_HERE_S", 0.3)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock.RunLock(tmp_path) as held:
+        held.acquire()
+        with (
+            lock.RunLock(tmp_path) as second,
+            pytest.raises(UserError, match="is being trained by process"),
+        ):
+            second.acquire()
+    # One that was killed in a container, and is not seen from here, is waited for.
+    elsewhere = replace(identify_process(), namespace="pid:[1]")
+    lease = tmp_path / lock.LEASE_FILE
+    lease.write_text(elsewhere.to_json())
+    monkeypatch.setattr(leases, "DEAD_S", 0.5)
+    now = time.time() + 3600
+    os.utime(lease, (now, now))
+    with lock.RunLock(tmp_path) as second, pytest.raises(UserError, match="being trained"):
+        second.acquire()
+    os.utime(lease, (0, 0))
+    with lock.RunLock(tmp_path) as second:
+        second.acquire()
+    assert not lease.exists()
 
 
 def test_torchrun_waits_for_the_last_checkpoint_as_long_as_the_batch_script_says() -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import sync_directory
+from common.files import make_directory, sync_directory
 from pipeline.dataset.commit import FileRecord, HashingFile
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset, parse_shard_name
 from pipeline.dataset.tiles.png_tar import ShardHandle
@@ -119,7 +119,7 @@ def commit_zarr(
         for folder in [*body.parents][: len(_CHUNK_FILE)]:
             sync_directory(folder)
         # Renamed as a whole: readers see all of the array or nothing.
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(final.parent)
         _replace_folder(staged, final)
     except OSError as error:
         raise UserError(

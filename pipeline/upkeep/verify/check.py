@@ -14,7 +14,14 @@ from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
 from pipeline.dataset import Dataset, read_identity, read_slides
-from pipeline.dataset.identity import identity_damage, mixed_kinds
+from pipeline.dataset.identity import (
+    copy_damage,
+    identity_damage,
+    list_copies,
+    mixed_kinds,
+    restore_identity,
+    way_back,
+)
 from pipeline.dataset.journal import run_order
 from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.upkeep.verify.damaged import list_damaged
@@ -50,9 +57,9 @@ class Problem:
 def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -> int:
     """Re-read the dataset, print what is wrong and how to fix it; returns the exit status.
 
-    With `repair`, damaged files that their stage makes again from what it has are removed, others
-    are moved to `.damaged` (never selections or dataset.json, nor what could not be read), and bad
-    journal lines are moved there too.
+    With `repair`, dataset.json is restored from the stages' copies, damaged files that their stage
+    makes again from what it has are removed, others are moved to `.damaged` (never selections, nor
+    what could not be read), and bad journal lines are moved there too.
     Raises `UserError` for that while a run may be at work.
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
@@ -68,6 +75,9 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
             "unknown what was written: make it readable, then verify again"
         ) from error
     check = Verification(dataset)
+    # First: without the identity it is unknown which command makes what is damaged again.
+    if repair:
+        check.notes += restore_identity(dataset)
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
@@ -88,12 +98,13 @@ class Verification:
         self.seconds = 0.0
 
     def check_identity(self) -> None:
-        """Check dataset.json."""
+        """Check dataset.json and the stages' copies of it."""
         path = self.dataset.identity_file
         damage = identity_damage(self.dataset)
         if damage:
-            what = damage.removeprefix(f"{path} ") if path.exists() else "missing"
-            self.problems.append(Problem(path.name, what, "restore it from a copy"))
+            fix = way_back(self.dataset)
+            what = damage.removeprefix(f"{path} ").removesuffix(f": {fix}")
+            self.problems.append(Problem(path.name, what if path.exists() else "missing", fix))
         if path.exists():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
             if not damage and b'"crc"' not in path.read_bytes():
@@ -103,6 +114,11 @@ class Verification:
                 )
         if not damage:
             self._check_kind()
+        for copy in list_copies(self.dataset):
+            self.files, self.bytes = self.files + 1, self.bytes + copy.stat().st_size
+            if what := copy_damage(copy):
+                fix = "run `pipeline verify --repair`"
+                self.problems.append(Problem(self.dataset.relative_path(copy), what, fix))
 
     def _check_kind(self) -> None:
         """Whether all of the dataset is of one kind: slides, imported tiles or generated."""

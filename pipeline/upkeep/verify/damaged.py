@@ -42,14 +42,6 @@ def unit_of(path: str) -> str:
     return folder + end.rstrip("/") if end else path
 
 
-def free_place(dataset: Dataset, path: str) -> str:
-    """Where in `.damaged` a file or folder of that path goes: nothing has that place yet."""
-    place, number = f"{DAMAGED_DIR}/{path}", 2
-    while os.path.lexists(dataset.root / place):
-        place, number = f"{DAMAGED_DIR}/{number}/{path}", number + 1
-    return place
-
-
 def former_path(place: str) -> str:
     """The path that a file in `.damaged` had.
 

@@ -19,10 +19,10 @@ from pipeline.dataset import (
     new_run_id,
     software_versions,
 )
-from pipeline.dataset.inside import file_state, move_inside, remove_file
+from pipeline.dataset.inside import file_state, free_place, move_inside, remove_file
 from pipeline.dataset.layout import DAMAGED_DIR, is_known_stage
 from pipeline.upkeep.activity import RunJudge
-from pipeline.upkeep.verify.damaged import STAGE, Remaking, free_place, unit_of
+from pipeline.upkeep.verify.damaged import STAGE, Remaking, unit_of
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory
 from pipeline.upkeep.verify.journal_lines import canonical_line, journal_lines
 from pipeline.upkeep.verify.runs import live_run, may_write
