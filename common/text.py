@@ -1,7 +1,12 @@
 """Text for users: one-line reasons, suggestions, durations and sizes."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+EXACTLY = "exact:"
+"""What a table puts before a name that is to be compared character by character."""
 
 
 def one_line(reason: object, most: int = 200) -> str:
@@ -23,6 +28,82 @@ def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
+
+
+@lru_cache(1 << 16)
+def same_identity_key(text: str) -> str:
+    """What names of one patient, slide, site or group share, however they are written.
+
+    Compared are names under Unicode's NFKC and case folding, without invisible characters (zero
+    width, soft hyphens, marks of direction), with one blank for any white space inside and none
+    around, and one hyphen for all dashes. Letters that only look alike (Latin A, Cyrillic А) stay
+    different. A name that begins with `exact:` is compared as it is written. A name of invisible
+    characters alone is none: ''.
+
+    >>> {same_identity_key(name) for name in ("ABC-9", " abc\u20119 ", "ＡＢＣ－９", "a\u00adbc-9")}
+    {'abc-9'}
+    >>> same_identity_key("exact:ABC-9")
+    'exact:ABC-9'
+    """
+    if text.startswith(EXACTLY):
+        return text
+    if text.isascii():  # the many; printable ones need no table
+        return " ".join(text.translate(_ASCII_CONTROLS).split()).lower()
+    folded = text
+    # Folding may compose what is to be folded again: twice is enough, three times is sure.
+    for _ in range(3):
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", folded).casefold())
+        folded = "".join(_identity_character(one) for one in folded)
+        folded = " ".join(folded.split())
+    return folded
+
+
+_ASCII_CONTROLS = {code: None for code in (*range(32), 127) if not chr(code).isspace()}
+# Default ignorable code points (Unicode, DerivedCoreProperties) that are not of category Cf.
+_IGNORED = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2065\u3164\uffa0"
+    + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
+)
+
+
+def _identity_character(one: str) -> str:
+    category = unicodedata.category(one)
+    if category in ("Cf", "Cn") or one in _IGNORED:
+        return ""
+    if one.isspace():
+        return " "
+    if category == "Cc":
+        return ""
+    # All dashes, and the minus sign, which NFKC leaves as they are.
+    return "-" if category == "Pd" or one in "\u2212\u2043\u02d7" else one
+
+
+def joined_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of one identity that are written in several ways, sorted, by their key.
+
+    >>> joined_names(["ABC-9", "abc-9", "DEF"])
+    {'abc-9': ['ABC-9', 'abc-9']}
+    """
+    forms: dict[str, set[str]] = {}
+    for name in names:
+        if key := same_identity_key(name):
+            forms.setdefault(key, set()).add(name)
+    return {key: sorted(forms[key]) for key in sorted(forms) if len(forms[key]) > 1}
+
+
+def describe_joined(what: str, joined: Mapping[str, Sequence[str]]) -> str:
+    """One line that says which names count as one, '' where none do.
+
+    >>> describe_joined("patients", {"abc-9": ["ABC-9", "abc-9"]})
+    "patients that differ only in form count as one: 'ABC-9' = 'abc-9' (exact:NAME keeps one apart)"
+    """
+    if not joined:
+        return ""
+    some = [" = ".join(ascii(name) for name in names) for names in joined.values()]
+    return (
+        f"{what} that differ only in form count as one: {list_some(some, 3)} "
+        f"({EXACTLY}NAME keeps one apart)"
+    )
 
 
 def list_some(names: Sequence[str], most: int = 20) -> str:

@@ -81,16 +81,23 @@ class BlockSource:
         )
 
     def read_sample(self, block: OpenBlock, rank: int, row: int) -> Sample:
-        """Row `row`, from 0 to 15, of an open block; raises `UserError` for a damaged tile."""
+        """Row `row`, from 0 to 15, of an open block.
+
+        Raises `UserError` for a damaged tile, and for features that are no encoder's.
+        """
         where = f"slide {block.slide_id}, rank {rank}"
         if rank not in block.png:
             raise UserError(f"{where}: the tile is not in its shard; run `python -m pipeline tile`")
         tile = self._tiles.decode_tile(block.slide_id, rank, block.png[rank])
         if tile.shape != (self.tile_px, self.tile_px, 3):
             raise UserError(f"{where}: tile of shape {tile.shape}, expected {self.tile_px} px RGB")
-        for features in (block.cls, block.tokens):
-            if features is not None and row >= len(features):
+        for features, store in ((block.cls, self._cls), (block.tokens, self._tokens)):
+            if features is None or store is None:
+                continue
+            if row >= len(features):
                 raise UserError(f"{where}: no features; run `python -m pipeline cache` again")
+            # By row, not by block: a tile that the selection leaves out harms no other.
+            store.check_rows(block.slide_id, np.array([rank]), features[row : row + 1])
         return Sample(
             tile,
             None if block.cls is None else block.cls[row],

@@ -11,7 +11,7 @@ from common.errors import UserError
 from evaluate.compare.sides import Features, FeatureSide, Labels
 from evaluate.metrics.features import constant_features, count_shared, row_chunks
 from evaluate.metrics.metric import Metric
-from pipeline.dataset.features import FeatureStore
+from pipeline.dataset.features import MOST_FEATURE, FeatureStore
 
 _ROWS_NAMED = 3
 
@@ -64,7 +64,8 @@ class InputFault:
 def find_faults(sets: Mapping[str, TileRows]) -> list[InputFault]:
     """What is wrong in sets by their field of `FeaturePair`, with each row's slide, rank, file.
 
-    NaN and infinity, and rows that are all zeros, which no encoder gives for a tile.
+    NaN, infinity and magnitudes that no encoder gives (see `MOST_FEATURE`), and rows that are all
+    zeros, which none gives for a tile.
     """
     faults = []
     for field, tiles in sets.items():
@@ -72,9 +73,14 @@ def find_faults(sets: Mapping[str, TileRows]) -> list[InputFault]:
         finite = np.concatenate(
             [np.isfinite(block).all(axis=1) for block in row_chunks(tiles.features)]
         )
+        # NaN is within no limit: what is left of these are finite.
+        within = np.concatenate(
+            [(np.abs(block) <= MOST_FEATURE).all(axis=1) for block in row_chunks(tiles.features)]
+        )
         zero = np.concatenate([~block.any(axis=1) for block in row_chunks(tiles.features)])
         for kind, mask, words in (
             ("not_finite", ~finite, "NaN or infinity in"),
+            ("not_finite", finite & ~within, f"magnitudes above {MOST_FEATURE:,.0f} in"),
             ("zero", zero, "only zeros in"),
         ):
             rows = np.flatnonzero(mask)

@@ -104,7 +104,7 @@ def parse_tile_name(text: str) -> tuple[str, int]:
     ('TCGA-01', 17)
     """
     slide_id, _, rank = text.rpartition(":")
-    if not slide_id or not rank.isdigit():
+    if not slide_id or not (rank.isascii() and rank.isdigit() and len(rank) <= 10):
         raise UserError(f"'{text}' is no tile of a dataset; expected SLIDE_ID:RANK")
     return slide_id, int(rank)
 

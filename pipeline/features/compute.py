@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from pipeline.dataset import BLOCK_ROWS, TileStore
+from pipeline.dataset.features import MOST_FEATURE
 
 if TYPE_CHECKING:
     import torch
@@ -216,9 +217,10 @@ def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
     """The tensors on the host; the copy is begun now and waited for when called."""
     import torch
 
-    # int8 values are finite by nature: their scales show whether the tokens were.
+    # int8 values are in range by nature: their scales show whether the tokens were. NaN is not
+    # within the limit either.
     sound = torch.stack(
-        [torch.isfinite(one).all() for one in stored if one.is_floating_point()]
+        [(one.abs() <= MOST_FEATURE).all() for one in stored if one.is_floating_point()]
     ).all()
     tensors = [*stored, sound]
     if sound.device.type != "cuda":
@@ -264,8 +266,8 @@ def _features_of(tensors: "list[Tensor]") -> Features:
     *stored, sound = tensors
     if not bool(sound):
         raise UserError(
-            "the encoder gave features that are not finite or exceed float16's range; "
-            "check its weights, or use --dtype float32"
+            "the encoder gave features that are not finite or of a magnitude above "
+            f"{MOST_FEATURE:,.0f}; check its weights, or use --dtype float32"
         )
     return Features(*(tensor.numpy() for tensor in stored))
 

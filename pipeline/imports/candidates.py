@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from common.console import open_meter, print_line
 from common.errors import UserError
+from common.text import describe_joined, joined_names
 from pipeline.dataset import (
     CANDIDATES_SCHEMA,
     Dataset,
@@ -24,7 +25,7 @@ from pipeline.dataset import (
     claim_identity,
     fingerprint_of,
     make_selection,
-    read_selection,
+    read_selection_rows,
     read_slides,
     write_candidates,
     write_selection,
@@ -210,6 +211,8 @@ def _write_selections(
     failed = {slide_id for slide_id, _ in summary.failed}
     all_slides = read_slides(dataset)
     cohort = cohort_of_slides(all_slides, np.zeros(len(all_slides), np.int64))
+    if line := describe_joined("patients", joined_names(cohort.patient.tolist())):
+        print_line(f"import: {line}")
     drafts = []
     for tiles, ranks_by_slide in zip(imported, ranks, strict=True):
         rows = {s: r for s, r in ranks_by_slide.items() if len(r) and s not in failed}
@@ -283,6 +286,6 @@ def _check_dependents(dataset: Dataset, drafts: Sequence[_Draft], ledger: ScopeL
             continue
         # With the very rows of the file of that name only its plan would change.
         has_file = name in dataset.selection_names()
-        content_hash = read_selection(dataset, name).content_hash if has_file else ""
+        content_hash = read_selection_rows(dataset, name).content_hash if has_file else ""
         if content_hash != draft.selection.content_hash:
             check_may_change(ties, name, "import")

@@ -16,7 +16,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from common.text import one_line
+from common.files import open_regular
+from common.text import list_some, one_line
 from pipeline.imports.config import Columns
 
 _SYNONYMS = {
@@ -85,13 +86,14 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     # Only the columns that are needed are read: tables of features have hundreds.
     is_csv = path.suffix.lower() not in (".parquet", ".pq")
     try:
-        header = _read_csv_header(path) if is_csv else pq.read_schema(path).names
+        open_regular(path).close()
+        header = _read_csv_header(path) if is_csv else list(pq.read_schema(path).names)
         resolved = _resolve_columns(path, header, columns)
         units = _resolve_units(path, resolved, units)
         names = [resolved.slide, resolved.x, resolved.y]
         names += [getattr(resolved, units)] if units != "level0" else []
         table = _read_csv(path, names) if is_csv else _read_parquet(path, names)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         reason = one_line(error)
         raise UserError(f"{path} cannot be read as a table of positions: {reason}") from error
     first_line = 2 if is_csv else 1
@@ -118,13 +120,15 @@ def _resolve_columns(path: Path, header: list[str], columns: Columns) -> Columns
     """The columns that are there; slide, x and y must be."""
     # Reversed, so that of two names that differ in case alone the first one is taken.
     by_lower = {name.lower(): name for name in reversed(header)}
-    there = ", ".join(header) or "none"
+    there = list_some(header)
     resolved = {}
     for role, requested in columns.as_dict().items():
         if requested and requested not in header:
-            raise UserError(f"{path}: no column '{requested}'; there: {there}")
+            raise UserError(f"{path}: no column '{requested}'; there: {list_some(header)}")
         names = (by_lower[name] for name in _SYNONYMS[role] if name in by_lower)
         resolved[role] = requested or next(names, "")
+        if resolved[role] and header.count(resolved[role]) > 1:
+            raise UserError(f"{path}: column '{resolved[role]}' is there twice")
         if not resolved[role] and role in ("slide", "x", "y"):
             raise UserError(
                 f"{path}: no {role} column; expected one of {', '.join(_SYNONYMS[role])} or "
@@ -202,5 +206,8 @@ def _read_codes(
             f"{path}: column '{name}' is empty in {column.null_count:,} rows, first in line "
             f"{first + first_line}"
         )
-    slides = [str(value) for value in column.dictionary.to_pylist()]
+    try:
+        slides = [str(value) for value in column.dictionary.to_pylist()]
+    except ValueError as error:
+        raise UserError(f"{path}: column '{name}' is not UTF-8: {one_line(error)}") from error
     return slides, column.indices.to_numpy(zero_copy_only=False).astype(np.int32)

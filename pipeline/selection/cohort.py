@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.text import joined_names, same_identity_key
 from pipeline.selection.config import Rules
 
 Text = npt.NDArray[np.str_]
@@ -20,8 +21,10 @@ class Cohort:
     """Slides sorted by slide_id, one array [slides] per column; build with `make_cohort`.
 
     `patient` is the slide_id where none is known, so that such a slide is its own patient.
-    `family` is the lowest patient of those connected by a shared file: they must stay on one side
-    of any split. `content` names the file, equal on slides with an equal md5 or an equal sha256,
+    `family` is the lowest patient of those connected by a shared file, or by a name that differs
+    only in form (see `same_identity_key`): they must stay on one side of any split. Sites, projects
+    and the like that differ only in form are one, in the form that sorts first. `content` names
+    the file, equal on slides with an equal md5 or an equal sha256,
     '' where both are unknown; `candidates` is int64.
     """
 
@@ -91,14 +94,30 @@ def make_cohort(
         return np.array(values, dtype=np.str_)[order] if len(values) else np.zeros(0, np.str_)
 
     known = column(patient)
-    patients = np.where(known == "", names, known)
-    contents = _name_contents(column(md5), column(sha256))
+    patients = np.where(identity_keys(known) == "", names, known)
+    contents = _name_contents(identity_keys(column(md5)), identity_keys(column(sha256)))
     return Cohort(
         slide_id=names, patient=patients, family=_connect_families(patients, contents),
-        site=column(site), project=column(project), sample_type=column(sample_type),
-        preparation=column(preparation), content=contents,
+        site=one_form(column(site)), project=one_form(column(project)),
+        sample_type=one_form(column(sample_type)),
+        preparation=identity_keys(column(preparation)), content=contents,
         candidates=np.asarray(candidates, np.int64)[order],
     )  # fmt: skip
+
+
+def identity_keys(names: Text) -> Text:
+    """What names [n] share that are one identity, however they are written."""
+    distinct, member = np.unique(names, return_inverse=True)
+    keys = [same_identity_key(name) for name in distinct.tolist()]
+    return np.array(keys, np.str_)[member] if keys else np.zeros(0, np.str_)
+
+
+def one_form(names: Text) -> Text:
+    """Names [n], those that differ only in form in the form that sorts first."""
+    distinct, member = np.unique(names, return_inverse=True)
+    first: dict[str, str] = {}
+    forms = [first.setdefault(same_identity_key(name), name) for name in distinct.tolist()]
+    return np.array(forms, np.str_)[member] if forms else np.zeros(0, np.str_)
 
 
 def _name_contents(md5: Text, sha256: Text) -> Text:
@@ -125,7 +144,10 @@ def _name_contents(md5: Text, sha256: Text) -> Text:
 
 
 def _connect_families(patients: Text, contents: Text) -> Text:
-    """The lowest patient of each connected group; patients with a file in common connect."""
+    """The lowest patient of each connected group.
+
+    Patients with a file in common connect, and those whose names differ only in form.
+    """
     parent = {str(patient): str(patient) for patient in np.unique(patients)}
 
     def root(name: str) -> str:
@@ -133,11 +155,17 @@ def _connect_families(patients: Text, contents: Text) -> Text:
             parent[name] = name = parent[parent[name]]
         return name
 
+    def connect(one: str, other: str) -> None:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+
+    for forms in joined_names(parent).values():
+        for form in forms[1:]:
+            connect(forms[0], form)
     first: dict[str, str] = {}
     for patient, content in zip(patients.tolist(), contents.tolist(), strict=True):
         if content:
-            low, high = sorted((root(first.setdefault(content, patient)), root(patient)))
-            parent[high] = low
+            connect(first.setdefault(content, patient), patient)
     return np.array([root(patient) for patient in patients.tolist()], dtype=patients.dtype)
 
 
@@ -155,7 +183,9 @@ def keep_eligible(cohort: Cohort, rules: Rules) -> tuple[Cohort, list[Exclusion]
         original = first.setdefault(content, index) if content else index
         reason: tuple[str, str] | tuple[()]
         if original != index:
-            same = cohort.patient[index] == cohort.patient[original]
+            same = same_identity_key(str(cohort.patient[index])) == same_identity_key(
+                str(cohort.patient[original])
+            )
             whose = "" if same else f" of another patient, {cohort.patient[original]}"
             reason = (DUPLICATE, f"the file of {cohort.slide_id[original]}{whose}")
         else:
@@ -172,7 +202,8 @@ def _broken_rule(cohort: Cohort, index: int, rules: Rules) -> tuple[str, str] | 
     sample_type, count = str(cohort.sample_type[index]), int(cohort.candidates[index])
     if cohort.preparation[index] == "frozen" and not rules.frozen:
         return FROZEN, "taken with --frozen only"
-    if rules.sample_types and sample_type not in rules.sample_types:
+    allowed = {same_identity_key(one) for one in rules.sample_types}
+    if allowed and same_identity_key(sample_type) not in allowed:
         return SAMPLE_TYPE, f"{sample_type or 'not stated'}, not {', '.join(rules.sample_types)}"
     if count < rules.min_candidates:
         return FEW_CANDIDATES, f"{count}, fewer than {rules.min_candidates}"
@@ -188,8 +219,11 @@ def without_patients(
     """
     # Whole families: a patient who shares a file with a held-out one is seen with it.
     holder: dict[str, str] = {}
+    keys = identity_keys(cohort.patient)
     for name in sorted(held_out):
-        members = np.isin(cohort.patient, sorted(held_out[name]))
+        # By key: a patient may be written otherwise now than when the hold-out was made.
+        held = [same_identity_key(patient) for patient in held_out[name]]
+        members = np.isin(keys, np.array(sorted(held), np.str_))
         for family in np.unique(cohort.family[members]).tolist():
             holder.setdefault(family, name)
     names = [holder.get(family, "") for family in cohort.family.tolist()]

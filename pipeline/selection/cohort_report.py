@@ -11,6 +11,7 @@ import numpy as np
 
 from common.templates import load_template
 from pipeline.dataset import Selection
+from pipeline.selection.cohort import identity_keys
 from pipeline.selection.config import PlanConfig
 from pipeline.selection.outcome import outcome_of
 from pipeline.selection.plan import (
@@ -70,7 +71,8 @@ def check_selections(planned: Planned) -> list[tuple[str, bool]]:
     by_role: dict[str, list[Selection]] = {TRAIN: [], VAL_IN: [], VAL_OUT: []}
     for selection in planned.selections.values():
         by_role[plan_of(selection)["role"]].append(selection)
-    patient = dict(zip(planned.cohort.slide_id, planned.cohort.patient, strict=True))
+    keys = identity_keys(planned.cohort.patient)
+    patient = dict(zip(planned.cohort.slide_id, keys, strict=True))
     held, trained = (
         {patient[slide] for selection in group for slide in selection.slide_ids}
         for group in (by_role[VAL_OUT], by_role[TRAIN] + by_role[VAL_IN])

@@ -1,6 +1,7 @@
 """A cohort from a CSV list of slides, before a slide was opened; candidates simulated."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_regular
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
@@ -42,7 +44,7 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     that name, else they are simulated from file sizes. Raises `UserError` naming file and line.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             _require_columns(path, columns)
@@ -106,6 +108,10 @@ def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) ->
 
 
 def _parse_whole(path: Path, number: int, text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise UserError(f"{path}, line {number}: '{text}', expected a whole number from {least} up")
+    # 18 digits at most: they fit into an int64.
+    is_number = text.isascii() and text.isdigit() and len(text) <= 18
+    if not is_number or int(text) < least:
+        raise UserError(
+            f"{path}, line {number}: '{text[:40]}', expected a whole number from {least} up"
+        )
     return int(text)

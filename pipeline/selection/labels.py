@@ -1,6 +1,7 @@
 """Labelled tiles from a CSV: slide_id, rank, label (usable or artifact)."""
 
 import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_regular
 
 _COLUMNS = ("slide_id", "rank", "label")
 _IS_ARTIFACT = {"artifact": True, "1": True, "usable": False, "0": False}
@@ -34,7 +36,7 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
     """
     labels: dict[tuple[str, int], bool] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if missing := [name for name in _COLUMNS if name not in columns]:
@@ -68,7 +70,9 @@ def _parse_row(
     slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
     if slide_id not in candidates:
         raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
-    if not (rank.isascii() and rank.isdigit()) or int(rank) >= candidates[slide_id]:
+    # Ten digits at most: Python refuses to read a number of thousands.
+    is_number = rank.isascii() and rank.isdigit() and len(rank) <= 10
+    if not is_number or int(rank) >= candidates[slide_id]:
         raise UserError(
             f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
             "(ranks from 0)"

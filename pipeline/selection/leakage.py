@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from common.text import same_identity_key
+
 Ranks = npt.NDArray[np.int32]
 Positions = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -102,20 +104,24 @@ def shared_patients(
 ) -> dict[str, tuple[str, str]]:
     """Patients with slides in both, each with one slide of either; sorted by patient.
 
-    A slide without a patient ('' or not in the mapping) is its own patient.
+    A patient is one however the name is written (see `same_identity_key`), and is called as on the
+    left. A slide without a patient ('' or not in the mapping) is its own patient.
 
     >>> shared_patients(["a", "b"], ["b", "c"], {"a": "P", "c": "P"})
     {'P': ('a', 'c'), 'b': ('b', 'b')}
     """
     sides: list[dict[tuple[str, str], str]] = [{}, {}]
+    names: dict[tuple[str, str], str] = {}
     for slides, by_patient in zip((left, right), sides, strict=True):
         for slide_id in sorted(slides):
             patient = patient_of.get(slide_id, "")
+            known = same_identity_key(patient)
             # Marked, so that a slide's name never equals a patient's.
-            key = ("patient", patient) if patient else ("slide", slide_id)
+            key = ("patient", known) if known else ("slide", same_identity_key(slide_id))
+            names.setdefault(key, patient if known else slide_id)
             by_patient.setdefault(key, slide_id)
     first, second = sides
-    return {name[1]: (first[name], second[name]) for name in sorted(first.keys() & second.keys())}
+    return {names[key]: (first[key], second[key]) for key in sorted(first.keys() & second.keys())}
 
 
 def equal_files(
@@ -131,7 +137,8 @@ def equal_files(
     """
 
     def sums(slide_id: str) -> set[tuple[int, str]]:
-        return {(i, text.lower()) for i, text in enumerate(sums_of.get(slide_id, ())) if text}
+        keys = enumerate(map(same_identity_key, sums_of.get(slide_id, ())))
+        return {(place, key) for place, key in keys if key}
 
     by_sum: dict[tuple[int, str], list[str]] = {}
     for slide_id in sorted(set(left)):

@@ -8,6 +8,8 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
+from common.text import one_line
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import Cohort, Exclusion
 from pipeline.selection.config import SelectConfig
@@ -239,9 +241,23 @@ def ties_to_json(ties: Ties) -> dict[str, object]:
 
 
 def ties_from_json(value: Any) -> Ties | None:
-    """Ties of a plan or a journal line, or None where there are none."""
+    """Ties of a plan or a journal line, or None where there are none.
+
+    Raises `UserError` where they are not as `ties_to_json` makes them.
+    """
     if not isinstance(value, dict) or "role" not in value:
         return None
+    patients, tables = value.get("patients", ()), (value.get("honours", {}), value.get("deny", {}))
+    texts = isinstance(patients, list | tuple) and all(isinstance(one, str) for one in patients)
+    named = all(
+        isinstance(table, dict) and all(isinstance(one, str) for one in table.values())
+        for table in tables
+    )
+    if not (texts and named):
+        raise UserError(
+            f"the ties of a selection are {one_line(value)}: expected lists of patients and names; "
+            "remove the selection and make it again"
+        )
     return Ties(
         str(value["role"]), tuple(value.get("patients", ())), dict(value.get("honours", {})),
         str(value.get("parent", "")), dict(value.get("deny", {})),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.text import one_line
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -16,8 +17,10 @@ from pipeline.dataset import (
     HashingFile,
     check_slide_id,
     commit_file,
+    parse_shard_name,
 )
-from pipeline.dataset.tables.parquet_table import Column, read_table
+from pipeline.dataset.features import MOST_FEATURE, find_outside
+from pipeline.dataset.tables.parquet_table import Column, check_column, read_table
 from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
 from pipeline.selection.denied import curation_dir
@@ -29,6 +32,7 @@ SCORES_SCHEMA = pa.schema([("rank", pa.int32()), ("score", pa.float32())])
 _COLUMNS = (
     Column("rank", pa.int32(), least=0), Column("score", pa.float32(), least=0, most=1),
 )  # fmt: skip
+_CACHE = "run `python -m pipeline cache` again"
 _HINT = "remove it and run `curate` again"
 _GROUPS_AT_ONCE = 256
 """Row groups of 16 tiles read together: 13 MB of H0-mini's features."""
@@ -89,12 +93,25 @@ def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
                 table = file.read_row_groups(groups, ["rank", "cls"], use_threads=False)
                 cls = table["cls"].combine_chunks()
                 size = cls.type.list_size
-                yield table["rank"].to_numpy(), cls.flatten().to_numpy().reshape(-1, size)
-    except (OSError, KeyError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+                ranks = check_column(path, table["rank"], _COLUMNS[0], _CACHE).to_numpy()
+                features = cls.flatten().to_numpy().reshape(-1, size)
+                _check_block(path, ranks, features)
+                yield ranks, features
+    except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {_CACHE}") from error
+
+
+def _check_block(path: Path, ranks: Ranks, features: npt.NDArray[np.float32]) -> None:
+    """Refuse ranks that the file's name does not state, and features that are no encoder's."""
+    name = parse_shard_name(path.name)
+    if len(ranks) != len(features) or ((ranks < name.start) | (ranks >= name.stop)).any():
+        raise ValueError(f"it has other ranks than {name.start} to {name.stop - 1}")
+    if (found := find_outside(features)) is not None:
+        row, value = found
         raise UserError(
-            f"{path} cannot be read ({reason}); run `python -m pipeline cache`"
-        ) from error
+            f"{path}: the cls features of rank {ranks[row]} have the value {value:g}, expected "
+            f"finite numbers of magnitude up to {MOST_FEATURE:,.0f}; remove the file and {_CACHE}"
+        )
 
 
 def write_scores(

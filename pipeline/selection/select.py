@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from common.console import print_line
 from common.errors import UserError
+from common.text import describe_joined, joined_names, same_identity_key
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -21,11 +22,18 @@ from pipeline.dataset import (
     fingerprint_of,
     read_identity,
     read_selection,
+    read_selection_rows,
     write_selection,
 )
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
-from pipeline.selection.cohort import Cohort, Exclusion, keep_eligible, without_patients
+from pipeline.selection.cohort import (
+    Cohort,
+    Exclusion,
+    identity_keys,
+    keep_eligible,
+    without_patients,
+)
 from pipeline.selection.config import SelectConfig
 from pipeline.selection.denied import read_denied
 from pipeline.selection.draw import (
@@ -103,7 +111,7 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     ledger = Ledger.read(dataset, STAGE)[""]
     if all(ledger.done(name, fingerprints[name]) for name in config.names):
         for name in config.names:
-            rows = read_selection(dataset, name).rows
+            rows = read_selection_rows(dataset, name).rows
             print_line(f"select: selection '{name}' ({rows:,} tiles) already done, nothing to redo")
         return 0
     # Only a part of an imported selection is sure to be on its side of the split.
@@ -113,6 +121,8 @@ def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = Fals
     prepare = prepare_part if config.parent else prepare_drawing
     drawing = prepare(dataset, config, tissue, known, seed)
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
+    if line := describe_joined("patients", joined_names(tissue.cohort.patient.tolist())):
+        print_line(f"select: {line}")
     slides_sha256 = hashlib.sha256(dataset.slides_file.read_bytes()).hexdigest()
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
@@ -201,7 +211,8 @@ def _check_others(
     """Refuse what selections that are there contradict, or depend on."""
     patients, whole = drawing.ties.patients, tissue.cohort
     # All slides of the patients, also those that the rules exclude or that give no tile.
-    held = whole.slide_id[np.isin(whole.patient, np.array(patients, np.str_))].tolist()
+    wanted = np.array([same_identity_key(patient) for patient in patients], np.str_)
+    held = whole.slide_id[np.isin(identity_keys(whole.patient), wanted)].tolist()
     for name in config.names:
         check_new_hold_out(dataset, name, patients, held)
         last = ledger.latest(name)

@@ -7,7 +7,8 @@ import numpy as np
 
 from common.console import print_line
 from common.errors import UserError
-from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection
+from common.text import same_identity_key
+from pipeline.dataset import Dataset, Entry, Run, Selection, read_journal, read_selection_rows
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.plan import IMPORTED, VAL_OUT, Ties, ties_from_json
@@ -74,7 +75,7 @@ def check_new_hold_out(
         for other, ties in sorted(known.items())
         if other != name and not _descends_from(known, other, name) and name not in ties.honours
         and ties.role != VAL_OUT and dataset.selection_file(other).exists()
-        and np.isin(wanted, read_selection(dataset, other).slide_ids).any()
+        and np.isin(wanted, read_selection_rows(dataset, other).slide_ids).any()
     ]  # fmt: skip
     if inside:
         raise UserError(
@@ -87,7 +88,11 @@ def check_new_hold_out(
 def check_honoured(known: Mapping[str, Ties], name: str, patients: tuple[str, ...]) -> None:
     """Refuse `name` with other patients than those that selections leave alone on its account."""
     before = known.get(name)
-    if before is not None and before.patients and set(before.patients) != set(patients):
+    if before is None or not before.patients:
+        return
+    # By key: the same patients may be written otherwise since.
+    former, present = (set(map(same_identity_key, some)) for some in (before.patients, patients))
+    if former != present:
         bound = sorted(other for other, ties in known.items() if name in ties.honours)
         if bound:
             raise UserError(
@@ -130,7 +135,7 @@ def describe_replacement(dataset: Dataset, selection: Selection) -> str:
     """
     if selection.name not in dataset.selection_names():
         return ""
-    old = read_selection(dataset, selection.name)
+    old = read_selection_rows(dataset, selection.name)
     if old.content_hash == selection.content_hash:
         return ""
     new, former = (

@@ -354,8 +354,8 @@ class SlideTableRow:
     def byte_count(self, *columns: str) -> int:
         """A number of bytes, 0 without one."""
         text = self.read_text(*columns)
-        if text and not (text.isascii() and text.isdigit()):
-            raise self.line_error(f"size '{text}', expected a number of bytes")
+        if text and not (text.isascii() and text.isdigit() and len(text) <= 18):
+            raise self.line_error(f"size '{text[:40]}', expected a number of bytes")
         return int(text or 0)
 
     def read_mpp(self) -> float | None:

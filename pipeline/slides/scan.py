@@ -1,13 +1,13 @@
 """The `scan` stage: open every slide once, record what it is in slides.parquet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.console import print_line
 from common.errors import UserError
 from common.redact import redact_secrets
-from common.text import list_some
+from common.text import describe_joined, joined_names, list_some
 from pipeline.dataset import (
     Dataset,
     DatasetKind,
@@ -64,6 +64,21 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Sli
         run.append([Entry(name, "done", fingerprint, scope=TABLE_SCOPE, files=(record,))])
         summary.files, summary.bytes = 1, record.bytes
     return rows
+
+
+def _list_joined(slides: Collection[Slide]) -> list[str]:
+    """What a person should know of names that differ only in form, a line for each kind."""
+    lines = []
+    if line := describe_joined("patients", joined_names(slide.patient for slide in slides)):
+        lines.append(line)
+    # Their files have names that are one where a file system ignores case.
+    if same := joined_names(slide.slide_id for slide in slides):
+        some = list_some([" and ".join(names) for names in same.values()], 3)
+        lines.append(
+            f"slides whose ids differ only in case: {some}; on a file system that ignores case "
+            "their files would be one: give them other ids (a slide_id column)"
+        )
+    return lines
 
 
 def known_slides(dataset: Dataset) -> list[Slide]:
@@ -267,6 +282,8 @@ class ScanStage(Stage[SlideEntry]):
                     f"{STAGE}: another file than before: {list_some(replaced, 5)}; run `tissue` "
                     "and `select` again before `tile`"
                 )
+            for line in _list_joined(rows.values()):
+                summary.add_closing(f"{STAGE}: {line}")
             if len(refused) == len(self.sources):
                 summary.fail(
                     f"none of the {len(refused):,} slides can be used: see the reasons above"

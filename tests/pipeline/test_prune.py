@@ -129,6 +129,7 @@ def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, 
     ranks = {"another-slide": np.arange(3, dtype=np.int32)}
     with Run(other, "select", {}) as one:
         write_selection(other, one.run_id, make_selection("elsewhere", ranks, {}))
+    shutil.copy(next((other.root / "candidates").iterdir()), other.candidates_file("another-slide"))
     with pytest.raises(UserError, match="'train' is missing"):
         prune(other, "--yes")
     other.selection_file("train").write_bytes(lost)

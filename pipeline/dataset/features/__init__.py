@@ -11,6 +11,7 @@ from pipeline.dataset.features.parquet import (
     token_table,
     write_blocks,
 )
+from pipeline.dataset.features.ranges import MOST_FEATURE, are_in_range, find_outside
 from pipeline.dataset.features.record import MADE, NETWORK, FeatureRecord
 from pipeline.dataset.features.store import (
     FeatureStore,
@@ -21,13 +22,16 @@ from pipeline.dataset.features.store import (
 
 __all__ = [
     "MADE",
+    "MOST_FEATURE",
     "NETWORK",
     "FeatureRecord",
     "FeatureShard",
     "FeatureStore",
+    "are_in_range",
     "cls_table",
     "encoder_file",
     "feature_scope",
+    "find_outside",
     "open_writer",
     "read_encoder_record",
     "token_table",

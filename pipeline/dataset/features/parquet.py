@@ -16,12 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import open_regular
+from common.json_text import parse_json
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.features.pages import PlainPages
 from pipeline.dataset.features.quantise import dequantise_tokens
+from pipeline.dataset.features.ranges import MOST_FEATURE
 from pipeline.dataset.layout import BLOCK_ROWS, parse_shard_name
 
 _META_KEY = b"features"
+_LONGEST = 1 << 20
+_MOST_SCALE_BITS = int(np.float16(MOST_FEATURE).view(np.uint16))
 DTYPES = {"float16": "<f2", "int8": "i1", "float32": "<f4"}
 
 
@@ -85,12 +90,14 @@ class FeatureShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.start = parse_shard_name(path.name).start
+        name = parse_shard_name(path.name)
+        self.slide_id, self.start, self.stop = name.slide_id, name.start, name.stop
         # Only the footer is read here; pages are read when their block is.
         try:
+            open_regular(path).close()
             with pq.ParquetFile(path, memory_map=True) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-            meta = json.loads((schema.metadata or {})[_META_KEY])
+            meta = parse_json((schema.metadata or {})[_META_KEY])
             self.kind: str = meta["kind"]
             self.shape: tuple[int, ...] = tuple(meta["shape"])
             self.dtype: str = meta["dtype"]
@@ -108,7 +115,7 @@ class FeatureShard:
         known = {("cls", "float32", 1), ("tokens", "float16", 2), ("tokens", "int8", 2)}
         if (self.kind, self.dtype, len(self.shape)) not in known:
             raise ValueError(f"its features are stated as {meta}")
-        if any(type(length) is not int or length < 1 for length in self.shape):
+        if any(type(length) is not int or not 0 < length < _LONGEST for length in self.shape):
             raise ValueError(f"its shape is {self.shape}")
         found = schema.field(self.kind).type
         if self.kind == "cls":
@@ -129,16 +136,27 @@ class FeatureShard:
         tokens = self._page_of_group(block, "tokens", self.shape)
         if self.dtype == "float16":
             return tokens
-        return dequantise_tokens(tokens, self._page_of_group(block, "scale", self.shape[:1]))
+        return dequantise_tokens(tokens, self._read_scales(block))
 
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
         """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
         if self.dtype != "int8":
             raise UserError(f"{self.path} contains {self.dtype} {self.kind}, int8 was requested")
-        return (
-            self._page_of_group(block, "tokens", self.shape),
-            self._page_of_group(block, "scale", self.shape[:1]),
-        )
+        return self._page_of_group(block, "tokens", self.shape), self._read_scales(block)
+
+    def _read_scales(self, block: int) -> npt.NDArray[np.float16]:
+        """Scales float16 [rows, t] of a block's tokens, each the largest magnitude of one."""
+        scales = self._page_of_group(block, "scale", self.shape[:1])
+        # The bits of what is negative, infinite or no number are above those of the limit.
+        bad = np.flatnonzero((scales.view(np.uint16) > _MOST_SCALE_BITS).any(axis=1))
+        if len(bad):
+            worst = scales[bad[0]][scales[bad[0]].view(np.uint16).argmax()]
+            raise UserError(
+                f"{self.path}: rank {block * BLOCK_ROWS + bad[0]} of slide {self.slide_id} has "
+                f"tokens of scale {worst:g}, expected 0 to {MOST_FEATURE:,.0f}; remove the file "
+                "and run `python -m pipeline cache` again"
+            )
+        return scales
 
     def _page_of_group(
         self, block: int, column: str, shape: tuple[int, ...], *, is_list: bool = False
@@ -146,7 +164,11 @@ class FeatureShard:
         dtype = np.dtype("<f2" if column == "scale" else DTYPES[self.dtype])
         try:
             group = block - self.start // BLOCK_ROWS
-            return self._pages.read_values(group, column, dtype, shape, is_list=is_list)
+            values = self._pages.read_values(group, column, dtype, shape, is_list=is_list)
+            rows = min(self.stop - block * BLOCK_ROWS, BLOCK_ROWS)
+            if len(values) != rows:
+                raise ValueError(f"{len(values)} rows, its name states {rows}")
+            return values
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "

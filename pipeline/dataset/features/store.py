@@ -1,6 +1,5 @@
 """Reading features by (slide, rank), and what they were made with."""
 
-import json
 import threading
 import warnings
 from collections import OrderedDict
@@ -12,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.files import open_regular
+from common.json_text import parse_json
+from common.text import one_line
 from pipeline.dataset.features.parquet import FeatureShard
+from pipeline.dataset.features.ranges import MOST_FEATURE, find_outside
 from pipeline.dataset.features.record import FeatureRecord
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
@@ -50,11 +53,36 @@ def read_encoder_record(
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
-        return dict(json.loads(path.read_text()))
+        with open_regular(path) as file:
+            record = parse_json(file.read())
+        return _check_record(record)
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; remove it and run `cache` again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not an encoder's record in JSON: {one_line(error)}; remove it and run "
+            "`cache` again"
+        ) from error
+
+
+_RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "encoder": str, "weights": str, "weights_sha256": (str, type(None)),
+    "random_weights": (bool, type(None)), "dim": int, "tile_px": int, "view": (str, type(None)),
+    "tokens_shape": (list, type(None)), "compute_dtype": (str, type(None)),
+}  # fmt: skip
+
+
+def _check_record(record: object) -> dict[str, Any]:
+    """The record, whose keys that readers rely on have their types; raises `ValueError`."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    for key, kinds in _RECORD_TYPES.items():
+        if key in record and not isinstance(record[key], kinds):
+            raise ValueError(f"{key} is {one_line(repr(record[key]), 60)}")
+    for key in ("dim", "tile_px"):
+        if key in record and not 0 < record[key] < 1 << 20:
+            raise ValueError(f"{key} is {record[key]}")
+    return record
 
 
 def refuse_other_features(
@@ -134,18 +162,57 @@ class FeatureStore:
             return torch.from_numpy(self.read_block(slide_id, block))
 
     def read(self, slide_id: str, ranks: Iterable[int]) -> npt.NDArray[np.floating]:
-        """Features [n, ...] in the order of `ranks`; each block is read once."""
+        """Features [n, ...] in the order of `ranks`; each block is read once.
+
+        Raises `UserError` naming slide and rank where a tile's features are no encoder's.
+        """
         wanted = np.fromiter((int(rank) for rank in ranks), np.int64)
+        features = self._read_unchecked(slide_id, wanted)
+        self.check_rows(slide_id, wanted, features)
+        return features
+
+    def check_rows(
+        self, slide_id: str, ranks: npt.NDArray[np.integer], features: npt.NDArray[np.floating]
+    ) -> None:
+        """Refuse features [n, ...] of these ranks int [n] that are no encoder's.
+
+        Raises `UserError` naming slide, rank, encoder and file.
+        """
+        if (found := find_outside(features)) is None:
+            return
+        row, value = found
+        rank = int(ranks[row])
+        raise UserError(
+            f"slide {slide_id}, rank {rank}: its {self.kind} features of {self.encoder} have the "
+            f"value {value:g}, expected finite numbers of magnitude up to {MOST_FEATURE:,.0f}; "
+            f"remove {self.dataset.root / self.file_of(slide_id, rank)} and run "
+            "`python -m pipeline cache` again"
+        )
+
+    def _read_unchecked(
+        self, slide_id: str, wanted: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
+        if len(wanted) and wanted.min() < 0:
+            raise UserError(f"slide {slide_id}: rank {wanted.min()}, expected ranks from 0")
         # A block is the unit of reading and checking: several of its ranks cost one read.
         needed = np.unique(wanted // BLOCK_ROWS)
         blocks = {int(b): self.read_block(slide_id, int(b)) for b in needed}
         return np.stack([blocks[int(r) // BLOCK_ROWS][int(r) % BLOCK_ROWS] for r in wanted])
 
     def read_selection(self, selection: Selection) -> npt.NDArray[np.floating]:
-        """Features [n, ...] of all n rows of a selection, in its order (slide_id, rank)."""
+        """Features [n, ...] of all n rows of a selection, in its order (slide_id, rank).
+
+        Values are not checked: `find_faults` of the measuring side names all rows that are no
+        encoder's, and measures what does not need them.
+        """
         if selection.rows == 0:
             raise UserError(f"selection '{selection.name}' of {self.dataset.root} has no rows")
-        return np.concatenate([self.read(slide, ranks) for slide, ranks in selection.items()])
+        return np.concatenate(
+            [
+                self._read_unchecked(slide, ranks.astype(np.int64))
+                for slide, ranks in selection.items()
+            ]
+        )
 
     def require_ranks(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
         """Raise `UserError`, with the `cache` command, where a rank of int [n] is missing."""

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from common.console import EXIT_FAILURES, EXIT_OK, Meter, open_meter, print_line, stdout
 from common.errors import UserError
 from common.text import format_bytes, format_seconds
-from pipeline.dataset import Dataset, read_identity, read_slides
+from pipeline.dataset import Dataset, read_identity, read_selection, read_slides
 from pipeline.dataset.identity import (
     copy_damage,
     identity_damage,
@@ -81,6 +81,7 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     check.check_identity()
     check.check_journals()
     damaged = check.check_files(inventory, workers or len(os.sched_getaffinity(0)))
+    check.check_tables(damaged)
     check.note_strays(inventory)
     if repair:
         check.notes += repair_damage(dataset, damaged)
@@ -180,6 +181,27 @@ class Verification:
             fix = suggest_fix(inventory.named[path][-1], damaged[path], tiles_by)
             self.problems.append(Problem(path, damaged[path].words, fix))
         return damaged
+
+    def check_tables(self, damaged: Mapping[str, FileDamage]) -> None:
+        """Check what the sums do not cover: tables that others wrote, or of what was there before.
+
+        `damaged` files are reported already.
+        """
+        files = [self.dataset.slides_file] if self.dataset.slides_file.exists() else []
+        files += [self.dataset.selection_file(name) for name in self.dataset.selection_names()]
+        for path in files:
+            name = self.dataset.relative_path(path)
+            if name in damaged:
+                continue
+            try:
+                if path == self.dataset.slides_file:
+                    read_slides(self.dataset)
+                else:
+                    read_selection(self.dataset, path.stem)
+            except UserError as error:
+                stage = "scan" if path == self.dataset.slides_file else "select"
+                what = str(error).removeprefix(f"{path}").lstrip(": ")
+                self.problems.append(Problem(name, what, f"remove it and run {_command_of(stage)}"))
 
     def note_strays(self, inventory: Inventory) -> None:
         """Note files that no line names, and what runs have under `.tmp`."""

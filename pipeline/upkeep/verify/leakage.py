@@ -12,7 +12,7 @@ from rich.table import Table
 
 from common.console import EXIT_FAILURES, EXIT_OK, open_meter, print_line, stdout
 from common.errors import UserError
-from common.text import format_seconds
+from common.text import describe_joined, format_seconds, joined_names, same_identity_key
 from pipeline.dataset import (
     Dataset,
     Selection,
@@ -206,9 +206,10 @@ def _compare_slides(pairs: list[SelectionPair], slides: Mapping[str, Slide]) -> 
         pair.files = len(equal)
         pair.examples += [f"slides {a} and {b} are one file" for a, b in equal[:_EXAMPLES]]
     used = {slide_id for pair in pairs for s in (pair.seen, pair.held) for slide_id in s.slide_ids}
-    unknown = sum(not patient_of.get(slide_id) for slide_id in used)
+    unknown = sum(not same_identity_key(patient_of.get(slide_id, "")) for slide_id in used)
     unsummed = sum(not any(sums_of.get(slide_id, ())) for slide_id in used)
-    notes = []
+    joined = joined_names(patient_of.get(slide_id, "") for slide_id in used)
+    notes = [line] if (line := describe_joined("patients", joined)) else []
     if unknown:
         notes.append(f"{unknown:,} of {len(used):,} slides have no patient: each is its own")
     if unsummed:
