@@ -129,7 +129,10 @@ def test_features_and_their_record_go_with_the_last_that_needs_them(two_shards, 
     ranks = {"another-slide": np.arange(3, dtype=np.int32)}
     with Run(other, "select", {}) as one:
         write_selection(other, one.run_id, make_selection("elsewhere", ranks, {}))
-    shutil.copy(next((other.root / "candidates").iterdir()), other.candidates_file("another-slide"))
+    with Run(other, "tissue", {}) as one:
+        data = other.candidates_file(SLIDE).read_bytes()
+        record = commit_bytes(other, one.run_id, other.candidates_file("another-slide"), data)
+        one.append([Entry("another-slide", "done", "f", files=(record,))])
     with pytest.raises(UserError, match="'train' is missing"):
         prune(other, "--yes")
     other.selection_file("train").write_bytes(lost)
