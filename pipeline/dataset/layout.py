@@ -132,8 +132,8 @@ def is_stage_file(stage: str, path: str, fields: Mapping[str, object]) -> bool:
     >>> line = {"slide_id": "S", "scope": "224", "start": 0, "stop": 16}
     >>> is_stage_file("tile", "tiles/224/S.0-16.tar", line)
     True
-    >>> [is_stage_file("tile", path, line) for path in ("tiles/224/T.0-16.tar", "dataset.json")]
-    [False, False]
+    >>> any(is_stage_file("tile", path, line) for path in ("tiles/224/T.0-16.tar", "dataset.json"))
+    False
     """
     if not is_inside(path) or not is_known_stage(stage):
         return is_inside(path)
