@@ -101,7 +101,7 @@ class GeneratedTiles:
         listed = listing["tiles"][number]
         if listed["file"] is None:
             raise UserError(f"{self.dataset.root}: tile {listed['name']} was not on disk")
-        path = self.dataset.root / GUIDANCE_DIR / listed["file"]
+        path = self.dataset.resolve_inside(f"{GUIDANCE_DIR}/{listed['file']}")
         try:
             return decode_png(read_regular(path))
         except OSError as error:

@@ -19,6 +19,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="instead: all features of that encoder, to make them with other weights; "
         "ENCODER+VIEW takes those of one view",
     )  # fmt: skip
+    parser.add_argument(
+        "--damaged", action="store_true",
+        help="also what `verify --repair` moved to .damaged and was not made again since",
+    )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="only list what would go (default)")
     way.add_argument("--yes", action="store_true", help="remove it")
@@ -30,5 +34,6 @@ def run(options: argparse.Namespace) -> int:
     from pipeline.upkeep.prune import prune
 
     return prune(
-        open_dataset(options.dataset), options.keep_selection, options.yes, options.features
-    )
+        open_dataset(options.dataset), options.keep_selection, options.yes, options.features,
+        options.damaged,
+    )  # fmt: skip

@@ -13,7 +13,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: cores)")
     parser.add_argument(
         "--repair", action="store_true",
-        help="remove damaged files and journal lines, so that their stage makes them again",
+        help="remove damaged files that their stage makes again; move others, and damaged journal "
+        "lines, to .damaged",
     )  # fmt: skip
     parser.add_argument(
         "--leakage", action="store_true",

@@ -72,10 +72,13 @@ def commit_file(
     """Write a file under `.tmp/<run_id>/`, sync it, rename it to its final name.
 
     The record has the size in bytes. Raises `UserError` naming the file when the disk is full or
-    not writable.
+    not writable, or a folder on the way is a link.
     """
+    staging = dataset.staging_dir(run_id)
+    for path in (final, staging / final.name):
+        dataset.refuse_linked_folders(path)
     # A random prefix: two workers of a run may write files of one name.
-    staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
+    staged = staging / f"{secrets.token_hex(4)}-{final.name}"
     with replacing_file(final, staged) as raw:
         file = HashingFile(raw)
         write(file)

@@ -50,7 +50,7 @@ class EventLog:
             # Opened at the first event, so that a run with nothing to do leaves no file.
             if self._handle is None:
                 make_directory(self.path.parent)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.path, flags, 0o666)
                 os.write(self._handle, line.encode(errors="backslashreplace"))
                 # After a power loss an empty log would not say which run it was.

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import json_bytes, read_regular
 from common.json_text import parse_json
 from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
+from pipeline.dataset.inside import free_place
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
 from pipeline.dataset.tables.slides import read_slides
@@ -287,9 +288,10 @@ def _restore_main(dataset: Dataset) -> str:
     kept = ""
     if data.strip(b"\0 \r\n"):
         run_id = new_run_id()
-        commit_bytes(dataset, run_id, dataset.root / ".damaged" / file.name, data)
+        place = free_place(dataset, file.name)
+        commit_bytes(dataset, run_id, dataset.root / place, data)
         dataset.staging_dir(run_id).rmdir()
-        kept = f"; the damaged one is .damaged/{file.name}"
+        kept = f"; the damaged one is {place}"
     _commit_document(dataset, file, restored)
     return f"repair: restored {file.name}{kept}"
 

@@ -29,7 +29,7 @@ from common.leases import Lease, clear_leases
 from common.redact import redact_secrets
 from pipeline.dataset.commit import FileRecord, clean_staging, new_run_id
 from pipeline.dataset.events import SUFFIX, EventLog, process_location
-from pipeline.dataset.layout import Dataset, is_inside
+from pipeline.dataset.layout import Dataset, is_stage_file
 
 STAGES = ("scan", "import", "tissue", "select", "generate", "tile", "cache", "curate")
 """The stages that keep journals, in the order of a dataset's life."""
@@ -86,6 +86,7 @@ def decode_line(line: str) -> Entry | None:
     """The entry of a line, or None where the line is torn or was altered."""
     try:
         record = parse_json(line)
+        # Half a character has no bytes to be summed: that is a ValueError, too.
         if record.pop("crc") != _checksum_of(record):
             return None
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -99,6 +100,8 @@ def decode_line(line: str) -> Entry | None:
         return None
 
 
+MOST_RANKS = 1 << 26
+"""Ranks that a slide may have; the most of a real one are fewer than 10^7."""
 _TEXTS = ("slide_id", "outcome", "fingerprint", "reason", "scope")
 _MOST = 1 << 62
 """Of any number that a run writes."""
@@ -107,11 +110,13 @@ _MOST = 1 << 62
 def _check_types(entry: Entry) -> Entry:
     """The entry, if its values are of the types that a run writes."""
     texts = all(isinstance(getattr(entry, name), str) for name in _TEXTS)
-    whole = all(type(value) is int and abs(value) < _MOST for value in (entry.start, entry.stop))
+    whole = all(type(value) is int for value in (entry.start, entry.stop))
     tables = isinstance(entry.counts, dict) and isinstance(entry.values, dict)
+    # Blocks are counted one by one: a range without end would take all memory.
+    in_range = whole and -1 <= entry.start <= entry.stop <= MOST_RANKS
     # What is read is summed: a number of a thousand digits fits into no other.
     sane = tables and all(map(_is_sane, (entry.seconds, *entry.counts.values())))
-    if not (texts and whole and sane):
+    if not (texts and in_range and sane):
         raise ValueError("not a line of a journal")
     return entry
 
@@ -161,6 +166,9 @@ class Run:
         self._device = {"device": device} if device else {}
         self._folder = dataset.status_dir(stage)
         self._handle: int | None = None
+        # Before hours of work, and for what is staged without a commit.
+        for folder in (self._folder, dataset.staging_dir("")):
+            dataset.refuse_linked_folders(folder / "file")
         self._lease: Lease | None = None
         self._journal_id = ""
         self._workers: dict[str, str] = {}
@@ -217,7 +225,7 @@ class Run:
         try:
             if self._handle is None:
                 make_directory(self.journal_file.parent)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.journal_file, flags, 0o666)
                 sync_directory(self.journal_file.parent)
             # A disk that is all but full takes a part of the bytes without an error.
@@ -278,8 +286,8 @@ def begun_stages(dataset: Dataset) -> list[str]:
 def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list[Entry]:
     """Every valid line of a stage, oldest run first.
 
-    A journal is data, and others may have written it: a line that names a file outside the
-    dataset is left out, but for `verify`, which reports it (`outside`).
+    A journal is data, and others may have written it: a line that names a file which the stage
+    does not write is left out, but for those that report it (`outside`).
     """
     entries: list[Entry] = []
     folder = dataset.status_dir(stage)
@@ -293,7 +301,15 @@ def read_journal(dataset: Dataset, stage: str, *, outside: bool = False) -> list
                 raise _refuse_journal(folder / name, error) from error
     if outside:
         return entries
-    return [entry for entry in entries if all(is_inside(file.path) for file in entry.files)]
+    return [entry for entry in entries if not foreign_file(stage, entry)]
+
+
+def foreign_file(stage: str, entry: Entry) -> str:
+    """The first file of a line that its stage does not write, or not for this line; '' if none."""
+    for record in entry.files:
+        if not is_stage_file(stage, record.path, vars(entry)):
+            return record.path or "''"
+    return ""
 
 
 def _list_folder(folder: Path) -> list[str]:

@@ -1,8 +1,9 @@
 """Where each thing is in a dataset directory. Names here are the contract."""
 
 import hashlib
+import os
 import re
-import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,43 @@ BLOCK_ROWS = 16
 _SHARD_NAME = re.compile(r"^(?P<slide>.+)\.(?P<start>\d+)-(?P<stop>\d+)\.(?P<kind>\w+)$")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_LONGEST_PATH = 4000
+"""Letters of a path in a record: no file system takes more, and patterns take time for them."""
 _MOST_LETTERS = 200
 """Of a name: with a shard's ranks and suffix it still fits into the 255 bytes of a file name."""
+
+DAMAGED_DIR = ".damaged"
+"""Folder of the damaged files that `verify --repair` moved away; no reader looks into it."""
+
+_SLIDE, _NAME = f"(?P<slide_id>{_SAFE_ID.pattern})", _SAFE_NAME.pattern
+_SHARD = rf"{_SLIDE}\.(?P<start>[0-9]+)-(?P<stop>[0-9]+)"
+_STAGE_FILES: dict[str, tuple[tuple[str, str], ...]] = {
+    "scan": (("", r"slides\.parquet"),),
+    "tissue": (("tissue", rf"{_SLIDE}\.(?:png|jpg)"), ("candidates", rf"{_SLIDE}\.parquet")),
+    "select": (("selections", rf"{_SLIDE}\.(?:parquet|excluded\.csv)"),),
+    "generate": (
+        ("", r"slides\.parquet"),
+        ("candidates", rf"{_SLIDE}\.parquet"),
+        ("guidance", _NAME),
+        ("selections", rf"{_SLIDE}\.parquet"),
+    ),
+    "tile": (("tiles", rf"(?P<scope>[0-9]+)/{_SHARD}\.(?:tar|idx|zarr/(?:zarr\.json|c/0/0/0/0))"),),
+    "cache": (
+        ("features", rf"(?P<scope>[0-9]+/{_NAME}/{_NAME})/{_SHARD}\.parquet"),
+        ("features", rf"(?P<scope>[0-9]+/{_NAME}/{_NAME}/(?P<slide_id>encoder\.json))"),
+    ),
+    "curate": (
+        ("curation", rf"{_NAME}/scores/{_SLIDE}\.parquet"),
+        ("curation", rf"{_SLIDE}/(?:deny\.parquet|classifier\.json|report\.json)"),
+    ),
+    "verify": ((DAMAGED_DIR, r".+"),),
+}
+"""What each stage writes, as its journal lines name it: folder, and pattern of the rest. A group is
+what the line's field of that name says: a line of one slide names no other slide's file."""
+_FILE_PATTERNS = {
+    stage: tuple(re.compile(f"{folder}/{rest}" if folder else rest) for folder, rest in files)
+    for stage, files in _STAGE_FILES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +109,39 @@ def is_safe_name(name: str) -> bool:
 
 def is_inside(path: str) -> bool:
     """Whether a path, as journals name it, stays in the dataset: relative, without `..`."""
-    parts = path.split("/")
-    return bool(path) and not {"", ".", ".."} & set(parts) and "\0" not in path
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # half a character, which no system call takes
+        return False
+    if len(path) > _LONGEST_PATH or "\0" in path:
+        return False
+    return not {"", ".", ".."} & set(path.split("/"))
+
+
+def is_known_stage(stage: str) -> bool:
+    """Whether this release knows what the stage writes."""
+    return stage in _FILE_PATTERNS
+
+
+def is_stage_file(stage: str, path: str, fields: Mapping[str, object]) -> bool:
+    """Whether a stage's journal line may name a path; `fields` are the line's.
+
+    Journals may come from others: a line that names what its stage does not write is no line. Of a
+    stage that this release does not know, every path inside the dataset is taken.
+
+    >>> line = {"slide_id": "S", "scope": "224", "start": 0, "stop": 16}
+    >>> is_stage_file("tile", "tiles/224/S.0-16.tar", line)
+    True
+    >>> any(is_stage_file("tile", path, line) for path in ("tiles/224/T.0-16.tar", "dataset.json"))
+    False
+    """
+    if not is_inside(path) or not is_known_stage(stage):
+        return is_inside(path)
+    for pattern in _FILE_PATTERNS[stage]:
+        if match := pattern.fullmatch(path):
+            groups = match.groupdict().items()
+            return all(str(fields.get(name)) == value for name, value in groups)
+    return False
 
 
 def check_name(name: str, what: str) -> str:
@@ -137,26 +204,55 @@ class Dataset:
         """Where a run writes before it renames; on the same file system as the rest."""
         return self.root / ".tmp" / run_id
 
-    def resolve_inside(self, path: str) -> Path:
-        """The place of a path as journals name it, which is nowhere but in this dataset.
+    @property
+    def damaged_dir(self) -> Path:
+        """`.damaged`: what `verify --repair` moved away, under the paths that it had."""
+        return self.root / DAMAGED_DIR
 
-        Raises `UserError` where the path leaves the dataset, or a folder on the way is a link:
-        what a record names must not lead to files that are not the dataset's.
+    def resolve_inside(self, path: str) -> Path:
+        """The place of a path as records name it, which is nowhere but in this dataset.
+
+        Raises `UserError` where the path leaves the dataset, or it or a folder on the way is a
+        link: what a record names must not lead to files that are not the dataset's.
         """
         if not is_inside(path):
             raise UserError(f"{path!r} is not a path inside {self.root}")
-        place = self.root
-        for part in path.split("/")[:-1]:
-            place = place / part
-            try:
-                is_link = stat.S_ISLNK(place.lstat().st_mode)
-            except OSError:
-                break  # what is not there leads nowhere
-            if is_link:
-                raise UserError(
-                    f"{self.root / path} is behind the link {place}: it is not the dataset's own"
-                )
+        link = self.find_link(self.root / path)
+        if link is not None:
+            raise UserError(f"{self.root / path}: {link} is a link, so it is not the dataset's own")
         return self.root / path
+
+    def find_link(self, path: Path) -> Path | None:
+        """The first link on the way from the dataset's folder to a path, itself included.
+
+        None without any; the dataset's own folder may be a link, and so may what is above it.
+        """
+        way = Path(os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))).parts
+        place = self.root
+        for part in way if way[:1] != ("..",) else ():
+            place = place / part
+            if place.is_symlink():
+                return place
+        return None
+
+    def refuse_linked_folders(self, path: Path) -> None:
+        """Raise `UserError` where a folder on the way to a file to be written is a link.
+
+        The file itself may be one: it is replaced, as everything is renamed into place. A path
+        outside the dataset, which a user named, is left alone.
+        """
+        link = self.find_link(path.parent)
+        if link is not None:
+            raise UserError(
+                f"cannot write {path}: {link} is a link, and nothing is written or removed behind "
+                "links in a dataset, which may lead anywhere; put a folder in its place (one on "
+                "another disk: mount it there)"
+            )
+
+    def refuse_linked_stage(self, stage: str) -> None:
+        """Raise `UserError` where a folder into which a stage writes is a link."""
+        for folder, _ in _STAGE_FILES.get(stage, ()):
+            self.refuse_linked_folders(self.root / folder / "file")
 
     def relative_path(self, path: Path) -> str:
         """The path as journals name it: relative to the dataset, with '/'."""

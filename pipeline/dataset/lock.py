@@ -90,6 +90,8 @@ def hold_lock(path: Path) -> Iterator[HeldLock]:
     other containers are not trusted. Raises `UserError` where it cannot be made, or stays held by
     one other for 600 s.
     """
+    if path.parent.is_symlink():
+        raise UserError(f"cannot lock {path}: {path.parent} is a link; put a folder in its place")
     lock = HeldLock(path, _acquire_lock(path))
     try:
         yield lock

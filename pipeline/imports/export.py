@@ -54,6 +54,7 @@ class SlideExport:
 def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineConfig) -> int:
     """Write `<slide_id>.geojson` for every slide with a mask or tiles; returns the exit status."""
     out = (config.out or dataset.root / "geojson").absolute()
+    dataset.refuse_linked_folders(out / "slide.geojson")
     exports = plan_exports(dataset, config)
     if not exports:
         raise UserError(
@@ -155,6 +156,7 @@ def export_slide(root: str, export: SlideExport, out: str) -> list[Entry]:
             y = table["y_level0"].to_numpy() - export.corner[1]
             tiles = tile_features(export.ranks, x, y, export.size)
         data = encode_features([*regions, *tiles], export.frame)
+        dataset.refuse_linked_folders(path)
         write_bytes(path, data)
     except UserError as error:
         return [Entry(export.slide_id, "failed", "", str(error))]

@@ -79,7 +79,6 @@ def make_thumbs(
 
 def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
     try:
-        # What was read, not what the journal says, so that no other picture is taken for it.
         overlay = read_regular(thumb.overlay)
         check_data(overlay, ("JPEG",))
         picture, factor = _decode_picture(np.frombuffer(overlay, np.uint8))
@@ -89,7 +88,7 @@ def _make_thumb(target: Dataset, run_id: str, thumb: Thumb) -> str:
         return f"{thumb.overlay} is not a picture; run `pipeline verify --repair`, then `tissue`"
     without_legend = crop_legend(picture, thumb.slide, _LEGEND_WIDTH_PX / factor)
     # Of what was read, not what the journal says, so that no other picture is taken for it.
-    comment = thumb.comment(hashlib.sha256(data).hexdigest())
+    comment = thumb.comment(hashlib.sha256(overlay).hexdigest())
     small = encode_small(without_legend).removeprefix(_JPEG_BEGINS)
     commit_bytes(target, run_id, thumb.final, comment + small)
     return ""

@@ -22,6 +22,8 @@ def write_report(dataset: Dataset, out: Path | None = None, workers: int | None 
     Files that are there and right are left as they are. Returns the exit status.
     """
     out = (out or dataset.root / "report").absolute()
+    # Where a part of the dataset is named: `out` itself may be a link that another put there.
+    dataset.refuse_linked_folders(out / THUMBS / PAGE)
     facts, selections = read_facts(dataset), read_selections(dataset)
     thumbs = [
         Thumb(row.slide, dataset.overlay_file(row.slide.slide_id), row.overlay_sha256,

@@ -147,6 +147,10 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
             for name in stage.journals
         ]
         tasks, lines = _plan_stage(stage, runs[0], summary)
+        if tasks:
+            # Before hours of work that could not be written.
+            for name in stage.journals:
+                dataset.refuse_linked_stage(name)
         # The elements of a job array plan alike, and each does and journals its part.
         tasks = [task for task in tasks if engine.includes_slide(task.slide_id)]
         _record_lines(stage, runs, [e for e in lines if engine.includes_slide(e.slide_id)], summary)

@@ -16,6 +16,7 @@ from pipeline.dataset import (
     Entry,
     FileRecord,
     HashingFile,
+    check_slide_id,
     commit_file,
     parse_shard_name,
 )
@@ -40,7 +41,7 @@ _GROUPS_AT_ONCE = 256
 
 def scores_file(dataset: Dataset, name: str, slide_id: str) -> Path:
     """The file of a slide's scores: rank, and the probability of an artifact from 0 to 1."""
-    return curation_dir(dataset, name) / "scores" / f"{slide_id}.parquet"
+    return curation_dir(dataset, name) / "scores" / f"{check_slide_id(slide_id)}.parquet"
 
 
 def score_slide(

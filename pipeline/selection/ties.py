@@ -184,6 +184,7 @@ def _remove_claimed(dataset: Dataset, name: str) -> None:
             f"{_remove_first(bound)}"
         )
     path = dataset.selection_file(name)
+    dataset.refuse_linked_folders(path)
     with Run(dataset, STAGE, stage_versions()) as run:
         # The line first: a crash in between leaves a file that no line names.
         run.append([Entry(name, "pruned", _REMOVED, "removed by the user")])

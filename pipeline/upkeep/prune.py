@@ -6,8 +6,8 @@ What a kill -9 leaves is always what the next run of `prune` removes: first a jo
 `pruned`, from which moment no reader sees the shard, then its files go.
 """
 
-import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +24,20 @@ from pipeline.dataset import (
     Entry,
     Run,
     read_identity,
-    read_selection,
+    read_selection_rows,
     software_versions,
 )
 from pipeline.dataset.claim import FEATURES, SELECTIONS, hold_claim
+from pipeline.dataset.inside import remove_file, remove_tree
+from pipeline.dataset.layout import DAMAGED_DIR
+from pipeline.upkeep.verify.damaged import (
+    STAGE as VERIFY,
+)
+from pipeline.upkeep.verify.damaged import (
+    is_replaced,
+    journalled_moves,
+    list_damaged,
+)
 from pipeline.upkeep.verify.inventory import Inventory, Stray, read_inventory, tile_writer
 from pipeline.upkeep.verify.runs import StagingFolder, live_run, staging_folders
 from pipeline.upkeep.verify.sums import sha256_of
@@ -84,29 +94,37 @@ class PrunePlan:
         self.rows.append(PlanRow(kind, len(sizes), sum(sizes)))
 
 
-def prune(dataset: Dataset, keep: Sequence[str] = (), yes: bool = False, features: str = "") -> int:
+def prune(
+    dataset: Dataset,
+    keep: Sequence[str] = (),
+    yes: bool = False,
+    features: str = "",
+    damaged: bool = False,
+) -> int:
     """List, or with `yes` remove, what no selection (of those to keep) needs.
 
-    With `features`, the name of an encoder, all of its features and nothing else. Returns the exit
-    status. Raises `UserError` where it is not certain what is needed, or may be removed.
+    With `features`, the name of an encoder, all of its features and nothing else; with `damaged`
+    also what is in `.damaged` and was not made again. Returns the exit status. Raises `UserError`
+    where it is not certain what is needed, or may be removed.
     """
-    if features and keep:
-        raise UserError(
-            "--features removes an encoder's features whole: leave --keep-selection out"
-        )
+    if features and (keep or damaged):
+        other = "--keep-selection" if keep else "--damaged"
+        raise UserError(f"--features removes an encoder's features whole: leave {other} out")
     if not yes:
-        return _prune_claimed(dataset, keep, yes, features)
+        return _prune_claimed(dataset, keep, yes, features, damaged)
     if features and (running := live_run(dataset)):
         raise UserError(f"--features {features}: {running}")
     # What is planned is removed under the same claim: a selection that is made at the same time
     # waits, and `tile` and `cache` then find out what it lacks.
     with hold_claim(dataset, FEATURES if features else SELECTIONS, "prune"):
-        return _prune_claimed(dataset, keep, yes, features)
+        return _prune_claimed(dataset, keep, yes, features, damaged)
 
 
-def _prune_claimed(dataset: Dataset, keep: Sequence[str], yes: bool, features: str) -> int:
+def _prune_claimed(
+    dataset: Dataset, keep: Sequence[str], yes: bool, features: str, damaged: bool
+) -> int:
     inventory = read_inventory(dataset)
-    plan = plan_features(inventory, features) if features else make_plan(inventory, keep)
+    plan = plan_features(inventory, features) if features else make_plan(inventory, keep, damaged)
     if any(row.files for row in plan.rows):
         table = Table("what", "files", "bytes", title=f"prune: {plan.title}")
         for row in plan.rows:
@@ -134,12 +152,15 @@ def _prune_claimed(dataset: Dataset, keep: Sequence[str], yes: bool, features: s
     return EXIT_OK
 
 
-def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
-    """What may go; nothing is touched."""
+def make_plan(inventory: Inventory, keep: Sequence[str], damaged: bool = False) -> PrunePlan:
+    """What may go, with `damaged` also damaged files without a replacement; nothing is touched."""
     # Needs first: where they are uncertain, nothing at all is planned.
     plan = PrunePlan()
     needs = _find_needs(inventory, keep, plan)
     strays, folders = inventory.list_strays(), staging_folders(inventory.dataset)
+    if inventory.dataset.staging_dir("").is_symlink():
+        plan.notes.append(".tmp is a link: what is behind it stays")
+        folders = []
     plan.folders = [folder for folder in folders if not folder.alive]
     alive = [folder for folder in folders if folder.alive]
     # What is behind a link may belong to another dataset too.
@@ -158,7 +179,26 @@ def make_plan(inventory: Inventory, keep: Sequence[str]) -> PrunePlan:
         plan.strays += found
         size = sum(stray.bytes for stray in found)
         plan.rows.append(PlanRow(f"files: {kind}", len(found), size))
+    _plan_damaged(inventory, damaged, plan)
     return plan
+
+
+def _plan_damaged(inventory: Inventory, whole: bool, plan: PrunePlan) -> None:
+    """What `verify --repair` moved: all with `whole`, else where the file was made again."""
+    files = list_damaged(inventory.dataset)
+    going = [file for file in files if whole or is_replaced(inventory, file.path)]
+    if staying := len(files) - len(going):
+        size = sum(file.bytes for file in files) - sum(file.bytes for file in going)
+        plan.notes.append(
+            f"{staying:,} files, {format_bytes(size)}, stay in {DAMAGED_DIR}: they were not made "
+            "again, and are perhaps all that is left (--damaged takes them too)"
+        )
+    moves = journalled_moves(inventory.dataset)
+    if journalled := [moves[file.path] for file in going if file.path in moves]:
+        plan.entries[VERIFY] = journalled
+    plan.strays += [file for file in going if file.path not in moves]
+    size = sum(file.bytes for file in going)
+    plan.rows.append(PlanRow(f"{DAMAGED_DIR}: damaged files", len(going), size))
 
 
 def plan_features(inventory: Inventory, encoder: str) -> PrunePlan:
@@ -245,7 +285,7 @@ def _find_needs(inventory: Inventory, keep: Sequence[str], plan: PrunePlan) -> N
         plan.notes.append(f"selection '{name}' is missing; `select --remove {name}` takes it off")
     needs: Needs = {}
     for name in names:
-        selection = read_selection(dataset, name)
+        selection = read_selection_rows(dataset, name)
         # As it was written: a flipped byte must not cost a shard.
         file = dataset.selection_file(name)
         lines = inventory.named.get(dataset.relative_path(file), [])
@@ -320,20 +360,18 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
     with open_meter("prune", plan.files, "files") as progress:
         # What no journal names goes without a line.
         for folder in plan.folders:
-            if folder.path.is_dir() and not folder.path.is_symlink():
-                shutil.rmtree(folder.path)
-            else:
-                folder.path.unlink()
+            remove_tree(dataset, dataset.relative_path(folder.path))
             progress.advance(folder.files)
         versions = software_versions()
         for stage, entries in plan.entries.items():
+            reason = "made again, or not wanted" if stage == VERIFY else plan.reason
             with Run(dataset, stage, versions) as run:
                 for start in range(0, len(entries), _ENTRIES_PER_TURN):
                     turn = entries[start : start + _ENTRIES_PER_TURN]
                     # The lines first: from then on no reader looks for the files.
                     run.append(
                         Entry(
-                            entry.slide_id, "pruned", entry.fingerprint, plan.reason,
+                            entry.slide_id, "pruned", entry.fingerprint, reason,
                             scope=entry.scope, start=entry.start, stop=entry.stop,
                         )
                         for entry in turn
@@ -347,35 +385,15 @@ def _remove_planned(dataset: Dataset, plan: PrunePlan) -> float:
 
 
 def _remove_files(dataset: Dataset, entry: Entry) -> int:
-    """Remove the files that an entry named, if they are inside; returns how many."""
+    """Remove the files that an entry named; returns how many."""
     removed = 0
-    root = dataset.root.resolve()
     for record in entry.files:
-        path = dataset.root / record.path
-        if path.parent.resolve().is_relative_to(root) and path.exists():
-            path.unlink()
-            removed += 1
-            _remove_empty(dataset, path.parent)
+        with suppress(FileNotFoundError):
+            removed += remove_file(dataset, record.path)
     return removed
 
 
 def _remove_stray(dataset: Dataset, stray: Stray) -> None:
     """Remove a file that is still the one that was listed."""
-    path = dataset.root / stray.path
-    try:
-        stat = path.lstat()
-    except FileNotFoundError:
-        return
-    if (stat.st_ino, stat.st_mtime_ns) == (stray.inode, stray.mtime_ns):
-        path.unlink()
-        _remove_empty(dataset, path.parent)
-
-
-def _remove_empty(dataset: Dataset, folder: Path) -> None:
-    """Remove folders that were left empty, up to the dataset's own."""
-    while folder != dataset.root and folder.is_relative_to(dataset.root):
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
+    with suppress(FileNotFoundError):
+        remove_file(dataset, stray.path, (stray.inode, stray.bytes, stray.mtime_ns))

@@ -23,6 +23,7 @@ from pipeline.dataset import (
     begun_stages,
     read_selection_rows,
 )
+from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.upkeep.activity import Running, list_running
 
 _REASONS_SHOWN = 8
@@ -125,8 +126,11 @@ def file_kind(path: str) -> str:
 
 
 def is_bookkeeping(scope: str) -> bool:
-    """Whether lines of this scope name a table or an encoder.json, not a slide's work."""
-    return scope == "table" or scope.endswith("encoder.json")
+    """Whether lines of this scope name a table, an encoder.json or what `verify` moved away.
+
+    Such lines are no slide's work.
+    """
+    return scope == "table" or scope.endswith("encoder.json") or scope.startswith(DAMAGED_DIR)
 
 
 def _stage_status(

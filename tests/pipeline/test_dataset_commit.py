@@ -92,8 +92,8 @@ def test_runs_sort_by_time_where_a_second_ends(monkeypatch):
 def test_journal_lines_come_back(tmp_path):
     dataset = Dataset(tmp_path)
     wanted = entry(
-        reason="ü, \"quoted\"\nline", start=0, stop=16, files=(FileRecord("a", 1, "00"),),
-        counts={"tiles": 16}, values={"mpp": 0.5},
+        reason="ü, \"quoted\"\nline", scope="224", start=0, stop=16, counts={"tiles": 16},
+        files=(FileRecord("tiles/224/s.0-16.tar", 1, "00"),), values={"mpp": 0.5},
     )  # fmt: skip
     with Run(dataset, "tile", VERSIONS) as run:
         run.append([wanted])

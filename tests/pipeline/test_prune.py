@@ -346,17 +346,17 @@ def test_killed_while_features_go(two_encoders, monkeypatch, moment):
         pass
 
     done = []
-    remove = Path.unlink
+    remove = module.remove_file
 
-    def killed(path, *more, **named):
-        if path.suffix in (".parquet", ".json") and "features" in path.parts:
+    def killed(dataset, path, *more):
+        if path.startswith("features/") and path.endswith((".parquet", ".json")):
             if len(done) == moment:
                 raise Killed
             done.append(path)
-        remove(path, *more, **named)
+        return remove(dataset, path, *more)
 
     monkeypatch.setattr(module, "_ENTRIES_PER_TURN", 2)
-    monkeypatch.setattr(Path, "unlink", killed)
+    monkeypatch.setattr(module, "remove_file", killed)
     if moment < 8:  # two folders of two kinds, each with a record and a file
         with pytest.raises(Killed):
             prune(two_encoders, "--features", "h0-mini", "--yes")

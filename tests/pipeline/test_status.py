@@ -37,12 +37,12 @@ def test_a_tiled_slide_in_numbers(tiled: Dataset, capsys: pytest.CaptureFixture[
 
 
 def test_failures_pruned_ranges_and_features_by_selection(own_tiled: Dataset) -> None:
-    slide, record = "CMU-1-Small-Region", (FileRecord("features/x", 100, "0"),)
-    scope = "224/h0-mini+jpeg70/cls"
+    slide, scope = "CMU-1-Small-Region", "224/h0-mini+jpeg70/cls"
 
     def line(start: int, stop: int, outcome: str = "done", seconds: float = 4.0) -> Entry:
+        record = FileRecord(f"features/{scope}/{slide}.{start}-{stop}.parquet", 100, "0")
         return Entry(slide, outcome, "f", scope=scope, start=start, stop=stop,  # type: ignore[arg-type]
-                     files=record if outcome == "done" else (), seconds=seconds)  # fmt: skip
+                     files=(record,) if outcome == "done" else (), seconds=seconds)  # fmt: skip
 
     with Run(own_tiled, "cache", {}) as run:
         run.append([line(0, 16), line(16, 32), line(32, 48, "pruned", 0)])

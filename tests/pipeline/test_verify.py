@@ -395,7 +395,7 @@ def test_a_journal_cannot_send_verify_outside(whole, capsys, tmp_path):
         run.append([Entry("evil", "done", "f", scope="224", start=0, stop=16, files=(record,))])
     status, out = verify(whole, capsys, "--repair")
     assert status == 1
-    assert "outside the dataset" in out
+    assert "'../outside.txt'" in out
     assert outside.exists()
 
 

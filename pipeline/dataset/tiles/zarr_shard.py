@@ -106,6 +106,8 @@ def commit_zarr(
     not writable.
     """
     name = parse_shard_name(final.name)
+    for path in (final, dataset.staging_dir(run_id) / final.name):
+        dataset.refuse_linked_folders(path)
     staged = dataset.staging_dir(run_id) / f"{secrets.token_hex(4)}-{final.name}"
     head = json.dumps(
         array_metadata(name.slide_id, name.start, name.stop, tile_px), indent=2
@@ -141,6 +143,8 @@ def _replace_folder(staged: Path, final: Path, sums: Sequence[tuple[int, str]]) 
 
     Another run may do the same at the same time: whoever is second finds the other's array.
     """
+    if final.is_symlink():
+        final.unlink()  # a link is replaced, and what it leads to is left alone
     for number in itertools.count():
         try:
             # Fails where there is an array, and only then; an empty folder is replaced.

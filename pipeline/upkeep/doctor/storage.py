@@ -41,6 +41,7 @@ with open(sys.argv[1], "r+b") as file:
 def temporary_folder(root: Path) -> Iterator[Path]:
     """An empty folder on the dataset's file system, gone afterwards with all that it made."""
     folder = Dataset(root).staging_dir(f"doctor-{new_run_id()}")
+    Dataset(root).refuse_linked_folders(folder)
     new = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     try:
@@ -236,6 +237,7 @@ def meet_other_tasks(root: Path, task: int, tasks: int, job: str) -> Finding:
     Each task commits a file and waits for those of the others. Call it once per task.
     """
     folder = Dataset(root).staging_dir(f"doctor-meeting-{job}")
+    Dataset(root).refuse_linked_folders(folder / "file")
     folder.mkdir(parents=True, exist_ok=True)
     staged = folder / f".staged-{task}"
     staged.write_text(str(task))

@@ -23,8 +23,9 @@ from pipeline.dataset.identity import (
     way_back,
 )
 from pipeline.dataset.journal import run_order
-from pipeline.dataset.layout import is_inside
+from pipeline.dataset.layout import DAMAGED_DIR
 from pipeline.slides.identity import is_other_file
+from pipeline.upkeep.verify.damaged import list_damaged
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
 from pipeline.upkeep.verify.journal_lines import LineDamage, journal_lines
 from pipeline.upkeep.verify.repair import refuse_live_runs, repair_damage
@@ -34,11 +35,14 @@ from pipeline.upkeep.verify.sums import FileDamage, damaged_files, describe_unre
 _ROWS_SHOWN = 100
 _EXAMPLES = 3
 _WORDS_WIDTH = 60
+_NAME_SHOWN = 200
 _MB = 1_000_000
 _LINE_WORDS: dict[LineDamage, str] = {
     "torn": "line {} is torn: readers leave it out",
     "altered": "line {} was altered: readers leave it out",
     "respelt": "line {} was altered, in bytes that do not change what it says",
+    "foreign": "line {} names {!r}, which is outside the dataset or no file of the line's stage "
+    "and slide: readers leave it out",
 }
 
 
@@ -55,8 +59,8 @@ def verify(dataset: Dataset, workers: int | None = None, repair: bool = False) -
     """Re-read the dataset, print what is wrong and how to fix it; returns the exit status.
 
     With `repair`, dataset.json is restored from the stages' copies, damaged files that their stage
-    makes again from what it has are removed (never selections, nor what could not be read), and bad
-    journal lines are dropped.
+    makes again from what it has are removed, others are moved to `.damaged` (never selections, nor
+    what could not be read), and bad journal lines are moved there too.
     Raises `UserError` for that while a run may be at work.
     """
     if not dataset.root.is_dir() or not any(dataset.root.glob("*")):
@@ -147,7 +151,7 @@ class Verification:
             size += len(line.data)
             if line.damage is None:
                 continue
-            what = _LINE_WORDS[line.damage].format(line.number)
+            what = _LINE_WORDS[line.damage].format(line.number, line.names[:_NAME_SHOWN])
             # A kill tears the last line; a later run that wrote anything has done its work again.
             if line.damage == "torn" and any(
                 sound.damage is None for other in later for sound in journal_lines(other)
@@ -155,24 +159,22 @@ class Verification:
                 self.notes.append(f"{path}: {what} (a run was killed; the stage ran since)")
                 continue
             rerun = f"run {_command_of(journal.parent.name)}, then "
-            fix = f"{'' if line.damage == 'respelt' else rerun}`pipeline verify --repair`"
+            is_work = line.damage not in ("respelt", "foreign")
+            fix = f"{rerun if is_work else ''}`pipeline verify --repair`"
             self.problems.append(Problem(path, what, fix))
         self.files, self.bytes = self.files + 1, self.bytes + size
 
     def check_files(self, inventory: Inventory, workers: int) -> dict[str, FileDamage]:
         """Hash all named files; returns the damage of those that are not as written."""
         expected = {path: [line.record for line in ls] for path, ls in inventory.named.items()}
-        inside = {path: rows for path, rows in expected.items() if is_inside(path)}
         total = sum(records[-1].bytes for records in expected.values())
         with open_meter("verify", total // _MB, "MB") as progress:
             advance = _ByteCounter(progress)
-            damaged = damaged_files(self.dataset.root, inside, workers, advance)
+            damaged = damaged_files(self.dataset.root, expected, workers, advance)
             self.seconds = progress.seconds
         # A missing file was not read.
-        self.files += len(inside) - sum(damage.kind == "missing" for damage in damaged.values())
+        self.files += len(expected) - sum(damage.kind == "missing" for damage in damaged.values())
         self.bytes += advance.total
-        outside = FileDamage("outside", "the journal names a file outside the dataset")
-        damaged |= dict.fromkeys(expected.keys() - inside.keys(), outside)
         try:
             tiles_by = tile_writer(read_identity(self.dataset))
         except UserError:
@@ -240,8 +242,18 @@ class Verification:
                 self.notes.append(f"{what}: {len(files):,} files, {size}, e.g. {examples}")
         if strays.links:
             links = _list_examples(strays.links)
-            self.notes.append(f"linked folders, not searched for leftovers: {links}")
-        for folder in staging_folders(self.dataset):
+            self.notes.append(
+                f"linked folders: {links}; nothing behind them is searched for leftovers, written "
+                "or removed"
+            )
+        if moved := list_damaged(self.dataset):
+            size = format_bytes(sum(file.bytes for file in moved))
+            self.notes.append(
+                f"{DAMAGED_DIR}: {len(moved):,} files, {size}, which `--repair` moved there; "
+                "`pipeline prune` removes those that were made again since"
+            )
+        is_linked = self.dataset.staging_dir("").is_symlink()
+        for folder in () if is_linked else staging_folders(self.dataset):
             state = "may be under way" if folder.alive else "is dead (`pipeline prune` removes it)"
             self.notes.append(
                 f".tmp/{folder.path.name}: the run {state}; "

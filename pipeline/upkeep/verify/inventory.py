@@ -16,11 +16,13 @@ from pipeline.dataset import (
     kind_of,
     read_journal,
 )
+from pipeline.dataset.layout import DAMAGED_DIR
 
 _STAGE_OF_FOLDER = {
     "tiles": "tile", "features": "cache", "tissue": "tissue", "candidates": "tissue",
 }  # fmt: skip
 """Folders whose files readers see only by a journal line, and the stage that writes the lines."""
+_NOT_WALKED = ("status", ".tmp", DAMAGED_DIR)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Inventory:
         return lines
 
     def list_strays(self) -> Strays:
-        """Every file of the folder that no current line names; journals and `.tmp` left out."""
+        """Every file that no current line names; journals, `.tmp` and `.damaged` left out."""
         ever_named = {
             record.path
             for entries in self.journals.values()
@@ -108,7 +110,8 @@ def read_inventory(dataset: Dataset) -> Inventory:
     """The journals of every stage that has some."""
     folder = dataset.root / "status"
     stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    journals = {stage: read_journal(dataset, stage, outside=True) for stage in stages}
+    # What `--repair` moved away is nobody's to read: its own journal is left out.
+    journals = {stage: read_journal(dataset, stage) for stage in stages if stage != "verify"}
     return Inventory(dataset, journals)
 
 
@@ -125,9 +128,9 @@ def _walk_files(dataset: Dataset, links: list[str]) -> Iterator[Stray]:
     """Files below the dataset in the order of their paths; linked folders are only listed."""
     for folder, folders, files in os.walk(dataset.root):
         top = folder == str(dataset.root)
-        folders[:] = sorted(f for f in folders if not (top and f in ("status", ".tmp")))
         links += [os.path.relpath(os.path.join(folder, f), dataset.root)
-                  for f in folders if os.path.islink(os.path.join(folder, f))]  # fmt: skip
+                  for f in sorted(folders) if os.path.islink(os.path.join(folder, f))]  # fmt: skip
+        folders[:] = sorted(f for f in folders if not (top and f in _NOT_WALKED))
         for name in sorted(files):
             path = os.path.join(folder, name)
             try:

@@ -8,27 +8,33 @@ from typing import Literal
 
 from common.files import open_regular
 from common.json_text import parse_json
-from pipeline.dataset.journal import decode_line
+from pipeline.dataset.journal import decode_line, foreign_file
 
-LineDamage = Literal["torn", "altered", "respelt"]
+LineDamage = Literal["torn", "altered", "respelt", "foreign"]
 """torn: cut short by a crash; altered: no longer what was written; respelt: altered, but in
-bytes that do not change what it says."""
+bytes that do not change what it says; foreign: it names a file that its stage does not write."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a journal, numbered from 1; `damage` is None where it is as it was written."""
+    """A line of a journal, numbered from 1; `damage` is None where it is as it was written.
+
+    `names` is the file that a foreign line names.
+    """
 
     number: int
     data: bytes
     damage: LineDamage | None
+    names: str = ""
 
 
 def journal_lines(path: Path) -> Iterator[Line]:
     """The lines of a journal; raises OSError where it cannot be read."""
     with open_regular(path) as file:
         for number, data in enumerate(file, 1):
-            yield Line(number, data, damage_of(data))
+            entry = decode_line(data.decode(errors="replace"))
+            foreign = foreign_file(path.parent.name, entry) if entry else ""
+            yield Line(number, data, "foreign" if foreign else damage_of(data), foreign)
 
 
 def damage_of(data: bytes) -> LineDamage | None:

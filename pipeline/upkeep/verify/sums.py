@@ -21,7 +21,7 @@ class FileDamage:
     `altered` is a file that was read to its end; one that is `unreadable` may be sound.
     """
 
-    kind: Literal["missing", "unreadable", "altered", "outside"]
+    kind: Literal["missing", "unreadable", "altered"]
     words: str
 
 
@@ -70,8 +70,9 @@ def sha256_of(
 ) -> tuple[int, str]:
     """Bytes and sha256 of a file, read through `buffer`; raises OSError."""
     sha, size = hashlib.sha256(), 0
-    with open_regular(path).detach() as file, memoryview(buffer) as view:
-        while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
+    with open_regular(path) as file, memoryview(buffer) as view:
+        raw = file.raw
+        while not (stop and stop.is_set()) and (count := raw.readinto(view)):
             sha.update(view[:count])
             size += count
             advance(count)
