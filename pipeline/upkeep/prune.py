@@ -24,7 +24,7 @@ from pipeline.dataset import (
     Entry,
     Run,
     read_identity,
-    read_selection_rows,
+    read_selection,
     software_versions,
 )
 from pipeline.dataset.claim import FEATURES, SELECTIONS, hold_claim
@@ -285,7 +285,7 @@ def _find_needs(inventory: Inventory, keep: Sequence[str], plan: PrunePlan) -> N
         plan.notes.append(f"selection '{name}' is missing; `select --remove {name}` takes it off")
     needs: Needs = {}
     for name in names:
-        selection = read_selection_rows(dataset, name)
+        selection = read_selection(dataset, name)
         # As it was written: a flipped byte must not cost a shard.
         file = dataset.selection_file(name)
         lines = inventory.named.get(dataset.relative_path(file), [])
