@@ -1,6 +1,7 @@
 """The documentation builds as a site without a warning, with API pages from the docstrings."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,18 @@ def test_the_site_builds(tmp_path: Path) -> None:
         text = page.read_text()
         assert 'src="http' not in text, f"{page.name} loads from afar"
         assert "fonts.googleapis" not in text, f"{page.name} loads from afar"
+
+
+def test_the_attacks_of_the_reliability_page_are_tests() -> None:
+    named = 0
+    for line in (ROOT / "docs" / "reliability.md").read_text().splitlines():
+        match = re.search(r"\| `([a-z_/]+\.py)`(?:<br>`(test_\w+)`)? \|$", line)
+        if match is None:
+            continue
+        named += 1
+        text = (ROOT / "tests" / match[1]).read_text()
+        assert f"def {match[2] or 'test_'}" in text, line
+    assert named > 80
 
 
 def test_citation_and_containers_are_whole() -> None:
