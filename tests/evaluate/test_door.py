@@ -82,6 +82,7 @@ def test_the_dataset_does_not_depend_on_the_number_of_processes_or_threads(
     assert len(list((tmp_path / "shared/status/tile").glob("*.jsonl"))) == 2
 
 
+@pytest.mark.full
 def test_kill_9_loses_no_committed_unit_and_makes_none_twice(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_an_image_as_large_as_a_slide_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.full
 def test_a_missing_gpu_is_one_line_and_status_2(command: Callable[..., list[str]]) -> None:
     done = call(command("syn", "--device", "cuda"))
     assert done.returncode == 2

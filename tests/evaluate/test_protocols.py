@@ -379,6 +379,7 @@ def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -
     assert any("Fréchet distance against steps" in alt for alt in page.attributes("alt"))
 
 
+@pytest.mark.full
 def test_table_4_sees_tiles_through_views_and_in_two_sizes(world: Path) -> None:
     # PixCell's part is played by the toy model, whose guiding tiles have its own size.
     small = [f"generations.pixcell-{codec}.guidance_px=32" for codec in ("png", "jpeg")]

@@ -105,6 +105,7 @@ def test_random_weights_depend_on_the_seed_alone(encoder: Encoder) -> None:
     assert load_spec(spec, "random:1").weights_sha256 != first.weights_sha256
 
 
+@pytest.mark.full
 def test_bfloat16_stays_close_and_returns_float32(
     encoder: Encoder, tiles: np.ndarray, encoded: EncoderOutput
 ) -> None:

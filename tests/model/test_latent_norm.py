@@ -146,6 +146,7 @@ def _rank(rank: int, world: int, store: str, sizes: list[int], out: str) -> None
     os._exit(0)  # seen once on a loaded machine: the process aborted while it shut down
 
 
+@pytest.mark.full
 def test_ranks_of_different_batch_size_act_as_one_batch(tmp_path: Path) -> None:
     sizes = [1, 5]
     mp.spawn(_rank, args=(2, str(tmp_path / "store"), sizes, str(tmp_path)), nprocs=2)

@@ -64,6 +64,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "gpu_count", asked)
 
 
+@pytest.mark.full
 def test_workers_of_a_job_take_a_gpu_each_and_a_new_one_that_of_the_dead() -> None:
     """Real workers under names as dask-jobqueue gives them; of a job with one, the job's number."""
     from distributed import Client, Nanny, Scheduler, SpecCluster

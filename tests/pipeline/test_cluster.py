@@ -175,6 +175,7 @@ def test_parts_of_an_array_are_disjoint_and_whole() -> None:
     assert all(220 < len(part) < 350 for part in parts)
 
 
+@pytest.mark.full
 def test_an_array_leaves_what_one_run_leaves(tmp_path: Path) -> None:
     slides = tmp_path / "slides"
     slides.mkdir()

@@ -114,7 +114,7 @@ def test_torn_or_altered_lines_are_left_out(tmp_path):
 def test_a_journal_that_cannot_be_read_is_one_line_and_not_an_empty_one(tmp_path):
     dataset = Dataset(tmp_path)
     (dataset.status_dir("tile") / "run.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"run\.jsonl cannot be read: Is a directory; fix"):
+    with pytest.raises(UserError, match=r"run\.jsonl cannot be read: it is a folder, .*; fix"):
         read_journal(dataset, "tile")
     dataset.status_dir("cache").touch()
     with pytest.raises(UserError, match=r"status/cache cannot be read: Not a directory; fix"):

@@ -104,6 +104,7 @@ def work_on_bundle(bundle: list[tuple[str, str]]) -> Iterator[list[Entry]]:
         yield work(slide_id, what)
 
 
+@pytest.mark.full
 def test_a_killed_bundle_costs_only_what_it_had_not_finished(capsys):
     kinds = ["ok", "note", "die", "ok", "ok", "raise", "ok"]
     tasks = [SlideTask(f"s{i}", "f", (f"s{i}", kind), units=4) for i, kind in enumerate(kinds)]

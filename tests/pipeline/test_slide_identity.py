@@ -306,6 +306,7 @@ def test_ids_from_paths(tmp_path):
         ids("in/siteB", "ids.csv", id_from="csv")
 
 
+@pytest.mark.full
 def test_a_selection_is_never_cut_from_another_file(tmp_path, write, capsys):
     root, slides = tmp_path / "d", tmp_path / "slides"
     write(slides / "1.tif", 0)

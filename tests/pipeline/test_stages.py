@@ -216,6 +216,7 @@ def test_the_shared_bad_slides(tmp_path, shared_data):
     assert "4 failed" in done.stdout
 
 
+@pytest.mark.full
 def test_the_shared_slides_are_taken_or_rejected_for_the_right_reason(tmp_path, shared_data):
     root = tmp_path / "d"
     done = pipeline("scan", str(shared_data / "slides"), "--dataset", str(root))
@@ -279,6 +280,7 @@ def test_a_budget_that_cannot_be_met_names_the_largest(own_tiled):
         main(["select", "--name", "big", "--tiles", "1_000", "--dataset", str(own_tiled.root)])
 
 
+@pytest.mark.full
 def test_cache_writes_and_reuses_features(own_tiled, capsys):
     """The real H0-mini architecture with seeded weights, on one block of tiles."""
     root = str(own_tiled.root)
@@ -319,6 +321,7 @@ def test_gated_weights_are_never_replaced(own_tiled, monkeypatch):
         main(["cache", "--dataset", str(own_tiled.root)])
 
 
+@pytest.mark.full
 def test_cuda_that_is_not_there_is_one_line(own_tiled):
     import torch
 

@@ -167,6 +167,7 @@ def test_a_manifest_of_the_gdc_is_understood(tmp_path: Path) -> None:
     assert argv[-1] == "https://host/data/1f-2e"
 
 
+@pytest.mark.full
 def test_the_stages_fetch_and_give_the_same_tiles(
     store: Path, tmp_path: Path, tiled: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

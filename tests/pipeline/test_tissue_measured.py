@@ -233,6 +233,7 @@ def jpeg(rgb: np.ndarray) -> np.ndarray:
     return cv2.imdecode(data, cv2.IMREAD_COLOR)
 
 
+@pytest.mark.full
 def test_blur_on_synthetically_defocused_tiles(shared_data):
     """176 tiles taken to be 0.5 mpp, defocused, compressed like a slide, seen at 1 µm."""
     tiles = tiles_of_tcga(shared_data)

@@ -158,6 +158,7 @@ def test_a_tiles_loss_does_not_depend_on_the_batch_it_is_in(
         assert parts.networks.sit.bn.get_buffer(name).equal(value.float())
 
 
+@pytest.mark.full
 def test_one_and_two_processes_have_the_same_bits(
     train_dataset: Dataset, tmp_path: Path, vae_file: Path
 ) -> None:

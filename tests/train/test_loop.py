@@ -525,6 +525,7 @@ assert not set(sys.modules) & set({BLOCKED!r})
     subprocess.run([sys.executable, "-c", script], env=environment(), check=True, cwd=HOME)
 
 
+@pytest.mark.full
 def test_learning_lowers_the_reconstruction_error(train_dataset: Dataset, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = small_config(

@@ -90,6 +90,7 @@ run_door(lambda: main(sys.argv[1:]), ("train",))
     ("who", "error", "status"),
     [(1, "UserError('a tile of mine')", 2), (0, "ValueError('a bug')", 1)],
 )
+@pytest.mark.full
 def test_the_end_of_one_process_is_not_buried_by_the_others(
     train_dataset: Dataset, tmp_path: Path, who: int, error: str, status: int
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_end_of_one_process_is_not_buried_by_the_others(
     assert told.count("Traceback") == (status == 1)
 
 
+@pytest.mark.full
 def test_srun_starts_one_training_of_its_tasks(train_dataset: Dataset, tmp_path: Path) -> None:
     step = {
         "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2",
