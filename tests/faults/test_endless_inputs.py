@@ -357,7 +357,8 @@ def test_the_other_slides_of_the_folder_are_tiled(tmp_path, clean_environment) -
                   ["tile"]):  # fmt: skip
         more = [] if words[0] == "select" else ["--workers", "2"]
         done = run(
-            ["-c", MEASURED, "-m", "pipeline", words[0], "--dataset", str(dataset), *words[1:], *more],
+            ["-c", MEASURED, "-m", "pipeline", words[0], "--dataset", str(dataset), *words[1:],
+             *more],
             clean_environment, 120,
         )  # fmt: skip
         assert done.returncode == (1 if words[0] == "scan" else 0), done.stdout + done.stderr
