@@ -165,7 +165,7 @@ def check_selection(dataset: Dataset, selection: Selection) -> None:
     doubtful = [slide_id for slide_id, rank in last.items() if rank >= lowest.get(slide_id, 0)]
     counts = _candidate_counts(dataset, doubtful)
     unknown = [slide_id for slide_id in doubtful if counts[slide_id] is None]
-    if unknown and _has_slides(dataset):
+    if unknown and _has_candidates(dataset):
         raise UserError(
             f"{dataset.selection_file(selection.name)}: selection '{selection.name}' names slides "
             f"that {dataset.root} does not have or has no candidates of: "
@@ -220,9 +220,9 @@ def _candidate_counts(dataset: Dataset, slides: Collection[str]) -> dict[str, in
         return dict(zip(slides, pool.map(count_of, slides), strict=True))
 
 
-def _has_slides(dataset: Dataset) -> bool:
-    """Whether the dataset says at all which slides it has."""
-    return dataset.slides_file.exists() or (dataset.root / "candidates").is_dir()
+def _has_candidates(dataset: Dataset) -> bool:
+    """Whether any slide has candidates; none has in the dataset of `plan-cohort`, only planned."""
+    return dataset.status_dir("tissue").is_dir() or (dataset.root / "candidates").is_dir()
 
 
 def read_plan(dataset: Dataset, name: str) -> dict[str, Any]:
