@@ -150,6 +150,7 @@ def guided(tile_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.mark.full
 def test_a_slides_tiles_and_the_same_tiles_as_files_make_the_same_images(
     guided: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_two_scans_of_equal_names_never_share_an_id(tmp_path) -> None:
     assert rows[taken].status == "ok"
 
 
+@pytest.mark.full
 def test_a_hold_out_and_a_training_selection_share_nothing(cohort, preload_shim) -> None:
     slow = slow_renames(preload_shim, "selections/", 4)
     first = start_pipeline(

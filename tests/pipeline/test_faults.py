@@ -144,6 +144,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.full
 def test_a_full_disk_fails_the_slide_and_room_mends_it(tmp_path: Path, tiled: Dataset) -> None:
     root = tmp_path / "dataset"
     with mounted(root, "size=4m"):

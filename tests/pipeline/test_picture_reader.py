@@ -101,6 +101,7 @@ def test_pictures_are_slides_where_they_are_named(tmp_path, image, cmu_slide):
     assert [entry.slide_id for entry in find_slides([str(tmp_path / "*.png")])] == ["a", "b"]
 
 
+@pytest.mark.full
 def test_regions_are_tiled_with_the_resolution_of_a_table(tmp_path, image):
     Image.fromarray(image).save(tmp_path / "region.png", dpi=(25_400, 25_400))
     (tmp_path / "regions.csv").write_text("path,mpp\nregion.png,0.5\n")

@@ -127,6 +127,7 @@ def real(tmp_path_factory):
     return Dataset(out), cpu_s, after.ru_maxrss / 1024
 
 
+@pytest.mark.full
 def test_the_real_list_is_planned_in_little_time_and_memory(real):
     dataset, cpu_s, peak_mb = real
     assert dataset.selection_names() == [

@@ -62,6 +62,7 @@ def latest(dataset: Dataset, slide_id: str) -> Entry:
     return [e for e in read_journal(dataset, "tile") if e.slide_id == slide_id][-1]
 
 
+@pytest.mark.full
 def test_candidates_of_a_former_slide_are_not_cut(two: Dataset, tmp_path: Path) -> None:
     """The slide was fetched again and scanned, tissue was forgotten; the other slide goes on."""
     slides = tmp_path / "slides"
@@ -134,6 +135,7 @@ def test_a_worker_that_can_read_no_identity_fails_its_slide(two: Dataset) -> Non
     assert "dataset.json is not a dataset's identity" in entry.reason
 
 
+@pytest.mark.full
 def test_a_lost_shard_hides_none_that_holds_its_blocks_since(own_tiled: Dataset) -> None:
     """Its range was written otherwise, for the need had grown; its line must not be read last."""
     name, rows = SLIDE.stem, candidate_count(own_tiled, SLIDE.stem)

@@ -75,6 +75,7 @@ def test_the_overlay_is_small_and_shows_the_slide_and_the_legend(tiled):
     assert picture.shape[0] / picture.shape[1] == pytest.approx(2967 / 2220, rel=0.1)
 
 
+@pytest.mark.full
 def test_thresholds_are_the_users(cmu_slide, tmp_path):
     counts = {}
     for share in ("0.1", "0.9"):
@@ -101,6 +102,7 @@ def test_the_detectors_values_stand_in_the_identity(tiled):
     assert len(identity["detector"]) >= 16
 
 
+@pytest.mark.full
 def test_the_second_real_slide_with_padding(tmp_path, shared_data):
     slide = shared_data / "slides" / "TCGA-CR-7395-01A-01-TS1.svs"
     root = tmp_path / "d"

@@ -80,6 +80,7 @@ def test_the_stage_writes_what_stock_zarr_and_the_store_read(zarred, tiled):
     )
 
 
+@pytest.mark.full
 def test_again_does_nothing_and_a_damaged_array_is_replaced(zarred, capsys):
     run = ["tile", "--dataset", str(zarred.root), "--workers", "1", "--format", "zarr"]
     capsys.readouterr()

@@ -107,6 +107,7 @@ def test_a_request_saves_after_the_step_and_the_rest_equals_one_go(
     assert_same_weights(weights_of(run_dir, 6), weights_of(whole, 6))
 
 
+@pytest.mark.full
 def test_a_second_interrupt_ends_at_once(
     train_dataset: Dataset, tmp_path: Path, whole: Path
 ) -> None:

@@ -13,6 +13,7 @@ from train.speed import matrix_rate, peak_memory_gb, step_flop
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 
 
+@pytest.mark.full
 def test_the_papers_step_is_2843_gflop_a_tile() -> None:
     """By part, as model.md's section 7.1 has them; the encoder's share there is not a step's."""
     config = load_config(CONFIGS / "cytosyn-40m.yaml")
