@@ -156,9 +156,10 @@ def gate() -> Iterator[str]:
     ("kind", "page"),
     [
         ("cytosyn", "Owkin-Bioptimus/CytoSyn"),
-        pytest.param("pixcell", "stabilityai/stable-diffusion-3.5-large", marks=pytest.mark.full),
+        ("pixcell", "stabilityai/stable-diffusion-3.5-large"),
     ],
 )
+@pytest.mark.full
 def test_gated_weights_say_what_to_accept_and_where_to_put_the_token(
     gate: str, tmp_path: Path, kind: str, page: str
 ) -> None:

@@ -138,7 +138,8 @@ def run_kills(
     pytest.fail(f"only {struck} of {wanted} kills found something to kill")
 
 
-@pytest.mark.parametrize("what", ["stage", pytest.param("worker", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["stage", "worker"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     what: str, driver: Path, slides: Path, tmp_path: Path,
     uninterrupted: tuple[dict[str, str], float],

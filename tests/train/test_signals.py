@@ -86,10 +86,8 @@ def steps_of(run_dir: Path) -> list[str]:
     return [path.name for path in list_checkpoints(run_dir)]
 
 
-@pytest.mark.parametrize(
-    "number",
-    [NUMBERS[0], *(pytest.param(number, marks=pytest.mark.full) for number in NUMBERS[1:])],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_request_saves_after_the_step_and_the_rest_equals_one_go(
     train_dataset: Dataset, tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:
@@ -194,7 +192,8 @@ def test_a_request_before_the_first_step_ends_the_run(
     assert not (run_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("times", [1, 2])
 def test_interrupts_of_torchrun(train_dataset: Dataset, tmp_path: Path, times: int) -> None:
     """It passes the first on as SIGINT, and the second as SIGTERM."""
     run_dir = tmp_path / "run"
