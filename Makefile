@@ -99,7 +99,7 @@ evaluate: setup ## features of SYNTHETIC= and its distance to SELECTION= of DATA
 		WEIGHTS='$(WEIGHTS)' PYTHON='$(PY)' ARGS='$(ARGS)' sbatch evaluate.sbatch
 else
 train: setup
-	$(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m train,$(PY) -m train) \
+	$(if $(filter-out 1,$(NPROC)),$(PY) -m common.launch $(NPROC) train,$(PY) -m train) \
 		--config $(CONFIG) data.dataset=$(DATASET) data.selection=$(SELECTION) run.dir=$(RUN) $(ARGS)
 	$(PY) -m train export $(RUN) $(MODEL)
 

@@ -21,7 +21,7 @@ Train an SD-VAE and a SiT together (REPA-E), or a SiT on a frozen VAE (run.mode=
 the tiles and features of a dataset.
 
   python -m train --config tiny data.dataset=DATASET run.dir=RUN
-  torchrun --nproc-per-node 8 -m train --config cytosyn-40m data.dataset=DATASET run.dir=RUN
+  python -m common.launch 8 train --config cytosyn-40m data.dataset=DATASET run.dir=RUN
 
 The same command continues a run that was stopped, and does nothing in a finished one. Ctrl-C,
 SIGTERM, SIGUSR1 and SIGHUP finish the step, save the state and exit with status 75; start the same
