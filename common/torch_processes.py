@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _LEFT = "histogen/left"
 """The key in the store under which a process that leaves on purpose has its exit status."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+_STORE_OUTLIVES_S = 1.0
+"""How long the first process stays after its error, if the others' store ends with it."""
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 """Words in gloo's plain RuntimeErrors when another process has gone."""
 
@@ -144,6 +147,11 @@ def joined_processes(
     dist.destroy_process_group()
 
 
+def _keeps_store() -> bool:
+    """Whether the store is a server of the first process, which ends with it."""
+    return STORE_VARIABLE not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def _open_store(size: int, patience: timedelta) -> tuple[dist.Store, int]:
     """Where the processes find one another, and this one's rank.
 
@@ -231,6 +239,9 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
             status = report_error(error) if first else EXIT_USAGE
         elif first:
             print_traceback(error)
+    if rank == 0 and _keeps_store():
+        # The others ask it whether they are the first to report what they meet alike.
+        time.sleep(_STORE_OUTLIVES_S)
     # What follows flushes nothing by itself.
     for stream in (stdout.file, stderr.file, sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""`python -m evaluate ...` with a real, tiny, untrained model: as a person or torchrun calls it."""
+"""`python -m evaluate ...` with a real, tiny, untrained model: as a person or a launcher calls it."""
 
 import os
 import signal
@@ -48,10 +48,9 @@ def environment(threads: int = 1) -> dict[str, str]:
 def call(
     arguments: list[str], processes: int = 1, threads: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    python = [sys.executable, *(launcher if processes > 1 else [])]
+    launcher = ["common.launch", f"{processes}"] if processes > 1 else []
     return subprocess.run(
-        [*python, "-m", "evaluate", *arguments],
+        [sys.executable, "-m", *launcher, "evaluate", *arguments],
         capture_output=True,
         text=True,
         env=environment(threads),

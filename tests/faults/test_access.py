@@ -151,7 +151,6 @@ def _folder_for_all(factory: pytest.TempPathFactory) -> Path:
     folder = factory.mktemp("open")
     folder.chmod(0o777)
     for parent in folder.parents:
-        if parent.stat().st_mode & 0o1:
-            break
-        parent.chmod(parent.stat().st_mode | 0o11)
+        if not parent.stat().st_mode & 0o1:
+            parent.chmod(parent.stat().st_mode | 0o11)
     return folder
