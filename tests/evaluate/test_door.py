@@ -1,4 +1,4 @@
-"""`python -m evaluate ...` with a real, tiny, untrained model: as a person or a launcher calls it."""
+"""`python -m evaluate ...` with a real, tiny, untrained model: as a person or launcher calls it."""
 
 import os
 import signal
