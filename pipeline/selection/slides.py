@@ -70,8 +70,8 @@ def read_tissue(dataset: Dataset) -> Tissue:
     if lost:
         # A selection without them would be another one, under the name of the whole.
         raise UserError(
-            f"the tissue result of {len(lost):,} slides is lost or damaged "
-            f"({list_some(lost)}): run `tissue` (or the `import` that made it), then `select` again"
+            f"slides whose tissue result is lost or damaged: {len(lost):,} "
+            f"({list_some(lost)}); run `tissue` (or the `import` that made it), then `select` again"
         )
     if not fingerprints:
         waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())

@@ -196,6 +196,8 @@ class FolderSearch:
         if entry.is_symlink():
             if is_folder:
                 reason = "not followed into folders; name the folder to search it"
+            elif os.path.exists(entry.path):
+                reason = "the target is no regular file"
             else:
                 reason = "the target is missing"
             self.pass_over("links", reason, entry.path)

@@ -36,7 +36,7 @@ def test_select_names_the_slides_whose_candidates_cannot_be_read(tmp_path: Path)
     dataset.candidates_file(lost).unlink()
     file = dataset.candidates_file(unreadable)
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(UserError, match="tissue result of 2 slides is lost or damaged") as refused:
+    with pytest.raises(UserError, match="whose tissue result is lost or damaged: 2") as refused:
         select(dataset, SelectConfig("train"))
     assert all(slide_id in str(refused.value) for slide_id in (lost, unreadable))
     assert dataset.selection_names() == []
