@@ -168,7 +168,11 @@ def claim_identity(
     # As they are read back, or a tuple would differ from the list that was recorded.
     claims = json.loads(json.dumps(claims))
     record = {"versions": versions, "platform": platform.platform()}
-    before, after = _with_claims(dataset, claims, stage, record)
+    # Another run that makes the dataset writes its copy first: only under the lock is a missing
+    # dataset.json one that was lost.
+    before, after = (
+        _with_claims(dataset, claims, stage, record) if _is_there(dataset) else (None, {})
+    )
     if before != after:
         with hold_lock(dataset.staging_dir(f"{dataset.identity_file.name}.lock")):
             # What another run claimed in between counts, and is kept.

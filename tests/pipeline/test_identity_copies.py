@@ -1,6 +1,8 @@
 """dataset.json is there twice: what is damaged or missing comes back, what is sound is left."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from common.errors import UserError
 from pipeline.__main__ import main
 from pipeline.dataset import Dataset, claim_identity, open_dataset
 from pipeline.dataset.identity import copy_file
+from pipeline.dataset.lock import hold_lock
 
 SCAN, TILE = {"mpp": 0.5, "tile_px": 224}, {"codec": "png"}
 
@@ -130,3 +133,18 @@ def test_without_a_copy_the_message_says_what_is_left(
     claim(dataset, "scan", SCAN)
     claim(dataset, "tile", TILE)
     assert dataset.identity_file.read_bytes() == sound
+
+
+def test_a_run_waits_for_the_one_that_makes_the_dataset(tmp_path: Path) -> None:
+    """The elements of a job array begin at once; the first has its copy before dataset.json."""
+    dataset = Dataset(tmp_path / "d")
+    claim_identity(dataset, {"mpp": 0.5}, stage="scan", versions={})
+    made = dataset.identity_file.read_bytes()
+    dataset.identity_file.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        with hold_lock(dataset.staging_dir("dataset.json.lock")):
+            claimed = pool.submit(claim_identity, dataset, {"mpp": 0.5}, stage="scan", versions={})
+            time.sleep(0.3)
+            assert not claimed.done()
+            dataset.identity_file.write_bytes(made)
+        assert claimed.result(30)["mpp"] == 0.5
