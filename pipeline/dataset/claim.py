@@ -5,11 +5,9 @@ slide would be lost from slides.parquet, a hold-out's tiles would be drawn for t
 held for as long as that takes, seconds to minutes, and never while slides are processed.
 """
 
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
-from common.console import print_line
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
 
@@ -22,8 +20,6 @@ FEATURES = "features"
 GENERATED = "generated"
 """The tables of a synthetic dataset."""
 
-_SAY_AFTER_S = 3.0
-
 
 @contextmanager
 def hold_claim(dataset: Dataset, what: str, doing: str) -> Iterator[None]:
@@ -32,14 +28,6 @@ def hold_claim(dataset: Dataset, what: str, doing: str) -> Iterator[None]:
     After three seconds of waiting one line, which begins with `doing`, says so. Raises `UserError`
     as `hold_lock` does.
     """
-    lock = dataset.staging_dir(f"{what}.lock")
-    said = f"{doing}: waits for another command that changes the {what} of {dataset.root}"
-    timer = threading.Timer(_SAY_AFTER_S, print_line, [said])
-    timer.daemon = True
-    with ExitStack() as stack:
-        timer.start()
-        try:
-            stack.enter_context(hold_lock(lock))
-        finally:
-            timer.cancel()
+    waiting = f"{doing}: waits for another command that changes the {what} of {dataset.root}"
+    with hold_lock(dataset.staging_dir(f"{what}.lock"), waiting):
         yield

@@ -18,7 +18,7 @@ STALE_S = 60.0
 """A holder elsewhere that has not renewed its lock for so long was killed, or lost the machine."""
 PATIENCE_S = 600.0
 """How long to wait for one and the same holder that lives."""
-_MENTION_S = 10.0
+_MENTION_S = 3.0
 _LOOK_S = 0.05
 _MOST_BYTES = 4096
 
@@ -81,25 +81,26 @@ class HeldLock:
 
 
 @contextmanager
-def hold_lock(path: Path) -> Iterator[HeldLock]:
+def hold_lock(path: Path, waiting: str = "") -> Iterator[HeldLock]:
     """Hold `path`, which must not be there, as a lock; made with O_EXCL and renewed every 10 s.
 
     A lock is broken where its holder was a process of this machine and container that is gone, and
     where a waiter sees it not renewed for 60 s by the waiter's clock; a holder that the waiter can
     see alive keeps it, however slow or stopped it is. Clocks of other machines and process ids of
-    other containers are not trusted. Raises `UserError` where it cannot be made, or stays held by
-    one other for 600 s.
+    other containers are not trusted. After three seconds of waiting one line says so, and who
+    holds it; `waiting` is how that line begins. Raises `UserError` where it cannot be made, or
+    stays held by one other for 600 s.
     """
     if path.parent.is_symlink():
         raise UserError(f"cannot lock {path}: {path.parent} is a link; put a folder in its place")
-    lock = HeldLock(path, _acquire_lock(path))
+    lock = HeldLock(path, _acquire_lock(path, waiting or f"waiting for {path}"))
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _acquire_lock(path: Path) -> int:
+def _acquire_lock(path: Path, waiting: str) -> int:
     """The open file of the lock, which is ours now."""
     began = renewed = time.monotonic()
     seen: _Sight | None = None
@@ -119,7 +120,7 @@ def _acquire_lock(path: Path) -> int:
                 "remove it"
             )
         if now - began > _MENTION_S and not is_mentioned:
-            print_line(f"waiting for {path}, held{holder}")
+            print_line(f"{waiting}, held{holder}")
             is_mentioned = True
         time.sleep(_LOOK_S)
     return handle
