@@ -74,7 +74,7 @@ stderr = _PlainConsole(stderr=True)
 
 def print_line(message: str) -> None:
     """Print one line, without secrets, on the terminal or in the batch job's log."""
-    stdout.print(escape_terminal(redact_secrets(message)))
+    stdout.print(redact_secrets(message))
 
 
 def run_door(
@@ -107,7 +107,7 @@ def run_door(
 def report_error(error: UserError | KeyboardInterrupt, *, is_resumable: bool = True) -> int:
     """Print in one line on stderr what ended a command; returns its exit status."""
     if isinstance(error, UserError):
-        stderr.print(escape_terminal(redact_secrets(f"error: {error}")), style="bold red")
+        stderr.print(redact_secrets(f"error: {error}"), style="bold red")
         return EXIT_USAGE
     done = "what was committed stays; run the same command to go on"
     again = "no result was written; the same command begins again"

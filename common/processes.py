@@ -6,6 +6,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.json_text import parse_json
+
 _PROC = Path("/proc")
 
 
@@ -32,8 +34,8 @@ class ProcessIdentity:
     def from_json(cls, text: str) -> "ProcessIdentity | None":
         """What `to_json` wrote, or None: the text may be anybody's, cut short or empty."""
         try:
-            made = cls(**json.loads(text))
-        except (ValueError, TypeError, RecursionError):
+            made = cls(**parse_json(text))
+        except (ValueError, TypeError):
             return None
         texts = all(isinstance(value, str) for value in (made.boot, made.namespace, made.host))
         is_whole = type(made.pid) is type(made.started) is int

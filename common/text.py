@@ -78,6 +78,18 @@ def _identity_character(one: str) -> str:
     return "-" if category == "Pd" or one in "\u2212\u2043\u02d7" else one
 
 
+def first_forms(names: Iterable[str]) -> dict[str, str]:
+    """By the key of each identity, the form of its name that sorts first.
+
+    >>> first_forms(["abc-9", "ABC-9", "DEF"])
+    {'abc-9': 'ABC-9', 'def': 'DEF'}
+    """
+    first: dict[str, str] = {}
+    for name in sorted(set(names)):
+        first.setdefault(same_identity_key(name), name)
+    return first
+
+
 def joined_names(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of one identity that are written in several ways, sorted, by their key.
 
@@ -114,6 +126,17 @@ def list_some(names: Sequence[str], most: int = 20) -> str:
     """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
+
+
+def is_whole_number(text: str, most_digits: int = 18) -> bool:
+    """Whether a text is a whole number from 0 up, in ASCII, of no more digits.
+
+    18 digits fit into an int64; Python refuses to read a number of thousands.
+
+    >>> is_whole_number("0042"), is_whole_number("-1"), is_whole_number("4" * 19)
+    (True, False, False)
+    """
+    return text.isascii() and text.isdigit() and len(text) <= most_digits
 
 
 def format_seconds(seconds: float) -> str:

@@ -159,7 +159,7 @@ def _open_store(size: int, patience: timedelta) -> tuple[dist.Store, int]:
     is a file of the owner's, or a server on loopback. torchrun's own server is not ours to choose.
     """
     rank, address = int(os.environ.get("RANK", "-1")), os.environ.get("MASTER_ADDR", "")
-    path, is_torchrun = os.environ.get(STORE_VARIABLE), "TORCHELASTIC_RUN_ID" in os.environ
+    path = os.environ.get(STORE_VARIABLE)
     is_local = path or address in _LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if is_local and "lo" in (name for _, name in socket.if_nameindex()):
         # Otherwise gloo listens where the host's name leads, NCCL on all networks.
@@ -169,7 +169,7 @@ def _open_store(size: int, patience: timedelta) -> tuple[dist.Store, int]:
         store: dist.Store = dist.FileStore(path, size)
         store.set_timeout(patience)
         return store, rank
-    if rank == 0 and address in _LOOPBACK and not is_torchrun:
+    if rank == 0 and address in _LOOPBACK and _keeps_store():
         # By itself the store would listen on all networks.
         with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))) as server:
             store = dist.TCPStore(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.text import same_identity_key
+from common.text import first_forms, same_identity_key
 from evaluate.compare.provenance import tile_provenance
 from evaluate.generate.condition_source import foreign_guidance
 from pipeline.dataset import (
@@ -130,11 +130,9 @@ def slide_attribute(dataset: Dataset, slides: Labels, attribute: str) -> Labels:
     only in form are one, in the form that sorts first.
     """
     known = {slide.slide_id: str(getattr(slide, attribute)) for slide in read_slides(dataset)}
-    first: dict[str, str] = {}
-    for value in sorted(known.values()):
-        if key := same_identity_key(value):
-            first.setdefault(key, value)
-    known = {slide: first.get(same_identity_key(value), "") for slide, value in known.items()}
+    # A name of invisible characters alone is none.
+    first = first_forms(known.values()) | {"": ""}
+    known = {slide: first[same_identity_key(value)] for slide, value in known.items()}
     # One look-up per slide, not per tile.
     names, member = np.unique(slides, return_inverse=True)
     values = [

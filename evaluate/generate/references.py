@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.pictures import PictureSizeError, open_picture
+from common.text import is_whole_number
 from evaluate.generate.condition_source import check_resolution
 from evaluate.generate.conditions import Reference
 from evaluate.generators import EncoderRecord
@@ -109,7 +110,7 @@ def parse_tile_name(text: str) -> tuple[str, int]:
     ('TCGA-01', 17)
     """
     slide_id, _, rank = text.rpartition(":")
-    if not slide_id or not (rank.isascii() and rank.isdigit() and len(rank) <= 10):
+    if not slide_id or not is_whole_number(rank, 10):
         raise UserError(f"'{text}' is no tile of a dataset; expected SLIDE_ID:RANK")
     return slide_id, int(rank)
 

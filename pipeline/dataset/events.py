@@ -48,16 +48,16 @@ class EventLog:
         line = json.dumps(redact_all(record), ensure_ascii=False) + "\n"
         try:
             # Opened at the first event, so that a run with nothing to do leaves no file.
+            is_first = self._handle is None
             if self._handle is None:
                 make_directory(self.path.parent)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
                 self._handle = os.open(self.path, flags, 0o666)
-                os.write(self._handle, line.encode(errors="backslashreplace"))
+            os.write(self._handle, line.encode(errors="backslashreplace"))
+            if is_first:
                 # After a power loss an empty log would not say which run it was.
                 os.fsync(self._handle)
                 sync_directory(self.path.parent)
-                return
-            os.write(self._handle, line.encode(errors="backslashreplace"))
         except OSError:
             # A full disk would fail again at every event.
             self._broken = True

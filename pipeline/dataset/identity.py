@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import json_bytes, read_regular
 from common.json_text import parse_json
-from pipeline.dataset.commit import commit_bytes, commit_json, new_run_id
+from pipeline.dataset.commit import commit_bytes, new_run_id
 from pipeline.dataset.inside import free_place
 from pipeline.dataset.layout import Dataset
 from pipeline.dataset.lock import hold_lock
@@ -127,7 +127,7 @@ def identity_damage(dataset: Dataset) -> str:
     # The checksum covers the values; spaces and keys around them are compared byte by byte.
     try:
         document = _read_document(dataset)
-        data = _read_file(dataset.identity_file)
+        data = read_regular(dataset.identity_file)
     except (UserError, OSError) as error:
         return str(error)
     if set(document) == {"identity", "records"}:
@@ -206,7 +206,7 @@ def list_copies(dataset: Dataset) -> list[Path]:
 def copy_damage(file: Path) -> str:
     """What is wrong with the bytes of a copy; "" where they are as they were written."""
     try:
-        data = _read_file(file)
+        data = read_regular(file)
         document = _parse_document(data)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
@@ -225,7 +225,7 @@ def merge_copies(dataset: Dataset) -> dict[str, Any] | None:
     copies: dict[str, dict[str, Any]] = {}
     for path in list_copies(dataset):
         with suppress(OSError, ValueError):
-            document = _parse_document(_read_file(path))
+            document = _parse_document(read_regular(path))
             if _is_sound(document) and document["identity"]["format_version"] == FORMAT_VERSION:
                 copies[path.parent.name] = document
     if not copies:
@@ -276,7 +276,7 @@ def _restore_main(dataset: Dataset) -> str:
     file, data = dataset.identity_file, b""
     restored = merge_copies(dataset)
     try:
-        data = _read_file(file)
+        data = read_regular(file)
         document = _parse_document(data)
         if document["identity"]["format_version"] != FORMAT_VERSION:
             return ""
@@ -291,10 +291,8 @@ def _restore_main(dataset: Dataset) -> str:
         return ""
     kept = ""
     if data.strip(b"\0 \r\n"):
-        run_id = new_run_id()
         place = free_place(dataset, file.name)
-        commit_bytes(dataset, run_id, dataset.root / place, data)
-        dataset.staging_dir(run_id).rmdir()
+        _commit_data(dataset, dataset.root / place, data)
         kept = f"; the damaged one is {place}"
     _commit_document(dataset, file, restored)
     return f"repair: restored {file.name}{kept}"
@@ -305,7 +303,7 @@ def _is_copied(
 ) -> bool:
     """Whether a stage's own copy has its values and record."""
     try:
-        document = _parse_document(_read_file(copy_file(dataset, stage)))
+        document = _parse_document(read_regular(copy_file(dataset, stage)))
         identity = document["identity"]
     except (OSError, ValueError):
         return False
@@ -314,8 +312,12 @@ def _is_copied(
 
 
 def _commit_document(dataset: Dataset, file: Path, document: Mapping[str, object]) -> None:
+    _commit_data(dataset, file, json_bytes(document))
+
+
+def _commit_data(dataset: Dataset, file: Path, data: bytes) -> None:
     run_id = new_run_id()
-    commit_json(dataset, run_id, file, document)
+    commit_bytes(dataset, run_id, file, data)
     dataset.staging_dir(run_id).rmdir()
 
 
@@ -364,10 +366,6 @@ def _unreadable_message(dataset: Dataset, error: OSError) -> str:
     )
 
 
-def _read_file(file: Path) -> bytes:
-    return read_regular(file)
-
-
 def _parse_document(data: bytes) -> dict[str, Any]:
     """The document in the bytes of a dataset.json; raises `ValueError` where it is none."""
     document = parse_json(data)
@@ -388,7 +386,7 @@ def _is_sound(document: Mapping[str, Any]) -> bool:
 def _read_document(dataset: Dataset) -> dict[str, Any]:
     file, data = dataset.identity_file, b""
     try:
-        data = _read_file(file)
+        data = read_regular(file)
         document = _parse_document(data)
     except FileNotFoundError as error:
         how = way_back(dataset) if merge_copies(dataset) else "run `scan` first"

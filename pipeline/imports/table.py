@@ -16,7 +16,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import require_regular
 from common.text import list_some, one_line
 from pipeline.imports.config import Columns
 
@@ -86,7 +86,7 @@ def read_positions(path: Path, columns: Columns, units: str = "") -> PositionTab
     # Only the columns that are needed are read: tables of features have hundreds.
     is_csv = path.suffix.lower() not in (".parquet", ".pq")
     try:
-        open_regular(path).close()
+        require_regular(path)
         header = _read_csv_header(path) if is_csv else list(pq.read_schema(path).names)
         resolved = _resolve_columns(path, header, columns)
         units = _resolve_units(path, resolved, units)

@@ -25,8 +25,6 @@ from common.text import one_line
 _GPU_DIRECTIVE = re.compile(r"--(gres|tres-per-\w+)[= ]\S*gpu|--gpus(-per-\w+)?[= ]|^-G")
 _SHELL_PATH = re.compile(r"[\w./:@%+=,${} -]*", re.ASCII)
 _PLAIN_WORD = re.compile(r"[\w./:@%+=,-]+")
-_SHELL_PATH = re.compile(r"[\w./:@%+=,${} -]*", re.ASCII)
-_PLAIN_WORD = re.compile(r"[\w./:@%+=,-]+")
 """What neither SLURM nor a shell takes for more than one word."""
 _MARGIN_S, _MARGIN_SHARE = 300.0, 0.1
 """A worker leaves this long before its job's walltime (or this share of a short one)."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.text import joined_names, same_identity_key
+from common.text import first_forms, joined_names, same_identity_key
 from pipeline.selection.config import Rules
 
 Text = npt.NDArray[np.str_]
@@ -115,8 +115,8 @@ def identity_keys(names: Text) -> Text:
 def one_form(names: Text) -> Text:
     """Names [n], those that differ only in form in the form that sorts first."""
     distinct, member = np.unique(names, return_inverse=True)
-    first: dict[str, str] = {}
-    forms = [first.setdefault(same_identity_key(name), name) for name in distinct.tolist()]
+    first = first_forms(distinct.tolist())
+    forms = [first[same_identity_key(name)] for name in distinct.tolist()]
     return np.array(forms, np.str_)[member] if forms else np.zeros(0, np.str_)
 
 

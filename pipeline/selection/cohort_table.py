@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.files import open_text, table_lines
+from common.text import is_whole_number
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
@@ -107,9 +108,7 @@ def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) ->
 
 
 def _parse_whole(path: Path, number: int, text: str, least: int) -> int:
-    # 18 digits at most: they fit into an int64.
-    is_number = text.isascii() and text.isdigit() and len(text) <= 18
-    if not is_number or int(text) < least:
+    if not is_whole_number(text) or int(text) < least:
         raise UserError(
             f"{path}, line {number}: '{text[:40]}', expected a whole number from {least} up"
         )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.files import open_text, table_lines
+from common.text import is_whole_number
 
 _COLUMNS = ("slide_id", "rank", "label")
 _IS_ARTIFACT = {"artifact": True, "1": True, "usable": False, "0": False}
@@ -69,9 +70,7 @@ def _parse_row(
     slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
     if slide_id not in candidates:
         raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
-    # Ten digits at most: Python refuses to read a number of thousands.
-    is_number = rank.isascii() and rank.isdigit() and len(rank) <= 10
-    if not is_number or int(rank) >= candidates[slide_id]:
+    if not is_whole_number(rank, 10) or int(rank) >= candidates[slide_id]:
         raise UserError(
             f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
             "(ranks from 0)"

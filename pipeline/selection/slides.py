@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.text import list_some
-from pipeline.dataset import Dataset, Ledger, Slide, candidate_count, read_identity, read_slides
+from pipeline.dataset import Dataset, Ledger, Slide, read_identity, read_slides
 from pipeline.selection.cohort import Cohort, make_cohort
 from pipeline.tissue.stage import (
     candidates_origin,
+    count_candidates,
     imported_source,
     is_lost,
     tissue_fingerprint,
@@ -59,10 +60,8 @@ def read_tissue(dataset: Dataset) -> Tissue:
         elif entry.outcome == "rejected":
             unusable[slide.slide_id] = ("rejected by tissue", entry.reason)
         else:
-            # From the journal: 100,000 Parquet footers on a shared file system take minutes.
-            journalled = entry.counts.get("candidate tiles")
             try:
-                counts[index] = journalled or candidate_count(dataset, slide.slide_id)
+                counts[index] = count_candidates(dataset, slide.slide_id, entry)
             except UserError:
                 lost.append(slide.slide_id)
             fingerprints[slide.slide_id] = expected

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import open_text, table_lines
+from common.text import is_whole_number
 from pipeline.dataset import check_slide_id, safe_slide_id
 from pipeline.slides.config import IdSource
 from pipeline.slides.dicom_series import group_series, read_head
@@ -371,7 +372,7 @@ class SlideTableRow:
     def byte_count(self, *columns: str) -> int:
         """A number of bytes, 0 without one."""
         text = self.read_text(*columns)
-        if text and not (text.isascii() and text.isdigit() and len(text) <= 18):
+        if text and not is_whole_number(text):
             raise self.line_error(f"size '{text[:40]}', expected a number of bytes")
         return int(text or 0)
 

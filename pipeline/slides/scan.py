@@ -1,6 +1,6 @@
 """The `scan` stage: open every slide once, record what it is in slides.parquet."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -98,10 +98,10 @@ def _list_joined(slides: Collection[Slide]) -> list[str]:
     return lines
 
 
-def known_slides(dataset: Dataset) -> list[Slide]:
-    """The slides that `scan` recorded in a dataset, each as it last could be read."""
+def known_slides(lines: Iterable[Entry]) -> list[Slide]:
+    """The slides that `scan` recorded, each as it last could be read; `lines` are its journal."""
     entries: dict[str, Entry] = {}
-    for entry in Ledger.read(dataset, STAGE).lines:
+    for entry in lines:
         before = entries.get(entry.slide_id)
         is_read = entry.outcome in ("done", "rejected")
         if entry.scope == "" and (is_read or before is None or before.outcome == "failed"):
@@ -109,13 +109,13 @@ def known_slides(dataset: Dataset) -> list[Slide]:
     return [_slide_of_entry(entry) for entry in entries.values()]
 
 
-def claimed_slides(dataset: Dataset) -> dict[str, Slide]:
+def claimed_slides(lines: Iterable[Entry]) -> dict[str, Slide]:
     """Slides whose ids scans claimed before they opened them, by id: what was known of each then.
 
-    They are of status "failed": nothing was read of them yet.
+    They are of status "failed": nothing was read of them yet. `lines` are the journal of `scan`.
     """
     claimed: dict[str, Slide] = {}
-    for entry in Ledger.read(dataset, STAGE).lines:
+    for entry in lines:
         if entry.scope == IDS_SCOPE:
             for slide_id, (path, size, mtime_ns) in entry.values["ids"].items():
                 claimed[slide_id] = Slide(
@@ -286,8 +286,9 @@ class ScanStage(Stage[SlideEntry]):
     def _read_known(self) -> None:
         """Give every slide its id, by the ids that the dataset's slides have."""
         known_before = self.before, self.claimed
-        self.before = {slide.slide_id: slide for slide in known_slides(self.dataset)}
-        self.claimed = claimed_slides(self.dataset)
+        lines = Ledger.read(self.dataset, STAGE).lines
+        self.before = {slide.slide_id: slide for slide in known_slides(lines)}
+        self.claimed = claimed_slides(lines)
         if known_before == (self.before, self.claimed) and known_before != ({}, {}):
             return
         known = KnownSlides([] if self.config.replace else (self.claimed | self.before).values())

@@ -24,7 +24,6 @@ from pipeline.dataset import (
     Run,
     Selection,
     Slide,
-    candidate_count,
     commit_bytes,
     commit_file,
     fingerprint_of,
@@ -59,6 +58,7 @@ from pipeline.tissue.stage import STAGE as TISSUE
 from pipeline.tissue.stage import (
     candidates_origin,
     candidates_sha256,
+    count_candidates,
     imported_source,
     is_lost,
     is_same_origin,
@@ -188,7 +188,7 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
                 "slide's as they are now: `select` again"
             )
     try:
-        rows = _count_candidates(dataset, slide, parent)
+        rows = count_candidates(dataset, slide.slide_id, parent)
     except UserError as error:
         return str(error)
     if need.last >= rows:
@@ -197,11 +197,6 @@ def _reason_to_refuse(dataset: Dataset, slide: Slide, parent: Entry | None, need
             "made from former ones, `select` again"
         )
     return ""
-
-
-def _count_candidates(dataset: Dataset, slide: Slide, parent: Entry) -> int:
-    # The journal line states it: the footers of 100,000 files take minutes.
-    return parent.counts.get("candidate tiles") or candidate_count(dataset, slide.slide_id)
 
 
 def tile_fingerprint(
@@ -469,7 +464,7 @@ class TileStage(Stage[_SlideNeed]):
     ) -> SlideTask:
         """Cut the missing tiles of one slide."""
         parent = self.parent_of[item.slide_id]
-        rows = _count_candidates(self.dataset, item.slide, parent)
+        rows = count_candidates(self.dataset, item.slide_id, parent)
         tiles = sum(len(ranks_of_blocks(span, rows)) for span in missing.spans)
         self.written_spans[item.slide_id] = list(missing.spans)
         arguments = (

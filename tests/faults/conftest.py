@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dataset import Dataset
+
 _CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -102,10 +104,27 @@ def preload_shim(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 def shift_clock(preload_shim: Callable[[str], dict[str, str]]) -> Callable[[int], dict[str, str]]:
     """`shift_clock(-86400)` gives the variables under which a process reads that clock.
 
-    Only the time of day is shifted: timeouts go by the monotonic clock, which nobody sets, and the
-    times of files are the file server's.
+    Only the time of day is shifted: timeouts go by the monotonic clock, which cannot be set, and
+    the times of files are the file server's.
     """
     return lambda seconds: preload_shim(_CLOCK.replace("OFFSET", str(seconds)))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The dataset of `door_data`, to be read only."""
+    # Here: it takes torch, which most attacks do not need.
+    from door_data import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("doors") / "d")
+
+
+@pytest.fixture
+def own(made: Dataset, tmp_path: Path) -> Dataset:
+    """A copy of it, to be given bad tables."""
+    from door_data import copy_dataset
+
+    return copy_dataset(made, tmp_path / "d")
 
 
 @pytest.fixture

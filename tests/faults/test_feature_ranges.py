@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from door_data import copy_dataset, make_dataset
 from door_data import train_room as room
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,16 +34,6 @@ from train.setup import open_data
 
 BAD = [1e30, 1.01e4, -1e5, np.nan, np.inf, -np.inf]
 RANK = 21
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("doors") / "d")
-
-
-@pytest.fixture
-def own(made: Dataset, tmp_path: Path) -> Dataset:
-    return copy_dataset(made, tmp_path / "d")
 
 
 def _write(path: Path, table: object) -> None:

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from door_data import COUNTS, candidates_of, copy_dataset, forge_selection, make_dataset
+from door_data import COUNTS, candidates_of, forge_selection
 from door_data import train_room as room
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,22 +17,11 @@ from common.errors import UserError
 from evaluate.compare.sides import FeatureSide
 from evaluate.generate.condition_source import SelectionConditions
 from pipeline.__main__ import main as pipeline
-from pipeline.dataset import Dataset, read_candidates, read_selection, read_slides
+from pipeline.dataset import read_candidates, read_selection, read_slides
 from pipeline.dataset.tables.parquet_table import Column, read_table
 from pipeline.dataset.tables.selections import read_plan, read_rows
 from pipeline.selection.labels import read_labels
 from train.setup import open_data
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("doors") / "d")
-
-
-@pytest.fixture
-def own(made: Dataset, tmp_path: Path) -> Dataset:
-    return copy_dataset(made, tmp_path / "d")
-
 
 BAD_ROWS = {
     "negative": (["S.0-x"] * 2, pa.array([-16, 3]), "rank.*row 0: -16"),

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.files import open_regular
-from common.json_text import parse_json
+from common.json_text import read_json
 from common.text import one_line
 from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.features.ranges import MOST_FEATURE, find_outside
@@ -54,9 +53,7 @@ def read_encoder_record(
     """
     path = encoder_file(dataset, tile_px, encoder, view, kind)
     try:
-        with open_regular(path) as file:
-            record = parse_json(file.read())
-        return {"tile_px": tile_px} | _check_record(record)
+        return {"tile_px": tile_px} | _check_record(read_json(path))
     except FileNotFoundError as error:
         raise UserError(_missing_message(dataset, encoder, kind, view, selection)) from error
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """A Parquet file as a table, committed whole, and checked when it is read.
 
-A table may be of an older or newer release, of another tool or of nobody's good will: each reader
+A table may be of an older or newer release, of another tool or of somebody hostile: each reader
 states the columns that it relies on, and what it gets has their types and ranges, or is refused
 with one line that names the file, the column, the row and what was expected.
 """
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import require_regular
 from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset
@@ -115,7 +115,7 @@ def read_schema(
     if not path.exists():
         raise UserError(f"{path} is missing: {hint}")
     try:
-        open_regular(path).close()
+        require_regular(path)
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
         names = list(schema.names)  # damaged names are no text, which is found out here

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
-from common.files import open_text, read_lines, require_regular
+from common.files import open_text, read_lines
 from common.json_text import parse_json
 from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
@@ -265,7 +265,6 @@ def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
     known: dict[str, int] = {}
     plan = _plan_of(path, read_schema(path, (_SLIDE, _RANK), hint, _MOST_ROWS))
     try:
-        require_regular(path)
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:

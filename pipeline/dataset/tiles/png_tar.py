@@ -142,7 +142,7 @@ class ShardHandle:
         """Bytes [begin, end); raises `UserError` where the disk refuses them or the file ends."""
         # What an index says: a sparse file has any number of bytes.
         if not 0 <= end - begin <= _MOST_BLOCK_BYTES:
-            raise UserError(f"{self.path}: a block of {end - begin:,} bytes: run `verify`")
+            raise UserError(f"{self.path}: a block of {end - begin:,} bytes: {SHARD_REMEDY}")
         try:
             data = os.pread(self.fd, end - begin, begin)
         except OSError as error:
@@ -179,7 +179,7 @@ class TarShard:
             starts = np.array([*offsets, end], np.int64)
             _check_starts(starts, name, path.stat().st_size)
         except (OSError, IndexError, ValueError, OverflowError) as error:
-            raise UserError(f"{index} cannot be read ({error}): {SHARD_REMEDY}") from (error)
+            raise UserError(f"{index} cannot be read ({error}): {SHARD_REMEDY}") from error
         return cls(path, name.start, name.stop, starts)
 
     def open_handle(self) -> ShardHandle:

@@ -233,7 +233,7 @@ class ZarrShard:
                 index = np.frombuffer(file.read(count * _INDEX_ROW), "<u8").reshape(count, 2)
             _check_index(index, size)
         except (OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{path} cannot be read ({error}): {SHARD_REMEDY}") from (error)
+            raise UserError(f"{path} cannot be read ({error}): {SHARD_REMEDY}") from error
         return cls(path, name.start, name.stop, index)
 
     def open_handle(self) -> ShardHandle:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import open_regular
+from common.files import require_regular
 from pipeline.dataset import (
     Dataset,
     DatasetKind,
@@ -131,7 +131,7 @@ class Remaking:
         path = Path(slide.path)
         if not path.is_absolute() or not slide.mtime_ns or not path.is_file():
             return ""
-        open_regular(path).close()
+        require_regular(path)
         if slide_state(path, slide.series) != (slide.bytes, slide.mtime_ns):
             return ""
         if named.stage == "tissue":

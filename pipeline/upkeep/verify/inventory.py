@@ -110,7 +110,7 @@ def read_inventory(dataset: Dataset) -> Inventory:
     """The journals of every stage that has some."""
     folder = dataset.root / "status"
     stages = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    # What `--repair` moved away is nobody's to read: its own journal is left out.
+    # What `--repair` moved away is not read: its own journal is left out.
     journals = {stage: read_journal(dataset, stage) for stage in stages if stage != "verify"}
     return Inventory(dataset, journals)
 

@@ -145,8 +145,10 @@ class Repair:
         )
 
     def clear_lines(self, journal: Path, judge: RunJudge) -> None:
-        """Write a journal without its bad lines, which go to `.damaged`; not while its run may
-        live."""
+        """Write a journal without its bad lines, which go to `.damaged`.
+
+        Not while its run may live.
+        """
         path = self.dataset.relative_path(journal)
         try:
             self.removed += _rewrite_journal(self.dataset, journal, judge)
