@@ -22,6 +22,7 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.claim import SLIDES, hold_claim
 from pipeline.dataset.journal import Outcome
+from pipeline.dataset.tables.slides import can_be_rows
 from pipeline.run.stage import Stage, run_stage, stage_versions
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
@@ -62,11 +63,9 @@ def record_slides(dataset: Dataset, run: Run, summary: Summary) -> dict[str, Sli
         # From all journals, not from this run: array elements and earlier runs scanned other
         # slides.
         ledger = Ledger.read(dataset, STAGE)
-        rows = {
-            slide_id: _slide_of_entry(entry)
-            for slide_id in ledger[""]
-            for entry in ledger[""].entries(slide_id)
-        }
+        rows = _slides_of_entries(
+            {key: entry for key in ledger[""] if (entry := ledger[""].latest(key))}
+        )
         # A slide that was refused for its id, and now has one of its own, is one row.
         taken = {slide.path for slide in rows.values() if slide.status != "failed"}
         rows = {
@@ -106,7 +105,7 @@ def known_slides(lines: Iterable[Entry]) -> list[Slide]:
         is_read = entry.outcome in ("done", "rejected")
         if entry.scope == "" and (is_read or before is None or before.outcome == "failed"):
             entries[entry.slide_id] = entry
-    return [_slide_of_entry(entry) for entry in entries.values()]
+    return list(_slides_of_entries(entries).values())
 
 
 def claimed_slides(lines: Iterable[Entry]) -> dict[str, Slide]:
@@ -116,11 +115,15 @@ def claimed_slides(lines: Iterable[Entry]) -> dict[str, Slide]:
     """
     claimed: dict[str, Slide] = {}
     for entry in lines:
-        if entry.scope == IDS_SCOPE:
-            for slide_id, (path, size, mtime_ns) in entry.values["ids"].items():
-                claimed[slide_id] = Slide(
-                    slide_id, path, status="failed", bytes=size, mtime_ns=mtime_ns
-                )
+        ids = entry.values.get("ids") if entry.scope == IDS_SCOPE else None
+        for slide_id, claim in ids.items() if isinstance(ids, dict) else ():
+            match claim:
+                case [str(path), int(size), int(mtime_ns)]:
+                    claimed[slide_id] = Slide(
+                        slide_id, path, status="failed", bytes=size, mtime_ns=mtime_ns
+                    )
+                case _:
+                    continue  # no scan wrote this
     return claimed
 
 
@@ -141,9 +144,34 @@ def _list_replaced(before: Mapping[str, Slide], after: Mapping[str, Slide]) -> l
     ]
 
 
+def _slides_of_entries(entries: Mapping[str, Entry]) -> dict[str, Slide]:
+    """The slides of journal lines, by id; where no scan writes such values, a failed slide."""
+    slides = {slide_id: _slide_of_entry(entry) for slide_id, entry in entries.items()}
+    if can_be_rows(slides.values()):
+        return slides
+    # Some are not: which, takes a hundred times as long.
+    return {
+        slide_id: slide if can_be_rows([slide]) else _slide_without_values(slide_id)
+        for slide_id, slide in slides.items()
+    }
+
+
+def _slide_without_values(slide_id: str) -> Slide:
+    reason = "its line in the journal has values that no scan writes; run `scan` again"
+    return Slide(slide_id, "", status="failed", reason=reason)
+
+
 def _slide_of_entry(entry: Entry) -> Slide:
     """The slide of a journal line; one whose worker died has only what was known before."""
-    values = dict(entry.values)
+    try:
+        return _parse_slide(entry)
+    except (TypeError, ValueError):
+        return _slide_without_values(entry.slide_id)
+
+
+def _parse_slide(entry: Entry) -> Slide:
+    # Values of newer releases are passed over.
+    values = {key: value for key, value in entry.values.items() if key in Slide.__annotations__}
     values["levels"] = tuple(map(tuple, values.get("levels", ())))
     for key in ("levels_left_out", "notes"):
         values[key] = tuple(values.get(key, ()))

@@ -35,6 +35,7 @@ from pipeline.dataset.inside import move_inside, remove_file, remove_tree
 from pipeline.dataset.journal import STAGES, encode_line
 from pipeline.dataset.layout import is_inside, is_stage_file
 from pipeline.dataset.tiles.zarr_shard import commit_zarr, encode_chunk
+from pipeline.slides.scan import IDS_SCOPE, claimed_slides, known_slides
 from pipeline.upkeep.doctor.storage import temporary_folder
 from pipeline.upkeep.verify.damaged import Remaking
 
@@ -566,3 +567,24 @@ def test_a_full_disk_loses_nothing_while_damaged_files_are_moved(
     assert after.get(f".damaged/{name}", after.get(name)) == damaged
     assert all(after[other] == data for other, data in before.items() if other != name)
     assert read_journal(dataset, "tile") == journals
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"path": 5}, {"levels": "x"}, {"levels": [[1]]}, {"width": "a"}, {"width": 10**12},
+        {"mpp": [1]}, {"notes": 5}, {"notes": [{}]}, {"bounds": [1]}, {"patient": None},
+        {"levels_left_out": ["x"]}, {"bytes": 10**30},
+    ],
+)  # fmt: skip
+def test_a_line_of_scan_with_other_values_is_a_failed_slides(values: dict[str, object]) -> None:
+    entry = Entry("S", "done", "f", values=values)
+    assert [(slide.slide_id, slide.status) for slide in known_slides([entry])] == [("S", "failed")]
+    newer = Entry("S", "done", "f", values={"path": "/s.svs", "of a newer release": 1})
+    assert [slide.status for slide in known_slides([newer])] == ["ok"]
+
+
+@pytest.mark.parametrize("ids", [5, [1], {"S": 5}, {"S": [1, 2, 3]}, {"S": ["p", "x", 1]}, None])
+def test_ids_that_no_scan_claimed_are_not_taken(ids: object) -> None:
+    line = Entry("ids", "pruned", "", scope=IDS_SCOPE, values={"ids": ids})
+    assert claimed_slides([line]) == {}

@@ -108,13 +108,29 @@ class Slide:
 def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> FileRecord:
     """Write slides.parquet, sorted by slide_id; mpp in µm per px, sizes in level-0 px."""
     # Sorted, so that equal slides give equal bytes.
+    table = _slides_table(sorted(slides, key=lambda slide: slide.slide_id))
+    return write_table(dataset, run_id, dataset.slides_file, table)
+
+
+def can_be_rows(slides: Iterable[Slide]) -> bool:
+    """Whether all values have the types and sizes of the table's columns: others' may not."""
+    try:
+        table = _slides_table(slides)
+    except (TypeError, ValueError, OverflowError, pa.ArrowException):
+        return False
+    return all(not table[name].null_count for name in table.column_names if name not in _NULLABLE)
+
+
+def _slides_table(slides: Iterable[Slide]) -> pa.Table:
     rows = []
-    for slide in sorted(slides, key=lambda s: s.slide_id):
+    for slide in slides:
         row = dict(slide.__dict__)
         row["levels"] = [{"width": w, "height": h, "downsample": d} for w, h, d in slide.levels]
         rows.append(row)
-    table = pa.Table.from_pylist(rows, schema=SLIDES_SCHEMA)
-    return write_table(dataset, run_id, dataset.slides_file, table)
+    return pa.Table.from_pylist(rows, schema=SLIDES_SCHEMA)
+
+
+_NULLABLE = ("mpp", "tile_mpp", "bounds")
 
 
 _HINT = "run `python -m pipeline scan` first"
