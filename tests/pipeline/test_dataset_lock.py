@@ -14,7 +14,7 @@ import pytest
 from common.errors import UserError
 from common.processes import ProcessIdentity
 from pipeline.dataset import Dataset, claim_identity, identity, lock, read_identity
-from pipeline.dataset.commit import commit_json
+from pipeline.dataset.commit import commit_bytes
 from pipeline.dataset.lock import hold_lock
 
 HOLDER = """
@@ -46,13 +46,13 @@ class Pause:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
-        monkeypatch.setattr(identity, "commit_json", self.commit)
+        monkeypatch.setattr(identity, "commit_bytes", self.commit)
 
     def commit(self, *arguments: Any) -> Any:
         if not self.reached.is_set():
             self.reached.set()
             self.go.wait(0.5)
-        return commit_json(*arguments)
+        return commit_bytes(*arguments)
 
 
 def test_of_two_first_claims_at_once_one_is_refused(
