@@ -46,6 +46,8 @@ _MOST_UNSEEN_S = 10.0
 """What counts of a time in which the coordinator was stopped: its workers may have finished."""
 _KILLED_WITHIN_S = 30.0
 """A nanny waits some seconds for its worker, then kills it."""
+_FETCHED_WITHIN_S = 5.0
+"""The entries of a bundle are small: whoever holds them and is alive has sent them by then."""
 
 
 class Observer(Protocol):
@@ -169,6 +171,23 @@ class _Fleet:
     def youngest_first(self, addresses: Iterable[str]) -> list[str]:
         """The youngest has the most time left, for what has waited longest."""
         return sorted(addresses, key=lambda address: (-self.since[address], address))
+
+
+class _LostResultsError(Exception):
+    """A bundle ended, and its worker died before it had sent the entries."""
+
+
+def _fetch_results(future: Any) -> tuple[list[list[Entry]], Exception | None]:
+    """What a bundle that ended returned, or what it raised.
+
+    Never without a limit: Dask would wait for a task that died with its worker until another
+    worker of the same address has done it again, and there will be none.
+    """
+    try:
+        error = future.exception(timeout=_FETCHED_WITHIN_S)
+        return ([], error) if error else (future.result(timeout=_FETCHED_WITHIN_S), None)
+    except TimeoutError:
+        return [], _LostResultsError()
 
 
 class Drain:
@@ -354,9 +373,12 @@ class Drain:
             future, tasks, number, str(worker.get("nanny")), name,
             self._fleet.since[address], time.monotonic(), self._watched_s,
         )  # fmt: skip
-        future.add_done_callback(
-            lambda _: self._actions.put(partial(self._end_flight, address, number))
-        )
+        self._await_end(address, self._flights[address])
+
+    def _await_end(self, address: str, flight: _Flight) -> None:
+        """Queue `_end_flight` for when the bundle has ended."""
+        end = partial(self._end_flight, address, flight.number)
+        flight.future.add_done_callback(lambda _: self._actions.put(end))
 
     def _end_flight(self, address: str, number: int) -> None:
         """A bundle has ended: take its entries, or judge what ended it."""
@@ -364,28 +386,37 @@ class Drain:
         flight = self._flights.get(address)
         if flight is None or flight.number != number:
             return
-        del self._flights[address]
         from distributed.scheduler import KilledWorker
 
-        error = flight.future.exception()
+        results, error = _fetch_results(flight.future)
+        if isinstance(error, _LostResultsError) and address in self._fleet.look_around(
+            time.monotonic()
+        ):
+            self._await_end(address, flight)
+            return
+        del self._flights[address]
         if error is None:
-            for entries in flight.future.result()[flight.received :]:
+            for entries in results[flight.received :]:
                 self._take_entries(flight, entries)
         elif isinstance(error, UnfitWorkerError):
             raise UserError(str(error))
-        elif isinstance(error, KilledWorker):
-            slide_id = flight.slide.slide_id if flight.rest else ""
-            self._observer.log_event("worker died", worker=flight.worker, slide=slide_id)
-            if self._external:
-                self._dead.append((time.monotonic() + RETURNS_WITHIN_S, flight))
-            else:
-                self._charge_death(flight)
+        elif isinstance(error, KilledWorker | _LostResultsError):
+            self._end_with_worker(flight)
         elif len(flight.rest) > 1:
             self._try_apart(flight)
         else:
             text = redact_secrets(one_line(error, 10_000))[:200]
             reason = f"internal error: {type(error).__name__}: {text}"
             self._take_entries(flight, flight.slide.failed_entries(reason))
+
+    def _end_with_worker(self, flight: _Flight) -> None:
+        """Its worker died, with what it had not sent."""
+        slide_id = flight.slide.slide_id
+        self._observer.log_event("worker died", worker=flight.worker, slide=slide_id)
+        if self._external:
+            self._dead.append((time.monotonic() + RETURNS_WITHIN_S, flight))
+        else:
+            self._charge_death(flight)
 
     def _judge_deaths(self, nannies: set[str], now: float) -> None:
         """A worker that died and came back was killed by its slide; a job that ended was not."""

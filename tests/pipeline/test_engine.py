@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +61,37 @@ def test_a_slide_that_kills_its_worker_fails_alone():
     assert entries["s1"].values == {"path": "/s1"}
     assert entries["s3"].reason == "internal error: RuntimeError: two lines"
     assert meter.done == 20
+
+
+def work_then_die(slide_id: str, marks: str) -> list[Entry]:
+    """Slide "b" ends well, after "a"; its worker dies a moment later, the first time."""
+    if slide_id == "b":
+        time.sleep(1.0)
+    if slide_id == "b" and not os.path.exists(marks):
+        Path(marks).touch()
+        threading.Timer(0.5, os._exit, (1,)).start()
+    return [Entry(slide_id, "done", "f")]
+
+
+def test_a_worker_that_dies_before_it_has_sent_its_result_costs_another_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator is busy with "a" while the worker of "b" ends, then dies."""
+    monkeypatch.setattr(drain, "_FETCHED_WITHIN_S", 1.0)
+    tasks = [SlideTask(one, "f", (one, str(tmp_path / "died"))) for one in ("a", "b")]
+    entries: list[Entry] = []
+
+    def take_slowly(rows: list[Entry]) -> None:
+        if rows[0].slide_id == "a":
+            time.sleep(4.0)
+        entries.extend(rows)
+
+    meter = Meter("test", 2, "slides")
+    run_tasks(work_then_die, tasks, EngineConfig(2), take_slowly, meter)
+    assert sorted((entry.slide_id, entry.outcome) for entry in entries) == [
+        ("a", "done"), ("b", "done"),
+    ]  # fmt: skip
+    assert (tmp_path / "died").exists()
 
 
 def test_a_failure_that_the_stage_could_not_write_is_of_its_scopes():
