@@ -18,6 +18,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="replace a selection of that name that was made with other options",
     )  # fmt: skip
     parser.add_argument(
+        "--skip-lost", action="store_true",
+        help="leave out slides whose tissue result is lost or damaged, instead of ending",
+    )  # fmt: skip
+    parser.add_argument(
         "--remove", metavar="NAME", action="append", default=[],
         help="remove that selection, if no other depends on it; may be given several times",
     )  # fmt: skip
@@ -39,4 +43,4 @@ def run(options: argparse.Namespace) -> int:
     if not options.name:
         raise UserError("select needs --name (or --remove); see `python -m pipeline select --help`")
     config = config_from_options(SelectConfig, options)
-    return select(dataset, config, replace_other=options.replace)
+    return select(dataset, config, replace_other=options.replace, skip_lost=options.skip_lost)

@@ -99,22 +99,35 @@ class Drawing:
     ties: Ties
 
 
-def select(dataset: Dataset, config: SelectConfig, *, replace_other: bool = False) -> int:
+def select(
+    dataset: Dataset,
+    config: SelectConfig,
+    *,
+    replace_other: bool = False,
+    skip_lost: bool = False,
+) -> int:
     """Write selections/<name>.parquet with its plan; returns the exit status.
 
     A selection of that name with other tiles is refused where it was made with other options,
     unless `replace_other`; where the dataset has changed it is made again. Another command that
-    changes selections is waited for, and then counts.
+    changes selections is waited for, and then counts. A slide whose tissue result is lost or
+    damaged ends it, unless `skip_lost` leaves the slide out.
     """
     with hold_claim(dataset, SELECTIONS, STAGE):
-        return select_claimed(dataset, config, replace_other=replace_other)
+        return select_claimed(dataset, config, replace_other=replace_other, skip_lost=skip_lost)
 
 
-def select_claimed(dataset: Dataset, config: SelectConfig, *, replace_other: bool = False) -> int:
+def select_claimed(
+    dataset: Dataset,
+    config: SelectConfig,
+    *,
+    replace_other: bool = False,
+    skip_lost: bool = False,
+) -> int:
     """`select`, where the claim on selections is held already; returns the exit status."""
     config = _check_config(dataset, config)
     # Read once: the fingerprints and the drawing must see the same cohort and ties.
-    tissue, known = read_tissue(dataset), read_ties(dataset)
+    tissue, known = read_tissue(dataset, skip_lost=skip_lost), read_ties(dataset)
     fingerprints = _fingerprint_all(dataset, config, tissue, known)
     ledger = Ledger.read(dataset, STAGE)[""]
     if all(ledger.done(name, fingerprints[name]) for name in config.names):

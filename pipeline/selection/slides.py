@@ -20,6 +20,7 @@ from pipeline.tissue.stage import (
 )
 
 _NO_RESULT = "no tissue result"
+_LOST = "tissue result lost or damaged"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class Tissue:
     candidates: dict[str, str]
 
 
-def read_tissue(dataset: Dataset) -> Tissue:
-    """All slides of slides.parquet with their candidates, and why some have none."""
+def read_tissue(dataset: Dataset, *, skip_lost: bool = False) -> Tissue:
+    """All slides of slides.parquet with their candidates, and why some have none.
+
+    Raises `UserError` where the tissue result of a slide is lost or damaged, unless `skip_lost`
+    makes that slide unusable, and where no slide has candidates.
+    """
     identity = read_identity(dataset)
     ledger = Ledger.read(dataset, "tissue")[""]
     slides, fingerprints = read_slides(dataset), {}
@@ -64,13 +69,16 @@ def read_tissue(dataset: Dataset) -> Tissue:
                 counts[index] = count_candidates(dataset, slide.slide_id, entry)
             except UserError:
                 lost.append(slide.slide_id)
+                continue
             fingerprints[slide.slide_id] = expected
             origins[slide.slide_id] = candidates_origin(slide, entry)
-    if lost:
+    unusable |= dict.fromkeys(lost, (_LOST, "run `tissue`"))
+    if lost and not skip_lost:
         # A selection without them would be another one, under the name of the whole.
         raise UserError(
             f"slides whose tissue result is lost or damaged: {len(lost):,} "
-            f"({list_some(lost)}); run `tissue` (or the `import` that made it), then `select` again"
+            f"({list_some(lost)}); run `tissue` (or the `import` that made it), then `select` "
+            "again; `select --skip-lost` leaves them out"
         )
     if not fingerprints:
         waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())

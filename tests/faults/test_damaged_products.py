@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from pipeline.dataset import Dataset, Ledger, TileStore, read_candidates, read_slides
+from pipeline.dataset import (
+    Dataset,
+    Ledger,
+    TileStore,
+    read_candidates,
+    read_selection,
+    read_slides,
+)
 from pipeline.run.withdraw import find_damaged
 from pipeline.selection.config import SelectConfig
 from pipeline.selection.select import select
@@ -44,6 +51,26 @@ def test_select_names_the_slides_whose_candidates_cannot_be_read(tmp_path: Path)
         select(dataset, SelectConfig("train"))
     assert all(slide_id in str(refused.value) for slide_id in (lost, unreadable))
     assert dataset.selection_names() == []
+
+
+def test_select_leaves_lost_slides_out_where_it_is_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rows as where those slides never had a result; whole again once they have one."""
+    slides = slides_of(trap_rows())
+    dataset = tissue_dataset(tmp_path / "d", slides, [40] * len(slides))
+    select(dataset, SelectConfig("whole"))
+    file = dataset.candidates_file(slides[4].slide_id)
+    good = file.read_bytes()
+    file.unlink()
+    assert select(dataset, SelectConfig("train"), skip_lost=True) == 0
+    assert "tissue result lost or damaged" in capsys.readouterr().out
+    whole = read_selection(dataset, "whole").slide_ids
+    rows = read_selection(dataset, "train").slide_ids
+    assert list(rows) == [slide_id for slide_id in whole if slide_id != slides[4].slide_id]
+    file.write_bytes(good)
+    select(dataset, SelectConfig("train"))
+    assert read_selection(dataset, "train").slide_ids == whole
 
 
 @pytest.fixture(scope="module")
