@@ -52,6 +52,11 @@ class PerceptualLoss(nn.Module):
     def __init__(self, weights: str = "hub", *, legacy_lpips_range: bool = False) -> None:
         super().__init__()
         source = parse_weights(weights)
+        if source.kind == "package":
+            raise WeightsError(
+                "perceptual weights 'package': VGG16 is in no package; give hub, a file, "
+                "random:SEED (no meaning), or none (the term off)"
+            )
         self.weights = weights
         self.legacy_lpips_range = legacy_lpips_range
         self.is_random = source.kind == "random"

@@ -39,11 +39,12 @@ class WeightsError(UserError):
 class WeightsSource:
     """A parsed weights string.
 
-    `kind` is "hub" (`value` a repository id, or empty for the network's default), "file"
-    (`value` a path), "random" (`value` the seed in decimal) or "none" (the term is off).
+    `kind` is "hub" (`value` a repository id, or empty for the network's default), "package" (the
+    file that an installed Python package contains), "file" (`value` a path), "random" (`value` the
+    seed in decimal) or "none" (the term is off).
     """
 
-    kind: Literal["hub", "file", "random", "none"]
+    kind: Literal["hub", "package", "file", "random", "none"]
     value: str
 
     @property
@@ -53,7 +54,7 @@ class WeightsSource:
 
 
 def parse_weights(weights: str) -> WeightsSource:
-    """Read "hub", "hub:ID", "random:SEED", "none" or a file path.
+    """Read "hub", "hub:ID", "package", "random:SEED", "none" or a file path.
 
     Raises `WeightsError` for an empty string and for "random" without a seed that is
     a whole number from 0 up; whether a file exists is checked when it is read.
@@ -71,8 +72,10 @@ def parse_weights(weights: str) -> WeightsSource:
         return WeightsSource("random", tail)
     if weights == "none":
         return WeightsSource("none", "")
+    if weights == "package":
+        return WeightsSource("package", "")
     if not weights:
-        raise WeightsError("weights: empty; give hub, hub:ID, a file path or random:SEED")
+        raise WeightsError("weights: empty; give hub, hub:ID, package, a file path or random:SEED")
     return WeightsSource("file", weights)
 
 

@@ -54,6 +54,37 @@ class TimmConstruction:
 
 
 @dataclass(frozen=True)
+class EfficientNetConstruction:
+    """A timm EfficientNet: pooled features, and the map at a sixteenth of the input's side."""
+
+    architecture: str
+
+    def build_network(self) -> nn.Module:
+        """Build it; [B, 3, px, px] to features [B, D] and the map [B, C, px / 16, px / 16]."""
+        return _EfficientNet(timm.create_model(self.architecture, pretrained=False, num_classes=0))
+
+
+class _EfficientNet(nn.Module):
+    """timm's modules under their own names, with a second output between the stages."""
+
+    _STRIDE_16 = 5  # the map of the fifth of seven stages
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.conv_stem: nn.Module = network.conv_stem
+        self.bn1: nn.Module = network.bn1
+        self.blocks: nn.Sequential = network.blocks
+        self.conv_head: nn.Module = network.conv_head
+        self.bn2: nn.Module = network.bn2
+        self.global_pool: nn.Module = network.global_pool
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.blocks[: self._STRIDE_16](self.bn1(self.conv_stem(x)))
+        top = self.bn2(self.conv_head(self.blocks[self._STRIDE_16 :](x)))
+        return self.global_pool(top), x
+
+
+@dataclass(frozen=True)
 class InceptionConstruction:
     """InceptionV3 up to pool3."""
 

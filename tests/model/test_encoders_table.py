@@ -28,6 +28,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 UNIT = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
+LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
 FROM_128 = ((128 / 255,) * 3, (128 / 255,) * 3)
 
 
@@ -36,7 +38,7 @@ class Facts:
     """What the models' cards and papers say; written down here apart from the table."""
 
     millions: float  # parameters as published, to the digit given
-    network_output: tuple[int, ...]  # of one tile
+    network_output: tuple[int, ...]  # of one tile; the first of two
     dim: int
     input_px: int
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
@@ -47,10 +49,22 @@ class Facts:
 FACTS = {
     "h0-mini": Facts(86, (261, 768), 768, 224, BIOPTIMUS, "CC BY-NC-ND 4.0", True),
     "h-optimus-0": Facts(1135, (261, 1536), 1536, 224, BIOPTIMUS, "Apache-2.0", True),
+    "h-optimus-1": Facts(1135, (261, 1536), 1536, 224, BIOPTIMUS, "CC BY-NC-ND 4.0", True),
     "uni": Facts(303, (197, 1024), 1024, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
     "uni2-h": Facts(681, (265, 1536), 1536, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
+    "virchow": Facts(631, (257, 1280), 1280, 224, IMAGENET, "Apache-2.0", True),
+    "virchow-cls-mean": Facts(631, (257, 1280), 2560, 224, IMAGENET, "Apache-2.0", True),
     "virchow2": Facts(631, (261, 1280), 1280, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
     "virchow2-cls-mean": Facts(631, (261, 1280), 2560, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
+    "prov-gigapath": Facts(1135, (197, 1536), 1536, 224, IMAGENET, "Prov-GigaPath", True),
+    "midnight": Facts(1135, (257, 1536), 1536, 224, UNIT, "MIT", False),
+    "midnight-cls-mean": Facts(1135, (257, 1536), 3072, 224, UNIT, "MIT", False),
+    "hibou-b": Facts(86, (261, 768), 768, 224, HIBOU, "Apache-2.0", False),
+    "phikon": Facts(86, (197, 768), 768, 224, IMAGENET, "Owkin", False),
+    "kaiko-vit-s16": Facts(21.7, (197, 384), 384, 224, UNIT, "Kaiko", False),
+    "kaiko-vit-b8": Facts(86, (785, 768), 768, 224, UNIT, "Kaiko", False),
+    "lunit-vit-s16": Facts(21.7, (197, 384), 384, 224, LUNIT, "Lunit", False),
+    "efficientnet-lite0": Facts(3.4, (1280,), 1280, 224, UNIT, "Apache-2.0", False),
     "phikon-v2": Facts(303, (197, 1024), 1024, 224, IMAGENET, "Owkin", False),
     "conch-v1": Facts(90, (512,), 512, 448, CLIP, "CC BY-NC-ND 4.0", True),
     "conch-v1-224": Facts(90, (512,), 512, 224, CLIP, "CC BY-NC-ND 4.0", True),
@@ -105,6 +119,10 @@ def seeded(name: str) -> Encoder:
     return Encoder(spec, _seeded[key], "random:0", device="cpu", dtype=torch.float32)
 
 
+def first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 def test_the_facts_are_of_the_whole_table() -> None:
     assert set(FACTS) == set(ENCODERS)
 
@@ -118,7 +136,8 @@ def test_the_entry_says_what_is_published(name: str) -> None:
     assert (spec.dim, spec.input_px) == (facts.dim, facts.input_px)
     assert spec.licence.startswith(facts.licence)
     assert bool(spec.gating) == facts.gated
-    assert spec.num_tokens == (196 if len(facts.network_output) == 2 else 0)
+    has_tokens = len(facts.network_output) == 2 or name == "efficientnet-lite0"
+    assert spec.num_tokens == (196 if has_tokens else 0)
 
 
 @every_entry
@@ -130,7 +149,7 @@ def test_the_network_has_the_published_size(name: str) -> None:
         return
     with torch.device("meta"):
         network = spec.construction.build_network()
-        output = network(torch.empty(1, 3, spec.input_px, spec.input_px))
+        output = first(network(torch.empty(1, 3, spec.input_px, spec.input_px)))
     assert sum(p.numel() for p in network.parameters()) == spec.parameters
     assert output.shape == (1, *FACTS[name].network_output)
 
@@ -143,7 +162,7 @@ def test_a_real_tile_becomes_features(name: str, tiles: np.ndarray) -> None:
     hook = encoder.network.register_forward_hook(lambda _, x, y: seen.extend((x[0], y)))
     out = encoder.encode(tiles)
     hook.remove()
-    pixels, output = seen
+    pixels, output = seen[0], first(seen[1])
     assert pixels.shape == (2, 3, spec.input_px, spec.input_px)
     assert output.shape == (2, *FACTS[name].network_output)
     assert out.cls.shape == (2, spec.dim)
@@ -152,10 +171,11 @@ def test_a_real_tile_becomes_features(name: str, tiles: np.ndarray) -> None:
     if spec.num_tokens:
         assert out.tokens is not None
         assert out.tokens.shape == (2, 196, spec.token_dim)
+    if output.ndim == 3:
         assert torch.equal(out.cls[:, : spec.token_dim], output[:, 0])
     else:
-        assert out.tokens is None
         assert torch.equal(out.cls, output)
+        assert (out.tokens is None) == (spec.num_tokens == 0)
 
 
 def test_cls_and_mean_leave_the_registers_out(tiles: np.ndarray) -> None:
@@ -185,7 +205,9 @@ def test_conch_without_its_package_is_one_clear_line() -> None:
 
 def test_variants_share_their_weights() -> None:
     shared = {
+        "virchow-cls-mean": "virchow",
         "virchow2-cls-mean": "virchow2",
+        "midnight-cls-mean": "midnight",
         "conch-v1-224": "conch-v1",
         "inception-v3-clean": "inception-v3",
         "inception-v3-tf1": "inception-v3",

@@ -345,7 +345,7 @@ def test_a_release_that_cannot_be_had_is_one_line(
     assert "\n" not in message
     assert "weights fetch released --to DIR" in message
     assert "--mirror" in message
-    with pytest.raises(UserError, match="not published on the hub"):
+    with pytest.raises(UserError, match="are not there, but at"):
         load_encoder("released", "hub:lab/tiny")
 
 
