@@ -187,9 +187,7 @@ def _timm_name(key: str, places: Sequence[tuple[int, int]]) -> str:
         return key
     stage, index = places[int(parts[1])]
     names = _LATER_STAGES if stage else _FIRST_STAGE
-    return ".".join(
-        ("blocks", str(stage), str(index), names.get(parts[2], parts[2]), *parts[3:])
-    )
+    return ".".join(("blocks", str(stage), str(index), names.get(parts[2], parts[2]), *parts[3:]))
 
 
 @dataclass(frozen=True)

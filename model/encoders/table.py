@@ -146,15 +146,18 @@ class EncoderSpec:
         return next(s.name for s in ENCODERS.values() if s.published == self.published)
 
 
-_TERMS = "accept the terms; approved at once"
-_TERMS_BY_HAND = "accept the terms; approved by hand"
+TERMS = "accept the terms; approved at once"
+"""Gating that ends with a click."""
+TERMS_BY_HAND = "accept the terms; approved by hand"
+"""Gating that ends with somebody's review."""
+
 _CC_BY_NC_ND = "CC BY-NC-ND 4.0"
 
 H0_MINI = EncoderSpec(
     name="h0-mini",
     published=HubFiles("bioptimus/H0-mini"),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
     construction=TimmConstruction(
         "vit_base_patch14_reg4_dinov2",
         # 5.33334 · 768 = 4096 for gate and value together
@@ -178,7 +181,7 @@ H_OPTIMUS_0 = EncoderSpec(
     name="h-optimus-0",
     published=HubFiles("bioptimus/H-optimus-0"),
     licence="Apache-2.0",
-    gating=_TERMS,
+    gating=TERMS,
     construction=TimmConstruction(
         "vit_giant_patch14_reg4_dinov2",
         frozen(img_size=224, init_values=1e-5, dynamic_img_size=False),
@@ -199,14 +202,14 @@ H_OPTIMUS_1 = replace(
     name="h-optimus-1",
     published=HubFiles("bioptimus/H-optimus-1"),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
 )
 
 UNI = EncoderSpec(
     name="uni",
     published=HubFiles("MahmoodLab/uni"),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
     construction=TimmConstruction(
         "vit_large_patch16_224", frozen(img_size=224, init_values=1e-5, dynamic_img_size=True)
     ),
@@ -225,7 +228,7 @@ UNI2_H = EncoderSpec(
     name="uni2-h",
     published=HubFiles("MahmoodLab/UNI2-h"),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
     construction=TimmConstruction(
         "vit_giant_patch14_224",
         frozen(
@@ -249,7 +252,7 @@ VIRCHOW2 = EncoderSpec(
     name="virchow2",
     published=HubFiles("paige-ai/Virchow2"),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
     construction=TimmConstruction(
         "vit_huge_patch14_224",
         frozen(
@@ -298,8 +301,8 @@ VIRCHOW_CLS_MEAN = replace(
 PROV_GIGAPATH = EncoderSpec(
     name="prov-gigapath",
     published=HubFiles("prov-gigapath/prov-gigapath"),
-    licence="Prov-GigaPath licence, research only",
-    gating=_TERMS,
+    licence="Apache-2.0; its terms add: research only",
+    gating=TERMS,
     construction=TimmConstruction(
         "vit_giant_patch14_dinov2", frozen(img_size=224, patch_size=16, init_values=1e-5)
     ),
@@ -469,7 +472,7 @@ CONCH_V1 = EncoderSpec(
     name="conch-v1",
     published=HubFiles("MahmoodLab/conch", ("pytorch_model.bin",)),
     licence=_CC_BY_NC_ND,
-    gating=_TERMS_BY_HAND,
+    gating=TERMS_BY_HAND,
     construction=ConchConstruction(448),
     readout=pooled_readout,
     dim=512,

@@ -156,7 +156,7 @@ def _fetch_item(item: Item, folder: Path, mirror: str) -> WeightsRecord:
         )  # fmt: skip
         published_sha256 = hash_file(source)
         staged = staging / final.name
-        if source.suffix == staged.suffix:
+        if source.suffix == staged.suffix and source.is_relative_to(staging):
             source.resolve().replace(staged)  # the hub's client gives a link into its cache
         else:
             write_tensors(staged, item.tensors(source))
@@ -202,7 +202,10 @@ def _read_records(folder: Path) -> dict[str, WeightsRecord]:
 
 
 def table_rows() -> list[tuple[str, ...]]:
-    """What `weights list` prints: a head and one row for each encoder, then the other items."""
+    """What `weights list` prints: a head, one row for each encoder, then the other items.
+
+    Encoders come in the order of how long one waits for their weights.
+    """
     head = ("name", "dim", "tokens", "parameters", "input", "licence", "gated", "from")
     rows = [
         (
@@ -215,7 +218,7 @@ def table_rows() -> list[tuple[str, ...]]:
             spec.gating or "no",
             spec.hub_id,
         )
-        for spec in table.ENCODERS.values()
+        for spec in sorted(table.ENCODERS.values(), key=_wait)
     ]
     others = [
         (item.name, "-", "-", "-", "-", item.licence, item.gating or "no", item.published.id)
@@ -223,3 +226,8 @@ def table_rows() -> list[tuple[str, ...]]:
         if item.name not in table.ENCODERS
     ]
     return [head, *rows, *others]
+
+
+def _wait(spec: table.EncoderSpec) -> int:
+    """How long one waits for an encoder's weights: not at all, for a click, for a review."""
+    return 2 if spec.gating == table.TERMS_BY_HAND else int(bool(spec.gating))

@@ -58,9 +58,59 @@ def as_transformers(tensors: Tensors) -> Tensors:
                 theirs[f"{layer}.{name}.{kind}"] = tensors[f"{ours}.{name}.{kind}"]
     for i in (0, 1):
         for scale in (1, 2):
-            theirs[f"encoder.layer.{i}.layer_scale{scale}.lambda1"] = tensors[
-                f"blocks.{i}.ls{scale}.gamma"
-            ]
+            gain = tensors.get(f"blocks.{i}.ls{scale}.gamma")
+            if gain is not None:
+                theirs[f"encoder.layer.{i}.layer_scale{scale}.lambda1"] = gain
+    return theirs
+
+
+def as_transformers_swiglu(tensors: Tensors) -> Tensors:
+    """Gated feed-forward layers have names of their own there."""
+    names = {".mlp.fc1.": ".mlp.weights_in.", ".mlp.fc2.": ".mlp.weights_out."}
+    theirs = {}
+    for key, value in as_transformers(tensors).items():
+        for ours, name in names.items():
+            key = key.replace(ours, name)
+        theirs[key] = value
+    return theirs
+
+
+def as_transformers_registers(tensors: Tensors) -> Tensors:
+    """Register tokens, and a position of the CLS token that its network adds at every pass."""
+    cls_position = tensors["cls_token"]
+    return {
+        **as_transformers_swiglu(tensors),
+        "embeddings.register_tokens": tensors["reg_token"],
+        "embeddings.cls_token": torch.zeros_like(cls_position),
+        "embeddings.position_embeddings": torch.cat([cls_position, tensors["pos_embed"]], dim=1),
+    }
+
+
+def as_meta_registers(tensors: Tensors) -> Tensors:
+    """The original repository's names of registers and gated layers."""
+    names = {"reg_token": "register_tokens", ".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+    theirs = as_meta(tensors)
+    for ours, name in names.items():
+        theirs = {key.replace(ours, name): value for key, value in theirs.items()}
+    cls_position = tensors["cls_token"]
+    return {
+        **theirs,
+        "cls_token": torch.zeros_like(cls_position),
+        "pos_embed": torch.cat([cls_position, tensors["pos_embed"]], dim=1),
+    }
+
+
+def as_transformers_vit(tensors: Tensors) -> Tensors:
+    """transformers' ViTModel, name by name, with the pooling layer that it may have."""
+    width = tensors["cls_token"].shape[-1]
+    names = {".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
+             ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense."}  # fmt: skip
+    theirs: Tensors = {"pooler.dense.weight": torch.zeros(width, width)}
+    for key, value in as_transformers(tensors).items():
+        for ours, name in names.items():
+            key = key.replace(ours, name)
+        theirs[key] = value
+    theirs.pop("embeddings.mask_token")
     return theirs
 
 
@@ -70,6 +120,9 @@ VITS = [  # the others have h0-mini's layout: theirs run under `full`, entire
     ("dinov2-b", as_timm),
     ("dinov2-b", as_meta),
     ("dinov2-b", as_transformers),
+    ("hibou-b", as_meta_registers),
+    ("hibou-b", as_transformers_registers),
+    ("phikon", as_transformers_vit),
 ]
 
 

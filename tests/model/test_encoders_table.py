@@ -56,7 +56,7 @@ FACTS = {
     "virchow-cls-mean": Facts(631, (257, 1280), 2560, 224, IMAGENET, "Apache-2.0", True),
     "virchow2": Facts(631, (261, 1280), 1280, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
     "virchow2-cls-mean": Facts(631, (261, 1280), 2560, 224, IMAGENET, "CC BY-NC-ND 4.0", True),
-    "prov-gigapath": Facts(1135, (197, 1536), 1536, 224, IMAGENET, "Prov-GigaPath", True),
+    "prov-gigapath": Facts(1135, (197, 1536), 1536, 224, IMAGENET, "Apache-2.0", True),
     "midnight": Facts(1135, (257, 1536), 1536, 224, UNIT, "MIT", False),
     "midnight-cls-mean": Facts(1135, (257, 1536), 3072, 224, UNIT, "MIT", False),
     "hibou-b": Facts(86, (261, 768), 768, 224, HIBOU, "Apache-2.0", False),
