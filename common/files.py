@@ -68,6 +68,21 @@ def _sync_names(path: Path) -> None:
     _SYNCED.add(path)
 
 
+def find_link(root: Path, path: Path) -> Path | None:
+    """The first link on the way from a folder to a path below it, itself included.
+
+    None without any, and for a path outside; the folder itself may be a link, and so may what is
+    above it.
+    """
+    way = Path(os.path.relpath(os.path.abspath(path), os.path.abspath(root))).parts
+    place = root
+    for part in way if way[:1] != ("..",) else ():
+        place = place / part
+        if place.is_symlink():
+            return place
+    return None
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, open to be read; a pipe, device, socket or folder is refused at once.
 

@@ -87,6 +87,8 @@ def _patience_s() -> float:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse `N ROOM ...` and run it; the exit status."""
+    if arguments[1:2] == ["-m"]:  # as torchrun's users write it
+        arguments = [*arguments[:1], *arguments[2:]]
     count, room = [*arguments[:2], "", ""][:2]
     if not (count.isdecimal() and int(count) >= 1 and room in _ROOMS):
         raise UserError(

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from common.errors import UserError
 
+_MOST = 10**300
+
 
 class Record(Mapping[str, object]):
     """A parsed JSON object; what is absent or of another type is an error that names its path.
@@ -33,8 +35,12 @@ class Record(Mapping[str, object]):
     def optional(self, key: str) -> int | float | None:
         """A number as it was written, None where it is null or absent."""
         value = self._values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._mismatch_error(key, "a number")
+        if isinstance(value, int) and abs(value) >= _MOST:  # which no float has
+            raise self._mismatch_error(key, "a number below 10^300")
         return value
 
     def number(self, key: str) -> float:
@@ -46,7 +52,10 @@ class Record(Mapping[str, object]):
 
     def count(self, key: str) -> int:
         """A whole number that must be there."""
-        return int(self.number(key))
+        value = self.number(key)
+        if not value.is_integer():
+            raise self._mismatch_error(key, "a whole number")
+        return int(value)
 
     def text(self, key: str, default: str | None = None) -> str:
         """A text; `default` where it is null or absent."""

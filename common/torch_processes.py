@@ -1,7 +1,11 @@
-"""The processes that `torchrun` started for one command, or a single one, and their devices."""
+"""The processes that were started for one command, or a single one, and their devices.
+
+They exchange tensors and JSON, never pickles: those run code of whoever reaches a process's port.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -10,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,13 +30,15 @@ from common.console import (
     stdout,
 )
 from common.errors import UserError
+from common.json_text import parse_json
 from common.launch import STORE_VARIABLE
 
-Outcome = TypeVar("Outcome")
 _CPU = torch.device("cpu")
 
 _LEFT = "histogen/left"
 """The key in the store under which a process that leaves on purpose has its exit status."""
+_MOST_MESSAGE_BYTES = 1 << 30
+"""Of a JSON value that the main one tells the others; a plan of 100 million images has 20 MB."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _STORE_OUTLIVES_S = 1.0
@@ -87,28 +93,55 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], Outcome]) -> Outcome:
-        """What `work` returns on the main process, on every process; the others wait for it.
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """The JSON value that `work` returns on the main process, on every process.
 
-        Its `UserError` ends all of them; the others raise `ReportedElsewhereError`.
+        The others wait for it, and check what they get. Its `UserError` ends all of them; the
+        others raise `ReportedElsewhereError`.
         """
         if self.size == 1:
             return work()
         mistake: UserError | None = None
-        results: list[Outcome] = []
+        message: dict[str, Any] = {}
         if self.is_main:
             try:
-                results.append(work())
+                message = {"value": work()}
             except UserError as error:
                 mistake = error
-        # An empty list tells of a failure: without a message the others would wait for days.
-        message = [results]
-        dist.broadcast_object_list(message, src=0)
+        # An empty message tells of a failure: without one the others would wait for days.
+        received = self._tell_all(json.dumps(message).encode())
         if mistake is not None:
             raise mistake
-        if not message[0]:
+        try:
+            message = parse_json(received)
+            if not isinstance(message, dict) or not message.keys() <= {"value"}:
+                raise ValueError("it is no message of this program")
+        except ValueError as error:
+            raise _foreign_message(str(error)) from error
+        if not message:
             raise ReportedElsewhereError
-        return message[0][0]
+        return message["value"]
+
+    def _tell_all(self, data: bytes) -> bytes:
+        """The main process's bytes, on every process; each gives some."""
+        device = self.device if dist.get_backend() == "nccl" else _CPU
+        count = torch.tensor([len(data)], device=device)
+        dist.broadcast(count, src=0)
+        length = int(count.item())
+        if not 0 < length <= _MOST_MESSAGE_BYTES:
+            raise _foreign_message(f"its length is {length:,} bytes")
+        message = torch.empty(length, dtype=torch.uint8, device=device)
+        if self.is_main:
+            message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(message, src=0)
+        return message.cpu().numpy().tobytes()
+
+
+def _foreign_message(reason: str) -> UserError:
+    return UserError(
+        f"a message from process 0 cannot be read ({reason}): start all processes with the same "
+        "release, on machines and a network that others do not reach"
+    )
 
 
 ALONE = Processes()

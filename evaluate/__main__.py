@@ -1,6 +1,6 @@
 """The door of `evaluate`: `python -m evaluate generate | figure | measure | protocol | report`.
 
-`torchrun --nproc-per-node N -m evaluate generate ...` splits the images over N processes.
+`python -m common.launch N evaluate generate ...` splits the images over N processes.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _refuse_many_processes(command: str) -> None:
-    """Every process of a `torchrun` would do all the work and write the same files.
+    """Every process of several would do all the work and write the same files.
 
     The first one reports that for all; the others leave silently.
     """
@@ -110,7 +110,7 @@ def _refuse_many_processes(command: str) -> None:
         raise SystemExit(EXIT_USAGE)
     more = ": only its --generate is shared among processes" if command == "protocol" else ""
     raise UserError(f"`evaluate {command}` runs in one process, not in {size}{more}; call it "
-                    "without torchrun")  # fmt: skip
+                    "alone")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,8 +5,9 @@ end by REPA-E (arXiv 2504.10483), conditioned on the CLS feature of a pathology 
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config import build_config, check_setting
 from common.errors import UserError
 from common.files import make_directory, write_text
 from common.json_text import read_json
@@ -59,6 +61,23 @@ class Records:
     training_step: int | None = None
     sit: Literal["ema", "raw"] | None = None
     vae: Literal["ema", "raw"] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """The records among these values, which somebody else may have written.
+
+        Those of later versions are left out. Raises UserError for one of another kind.
+        """
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in values.items() if key in known}
+        # As they are written: 1 and 1.0 are one number, but two identities.
+        build_config(cls, given)
+        records = cls(**given)  # type: ignore[arg-type]  # which `build_config` has checked
+        for name, least in (("mpp", 0.0), ("tile_px", 1), ("training_step", 0)):
+            value = getattr(records, name)
+            good = value is None or (not isinstance(value, str) and least <= value < math.inf)
+            check_setting(good, name, value, f"a number of {least:g} or more")
+        return records
 
 
 class CytoSyn(nn.Module):
@@ -369,13 +388,12 @@ def _read_config(path: Path) -> _FolderConfig:
         raise UserError(f"model {path}: lacks {', '.join(absent)}; export the model again")
 
     # Records of later versions are no obstacle; other shapes of networks are.
-    known = {field.name for field in fields(Records)}
     try:
         return _FolderConfig(
             SiTConfig.from_dict(config["sit"]),
             VAEConfig.from_dict(config["vae"]),
             Interpolant(config["path"]),
-            Records(**{key: value for key, value in config["records"].items() if key in known}),
+            Records.from_dict(config["records"]),
             dict(config["sha256"]),
         )
     except UserError as error:

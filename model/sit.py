@@ -48,6 +48,9 @@ SIT_PRESETS: dict[str, dict[str, int]] = {
     }
 }
 
+_LARGEST = {"latent_size": 4096, "patch_size": 4096, "depth": 1024, "encoder_depth": 1024}
+"""Far beyond any network, and not so far that a file of others could ask for endless work."""
+
 
 @dataclass(frozen=True)
 class SiTConfig:
@@ -77,13 +80,18 @@ class SiTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value >= 1):
-                raise UserError(f"SiT {field.name} is {value!r}; expected an integer of 1 or more")
+            most = _LARGEST.get(field.name, 1 << 20)
+            if field.type is int and not (type(value) is int and 1 <= value <= most):
+                raise UserError(
+                    f"SiT {field.name} is {value!r}; expected an integer from 1 to {most:,}"
+                )
         if self.conditioning not in get_args(Conditioning):
             allowed = ", ".join(get_args(Conditioning))
             raise UserError(f"SiT conditioning is {self.conditioning!r}; expected one of {allowed}")
-        if not self.mlp_ratio > 0:
-            raise UserError(f"SiT mlp_ratio is {self.mlp_ratio}; expected a number above 0")
+        if not 0 < self.mlp_ratio <= 1024:
+            raise UserError(
+                f"SiT mlp_ratio is {self.mlp_ratio}; expected a number above 0, at most 1,024"
+            )
         self._require_multiple("latent_size", self.patch_size, "patch_size")
         self._require_multiple("hidden_size", self.num_heads, "num_heads")
         self._require_multiple("hidden_size", 4, "4, which the position embedding needs")

@@ -43,6 +43,9 @@ VAE_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_MOST_LEVELS = 8
+"""Each but the last halves the image, so that a tile has 128 times the side of a latent."""
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -62,12 +65,14 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for name in ("base_channels", "num_res_blocks", "latent_channels", "norm_groups"):
             value = getattr(self, name)
-            if not (type(value) is int and value >= 1):
-                raise UserError(f"VAE {name} is {value!r}; expected an integer of 1 or more")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            most = 64 if name == "num_res_blocks" else 65_536
+            if not (type(value) is int and 1 <= value <= most):
+                raise UserError(f"VAE {name} is {value!r}; expected an integer from 1 to {most:,}")
+        multipliers = self.channel_multipliers
+        if not (1 <= len(multipliers) <= _MOST_LEVELS and all(1 <= m <= 1024 for m in multipliers)):
             raise UserError(
-                f"VAE channel_multipliers is {self.channel_multipliers}; "
-                "expected one integer of 1 or more per level"
+                f"VAE channel_multipliers is {multipliers}; expected an integer of 1 or more for "
+                f"each of up to {_MOST_LEVELS} levels"
             )
         levels = range(len(self.channel_multipliers))
         if not set(self.attention_levels) <= set(levels):

@@ -1,1 +1,1 @@
-"""The stream over a dataset, the REPA-E trainer and its run directory (torchrun)."""
+"""The stream over a dataset, the REPA-E trainer and its run directory."""

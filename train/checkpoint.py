@@ -6,6 +6,7 @@ randomness and the stream are functions of the step.
 """
 
 import errno
+import math
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from common.config import build_config, check_setting
 from common.console import print_line
 from common.errors import UserError
 from common.files import json_bytes, make_directory, sync_directory
@@ -26,7 +28,7 @@ from common.json_text import read_json
 from model.weights import fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
-_NAME = re.compile(r"^step-(\d{8,})$")
+_NAME = re.compile(r"step-([0-9]{8,18})")
 _STATE_FILE = "state.json"
 _STAGING = ".writing-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -51,6 +53,12 @@ class RunState:
     latents: str = ""
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        for name in ("step", "seconds", "skipped_tiles"):
+            value = getattr(self, name)
+            good = value >= 0 and math.isfinite(value)
+            check_setting(good, name, value, "a number of 0 or more")
+
 
 @dataclass(frozen=True)
 class Trainees:
@@ -73,10 +81,14 @@ def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     folder = checkpoints_dir(run_dir)
-    found = [path for path in folder.glob("step-*") if _NAME.match(path.name)]
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -168,8 +180,10 @@ def write_checkpoint(
     disk the oldest goes first where another remains. Raises `UserError` where the folder cannot be
     written; earlier checkpoints then remain.
     """
-    final = checkpoints_dir(run_dir) / f"step-{state.step:08d}"
+    final = checkpoints_dir(run_dir) / _name_of(state.step)
     try:
+        if checkpoints_dir(run_dir).is_symlink():  # old ones of another run might go
+            raise OSError(errno.ELOOP, f"{checkpoints_dir(run_dir)} is a link")
         try:
             _write_folder(final, state, files)
         except OSError as error:
@@ -215,7 +229,9 @@ def _write_folder(final: Path, state: RunState, files: Mapping[str, Mapping[str,
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove what a killed run was writing."""
+    """Remove what a killed run was writing; nothing behind a link."""
+    if checkpoints_dir(run_dir).is_symlink():
+        return
     for path in checkpoints_dir(run_dir).glob(f"{_STAGING}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -228,8 +244,11 @@ def read_state(checkpoint: Path) -> RunState:
         version = values["format_version"]
         # Fields of a later release are left out.
         known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}
+        build_config(RunState, known)  # which checks the types, and makes 1 of 1.0
         state = RunState(**known)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # By the name it is found, and older ones are removed.
+        check_setting(checkpoint.name == _name_of(state.step), "step", state.step, "the folder's")
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): remove that checkpoint to go on from an older one"
         ) from error

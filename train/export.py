@@ -1,26 +1,25 @@
 """A run's model in the form that users share: config.json and safetensors."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.console import print_line
 from common.errors import UserError
+from common.files import find_link
 from model.cytosyn import CytoSyn, Records
 from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
+from model.weights import build_from_tensors, read_tensors
 from train.checkpoint import (
     checkpoints_dir,
     latest_checkpoint,
     list_checkpoints,
-    load_network,
     read_state,
 )
-from train.config import Weights
-from train.setup import read_config, read_records
+from train.config import Config, Weights
+from train.setup import RECORDS_FILE, read_config, read_records
 
 
 def export_run(
@@ -36,40 +35,61 @@ def export_run(
     Defaults are the configuration's `export` section and the newest checkpoint. Raises
     `UserError` where the run has no such checkpoint or weights.
     """
+    if (link := find_link(run_dir, out)) is not None:
+        raise UserError(
+            f"cannot write {out}: {link} is a link in the run directory, which may lead anywhere; "
+            "name another folder"
+        )
     config, checkpoint = read_config(run_dir), _find_checkpoint(run_dir, step)
     chosen_sit, chosen_vae = sit or config.export.sit, vae or config.export.vae
-    records = read_records(run_dir)
-    encoder: Mapping[str, Any] = records["encoder"]
-    model = CytoSyn(
-        SiT(config.model.sit),
-        VAE(config.model.vae),
-        interpolant=Interpolant(config.model.path),
-        records=Records(
-            encoder=encoder.get("encoder"),
-            encoder_weights=encoder.get("weights"),
-            encoder_weights_sha256=encoder.get("weights_sha256"),
-            encoder_is_random=encoder.get("random_weights"),
-            mpp=records["dataset"].get("mpp"),
-            tile_px=config.data.tile_px,
-            training_step=read_state(checkpoint).step,
-            sit=chosen_sit,
-            vae=chosen_vae,
-        ),
-    )
-    load_network(checkpoint, "sit_ema" if chosen_sit == "ema" else "sit", model.sit)
+    sit_file = checkpoint / f"{'sit_ema' if chosen_sit == 'ema' else 'sit'}.safetensors"
     # A frozen VAE has no average in the checkpoint: it is its average.
     averaged = chosen_vae == "ema" and config.mode.trains_vae
-    load_network(checkpoint, "vae_ema" if averaged else "vae", model.vae)
+    vae_file = checkpoint / f"{'vae_ema' if averaged else 'vae'}.safetensors"
+    # Around the tensors: the configuration alone may ask for any amount of memory.
+    model = CytoSyn(
+        build_from_tensors(
+            lambda: SiT(config.model.sit), read_tensors(sit_file), source=str(sit_file)
+        ),
+        build_from_tensors(
+            lambda: VAE(config.model.vae), read_tensors(vae_file), source=str(vae_file)
+        ),
+        interpolant=Interpolant(config.model.path),
+        records=_describe_weights(run_dir, config, checkpoint, sit=chosen_sit, vae=chosen_vae),
+    )
     # Non-finite weights would only show as black images, far from here.
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{checkpoint}: {name} is not finite: export an older step with --step")
     model.save_pretrained(out)
-    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    size = sum(path.lstat().st_size for path in out.iterdir()) / 1e6
     print_line(
         f"exported {checkpoint.name} of {run_dir}: SiT {chosen_sit}, VAE {chosen_vae}, "
         f"{size:.1f} MB: {out}"
     )
+
+
+def _describe_weights(
+    run_dir: Path, config: Config, checkpoint: Path, *, sit: Weights, vae: Weights
+) -> Records:
+    records = read_records(run_dir)
+    encoder = records.part("encoder")
+    try:
+        return Records.from_dict(
+            {
+                "encoder": encoder.get("encoder"),
+                "encoder_weights": encoder.get("weights"),
+                "encoder_weights_sha256": encoder.get("weights_sha256"),
+                "encoder_is_random": encoder.get("random_weights"),
+                "mpp": records.part("dataset").get("mpp"),
+                "tile_px": config.data.tile_px,
+                "training_step": read_state(checkpoint).step,
+                "sit": sit,
+                "vae": vae,
+            }
+        )
+    except UserError as error:
+        raise UserError(f"{run_dir / RECORDS_FILE}: {error}") from error
 
 
 def _find_checkpoint(run_dir: Path, step: int | None) -> Path:

@@ -31,6 +31,7 @@ from train.setup import (
     is_finished,
     open_data,
     open_run,
+    refuse_links,
     run_directory,
 )
 from train.signals import EXIT_REQUEUE, StopRequests
@@ -56,6 +57,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
                     f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do"
                 )
             return EXIT_OK
+        refuse_links(run_directory(config))
         with RunLock(run_directory(config)) as lock:
             processes.on_main(lock.acquire)
             data = open_data(config, processes)
@@ -98,7 +100,7 @@ class Training:
             config, processes, data, self.parts, start.state, fixed=fixed, encode=self.encode
         )
         # Measured once: a run that is continued compares with its first weights.
-        if not self.state.untrained:
+        if not {"l1", "psnr"} <= self.state.untrained.keys():
             self._set_state(untrained=asdict(self.reporter.measure_reconstruction()))
         self.checkpoints = CheckpointWriter(self.run_dir, keep=config.checkpoint.keep)
         self._bad_steps = 0

@@ -160,8 +160,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def _read_lines(path: Path) -> Iterator[dict[str, float]]:
     if not path.exists():
         return
-    for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode().splitlines():
-        try:
-            yield parse_json(text)
-        except ValueError:
-            continue
+    for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode(errors="replace").splitlines():
+        with suppress(ValueError):
+            line = parse_json(text)
+            # What is no line of a log, which others may have written, is left out as well.
+            if _is_line(line):
+                yield line
+
+
+def _is_line(line: object) -> bool:
+    return (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and 0 <= line["step"] < 1 << 32
+        and all(type(value) in (int, float) for value in line.values())
+    )

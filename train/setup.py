@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.config import read_yaml
 from common.console import print_line
 from common.errors import UserError
 from common.files import read_regular, write_json, write_text
 from common.json_text import parse_json, read_json
+from common.record import Record
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
@@ -28,6 +29,12 @@ SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
 RECORDS_FILE = "records.json"
 BLOCKS_DIR = "blocks"  # of a run on several processes
+_WRITTEN_IN_PLACE = (
+    ".lock", ".lease", ".lease.lock", BLOCKS_DIR, "checkpoints", "metrics.jsonl", "samples",
+    "skipped_tiles.jsonl", "tensorboard", "wandb", "wandb_id.txt",
+)  # fmt: skip
+"""Names of a run directory that are opened to be written, or folders of such; the others are
+replaced, also where they are links."""
 
 
 Rows = list[tuple[str, int]]
@@ -189,6 +196,20 @@ def run_directory(config: Config) -> Path:
     return Path(config.run.dir)
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Raise `UserError` where something that a run writes or removes is a link.
+
+    A run directory that somebody else made must lead nowhere else.
+    """
+    for path in (run_dir / name for name in _WRITTEN_IN_PLACE):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link, and training writes or removes nothing behind links in a run "
+                "directory, which may lead anywhere: put a folder or file in its place (one on "
+                "another disk: mount it there), or use another run.dir"
+            )
+
+
 def is_finished(config: Config) -> bool:
     """Whether this very run is complete in its directory; refuses another configuration."""
     run_dir = run_directory(config)
@@ -219,7 +240,8 @@ def damaged_file(
                 continue
             load_config(path)
             # Its last keys: with defaults in place of what was cut off it would be another run.
-            if not {"sit", "vae"} <= read_yaml(path).get("export", {}).keys():
+            export = read_yaml(path).get("export")
+            if not (isinstance(export, dict) and {"sit", "vae"} <= export.keys()):
                 return f"{path} is cut short"
         except FileNotFoundError:
             continue
@@ -241,13 +263,16 @@ def read_config(run_dir: Path) -> Config:
     return load_config(path)
 
 
-def read_records(run_dir: Path) -> dict[str, Any]:
+def read_records(run_dir: Path) -> Record:
     """records.json of a run: the encoder's record, the dataset's identity, versions."""
     path = run_dir / RECORDS_FILE
     try:
-        return dict(read_json(path))
-    except (OSError, ValueError, TypeError) as error:
+        records = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): is {run_dir} a run?") from error
+    if not (isinstance(records, dict) and {"encoder", "dataset"} <= records.keys()):
+        raise UserError(f"{path} has no encoder and dataset: is {run_dir} a run?")
+    return Record(records, str(path))
 
 
 def _check_same_configuration(config: Config, run_dir: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from pipeline.dataset import BLOCK_ROWS
 
 IMAGES_PER_SLIDE = 1024
@@ -68,6 +69,25 @@ class Unit:
     def image_index(self, rank: int) -> int:
         """The image index, from 0 up, of a rank."""
         return self.slide * IMAGES_PER_SLIDE + rank
+
+
+def units_of_rows(rows: object) -> list[Unit]:
+    """The units of rows (slide, start, stop), as another process sent them; checked.
+
+    >>> units_of_rows([[0, 0, 128]])
+    [Unit(slide=0, start=0, stop=128)]
+    """
+    units = []
+    for row in rows if isinstance(rows, list | tuple) else [rows]:
+        values = list(row) if isinstance(row, list | tuple) else []
+        if not (
+            [type(value) for value in values] == [int] * 3
+            and values[0] >= 0
+            and 0 <= values[1] < values[2] <= IMAGES_PER_SLIDE
+        ):
+            raise UserError(f"{str(row)[:80]!r} is no unit of images (pseudo-slide, start, stop)")
+        units.append(Unit(*values))
+    return units
 
 
 def unit_images(micro_batch: int) -> int:

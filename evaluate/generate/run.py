@@ -22,6 +22,7 @@ from evaluate.generate.plan import (
     micro_batches,
     missing_units,
     plan_units,
+    units_of_rows,
     whole_blocks,
 )
 from evaluate.generate.write import (
@@ -108,9 +109,7 @@ def generate(
 
     # Rank 0 alone writes the tables; every process then takes each size-th unit, which balances
     # them without any exchange while they work.
-    units = [Unit(*row) for row in processes.on_main(claim_and_plan)][
-        processes.rank :: processes.size
-    ]
+    units = units_of_rows(processes.on_main(claim_and_plan))[processes.rank :: processes.size]
     started = time.monotonic()
     written = 0
     with _show_progress(processes, sum(unit.image_count for unit in units)) as advance:

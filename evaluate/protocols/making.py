@@ -1,7 +1,7 @@
 """Makes what a protocol's sources lack: images, reconstructions, features.
 
 Images are made in this process, or by the protocol's command under a launcher
-(`torchrun --nproc-per-node 8`); features by `python -m pipeline cache`.
+(`python -m common.launch 8`); features by `python -m pipeline cache`.
 """
 
 import shlex

@@ -12,6 +12,6 @@ def add_protocol_options(command: argparse.ArgumentParser) -> None:
         help="where datasets and models are, and what is changed")  # fmt: skip
     add("--dry-run", action="store_true", help="print what is missing, make nothing")
     add("--generate", metavar="IMAGES",
-        help="only make these images (a name or `all`): for torchrun and GPU jobs")  # fmt: skip
+        help="only make these images (a name or `all`), as a GPU job of its own")  # fmt: skip
     add("overrides", nargs="*", metavar="key=value",
         help="e.g. count=1000 encoders=[inception-v3] generations.*.steps=50")  # fmt: skip

@@ -12,6 +12,9 @@ from common.files import MOST_TEXT_BYTES, read_regular
 from common.json_text import parse_json, read_json
 from common.record import Record
 
+_MOST_STEPS, _LARGEST = 1 << 53, 1e300
+"""What a series of floats has exactly, or at all; JSON's whole numbers have no end."""
+
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Steps ``[n]`` and values ``[n]``."""
 
@@ -33,12 +36,13 @@ def read_run(path: Path) -> RunCurves:
     log = path / "metrics.jsonl"
     if not log.exists():
         raise UserError(f"{path} is no run directory (no metrics.jsonl); give --run RUN of train")
-    # A line that is no JSON was torn by a kill.
+    # A line that is no JSON was torn by a kill; one without a step is none of training.
     rows = []
-    for line in read_regular(log, 4 * MOST_TEXT_BYTES).decode().splitlines():
+    for line in read_regular(log, 4 * MOST_TEXT_BYTES).decode(errors="replace").splitlines():
         with suppress(ValueError):
             row = parse_json(line)
-            if isinstance(row, dict) and "step" in row:
+            step = row.get("step") if isinstance(row, dict) else None
+            if type(step) is int and 0 <= step < _MOST_STEPS:
                 rows.append(Record(row, str(log)))
     return RunCurves(path, _series_by_name(rows), _read_summary(path / "summary.json"))
 
@@ -56,7 +60,8 @@ def _series_by_name(rows: list[Record]) -> dict[str, Series]:
     points: dict[str, list[tuple[int, float]]] = {}
     for step, values in sorted(by_step.items()):
         for name, value in values.items():
-            if name != "step" and isinstance(value, int | float) and np.isfinite(value):
+            # Not NaN either, which is below nothing.
+            if name != "step" and isinstance(value, int | float) and abs(value) < _LARGEST:
                 points.setdefault(name, []).append((step, float(value)))
     arrays = {name: np.array(pairs, np.float64).T for name, pairs in points.items()}
     return {name: (array[0], array[1]) for name, array in arrays.items()}

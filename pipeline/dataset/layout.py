@@ -1,13 +1,13 @@
 """Where each thing is in a dataset directory. Names here are the contract."""
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import find_link
 
 BLOCK_ROWS = 16
 """Ranks [16 b, 16 b + 16) of a slide form block b: the unit of reading, whatever file it is in."""
@@ -227,13 +227,7 @@ class Dataset:
 
         None without any; the dataset's own folder may be a link, and so may what is above it.
         """
-        way = Path(os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))).parts
-        place = self.root
-        for part in way if way[:1] != ("..",) else ():
-            place = place / part
-            if place.is_symlink():
-                return place
-        return None
+        return find_link(self.root, path)
 
     def refuse_linked_folders(self, path: Path) -> None:
         """Raise `UserError` where a folder on the way to a file to be written is a link.

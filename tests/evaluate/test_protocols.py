@@ -696,7 +696,7 @@ run.run_protocol(protocol)
 
 @pytest.mark.full
 def test_from_a_slide_to_a_page_with_nothing_written_by_hand(tmp_path: Path) -> None:
-    """The whole chain on the committed slide: tiles, `cache` in its own process, torchrun, page."""
+    """The whole chain on the committed slide: tiles, `cache` and two that generate, page."""
     slides = Path(__file__).parents[1] / "data" / "slides"
     dataset = tmp_path / "dataset"
     pipeline = [sys.executable, "-m", "pipeline"]
@@ -714,7 +714,7 @@ def test_from_a_slide_to_a_page_with_nothing_written_by_hand(tmp_path: Path) -> 
         f"models.model.model={tmp_path / 'model'}", "models.model.encoder=inception-v3",
         "sets.conditioning.selection=split-a", "sets.reference.selection=split-b",
         "generations.*.steps=2", "settings.draws=2", "settings.fld_seeds=[0]",
-        f"launcher={sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2",
+        f"launcher={sys.executable} -m common.launch 2",
     ]  # fmt: skip
     run = [sys.executable, "-m", "evaluate", *arguments]
     first = subprocess.run(run, check=False, capture_output=True, text=True)

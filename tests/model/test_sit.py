@@ -568,7 +568,7 @@ def test_configuration_round_trips() -> None:
     ("values", "message"),
     [
         ({"hiden_size": 8}, "unknown configuration key 'hiden_size': did you mean 'hidden_s"),
-        ({"depth": 0}, "SiT depth is 0; expected an integer of 1 or more"),
+        ({"depth": 0}, "SiT depth is 0; expected an integer from 1 to 1,024"),
         ({"depth": "28"}, "'depth': expected a whole number, got '28'"),
         ({"latent_size": 27}, "SiT latent_size is 27; expected a multiple of patch_size 2"),
         ({"num_heads": 7}, "SiT hidden_size is 1152; expected a multiple of num_heads 7"),

@@ -281,8 +281,8 @@ def calls_of(tmp_path: Path, script: str, **variables: str) -> list[str]:
     [
         ("cache", {"ARGS": "--device cpu"}, "-m pipeline cache"),
         ("evaluate", {"DEVICE": "cpu"}, "-m pipeline cache"),
-        ("generate", {"ARGS": "--device cpu"}, "-m evaluate generate"),
-        ("train", {"ARGS": "run.device=cpu"}, "-m train --config"),
+        ("generate", {"ARGS": "--device cpu"}, "evaluate generate"),
+        ("train", {"ARGS": "run.device=cpu"}, "train --config"),
     ],
 )
 def test_jobs_that_ask_for_a_gpu_compute_on_it_unless_told_otherwise(
@@ -301,6 +301,19 @@ def test_jobs_that_ask_for_a_gpu_compute_on_it_unless_told_otherwise(
     often = 2 if name == "evaluate" else 1
     assert devices() == ["cuda"] * often
     assert devices(**say) == ["cpu"] * often
+
+
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_processes_of_one_node_are_not_started_by_torchrun(name: str, tmp_path: Path) -> None:
+    """It listens on all networks, and unpickles what it is sent; several nodes need it."""
+    script = (BATCH / f"{name}.sbatch").read_text()
+    starts = f"-m common.launch 4 {'train --config' if name == 'train' else 'evaluate generate'}"
+    calls = calls_of(tmp_path, script, NPROC="4")
+    assert sum(starts in call for call in calls) == 1, calls
+    assert not any("torch.distributed" in call for call in calls)
+    if name == "train":
+        calls = calls_of(tmp_path, script, NPROC="4", SLURM_JOB_NUM_NODES="2")
+        assert any("torch.distributed.run --nnodes=2" in call for call in calls), calls
 
 
 @pytest.mark.parametrize("name", ["tile", "cache"])
