@@ -13,6 +13,8 @@ from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
 from train.checkpoint import (
+    DamagedCheckpointError,
+    check_sums,
     checkpoints_dir,
     latest_checkpoint,
     list_checkpoints,
@@ -38,6 +40,17 @@ def export_run(
     """
     config, checkpoint = read_config(run_dir), _find_checkpoint(run_dir, step)
     chosen_sit, chosen_vae = sit or config.export.sit, vae or config.export.vae
+    # A frozen VAE has no average in the checkpoint: it is its average.
+    averaged = chosen_vae == "ema" and config.mode.trains_vae
+    parts = "sit_ema" if chosen_sit == "ema" else "sit", "vae_ema" if averaged else "vae"
+    try:
+        state = read_state(checkpoint)
+        check_sums(checkpoint, [f"{part}.safetensors" for part in parts])
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"{error}: run the same training command again, which goes on from the checkpoint "
+            "before it, or choose another with --step"
+        ) from error
     records = read_records(run_dir)
     encoder: Mapping[str, Any] = records["encoder"]
     model = CytoSyn(
@@ -51,15 +64,13 @@ def export_run(
             encoder_is_random=encoder.get("random_weights"),
             mpp=records["dataset"].get("mpp"),
             tile_px=config.data.tile_px,
-            training_step=read_state(checkpoint).step,
+            training_step=state.step,
             sit=chosen_sit,
             vae=chosen_vae,
         ),
     )
-    load_network(checkpoint, "sit_ema" if chosen_sit == "ema" else "sit", model.sit)
-    # A frozen VAE has no average in the checkpoint: it is its average.
-    averaged = chosen_vae == "ema" and config.mode.trains_vae
-    load_network(checkpoint, "vae_ema" if averaged else "vae", model.vae)
+    for part, network in zip(parts, (model.sit, model.vae), strict=True):
+        load_network(checkpoint, part, network)
     # Non-finite weights would only show as black images, far from here.
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
