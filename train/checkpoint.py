@@ -1,18 +1,20 @@
 """Checkpoints: a folder per step, written whole or not at all, never pickled.
 
 `RUN/checkpoints/step-NNNNNNNN/` has a safetensors file for each network, moving average and
-optimizer, and state.json. There is no state of a random generator or of the reader in it: all
-randomness and the stream are functions of the step.
+optimizer, and state.json, which has the sums of them all. There is no state of a random generator
+or of the reader in it: all randomness and the stream are functions of the step. A damaged one is
+renamed, never removed.
 """
 
 import errno
+import hashlib
 import math
 import os
 import re
 import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,15 +25,22 @@ from torch import Tensor, nn
 from common.config import build_config, check_setting
 from common.console import print_line
 from common.errors import UserError
-from common.files import json_bytes, make_directory, sync_directory
+from common.files import hash_file, json_bytes, make_directory, sync_directory
 from common.json_text import read_json
-from model.weights import fit_tensors, read_tensors, write_tensors
+from model.weights import WeightsError, fit_tensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _STATE_FILE = "state.json"
 _STAGING = ".writing-"
+_DAMAGED = "damaged-"
+_SUMS, _STATE_SUM = "sha256", "state_sha256"
+"""Keys of state.json for the sums of the other files by name, and of all its other values."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not what was written, or that no step can start from."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,48 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint, or None before the first."""
     return next(reversed(list_checkpoints(run_dir)), None)
+
+
+def find_sound_checkpoint(run_dir: Path, names: Iterable[str]) -> Path | None:
+    """The newest checkpoint that is whole, or None before the first; newer ones are set aside.
+
+    `names` are the safetensors files that it must have. Each damaged one is renamed and reported in
+    a line. Raises `UserError` where no sound one is left: nothing then begins anew in silence.
+    """
+    names = list(names)
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        try:
+            check_sums(checkpoint)
+            _check_tensors(checkpoint, names)
+            return checkpoint
+        except DamagedCheckpointError as error:
+            aside = _set_aside(checkpoint)
+            print_line(f"warning: {error}: set aside as {aside}")
+    if aside_ones := list_damaged(run_dir):
+        raise UserError(
+            f"{run_dir} has no sound checkpoint, and {len(aside_ones)} damaged (newest: "
+            f"{aside_ones[-1]}): restore one as step-NNNNNNNN to go on, or use another run.dir to "
+            "begin anew"
+        )
+    return None
+
+
+def list_damaged(run_dir: Path) -> list[Path]:
+    """The run's checkpoints that were set aside, in the order of their names."""
+    return sorted(checkpoints_dir(run_dir).glob(f"{_DAMAGED}step-*"))
+
+
+def newest_state(run_dir: Path) -> tuple[Path, RunState] | None:
+    """The newest checkpoint whose state.json can be read, and its state; None where there is none.
+
+    Raises `UserError` for one of another format version.
+    """
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        try:
+            return checkpoint, read_state(checkpoint)
+        except DamagedCheckpointError:
+            continue
+    return None
 
 
 class CheckpointWriter:
@@ -212,7 +263,10 @@ def _write_folder(final: Path, state: RunState, files: Mapping[str, Mapping[str,
         make_directory(staged)
         for name, tensors in files.items():
             write_tensors(staged / f"{name}.safetensors", tensors)
-        (staged / _STATE_FILE).write_bytes(json_bytes(asdict(state)))
+        sums = {path.name: hash_file(path) for path in sorted(staged.iterdir())}
+        values = asdict(state) | {_SUMS: sums}
+        values[_STATE_SUM] = _sum_values(values)
+        (staged / _STATE_FILE).write_bytes(json_bytes(values))
         # Contents before names: a power loss must not leave a checkpoint of empty files.
         for path in staged.iterdir():
             with path.open("rb") as file:
@@ -237,27 +291,112 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The state.json of a checkpoint; raises `UserError` for a damaged or newer one."""
+    """The state.json of a checkpoint.
+
+    Raises `DamagedCheckpointError` for a damaged one, `UserError` for that of a newer release.
+    """
+    return RunState(**_known(_read_values(checkpoint)))
+
+
+def _read_values(checkpoint: Path) -> dict[str, Any]:
+    """What state.json has, whose values of this software are of their types."""
     path = checkpoint / _STATE_FILE
     try:
         values = read_json(path)
         version = values["format_version"]
-        # Fields of a later release are left out.
-        known = {key: values[key] for key in RunState.__dataclass_fields__ if key in values}
-        build_config(RunState, known)  # which checks the types, and makes 1 of 1.0
-        state = RunState(**known)
-        # By the name it is found, and older ones are removed.
-        check_setting(checkpoint.name == _name_of(state.step), "step", state.step, "the folder's")
+        # Another version's values may be of other types: that is no damage.
+        if version == FORMAT_VERSION:
+            _check_values(checkpoint, values)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): remove that checkpoint to go on from an older one"
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DamagedCheckpointError(f"{path} cannot be read ({reason})") from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format version {version}, this software reads {FORMAT_VERSION}; "
             "go on with the release that wrote it"
         )
-    return state
+    return dict(values)
+
+
+def _check_values(checkpoint: Path, values: Mapping[str, Any]) -> None:
+    """Raise where values are not those that were written, or of other types than ours."""
+    if _STATE_SUM in values and values[_STATE_SUM] != _sum_values(values):
+        raise ValueError("its values are not those that were written")
+    known = _known(values)
+    build_config(RunState, known)
+    RunState(**known)
+    # By the name it is found, and older ones are removed.
+    check_setting(
+        checkpoint.name == _name_of(values["step"]), "step", values["step"], "the folder's"
+    )
+    if not isinstance(values.get(_SUMS, {}), dict):
+        raise ValueError(f"{_SUMS} is no object")
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a state; those of a later release are left out."""
+    return {key: values[key] for key in RunState.__dataclass_fields__ if key in values}
+
+
+def _sum_values(values: Mapping[str, Any]) -> str:
+    """The sha256 of a state's values without that sum itself."""
+    return hashlib.sha256(
+        json_bytes({key: value for key, value in values.items() if key != _STATE_SUM})
+    ).hexdigest()
+
+
+def check_sums(checkpoint: Path, names: Iterable[str] | None = None) -> bool:
+    """Compare a checkpoint's files, all or `names`, with the sums that state.json has of them.
+
+    Returns whether it has sums: older releases wrote none. Raises `DamagedCheckpointError` naming
+    the file that is missing, unreadable or another, `UserError` as `read_state` does.
+    """
+    sums = _read_values(checkpoint).get(_SUMS)
+    for name, expected in (sums or {}).items():
+        if names is not None and name not in names:
+            continue
+        path = checkpoint / Path(name).name
+        try:
+            found = hash_file(path)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise DamagedCheckpointError(f"{path} is damaged (its sha256 is another)")
+    return sums is not None
+
+
+def _check_tensors(checkpoint: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks a file, or has one that is cut short or not finite."""
+    for name in names:
+        path = checkpoint / name
+        try:
+            tensors = read_tensors(path)
+        except WeightsError as error:
+            reason = "no such file" if not path.exists() else "cut short or no weights"
+            raise DamagedCheckpointError(f"{path} cannot be read ({reason})") from error
+        for key, value in tensors.items():
+            # A moment that is none would spoil the weights at the first step, for good.
+            # Smallest and largest alone: 14 times as fast as a mask of all values.
+            if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+                raise DamagedCheckpointError(f"{path}: '{key}' is not finite")
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing reads it as one, and nothing is lost."""
+    base, number = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}"), 1
+    aside = base
+    while os.path.lexists(aside):
+        number += 1
+        aside = base.with_name(f"{base.name}-{number}")
+    try:
+        checkpoint.rename(aside)
+        sync_directory(aside.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot set aside the damaged checkpoint {checkpoint}: {error.strerror}; rename it "
+            f"to {aside.name} to go on from the one before"
+        ) from error
+    return aside
 
 
 def load_checkpoint(checkpoint: Path, trainees: Trainees) -> None:

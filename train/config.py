@@ -337,6 +337,11 @@ def differing_keys(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
+def has_same_keys(config: Config, values: Mapping[str, object]) -> bool:
+    """Whether a configuration's file has the very keys that this release writes."""
+    return _flatten_keys(config.to_dict()).keys() == _flatten_keys(values).keys()
+
+
 def _flatten_keys(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in values.items():

@@ -13,6 +13,8 @@ from model.sit import SiT
 from model.vae import VAE
 from model.weights import build_from_tensors, read_tensors
 from train.checkpoint import (
+    DamagedCheckpointError,
+    check_sums,
     checkpoints_dir,
     latest_checkpoint,
     list_checkpoints,
@@ -42,10 +44,18 @@ def export_run(
         )
     config, checkpoint = read_config(run_dir), _find_checkpoint(run_dir, step)
     chosen_sit, chosen_vae = sit or config.export.sit, vae or config.export.vae
-    sit_file = checkpoint / f"{'sit_ema' if chosen_sit == 'ema' else 'sit'}.safetensors"
     # A frozen VAE has no average in the checkpoint: it is its average.
     averaged = chosen_vae == "ema" and config.mode.trains_vae
+    sit_file = checkpoint / f"{'sit_ema' if chosen_sit == 'ema' else 'sit'}.safetensors"
     vae_file = checkpoint / f"{'vae_ema' if averaged else 'vae'}.safetensors"
+    try:
+        state = read_state(checkpoint)
+        check_sums(checkpoint, [sit_file.name, vae_file.name])
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"{error}: run the same training command again, which goes on from the checkpoint "
+            "before it, or choose another with --step"
+        ) from error
     # Around the tensors: the configuration alone may ask for any amount of memory.
     model = CytoSyn(
         build_from_tensors(
@@ -55,7 +65,7 @@ def export_run(
             lambda: VAE(config.model.vae), read_tensors(vae_file), source=str(vae_file)
         ),
         interpolant=Interpolant(config.model.path),
-        records=_describe_weights(run_dir, config, checkpoint, sit=chosen_sit, vae=chosen_vae),
+        records=_describe_weights(run_dir, config, state.step, sit=chosen_sit, vae=chosen_vae),
     )
     # Non-finite weights would only show as black images, far from here.
     for name, value in model.state_dict().items():
@@ -70,7 +80,7 @@ def export_run(
 
 
 def _describe_weights(
-    run_dir: Path, config: Config, checkpoint: Path, *, sit: Weights, vae: Weights
+    run_dir: Path, config: Config, step: int, *, sit: Weights, vae: Weights
 ) -> Records:
     records = read_records(run_dir)
     encoder = records.part("encoder")
@@ -83,7 +93,7 @@ def _describe_weights(
                 "encoder_is_random": encoder.get("random_weights"),
                 "mpp": records.part("dataset").get("mpp"),
                 "tile_px": config.data.tile_px,
-                "training_step": read_state(checkpoint).step,
+                "training_step": step,
                 "sit": sit,
                 "vae": vae,
             }

@@ -51,7 +51,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
     """
     with StopRequests() as requests, joined_training(config.run.device) as processes:
         # Before the lock: a finished run needs neither it nor its dataset.
-        if is_finished(config):
+        if processes.on_main(lambda: is_finished(config)):
             if processes.is_main:
                 print_line(
                     f"{config.run.dir} is finished ({config.run.steps} steps): nothing to do"

@@ -18,7 +18,7 @@ from common.files import MOST_TEXT_BYTES, read_regular, sync_directory, write_te
 from common.json_text import parse_json
 from train.config import Config
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SKIPPED_FILE = "metrics.jsonl", "skipped_tiles.jsonl"
 
 
 class MetricsLog:
@@ -26,15 +26,16 @@ class MetricsLog:
 
     A step has one line of training, written before its checkpoint, and one of what was measured
     on the networks after it. A run that goes on from step n repeats none: what was logged after
-    its checkpoint is cut.
+    its checkpoint is cut, also of the list of skipped tiles.
     """
 
     def __init__(self, run_dir: Path, config: Config, *, step: int) -> None:
         self.path = run_dir / METRICS_FILE
         # A run that continues from `step` measures again what follows.
-        if self.path.exists():
-            kept = [line for line in _read_lines(self.path) if 0 < step >= line["step"]]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in (self.path, run_dir / SKIPPED_FILE):
+            if path.exists():
+                kept = [line for line in _read_lines(path) if 0 < step >= line["step"]]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
             self._file = self.path.open("a", encoding="utf-8")
             # Its name; its lines are synced before each checkpoint.
@@ -149,29 +150,26 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The values of metrics.jsonl merged per step, by step, each with its `step`.
 
-    A torn line (the run was killed) is left out.
+    A torn line (the run was killed), and one with a value that is no number, is left out.
     """
     steps: dict[float, dict[str, float]] = {}
     for line in _read_lines(run_dir / METRICS_FILE):
+        if not all(type(value) in (int, float) for value in line.values()):
+            continue
         steps.setdefault(line["step"], {}).update(line)
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, float]]:
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     for text in read_regular(path, 4 * MOST_TEXT_BYTES).decode(errors="replace").splitlines():
         with suppress(ValueError):
             line = parse_json(text)
-            # What is no line of a log, which others may have written, is left out as well.
+            # What is no line of ours, which a damaged disk or others left, is left out as well.
             if _is_line(line):
                 yield line
 
 
 def _is_line(line: object) -> bool:
-    return (
-        isinstance(line, dict)
-        and type(line.get("step")) is int
-        and 0 <= line["step"] < 1 << 32
-        and all(type(value) in (int, float) for value in line.values())
-    )
+    return isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 1 << 32

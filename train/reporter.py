@@ -22,7 +22,7 @@ from model.vae import VAE
 from train.checkpoint import RunState
 from train.config import Config
 from train.losses import Metrics
-from train.metrics_log import MetricsLog, read_metrics
+from train.metrics_log import SKIPPED_FILE, MetricsLog, read_metrics
 from train.networks import Parts
 from train.preview import (
     FixedTiles,
@@ -39,7 +39,6 @@ from train.speed import matrix_rate, peak_memory_gb, step_flop
 from train.step import Encode
 from train.validation import measure_validation
 
-SKIPPED_FILE = "skipped_tiles.jsonl"
 _NOTED = ("vae/l1", "sit/denoise", "sit/align")  # shown at the end of the progress bar
 
 

@@ -19,8 +19,18 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
-from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unfinished
-from train.config import Config, differing_keys, load_config
+from train.checkpoint import (
+    DamagedCheckpointError,
+    RunState,
+    check_sums,
+    find_sound_checkpoint,
+    latest_checkpoint,
+    list_damaged,
+    newest_state,
+    read_state,
+    remove_unfinished,
+)
+from train.config import Config, differing_keys, has_same_keys, load_config
 from train.source import BlockSource, check_coverage
 from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_blocks
 
@@ -142,15 +152,20 @@ def _check_features(config: Config, source: BlockSource) -> None:
 def open_run(config: Config, data: TrainingData, processes: Processes, resume: Resume) -> Start:
     """Claim the run directory and find where to begin.
 
-    Raises `UserError` for the directory of another configuration or selection, and with
+    A damaged checkpoint is set aside for the one before it. Raises `UserError` for the directory of
+    another configuration or selection, for one of which all checkpoints are damaged, and with
     resume="never" for one that has checkpoints.
     """
     run_dir = run_directory(config)
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is not None and resume == "never":
+    if resume == "never" and (latest_checkpoint(run_dir) or list_damaged(run_dir)):
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
-    # Before anything is written: the files of another run stay as they are.
-    _check_same_configuration(config, run_dir)
+
+    def find_checkpoint() -> Path | None:
+        # Before anything is written or renamed: the files of another run stay as they are.
+        _check_same_configuration(config, run_dir)
+        return find_sound_checkpoint(run_dir, checkpoint_files(config))
+
+    checkpoint = processes.on_main(find_checkpoint)
     damage = damaged_file(run_dir)
     table = data.stream.table
     state = RunState(0, table.content_hash, config.hash)
@@ -189,6 +204,15 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     return Start(replace(state, config_sha256=config.hash), checkpoint)
 
 
+def checkpoint_files(config: Config) -> list[str]:
+    """The safetensors files of a checkpoint of that configuration."""
+    trained = ["sit", *["vae"] * config.mode.trains_vae]
+    kept = ["sit", "vae", *(f"{name}_ema" for name in trained)]
+    if config.uses_loss("generator"):
+        trained, kept = [*trained, "discriminator"], [*kept, "discriminator"]
+    return [f"{name}.safetensors" for name in (*kept, *(f"optimizer_{name}" for name in trained))]
+
+
 def run_directory(config: Config) -> Path:
     """The run directory; raises `UserError` where none is set."""
     if not config.run.dir:
@@ -211,7 +235,10 @@ def refuse_links(run_dir: Path) -> None:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether this very run is complete in its directory; refuses another configuration."""
+    """Whether this very run is complete in its directory; refuses another configuration.
+
+    A run whose last checkpoint is damaged is not.
+    """
     run_dir = run_directory(config)
     _check_same_configuration(config, run_dir)
     checkpoint = latest_checkpoint(run_dir)
@@ -219,7 +246,13 @@ def is_finished(config: Config) -> bool:
     # writes again.
     if checkpoint is None or not (run_dir / SUMMARY_FILE).exists() or damaged_file(run_dir):
         return False
-    return read_state(checkpoint).step >= config.run.steps
+    try:
+        is_last = read_state(checkpoint).step >= config.run.steps
+        if is_last:  # "nothing to do" is true only while the weights are there
+            check_sums(checkpoint)
+        return is_last
+    except DamagedCheckpointError:
+        return False
 
 
 def damaged_file(
@@ -281,11 +314,13 @@ def _check_same_configuration(config: Config, run_dir: Path) -> None:
         return
     damage = damaged_file(run_dir, (CONFIG_FILE,))
     differing = [] if damage else differing_keys(config, load_config(path))
+    newest = newest_state(run_dir)
     if not damage and not differing:
+        if newest is not None:
+            _refuse_edited(config, path, *newest)
         return
-    checkpoint = latest_checkpoint(run_dir)
     # The checkpoint knows whose it is. The file may be damaged, and is written again.
-    if checkpoint is not None and read_state(checkpoint).config_sha256 == config.hash:
+    if newest is not None and newest[1].config_sha256 == config.hash:
         return
     if not damage:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -293,8 +328,27 @@ def _check_same_configuration(config: Config, run_dir: Path) -> None:
             f"{run_dir} is the run of another configuration ({'; '.join(differing[:3])}{more}): "
             f"use another run.dir, or --config {path} to continue it"
         )
-    if checkpoint is not None:
+    if newest is not None:
         raise UserError(
-            f"{damage}, and {checkpoint} is of another configuration than this: give the one that "
+            f"{damage}, and {newest[0]} is of another configuration than this: give the one that "
             f"the run was begun with; if it is this one for certain, remove {path}"
+        )
+
+
+def _refuse_edited(config: Config, path: Path, checkpoint: Path, state: RunState) -> None:
+    """Refuse a config.yaml that was edited after the checkpoint was written, and agrees with us.
+
+    Where it has other keys than ours, another release wrote it, whose sums are not comparable; nor
+    are they where records.json, of the last start, has another than the checkpoint.
+    """
+    if state.config_sha256 == config.hash or not has_same_keys(config, read_yaml(path)):
+        return
+    try:
+        recorded = read_records(path.parent).get("config_sha256")
+    except UserError:
+        return
+    if recorded == state.config_sha256:
+        raise UserError(
+            f"{path} was changed after {checkpoint} was written: give the values that the run was "
+            "trained with, or use another run.dir for the new ones"
         )

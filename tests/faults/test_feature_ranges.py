@@ -14,17 +14,16 @@ from common.errors import UserError
 from evaluate.compare.inputs import TileRows, find_faults
 from evaluate.compare.sides import FeatureSide
 from evaluate.generate.condition_source import SelectionConditions
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, Entry, Run, commit_file, software_versions
 from pipeline.dataset.features import (
     MOST_FEATURE,
     FeatureShard,
     FeatureStore,
     are_in_range,
     cls_table,
+    feature_scope,
     find_outside,
-    open_writer,
     token_table,
-    write_blocks,
 )
 from pipeline.dataset.features.quantise import quantise_tokens
 from pipeline.selection.scores import read_cls
@@ -36,9 +35,12 @@ BAD = [1e30, 1.01e4, -1e5, np.nan, np.inf, -np.inf]
 RANK = 21
 
 
-def _write(path: Path, table: object) -> None:
-    with path.open("wb") as file, open_writer(file, table.schema) as writer:
-        write_blocks(writer, table)
+def _write(dataset: Dataset, path: Path, table: object) -> None:
+    """Written and journalled as `cache` does it."""
+    scope = feature_scope(room.TILE_PX, "h0-mini", "", path.parent.name)
+    with Run(dataset, "cache", software_versions()) as run:
+        file = commit_file(dataset, run.run_id, path, room._table_writer(table))
+        run.append([Entry("S.0-x", "done", "f", scope=scope, start=0, stop=48, files=(file,))])
 
 
 def _file_of(dataset: Dataset, kind: str) -> Path:
@@ -52,18 +54,18 @@ def spoil(dataset: Dataset, kind: str, value: float) -> Path:
     if kind == "cls":
         cls = np.stack([one for one, _ in rows])
         cls[RANK, 3] = value
-        _write(path, cls_table(0, cls))
+        _write(dataset, path, cls_table(0, cls))
         return path
     tokens = np.stack([some for _, some in rows])
     if kind == "tokens-float16":
         with np.errstate(over="ignore"):
             tokens[RANK, 2, 5] = value
-        _write(path, token_table(tokens))
+        _write(dataset, path, token_table(tokens))
         return path
     values, scale = quantise_tokens(tokens)
     with np.errstate(over="ignore"):
         scale[RANK, 2] = value
-    _write(path, token_table(values, scale))
+    _write(dataset, path, token_table(values, scale))
     return path
 
 
@@ -126,7 +128,7 @@ def test_curate_refuses_it_and_ranks_of_another_slide(own):
     with pytest.raises(UserError, match="features of rank 21 have the value 1e"):
         list(read_cls(path))
     table = pq.read_table(_file_of(own, "cls"))
-    _write(path, cls_table(7, np.stack(table["cls"].to_pylist()).astype(np.float32)))
+    _write(own, path, cls_table(7, np.stack(table["cls"].to_pylist()).astype(np.float32)))
     with pytest.raises(UserError, match="other ranks than 0 to 47"):
         list(read_cls(path))
 
@@ -134,7 +136,7 @@ def test_curate_refuses_it_and_ranks_of_another_slide(own):
 def test_files_with_other_rows_than_their_name_states(own):
     path = _file_of(own, "cls")
     rows = np.stack([room.train_features(0, rank)[0] for rank in range(40)])
-    _write(path, cls_table(0, rows))
+    _write(own, path, cls_table(0, rows))
     with pytest.raises(UserError, match="8 rows, its name states 16"):
         FeatureShard(path).read_block(2)
 

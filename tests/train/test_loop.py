@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import UserError
+from common.files import write_json
 from model.cytosyn import CytoSyn
 from pipeline.dataset import Dataset, make_selection, read_selection, write_selection
 from train.__main__ import main
-from train.checkpoint import list_checkpoints
+from train.checkpoint import list_checkpoints, read_state
 from train.config import Config, load_config
 from train.loop import Training, TrainingDivergedError, train
 from train.metrics_log import read_metrics
@@ -422,18 +424,21 @@ def test_divergence_stops_with_the_last_good_checkpoint(
 ) -> None:
     run_dir = tmp_path / "run"
     assert train(small_config(train_dataset, run_dir, "run.steps=3")) == 0
-    poison(run_dir / "checkpoints" / "step-00000003" / "sit.safetensors")
+    poison(run_dir / "checkpoints" / "step-00000003")
     config = small_config(train_dataset, run_dir, "run.steps=20", "optim.max_bad_steps=2")
     with pytest.raises(TrainingDivergedError, match=r"2 steps in a row up to step 5 .*00000003"):
         train(config)
 
 
-def poison(path: Path) -> None:
+def poison(checkpoint: Path) -> None:
+    """Finite weights of which no gradient is, as a release without sums wrote them."""
     from safetensors.torch import load_file, save_file
 
+    path = checkpoint / "sit.safetensors"
     tensors = load_file(path)
-    tensors["final_layer.linear.bias"].fill_(float("inf"))
+    tensors["final_layer.linear.bias"].fill_(3e38)
     save_file(tensors, path)
+    write_json(checkpoint / "state.json", asdict(read_state(checkpoint)))
 
 
 @pytest.mark.parametrize(

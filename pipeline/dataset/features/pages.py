@@ -1,13 +1,15 @@
-"""Values of plain Parquet pages as views of the mapped file.
+"""Values of plain Parquet pages as views of the bytes read.
 
 Our feature files have one uncompressed, plainly encoded page per column and row group, so that what
 is on disk is the array itself. pyarrow copies it and takes the checksum with zlib: 0.2 of the
-speed of reading the bytes (docs/performance/features.md). Layout: Apache Parquet, PageHeader in
-Thrift's compact protocol.
+speed of reading the bytes (docs/performance/features.md). The file is read and not mapped: what
+touches a mapped page of a file that was cut short is killed without a word (SIGBUS). Layout: Apache
+Parquet, PageHeader in Thrift's compact protocol.
 """
 
-import mmap
+import os
 import threading
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from common.files import open_regular
+from common.files import open_descriptor
 
 _INT32_FIELD = 0x15
 """Thrift compact: the next field, of type int32."""
@@ -25,7 +27,8 @@ _INT32_FIELD = 0x15
 class PlainPages:
     """The pages of a file, as arrays [rows, ...]; its checksums are verified on every read.
 
-    Raises ValueError where the file is not laid out as our writer does it, or is damaged.
+    Raises ValueError where the file is not laid out as our writer does it, or is damaged, and
+    OSError where it cannot be read. Once opened, a file that is replaced is read as it was.
     """
 
     def __init__(self, path: Path, metadata: pq.FileMetaData) -> None:
@@ -33,8 +36,8 @@ class PlainPages:
         # The column of a list is called `element`; its path begins with the list's own name.
         paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         self._columns = {path.partition(".")[0]: i for i, path in enumerate(paths)}
-        with open_regular(path) as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open_descriptor(path)
+        weakref.finalize(self, os.close, self._file)
         self._lock = threading.Lock()
 
     def read_values(
@@ -60,36 +63,50 @@ class PlainPages:
             count, compression = chunk.num_values, chunk.compression
         if compression != "UNCOMPRESSED":
             raise ValueError(f"column {column} is compressed ({compression})")
-        page_bytes, crc = _page_header(self._map, start)
-        body = start + length - page_bytes
+        data = self._read_bytes(start, length)
+        page_bytes, crc = _page_header(data, 0)
+        body = length - page_bytes
         values_bytes = rows * int(np.prod(shape)) * dtype.itemsize
-        if not start < body <= len(self._map) - page_bytes or values_bytes > page_bytes:
+        if not 0 < body <= length or values_bytes > page_bytes:
             raise ValueError(f"column {column} is not one plain page")
-        if crc is not None and crc != _checksum_crc32(
-            memoryview(self._map)[body : body + page_bytes]
-        ):
+        if crc is not None and crc != _checksum_crc32(data[body:]):
             raise ValueError(f"checksum of column {column}")
         # Levels come first in a page, so that the values are its last bytes.
         first = body + page_bytes - values_bytes
         # A null among the rows is one value to the count and none in the page.
         whole = count == rows * (int(np.prod(shape)) if is_list else 1)
-        if not whole or (is_list and self._after_levels(body) != first):
+        if not whole or (is_list and _after_levels(data, body) != first):
             raise ValueError(f"column {column} has nulls or lists of another length")
-        flat = np.frombuffer(self._map, dtype, values_bytes // dtype.itemsize, first)
+        flat = np.frombuffer(data, dtype, values_bytes // dtype.itemsize, first)
         return flat.reshape(rows, *shape)
 
-    def _after_levels(self, at: int) -> int:
-        """Where the values of a list's page begin: behind its repetition and definition levels.
+    def _read_bytes(self, start: int, length: int) -> memoryview:
+        """The bytes of the file at [start, start + length), read-only."""
+        # Before memory is taken for what a damaged footer may claim.
+        if not 0 <= start <= start + length <= os.fstat(self._file).st_size:
+            raise ValueError("the file is cut short")
+        # NumPy asks the kernel for large pages, which are ten times as fast to come by.
+        buffer, done = np.empty(length, np.uint8).data, 0
+        while done < length:
+            count = os.preadv(self._file, [buffer[done:]], start + done)
+            if count == 0:
+                raise ValueError("the file is cut short")
+            done += count
+        return buffer.toreadonly()
 
-        Both are stored as their length, four bytes, and that many bytes. A list with a null or
-        of another length has fewer values than the levels' count, so they begin elsewhere.
-        """
-        for _ in range(2):
-            at += 4 + int.from_bytes(self._map[at : at + 4], "little")
-        return at
+
+def _after_levels(data: memoryview, at: int) -> int:
+    """Where the values of a list's page begin: behind its repetition and definition levels.
+
+    Both are stored as their length, four bytes, and that many bytes. A list with a null or of
+    another length has fewer values than the levels' count, so they begin elsewhere.
+    """
+    for _ in range(2):
+        at += 4 + int.from_bytes(data[at : at + 4], "little")
+    return at
 
 
-def _page_header(data: mmap.mmap, at: int) -> tuple[int, int | None]:
+def _page_header(data: memoryview, at: int) -> tuple[int, int | None]:
     """Bytes of the page and its CRC-32 (None where the writer took none)."""
     numbers: list[int] = []
     while len(numbers) < 4 and data[at] == _INT32_FIELD:
@@ -101,7 +118,7 @@ def _page_header(data: mmap.mmap, at: int) -> tuple[int, int | None]:
     return numbers[2], numbers[3] & 0xFFFFFFFF if len(numbers) == 4 else None
 
 
-def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]

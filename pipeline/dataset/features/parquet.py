@@ -83,19 +83,23 @@ def write_blocks(writer: pq.ParquetWriter, table: pa.Table) -> None:
 
 
 class FeatureShard:
-    """An open feature file; features [rows, ...] come as views of the file's pages, with no copy.
+    """An open feature file; features [rows, ...] come as views of pages as they were read.
 
-    Safe to share between threads.
+    Safe to share between threads. Where the journal's number of `expected_bytes` is given, a file
+    of another size is refused.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected_bytes: int | None = None) -> None:
         self.path = path
         name = parse_shard_name(path.name)
         self.slide_id, self.start, self.stop = name.slide_id, name.start, name.stop
         # Only the footer is read here; pages are read when their block is.
         try:
             require_regular(path)
-            with pq.ParquetFile(path, memory_map=True) as file:
+            size = path.stat().st_size
+            if expected_bytes not in (None, size):
+                raise ValueError(f"it has {size:,} bytes, the journal records {expected_bytes:,}")
+            with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
             meta = parse_json((schema.metadata or {})[_META_KEY])
             self.kind: str = meta["kind"]
@@ -128,7 +132,7 @@ class FeatureShard:
     def read_block(self, block: int) -> npt.NDArray[np.floating]:
         """Features of a block: float32 [rows, d] for CLS, float16 [rows, t, d] for tokens.
 
-        CLS and float16 tokens are read-only views of the file; int8 tokens are brought back to
+        CLS and float16 tokens are read-only views of the page; int8 tokens are brought back to
         float16.
         """
         if self.kind == "cls":
@@ -139,7 +143,7 @@ class FeatureShard:
         return dequantise_tokens(tokens, self._read_scales(block))
 
     def read_quantised(self, block: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
-        """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of the file."""
+        """int8 tokens [rows, t, d] and scales float16 [rows, t]: views of pages."""
         if self.dtype != "int8":
             raise UserError(f"{self.path} contains {self.dtype} {self.kind}, int8 was requested")
         return self._page_of_group(block, "tokens", self.shape), self._read_scales(block)
@@ -169,7 +173,7 @@ class FeatureShard:
             if len(values) != rows:
                 raise ValueError(f"{len(values)} rows, its name states {rows}")
             return values
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, OSError) as error:
             raise UserError(
                 f"{self.path}: block {block} is damaged ({' '.join(str(error).split())[:200]}); "
                 "run `python -m pipeline verify --repair`, then `cache` again"

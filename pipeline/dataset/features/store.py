@@ -14,6 +14,7 @@ import numpy.typing as npt
 from common.errors import UserError
 from common.json_text import read_json
 from common.text import one_line
+from pipeline.dataset.commit import FileRecord
 from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.features.ranges import MOST_FEATURE, find_outside
 from pipeline.dataset.features.record import FeatureRecord
@@ -165,7 +166,7 @@ class FeatureStore:
         import torch
 
         with warnings.catch_warnings():
-            # torch warns of arrays that are read-only, as pages of a mapped file are.
+            # torch warns of arrays that are read-only, as pages are.
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(self.read_block(slide_id, block))
 
@@ -246,15 +247,16 @@ class FeatureStore:
         entry = self._ledger.file_of(slide_id, rank)
         if entry is None:
             raise self._absent_error(slide_id, rank)
-        return self._open_shard(entry.files[0].path)
+        return self._open_shard(entry.files[0])
 
-    def _open_shard(self, path: str) -> FeatureShard:
+    def _open_shard(self, record: FileRecord) -> FeatureShard:
+        path = record.path
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
         # Opened without the lock, which would keep the other threads waiting for the disk.
-        shard = FeatureShard(self.dataset.root / path)
+        shard = FeatureShard(self.dataset.root / path, record.bytes)
         with self._lock:
             self._open[path] = shard
             while len(self._open) > _OPEN_FILES:
