@@ -78,6 +78,13 @@ class PlainPages:
         flat = np.frombuffer(self._map, dtype, values_bytes // dtype.itemsize, first)
         return flat.reshape(rows, *shape)
 
+    def first_crc(self, column: str) -> int | None:
+        """The CRC-32 that the column's first page states; None without one. Not verified."""
+        with self._lock:
+            chunk = self._metadata.row_group(0).column(self._columns[column])
+            start = chunk.data_page_offset
+        return _page_header(self._map, start)[1]
+
     def _after_levels(self, at: int) -> int:
         """Where the values of a list's page begin: behind its repetition and definition levels.
 
