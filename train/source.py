@@ -11,6 +11,7 @@ import numpy.typing as npt
 from common.errors import UserError
 from pipeline.dataset import Dataset, Ledger, ScopeLedger, TileStore
 from pipeline.dataset.features import FeatureStore, feature_scope
+from pipeline.dataset.lineage import Lineage
 from train.stream import BlockTable
 
 
@@ -117,6 +118,8 @@ def check_coverage(
 ) -> None:
     """Raise `UserError` with the command to run where tiles or features of the table are missing.
 
+    Or where they are of a former state of their slide, see `Lineage`.
+
     A training run must not find out after days that its last slides were never cached.
     """
     root = shlex.quote(str(dataset.root))
@@ -124,11 +127,17 @@ def check_coverage(
     _require_blocks(
         table, tiles, f"{tile_px} px tiles", f"python -m pipeline tile --dataset {root}"
     )
+    lineage = Lineage(dataset, tile_px)
+    for slide_id in table.slide_ids:
+        lineage.check_tiles(slide_id, tiles.written[slide_id])
     caches = Ledger.read(dataset, "cache")
     for kind in kinds:
         done = caches[feature_scope(tile_px, encoder, view, kind)]
         command = f"python -m pipeline cache --dataset {root} --encoder {encoder}"
-        _require_blocks(table, done, f"{kind} features of {encoder}", command)
+        what = f"{kind} features of {encoder}"
+        _require_blocks(table, done, what, command)
+        for slide_id in table.slide_ids:
+            lineage.check_features(slide_id, done.written[slide_id], what)
 
 
 def _require_blocks(table: BlockTable, ledger: ScopeLedger, what: str, command: str) -> None:

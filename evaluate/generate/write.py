@@ -28,6 +28,7 @@ from pipeline.dataset import (
     write_slides,
     write_tar,
 )
+from pipeline.dataset.tiles.store import with_first_crc
 
 SELECTION_NAME = "generated"
 STAGE = "generate"
@@ -191,5 +192,5 @@ def commit_unit(
         counts={"tiles": unit.image_count},
         seconds=round(seconds, 3),
     )
-    run.append([entry])
+    run.append([with_first_crc(dataset, entry)])
     return tar.bytes + idx.bytes

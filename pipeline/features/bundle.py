@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -23,8 +23,15 @@ from pipeline.dataset import (
     commit_file,
 )
 from pipeline.dataset.commit import HashingFile
-from pipeline.dataset.features.parquet import cls_table, open_writer, token_table, write_blocks
+from pipeline.dataset.features.parquet import (
+    FeatureShard,
+    cls_table,
+    open_writer,
+    token_table,
+    write_blocks,
+)
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
+from pipeline.dataset.lineage import FIRST_CRC, TILES
 from pipeline.features.compute import (
     Features,
     Forward,
@@ -52,7 +59,7 @@ class SlideWork:
 
     `spans` are the ranges [start, stop) of blocks to compute, each with the kinds of features that
     it lacks; `tile_px` is the tile side in px; `rows` is one more than the slide's last written
-    rank.
+    rank; `made_from` is what the lines state of the tiles (see `pipeline.dataset.lineage`).
     """
 
     root: str
@@ -64,6 +71,7 @@ class SlideWork:
     fingerprint: str
     weights_sha256: str
     rows: int
+    made_from: Mapping[str, object] = field(default_factory=dict)
 
     def failed_entries(self, reason: str, kinds_left: Iterable[Iterable[str]]) -> list[Entry]:
         """The lines of a failure, of the kinds that some span lacks and a later run writes.
@@ -117,6 +125,17 @@ class _SlideWriters:
         self.is_stopped = False
         self.error: UserError | None = None
 
+    def refuse_other_tiles(self, store: TileStore) -> None:
+        """Stop where the slide's tiles are others by now than the stage planned with."""
+        planned = self.job.work.made_from.get(TILES)
+        if planned and store.fingerprint_of(self.job.work.slide_id) != planned:
+            self.stop(
+                UserError(
+                    f"slide {self.job.work.slide_id}: its tiles were made again while `cache` ran: "
+                    "run it again"
+                )
+            )
+
     def stop(self, error: UserError | None = None) -> None:
         """No further features come: of a damaged tile, or as a writer failed (which says why)."""
         self.is_stopped, self.error = True, error
@@ -162,6 +181,8 @@ class _Bundle:
         self._config = works[0].config
         self._encoder = encoder
         self._slides = [_SlideWriters(_FeatureJob(work, encoder)) for work in works]
+        for slide in self._slides:
+            slide.refuse_other_tiles(store)
         self._spans = [
             Span(index, work.slide_id, blocks, kinds)
             for index, work in enumerate(works)
@@ -262,9 +283,13 @@ class _FeatureJob:
                 scope=work.config.scope(work.tile_px, kind),
                 start=start, stop=stop, files=(record,), seconds=seconds,
                 counts={"tiles": stop - start} if place == 0 else {},
+                values={**work.made_from, FIRST_CRC: FeatureShard(self._path(record)).first_crc},
             )
             for place, (kind, record) in enumerate(staged)
         ]  # fmt: skip
+
+    def _path(self, record: FileRecord) -> Path:
+        return self.dataset.root / record.path
 
     def _write_tokens(
         self, parts: Iterator[Features], cls: list[npt.NDArray[np.float32]], file: HashingFile

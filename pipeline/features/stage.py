@@ -22,7 +22,9 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.claim import FEATURES, hold_claim
 from pipeline.dataset.features.store import refuse_other_features
+from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ranks_of_blocks
+from pipeline.dataset.lineage import Lineage, inherited_values
 from pipeline.features.bundle import SlideWork, cache_bundle, load_encoder_once
 from pipeline.features.config import STAGE, VERSION, CacheConfig
 from pipeline.features.device import gpu_count, stage_device
@@ -182,6 +184,7 @@ class CacheStage(Stage[_SlideBlocks]):
         self.kind_of_scope = {config.scope(self.tile_px, kind): kind for kind in config.kinds}
         self.scopes = tuple(self.kind_of_scope)
         self.tiles = Ledger.read(dataset, "tile")[str(self.tile_px)]
+        self.lineage = Lineage(dataset, self.tile_px)
         written = _written_record(self.config.file(dataset, self.tile_px, "cls"))
         self.weights_sha256 = str(written["weights_sha256"]) if written else ""
         self.encoder_record: dict[str, Any] = {}
@@ -212,6 +215,16 @@ class CacheStage(Stage[_SlideBlocks]):
             weights=self.weights_sha256, compute_dtype=self.config.dtype, view=self.config.view,
         )  # fmt: skip
 
+    def reason_to_refuse(
+        self, item: _SlideBlocks, fingerprint: str, ledger: Ledger
+    ) -> tuple[Outcome, str] | None:
+        """Where the tiles are of former candidates or of a former slide."""
+        try:
+            self.lineage.check_tiles(item.slide_id, self.tiles.written.get(item.slide_id, ()))
+        except UserError as error:
+            return "failed", str(error)
+        return None
+
     def find_missing(self, item: _SlideBlocks, fingerprint: str, ledger: Ledger) -> Missing:
         """The blocks that lack some kind of features."""
         return ledger.missing(item.slide_id, item.blocks, fingerprint, self.scopes)
@@ -238,6 +251,7 @@ class CacheStage(Stage[_SlideBlocks]):
         work = SlideWork(
             str(self.dataset.root), run_id, item.slide_id, self.config, self.tile_px, spans,
             fingerprint, self.weights_sha256, self._rows_of(item.slide_id),
+            inherited_values(self.tiles.written[item.slide_id]),
         )  # fmt: skip
         tiles = self.count_tiles(item.slide_id, spans)
         scopes = tuple(scope for scope in self.scopes if scope in missing.scopes)

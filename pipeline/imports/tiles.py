@@ -39,6 +39,7 @@ from pipeline.dataset import (
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName
+from pipeline.dataset.tiles.store import with_first_crc
 from pipeline.imports.candidates import candidates_table
 from pipeline.imports.config import TilesConfig
 from pipeline.imports.picture import read_picture
@@ -151,12 +152,13 @@ def import_folder(
         return [Entry(slide.slide_id, "failed", fingerprints.row, str(error))]
     count = len(order)
     row = slide_values(replace(slide, codec=codec))
+    tiles = Entry(
+        slide.slide_id, "done", fingerprints.tiles, scope=str(config.tile_px),
+        start=0, stop=count, files=shard, counts={"tiles": count},
+        seconds=time.monotonic() - began,
+    )  # fmt: skip
     return [
-        Entry(
-            slide.slide_id, "done", fingerprints.tiles, scope=str(config.tile_px),
-            start=0, stop=count, files=shard, counts={"tiles": count},
-            seconds=time.monotonic() - began,
-        ),
+        with_first_crc(Dataset(Path(root)), tiles),
         Entry(
             slide.slide_id, "done", fingerprints.candidates, files=(candidates,),
             counts={"candidate tiles": count}, values={"source": fingerprints.source},

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.csv_rows import CsvRows
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import open_text
 from common.text import is_whole_number
 from pipeline.dataset import Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
@@ -45,13 +46,10 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     """
     try:
         with open_text(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(table_lines(file))
-            columns = reader.fieldnames or []
+            lines = CsvRows(path, file)
+            columns = lines.columns
             _require_columns(path, columns)
-            rows = [
-                _parse_row(path, number, row, _CANDIDATES in columns)
-                for number, row in enumerate(reader, 2)
-            ]
+            rows = [_parse_row(path, number, row, _CANDIDATES in columns) for number, row in lines]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
     if not rows:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.csv_rows import CsvRows
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import open_text
 from common.text import is_whole_number
 
 _COLUMNS = ("slide_id", "rank", "label")
@@ -37,15 +38,15 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
     labels: dict[tuple[str, int], bool] = {}
     try:
         with open_text(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(table_lines(file))
-            columns = reader.fieldnames or []
+            rows = CsvRows(path, file)
+            columns = rows.columns
             if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(
                     f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
                     f"there: {', '.join(columns) or 'none'}"
                 )
             # Twice is refused even with equal labels: one of the rows was meant for another tile.
-            for number, row in enumerate(reader, 2):
+            for number, row in rows:
                 tile, label = _parse_row(f"{path}, line {number}", row, candidates)
                 if tile in labels:
                     raise UserError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from common.csv_rows import CsvRows
 from common.errors import UserError
 from common.files import open_text, table_lines
 from common.text import is_whole_number
@@ -323,8 +324,8 @@ def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
         with open_text(table, newline="", encoding="utf-8-sig") as file:
             header = next(table_lines(file), "")
             file.seek(0)
-            rows = csv.DictReader(table_lines(file), delimiter="\t" if "\t" in header else ",")
-            columns = rows.fieldnames or []
+            rows = CsvRows(table, file, delimiter="\t" if "\t" in header else ",")
+            columns = rows.columns
             is_manifest = set(columns) >= _GDC_COLUMNS
             path_column = next((name for name in _PATH_COLUMNS if name in columns), "")
             if not is_manifest and not path_column:
@@ -332,7 +333,7 @@ def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
                     f"{table}: no column with the slide's path; expected one of "
                     f"{', '.join(_PATH_COLUMNS)}, there: {', '.join(columns) or 'none'}"
                 )
-            for number, values in enumerate(rows, 2):
+            for number, values in rows:
                 row = SlideTableRow(table, number, values)
                 yield row, "" if is_manifest else path_column
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -341,11 +342,11 @@ def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
 
 @dataclass(frozen=True)
 class SlideTableRow:
-    """A line of a CSV table; its values are None where the line is too short."""
+    """A line of a CSV table."""
 
     table: Path
     number: int
-    values: Mapping[str, str | None]
+    values: Mapping[str, str]
 
     def line_error(self, problem: str) -> UserError:
         """The error to raise, naming table and line."""

@@ -158,19 +158,6 @@ def recorded_state(slide: Slide) -> dict[str, object]:
     }  # fmt: skip
 
 
-def is_other_file(slide: Slide, state: object) -> bool:
-    """Whether a result with this `recorded_state` was made from another file of the slide.
-
-    False where either side does not say.
-    """
-    before = state.get("sampled_sha256") if isinstance(state, dict) else ""
-    if not before or not slide.sampled_sha256 or before == slide.sampled_sha256:
-        return False
-    # An earlier release took other samples of formats of several files, of the very same slide.
-    has_companions = Path(slide.path).suffix.lower() in (_MIRAX, *_NAMED_ALIKE)
-    return not has_companions or bool(slide.sha256)
-
-
 def _other_size(slide: Slide, path: Path, size: int) -> str:
     return f"{path} has {size:,} bytes, {slide.bytes:,} then"
 

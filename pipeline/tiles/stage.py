@@ -37,7 +37,9 @@ from pipeline.dataset import (
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
+from pipeline.dataset.lineage import CANDIDATES, SLIDE
 from pipeline.dataset.tables.candidates import read_positions
+from pipeline.dataset.tiles.store import with_first_crc
 from pipeline.dataset.tiles.zarr_shard import commit_zarr
 from pipeline.run.stage import Stage, run_stage
 from pipeline.run.summary import Summary
@@ -236,26 +238,31 @@ def _was_interpolated(slide: Slide, identity: dict[str, Any]) -> bool:
 
 def tile_slide(
     root: str, run_id: str, slide: Slide, spans: list[range], fingerprint: str, config: TileConfig,
-    candidates_sha256: str = "",
+    candidates_sha256: str = "", candidates: str = "",
 ) -> list[Entry]:  # fmt: skip
     """Write one slide's missing shards, on a worker; `spans` are ranges [start, stop) of blocks.
 
     A read error fails the slide with its coordinates. `candidates_sha256` is the sum that the
-    slide's candidates had when they were written, '' where it is not known.
+    slide's candidates had when they were written, '' where it is not known; `candidates` is their
+    fingerprint, which the shards' lines state.
     """
     cv2.setNumThreads(1)
     dataset = Dataset(Path(root))
-    shards = _write_shards(dataset, run_id, slide, spans, fingerprint, config, candidates_sha256)
+    shards = _write_shards(
+        dataset, run_id, slide, spans, fingerprint, config, candidates_sha256, candidates
+    )
     return collect_entries(shards, slide.slide_id, fingerprint, str(config.tile_px or ""))
 
 
 def _write_shards(
     dataset: Dataset, run_id: str, slide: Slide, spans: list[range], fingerprint: str,
-    config: TileConfig, candidates_sha256: str,
+    config: TileConfig, candidates_sha256: str, candidates: str,
 ) -> Iterator[Entry]:  # fmt: skip
     """One entry per shard: those written before a later one fails are journalled."""
-    tile_px = _output_px(dataset, config)
-    job = _TileJob(dataset, run_id, slide, fingerprint, config, tile_px, candidates_sha256)
+    job = _TileJob(
+        dataset, run_id, slide, fingerprint, config, _output_px(dataset, config),
+        candidates_sha256, candidates,
+    )  # fmt: skip
     folder = Path(config.spool) if config.spool else dataset.staging_dir(run_id)
     with Spool(folder) as spool:
         began = time.monotonic()
@@ -279,6 +286,7 @@ class _TileJob:
     config: TileConfig
     tile_px: int
     candidates_sha256: str
+    candidates: str
 
     def fill_spool(self, spool: Spool, block_spans: list[range]) -> list[range]:
         """Encode the tiles of all spans of blocks, in one pass; returns the spans of ranks."""
@@ -345,14 +353,18 @@ class _TileJob:
     def write_shard(self, spool: Spool, span: range) -> Entry:
         """Write the tiles of a span of ranks as one shard, in rank order."""
         began = time.monotonic()
+        made_from: dict[str, object] = {SLIDE: recorded_state(self.slide)}
+        if self.candidates:
+            made_from[CANDIDATES] = self.candidates
         encoded = (spool.take_bytes(rank) for rank in span)
         write = self._write_zarr if self.config.format == "zarr" else self._write_tar
-        return Entry(
+        entry = Entry(
             self.slide.slide_id, "done", self.fingerprint, scope=str(self.tile_px),
             start=span.start, stop=span.stop, files=write(span, encoded),
-            counts={"tiles": len(span)}, values={"slide": recorded_state(self.slide)},
+            counts={"tiles": len(span)}, values=made_from,
             seconds=time.monotonic() - began,
         )  # fmt: skip
+        return with_first_crc(self.dataset, entry)
 
     def _write_tar(self, span: range, pngs: Iterator[bytes]) -> tuple[FileRecord, ...]:
         tar = self._shard_path(span, "tar")
@@ -469,7 +481,7 @@ class TileStage(Stage[_SlideNeed]):
         self.written_spans[item.slide_id] = list(missing.spans)
         arguments = (
             str(self.dataset.root), run_id, item.slide, list(missing.spans), fingerprint,
-            self.config, candidates_sha256(parent),
+            self.config, candidates_sha256(parent), parent.fingerprint,
         )  # fmt: skip
         # Slides differ in codec and in how much of them a tile covers.
         cost = tiles * tile_cost(item.slide, self.identity["mpp"], self.tile_px)

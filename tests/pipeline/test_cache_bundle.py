@@ -34,6 +34,7 @@ from pipeline.dataset import (
 from pipeline.dataset.features import FeatureStore, cls_table
 from pipeline.dataset.features.quantise import quantise_tokens
 from pipeline.dataset.ledger import current_entries
+from pipeline.dataset.tiles.store import with_first_crc
 from pipeline.features import bundle
 from pipeline.features.bundle import SlideWork, _write_table, cache_bundle
 from pipeline.features.compute import Forward, Span, lanes_for, order_batches
@@ -376,3 +377,103 @@ def test_lost_features_hide_none_that_hold_their_blocks_since(dataset: Dataset) 
         run.append(list(missing().withdrawn))
     assert FeatureStore(dataset, tile_px=PX, encoder="h0-mini").read("a", [20]).shape == (1, 24)
     assert missing() == Missing()
+
+
+def run_cache(dataset: Dataset, encoder: Encoder, config: CacheConfig) -> dict[str, Entry]:
+    """What the stage refuses and makes, without its workers; the last entry of each slide."""
+    stage = CacheStage(dataset, config, EngineConfig(1))
+    stage.weights_sha256 = encoder.weights_sha256
+    ledger, entries = Ledger.read(dataset, "cache"), []
+    for item in stage.list_items():
+        mark = stage.item_fingerprint(item)
+        if refusal := stage.reason_to_refuse(item, mark, ledger):
+            entries.append(Entry(item.slide_id, refusal[0], mark, refusal[1]))
+        elif missing := stage.find_missing(item, mark, ledger):
+            task = stage.make_task(item, mark, missing, "run")
+            entries += [one for row in cache_bundle([task.arguments]) for one in row]
+    with Run(dataset, "cache", {}) as run:
+        run.append(entries)
+    for kind in config.kinds:
+        path = config.file(dataset, PX, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"weights_sha256": "w", "view": ""}')
+    return {entry.slide_id: entry for entry in entries}
+
+
+def remake_tiles(dataset: Dataset, slide: str, mark: str, tissue: str, seed: int = 1) -> None:
+    """The tiles of a slide again, of other candidates: other pixels, under names and of sizes
+    that are the same."""
+    tiles = np.random.default_rng(seed).integers(0, 255, (ROWS, PX, PX, 3), np.uint8)
+    path, index = dataset.tiles_dir(PX) / f"{slide}.0-{ROWS}.tar", bytearray()
+
+    def write(file):
+        index.extend(write_tar(file, slide, 0, map(encode_png, tiles)))
+
+    with Run(dataset, "tile", {}) as run:
+        tar = commit_file(dataset, run.run_id, path, write)
+        idx = commit_bytes(dataset, run.run_id, path.with_suffix(".idx"), bytes(index))
+        entry = Entry(slide, "done", mark, scope=str(PX), start=0, stop=ROWS, files=(tar, idx),
+                      values={"tissue": tissue})  # fmt: skip
+        run.append([with_first_crc(dataset, entry)])
+
+
+def test_stale_tiles_and_features_are_refused_slide_by_slide(
+    dataset: Dataset, small: Encoder
+) -> None:
+    config = CacheConfig("h0-mini", tokens="int8", tile_px=PX)
+    write_selection(dataset, "run", make_selection("all", dict.fromkeys("ab", np.arange(ROWS)), {}))
+    with Run(dataset, "tissue", {}) as run:
+        run.append([Entry(slide, "done", "first") for slide in "ab"])
+    remake_tiles(dataset, "a", "m1", "first")
+    assert {e.outcome for e in run_cache(dataset, small, config).values()} == {"done"}
+
+    def read(slide: str, kind: str = "cls") -> np.ndarray:
+        store = FeatureStore(dataset, tile_px=PX, encoder="h0-mini", kind=kind)
+        return store.read(slide, range(ROWS))
+
+    before = read("a")
+    with Run(dataset, "tissue", {}) as run:
+        run.append([Entry("a", "done", "second")])
+    for kind in config.kinds:
+        with pytest.raises(UserError, match=r"slide a: .*from other candidates.* `cache` again"):
+            read("a", kind)
+        read("b", kind)
+    failed = run_cache(dataset, small, CacheConfig("h0-mini", tokens="float16", tile_px=PX))
+    assert failed["a"].outcome == "failed"
+    assert "run `python -m pipeline tile" in failed["a"].reason
+    assert failed["b"].outcome == "done"
+    remake_tiles(dataset, "a", "m2", "second")
+    with pytest.raises(UserError, match="slide a: its cls features of h0-mini were made from oth"):
+        read("a")
+    assert run_cache(dataset, small, config)["a"].outcome == "done"
+    assert read("a").shape == before.shape
+
+
+def test_files_made_again_are_not_mixed_with_those_of_the_ledger(
+    dataset: Dataset, small: Encoder
+) -> None:
+    """A reader opened the ledger; then tiles and features were made again under their names."""
+    config = CacheConfig("h0-mini", tokens="float16", tile_px=PX)
+    write_selection(dataset, "run", make_selection("all", {"a": np.arange(ROWS)}, {}))
+    remake_tiles(dataset, "a", "m1", "x", seed=2)
+    run_cache(dataset, small, config)
+    tiles = TileStore(dataset, PX)
+    stores = [FeatureStore(dataset, tile_px=PX, encoder="h0-mini", kind=k) for k in config.kinds]
+    for store in stores:
+        store.read("a", [0])
+    stage = CacheStage(dataset, config, EngineConfig(1))
+    stage.weights_sha256 = small.weights_sha256
+    (item,) = stage.list_items()
+    remake_tiles(dataset, "a", "m2", "x")
+    with pytest.raises(UserError, match="is not the file that the journal named"):
+        tiles.read("a", [0])
+    # A worker that begins now reads the new ledger, and was told of the former tiles.
+    work = stage.make_task(item, "mark", Missing({range(3): stage.scopes}), "run").arguments
+    (entries,) = cache_bundle([work])
+    assert {e.outcome for e in entries} == {"failed"}
+    assert "tiles were made again while `cache` ran" in entries[0].reason
+    assert run_cache(dataset, small, config)["a"].outcome == "done"
+    for store in stores:
+        store._open.clear()  # as where many others were opened since
+        with pytest.raises(UserError, match="its features were made again meanwhile"):
+            store.read("a", [0])

@@ -22,6 +22,8 @@ from common.files import open_descriptor
 
 _INT32_FIELD = 0x15
 """Thrift compact: the next field, of type int32."""
+_MOST_HEADER_BYTES = 64
+"""Of a page's header up to its CRC: four numbers of at most five bytes, and their fields."""
 
 
 class PlainPages:
@@ -79,6 +81,13 @@ class PlainPages:
             raise ValueError(f"column {column} has nulls or lists of another length")
         flat = np.frombuffer(data, dtype, values_bytes // dtype.itemsize, first)
         return flat.reshape(rows, *shape)
+
+    def first_crc(self, column: str) -> int | None:
+        """The CRC-32 that the column's first page states; None without one. Not verified."""
+        with self._lock:
+            chunk = self._metadata.row_group(0).column(self._columns[column])
+            start, length = chunk.data_page_offset, chunk.total_compressed_size
+        return _page_header(self._read_bytes(start, min(length, _MOST_HEADER_BYTES)), 0)[1]
 
     def _read_bytes(self, start: int, length: int) -> memoryview:
         """The bytes of the file at [start, start + length), read-only."""

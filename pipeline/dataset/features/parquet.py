@@ -129,6 +129,17 @@ class FeatureShard:
         if found != expected:
             raise ValueError(f"column {self.kind} is {found}, expected {expected}")
 
+    @property
+    def first_crc(self) -> int | None:
+        """CRC-32 of the first block's features as the file states it, which tells files apart.
+
+        Those of one name are of one size, whatever their values.
+        """
+        try:
+            return self._pages.first_crc(self.kind)
+        except (ValueError, IndexError, OSError):
+            return None  # a damaged page, which its reader reports
+
     def read_block(self, block: int) -> npt.NDArray[np.floating]:
         """Features of a block: float32 [rows, d] for CLS, float16 [rows, t, d] for tokens.
 

@@ -14,12 +14,13 @@ import numpy.typing as npt
 from common.errors import UserError
 from common.json_text import read_json
 from common.text import one_line
-from pipeline.dataset.commit import FileRecord
 from pipeline.dataset.features.parquet import FeatureShard
 from pipeline.dataset.features.ranges import MOST_FEATURE, find_outside
 from pipeline.dataset.features.record import FeatureRecord
+from pipeline.dataset.journal import Entry
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
+from pipeline.dataset.lineage import FIRST_CRC, Lineage
 from pipeline.dataset.tables.selections import Selection
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class FeatureStore:
 
     `kind` is `cls` (float32 [d]), `tokens-float16` or `tokens-int8` (both float16 [t, d] when
     read). `expect` names values that encoder.json must have, such as weights_sha256 or
-    compute_dtype: features made otherwise are refused with both values. `selection` is whose
+    compute_dtype: features made otherwise are refused with both values; those of former tiles are
+    refused slide by slide (see `Lineage`). `selection` is whose
     features are wanted: the `cache` command in messages names it.
     """
 
@@ -154,6 +156,8 @@ class FeatureStore:
         )  # fmt: skip
         scope = feature_scope(tile_px, encoder, view, kind)
         self._ledger = Ledger.read(dataset, "cache")[scope]
+        self._lineage = Lineage(dataset, tile_px)
+        self._checked: set[str] = set()
         self._open: OrderedDict[str, FeatureShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -224,12 +228,16 @@ class FeatureStore:
         )
 
     def require_ranks(self, slide_id: str, ranks: npt.NDArray[np.integer]) -> None:
-        """Raise `UserError`, with the `cache` command, where a rank of int [n] is missing."""
+        """Raise `UserError`, with the `cache` command, where a rank of int [n] is missing.
+
+        Also where the slide's features are of former tiles.
+        """
         cached = np.zeros(len(ranks), bool)
         for entry in self._ledger.written.get(slide_id, ()):
             cached |= (entry.start <= ranks) & (ranks < entry.stop)
         if not cached.all():
             raise self._absent_error(slide_id, int(ranks[np.argmin(cached)]))
+        self._check_lineage(slide_id)
 
     def file_of(self, slide_id: str, rank: int) -> str:
         """The file, relative to the dataset, that has a rank's features; "" where none has."""
@@ -247,9 +255,17 @@ class FeatureStore:
         entry = self._ledger.file_of(slide_id, rank)
         if entry is None:
             raise self._absent_error(slide_id, rank)
-        return self._open_shard(entry.files[0])
+        self._check_lineage(slide_id)
+        return self._open_shard(entry)
 
-    def _open_shard(self, record: FileRecord) -> FeatureShard:
+    def _check_lineage(self, slide_id: str) -> None:
+        if slide_id not in self._checked and slide_id in self._ledger.written:
+            what = f"{self.kind} features of {self.encoder}"
+            self._lineage.check_features(slide_id, self._ledger.written[slide_id], what)
+            self._checked.add(slide_id)
+
+    def _open_shard(self, entry: Entry) -> FeatureShard:
+        record = entry.files[0]
         path = record.path
         with self._lock:
             if path in self._open:
@@ -257,6 +273,14 @@ class FeatureStore:
                 return self._open[path]
         # Opened without the lock, which would keep the other threads waiting for the disk.
         shard = FeatureShard(self.dataset.root / path, record.bytes)
+        # Opened late, or again: by now others may have been written under its name.
+        stated, found = entry.values.get(FIRST_CRC), shard.first_crc
+        if stated is not None and found is not None and stated != found:
+            raise UserError(
+                f"{shard.path} is not the file that the journal named when this command began: "
+                "its features were made again meanwhile: start the command again; if it says so "
+                "again, run `python -m pipeline verify --repair`, then `cache`"
+            )
         with self._lock:
             self._open[path] = shard
             while len(self._open) > _OPEN_FILES:

@@ -1,5 +1,6 @@
 """PNG tiles in a webdataset tar, with an index, so that a block is one contiguous read."""
 
+import hashlib
 import os
 import struct
 import tarfile
@@ -19,7 +20,14 @@ from pipeline.dataset.layout import BLOCK_ROWS, ShardName, covering_blocks, pars
 PNG_EFFORTS = ("small", "fast")
 SHARD_REMEDY = "run `python -m pipeline verify --repair`, then `tile` again"
 """What makes a damaged shard anew: `tile` alone goes by names and sizes of files."""
+MADE_AGAIN = (
+    "is not the file that the journal named when this command began: it was made again meanwhile, "
+    f"or is damaged: start the command again; if it says so again, {SHARD_REMEDY}"
+)
+"""Of a shard of other tiles than those of the line by which it was found."""
 _HEADER = 512
+_PNG_END = 12
+"""Bytes of a PNG's last chunk, which is empty."""
 _MOST_BLOCK_BYTES = 2 << 30
 """Of 16 tiles, which have 2 MB each as a rule."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -166,13 +174,20 @@ class TarShard:
     block_starts: npt.NDArray[np.int64]
 
     @classmethod
-    def open(cls, path: Path) -> "TarShard":
-        """Read the index next to the tar; keeps one int64 per block."""
+    def open(cls, path: Path, index_sha256: str = "") -> "TarShard":
+        """Read the index next to the tar; keeps one int64 per block.
+
+        `index_sha256` is the sum of the index as its line states it, '' where that is not known.
+        """
         name = parse_shard_name(path.name)
         index = path.with_suffix(".idx")
         # Blocks are read whole, so that the offset of each block's first member is enough.
         try:
-            lines = read_regular(index).decode().splitlines()
+            data = read_regular(index)
+            # The index has all tiles' sizes in it: that of other tiles is another one.
+            if index_sha256 and hashlib.sha256(data).hexdigest() != index_sha256:
+                raise UserError(f"{index} {MADE_AGAIN}")
+            lines = data.decode().splitlines()
             offsets = [int(line.split(" ", 3)[1]) - _HEADER for line in lines[1::BLOCK_ROWS]]
             last = lines[-1].split(" ", 3)
             end = int(last[1]) + -(-int(last[2]) // _HEADER) * _HEADER
@@ -185,6 +200,14 @@ class TarShard:
     def open_handle(self) -> ShardHandle:
         """Open the tar for reading of bytes."""
         return ShardHandle(self.path)
+
+    def first_crc(self, handle: ShardHandle) -> int | None:
+        """The last checksum in the first tile's PNG, which is that of its pixels; None without."""
+        header = _plain_header(handle.read(0, _HEADER))
+        if header is None or header[1] < _PNG_END:
+            return None
+        end = _HEADER + header[1] - _PNG_END
+        return int.from_bytes(handle.read(end - 4, end), "big")
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """PNG bytes by rank of one block of the slide, in one read."""

@@ -1,8 +1,10 @@
 """Reading tiles by (slide, rank), whatever shard they are in."""
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +13,37 @@ from common.errors import UserError
 from pipeline.dataset.journal import Entry
 from pipeline.dataset.layout import BLOCK_ROWS, Dataset
 from pipeline.dataset.ledger import Ledger
-from pipeline.dataset.tiles.png_tar import SHARD_REMEDY, ShardHandle, TarShard, decode_png
+from pipeline.dataset.lineage import FIRST_CRC, Lineage
+from pipeline.dataset.tiles.png_tar import (
+    MADE_AGAIN,
+    SHARD_REMEDY,
+    ShardHandle,
+    TarShard,
+    decode_png,
+)
 from pipeline.dataset.tiles.zarr_shard import ZarrShard, decode_chunk
 
 _OPEN_FILES = 128
+_DATA = (".tar", "/c/0/0/0/0")
 
 
 class TileStore:
     """Random access to the tiles uint8 [px, px, 3] of one size. Safe to share between threads.
 
-    Only shards that a journal line names are seen. At most 128 files are open at a time; what
+    Only shards that a journal line names are seen, and tiles of former candidates or a former slide
+    are refused (see `Lineage`), as are shards that were made again under the same name since the
+    store was opened. At most 128 files are open at a time; what
     stays in memory is one offset per block.
     """
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
         self.dataset, self.tile_px = dataset, tile_px
         self._ledger = Ledger.read(dataset, "tile")[str(tile_px)]
+        self._lineage = Lineage(dataset, tile_px)
+        self._checked: set[str] = set()
         self._shards: dict[str, TarShard | ZarrShard] = {}
+        self._stated: dict[str, Entry] = {}
+        self._states: dict[str, tuple[int, int]] = {}
         self._handles: OrderedDict[str, ShardHandle] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -38,6 +54,11 @@ class TileStore:
     def recorded_blocks(self, slide_id: str) -> set[int]:
         """Blocks (from 0 up, of 16 ranks each) that the journal says were written of the slide."""
         return self._ledger.recorded_blocks(slide_id)
+
+    def fingerprint_of(self, slide_id: str) -> str:
+        """The fingerprint of the slide's tiles, '' where it has none."""
+        entry = self._ledger.latest(slide_id)
+        return entry.fingerprint if entry else ""
 
     def read_block_bytes(self, slide_id: str, block: int) -> dict[int, bytes]:
         """Encoded bytes by rank of a block: PNG, or a chunk of a Zarr shard (see `decode_tile`)."""
@@ -86,15 +107,18 @@ class TileStore:
                 f"slide {slide_id}: tiles of {self.tile_px} px at ranks from {rank} are not in "
                 f"{self.dataset.root}; run `python -m pipeline tile` for the selection"
             )
+        if slide_id not in self._checked:
+            self._lineage.check_tiles(slide_id, self._ledger.written[slide_id])
+            self._checked.add(slide_id)
         # Two threads may open the same shard: the second then replaces an equal one.
         path = _shard_path(entry)
         with self._lock:
             shard = self._shards.get(path)
         if shard is None:
-            kind = TarShard if path.endswith(".tar") else ZarrShard
-            shard = kind.open(self.dataset.root / path)
+            shard = _open_shard(self.dataset, path, entry)
             with self._lock:
                 self._shards[path] = shard
+                self._stated[str(shard.path)] = entry
         return shard
 
     def _open_handle(self, shard: TarShard | ZarrShard) -> ShardHandle:
@@ -107,11 +131,44 @@ class TileStore:
             handle = shard.open_handle()
         except OSError as error:
             raise UserError(f"{shard.path} cannot be opened: {error.strerror}") from error
+        self._check_same(shard, handle)
         with self._lock:
             self._handles[key] = handle
             while len(self._handles) > _OPEN_FILES:
                 self._handles.popitem(last=False)
         return handle
+
+    def _check_same(self, shard: TarShard | ZarrShard, handle: ShardHandle) -> None:
+        """Refuse a file that was just opened where it is not the one that its line states."""
+        stat, key = os.fstat(handle.fd), str(shard.path)
+        state = (stat.st_size, stat.st_mtime_ns)
+        with self._lock:
+            known, entry = self._states.get(key), self._stated[key]
+        if known is None:
+            size = next((f.bytes for f in entry.files if f.path.endswith(_DATA)), state[0])
+            stated = entry.values.get(FIRST_CRC)
+            is_same = size == state[0] and stated in (None, shard.first_crc(handle))
+        else:
+            is_same = known == state
+        if not is_same:
+            raise UserError(f"{shard.path} {MADE_AGAIN}")
+        with self._lock:
+            self._states[key] = state
+
+
+def with_first_crc(dataset: Dataset, entry: Entry) -> Entry:
+    """The line of a shard that was just written, with its `FIRST_CRC`."""
+    shard = _open_shard(dataset, _shard_path(entry), entry)
+    crc = shard.first_crc(shard.open_handle())
+    return replace(entry, values={**entry.values, FIRST_CRC: crc})
+
+
+def _open_shard(dataset: Dataset, path: str, entry: Entry) -> TarShard | ZarrShard:
+    """A line's shard, whose index is the one that the line states."""
+    if not path.endswith(".tar"):
+        return ZarrShard.open(dataset.root / path)
+    sums = {record.path: record.sha256 for record in entry.files}
+    return TarShard.open(dataset.root / path, sums.get(path.removesuffix(".tar") + ".idx", ""))
 
 
 def _shard_path(entry: Entry) -> str:

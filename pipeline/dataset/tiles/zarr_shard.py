@@ -236,9 +236,18 @@ class ZarrShard:
             raise UserError(f"{path} cannot be read ({error}): {SHARD_REMEDY}") from error
         return cls(path, name.start, name.stop, index)
 
+    @property
+    def data_file(self) -> Path:
+        """The file of all chunks."""
+        return self.path.joinpath(*_CHUNK_FILE)
+
     def open_handle(self) -> ShardHandle:
         """Open the shard's file for reading of bytes."""
-        return ShardHandle(self.path.joinpath(*_CHUNK_FILE))
+        return ShardHandle(self.data_file)
+
+    def first_crc(self, handle: ShardHandle) -> int | None:
+        """The CRC-32 in front of the first chunk."""
+        return int.from_bytes(handle.read(0, _CRC), "little")
 
     def read_block(self, block: int, handle: ShardHandle | None = None) -> dict[int, bytes]:
         """Encoded chunks by rank of one block of the slide, in one read."""

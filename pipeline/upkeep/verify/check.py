@@ -24,7 +24,7 @@ from pipeline.dataset.identity import (
 )
 from pipeline.dataset.journal import run_order
 from pipeline.dataset.layout import DAMAGED_DIR
-from pipeline.slides.identity import is_other_file
+from pipeline.dataset.lineage import is_other_file
 from pipeline.upkeep.verify.damaged import list_damaged
 from pipeline.upkeep.verify.inventory import Inventory, Named, read_inventory, tile_writer
 from pipeline.upkeep.verify.journal_lines import LineDamage, journal_lines
