@@ -85,20 +85,16 @@ def write_blocks(writer: pq.ParquetWriter, table: pa.Table) -> None:
 class FeatureShard:
     """An open feature file; features [rows, ...] come as views of pages as they were read.
 
-    Safe to share between threads. Where the journal's number of `expected_bytes` is given, a file
-    of another size is refused.
+    Safe to share between threads.
     """
 
-    def __init__(self, path: Path, expected_bytes: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         name = parse_shard_name(path.name)
         self.slide_id, self.start, self.stop = name.slide_id, name.start, name.stop
         # Only the footer is read here; pages are read when their block is.
         try:
             require_regular(path)
-            size = path.stat().st_size
-            if expected_bytes not in (None, size):
-                raise ValueError(f"it has {size:,} bytes, the journal records {expected_bytes:,}")
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
             meta = parse_json((schema.metadata or {})[_META_KEY])

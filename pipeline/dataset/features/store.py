@@ -264,23 +264,31 @@ class FeatureStore:
             self._lineage.check_features(slide_id, self._ledger.written[slide_id], what)
             self._checked.add(slide_id)
 
-    def _open_shard(self, entry: Entry) -> FeatureShard:
+    def _open_recorded(self, entry: Entry) -> FeatureShard:
+        """Open a line's file, refusing another one that was written under its name since."""
         record = entry.files[0]
-        path = record.path
+        path = self.dataset.root / record.path
+        has_size = not path.is_file() or path.stat().st_size == record.bytes
+        if has_size:
+            shard = FeatureShard(path)
+            stated, found = entry.values.get(FIRST_CRC), shard.first_crc
+            if None in (stated, found) or stated == found:
+                return shard
+        raise UserError(
+            f"{path} is not the file that the journal named when this command began (its "
+            f"{'features are others' if has_size else 'size is another'}): its features were made "
+            "again meanwhile, or it is damaged: start the command again; if it says so again, run "
+            "`python -m pipeline verify --repair`, then `cache`"
+        )
+
+    def _open_shard(self, entry: Entry) -> FeatureShard:
+        path = entry.files[0].path
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
-        # Opened without the lock, which would keep the other threads waiting for the disk.
-        shard = FeatureShard(self.dataset.root / path, record.bytes)
-        # Opened late, or again: by now others may have been written under its name.
-        stated, found = entry.values.get(FIRST_CRC), shard.first_crc
-        if stated is not None and found is not None and stated != found:
-            raise UserError(
-                f"{shard.path} is not the file that the journal named when this command began: "
-                "its features were made again meanwhile: start the command again; if it says so "
-                "again, run `python -m pipeline verify --repair`, then `cache`"
-            )
+        # Without the lock, which would keep the other threads waiting for the disk.
+        shard = self._open_recorded(entry)
         with self._lock:
             self._open[path] = shard
             while len(self._open) > _OPEN_FILES:
