@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from common.errors import UserError
 from common.files import require_regular
 from common.text import list_some, one_line
+from pipeline.dataset.tables.expansion import most_bytes_from, require_bounded
 from pipeline.imports.config import Columns
 
 _SYNONYMS = {
@@ -35,6 +36,10 @@ _SYNONYMS = {
 _LEVEL0_SUFFIX = "_level0"
 _HEAD_BYTES = 1 << 16
 _LINES_SHOWN = 5
+_MOST_ROWS = 1 << 27
+"""Tiles of a dataset, as in a selection."""
+_MOST_CSV_FACTOR = 100
+"""Compressed text of positions is a tenth of it or so, and takes as much in memory."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -156,25 +161,50 @@ def _resolve_units(path: Path, columns: Columns, units: str) -> str:
 
 
 def _read_csv(path: Path, names: list[str]) -> pa.Table:
+    """The columns of a CSV, compressed or not, read part by part: its end may never come."""
     # Stated, so that the first rows of a file do not decide what a column is.
     types: dict[str, object] = dict.fromkeys(names[1:], pa.float64())
     # Text is text: a slide may be called NA or 02.
-    types[names[0]] = pa.dictionary(pa.int32(), pa.string())
+    types[names[0]] = pa.string()
     convert = pacsv.ConvertOptions(
         column_types=types, include_columns=names, strings_can_be_null=False
     )
     parse = pacsv.ParseOptions(delimiter=_csv_delimiter(path))
-    return pacsv.read_csv(path, parse_options=parse, convert_options=convert)
+    most = most_bytes_from(path.stat().st_size, _MOST_CSV_FACTOR)
+    size, rows, parts = 0, 0, []
+    with pacsv.open_csv(path, parse_options=parse, convert_options=convert) as reader:
+        schema = reader.schema.set(0, pa.field(names[0], pa.dictionary(pa.int32(), pa.string())))
+        for batch in reader:
+            # Names as codes part by part, so that no row keeps a text.
+            part = batch.set_column(0, names[0], batch.column(0).dictionary_encode())
+            rows, size = rows + part.num_rows, size + part.nbytes
+            _require_rows(rows)
+            if size > most:
+                raise ValueError(f"its rows become over {most:,} bytes: it swells without end")
+            parts.append(part)
+    return pa.Table.from_batches(parts, schema)
 
 
 def _read_parquet(path: Path, names: list[str]) -> pa.Table:
-    table = pq.read_table(path, columns=names, read_dictionary=[names[0]])
+    """The columns of a Parquet file, if what its pages become is in proportion to it."""
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+    _require_rows(metadata.num_rows)
+    most = most_bytes_from(path.stat().st_size)
+    texts = require_bounded(path, metadata, names, most_bytes=most)
+    with pq.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:
+        table = file.read(names)
     column = table[names[0]]
     if not pa.types.is_dictionary(column.type):
         table = table.set_column(
             table.column_names.index(names[0]), names[0], pc.dictionary_encode(column)
         )
     return table
+
+
+def _require_rows(rows: int) -> None:
+    if rows > _MOST_ROWS:
+        raise ValueError(f"it has {rows:,} rows or more, expected at most {_MOST_ROWS:,}")
 
 
 def _read_floats(path: Path, table: pa.Table, name: str, first_line: int) -> Floats:

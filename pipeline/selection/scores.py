@@ -21,6 +21,7 @@ from pipeline.dataset import (
     parse_shard_name,
 )
 from pipeline.dataset.features import MOST_FEATURE, find_outside
+from pipeline.dataset.tables.expansion import require_bounded
 from pipeline.dataset.tables.parquet_table import Column, check_column, read_table
 from pipeline.run.tasks import collect_entries
 from pipeline.selection.classifier import LinearModel
@@ -92,6 +93,7 @@ def read_cls(path: Path) -> Iterator[tuple[Ranks, npt.NDArray[np.float32]]]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for first in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
                 groups = range(first, min(first + _GROUPS_AT_ONCE, file.num_row_groups))
+                require_bounded(path, file.metadata, ["rank", "cls"], groups)
                 table = file.read_row_groups(groups, ["rank", "cls"], use_threads=False)
                 cls = table["cls"].combine_chunks()
                 size = cls.type.list_size

@@ -21,8 +21,13 @@ from common.files import require_regular
 from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset
+from pipeline.dataset.tables.expansion import (
+    MOST_TABLE_BYTES,
+    most_bytes_from,
+    require_bounded,
+)
 
-MOST_ROWS = 1 << 26
+MOST_ROWS = 1 << 24
 """Rows that a table may have which is read whole: a slide's candidates are fewer than 10^7."""
 _MOST_TEXT_BYTES = 1 << 16
 
@@ -88,13 +93,9 @@ def read_table(
     """
     schema = read_schema(path, columns, hint, most_rows)
     wanted = [column for column in columns if column.name in schema.names]
-    # As dictionaries: a long text that every row repeats is in memory once, and is refused.
-    texts = [column.name for column in wanted if is_text(column.type)]
+    names = list(schema.names) if others else [column.name for column in wanted]
     try:
-        table = pq.read_table(
-            path, columns=schema.names if others else [column.name for column in wanted],
-            page_checksum_verification=True, read_dictionary=texts,
-        )  # fmt: skip
+        table = _read_bounded(path, names)
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise unreadable_error(path, error, hint) from error
     for column in wanted:
@@ -102,7 +103,24 @@ def read_table(
         table = table.set_column(
             place, column.name, check_column(path, table.column(place), column, hint)
         )
+    for place in [i for i, name in enumerate(names) if name not in {c.name for c in wanted}]:
+        column = Column(names[place], schema.field(names[place]).type, nullable=True)
+        table = table.set_column(place, column.name, _cast(path, table[place], column, hint))
     return table
+
+
+def _read_bounded(path: Path, names: list[str]) -> pa.Table:
+    """The columns, those of texts as dictionaries where the file has one: none is repeated.
+
+    Refused with a `ValueError` before memory is taken where pages become more than a table has.
+    """
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+    texts = require_bounded(path, metadata, names, most_bytes=_most_bytes(path))
+    with pq.ParquetFile(
+        path, metadata=metadata, read_dictionary=texts, page_checksum_verification=True
+    ) as file:
+        return file.read(names).select(names)
 
 
 def read_schema(
@@ -206,6 +224,12 @@ def _check_text(
 
 
 def _cast(path: Path, values: pa.ChunkedArray, column: Column, hint: str) -> pa.ChunkedArray:
+    size, most = sum(_text_bytes(chunk) for chunk in values.chunks), _most_bytes(path)
+    if size > most:
+        raise UserError(
+            f"{path}: column '{column.name}' has texts of {size:,} bytes together, expected at "
+            f"most {most:,}; {hint}"
+        )
     try:
         cast = values.cast(column.type)
         cast.validate(full=True)
@@ -215,6 +239,20 @@ def _cast(path: Path, values: pa.ChunkedArray, column: Column, hint: str) -> pa.
             f"{path}: column '{column.name}' is {one_line(values.type)}, expected "
             f"{column.describe_values()} ({one_line(error)}); {hint}"
         ) from error
+
+
+def _most_bytes(path: Path) -> int:
+    """What a table that is read whole may become in memory."""
+    return min(MOST_TABLE_BYTES, most_bytes_from(path.stat().st_size))
+
+
+def _text_bytes(values: pa.Array) -> int:
+    """Bytes of the texts that the entries of a dictionary are written out as; 0 without one."""
+    if not _is_dictionary(values.type) or not len(values.dictionary):
+        return 0
+    uses = np.bincount(values.indices.drop_null(), minlength=len(values.dictionary))
+    lengths = pc.binary_length(values.dictionary).fill_null(0).to_numpy()
+    return int((uses * lengths.astype(np.int64)).sum())
 
 
 def _numbers_of(values: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,9 @@ from pipeline.dataset.commit import FileRecord, HashingFile, commit_file
 from pipeline.dataset.layout import Dataset, check_slide_id
 from pipeline.dataset.ledger import Ledger
 from pipeline.dataset.tables.candidates import candidate_count
+from pipeline.dataset.tables.expansion import require_bounded
 from pipeline.dataset.tables.parquet_table import (
+    MOST_ROWS,
     Column,
     check_column,
     read_schema,
@@ -249,10 +251,9 @@ def _plan_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
 
 _HINT = "make it again with `python -m pipeline select`"
 _SLIDE = Column("slide_id", pa.string())
-_RANK = Column("rank", pa.int32(), least=0)
-_MOST_ROWS = (1 << 31) - 1
-_MOST_GROUP_ROWS = 1 << 26
-"""Rows that are read at once: the default row groups of all writers are far smaller."""
+_RANK = Column("rank", pa.int32(), least=0, most=MOST_ROWS - 1)
+_MOST_ROWS = 1 << 27
+"""Tiles of a dataset, 12 bytes each while they are sorted."""
 
 
 def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
@@ -268,21 +269,22 @@ def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
         with pq.ParquetFile(
             path, read_dictionary=["slide_id"], page_checksum_verification=True
         ) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            if sum(groups) != file.metadata.num_rows or max(groups, default=0) > _MOST_GROUP_ROWS:
-                raise ValueError(f"row groups of {max(groups, default=0):,} rows")
-            codes = np.empty(file.metadata.num_rows, np.int32)
-            ranks = np.empty(file.metadata.num_rows, np.int32)
+            rows = file.metadata.num_rows
+            codes, ranks = np.empty(rows, np.int32), np.empty(rows, np.int32)
             start = 0
-            for group, count in enumerate(groups):
-                table = file.read_row_group(group, ["slide_id", "rank"], use_threads=False)
-                stop = start + count
+            for table in _read_parts(path, file):
+                stop = start + table.num_rows
+                if stop > rows:
+                    raise ValueError(f"it has more than the {rows:,} rows that it states")
                 slides = table["slide_id"]
                 if slides.null_count:
                     check_column(path, slides, _SLIDE, hint, start)
                 codes[start:stop] = _global_codes(slides, known)
                 ranks[start:stop] = check_column(path, table["rank"], _RANK, hint, start).to_numpy()
+                _refuse_repeated(path, list(known), codes[start:stop], ranks[start:stop], hint)
                 start = stop
+            if start != rows:
+                raise ValueError(f"it has {start:,} rows and states {rows:,}")
     except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as error:
         raise unreadable_error(path, error, hint) from error
     try:
@@ -294,11 +296,39 @@ def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:
     for slide_id, slide_ranks in selection.items():
         twice = np.flatnonzero(slide_ranks[1:] == slide_ranks[:-1])
         if len(twice):
-            raise UserError(
-                f"{path}: rank {slide_ranks[twice[0]]} of slide {slide_id} comes twice, expected "
-                f"each tile once; {hint}"
-            )
+            raise _twice_error(path, slide_id, int(slide_ranks[twice[0]]), hint)
     return selection
+
+
+def _read_parts(path: Path, file: pq.ParquetFile) -> Iterator[pa.Table]:
+    """The rows of a file, a million at a time; pages that become too much are a `ValueError`."""
+    names = ["slide_id", "rank"]
+    for group in range(file.num_row_groups):
+        require_bounded(path, file.metadata, names, [group])
+        for batch in file.iter_batches(
+            _SELECTION_GROUP_ROWS, row_groups=[group], columns=names, use_threads=False
+        ):
+            yield pa.Table.from_batches([batch])
+
+
+def _refuse_repeated(
+    path: Path,
+    names: Sequence[str],
+    codes: npt.NDArray[np.int32],
+    ranks: npt.NDArray[np.int32],
+    hint: str,
+) -> None:
+    """Refuse rows [n] that repeat the one before: runs of equal rows are billions in a kilobyte."""
+    same = np.flatnonzero((codes[1:] == codes[:-1]) & (ranks[1:] == ranks[:-1]))
+    if len(same):
+        raise _twice_error(path, names[codes[same[0]]], int(ranks[same[0]]), hint)
+
+
+def _twice_error(path: Path, slide_id: str, rank: int, hint: str) -> UserError:
+    return UserError(
+        f"{path}: rank {rank} of slide {one_line(slide_id, 80)} comes twice, expected each tile "
+        f"once; {hint}"
+    )
 
 
 def _global_codes(column: pa.ChunkedArray, known: dict[str, int]) -> npt.NDArray[np.int32]:

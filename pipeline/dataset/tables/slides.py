@@ -1,8 +1,10 @@
 """slides.parquet: one row per slide. Readers ignore unknown columns."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -135,6 +137,9 @@ _NULLABLE = ("mpp", "tile_mpp", "bounds")
 
 _HINT = "run `python -m pipeline scan` first"
 _STATUSES = ("ok", "rejected", "failed")
+_MOST_SLIDES, _MOST_ITEMS = 1 << 18, 1 << 21
+"""Rows, and entries of their lists; a generated dataset of 10^8 images has 98,000 slides."""
+_ROWS_AT_ONCE = 1 << 10
 _LIMITS = {
     "mpp": (1e-6, 1e6), "tile_mpp": (1e-6, 1e6), "width": (0, None), "height": (0, None),
     "bytes": (0, None),
@@ -156,7 +161,12 @@ def read_slides(dataset: Dataset) -> list[Slide]:
     """
     path = dataset.slides_file
     slides: dict[str, Slide] = {}
-    for number, row in enumerate(read_table(path, _COLUMNS, _HINT).to_pylist()):
+    table = read_table(path, _COLUMNS, _HINT, most_rows=_MOST_SLIDES)
+    _check_items(path, table)
+    # In parts: rows are Python objects, fifty times as large as in the table.
+    batches = table.to_batches(max_chunksize=_ROWS_AT_ONCE)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows):
         try:
             slide = _slide_of_row(row)
         except (TypeError, KeyError, ValueError, UserError) as error:
@@ -171,6 +181,18 @@ def read_slides(dataset: Dataset) -> list[Slide]:
             )
         slides[slide.slide_id] = slide
     return [slides[slide_id] for slide_id in sorted(slides)]
+
+
+def _check_items(path: Path, table: pa.Table) -> None:
+    """Refuse lists that are together longer than those of all slides can be."""
+    for name in table.column_names:
+        if pa.types.is_list(table[name].type):
+            count = sum(len(chunk.flatten()) for chunk in table[name].chunks)
+            if count > _MOST_ITEMS:
+                raise UserError(
+                    f"{path}: column '{name}' has lists of {count:,} entries together, expected at "
+                    f"most {_MOST_ITEMS:,}; {_HINT}"
+                )
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Slide)}
