@@ -73,7 +73,7 @@ class Records:
         # As they are written: 1 and 1.0 are one number, but two identities.
         build_config(cls, given)
         records = cls(**given)  # type: ignore[arg-type]  # which `build_config` has checked
-        for name, least in (("mpp", 0.0), ("tile_px", 1), ("training_step", 0)):
+        for name, least in (("mpp", 1e-6), ("tile_px", 1), ("training_step", 0)):
             value = getattr(records, name)
             good = value is None or (not isinstance(value, str) and least <= value < math.inf)
             check_setting(good, name, value, f"a number of {least:g} or more")

@@ -132,20 +132,20 @@ def missing_units(units: Iterable[Unit], done: dict[str, list[Span]]) -> list[Un
     return missing
 
 
-def end_of_spans(done: dict[str, list[Span]]) -> int:
-    """The image index after the last one of all spans of ranks, by pseudo-slide; 0 for none.
+def end_of_spans(done: dict[str, list[Span]], slides: int) -> int:
+    """The image index after the last one of all spans of ranks in the first pseudo-slides.
 
-    >>> end_of_spans({"gen-00000": [(0, 1024)], "gen-00001": [(16, 32)]})
+    `done` is by pseudo-slide; 0 for none. Others, which a journal may name as well, do not count.
+
+    >>> end_of_spans({"gen-00000": [(0, 1024)], "gen-00001": [(16, 32)], "x": [(0, 9)]}, slides=2)
     1056
     """
-    return max(
-        (
-            int(slide_id.removeprefix("gen-")) * IMAGES_PER_SLIDE + stop
-            for slide_id, spans in done.items()
-            for _, stop in spans
-        ),
-        default=0,
+    ends = (
+        number * IMAGES_PER_SLIDE + min(stop, IMAGES_PER_SLIDE)
+        for number in range(slides)
+        for _, stop in done.get(pseudo_slide_id(number), [])
     )
+    return max(ends, default=0)
 
 
 @dataclass(frozen=True)

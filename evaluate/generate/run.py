@@ -30,6 +30,7 @@ from evaluate.generate.write import (
     commit_unit,
     committed_spans,
     count_planned_images,
+    count_tables,
     write_tables,
 )
 from evaluate.generators import Generator
@@ -163,7 +164,7 @@ def _plan_missing(
     end = None if source.end is None else source.end * request.variations
     done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     # Without the selection's file, the images say what it had, to a block.
-    there = planned or end_of_spans(done)
+    there = planned or end_of_spans(done, count_tables(dataset))
     selected = asked if asked >= planned and whole_blocks(asked, end) >= there else there
     if selected > asked:
         print_line(f"generate: {describe_excess(asked, selected)}")

@@ -1,5 +1,6 @@
 """Writing a synthetic dataset: tables first, then shards under the journal of stage `tile`."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,12 @@ def count_planned_images(dataset: Dataset) -> int:
     if not dataset.selection_file(SELECTION_NAME).exists():
         return 0
     return read_selection(dataset, SELECTION_NAME).rows
+
+
+def count_tables(dataset: Dataset) -> int:
+    """Pseudo-slides, from the first on, that have their table: all have, before any image is."""
+    numbers = itertools.count()
+    return next(n for n in numbers if not dataset.candidates_file(pseudo_slide_id(n)).exists())
 
 
 def write_tables(

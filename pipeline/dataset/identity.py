@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import json_bytes, read_regular
 from common.json_text import parse_json
+from common.text import one_line
 from pipeline.dataset.commit import commit_bytes, new_run_id
 from pipeline.dataset.inside import free_place
 from pipeline.dataset.layout import Dataset
@@ -375,7 +376,37 @@ def _parse_document(data: bytes) -> dict[str, Any]:
         raise ValueError("it has no identity and records")
     if "format_version" not in document["identity"]:
         raise ValueError("it has no format_version")
+    _check_values(document["identity"])
     return dict(document)
+
+
+_MOST = 1 << 64
+_NUMBERS = {"mpp": 1e-6, "mpp_tolerance": 0.0, "min_tissue": 0.0, "max_artifact": 0.0}
+_COUNTS = {"tile_px": (1, 1 << 20), "variations": (1, _MOST), "micro_batch": (1, 1 << 20),
+           "reserve_per_candidates": (0, _MOST), "seed": (-_MOST, _MOST)}  # fmt: skip
+_TEXTS = ("kind", "grid", "detector", "resampler", "icc", "codec", "rounding")
+
+
+def _check_values(identity: Mapping[str, object]) -> None:
+    """Refuse values of other kinds than stages write, of keys that are used and not only compared.
+
+    What is null or absent is unknown. Raises `ValueError` naming the key.
+    """
+    for key, value in identity.items():
+        if value is None:
+            continue
+        good = True
+        if key in _NUMBERS:
+            good = type(value) in (int, float) and _NUMBERS[key] <= value < 1e6  # type: ignore[operator]
+        elif key in _COUNTS:
+            least, most = _COUNTS[key]
+            good = type(value) is int and least <= value <= most
+        elif key in _TEXTS:
+            good = isinstance(value, str)
+        elif key == "detector_parameters":
+            good = isinstance(value, dict)
+        if not good:
+            raise ValueError(f"{key} is {one_line(repr(value), 60)}")
 
 
 def _is_sound(document: Mapping[str, Any]) -> bool:

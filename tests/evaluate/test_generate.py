@@ -1,7 +1,9 @@
 """The generation loop with a generator that draws each image from its own feature and seed."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pipeline.dataset import (
     GENERATED_SCHEMA,
     Dataset,
     Ledger,
+    Run,
     TileStore,
     claim_identity,
     read_candidates,
@@ -204,6 +207,26 @@ def test_a_smaller_limit_keeps_what_is_there_and_says_so(
     # The command as before says nothing of the kind.
     run(conditions=there)
     assert "asked for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gen-99999999999", "gen-x", "other"])
+def test_images_that_a_forged_line_names_are_not_there(
+    run: Callable[..., GenerationOutcome], tmp_path: Path, name: str
+) -> None:
+    """10^14 images were planned, or the name was a traceback."""
+    run(conditions=16)
+    dataset = Dataset(tmp_path / "syn")
+    (entry,) = Ledger.read(dataset, "tile")[str(PX)].written["gen-00000"]
+    files = []
+    for file in entry.files:
+        path = file.path.replace("gen-00000", name)
+        shutil.copy2(dataset.root / file.path, dataset.root / path)
+        files.append(replace(file, path=path))
+    with Run(dataset, "tile", {}) as forged:
+        forged.append([replace(entry, slide_id=name, files=tuple(files))])
+    dataset.selection_file("generated").unlink()
+    outcome = run(conditions=16)
+    assert (outcome.made, outcome.selected) == (0, 16)
 
 
 def test_a_lost_selection_is_the_same_by_the_same_command(

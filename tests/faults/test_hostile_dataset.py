@@ -4,6 +4,7 @@ After each command everything outside the dataset is as it was, byte by byte, an
 command may remove: dataset.json, slides.parquet, selections, journals.
 """
 
+import json
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from pipeline.dataset import (
     commit_bytes,
     make_selection,
     new_run_id,
+    open_dataset,
     read_journal,
     write_selection,
 )
@@ -133,6 +135,25 @@ def named_paths(dataset: Dataset, outside: Path) -> list[str]:
 
 
 PROTECTED = ("dataset.json", "slides.parquet", "selections", "tiles", "tissue", "candidates")
+
+
+@pytest.mark.parametrize("key", ["mpp", "mpp_tolerance", "tile_px", "seed", "variations", "grid",
+                                 "detector", "detector_parameters", "codec"])  # fmt: skip
+def test_a_value_that_no_stage_writes_is_one_line(key: str, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path)
+    claim_identity(dataset, {"tile_px": 224, "mpp": 0.5}, stage="scan", versions={})
+    document = json.loads(dataset.identity_file.read_text())
+    del document["crc"]
+    values: list[object] = [[], [1], True, 1.5e300, float("nan"), float("inf"), -(10**40), 10**400]
+    texts = {"grid", "detector", "codec"}
+    values += [{"a": 1}] if key in texts else ["x", "0.5"]
+    values += [{}] if key != "detector_parameters" else [7]
+    for value in values:
+        document["identity"][key] = value
+        dataset.identity_file.write_text(json.dumps(document))
+        with pytest.raises(UserError, match=f"{key} is ") as caught:
+            open_dataset(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stages", [STAGES, ("verify", "evil", "report", "..x")])
