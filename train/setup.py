@@ -19,6 +19,7 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
+from pipeline.dataset.hold_outs import check_held_out, honoured, is_hold_out
 from train.checkpoint import (
     DamagedCheckpointError,
     RunState,
@@ -100,6 +101,9 @@ def open_data(config: Config, processes: Processes = ALONE) -> TrainingData:
     kinds = ["cls"] * config.uses_condition + [config.tokens_kind] * config.reads_tokens
 
     def check_tables() -> None:
+        held = {name for name in log.validation if is_hold_out(dataset, name)}
+        held |= honoured(dataset, data.selection)
+        check_held_out(dataset, data.selection, table.slide_ids, held)
         for wanted in tables.values():
             check_coverage(
                 dataset,

@@ -99,31 +99,6 @@ def _pairs_of_ranges(first: Indices, last: Indices) -> tuple[Indices, Indices]:
     return i, first[i] + within
 
 
-def shared_patients(
-    left: Iterable[str], right: Iterable[str], patient_of: Mapping[str, str]
-) -> dict[str, tuple[str, str]]:
-    """Patients with slides in both, each with one slide of either; sorted by patient.
-
-    A patient is one however the name is written (see `same_identity_key`), and is called as on the
-    left. A slide without a patient ('' or not in the mapping) is its own patient.
-
-    >>> shared_patients(["a", "b"], ["b", "c"], {"a": "P", "c": "P"})
-    {'P': ('a', 'c'), 'b': ('b', 'b')}
-    """
-    sides: list[dict[tuple[str, str], str]] = [{}, {}]
-    names: dict[tuple[str, str], str] = {}
-    for slides, by_patient in zip((left, right), sides, strict=True):
-        for slide_id in sorted(slides):
-            patient = patient_of.get(slide_id, "")
-            known = same_identity_key(patient)
-            # Marked, so that a slide's name never equals a patient's.
-            key = ("patient", known) if known else ("slide", same_identity_key(slide_id))
-            names.setdefault(key, patient if known else slide_id)
-            by_patient.setdefault(key, slide_id)
-    first, second = sides
-    return {names[key]: (first[key], second[key]) for key in sorted(first.keys() & second.keys())}
-
-
 def equal_files(
     left: Iterable[str], right: Iterable[str], sums_of: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, str]]:

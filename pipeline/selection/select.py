@@ -26,6 +26,7 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.dataset.claim import SELECTIONS, hold_claim
+from pipeline.dataset.hold_outs import check_held_out
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import (
@@ -147,6 +148,8 @@ def select_claimed(
     slides_sha256 = hash_file(dataset.slides_file)
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
+        # By name hold-outs were left alone already: a table may have given their slides others.
+        check_held_out(dataset, selection.name, selection.slide_ids, drawing.ties.honours)
         is_same = has_options(dataset, selection.name, config)
         check_replaced(dataset, selection, is_same=is_same, replace=replace_other)
     _write_selections(dataset, selections, drawing, fingerprints, tissue.candidates)

@@ -25,10 +25,11 @@ from pipeline.dataset import (
     write_selection,
     write_slides,
 )
+from pipeline.dataset.hold_outs import shared_patients
 from pipeline.run.summary import Summary
 from pipeline.selection.cohort import Cohort, make_cohort, without_patients
 from pipeline.selection.hold_out import Cover, choose_hold_out
-from pipeline.selection.leakage import equal_files, shared_patients
+from pipeline.selection.leakage import equal_files
 from pipeline.selection.select import family_patients
 from pipeline.slides.scan import _list_joined, record_slides, slide_values
 from pipeline.tissue.stage import tissue_fingerprint

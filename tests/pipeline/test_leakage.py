@@ -20,11 +20,11 @@ from pipeline.dataset import (
     write_slides,
 )
 from pipeline.dataset.grid import grid_positions, rank_order, reserve_size
+from pipeline.dataset.hold_outs import shared_patients
 from pipeline.selection.leakage import (
     equal_files,
     find_overlaps,
     near_pairs,
-    shared_patients,
 )
 from pipeline.upkeep.verify.leakage import TileSize, selection_roles, tile_size_level0
 

@@ -23,6 +23,7 @@ from pipeline.dataset import (
     write_slides,
 )
 from pipeline.dataset.grid import reserve_size
+from pipeline.dataset.hold_outs import check_held_out, find_leaks, honoured
 from pipeline.dataset.tables.selections import read_plan, read_rows, write_rows, write_selection
 from pipeline.selection.denied import deny_file
 from tests.pipeline.cohort_data import slides_of, tissue_dataset, trap_rows
@@ -361,3 +362,36 @@ def test_a_selection_file_round_trips_in_little_space(tmp_path):
     other = read_rows(tmp_path / "other.parquet", "o")
     assert [(s, int(r)) for s, some in other.items() for r in some] == rows
     assert json.loads(pq.read_schema(path).metadata[b"plan"]) == {"a": "NA"}
+
+
+def test_a_slide_that_came_to_a_held_out_patient_is_not_trained_on(dataset):
+    """The table of slides was corrected: a held-out slide is of a patient with other slides."""
+    select(dataset, "--name", "val-out", "--hold-out", "20", "--tiles", "500")
+    select(dataset, "--name", "train", "--tiles", "2_000")
+    assert list(find_leaks(dataset, "train")) == list(find_leaks(dataset, "val-out")) == []
+    moved, seen = (read_selection(dataset, name).slide_ids[0] for name in ("val-out", "train"))
+    slides = {slide.slide_id: slide for slide in read_slides(dataset)}
+    # The other way round: a slide in training is of a held-out patient, by name alone.
+    named, renamed = read_plan(dataset, "val-out")["ties"]["patients"][-1], seen
+    for changes in (
+        {moved: replace(slides[moved], patient=slides[seen].patient.lower())},
+        {renamed: replace(slides[renamed], patient=named)},
+    ):
+        write_slides(dataset, "test", (slides | changes).values())
+        (leak,) = find_leaks(dataset, "train")
+        assert leak == next(find_leaks(dataset, "val-out"))
+        assert "selection 'train' has slides of patients that 'val-out' holds out" in leak
+        assert f"(slide {seen}; held out: " in leak
+        honours = honoured(dataset, "train")
+        slide_ids = read_selection(dataset, "train").slide_ids
+        with pytest.raises(UserError, match=f"{seen}.*make both again, the hold-out first"):
+            check_held_out(dataset, "train", slide_ids, honours)
+    # As `scan` leaves it, `select` draws by the new table, and hold-outs are of the former one.
+    write_slides(dataset, "test", (slides | {
+        moved: replace(slides[moved], patient=slides[seen].patient)}).values())  # fmt: skip
+    before = dataset.selection_file("train").read_bytes()
+    for arguments in (["train", "--tiles", "2_000"], ["more", "--tiles", "1_000"]):
+        with pytest.raises(UserError, match="has slides of patients that 'val-out' holds out"):
+            select(dataset, "--name", *arguments)
+    assert dataset.selection_file("train").read_bytes() == before
+    assert not dataset.selection_file("more").exists()

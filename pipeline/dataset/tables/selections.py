@@ -252,8 +252,8 @@ def _plan_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
 _HINT = "make it again with `python -m pipeline select`"
 _SLIDE = Column("slide_id", pa.string())
 _RANK = Column("rank", pa.int32(), least=0, most=MOST_ROWS - 1)
-_MOST_ROWS = 1 << 27
-"""Tiles of a dataset, 12 bytes each while they are sorted."""
+_MOST_ROWS = 1 << 28
+"""Tiles of a selection, 12 bytes each while they are sorted."""
 
 
 def read_rows(path: Path, name: str, hint: str = _HINT) -> Selection:

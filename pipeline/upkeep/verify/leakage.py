@@ -22,9 +22,10 @@ from pipeline.dataset import (
     read_selection_rows,
     read_slides,
 )
+from pipeline.dataset.hold_outs import shared_patients
 from pipeline.dataset.tables.candidates import read_positions
 from pipeline.dataset.tables.selections import read_plan
-from pipeline.selection.leakage import Ranks, equal_files, find_overlaps, shared_patients
+from pipeline.selection.leakage import Ranks, equal_files, find_overlaps
 from pipeline.selection.plan import GUIDANCE, TRAIN, VAL_IN, VAL_OUT, role_of_name
 from pipeline.slides.reader import Level
 from pipeline.slides.resolution import plan_read
