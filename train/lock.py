@@ -101,6 +101,9 @@ class RunLock:
             if path.exists() and is_lease_alive(path, lambda: file_server_time(path.parent)):
                 return False
             self._lease = Lease(path)
+            if read_holder(path) != identify_process():
+                # Elsewhere a lease is only for judging; here it is all that keeps a second one out.
+                raise UserError(f"cannot write {path}: free space or fix the folder's permissions")
         return True
 
     def _patience(self, is_here: bool) -> float:

@@ -42,6 +42,22 @@ class _Sight:
         return f" by process {process.pid} on {process.host}" if process else " by others"
 
 
+class _Watch:
+    """For how long a waiter has seen each lock unchanged, by the waiter's own clock."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[_Sight, float]] = {}
+
+    def is_dead(self, path: Path, sight: _Sight) -> bool:
+        """Whether the holder of a lock, as it is seen now, is dead."""
+        now = time.monotonic()
+        if path not in self._seen or self._seen[path][0] != sight:
+            self._seen[path] = (sight, now)
+        process = ProcessIdentity.from_json(sight.holder)
+        is_alive = process.is_alive() if process else None
+        return now - self._seen[path][1] > STALE_S if is_alive is None else not is_alive
+
+
 class HeldLock:
     """A lock that is held; ask `is_held` before what must not be done by two at once."""
 
@@ -61,10 +77,9 @@ class HeldLock:
             # The server's clock, at once, and without taking space on a full disk. By the open
             # file: where another removed it this must not renew its successor.
             os.utime(self._handle)
-            mine, there = os.fstat(self._handle), os.stat(self._path)
+            return _is_file_of(self._handle, self._path)
         except OSError:
             return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def release(self) -> None:
         """Stop renewing, and remove the lock unless it is another's."""
@@ -102,17 +117,17 @@ def hold_lock(path: Path, waiting: str = "") -> Iterator[HeldLock]:
 
 def _acquire_lock(path: Path, waiting: str) -> int:
     """The open file of the lock, which is ours now."""
-    began = renewed = time.monotonic()
+    began, watch = time.monotonic(), _Watch()
     seen: _Sight | None = None
     is_mentioned = False
     while (handle := _create_lock(path)) is None:
         now, sight = time.monotonic(), _look_at(path)
-        if sight is not None and sight != seen:
+        if sight is not None:
             if seen is not None and sight.holder != seen.holder:
                 began = now
-            seen, renewed = sight, now
-        if sight is not None and _may_break(sight, now - renewed):
-            _break_lock(path, sight)
+            seen = sight
+            if watch.is_dead(path, sight):
+                _break_lock(path, sight, watch)
         holder = sight.describe_holder() if sight else " by others"
         if now - began > PATIENCE_S:
             raise UserError(
@@ -124,13 +139,6 @@ def _acquire_lock(path: Path, waiting: str) -> int:
             is_mentioned = True
         time.sleep(_LOOK_S)
     return handle
-
-
-def _may_break(sight: _Sight, unchanged_s: float) -> bool:
-    """Whether the holder is dead, of a lock that was seen unchanged for so long."""
-    process = ProcessIdentity.from_json(sight.holder)
-    is_alive = process.is_alive() if process else None
-    return unchanged_s > STALE_S if is_alive is None else not is_alive
 
 
 def _create_lock(path: Path) -> int | None:
@@ -178,17 +186,31 @@ def _look_at(path: Path) -> _Sight | None:
         os.close(handle)
 
 
-def _break_lock(path: Path, sight: _Sight) -> None:
+def _break_lock(path: Path, sight: _Sight, watch: _Watch) -> None:
     """Remove a dead holder's lock, and never its successor's.
 
     Of several waiters only the one that makes the file named after that very lock may remove it,
-    and only after it has looked again.
+    and only after it has looked again. That file is a lock, too: where who made it was killed, it
+    is broken as any other.
     """
     right = path.with_name(f"{path.name}.{sight.name}")
-    if (handle := _create_lock(right)) is not None:
-        os.close(handle)
-        if _look_at(path) == sight:
-            # Where another user's may not be removed, the waiter's patience ends with a message.
-            with suppress(OSError):
+    handle = _create_lock(right)
+    if handle is None:
+        other = _look_at(right)
+        if other is not None and watch.is_dead(right, other):
+            _break_lock(right, other, watch)
+        return
+    try:
+        # Where another user's may not be removed, the waiter's patience ends with a message.
+        with suppress(OSError):
+            if _look_at(path) == sight and _is_file_of(handle, right):
                 path.unlink()
-        right.unlink(missing_ok=True)
+            if _is_file_of(handle, right):
+                right.unlink()
+    finally:
+        os.close(handle)
+
+
+def _is_file_of(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name; raises `OSError` where none has it."""
+    return os.path.samestat(os.fstat(handle), path.stat())

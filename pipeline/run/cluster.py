@@ -178,7 +178,7 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
     # dask-jobqueue reports its own mistakes as several kinds of errors.
     options = cluster_options(config, environment)
     # Here: distributed takes a second that other commands save.
-    from pipeline.run.private import PrivateScheduler
+    from pipeline.run.private import PrivateScheduler, close_cluster
 
     if not config.tls:
         print_line(
@@ -189,8 +189,10 @@ def open_cluster(config: ClusterConfig, environment: dict[str, str]) -> Iterator
         cluster = SLURMCluster(scheduler_cls=PrivateScheduler, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--cluster: {one_line(error)}") from error
-    with cluster:
+    try:
         yield cluster
+    finally:
+        close_cluster(cluster)
 
 
 def cluster_options(config: ClusterConfig, environment: dict[str, str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from pipeline.run.tasks import (
     run_bundle,
     sort_dearest_first,
 )
-from pipeline.run.workers import RETURNS_WITHIN_S, EngineConfig, dask_client
+from pipeline.run.workers import RETURNS_WITHIN_S, EngineConfig, dask_client, list_workers
 
 _LOOK_AROUND_S = 0.5
 """How often new and lost workers are looked for while no task ends."""
@@ -48,6 +48,12 @@ _KILLED_WITHIN_S = 30.0
 """A nanny waits some seconds for its worker, then kills it."""
 _FETCHED_WITHIN_S = 5.0
 """The entries of a bundle are small: whoever holds them and is alive has sent them by then."""
+_SENT_WITHIN_S = 300.0
+"""A worker that is there, and has not sent what it holds by then, was stopped: it is killed."""
+_RENEWED_EVERY_S = 30.0
+_ABSENT_LOCAL_S, _ABSENT_S = 600.0, 1800.0
+"""How long to wait for any worker: on this machine, and on a scheduler to which others send some.
+Jobs of a cluster may wait in the queue for days; `JobWatch` sees those that fail."""
 
 
 class Observer(Protocol):
@@ -107,6 +113,7 @@ def run_bundles(
             external=bool(config.scheduler or config.cluster),
             lifetime_s=config.cluster.lifetime_s if config.cluster else 0.0,
             slide_timeout_s=config.slide_timeout_s,
+            absent_s=_absent_limit(config),
         )  # fmt: skip
         check = None
         if config.cluster:
@@ -124,12 +131,20 @@ def run_bundles(
         drain.run(bundles, check)
 
 
+def _absent_limit(config: EngineConfig) -> float:
+    """For how long a run waits while no worker is there, 0 for ever."""
+    if config.cluster:
+        return 0.0
+    return _ABSENT_S if config.scheduler else _ABSENT_LOCAL_S
+
+
 @dataclass
 class _Flight:
     """A bundle on a worker; `received` counts the slides whose entries have arrived.
 
     `worker_since` is when its worker was first seen, `began` when the slide in progress began;
-    `watched_from` is the latter in seconds for which the coordinator has watched.
+    `watched_from` is the latter in seconds for which the coordinator has watched, and `unsent_from`
+    when the bundle had ended but its entries did not come.
     """
 
     future: Any
@@ -140,6 +155,7 @@ class _Flight:
     worker_since: float = 0.0
     began: float = 0.0
     watched_from: float = 0.0
+    unsent_from: float | None = None
     received: int = 0
 
     @property
@@ -163,7 +179,7 @@ class _Fleet:
 
     def look_around(self, now: float) -> dict[str, Any]:
         """The workers by address."""
-        workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        workers = list_workers(self.client)
         self.names_seen |= {str(worker["name"]) for worker in workers.values()}
         self.since = {address: self.since.get(address, now) for address in workers}
         return workers
@@ -174,7 +190,11 @@ class _Fleet:
 
 
 class _LostResultsError(Exception):
-    """A bundle ended, and its worker died before it had sent the entries."""
+    """A bundle ended, and its entries do not come: its worker died, or is stopped."""
+
+
+class _CancelledError(Exception):
+    """The scheduler forgot the bundle, as when the connection to it was lost for a moment."""
 
 
 def _fetch_results(future: Any) -> tuple[list[list[Entry]], Exception | None]:
@@ -186,8 +206,9 @@ def _fetch_results(future: Any) -> tuple[list[list[Entry]], Exception | None]:
     try:
         error = future.exception(timeout=_FETCHED_WITHIN_S)
         return ([], error) if error else (future.result(timeout=_FETCHED_WITHIN_S), None)
-    except TimeoutError:
-        return [], _LostResultsError()
+    except Exception:
+        # What the bundle itself raised was returned above: this is Dask's.
+        return [], _CancelledError() if future.cancelled() else _LostResultsError()
 
 
 class Drain:
@@ -204,17 +225,21 @@ class Drain:
         external: bool = False,
         lifetime_s: float = 0.0,
         slide_timeout_s: float = 0.0,
+        absent_s: float = 0.0,
     ) -> None:
         """Args as of `run_bundles`.
 
         `external`: workers are not restarted here, so that a death may be a lost job;
         `lifetime_s`: after how long workers leave by themselves, 0 where that is unknown;
-        `slide_timeout_s`: after how long a slide fails and its worker is killed, 0 for never.
+        `slide_timeout_s`: after how long a slide fails and its worker is killed, 0 for never;
+        `absent_s`: after how long without any worker the stage ends, 0 for never.
         """
         self._client, self._function = client, function
         self._on_entries, self._progress, self._observer = on_entries, progress, observer
         self._external, self._lifetime_s = external, lifetime_s
-        self._slide_timeout_s = slide_timeout_s
+        self._slide_timeout_s, self._absent_s = slide_timeout_s, absent_s
+        self._absent_from: float | None = None
+        self._renewed_at = time.monotonic()
         self._watched_s, self._watched_at = 0.0, time.monotonic()
         self._restarts: dict[str, threading.Thread] = {}
         self._waiting: deque[list[SlideTask]] = deque()
@@ -284,6 +309,9 @@ class Drain:
         self._take_entries(
             flight, flight.slide.failed_entries(f"took longer than {limit} (--slide-timeout)")
         )
+        self._replace_worker(address)
+
+    def _replace_worker(self, address: str) -> None:
         # In a thread, since it takes seconds. Code that hangs in a library hears no signal.
         restart = threading.Thread(target=self._kill_worker, args=(address,), daemon=True)
         self._restarts[address] = restart
@@ -335,11 +363,31 @@ class Drain:
         for address in self._left_in_good_order(set(workers), now):
             self._take_back(self._flights.pop(address), self._gone_since[address])
         self._judge_deaths({str(worker.get("nanny")) for worker in workers.values()}, now)
-        for address in self._fleet.youngest_first(
-            set(workers) - set(self._flights) - set(self._restarts)
-        ):
+        usable = set(workers) - set(self._restarts)
+        for address in self._fleet.youngest_first(usable - set(self._flights)):
             if self._waiting:
                 self._submit_bundle(address, workers[address], self._waiting.popleft())
+        self._miss_workers(usable, now)
+
+    def _miss_workers(self, usable: set[str], now: float) -> None:
+        """Have local workers that are gone started again; end a stage that none comes back to."""
+        if not self._external and now - self._renewed_at > _RENEWED_EVERY_S:
+            self._renewed_at = now
+            # Here: distributed takes a second that other commands save.
+            from pipeline.run.private import renew_workers
+
+            renew_workers(self._client.cluster)
+        if usable or self._flights or self._dead:
+            self._absent_from = None
+        elif self._absent_from is None:
+            self._absent_from = self._watched_s
+        elif 0 < self._absent_s < self._watched_s - self._absent_from:
+            slides = sum(len(bundle) for bundle in self._waiting)
+            raise UserError(
+                f"no worker has been there for {format_seconds(self._absent_s)}, and {slides} "
+                "slides wait for one: is memory short, or were the workers killed? What was "
+                "committed stays; run the same command again to go on"
+            )
 
     def _left_in_good_order(self, present: set[str], now: float) -> list[str]:
         """Workers that are gone though nothing failed (their walltime): no slide is to blame."""
@@ -389,9 +437,7 @@ class Drain:
         from distributed.scheduler import KilledWorker
 
         results, error = _fetch_results(flight.future)
-        if isinstance(error, _LostResultsError) and address in self._fleet.look_around(
-            time.monotonic()
-        ):
+        if isinstance(error, _LostResultsError) and self._may_still_send(address, flight):
             self._await_end(address, flight)
             return
         del self._flights[address]
@@ -400,6 +446,8 @@ class Drain:
                 self._take_entries(flight, entries)
         elif isinstance(error, UnfitWorkerError):
             raise UserError(str(error))
+        elif isinstance(error, _CancelledError):
+            self._try_again(flight, self._attempts_of(flight.slide).after_job_loss())
         elif isinstance(error, KilledWorker | _LostResultsError):
             self._end_with_worker(flight)
         elif len(flight.rest) > 1:
@@ -408,6 +456,17 @@ class Drain:
             text = redact_secrets(one_line(error, 10_000))[:200]
             reason = f"internal error: {type(error).__name__}: {text}"
             self._take_entries(flight, flight.slide.failed_entries(reason))
+
+    def _may_still_send(self, address: str, flight: _Flight) -> bool:
+        """Whether a worker that holds a bundle's entries may send them yet; else it is killed."""
+        if address not in self._fleet.look_around(time.monotonic()):
+            return False
+        if flight.unsent_from is None:
+            flight.unsent_from = self._watched_s
+        if self._watched_s - flight.unsent_from <= _SENT_WITHIN_S:
+            return True
+        self._replace_worker(address)
+        return False
 
     def _end_with_worker(self, flight: _Flight) -> None:
         """Its worker died, with what it had not sent."""

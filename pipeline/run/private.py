@@ -4,6 +4,7 @@ Whoever can talk to a Dask scheduler or worker runs code as the owner of the run
 of a machine can reach its loopback ports.
 """
 
+import multiprocessing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,10 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
-from distributed import Nanny, Scheduler, SpecCluster, Worker
+from distributed import Nanny, Scheduler, SpecCluster, Status, Worker
 from distributed.security import Security
 
 LOOPBACK = "127.0.0.1"
+STARTS_WITHIN_S = 300.0
+"""A worker that has not started by then never will: it was stopped, or hangs in a library."""
+CLOSES_WITHIN_S = 60.0
+"""A nanny asks its worker to end, and kills it after some seconds."""
+_WORKER_PROCESS = "Dask Worker process"
 _VALID = timedelta(days=365)
 _CLOCK_MAY_DIFFER = timedelta(days=2)
 
@@ -76,7 +82,8 @@ def open_local_cluster(
     """A cluster of worker processes on this machine, on loopback, with its own certificate.
 
     `environment` is set in the workers. Scratch folders are the owner's alone, since a worker
-    imports modules from its own. Raises `RuntimeError` where the workers do not start.
+    imports modules from its own. Raises `RuntimeError` where the workers do not start within
+    300 s. Closing takes 60 s at most; what does not end by itself is killed.
     """
     server = {"protocol": "tls://", "host": LOOPBACK, "security": make_security()}
     # Not /tmp/dask-scratch-space, a name that another user can take first.
@@ -89,13 +96,62 @@ def open_local_cluster(
             "worker_class": PrivateWorker,
             "nthreads": 1,
             "memory_limit": 0,
+            "death_timeout": STARTS_WITHIN_S,
             "env": dict(environment),
             "silence_logs": silence_logs,
         }
-        with SpecCluster(
-            workers={number: {"cls": Nanny, "options": nanny} for number in range(workers)},
-            scheduler={"cls": PrivateScheduler, "options": {**server, "port": 0}},
-            security=server["security"],
-            silence_logs=silence_logs,
-        ) as cluster:
+        cluster = None
+        try:
+            cluster = SpecCluster(
+                workers={number: {"cls": Nanny, "options": nanny} for number in range(workers)},
+                scheduler={"cls": PrivateScheduler, "options": {**server, "port": 0}},
+                security=server["security"],
+                silence_logs=silence_logs,
+            )
+        except (AssertionError, OSError) as error:
+            # Dask's own word for a nanny that gave up is an assertion of its.
+            raise RuntimeError(f"no answer within {STARTS_WITHIN_S:.0f} s") from error
+        finally:
+            if cluster is None:
+                _kill_workers()
+        try:
             yield cluster
+        finally:
+            close_cluster(cluster)
+            _kill_workers()
+
+
+def renew_workers(cluster: SpecCluster) -> None:
+    """Start, in the background, a new nanny for each that has failed or is gone."""
+
+    def renew() -> None:
+        # Dask itself only forgets a nanny whose worker has been away for `lost-worker-timeout`;
+        # asking for as many workers as there should be then starts another one.
+        for name, nanny in list(cluster.workers.items()):
+            if nanny.status in (Status.closed, Status.failed):
+                del cluster.workers[name]
+        cluster.scale(len(cluster.worker_spec))
+
+    loop: Any = cluster.loop
+    loop.add_callback(renew)
+
+
+def close_cluster(cluster: Any) -> None:
+    """Close a cluster within 60 s, or leave it as it is; never an error, the work is done."""
+    try:
+        cluster.close(timeout=CLOSES_WITHIN_S)
+    except Exception:
+        # Nothing of it goes on: no nanny starts a worker again, and Python's end waits for none.
+        cluster.shutdown_on_close = False
+        cluster.loop.add_callback(cluster.loop.stop)
+
+
+def _kill_workers() -> None:
+    """End what a closed cluster has left: Dask asks some to end that do not hear it (SIGSTOP).
+
+    Python waits for its child processes at its end, without a limit.
+    """
+    for process in multiprocessing.active_children():
+        if process.name.startswith(_WORKER_PROCESS):
+            process.kill()
+            process.join()

@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,6 +20,10 @@ RETURNS_WITHIN_S = 60.0
 """A nanny that is alive has its worker back by then; else the job itself is gone."""
 _STARTS = 3
 _CONNECT_WITHIN_S = 10.0
+_ANSWERS_WITHIN_S = 60.0
+_ASKED = 5
+"""More than once: where this process itself was stopped meanwhile, its own clock went on."""
+_ASKED_AGAIN_AFTER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
     import dask
     from distributed import Client
 
+    # What dies and what that breaks is said by the stage, in lines of its own.
+    for name in ("asyncio", "distributed.client", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Dask's profiler looks at every worker's stack a hundred times per second and keeps an hour.
     options = {
         "distributed.scheduler.allowed-failures": 0,
@@ -106,7 +114,7 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
         if config.cluster:
             with (
                 open_cluster(config.cluster, config.job_environment()) as cluster,
-                Client(cluster) as client,
+                _closing(Client(cluster)) as client,
             ):
                 yield client
             return
@@ -117,13 +125,54 @@ def dask_client(config: EngineConfig, tasks: int) -> Iterator[Any]:
                 raise UserError(
                     f"--scheduler {config.scheduler}: no Dask scheduler answers there"
                 ) from error
-            with client:
-                _warn_open(str(client.scheduler_info()["address"]))
+            with _closing(client):
+                _warn_open(str(getattr(client.scheduler, "address", config.scheduler)))
                 _check_scheduler(client, config.scheduler)
                 yield client
             return
-        with _local_cluster(config, tasks) as cluster, Client(cluster) as client:
+        with _local_cluster(config, tasks) as cluster, _closing(Client(cluster)) as client:
             yield client
+
+
+@contextmanager
+def _closing(client: Any) -> Iterator[Any]:
+    """Close a client at the end; that its scheduler does not answer is no error, the work is done.
+
+    It takes twice the time to connect at most.
+    """
+    try:
+        yield client
+    finally:
+        with suppress(Exception):
+            client.close()
+
+
+def list_workers(client: Any) -> dict[str, Any]:
+    """The workers that the scheduler has, by address.
+
+    Raises `UserError` where the scheduler is gone, or does not answer for 300 s.
+    """
+    reason = ""
+    for _ in range(_ASKED):
+        try:
+            # Not `scheduler_info`, which waits without a limit.
+            answer = client.sync(
+                client.scheduler.identity, n_workers=-1, callback_timeout=_ANSWERS_WITHIN_S
+            )
+            return dict(answer["workers"])
+        except TimeoutError:
+            reason = f"it has not answered for {_ASKED * _ANSWERS_WITHIN_S:.0f} s"
+        except OSError as error:
+            reason = one_line(error, 160)
+            time.sleep(_ASKED_AGAIN_AFTER_S)
+        except (AttributeError, RuntimeError):
+            # Dask's client gave up, and has taken itself apart.
+            reason = "the connection to it was lost"
+            break
+    raise UserError(
+        f"the Dask scheduler, which hands out the slides, is gone ({reason}): what was committed "
+        "stays; run the same command again to go on"
+    )
 
 
 @cache
@@ -145,7 +194,10 @@ def _check_scheduler(client: Any, address: str) -> None:
     start = "start it with DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0 in its environment"
     try:
         # By value: the scheduler need not have this package.
-        allowed = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.allowed_failures)
+        allowed = client.run_on_scheduler(
+            lambda dask_scheduler: dask_scheduler.allowed_failures,
+            callback_timeout=_ANSWERS_WITHIN_S,
+        )
     except Exception as error:
         reason = one_line(error)
         raise UserError(
@@ -194,4 +246,4 @@ def count_workers(config: EngineConfig) -> int:
     Raises `UserError` where no scheduler answers.
     """
     with dask_client(config, 0) as client:
-        return max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        return max(1, len(list_workers(client)))

@@ -24,6 +24,20 @@ from pipeline.dataset.lock import hold_lock
 with hold_lock(Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
 """
+BREAKER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.dataset import lock
+create_lock = lock._create_lock
+def create_and_die(path):
+    handle = create_lock(path)
+    if handle is not None and path.name != "lock":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return handle
+lock._create_lock = create_and_die
+with lock.hold_lock(Path(sys.argv[1])):
+    pass
+"""
 
 
 def claim(dataset: Dataset, **claims: Any) -> dict[str, Any]:
@@ -113,6 +127,19 @@ def test_a_holder_killed_with_9_is_outlived_by_one_at_a_time(tmp_path: Path) -> 
     hold_by_turns(path)
 
 
+def test_a_waiter_killed_while_it_breaks_a_lock_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a second one, killed while it clears away what the first one left."""
+    monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
+    path = tmp_path / ".tmp" / "lock"
+    for code in (HOLDER, BREAKER, BREAKER):
+        command = [sys.executable, "-c", code, str(path)]
+        assert subprocess.run(command, check=False).returncode == -9
+    assert len(list(path.parent.iterdir())) == 3
+    hold_by_turns(path)
+
+
 def test_a_holder_that_did_not_say_who_it_is_is_outlived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,12 +191,12 @@ def test_a_successors_lock_is_never_broken_nor_released(tmp_path: Path) -> None:
     assert dead is not None
     with hold_lock(path) as held:
         os.utime(path, ns=(1, 1))
-        lock._break_lock(path, dead)
+        lock._break_lock(path, dead, lock._Watch())
         assert held.is_held()
         there = lock._look_at(path)
         assert there is not None
         (tmp_path / f"lock.{there.name}").touch()
-        lock._break_lock(path, there)
+        lock._break_lock(path, there, lock._Watch())
         assert path.exists(), "another waiter has the right to break it"
         path.unlink()
         path.touch()

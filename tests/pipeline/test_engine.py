@@ -261,7 +261,9 @@ class Fleet:
     def subscribe_topic(self, *_: object) -> None:
         pass
 
-    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+    scheduler = SimpleNamespace(identity=None)
+
+    def sync(self, *_: object, **__: object) -> dict[str, Any]:
         return {"workers": {one: {"name": one, "nanny": one} for one in self.there}}
 
     def submit(self, *_: object, workers: list[str], **__: object) -> Any:

@@ -195,6 +195,9 @@ def test_without_locks_of_the_file_system_a_lease_keeps_a_second_training_out(
     with lock.RunLock(tmp_path) as second:
         second.acquire()
     assert not lease.exists()
+    lease.symlink_to("nowhere")  # no lease is written through a link
+    with lock.RunLock(tmp_path) as second, pytest.raises(UserError, match="cannot write"):
+        second.acquire()
 
 
 def test_torchrun_waits_for_the_last_checkpoint_as_long_as_the_batch_script_says() -> None:
