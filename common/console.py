@@ -33,11 +33,15 @@ from rich.text import Text
 
 from common.errors import UserError
 from common.escape import escape_terminal
+from common.following import follow_starter
 from common.redact import redact_secrets
 from common.streams import lossy_output
 from common.text import find_nearest, format_seconds
 
 EXIT_OK, EXIT_FAILURES, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_REQUEUE = 75
+"""Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
+same command goes on from it. A requeue script starts the job again on this status alone."""
 _PLAIN_INTERVAL_S = 10.0
 
 _LOG_WIDTH = 160
@@ -92,6 +96,7 @@ def run_door(
     Rooms that were not imported from this project (a stray train.py in the working folder) are
     refused.
     """
+    follow_starter()
     _guard_streams()
     with lossy_output(is_result=prints_result) as losses:
         try:
@@ -224,6 +229,14 @@ def open_meter(label: str, total: int, unit: str) -> Iterator[Meter]:
     """
     with Meter(label, total, unit) as progress:
         yield progress
+
+
+class ExplainedExit(SystemExit):
+    """Ends a command with a status and a line, which one of several processes prints."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(status)
+        self.line = line
 
 
 class OneLineParser(argparse.ArgumentParser):

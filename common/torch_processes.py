@@ -23,6 +23,7 @@ from torch import Tensor
 from common.console import (
     EXIT_FAILURES,
     EXIT_USAGE,
+    ExplainedExit,
     print_line,
     print_traceback,
     report_error,
@@ -49,14 +50,6 @@ _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 
 class ReportedElsewhereError(Exception):
     """Ends this process of several: the main one reports the mistake."""
-
-
-class ExplainedExit(SystemExit):
-    """Ends a command with a status and a line, which one of several processes prints."""
-
-    def __init__(self, status: int, line: str) -> None:
-        super().__init__(status)
-        self.line = line
 
 
 @dataclass(frozen=True)
@@ -262,7 +255,8 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
     elif lost or isinstance(error, dist.DistError):
         if (left := _status_of_others(store)) is not None:
             status = left
-        elif _is_first(store, "reported"):
+        # `common.launch` reports one that was killed; others report themselves.
+        elif STORE_VARIABLE not in os.environ and _is_first(store, "reported"):
             reason = str(error).splitlines()[0][-200:]
             stderr.print(f"error: process {rank} lost another process: {reason}")
     else:

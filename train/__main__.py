@@ -45,7 +45,10 @@ def main(arguments: Sequence[str]) -> int:
 
         export_run(options.run, options.out, sit=options.sit, vae=options.vae, step=options.step)
         return 0
-    return _run_training(arguments)
+    from train.signals import leaving_early
+
+    with leaving_early():
+        return _run_training(arguments)
 
 
 def _run_training(arguments: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common.console import EXIT_OK, print_line
+from common.console import EXIT_OK, EXIT_REQUEUE, print_line
 from common.errors import UserError
 from common.torch_processes import Processes
 from train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
@@ -34,7 +34,7 @@ from train.setup import (
     refuse_links,
     run_directory,
 )
-from train.signals import EXIT_REQUEUE, StopRequests
+from train.signals import StopRequests
 from train.step import TrainingStep
 
 

@@ -5,15 +5,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-from common.console import EXIT_INTERRUPTED, print_line
-from common.torch_processes import ExplainedExit
-
-EXIT_REQUEUE = 75
-"""Exit status after a request to stop (EX_TEMPFAIL of sysexits.h): the state is saved, and the
-same command goes on from it. A requeue script starts the job again on this status alone."""
+from common.console import EXIT_INTERRUPTED, EXIT_REQUEUE, ExplainedExit, print_line, stdout
 
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _IGNORABLE = (signal.SIGHUP,)  # as nohup leaves it
@@ -31,6 +27,42 @@ class StoppedEarly(ExplainedExit):
         )
 
 
+@contextlib.contextmanager
+def leaving_early() -> Iterator[None]:
+    """Leave with status 75 on a request to stop inside the block: before torch is imported.
+
+    That takes seconds, in which SIGUSR1 would end the process with a status that no requeue
+    script knows. `StopRequests` takes over.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if _is_first_process():
+            print_line(StoppedEarly().line)
+            stdout.file.flush()
+        # At once: an exception may be lost in an import.
+        os._exit(EXIT_REQUEUE)
+
+    previous = _replace_handlers(leave)
+    try:
+        yield
+    finally:
+        for request, handler in previous.items():
+            signal.signal(request, handler)
+
+
+def _replace_handlers(handler: Callable[[int, FrameType | None], None]) -> dict[Any, Any]:
+    """Handle the requests to stop, but one that is ignored as under nohup; the former handlers."""
+    return {
+        number: signal.signal(number, handler)
+        for number in _REQUESTS
+        if number not in _IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN
+    }
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 class StopRequests:
     """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP inside the `with` block instead of dying of them.
 
@@ -43,7 +75,7 @@ class StopRequests:
         self._may_leave = True
         self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._says = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        self._says = _is_first_process()
         # torchrun passes the second Ctrl-C on as SIGTERM.
         is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         self._seconds = {signal.SIGINT, *([signal.SIGTERM] if is_torchrun else [])}
@@ -55,10 +87,7 @@ class StopRequests:
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._leave_child)
-        for number in _REQUESTS:
-            handler = signal.getsignal(number)
-            if number not in _IGNORABLE or handler is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note_signal)
+        self._previous = _replace_handlers(self._note_signal)
         self._watcher = threading.Thread(target=self._watch_signals, args=(reading,), daemon=True)
         self._watcher.start()
         return self
@@ -88,6 +117,7 @@ class StopRequests:
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if self._may_leave:
+            self._may_leave = False  # a second one must not end what the first one unwinds
             raise StoppedEarly
 
     def _watch_signals(self, reading: int) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from common.console import print_line
 from common.errors import UserError
+from common.following import tied_children
 from common.torch_processes import Processes, joined_processes
 from evaluate.generate.condition_source import (
     ConditionSource,
@@ -138,7 +139,8 @@ def _run_command(command: list[str]) -> None:
     print_line(
         "$ " + shlex.join(["python" if word == sys.executable else word for word in command])
     )
-    status = subprocess.run(command, check=False).returncode
+    with tied_children() as tie:
+        status = subprocess.run(command, check=False, **tie.options()).returncode
     if status:
         raise UserError(
             f"`{shlex.join(command)}` ended with status {status}; fix what it reports above, then "

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from common.console import EXIT_OK, EXIT_USAGE, print_line, stdout
 from common.errors import UserError
+from common.following import tied_children
 from common.text import format_bytes
 from pipeline.dataset import Dataset, Run, software_versions
 from pipeline.recipe.plan import StepPlan, plan_recipe
@@ -53,7 +54,11 @@ def _run_step(step: Step) -> int:
         from pipeline.__main__ import main
 
         return main(list(step.arguments))
-    return subprocess.run(step.command(), stdin=subprocess.DEVNULL, check=False).returncode
+    with tied_children() as tie:
+        done = subprocess.run(
+            step.command(), stdin=subprocess.DEVNULL, check=False, **tie.options()
+        )
+    return done.returncode
 
 
 def _refuse_larger(plans: list[StepPlan], max_bytes: int | None) -> None:

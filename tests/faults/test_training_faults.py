@@ -13,14 +13,13 @@ import pytest
 import torch
 from listening import listening_at
 
-from common.console import EXIT_INTERRUPTED, report_error
+from common.console import EXIT_INTERRUPTED, EXIT_REQUEUE, report_error
 from common.errors import UserError
 from pipeline.dataset import Dataset
 from tests.train.conftest import command, environment, make_dataset, small_config
 from train.checkpoint import RunState, list_checkpoints, write_checkpoint
 from train.loop import train
 from train.metrics_log import MetricsLog
-from train.signals import EXIT_REQUEUE
 
 HOME = Path(__file__).resolve().parents[2]
 

@@ -16,6 +16,7 @@ from test_processes import run_two
 from test_step import CPU, make_batch, make_step, wake
 from torch import Tensor
 
+from common.console import EXIT_REQUEUE
 from common.errors import UserError
 from common.torch_processes import ALONE
 from model.cytosyn import CytoSyn
@@ -31,7 +32,6 @@ from train.latents import measure_latents, read_latent_scale, set_latent_scale
 from train.loop import train
 from train.networks import build_parts
 from train.setup import open_data
-from train.signals import EXIT_REQUEUE
 
 NAMES = ("running_mean", "running_var")
 

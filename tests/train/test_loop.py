@@ -17,6 +17,7 @@ from conftest import HOME, command, environment, make_dataset, small_config, wei
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.console import EXIT_REQUEUE
 from common.errors import UserError
 from common.files import write_json
 from model.cytosyn import CytoSyn
@@ -28,7 +29,6 @@ from train.loop import Training, TrainingDivergedError, train
 from train.metrics_log import read_metrics
 from train.reporter import Reporter
 from train.setup import open_data
-from train.signals import EXIT_REQUEUE
 from train.speed import step_flop
 
 

@@ -19,10 +19,11 @@ from conftest import HOME, command, environment, small_config, weights_of
 from test_loop import assert_same_weights, wait_for
 from test_processes import free_port
 
+from common.console import EXIT_REQUEUE
 from pipeline.dataset import Dataset
 from train.checkpoint import list_checkpoints
 from train.loop import train
-from train.signals import EXIT_REQUEUE, StopRequests
+from train.signals import StopRequests
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 EXIT_INTERRUPTED = 130
