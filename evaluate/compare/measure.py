@@ -21,7 +21,9 @@ from evaluate.compare.sides import (
 )
 from evaluate.compare.warnings import (
     blockiness_warnings,
+    equality_warnings,
     fault_warnings,
+    hold_out_warnings,
     metric_warnings,
     set_warnings,
 )
@@ -83,8 +85,15 @@ def measure(
         # What was measured is not lost for the floor next to it.
         failed["real_vs_real"] = describe_failure(error)
     described = {"real": real.describe_side(), "generated": generated.describe_side()}
+    equal = {
+        name: side.count_equal(generated)
+        for name, side in (("real", real), ("training", train))
+        if side is not None
+    }
     warnings = set_warnings(real, generated, identity) + blockiness_warnings(described)
+    warnings += equality_warnings(equal, len(generated.features))
     warnings += [make_warning("no_cosine", no_cosine)] if no_cosine else []
+    warnings += hold_out_warnings([side for side in (real, train) if side is not None])
     warnings += fault_warnings(faults, failed)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -97,6 +106,7 @@ def measure(
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},
         "metrics": metrics,
         "failed": failed,
+        "equal_tiles": equal,
         "references": {"real_vs_real": halves},
         "warnings": warnings
         + metric_warnings([("", metrics), ("real halves", halves or {})], warnings),

@@ -1,7 +1,9 @@
 """What tiles a number was measured on: sums of their files and pixels, and their JPEG traces."""
 
 import hashlib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -26,6 +28,17 @@ _BLOCKINESS_TILES = 256
 Tile = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class TileFacts:
+    """What is known of a selection's tiles: `described` for a record (see `tile_provenance`).
+
+    `keys` uint64 [n] tell the tiles apart by their pixels, in order; None where tiles are gone.
+    """
+
+    described: dict[str, object]
+    keys: npt.NDArray[np.uint64] | None
+
+
 def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dict[str, object]:
     """The selection's codec, rounding and sums, and how blocky its tiles are.
 
@@ -35,18 +48,26 @@ def tile_provenance(dataset: Dataset, selection: Selection, tile_px: int) -> dic
     which does not depend on the codec. Where tiles are gone (features may outlive them) both sums
     and the blockiness are None, and `missing` names a tile.
     """
+    return find_tile_facts(dataset, selection, tile_px).described
+
+
+def find_tile_facts(dataset: Dataset, selection: Selection, tile_px: int) -> TileFacts:
+    """The provenance of a selection's tiles, and what tells them apart."""
     identity = read_identity(dataset)
     # All keys are always there, so that a reader can tell "not known" from "older results".
     unknown = dict.fromkeys(("files_sha256", "pixels_sha256", "blockiness", "missing"))
     described = {"codec": identity.get("codec"), "rounding": identity.get("rounding"), **unknown}
     try:
-        return described | {
-            "files_sha256": _files_sha256(dataset, selection, tile_px),
-            "pixels_sha256": _pixels_sha256(dataset, selection, tile_px),
+        files_sha256 = _files_sha256(dataset, selection, tile_px)
+        pixels_sha256, keys = _hash_pixels(dataset, selection, tile_px)
+        known = {
+            "files_sha256": files_sha256,
+            "pixels_sha256": pixels_sha256,
             "blockiness": mean_blockiness(dataset, selection, tile_px),
         }
+        return TileFacts(described | known, keys)
     except UserError as error:
-        return described | {"missing": str(error)}
+        return TileFacts(described | {"missing": str(error)}, None)
 
 
 def mean_blockiness(
@@ -81,10 +102,12 @@ def _files_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
     return digest.hexdigest()
 
 
-def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
-    """Decoded in threads by blocks of 16 tiles, hashed in order."""
+def _hash_pixels(
+    dataset: Dataset, selection: Selection, tile_px: int
+) -> tuple[str, npt.NDArray[np.uint64]]:
+    """The sum of all pixels, and a key of each tile's; decoded in threads by blocks of 16."""
     store = TileStore(dataset, tile_px)
-    digest = hashlib.sha256()
+    digest, keys = hashlib.sha256(), []
     with (
         ThreadPoolExecutor(_DECODERS, "decode") as pool,
         open_meter(f"pixels of {dataset.root.name}", selection.rows, "tiles") as shown,
@@ -98,6 +121,8 @@ def _pixels_sha256(dataset: Dataset, selection: Selection, tile_px: int) -> str:
         while batch := list(islice(blocks, 4 * _DECODERS)):
             for tiles in pool.map(lambda block: store.read(*block), batch):
                 for tile in tiles:
-                    digest.update(np.ascontiguousarray(tile).data)
+                    data = np.ascontiguousarray(tile).data
+                    digest.update(data)
+                    keys.append(zlib.crc32(data) << 32 | zlib.adler32(data))
                 shown.advance(len(tiles), "")
-    return digest.hexdigest()
+    return digest.hexdigest(), np.array(keys, np.uint64)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from common.text import first_forms, same_identity_key
-from evaluate.compare.provenance import tile_provenance
+from evaluate.compare.provenance import TileFacts, find_tile_facts
 from evaluate.generate.condition_source import foreign_guidance
+from evaluate.metrics.features import count_shared
 from pipeline.dataset import (
     Dataset,
     Selection,
@@ -71,10 +72,24 @@ class FeatureSide:
             "selection_sha256": self.selection.content_hash,
             "rows": self.selection.rows,
             "slides": len(self.selection.slide_ids),
-            "tiles": tile_provenance(
-                self.dataset, self.selection, int(self.store.record["tile_px"])
-            ),
+            "tiles": self.tile_facts.described,
         }
+
+    @cached_property
+    def tile_facts(self) -> TileFacts:
+        """What the side's tiles are, by their files and pixels."""
+        return find_tile_facts(self.dataset, self.selection, int(self.store.record["tile_px"]))
+
+    def count_equal(self, other: "FeatureSide") -> int:
+        """How many tiles of the other side are tiles of this one, by pixels or by features.
+
+        Features tell where tiles are gone; equal pixels may differ in them by rounding.
+        """
+        equal = count_shared(self.features, other.features)
+        keys = self.tile_facts.keys, other.tile_facts.keys
+        if keys[0] is not None and keys[1] is not None:
+            equal = max(equal, int(np.isin(keys[1], keys[0]).sum()))
+        return equal
 
     @cached_property
     def row_slides(self) -> Labels:

@@ -9,6 +9,7 @@ from evaluate.compare.inputs import InputFault
 from evaluate.compare.results import make_warning
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.registry import METRICS
+from pipeline.dataset.hold_outs import find_leaks
 
 FEW_TILES = 1000
 """Below so many tiles numbers are noisy and biased."""
@@ -48,6 +49,32 @@ def set_warnings(
             )
         )
     return warnings + model_warnings(identity)
+
+
+def equality_warnings(equal: Mapping[str, int], generated: int) -> list[dict[str, str]]:
+    """Generated tiles that are tiles of another side, whose number is given by side."""
+    warnings = []
+    for name, count in equal.items():
+        if count:
+            what = (
+                f"all {count:,} generated tiles are {name} tiles: the same set is on both sides"
+                if count == generated
+                else f"{count:,} of {generated:,} generated tiles are equal to {name} tiles"
+            )
+            warnings.append(make_warning(f"equal_{name}_tiles", what))
+    return warnings
+
+
+def hold_out_warnings(sides: Iterable[FeatureSide]) -> list[dict[str, str]]:
+    """Patients that are on both sides of a hold-out by the table of slides as it is now.
+
+    `sides` are of real tiles.
+    """
+    leaks = (leak for side in sides for leak in find_leaks(side.dataset, side.selection.name))
+    return [
+        make_warning("hold_out_broken", f"{leak}: numbers on these tiles are of seen patients")
+        for leak in dict.fromkeys(leaks)
+    ]
 
 
 def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:

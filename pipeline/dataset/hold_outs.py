@@ -5,6 +5,7 @@ otherwise later, a patient may be on both sides, although every selection is as 
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -90,15 +91,31 @@ def find_leaks(dataset: Dataset, name: str) -> Iterator[str]:
 
 def honoured(dataset: Dataset, name: str) -> set[str]:
     """The hold-outs whose patients a selection leaves alone, by its plan."""
-    ties = read_plan(dataset, name).get("ties")
-    honours = ties.get("honours") if isinstance(ties, dict) else None
-    return set(honours) if isinstance(honours, dict) else set()
+    ties = _read_ties(dataset, name)
+    honours = ties.get("honours")
+    wholes = ancestors(dataset, str(ties.get("parent") or ""))
+    return set(honours) - wholes if isinstance(honours, dict) else set()
+
+
+def ancestors(dataset: Dataset, parent: str) -> set[str]:
+    """A selection and those that it was drawn from: a part of a hold-out binds it, and is of it."""
+    found: set[str] = set()
+    while parent not in ("", *found):
+        found.add(parent)
+        is_there = parent in dataset.selection_names()
+        parent = str(_read_ties(dataset, parent).get("parent") or "") if is_there else ""
+    return found
 
 
 def is_hold_out(dataset: Dataset, name: str) -> bool:
     """Whether a selection holds out patients, by its plan."""
+    return bool(_read_ties(dataset, name).get("patients"))
+
+
+def _read_ties(dataset: Dataset, name: str) -> dict[str, Any]:
+    """What binds a selection to others, as its plan has it; {} for nothing."""
     ties = read_plan(dataset, name).get("ties")
-    return bool(isinstance(ties, dict) and ties.get("patients"))
+    return ties if isinstance(ties, dict) else {}
 
 
 def describe_leak(
@@ -121,8 +138,7 @@ def _shared(
 ) -> dict[str, tuple[str, str]]:
     """Patients of slides of both, and of slides whose patient is held out by name."""
     shared = shared_patients(slide_ids, read_selection_rows(dataset, held).slide_ids, patient_of)
-    ties = read_plan(dataset, held).get("ties")
-    named = ties.get("patients", ()) if isinstance(ties, dict) else ()
+    named = _read_ties(dataset, held).get("patients") or ()
     keys = {same_identity_key(one) for one in named if isinstance(one, str)} - {""}
     for slide_id in sorted(slide_ids):
         patient = patient_of.get(slide_id, "")

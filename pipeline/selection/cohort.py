@@ -77,9 +77,11 @@ def make_cohort(
     md5: Sequence[str],
     sha256: Sequence[str],
     candidates: Sequence[int] | npt.NDArray[np.int64],
+    sampled: Sequence[str] = (),
 ) -> Cohort:
     """A cohort from columns in any order; sums are '' where unknown.
 
+    Slides whose `sampled` is equal are one file for what it shows, and stay on one side of a split.
     Raises `UserError` where a slide_id comes twice.
     """
     # By slide_id: nothing that is drawn later may depend on the order of the table.
@@ -96,8 +98,9 @@ def make_cohort(
     known = column(patient)
     patients = np.where(identity_keys(known) == "", names, known)
     contents = _name_contents(identity_keys(column(md5)), identity_keys(column(sha256)))
+    samples = column(sampled or [""] * len(names))
     return Cohort(
-        slide_id=names, patient=patients, family=_connect_families(patients, contents),
+        slide_id=names, patient=patients, family=_connect_families(patients, contents, samples),
         site=one_form(column(site)), project=one_form(column(project)),
         sample_type=one_form(column(sample_type)),
         preparation=identity_keys(column(preparation)), content=contents,
@@ -143,8 +146,8 @@ def _name_contents(md5: Text, sha256: Text) -> Text:
             return np.where(md5 != "", md5, sha256)[first]
 
 
-def _connect_families(patients: Text, contents: Text) -> Text:
-    """The lowest patient of each connected group.
+def _connect_families(patients: Text, *contents: Text) -> Text:
+    """The lowest patient of each connected group; `contents` are columns of names of files.
 
     Patients with a file in common connect, and those whose names differ only in form.
     """
@@ -162,10 +165,11 @@ def _connect_families(patients: Text, contents: Text) -> Text:
     for forms in joined_names(parent).values():
         for form in forms[1:]:
             connect(forms[0], form)
-    first: dict[str, str] = {}
-    for patient, content in zip(patients.tolist(), contents.tolist(), strict=True):
-        if content:
-            connect(first.setdefault(content, patient), patient)
+    for column in contents:
+        first: dict[str, str] = {}
+        for patient, content in zip(patients.tolist(), column.tolist(), strict=True):
+            if content:
+                connect(first.setdefault(content, patient), patient)
     return np.array([root(patient) for patient in patients.tolist()], dtype=patients.dtype)
 
 

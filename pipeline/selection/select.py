@@ -26,7 +26,7 @@ from pipeline.dataset import (
     write_selection,
 )
 from pipeline.dataset.claim import SELECTIONS, hold_claim
-from pipeline.dataset.hold_outs import check_held_out
+from pipeline.dataset.hold_outs import ancestors, check_held_out
 from pipeline.dataset.tables.selections import read_plan
 from pipeline.run.stage import stage_versions
 from pipeline.selection.cohort import (
@@ -145,11 +145,14 @@ def select_claimed(
     _check_others(dataset, config, drawing, tissue, known, ledger, fingerprints)
     if line := describe_joined("patients", joined_names(tissue.cohort.patient.tolist())):
         print_line(f"select: {line}")
+    if tissue.copies:
+        print_line(f"select: {tissue.copies}")
     slides_sha256 = hash_file(dataset.slides_file)
     division, selections = make_selections(config, drawing, seed, slides_sha256)
     for selection in selections:
         # By name hold-outs were left alone already: a table may have given their slides others.
-        check_held_out(dataset, selection.name, selection.slide_ids, drawing.ties.honours)
+        others = set(drawing.ties.honours) - ancestors(dataset, config.parent)
+        check_held_out(dataset, selection.name, selection.slide_ids, others)
         is_same = has_options(dataset, selection.name, config)
         check_replaced(dataset, selection, is_same=is_same, replace=replace_other)
     _write_selections(dataset, selections, drawing, fingerprints, tissue.candidates)

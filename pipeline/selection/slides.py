@@ -10,6 +10,7 @@ import numpy.typing as npt
 from common.errors import UserError
 from common.text import list_some
 from pipeline.dataset import Dataset, Ledger, Slide, read_identity, read_slides
+from pipeline.dataset.tables.slides import describe_copies
 from pipeline.selection.cohort import Cohort, make_cohort
 from pipeline.tissue.stage import (
     candidates_origin,
@@ -29,13 +30,14 @@ class Tissue:
 
     `unusable` maps slides without a current result to reason and detail; `fingerprints` are the
     others' results, and `candidates` what the ranks of each count in (see
-    `candidates_origin`).
+    `candidates_origin`). `copies` says which are one file under several names, '' for none.
     """
 
     cohort: Cohort
     unusable: dict[str, tuple[str, str]]
     fingerprints: dict[str, str]
     candidates: dict[str, str]
+    copies: str = ""
 
 
 def read_tissue(dataset: Dataset, *, skip_lost: bool = False) -> Tissue:
@@ -84,7 +86,8 @@ def read_tissue(dataset: Dataset, *, skip_lost: bool = False) -> Tissue:
         waiting = sum(reason == _NO_RESULT for reason, _ in unusable.values())
         what = f"{waiting} slides wait for it" if waiting else "none was found"
         raise UserError(f"no slide of {dataset.root} has tissue candidates ({what}); run `tissue`")
-    return Tissue(cohort_of_slides(slides, counts), unusable, fingerprints, origins)
+    copies = describe_copies(slide for slide in slides if slide.slide_id in fingerprints)
+    return Tissue(cohort_of_slides(slides, counts), unusable, fingerprints, origins, copies)
 
 
 def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64]) -> Cohort:
@@ -99,6 +102,7 @@ def cohort_of_slides(slides: Sequence[Slide], candidates: npt.NDArray[np.int64])
         md5=[s.md5.lower() for s in slides],
         sha256=[s.sha256.lower() for s in slides],
         candidates=candidates,
+        sampled=[s.sampled_key for s in slides],
     )
 
 

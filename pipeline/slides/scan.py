@@ -22,7 +22,7 @@ from pipeline.dataset import (
 )
 from pipeline.dataset.claim import SLIDES, hold_claim
 from pipeline.dataset.journal import Outcome
-from pipeline.dataset.tables.slides import can_be_rows
+from pipeline.dataset.tables.slides import can_be_rows, describe_copies
 from pipeline.run.stage import Stage, run_stage, stage_versions
 from pipeline.run.summary import Summary
 from pipeline.run.tasks import SlideTask
@@ -384,7 +384,8 @@ class ScanStage(Stage[SlideEntry]):
                     f"{STAGE}: another file than before: {list_some(replaced, 5)}; run `tissue` "
                     "and `select` again before `tile`"
                 )
-            for line in _list_joined(rows.values()):
+            copies = describe_copies(rows.values())
+            for line in [*([copies] if copies else []), *_list_joined(rows.values())]:
                 summary.add_closing(f"{STAGE}: {line}")
             if len(refused) == len(self.sources):
                 summary.fail(

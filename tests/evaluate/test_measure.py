@@ -17,7 +17,12 @@ from evaluate.__main__ import main
 from evaluate.compare.measure import measure, real_halves
 from evaluate.compare.results import read_results, write_results
 from evaluate.compare.sides import FeatureSide
-from evaluate.compare.warnings import blockiness_warnings, metric_warnings
+from evaluate.compare.warnings import (
+    blockiness_warnings,
+    equality_warnings,
+    hold_out_warnings,
+    metric_warnings,
+)
 from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics import (
     cosine_similarity,
@@ -36,6 +41,7 @@ from evaluate.report.page import all_warnings
 from pipeline.dataset import (
     Dataset,
     Selection,
+    Slide,
     TileStore,
     claim_identity,
     make_selection,
@@ -43,6 +49,7 @@ from pipeline.dataset import (
     read_candidates,
     read_slides,
     write_selection,
+    write_slides,
 )
 from pipeline.dataset.features import FeatureStore
 
@@ -198,6 +205,38 @@ def test_warnings_name_a_model_that_means_nothing(real: Dataset, synthetic: Data
         if one["code"] == "random_training_encoder"
     )
     assert shown["title"] == "This model means nothing"
+
+
+def test_tiles_that_are_on_both_sides_are_counted(real: Dataset, synthetic: Dataset) -> None:
+    first, second = sides(real, synthetic)
+    assert first.count_equal(second) == 0
+    # The generated tiles as real ones: all of them with features of another rounding, then a part.
+    rounded = replace(second, features=second.features * np.float32(1 + 1e-6))
+    results = measure(rounded, second, settings=MetricSettings(draws=0))
+    assert results["equal_tiles"] == {"real": 62}
+    found = {one["code"]: one["message"] for one in results["warnings"]}
+    assert "all 62 generated tiles are real tiles: the same set" in found["equal_real_tiles"]
+    slide_id = second.selection.slide_ids[0]
+    some = make_selection("part", {slide_id: np.arange(3, 20, dtype=np.int32)}, {})
+    write_selection(synthetic, new_run_id(), some)
+    part = FeatureSide.open_selection(synthetic.root, "part", "h0-mini", like=first)
+    (warning,) = equality_warnings({"real": part.count_equal(second)}, second.selection.rows)
+    assert warning["message"] == "17 of 62 generated tiles are equal to real tiles"
+
+
+def test_patients_on_both_sides_of_a_hold_out_are_warned_of(real: Dataset) -> None:
+    honours = {"ties": {"role": "train", "honours": {"val-out": "hash"}}}
+    held = {"ties": {"role": "val-out", "patients": ["P"]}}
+    for name, slide, plan in (("mine", "A.b-1", honours), ("val-out", "C-2", held)):
+        rows = {slide: np.arange(1, 20, dtype=np.int32)}
+        write_selection(real, new_run_id(), make_selection(name, rows, plan))
+    side = FeatureSide.open_selection(real.root, "val-out", "h0-mini", like=None)
+    for patient, count in (("Q", 0), ("p ", 1)):
+        slides = [Slide("A.b-1", path="", patient=patient), Slide("C-2", path="", patient="P")]
+        write_slides(real, new_run_id(), slides)
+        found = hold_out_warnings([side])
+        assert [one["code"] for one in found] == ["hold_out_broken"] * count
+    assert "selection 'mine' has slides of patients that 'val-out' holds" in found[0]["message"]
 
 
 def test_fewer_tiles_than_dimensions_is_a_warning(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from pipeline.dataset import (
     read_slides,
     write_selection,
 )
+from pipeline.dataset.tables.slides import describe_copies
+from pipeline.selection.cohort import without_patients
+from pipeline.selection.slides import cohort_of_slides
 from pipeline.tiles.config import TileConfig
 from pipeline.tiles.stage import tile_slide
 from pipeline.tissue.stage import tissue_fingerprint
@@ -182,3 +186,20 @@ def test_only_a_hiding_line_is_taken_back() -> None:
     assert (line.outcome, line.start, line.stop, line.scope) == ("pruned", 16, 60, "224")
     assert withdrawn(set(), {1, 2, 3}) == [], "the same shard is written again"
     assert withdrawn({0, 4}, set()) == [], "nothing else has it: that is verify's to report"
+
+
+def test_one_file_under_two_names_is_named(
+    two: Dataset, two_selected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fixture's slides are copies of one file, of which neither has a sum of the whole."""
+    assert run(two, "scan", str(two_selected / "slides")) == 0
+    assert run(two, "select", "--name", "other", "--tiles", "10") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for stage in ("scan", "select"):
+        assert f"{stage}: slides that are one file under several names: a = b;" in output
+    slides = [replace(slide, patient=slide.slide_id) for slide in read_slides(two)]
+    cohort = cohort_of_slides(slides, np.array([1, 1]))
+    assert without_patients(cohort, {"held": frozenset({"b"})})[0].slide_id.tolist() == []
+    others = [replace(slides[0], series="0"), replace(slides[1], series="1")]
+    assert describe_copies(others) == "", "two images of one file are two slides"
+    assert describe_copies(slides[:1]) == ""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from common.errors import UserError
-from common.text import one_line
+from common.text import list_some, one_line
 from pipeline.dataset.commit import FileRecord
 from pipeline.dataset.layout import Dataset, check_slide_id
 from pipeline.dataset.tables.parquet_table import Column, read_table, write_table
@@ -105,6 +105,29 @@ class Slide:
         if not self.mtime_ns:
             return {"bytes": self.bytes, "md5": self.md5, "uri": self.path}
         return {"bytes": self.bytes, "mtime_ns": self.mtime_ns}
+
+    @property
+    def sampled_key(self) -> str:
+        """What slides under several names share that are one file's image, '' where not known."""
+        return f"{self.sampled_sha256} {self.series}" if self.sampled_sha256 else ""
+
+
+def describe_copies(slides: Iterable[Slide]) -> str:
+    """Which slides are one file under several names, '' for none; of use are those that are ok.
+
+    By the number and samples of their bytes: `scan` takes no sum of the whole, unless asked to.
+    """
+    names: dict[str, list[str]] = {}
+    for slide in slides:
+        if slide.status == "ok" and slide.sampled_key:
+            names.setdefault(slide.sampled_key, []).append(slide.slide_id)
+    copies = sorted(" = ".join(sorted(same)) for same in names.values() if len(same) > 1)
+    if not copies:
+        return ""
+    return (
+        f"slides that are one file under several names: {list_some(copies, 5)}; their tiles would "
+        "count twice: leave all but one out"
+    )
 
 
 def write_slides(dataset: Dataset, run_id: str, slides: Iterable[Slide]) -> FileRecord:

@@ -194,7 +194,9 @@ def _make_pairs(dataset: Dataset, roles: Mapping[str, str]) -> list[SelectionPai
 def _compare_slides(pairs: list[SelectionPair], slides: Mapping[str, Slide]) -> list[str]:
     """Compare patients and files; returns what a reader must know of the table."""
     patient_of = {slide_id: slide.patient for slide_id, slide in slides.items()}
-    sums_of = {slide_id: (slide.md5, slide.sha256) for slide_id, slide in slides.items()}
+    sums_of = {
+        slide_id: (slide.md5, slide.sha256, slide.sampled_key) for slide_id, slide in slides.items()
+    }
     for pair in pairs:
         left, right = pair.seen.slide_ids, pair.held.slide_ids
         # val-in is of training's patients by intent, and tells nothing of val-out's.
@@ -215,7 +217,7 @@ def _compare_slides(pairs: list[SelectionPair], slides: Mapping[str, Slide]) -> 
         notes.append(f"{unknown:,} of {len(used):,} slides have no patient: each is its own")
     if unsummed:
         notes.append(
-            f"{unsummed:,} of {len(used):,} slides have no md5 or sha256: copies among them "
+            f"{unsummed:,} of {len(used):,} slides have no sum of their bytes: copies among them "
             "under other names cannot be recognised"
         )
     return notes
