@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.csv_table import describe_columns, read_rows
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import open_text
 from common.text import list_some
 from pipeline.dataset import check_slide_id, fingerprint_of, safe_slide_id
 from pipeline.dataset.grid import rank_order
@@ -258,13 +259,12 @@ def _from_csv(table: Path) -> list[TileFolder]:
     slides: dict[str, _SlideRows] = {}
     try:
         with open_text(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(table_lines(file))
-            columns = reader.fieldnames or []
+            columns, rows = read_rows(file)
             path_column = _find_column(table, columns, _PATHS)
             slide_column = _find_column(table, columns, _SLIDES)
             pairs = (("x", "y"), ("col", "row"))
             pair = next((pair for pair in pairs if set(pair) <= set(columns)), None)
-            for number, values in enumerate(reader, 2):
+            for number, values in enumerate(rows, 2):
                 row = SlideTableRow(table, number, values)
                 _add_row(slides, row, path_column, slide_column, pair)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -311,8 +311,7 @@ def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> s
     column = next((name for name in names if name in columns), None)
     if column is None:
         raise UserError(
-            f"{table}: expected a column {' or '.join(names)}, there: "
-            f"{', '.join(columns) or 'none'}"
+            f"{table}: expected a column {' or '.join(names)}, there: {describe_columns(columns)}"
         )
     return column
 

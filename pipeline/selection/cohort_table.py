@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.csv_table import describe_columns, read_rows
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import open_text
 from common.text import is_whole_number
-from pipeline.dataset import Slide, check_slide_id
+from pipeline.dataset import MOST_SLIDES, Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
 from pipeline.slides.entries import slide_id_of
@@ -45,12 +46,11 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     """
     try:
         with open_text(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(table_lines(file))
-            columns = reader.fieldnames or []
+            columns, lines = read_rows(file, most_rows=MOST_SLIDES)
             _require_columns(path, columns)
             rows = [
                 _parse_row(path, number, row, _CANDIDATES in columns)
-                for number, row in enumerate(reader, 2)
+                for number, row in enumerate(lines, 2)
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV table: {error}") from error
@@ -82,8 +82,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
     }
     for what, names in wanted.items():
         if not any(name in columns for name in names):
-            there = ", ".join(columns) or "none"
-            raise UserError(f"{path}: expected {what}; columns there: {there}")
+            raise UserError(f"{path}: expected {what}; columns there: {describe_columns(columns)}")
 
 
 def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple[Slide, int]:

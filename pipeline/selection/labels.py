@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.csv_table import describe_columns, read_rows
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import open_text
 from common.text import is_whole_number
 
 _COLUMNS = ("slide_id", "rank", "label")
@@ -37,15 +38,14 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
     labels: dict[tuple[str, int], bool] = {}
     try:
         with open_text(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(table_lines(file))
-            columns = reader.fieldnames or []
+            columns, rows = read_rows(file)
             if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(
                     f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
-                    f"there: {', '.join(columns) or 'none'}"
+                    f"there: {describe_columns(columns)}"
                 )
             # Twice is refused even with equal labels: one of the rows was meant for another tile.
-            for number, row in enumerate(reader, 2):
+            for number, row in enumerate(rows, 2):
                 tile, label = _parse_row(f"{path}, line {number}", row, candidates)
                 if tile in labels:
                     raise UserError(
@@ -67,14 +67,14 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
 def _parse_row(
     where: str, row: Mapping[str, str], candidates: Mapping[str, int]
 ) -> tuple[tuple[str, int], bool]:
-    slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
+    slide_id, rank, label = (row.get(name, "").strip() for name in _COLUMNS)
     if slide_id not in candidates:
-        raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
+        raise UserError(f"{where}: slide '{slide_id[:80]}' has no candidate tiles in this dataset")
     if not is_whole_number(rank, 10) or int(rank) >= candidates[slide_id]:
         raise UserError(
-            f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
-            "(ranks from 0)"
+            f"{where}: no tile of rank '{rank[:40]}' on {slide_id}, which has "
+            f"{candidates[slide_id]:,} (ranks from 0)"
         )
     if label.lower() not in _IS_ARTIFACT:
-        raise UserError(f"{where}: label '{label}', expected usable or artifact (or 0, 1)")
+        raise UserError(f"{where}: label '{label[:40]}', expected usable or artifact (or 0, 1)")
     return (slide_id, int(rank)), _IS_ARTIFACT[label.lower()]
