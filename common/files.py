@@ -18,8 +18,6 @@ MOST_TEXT_BYTES = 256 << 20
 """Of a configuration, record, results or GeoJSON file; parsed it takes about ten times that."""
 MOST_LINE = 16 << 20
 """Characters of a line of a journal or a log."""
-MOST_ROW = 1 << 20
-"""Characters of a line of a table."""
 
 
 def sync_directory(path: Path) -> None:
@@ -134,14 +132,6 @@ def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 def read_lines(file: IO[str], most_characters: int = MOST_LINE) -> Iterator[str]:
     """The lines of an open text; a longer one comes in pieces, so that none takes all memory."""
     while line := file.readline(most_characters):
-        yield line
-
-
-def table_lines(file: IO[str]) -> Iterator[str]:
-    """The lines of a table's text; raises `OSError` for one that is longer than any row is."""
-    while line := file.readline(MOST_ROW + 1):
-        if len(line) > MOST_ROW:
-            raise OSError(errno.EFBIG, f"a line has more than {MOST_ROW:,} characters")
         yield line
 
 

@@ -47,7 +47,13 @@ from pipeline.dataset.tables.selections import (
     read_selection_rows,
     write_selection,
 )
-from pipeline.dataset.tables.slides import Slide, bounds_from, read_slides, write_slides
+from pipeline.dataset.tables.slides import (
+    MOST_SLIDES,
+    Slide,
+    bounds_from,
+    read_slides,
+    write_slides,
+)
 from pipeline.dataset.tiles.png_tar import decode_png, encode_png, write_tar
 from pipeline.dataset.tiles.store import TileStore
 
@@ -55,6 +61,7 @@ __all__ = [
     "BLOCK_ROWS",
     "CANDIDATES_SCHEMA",
     "GENERATED_SCHEMA",
+    "MOST_SLIDES",
     "Dataset",
     "DatasetKind",
     "Entry",

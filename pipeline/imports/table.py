@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from common.csv_rows import describe_columns
 from common.errors import UserError
 from common.files import require_regular
-from common.text import list_some, one_line
+from common.text import one_line
 from pipeline.dataset.tables.expansion import most_bytes_from, require_bounded
 from pipeline.imports.config import Columns
 
@@ -125,11 +126,11 @@ def _resolve_columns(path: Path, header: list[str], columns: Columns) -> Columns
     """The columns that are there; slide, x and y must be."""
     # Reversed, so that of two names that differ in case alone the first one is taken.
     by_lower = {name.lower(): name for name in reversed(header)}
-    there = list_some(header)
+    there = describe_columns(header)
     resolved = {}
     for role, requested in columns.as_dict().items():
         if requested and requested not in header:
-            raise UserError(f"{path}: no column '{requested}'; there: {list_some(header)}")
+            raise UserError(f"{path}: no column '{requested}'; there: {there}")
         names = (by_lower[name] for name in _SYNONYMS[role] if name in by_lower)
         resolved[role] = requested or next(names, "")
         if resolved[role] and header.count(resolved[role]) > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from common.csv_rows import CsvRows
+from common.csv_rows import CsvRows, describe_columns
 from common.errors import UserError
 from common.files import open_text
 from common.text import list_some
@@ -312,8 +312,7 @@ def _find_column(table: Path, columns: Sequence[str], names: Sequence[str]) -> s
     column = next((name for name in names if name in columns), None)
     if column is None:
         raise UserError(
-            f"{table}: expected a column {' or '.join(names)}, there: "
-            f"{', '.join(columns) or 'none'}"
+            f"{table}: expected a column {' or '.join(names)}, there: {describe_columns(columns)}"
         )
     return column
 

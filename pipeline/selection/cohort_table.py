@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from common.csv_rows import CsvRows
+from common.csv_rows import CsvRows, describe_columns
 from common.errors import UserError
 from common.files import open_text
 from common.text import is_whole_number
-from pipeline.dataset import Slide, check_slide_id
+from pipeline.dataset import MOST_SLIDES, Slide, check_slide_id
 from pipeline.selection.allocate import sainte_lague
 from pipeline.slides.barcode import parse_barcode
 from pipeline.slides.entries import slide_id_of
@@ -46,7 +46,7 @@ def read_cohort_csv(path: Path, total_candidates: int) -> CohortTable:
     """
     try:
         with open_text(path, newline="", encoding="utf-8-sig") as file:
-            lines = CsvRows(path, file)
+            lines = CsvRows(path, file, most_rows=MOST_SLIDES)
             columns = lines.columns
             _require_columns(path, columns)
             rows = [_parse_row(path, number, row, _CANDIDATES in columns) for number, row in lines]
@@ -80,8 +80,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
     }
     for what, names in wanted.items():
         if not any(name in columns for name in names):
-            there = ", ".join(columns) or "none"
-            raise UserError(f"{path}: expected {what}; columns there: {there}")
+            raise UserError(f"{path}: expected {what}; columns there: {describe_columns(columns)}")
 
 
 def _parse_row(path: Path, number: int, row: Mapping[str, str], stated: bool) -> tuple[Slide, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from common.csv_rows import CsvRows
+from common.csv_rows import CsvRows, describe_columns
 from common.errors import UserError
 from common.files import open_text
 from common.text import is_whole_number
@@ -43,7 +43,7 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
             if missing := [name for name in _COLUMNS if name not in columns]:
                 raise UserError(
                     f"{path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}, "
-                    f"there: {', '.join(columns) or 'none'}"
+                    f"there: {describe_columns(columns)}"
                 )
             # Twice is refused even with equal labels: one of the rows was meant for another tile.
             for number, row in rows:
@@ -68,14 +68,14 @@ def read_labels(path: Path, candidates: Mapping[str, int]) -> Labels:
 def _parse_row(
     where: str, row: Mapping[str, str], candidates: Mapping[str, int]
 ) -> tuple[tuple[str, int], bool]:
-    slide_id, rank, label = ((row[name] or "").strip() for name in _COLUMNS)
+    slide_id, rank, label = (row.get(name, "").strip() for name in _COLUMNS)
     if slide_id not in candidates:
-        raise UserError(f"{where}: slide '{slide_id}' has no candidate tiles in this dataset")
+        raise UserError(f"{where}: slide '{slide_id[:80]}' has no candidate tiles in this dataset")
     if not is_whole_number(rank, 10) or int(rank) >= candidates[slide_id]:
         raise UserError(
-            f"{where}: no tile of rank '{rank}' on {slide_id}, which has {candidates[slide_id]:,} "
-            "(ranks from 0)"
+            f"{where}: no tile of rank '{rank[:40]}' on {slide_id}, which has "
+            f"{candidates[slide_id]:,} (ranks from 0)"
         )
     if label.lower() not in _IS_ARTIFACT:
-        raise UserError(f"{where}: label '{label}', expected usable or artifact (or 0, 1)")
+        raise UserError(f"{where}: label '{label[:40]}', expected usable or artifact (or 0, 1)")
     return (slide_id, int(rank)), _IS_ARTIFACT[label.lower()]

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.csv_rows import CsvRows
+from common.csv_rows import CsvRows, describe_columns
 from common.errors import UserError
-from common.files import open_text, table_lines
+from common.files import MOST_LINE, open_text
 from common.text import is_whole_number
-from pipeline.dataset import check_slide_id, safe_slide_id
+from pipeline.dataset import MOST_SLIDES, check_slide_id, safe_slide_id
 from pipeline.slides.config import IdSource
 from pipeline.slides.dicom_series import group_series, read_head
 from pipeline.slides.readers import SLIDE_SUFFIXES
@@ -322,16 +322,16 @@ def _read_rows(table: Path) -> Iterator[tuple["SlideTableRow", str]]:
     """The rows of a table with the name of the path's column, '' for a GDC manifest."""
     try:
         with open_text(table, newline="", encoding="utf-8-sig") as file:
-            header = next(table_lines(file), "")
+            delimiter = "\t" if "\t" in file.readline(MOST_LINE) else ","
             file.seek(0)
-            rows = CsvRows(table, file, delimiter="\t" if "\t" in header else ",")
+            rows = CsvRows(table, file, delimiter, MOST_SLIDES)
             columns = rows.columns
             is_manifest = set(columns) >= _GDC_COLUMNS
             path_column = next((name for name in _PATH_COLUMNS if name in columns), "")
             if not is_manifest and not path_column:
                 raise UserError(
                     f"{table}: no column with the slide's path; expected one of "
-                    f"{', '.join(_PATH_COLUMNS)}, there: {', '.join(columns) or 'none'}"
+                    f"{', '.join(_PATH_COLUMNS)}, there: {describe_columns(columns)}"
                 )
             for number, values in rows:
                 row = SlideTableRow(table, number, values)

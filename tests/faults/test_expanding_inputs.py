@@ -17,6 +17,10 @@ from pipeline.dataset.tables.candidates import read_candidates
 from pipeline.dataset.tables.expansion import require_bounded
 from pipeline.imports.config import Columns
 from pipeline.imports.table import read_positions
+from pipeline.imports.tile_folder import find_tile_folders
+from pipeline.selection.cohort_table import read_cohort_csv
+from pipeline.selection.labels import read_labels
+from pipeline.slides.entries import find_slides
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_MB = 700
@@ -205,3 +209,30 @@ def test_a_compressed_table_of_positions_is_read(tmp_path) -> None:
     table = read_positions(path, Columns())
     assert (table.slides, len(table.x), table.y[-1]) == (["a", "b"], 100_000, 199_998)
     assert [table.slides[code] for code in table.codes[[0, 60_000, 60_001]]] == ["a", "a", "b"]
+
+
+CSV_READERS = {
+    "slides": lambda path: find_slides([str(path)]),
+    "labels": lambda path: read_labels(path, {"s": 9}),
+    "cohort": lambda path: read_cohort_csv(path, 9),
+    "tiles": find_tile_folders,
+}
+
+
+@pytest.mark.parametrize("reader", CSV_READERS)
+def test_rows_without_end_are_refused_where_they_begin(tmp_path, reader) -> None:
+    path, read = tmp_path / "t.csv", CSV_READERS[reader]
+    header = "path,slide,slide_id,rank,label,size_bytes"
+    wrong = {
+        f"{header}{',' * 20_000}\n" + "a.svs\n" * 1000: "header has 20,006 columns",
+        header + "\n" + '"a\n",' * 400_000: "a row has more than 1,048,576 characters",
+        '"a\n",' * 400_000: "a row has more than 1,048,576 characters",
+        header + "\n" + "," * 3_000_000: "a row has more than 1,048,576 characters",
+        f'{header}\n"{"a" * 200_000}"\n': "field larger than field limit",
+    }
+    for text, words in wrong.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=words) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 1000

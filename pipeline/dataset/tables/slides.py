@@ -160,7 +160,7 @@ _NULLABLE = ("mpp", "tile_mpp", "bounds")
 
 _HINT = "run `python -m pipeline scan` first"
 _STATUSES = ("ok", "rejected", "failed")
-_MOST_SLIDES, _MOST_ITEMS = 1 << 18, 1 << 21
+MOST_SLIDES, _MOST_ITEMS = 1 << 18, 1 << 21
 """Rows, and entries of their lists; a generated dataset of 10^8 images has 98,000 slides."""
 _ROWS_AT_ONCE = 1 << 10
 _LIMITS = {
@@ -184,7 +184,7 @@ def read_slides(dataset: Dataset) -> list[Slide]:
     """
     path = dataset.slides_file
     slides: dict[str, Slide] = {}
-    table = read_table(path, _COLUMNS, _HINT, most_rows=_MOST_SLIDES)
+    table = read_table(path, _COLUMNS, _HINT, most_rows=MOST_SLIDES)
     _check_items(path, table)
     # In parts: rows are Python objects, fifty times as large as in the table.
     batches = table.to_batches(max_chunksize=_ROWS_AT_ONCE)
