@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
@@ -121,6 +122,9 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
 
     Raises `UserError` where the package is missing or refuses (no login: WANDB_MODE=offline).
     """
+    # Of others it could name another server, which would get the user's key.
+    if os.path.lexists(settings := run_dir / "wandb" / "settings"):
+        raise UserError(f"{settings} would change where Weights & Biases sends the log: remove it")
     try:
         import wandb
     except ImportError as error:
@@ -130,7 +134,7 @@ def open_wandb(run_dir: Path, config: Config) -> Any:
         ) from error
     # The id is kept with the run, so that a restart continues the same curves.
     key = run_dir / "wandb_id.txt"
-    if not key.exists():
+    if not key.exists() or not re.fullmatch("[0-9a-f]{16}", read_regular(key).decode("latin-1")):
         write_text(key, secrets.token_hex(8))
     try:
         return wandb.init(

@@ -3,11 +3,11 @@
 import io
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from common.escape import escape_plot
 from common.files import write_bytes
+from common.plain_plots import plain_plots
 from evaluate.figures.layout import Sheet, compose_sheet
 from evaluate.report.plots import INK, STYLE
 
@@ -29,7 +29,7 @@ def draw_sheet(sheet: Sheet, banner: tuple[str, ...]) -> dict[str, bytes]:
     head = (_TITLE_PX if any(sheet.titles) else 0) + _LINE_PX * len(banner) + _MARGIN_PX
     total_w, total_h = width + 2 * _MARGIN_PX, height + head + _MARGIN_PX
     # The figure's size in inches is chosen so that one pixel of a tile is one of the PNG.
-    with mpl.rc_context({**STYLE, "pdf.fonttype": 42}):
+    with plain_plots({**STYLE, "pdf.fonttype": 42}):
         figure = Figure(figsize=(total_w / _DPI, total_h / _DPI), dpi=_DPI, facecolor="white")
         for line, text in enumerate(banner):
             y = 1 - (_MARGIN_PX / 2 + _LINE_PX * (line + 0.5)) / total_h

@@ -4,7 +4,6 @@ import io
 from contextlib import suppress
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +12,7 @@ from PIL import Image
 from common.errors import UserError
 from common.escape import escape_plot
 from common.pictures import PictureSizeError, check_data
+from common.plain_plots import plain_plots
 from evaluate.metrics.registry import summarise_metrics
 from evaluate.report.images import Tile
 from evaluate.report.page import PageContent
@@ -24,7 +24,7 @@ _MAX_BYTES = 400_000
 
 def draw_picture(content: PageContent) -> bytes:
     """PNG of the overlay, a row of real tiles, one of generated tiles, a loss curve; < 400 kB."""
-    with mpl.rc_context(STYLE):
+    with plain_plots(STYLE):
         figure = Figure(figsize=(9.6, 3.55), dpi=100)
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 2.75), height_ratios=(1, 1))
         _draw_overlay(figure.add_subplot(grid[0, 0]), content)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from common.plain_plots import plain_plots
 from evaluate.report.run_curves import Series
 
 INK, MUTED, GRID = "#1c2430", "#5b6675", "#dfe3e8"
@@ -109,7 +109,7 @@ def draw_svg(draw: Callable[[Axes], None], *, wide: bool = False, height: float 
 
     The same numbers give the same bytes.
     """
-    with mpl.rc_context(STYLE):
+    with plain_plots(STYLE):
         figure = Figure(figsize=(7.2 if wide else 4.6, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.BytesIO()

@@ -111,24 +111,40 @@ def read_patches(path: Path, slide: Slide) -> Patches:
     try:
         require_regular(path)
         with h5py.File(path, "r") as file:
-            if "coords" not in file:
-                raise UserError(f"{path}: no dataset 'coords'; there: {', '.join(file) or 'none'}")
-            coords = file["coords"]
-            shape = getattr(coords, "shape", ())
+            coords = _own_array(path, file)
             # An array that was never written is as large as it claims, in a few bytes.
-            if (count := math.prod(shape)) > 2 * _MOST_PATCHES:
+            if (count := math.prod(coords.shape)) > 2 * _MOST_PATCHES:
                 most = f"{2 * _MOST_PATCHES:,}"
                 raise UserError(f"{path}: coords has {count:,} numbers, expected at most {most}")
             corners = np.asarray(coords, np.float64)
-            attributes = {key: np.asarray(value) for key, value in file["coords"].attrs.items()}
-    except OSError as error:
+            attributes = {key: np.asarray(value) for key, value in coords.attrs.items()}
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as HDF5: {one_line(error, 120)}") from error
     if corners.size == 0:
         corners = corners.reshape(0, 2)
     if corners.ndim != 2 or corners.shape[1] != 2:
         raise UserError(f"{path}: coords is {list(corners.shape)}, expected [n, 2]")
+    if not np.isfinite(corners).all():
+        raise UserError(f"{path}: coords has NaN or infinity, expected level-0 pixels")
     tool, size = patch_size(path, attributes, slide)
     return Patches(path, tool, corners, size, _stated_frame(path, attributes, slide))
+
+
+def _own_array(path: Path, file: Any) -> Any:
+    """The array `coords` of an open h5 file, which is in no other file.
+
+    HDF5 has links, storage and virtual arrays in files of any name, which opening would follow.
+    """
+    import h5py
+
+    if (link := file.get("coords", getlink=True)) is None:
+        raise UserError(f"{path}: no dataset 'coords'; there: {', '.join(file) or 'none'}")
+    coords = file["coords"] if isinstance(link, h5py.HardLink) else None
+    if coords is None or getattr(coords, "external", None) or getattr(coords, "is_virtual", False):
+        raise UserError(f"{path}: coords is in another file or a link; copy the values into it")
+    if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iuf" or not coords.shape:
+        raise UserError(f"{path}: coords is no array of numbers, expected [n, 2]")
+    return coords
 
 
 def _stated_frame(path: Path, attributes: Mapping[str, npt.NDArray[Any]], slide: Slide) -> Frame:
@@ -157,20 +173,40 @@ def patch_size(
 ) -> tuple[str, float]:
     """The tool that wrote the attributes, and a patch's side in level-0 pixels."""
     if "patch_size_level0" in attributes:
-        return "TRIDENT", float(attributes["patch_size_level0"])
+        return "TRIDENT", _number(path, attributes, "patch_size_level0")
     if "patch_size" not in attributes or "patch_level" not in attributes:
         raise UserError(
             f"{path}: coords has neither patch_size_level0 (TRIDENT) nor patch_size and "
             f"patch_level (CLAM); there: {', '.join(sorted(attributes)) or 'no attribute'}"
         )
-    level = int(attributes["patch_level"])
+    level = int(_number(path, attributes, "patch_level", least=0))
     if "downsample" in attributes:
-        downsample = float(np.ravel(attributes["downsample"])[0])
+        downsample = _number(path, attributes, "downsample", most_values=2)
     elif 0 <= level < len(slide.levels):
         downsample = slide.levels[level][2]
     else:
         raise UserError(f"{path}: patch_level {level}, but {slide.slide_id} has no such level")
-    return "CLAM", float(attributes["patch_size"]) * downsample
+    return "CLAM", _number(path, attributes, "patch_size") * downsample
+
+
+def _number(
+    path: Path,
+    attributes: Mapping[str, npt.NDArray[Any]],
+    key: str,
+    *,
+    least: float = 1e-3,
+    most_values: int = 1,
+) -> float:
+    """The first of an attribute's numbers; a `UserError` names one that is none or out of range."""
+    values = np.ravel(attributes[key])
+    try:
+        number = float(values[0])
+    except (TypeError, ValueError, IndexError):
+        number = math.nan
+    if not (least <= number < 1e9 and len(values) <= most_values):
+        what = one_line(values.tolist(), 60)
+        raise UserError(f"{path}: {key} of coords is {what}, expected a number from {least:g} up")
+    return number
 
 
 def _place_patches(

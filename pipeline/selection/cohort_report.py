@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.escape import escape_plot
+from common.plain_plots import plain_plots
 from common.templates import load_template
 from pipeline.dataset import Selection
 from pipeline.selection.cohort import identity_keys
@@ -133,6 +134,11 @@ def _list_projects(plans: Mapping[str, SelectionPlan]) -> list[ProjectRow]:
 
 def plot_shares(plans: Mapping[str, SelectionPlan]) -> bytes:
     """PNG: each project's and each site's share in the selections over that in the cohort."""
+    with plain_plots():
+        return _draw_shares(plans)
+
+
+def _draw_shares(plans: Mapping[str, SelectionPlan]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), dpi=90, layout="constrained")

@@ -39,6 +39,26 @@ def test_nor_in_a_process_that_a_command_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+_DRAW = """
+from evaluate.report.plots import draw_svg
+print(draw_svg(lambda axes: axes.plot([1, 2], [3, 4])).hex())
+"""
+
+
+@pytest.mark.full
+def test_nor_do_figures_look_as_a_matplotlibrc_there_says(tmp_path: Path) -> None:
+    pictures = []
+    for text in ("", "text.usetex: True\nlines.linewidth: 9\nsavefig.facecolor: red\n"):
+        (tmp_path / "matplotlibrc").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _DRAW], cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        pictures.append(done.stdout)
+    assert pictures[0] == pictures[1]
+
+
 def test_each_door_begins_alike() -> None:
     texts = {
         (ROOT / door / "__init__.py").read_text().partition("import os\n")[2].replace(door, "")

@@ -23,7 +23,7 @@ from train.__main__ import main
 from train.checkpoint import RunState, list_checkpoints, remove_unfinished, write_checkpoint
 from train.config import Config
 from train.loop import train
-from train.metrics_log import read_metrics
+from train.metrics_log import open_wandb, read_metrics
 from train.setup import _WRITTEN_IN_PLACE, is_finished
 
 REPLACED = {"config.yaml", "records.json", "summary.json"}
@@ -121,6 +121,14 @@ def test_a_model_is_not_exported_through_a_link_of_the_run(run: Config, tmp_path
     assert contents(outside) == before
     (tmp_path / "mine").symlink_to(outside)  # a user's own
     assert main(["export", str(run_dir), str(tmp_path / "mine")]) == 0
+
+
+@pytest.mark.full
+def test_a_run_does_not_say_where_its_log_is_sent(made: Config, tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text("[default]\nbase_url = https://example.org\n")
+    with pytest.raises(UserError, match="wandb/settings would change where"):
+        open_wandb(tmp_path, made)
 
 
 Change = Callable[[Any], object]
