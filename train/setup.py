@@ -18,6 +18,7 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
+from pipeline.dataset.features import refuse_other_features
 from pipeline.dataset.hold_outs import check_held_out, honoured, is_hold_out
 from train.checkpoint import RunState, latest_checkpoint, read_state, remove_unfinished
 from train.config import Config, differing_keys, load_config
@@ -158,6 +159,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now has: restore that selection, or use another run.dir"
             )
+        _check_same_inputs(run_dir, _input_records(data))
     processes.wait_for_all()  # all have read before the main process writes
 
     def claim_directory() -> None:
@@ -172,7 +174,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
         write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
         records = {
-            "encoder": record,
+            **_input_records(data),
             "dataset": read_identity(data.dataset),
             "rows": table.num_rows,
             "steps_per_epoch": data.stream.steps_per_epoch,
@@ -184,6 +186,34 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
 
     processes.on_main(claim_directory)
     return Start(replace(state, config_sha256=config.hash), checkpoint)
+
+
+def _input_records(data: TrainingData) -> dict[str, Any]:
+    """What a run trains on beside its selection: the features' encoder, and a sum of the tiles."""
+    return {
+        "encoder": data.source.encoder_record,
+        "tiles_sha256": data.source.hash_tiles(data.stream.table.slide_ids),
+    }
+
+
+def _check_same_inputs(run_dir: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with tiles or features that were made otherwise since the run began.
+
+    What releases did not record is not judged, nor what a damaged records.json had.
+    """
+    path = run_dir / RECORDS_FILE
+    if not path.exists() or damaged_file(run_dir, (RECORDS_FILE,)):
+        return
+    before = read_records(run_dir)
+    if isinstance(before.get("encoder"), dict):
+        remedy = "make the former features again, or use another run.dir"
+        refuse_other_features(path, before["encoder"], now["encoder"], remedy=remedy)
+    if before.get("tiles_sha256", now["tiles_sha256"]) != now["tiles_sha256"]:
+        raise UserError(
+            f"{path}: the selection's tiles were made again since the run began, from other slide "
+            "files or candidates: use another run.dir (if they are the same for certain, remove "
+            "tiles_sha256 from that file)"
+        )
 
 
 def run_directory(config: Config) -> Path:
