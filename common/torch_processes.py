@@ -10,11 +10,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from common.errors import UserError
 from common.json_text import parse_json
 from common.launch import STORE_VARIABLE
 
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 _CPU = torch.device("cpu")
 
 _LEFT = "histogen/left"
@@ -86,7 +87,7 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], Any]) -> Any:
+    def on_main(self, work: Callable[[], Json]) -> Any:
         """The JSON value that `work` returns on the main process, on every process.
 
         The others wait for it, and check what they get. Its `UserError` ends all of them; the

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import read_yaml
 from common.console import print_line
@@ -19,11 +19,13 @@ from pipeline.dataset import (
     read_selection,
     software_versions,
 )
+from pipeline.dataset.features import refuse_other_features
 from pipeline.dataset.hold_outs import check_held_out, honoured, is_hold_out
 from train.checkpoint import (
     DamagedCheckpointError,
     RunState,
     check_sums,
+    checkpoints_dir,
     find_sound_checkpoint,
     latest_checkpoint,
     list_damaged,
@@ -164,12 +166,14 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     if resume == "never" and (latest_checkpoint(run_dir) or list_damaged(run_dir)):
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
 
-    def find_checkpoint() -> Path | None:
+    def find_checkpoint() -> str:
         # Before anything is written or renamed: the files of another run stay as they are.
         _check_same_configuration(config, run_dir)
-        return find_sound_checkpoint(run_dir, checkpoint_files(config))
+        sound = find_sound_checkpoint(run_dir, checkpoint_files(config))
+        return sound.name if sound else ""
 
-    checkpoint = processes.on_main(find_checkpoint)
+    name = processes.on_main(find_checkpoint)
+    checkpoint = checkpoints_dir(run_dir) / name if name else None
     damage = damaged_file(run_dir)
     table = data.stream.table
     state = RunState(0, table.content_hash, config.hash)
@@ -180,6 +184,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now has: restore that selection, or use another run.dir"
             )
+        _check_same_inputs(run_dir, _input_records(data))
     processes.wait_for_all()  # all have read before the main process writes
 
     def claim_directory() -> None:
@@ -194,7 +199,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
         write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
         records = {
-            "encoder": record,
+            **_input_records(data),
             "dataset": read_identity(data.dataset),
             "rows": table.num_rows,
             "steps_per_epoch": data.stream.steps_per_epoch,
@@ -215,6 +220,35 @@ def checkpoint_files(config: Config) -> list[str]:
     if config.uses_loss("generator"):
         trained, kept = [*trained, "discriminator"], [*kept, "discriminator"]
     return [f"{name}.safetensors" for name in (*kept, *(f"optimizer_{name}" for name in trained))]
+
+
+def _input_records(data: TrainingData) -> dict[str, Any]:
+    """What a run trains on beside its selection: the features' encoder, and a sum of the tiles."""
+    return {
+        "encoder": data.source.encoder_record,
+        "tiles_sha256": data.source.hash_tiles(data.stream.table.slide_ids),
+    }
+
+
+def _check_same_inputs(run_dir: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on with tiles or features that were made otherwise since the run began.
+
+    What releases did not record is not judged, nor what a damaged records.json had.
+    """
+    path = run_dir / RECORDS_FILE
+    if not path.exists() or damaged_file(run_dir, (RECORDS_FILE,)):
+        return
+    before = read_records(run_dir)
+    encoder = before.get("encoder")
+    if isinstance(encoder, dict):
+        remedy = "make the former features again, or use another run.dir"
+        refuse_other_features(path, encoder, now["encoder"], remedy=remedy)
+    if before.get("tiles_sha256", now["tiles_sha256"]) != now["tiles_sha256"]:
+        raise UserError(
+            f"{path}: the selection's tiles were made again since the run began, from other slide "
+            "files or candidates: use another run.dir (if they are the same for certain, remove "
+            "tiles_sha256 from that file)"
+        )
 
 
 def run_directory(config: Config) -> Path:

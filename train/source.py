@@ -1,5 +1,6 @@
 """A block of the dataset with its features: tiles, CLS tokens and patch tokens in one order."""
 
+import hashlib
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,6 +72,13 @@ class BlockSource:
         """The encoder.json of the features in use; empty for a run without features."""
         store = self._tokens or self._cls
         return dict(store.record) if store is not None else {}
+
+    def hash_tiles(self, slide_ids: Iterable[str]) -> str:
+        """A sum of what the slides' tiles were made from: equal where their tiles are."""
+        sha = hashlib.sha256()
+        for slide_id in slide_ids:
+            sha.update(f"{slide_id}\0{self._tiles.fingerprint_of(slide_id)}\0".encode())
+        return sha.hexdigest()
 
     def open_block(self, slide_id: str, block: int) -> OpenBlock:
         """Read a block of at most 16 tiles; raises `UserError` naming the file it cannot read."""

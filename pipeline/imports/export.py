@@ -23,6 +23,7 @@ from pipeline.dataset import (
     read_candidates,
     read_selection,
 )
+from pipeline.dataset.lineage import SLIDE, is_other_file
 from pipeline.imports.config import CoordinatesExport, Frame
 from pipeline.imports.coordinates import dataset_frames
 from pipeline.imports.frames import inner_bounds, with_bounds
@@ -31,8 +32,9 @@ from pipeline.run.drain import run_tasks
 from pipeline.run.summary import Summary, report_summary
 from pipeline.run.tasks import SlideTask
 from pipeline.run.workers import EngineConfig
+from pipeline.tiles.stage import drawn_from
 from pipeline.tissue.stage import STAGE as TISSUE
-from pipeline.tissue.stage import usable_slides
+from pipeline.tissue.stage import candidates_origin, is_same_origin, usable_slides
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SlideExport:
 
     `ranks` is int64 [n], None without tiles; `size` is a tile's side in level-0 pixels. Written
     coordinates count from `corner` (x, y), level-0 px; `frame` names it where the slide has two.
+    `former` says why mask or ranks are of a former state of the slide, '' where they are not.
     """
 
     slide_id: str
@@ -49,6 +52,7 @@ class SlideExport:
     size: float = 0.0
     corner: tuple[int, int] = (0, 0)
     frame: str = ""
+    former: str = ""
 
 
 def export_geojson(dataset: Dataset, config: CoordinatesExport, engine: EngineConfig) -> int:
@@ -99,7 +103,34 @@ def plan_exports(dataset: Dataset, config: CoordinatesExport) -> list[SlideExpor
             replace(export, ranks=ranks.get(export.slide_id), size=size)
             for export, size in zip(exports, sizes, strict=True)
         ]
-    return [export for export in exports if export.scale or export.ranks is not None]
+    former = _find_former(dataset, config, {slide.slide_id: slide for slide in slides}, entries)
+    return [
+        replace(export, former=former.get(export.slide_id, ""))
+        for export in exports
+        if export.scale or export.ranks is not None
+    ]
+
+
+def _find_former(
+    dataset: Dataset, config: CoordinatesExport, slides: Mapping[str, Slide],
+    entries: Mapping[str, Entry],
+) -> dict[str, str]:  # fmt: skip
+    """The slides whose mask, or whose ranks in a selection, are of a former state, and why."""
+    former = {
+        slide_id: "its mask and candidates are of another file than the slide is now: run `tissue`"
+        for slide_id, entry in entries.items()
+        if is_other_file(slides[slide_id], entry.values.get(SLIDE))
+    }
+    for name, origins in drawn_from(dataset, config.selections):
+        for slide_id, origin in origins.items():
+            entry = entries.get(slide_id)
+            if entry and not is_same_origin(origin, candidates_origin(slides[slide_id], entry)):
+                former.setdefault(
+                    slide_id,
+                    f"selection '{name}' was drawn from another file or other candidates than the "
+                    "slide's as they are now: `select` again",
+                )
+    return former
 
 
 def _export_frame(slide: Slide, frame: Frame) -> dict[str, Any]:
@@ -147,6 +178,8 @@ def export_slide(root: str, export: SlideExport, out: str) -> list[Entry]:
     dataset, path = Dataset(Path(root)), Path(out) / f"{export.slide_id}.geojson"
     regions, tiles = [], []
     try:
+        if export.former:
+            raise UserError(export.former)
         if export.scale:
             mask = _read_mask(dataset, export.slide_id)
             regions = mask_features(mask, export.scale, export.corner)

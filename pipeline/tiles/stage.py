@@ -1,7 +1,7 @@
 """The `tile` stage: the tile shards that the named selections need, as PNG tars or Zarr arrays."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,25 @@ def _note_candidates(
     dataset: Dataset, selections: tuple[str, ...], needs: dict[str, _Need]
 ) -> None:
     """Add to the needs which candidates `select` drew from, of each selection that it wrote."""
+    for name, origins in drawn_from(dataset, selections or tuple(dataset.selection_names())):
+        for slide_id, origin in origins.items():
+            if slide_id in needs:
+                needs[slide_id].drawn_from[name] = origin
+
+
+def drawn_from(dataset: Dataset, selections: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """What the ranks of each slide count in (see `candidates_origin`), of each selection.
+
+    Selections that `select` did not write, or before it recorded this, are left out.
+    """
     ledger = Ledger.read(dataset, "select")[""]
-    for name in selections or tuple(dataset.selection_names()):
+    for name in selections:
         entry = ledger.latest(name)
         # An import may have written a selection of this name since.
         if entry is None or not entry.files or not entry.values.get("candidates"):
             continue
         if hash_file(dataset.selection_file(name)) == entry.files[0].sha256:
-            for slide_id, origin in entry.values["candidates"].items():
-                if slide_id in needs:
-                    needs[slide_id].drawn_from[name] = str(origin)
+            yield name, {slide: str(one) for slide, one in entry.values["candidates"].items()}
 
 
 def _count_selected(

@@ -331,7 +331,7 @@ def test_sums_are_of_the_tiles_themselves(real: Dataset, synthetic: Dataset) -> 
     assert tiles["pixels_sha256"] == digest.hexdigest()
     assert tiles["files_sha256"] != second.describe_side()["tiles"]["files_sha256"]
     next(real.tiles_dir(PX).glob("C-2*.tar")).unlink()
-    gone = first.describe_side()["tiles"]
+    gone = sides(real, synthetic)[0].describe_side()["tiles"]
     assert gone["pixels_sha256"] is None
     assert "C-2" in gone["missing"]
 

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from pipeline.dataset import (
     write_slides,
 )
 from pipeline.dataset.lineage import Lineage, glance_fingerprints
+from pipeline.imports.config import CoordinatesExport
+from pipeline.imports.export import SlideExport, export_slide, plan_exports
 from train.source import check_coverage
 from train.stream import compile_blocks
 
@@ -129,3 +132,24 @@ def test_other_sizes_of_tiles_are_judged_by_themselves(own_tiled: Dataset) -> No
         UserError, match=r"features were made from other tiles .*`python -m pipeline cache"
     ):
         Lineage(own_tiled, 224).check_features(entry.slide_id, [features], "features")
+
+
+def test_ranks_of_former_candidates_are_not_exported(own_tiled: Dataset, tmp_path: Path) -> None:
+    def export(*selections: str) -> SlideExport:
+        config = CoordinatesExport(out=tmp_path, selections=selections)
+        (planned,) = plan_exports(own_tiled, config)
+        return planned
+
+    assert export("train").former == ""
+    line = latest(own_tiled, "tissue", "")
+    files = [replace(f, sha256="0" * 64) if f.path.startswith("cand") else f for f in line.files]
+    with Run(own_tiled, "tissue", {}) as run:
+        run.append([replace(line, fingerprint="f" * 32, files=tuple(files))])
+    assert export().former == "", "the mask is the slide's own"
+    (entry,) = export_slide(str(own_tiled.root), export("train"), str(tmp_path))
+    assert entry.outcome == "failed"
+    assert "selection 'train' was drawn from another file or other candidates" in entry.reason
+    slides = [replace(slide, sampled_sha256="0" * 64) for slide in read_slides(own_tiled)]
+    write_slides(own_tiled, "test", slides)
+    assert "are of another file than the slide is now: run `tissue`" in export().former
+    assert list(tmp_path.glob("*.geojson")) == []

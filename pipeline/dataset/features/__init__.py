@@ -18,6 +18,7 @@ from pipeline.dataset.features.store import (
     encoder_file,
     feature_scope,
     read_encoder_record,
+    refuse_other_features,
     require_fields,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "find_outside",
     "open_writer",
     "read_encoder_record",
+    "refuse_other_features",
     "require_fields",
     "token_table",
     "write_blocks",

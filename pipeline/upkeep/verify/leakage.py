@@ -217,8 +217,8 @@ def _compare_slides(pairs: list[SelectionPair], slides: Mapping[str, Slide]) -> 
         notes.append(f"{unknown:,} of {len(used):,} slides have no patient: each is its own")
     if unsummed:
         notes.append(
-            f"{unsummed:,} of {len(used):,} slides have no sum of their bytes: copies among them "
-            "under other names cannot be recognised"
+            f"{unsummed:,} of {len(used):,} slides have no md5, sha256 or samples: copies among "
+            "them under other names cannot be recognised"
         )
     return notes
 
