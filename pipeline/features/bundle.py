@@ -230,7 +230,11 @@ class _Bundle:
         writer = slide.by_span[span.blocks]
         try:
             tiles = batch.tiles.result()
-            goes_on = writer.put_item(forward(tiles, tokens=span.wants_tokens))
+            features = forward(
+                tiles, tokens=span.wants_tokens, slide_id=span.slide_id,
+                first_rank=batch.blocks.start * BLOCK_ROWS,
+            )  # fmt: skip
+            goes_on = writer.put_item(features)
             report_progress(span.slide_id, len(tiles))
         except UserError as error:
             slide.stop(error)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from common.errors import UserError
 from pipeline.dataset import BLOCK_ROWS, TileStore
-from pipeline.dataset.features import MOST_FEATURE
+from pipeline.dataset.features import MOST_FEATURE, find_outside
 
 if TYPE_CHECKING:
     import torch
@@ -152,16 +152,19 @@ class Forward:
         self._encoder, self._tokens, self._note = encoder, tokens, note
         self.batch = batch
 
-    def __call__(self, tiles: Tiles, *, tokens: bool) -> Callable[[], Features]:
+    def __call__(
+        self, tiles: Tiles, *, tokens: bool, slide_id: str, first_rank: int
+    ) -> Callable[[], Features]:
         """Begin the batch; the result is to be called where the features are needed.
 
-        On a GPU the copy back runs while the next batch is computed.
+        On a GPU the copy back runs while the next batch is computed. The result raises `UserError`
+        naming slide and rank of a tile whose features are no encoder's; the first has `first_rank`.
         """
         while True:
             size = self.batch
             try:
                 parts = [
-                    self._begin_batch(tiles[i : i + size], tokens)
+                    self._begin_batch(tiles[i : i + size], tokens, slide_id, first_rank + i)
                     for i in range(0, len(tiles), size)
                 ]
                 return lambda: _join_parts([part() for part in parts])
@@ -184,7 +187,9 @@ class Forward:
             f"cache: out of memory on {self._encoder.device}, going on with batches of {self.batch}"
         )
 
-    def _begin_batch(self, tiles: Tiles, tokens: bool) -> Callable[[], Features]:
+    def _begin_batch(
+        self, tiles: Tiles, tokens: bool, slide_id: str, first_rank: int
+    ) -> Callable[[], Features]:
         import torch
 
         images: Any = tiles
@@ -196,7 +201,7 @@ class Forward:
             stored += (
                 quantise_tensor(output.tokens) if self._tokens == "int8" else [output.tokens.half()]
             )
-        return _fetch_results(stored)
+        return _fetch_results(stored, slide_id, first_rank)
 
 
 def quantise_tensor(tokens: "Tensor") -> "list[Tensor]":
@@ -213,7 +218,9 @@ def quantise_tensor(tokens: "Tensor") -> "list[Tensor]":
     return [torch.round(values * (127.0 / divisor)[..., None]).to(torch.int8), scale]
 
 
-def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
+def _fetch_results(
+    stored: "list[Tensor]", slide_id: str, first_rank: int
+) -> Callable[[], Features]:
     """The tensors on the host; the copy is begun now and waited for when called."""
     import torch
 
@@ -224,12 +231,12 @@ def _fetch_results(stored: "list[Tensor]") -> Callable[[], Features]:
     ).all()
     tensors = [*stored, sound]
     if sound.device.type != "cuda":
-        return lambda: _features_of(tensors)
+        return lambda: _features_of(tensors, slide_id, first_rank)
     copies, done = _copied_aside(tensors)
 
     def wait() -> Features:
         done.synchronize()
-        return _features_of(copies)
+        return _features_of(copies, slide_id, first_rank)
 
     return wait
 
@@ -262,14 +269,23 @@ def _copy_stream(device: "torch.device") -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
-def _features_of(tensors: "list[Tensor]") -> Features:
+def _features_of(tensors: "list[Tensor]", slide_id: str, first_rank: int) -> Features:
     *stored, sound = tensors
+    arrays = [tensor.numpy() for tensor in stored]
     if not bool(sound):
-        raise UserError(
-            "the encoder gave features that are not finite or of a magnitude above "
-            f"{MOST_FEATURE:,.0f}; check its weights, or use --dtype float32"
-        )
-    return Features(*(tensor.numpy() for tensor in stored))
+        raise _outside_error(arrays, slide_id, first_rank)
+    return Features(*arrays)
+
+
+def _outside_error(arrays: list[npt.NDArray[Any]], slide_id: str, first_rank: int) -> UserError:
+    """The error that names the first tile with features that no encoder gives."""
+    found = [find_outside(array) for array in arrays if array.dtype.kind == "f"]
+    row, value = min((one for one in found if one is not None), key=lambda one: one[0])
+    return UserError(
+        f"the encoder gave features with the value {value:g} for rank {first_rank + row} of slide "
+        f"{slide_id}, expected finite numbers of magnitude up to {MOST_FEATURE:,.0f}; look at the "
+        "tile, check the weights, or use --dtype float32"
+    )
 
 
 def _join_parts(parts: list[Features]) -> Features:

@@ -297,7 +297,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(dataset: Dataset, small: Enc
     notes: list[str] = []
     forward = Forward(Hungry(small), 32, "float16", notes.append)  # type: ignore[arg-type]
     tiles = tiles_of(dataset, "a")
-    features = forward(tiles, tokens=True)()
+    features = forward(tiles, tokens=True, slide_id="a", first_rank=0)()
     direct = small.encode(tiles)
     assert forward.batch == 8
     assert np.abs(features.cls - direct.cls.numpy()).max() < 1e-5
@@ -311,7 +311,7 @@ def test_memory_that_holds_no_tile_is_one_line(dataset: Dataset, small: Encoder)
 
     forward = Forward(Full(small), 4, "none", lambda _: None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="out of memory on cpu with a single tile"):
-        forward(tiles_of(dataset, "a")[:4], tokens=False)
+        forward(tiles_of(dataset, "a")[:4], tokens=False, slide_id="a", first_rank=0)
 
 
 def test_features_that_are_not_finite_fail_the_slide(dataset: Dataset, small: Encoder) -> None:
@@ -319,7 +319,28 @@ def test_features_that_are_not_finite_fail_the_slide(dataset: Dataset, small: En
         small.network.norm.weight[0] = torch.nan
     rows = compute(dataset, small, CacheConfig("h0-mini", tokens="float16"), ("a",))
     assert rows[0][-1].outcome == "failed"
-    assert "not finite" in rows[0][-1].reason
+    assert "the value nan for rank 0 of slide a, expected finite numbers" in rows[0][-1].reason
+
+
+@pytest.mark.parametrize("tokens", ["none", "float16", "int8"])
+def test_one_tile_without_features_is_named(
+    dataset: Dataset, small: Encoder, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tiles_of(dataset, "b")[37]
+    encode = small.encode
+
+    def encode_but_one(images, *, tokens=True):
+        output = encode(images, tokens=tokens)
+        is_bad = torch.tensor([bool((image == bad).all()) for image in np.asarray(images)])
+        # In the tokens alone, where there are any.
+        (output.cls if output.tokens is None else output.tokens)[is_bad] = 20_000.0
+        return output
+
+    monkeypatch.setattr(small, "encode", encode_but_one)
+    rows = compute(dataset, small, CacheConfig("h0-mini", tokens=tokens, batch=16))
+    ended = {entry.slide_id: entry for entries in rows for entry in entries}
+    assert [ended[slide].outcome for slide in SLIDES] == ["done", "failed", "done"]
+    assert "the value 20000 for rank 37 of slide b, expected" in ended["b"].reason
 
 
 def test_encoders_without_patch_tokens_store_none() -> None:
