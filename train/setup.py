@@ -169,6 +169,8 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     def find_checkpoint() -> str:
         # Before anything is written or renamed: the files of another run stay as they are.
         _check_same_configuration(config, run_dir)
+        if latest_checkpoint(run_dir):
+            _check_same_inputs(run_dir, _input_records(data))
         sound = find_sound_checkpoint(run_dir, checkpoint_files(config))
         return sound.name if sound else ""
 
@@ -184,7 +186,6 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
                 f"{checkpoint} was trained on another selection than '{config.data.selection}' of "
                 f"{config.data.dataset} now has: restore that selection, or use another run.dir"
             )
-        _check_same_inputs(run_dir, _input_records(data))
     processes.wait_for_all()  # all have read before the main process writes
 
     def claim_directory() -> None:

@@ -1,18 +1,18 @@
 """A run does not go on with other tiles or features than it began with."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TILE_PX, make_dataset, small_config
 
 from common.errors import UserError
-from common.files import write_json
 from common.torch_processes import ALONE
 from pipeline.dataset import Ledger, Run
-from train.checkpoint import RunState
-from train.setup import open_data, open_run
+from train.checkpoint import RunState, write_checkpoint
+from train.setup import checkpoint_files, open_data, open_run
 
 
 def test_other_features_or_tiles_end_a_resumed_run(tmp_path: Path) -> None:
@@ -26,7 +26,8 @@ def test_other_features_or_tiles_end_a_resumed_run(tmp_path: Path) -> None:
 
     resume()
     state = RunState(3, open_data(config).stream.table.content_hash, config.hash)
-    write_json(tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json", asdict(state))
+    files = {Path(name).stem: {"x": torch.zeros(1)} for name in checkpoint_files(config)}
+    write_checkpoint(tmp_path / "run", state, files, keep=1)
     resume()
     records = tmp_path / "run" / "records.json"
     before = records.read_bytes()
