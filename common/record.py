@@ -7,6 +7,12 @@ from common.errors import UserError
 _MOST = 10**300
 
 
+class MissingValueError(UserError, KeyError):
+    """A key that a record lacks; for `get`, `in` and templates it is merely absent."""
+
+    __str__ = Exception.__str__  # a KeyError's is in quotes
+
+
 class Record(Mapping[str, object]):
     """A parsed JSON object; what is absent or of another type is an error that names its path.
 
@@ -24,6 +30,9 @@ class Record(Mapping[str, object]):
         self._values, self._path = values, path
 
     def __getitem__(self, key: str) -> object:
+        if key not in self._values:
+            where = f"{self._path}.{key}".strip(".")
+            raise MissingValueError(f"{where} is missing; make the file again")
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -19,7 +19,8 @@ from evaluate.compare.results import write_results
 from evaluate.compare.sides import FeatureSide
 from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics.metric import MetricSettings
-from evaluate.report.command import write_report
+from evaluate.report.command import report_command, write_report
+from evaluate.report.config import ReportConfig
 from evaluate.report.numbers import metric_rows
 from evaluate.report.plots import running_median
 from evaluate.report.run_curves import read_run
@@ -222,6 +223,29 @@ def test_the_same_inputs_give_the_same_page(report: Callable[..., str], tmp_path
     )
     assert (tmp_path / "report.html").read_text() == first
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "first-picture.png").read_bytes()
+
+
+@pytest.mark.full
+def test_results_with_values_of_other_kinds_are_a_page_or_one_line(
+    report: Callable[..., str], tmp_path: Path
+) -> None:
+    page, file = report(), tmp_path / "results.json"
+    config = ReportConfig(
+        results=file, dataset=tmp_path / "real", generated=tmp_path / "syn",
+        out=tmp_path / "report.html",
+    )  # fmt: skip
+    sound, refused = json.loads(file.read_text()), []
+    for key in sound.keys() - {"schema_version"}:
+        results = sound | {key: {"a": 1} if isinstance(sound[key], dict) else {"a": "x"}}
+        file.write_text(json.dumps(results))
+        (tmp_path / "report.html").write_text(page)
+        try:
+            report_command(config)
+        except UserError as error:
+            refused.append(str(error))
+            assert (tmp_path / "report.html").read_text() == page
+    assert len(refused) > 2
+    assert not any("\n" in line for line in refused)
 
 
 def test_a_dataset_that_was_not_measured_is_refused(report: Callable[..., str]) -> None:
