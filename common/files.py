@@ -1,11 +1,13 @@
 """Files that appear under their final name whole and synced, or not at all."""
 
+import ctypes
 import errno
 import hashlib
 import io
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -197,12 +199,82 @@ def _renaming(staged: Path, final: Path) -> Iterator[None]:
         sync_directory(final.parent)
     except OSError as error:
         staged.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        raise _write_error(final, error) from error
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(final: Path, *, last: str) -> Iterator[Path]:
+    """An empty folder to write files to, which are those of `final` when the block ends well.
+
+    At every moment `final` has the old files or the new ones: the two folders change places in one
+    step. Where that is not possible (other files are in it, which stay; a file system that cannot
+    do it), the new files replace the old ones by renames, and `last` is not there meanwhile, whose
+    readers must refuse a folder without it. Errors are those of `replacing_file`.
+    """
+    final = Path(os.path.realpath(final))  # of a link, what it leads to
+    staged = _staged_name(final)
+    if final.is_dir() and (final.is_mount() or not os.access(final.parent, os.W_OK)):
+        staged = final / staged.name
+    try:
+        make_directory(staged.parent)
+        staged.mkdir()
+        yield staged
+        sync_directory(staged)
+        _put_folder(staged, final, last)
+    except OSError as error:
+        raise _write_error(final, error) from error
+    except UserError as error:  # of a file in it, under a name that nobody knows
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise _write_error(final, error.__cause__) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _write_error(final: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {final}: {error.strerror or error}; free space or choose another folder"
+    )
+
+
+def _put_folder(staged: Path, final: Path, last: str) -> None:
+    """Give the files of `staged` to `final`; what `staged` is afterwards can go."""
+    names = {path.name for path in staged.iterdir()}
+    if not final.is_dir():
+        make_directory(final.parent)
+        staged.rename(final)
+        sync_directory(final.parent)
+        return
+    there = {path.name for path in final.iterdir()} - {staged.name}
+    if there <= names and staged.parent == final.parent:
+        staged.chmod(stat.S_IMODE(final.stat().st_mode))
+        if _exchange(staged, final):
+            sync_directory(final.parent)
+            return
+    (final / last).unlink(missing_ok=True)
+    sync_directory(final)
+    for name in sorted(names, key=lambda name: (name == last, name)):
+        # What makes the others valid comes when they are there, after a power loss, too.
+        if name == last:
+            sync_directory(final)
+        (staged / name).replace(final / name)
+    sync_directory(final)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step, with Linux's renameat2; whether it could."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:

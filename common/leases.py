@@ -27,10 +27,12 @@ class Lease:
     """A file that names this process, renewed every 20 s by a thread until `end`.
 
     A lease that cannot be written stops nothing: what its holder does is then judged by its age.
+    One that is `shared` by all who want the same thing may be another's after this process was
+    stopped for so long that it counted as dead: `is_lost` then, and left alone.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        self.path, self._shared = path, shared
         self._ended = threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._renew_often, daemon=True)
@@ -40,21 +42,40 @@ class Lease:
         """Stop renewing and remove the file."""
         self._ended.set()
         self._thread.join()
-        with suppress(OSError):
-            self.path.unlink()
+        if not self.is_lost():
+            with suppress(OSError):
+                self.path.unlink()
+
+    def is_lost(self) -> bool:
+        """Whether a shared lease names another process, or none."""
+        if not self._shared or not self._was_written:
+            return False
+        if (holder := read_holder(self.path)) is not None:
+            return holder != identify_process()
+        try:
+            self.path.lstat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # the file server may be away for a moment
+            return False
+        return False
 
     def _write(self) -> None:
+        self._was_written = False
         with suppress(OSError):
             make_directory(self.path.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
             handle = os.open(self.path, flags, 0o666)
             try:
                 os.write(handle, identify_process().to_json().encode())
+                self._was_written = True
             finally:
                 os.close(handle)
 
     def _renew_often(self) -> None:
         while not self._ended.wait(RENEW_S):
+            if self.is_lost():
+                return
             try:
                 # The server's time, at once, and without taking space on a full disk.
                 os.utime(self.path, follow_symlinks=False)

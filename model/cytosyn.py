@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.config import build_config, check_setting
 from common.errors import UserError
-from common.files import make_directory, write_text
+from common.files import read_regular, replacing_folder, write_text
 from common.json_text import read_json
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
@@ -42,6 +42,7 @@ FORMAT_VERSION = 1
 Model = TypeVar("Model", bound="CytoSyn")
 
 _CONFIG, _SIT, _VAE = "config.json", "sit.safetensors", "vae.safetensors"
+_TRIES = 3  # to read a folder that others are replacing
 
 
 @dataclass(frozen=True)
@@ -234,13 +235,14 @@ class CytoSyn(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, sit.safetensors and vae.safetensors (CompVis keys) to a folder.
 
-        The configuration is written last and has the weights' sha256, so that a folder that
-        was cut short or put together from two models is recognised.
+        A model that is there is replaced whole: whatever ends this process, the folder has the old
+        model or the new one, or says that it is none. The configuration has the weights' sha256, so
+        that one that was put together from two models is recognised.
         """
-        folder = Path(folder)
-        make_directory(folder)
-        # Until the new configuration is there, the folder is no model.
-        (folder / _CONFIG).unlink(missing_ok=True)
+        with replacing_folder(Path(folder), last=_CONFIG) as staged:
+            self._write_files(staged)
+
+    def _write_files(self, folder: Path) -> None:
         weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}
         for name, tensors in weights.items():
             write_tensors(folder / name, tensors)
@@ -264,6 +266,18 @@ class CytoSyn(nn.Module):
         source cannot be found or reached, is of another format, damaged, or does not fit.
         """
         folder = _local_folder(source)
+        for _ in range(_TRIES):
+            before = _read_sums(folder)
+            try:
+                return cls._load_folder(folder)
+            except UserError:
+                # Another export may have replaced it between two files.
+                if _read_sums(folder) == before:
+                    raise
+        return cls._load_folder(folder)
+
+    @classmethod
+    def _load_folder(cls, folder: Path) -> Self:
         parts = _read_config(folder / _CONFIG)
         model = cls(
             _load_network(lambda: SiT(parts.sit), folder / _SIT, parts.sums),
@@ -365,6 +379,14 @@ class _FolderConfig:
     interpolant: Interpolant
     records: Records
     sums: dict[str, str]
+
+
+def _read_sums(folder: Path) -> bytes:
+    """The bytes of a folder's configuration, which has its weights' sums; b"" where it has none."""
+    try:
+        return read_regular(folder / _CONFIG)
+    except OSError:
+        return b""
 
 
 def _read_config(path: Path) -> _FolderConfig:

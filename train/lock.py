@@ -73,6 +73,18 @@ class RunLock:
                 reported = True
             time.sleep(0.2)
 
+    def require(self) -> None:
+        """Raise `UserError` where another training has taken over the run directory.
+
+        That is where leases take the place of locks, and this process was stopped for 300 s.
+        """
+        if self._lease is not None and self._lease.is_lost():
+            holder, _ = self._describe_holder()
+            raise UserError(
+                f"{self.path.parent} was taken over by {holder} while this process was stopped or "
+                "its file system was away: ended without writing"
+            )
+
     def _try_lock(self, file: IO[str]) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,7 +112,7 @@ class RunLock:
         with hold_lock(path.with_name(f"{LEASE_FILE}.lock")):
             if path.exists() and is_lease_alive(path, lambda: file_server_time(path.parent)):
                 return False
-            self._lease = Lease(path)
+            self._lease = Lease(path, shared=True)
             if read_holder(path) != identify_process():
                 # Elsewhere a lease is only for judging; here it is all that keeps a second one out.
                 raise UserError(f"cannot write {path}: free space or fix the folder's permissions")

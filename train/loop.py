@@ -64,7 +64,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
             batch_slots(processes, config.data.batch_size)
             start = open_run(config, data, processes, resume)
             try:
-                return Training(config, processes, data, start, requests).run()
+                return Training(config, processes, data, start, requests, lock).run()
             except torch.OutOfMemoryError as error:
                 recompute, optim = config.run.recompute, config.optim
                 remedy = "" if recompute else "set run.recompute=true to continue this run, or "
@@ -85,8 +85,9 @@ class Training:
         data: TrainingData,
         start: Start,
         requests: StopRequests,
+        lock: RunLock | None = None,
     ) -> None:
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.lock = config, processes, lock
         self.data, self.requests, self.state = data, requests, start.state
         self.first_step = start.state.step
         self.run_dir = run_directory(config)
@@ -206,6 +207,8 @@ class Training:
             )
 
     def _save_checkpoint(self) -> None:
+        if self.lock is not None:
+            self.lock.require()  # on the process that has it
         self.reporter.sync_log()
         skipped, seconds = self.reporter.skipped_tiles(), self.reporter.total_seconds()
         self._set_state(skipped_tiles=skipped, seconds=seconds)

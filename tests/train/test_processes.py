@@ -22,6 +22,7 @@ from train import lock
 from train.loop import train
 from train.networks import build_networks
 from train.processes import first_host, slurm_variables
+from train.reporter import Reporter
 
 
 def free_port() -> int:
@@ -198,6 +199,35 @@ def test_without_locks_of_the_file_system_a_lease_keeps_a_second_training_out(
     lease.symlink_to("nowhere")  # no lease is written through a link
     with lock.RunLock(tmp_path) as second, pytest.raises(UserError, match="cannot write"):
         second.acquire()
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_training_that_was_taken_for_dead_writes_nothing_more(
+    train_dataset: Dataset, tmp_path: Path, has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped for 300 s on one node, while another took over without the file system's locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    run_dir = tmp_path / "run"
+    lease, other = run_dir / lock.LEASE_FILE, replace(identify_process(), boot="b", pid=77)
+
+    def take_over(self: Reporter, wait_s: float) -> None:
+        if self.state.step == 2:
+            lease.write_text(other.to_json())
+            if has_ended:
+                lease.unlink()
+            time.sleep(0.2)
+
+    monkeypatch.setattr(Reporter, "write_window", take_over)
+    with pytest.raises(UserError, match=r"run was taken over by process .*: ended without writing"):
+        train(small_config(train_dataset, run_dir, "run.steps=4", "checkpoint.every=2"))
+    assert not (run_dir / "checkpoints").exists()
+    assert has_ended or lease.read_text() == other.to_json(), "it is the other's to remove"
+    assert lease.exists() != has_ended
 
 
 def test_torchrun_waits_for_the_last_checkpoint_as_long_as_the_batch_script_says() -> None:
