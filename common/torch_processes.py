@@ -25,7 +25,7 @@ from common.console import (
     stderr,
     stdout,
 )
-from common.errors import UserError
+from common.errors import UserError, describe_machine_error
 from common.launch import STORE_VARIABLE
 
 Outcome = TypeVar("Outcome")
@@ -101,6 +101,10 @@ class Processes:
                 results.append(work())
             except UserError as error:
                 mistake = error
+            except (OSError, MemoryError) as error:
+                if not (text := describe_machine_error(error)):
+                    raise
+                mistake = UserError(text)
         # An empty list tells of a failure: without a message the others would wait for days.
         message = [results]
         dist.broadcast_object_list(message, src=0)
@@ -237,6 +241,8 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
         _is_first(store, "reported")
         if isinstance(error, UserError | KeyboardInterrupt):
             status = report_error(error) if first else EXIT_USAGE
+        elif text := describe_machine_error(error):
+            status = report_error(UserError(text)) if first else EXIT_USAGE
         elif first:
             print_traceback(error)
     if rank == 0 and _keeps_store():
