@@ -31,7 +31,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from common.errors import UserError
+from common.errors import UserError, describe_machine_error
 from common.escape import escape_terminal
 from common.following import follow_starter
 from common.redact import redact_secrets
@@ -90,7 +90,8 @@ def run_door(
 ) -> None:
     """Run a room's command and exit with its status.
 
-    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C becomes 130. Output that
+    A `UserError`, or an error of a disk, a limit or memory, becomes one line on stderr and exit
+    status 2; Ctrl-C becomes 130. Output that
     cannot be written ends no command; where it is the result (`prints_result`), the status of one
     that did its work is 1. `is_resumable` is whether an interrupted command keeps what it has done.
     Rooms that were not imported from this project (a stray train.py in the working folder) are
@@ -104,6 +105,11 @@ def run_door(
             status = command()
         except (UserError, KeyboardInterrupt) as error:
             status = report_error(error, is_resumable=is_resumable)
+        except (OSError, MemoryError, RuntimeError) as error:
+            text = describe_machine_error(error)
+            if not text:
+                raise
+            status = report_error(UserError(text))
     if losses and prints_result and status == EXIT_OK:
         status = EXIT_FAILURES
     sys.exit(status)

@@ -109,6 +109,16 @@ def require_regular(path: Path) -> None:
     os.close(open_descriptor(path))
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of reading say of which file they are, as those of opening do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def open_text(
     path: Path, *, encoding: str = "utf-8", errors: str = "strict", newline: str | None = None
 ) -> IO[str]:
@@ -121,7 +131,7 @@ def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 
     Raises `OSError`, whose `strerror` says what is wrong with the file.
     """
-    with open_regular(path) as file:
+    with _naming(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         # The size is no promise: another process may be writing.
         data = file.read(most_bytes + 1) if size <= most_bytes else b""
@@ -279,7 +289,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """The hex digest of a file's bytes, such as "sha256" or "md5"; raises `OSError`."""
-    with open_regular(path) as file:
+    with _naming(path), open_regular(path) as file:
         # Not for security: machines that forbid MD5 for that still compare copies by it.
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
     return digest.hexdigest()

@@ -30,7 +30,7 @@ from common.console import (
     stderr,
     stdout,
 )
-from common.errors import UserError
+from common.errors import UserError, describe_machine_error
 from common.json_text import parse_json
 from common.launch import STORE_VARIABLE
 
@@ -102,6 +102,10 @@ class Processes:
                 message = {"value": work()}
             except UserError as error:
                 mistake = error
+            except (OSError, MemoryError) as error:
+                if not (text := describe_machine_error(error)):
+                    raise
+                mistake = UserError(text)
         # An empty message tells of a failure: without one the others would wait for days.
         received = self._tell_all(json.dumps(message).encode())
         if mistake is not None:
@@ -265,6 +269,8 @@ def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoRetur
         _is_first(store, "reported")
         if isinstance(error, UserError | KeyboardInterrupt):
             status = report_error(error) if first else EXIT_USAGE
+        elif text := describe_machine_error(error):
+            status = report_error(UserError(text)) if first else EXIT_USAGE
         elif first:
             print_traceback(error)
     if rank == 0 and _keeps_store():

@@ -327,7 +327,7 @@ def _with_claims(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """dataset.json as it is (None: there is none), and with a stage's claims and record."""
     before = _read_document(dataset) if _is_there(dataset) else None
-    if before is None and merge_copies(dataset):
+    if before is None and merge_copies(dataset) and not _is_unfinished(dataset, stage):
         # Begun anew it would lack what the other stages stated.
         raise UserError(f"{dataset.identity_file} is missing: {way_back(dataset)}")
     empty: dict[str, Any] = {"identity": {"format_version": FORMAT_VERSION}, "records": {}}
@@ -343,6 +343,13 @@ def _with_claims(
     after["records"][stage] = record
     after["crc"] = _checksum_of(after)
     return before, after
+
+
+def _is_unfinished(dataset: Dataset, stage: str) -> bool:
+    """Whether the stage that makes a dataset was stopped after its copy, before dataset.json."""
+    # Its journal is only begun once both are there.
+    has_journal = any((dataset.root / "status").glob("*/*.jsonl"))
+    return not has_journal and list_copies(dataset) == [copy_file(dataset, stage)]
 
 
 def _checksum_of(document: Mapping[str, object]) -> str:

@@ -86,7 +86,9 @@ class HeldLock:
         self._ended.set()
         self._thread.join()
         if self.is_held():
-            self._path.unlink(missing_ok=True)
+            # Where it cannot be removed the next one breaks it: we are gone by then.
+            with suppress(OSError):
+                self._path.unlink()
         os.close(self._handle)
 
     def _renew_often(self) -> None:

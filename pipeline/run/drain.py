@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from common.console import Meter, print_line
-from common.errors import UserError
+from common.errors import UserError, describe_machine_error
 from common.redact import redact_secrets
 from common.text import format_seconds, one_line
 from pipeline.dataset import Entry
@@ -454,7 +454,8 @@ class Drain:
             self._try_apart(flight)
         else:
             text = redact_secrets(one_line(error, 10_000))[:200]
-            reason = f"internal error: {type(error).__name__}: {text}"
+            reason = describe_machine_error(error)
+            reason = redact_secrets(reason or f"internal error: {type(error).__name__}: {text}")
             self._take_entries(flight, flight.slide.failed_entries(reason))
 
     def _may_still_send(self, address: str, flight: _Flight) -> bool:

@@ -148,3 +148,19 @@ def test_a_run_waits_for_the_one_that_makes_the_dataset(tmp_path: Path) -> None:
             assert not claimed.done()
             dataset.identity_file.write_bytes(made)
         assert claimed.result(30)["mpp"] == 0.5
+
+
+def test_a_first_stage_that_was_stopped_between_copy_and_identity_begins_again(
+    tmp_path: Path,
+) -> None:
+    """By a full disk or a kill. Once there is a journal, what is missing was lost."""
+    begun, journal = Dataset(tmp_path / "ds"), tmp_path / "ds" / "status" / "scan" / "1.jsonl"
+    claim(begun, "scan", SCAN)
+    whole = begun.identity_file.read_bytes()
+    begun.identity_file.unlink()
+    claim(begun, "scan", SCAN)
+    assert begun.identity_file.read_bytes() == whole
+    begun.identity_file.unlink()
+    journal.touch()
+    with pytest.raises(UserError, match="--repair"):
+        claim(begun, "scan", SCAN)
