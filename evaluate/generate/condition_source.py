@@ -1,6 +1,7 @@
 """What the images are conditioned on, and which real tile each of them comes from."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -91,6 +92,13 @@ class ConditionSource(ABC):
         """Files, bytes by name, that the synthetic dataset has in `guidance/`."""
         return {}
 
+    def made_from(self, positions: Positions) -> str:
+        """A sum of what the conditions at positions [n] were made from; "" where that is nothing.
+
+        It is another one where their features were made again from other tiles.
+        """
+        return ""
+
 
 class Unconditional(ConditionSource):
     """No guidance: the model's null condition, `count` times and without end."""
@@ -131,6 +139,11 @@ class ShuffledSelection(ConditionSource):
         slide_ids: list[str | None] = [names[slide] for slide in self._slides[positions]]
         return SourceTiles(slide_ids, self._ranks[positions].astype(np.int32))
 
+    def hash_slides(self, positions: Positions, find: Callable[[str], str]) -> str:
+        """A sum of the fingerprints that `find` gives of the slides at positions [n]."""
+        slides = [self.selection.slide_ids[i] for i in np.unique(self._slides[positions])]
+        return fingerprint_of(slides=[[slide_id, find(slide_id)] for slide_id in slides])
+
     def tile_identity(self, guidance: str) -> dict[str, object]:
         """The kind of guidance and whose tiles guide."""
         return {
@@ -162,6 +175,10 @@ class SelectionConditions(ShuffledSelection):
         tile_px = int(identity_value(dataset, "tile_px"))
         store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder, selection=selection_name)
         return cls(dataset, selection, store)
+
+    def made_from(self, positions: Positions) -> str:
+        """A sum of the features' fingerprints: of their tiles, weights, arithmetic and view."""
+        return self.hash_slides(positions, self.store.fingerprint_of)
 
     def require_features(self, conditions: int | None) -> None:
         """Refuse, before anything is sampled, a tile of the first `conditions` without features.

@@ -31,6 +31,7 @@ from evaluate.generate.write import (
     committed_spans,
     count_planned_images,
     count_tables,
+    refuse_other_guidance,
     write_tables,
 )
 from evaluate.generators import Generator
@@ -98,6 +99,10 @@ def generate(
         claims.pop(GUIDING_FINGERPRINT, None)
     unit_fingerprint = fingerprint_of(stage="generate", version=_STAGE_VERSION, **claims)
 
+    def made_from(unit: Unit) -> str:
+        images = np.array([unit.image_index(rank) for rank in range(unit.start, unit.stop)])
+        return source.made_from(images // request.variations)
+
     def claim_and_plan() -> list[tuple[int, ...]]:
         claim_identity(
             dataset, claims, stage="generate", versions=_software_versions(),
@@ -105,6 +110,7 @@ def generate(
         )  # fmt: skip
         # Tables only grow: two runs with other numbers of images must see each other's.
         with hold_claim(dataset, GENERATED, "generate"):
+            refuse_other_guidance(dataset, generator.tile_px, unit_fingerprint, made_from)
             units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 
@@ -120,7 +126,8 @@ def generate(
                 _UnitWriter(run, generator.tile_px, unit_fingerprint) as writer,
             ):
                 for unit in units:
-                    writer.write_unit(unit, _sample_unit(generator, source, request, unit, advance))
+                    tiles = _sample_unit(generator, source, request, unit, advance)
+                    writer.write_unit(unit, tiles, made_from(unit))
             written = writer.bytes
     made = sum(unit.image_count for unit in units)
     made, written = processes.sum_values(torch.tensor([made, written])).tolist()
@@ -286,8 +293,13 @@ class _UnitWriter:
             self._committer.shutdown()
             self._encoders.shutdown(cancel_futures=True)
 
-    def write_unit(self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]]) -> None:
-        """Encode the tiles of a unit as they are sampled, then submit the unit for commit."""
+    def write_unit(
+        self, unit: Unit, tiles: Iterator[npt.NDArray[np.uint8]], made_from: str
+    ) -> None:
+        """Encode the tiles of a unit as they are sampled, then submit the unit for commit.
+
+        `made_from` is the sum of its conditions, which its line states.
+        """
         started = time.monotonic()
         pngs = [self._encoders.submit(encode_png, tile) for tile in tiles]
 
@@ -298,6 +310,7 @@ class _UnitWriter:
                 [png.result() for png in pngs],
                 tile_px=self._tile_px,
                 unit_fingerprint=self._fingerprint,
+                made_from=made_from,
                 seconds=time.monotonic() - started,
             )
 

@@ -1,11 +1,12 @@
 """Writing a synthetic dataset: tables first, then shards under the journal of stage `tile`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from common.errors import UserError
 from evaluate.generate.condition_source import ConditionSource
 from evaluate.generate.plan import IMAGES_PER_SLIDE, Span, Unit, pseudo_slide_id, slide_spans
 from pipeline.dataset import (
@@ -168,6 +169,32 @@ def committed_spans(dataset: Dataset, tile_px: int, unit_fingerprint: str) -> di
     }
 
 
+GUIDANCE = "guidance"
+"""In the values of an image shard's line: a sum of what its conditions were made from."""
+
+
+def refuse_other_guidance(
+    dataset: Dataset, tile_px: int, unit_fingerprint: str, made_from: Callable[[Unit], str]
+) -> None:
+    """Refuse to go on where images were guided by features that were made again since.
+
+    `made_from` gives the sum of a unit's conditions now. What older images do not state is not
+    judged.
+    """
+    ledger = Ledger.read(dataset, "tile")[str(tile_px)]
+    for line in (line for entries in ledger.written.values() for line in entries):
+        stated = line.values.get(GUIDANCE)
+        if stated is None or line.fingerprint != unit_fingerprint:
+            continue
+        unit = Unit(int(line.slide_id.removeprefix("gen-")), line.start, line.stop)
+        if made_from(unit) != stated:
+            raise UserError(
+                f"images {line.start} to {line.stop - 1} of {line.slide_id} in {dataset.root} were "
+                "guided by features that were made again since, from other tiles: use another "
+                "--out, or remove that folder to make all images again"
+            )
+
+
 def commit_unit(
     run: Run,
     unit: Unit,
@@ -175,6 +202,7 @@ def commit_unit(
     *,
     tile_px: int,
     unit_fingerprint: str,
+    made_from: str,
     seconds: float,
 ) -> int:
     """Write a unit's shard and index, then journal them as done. Returns the bytes written."""
@@ -198,6 +226,7 @@ def commit_unit(
         files=(tar, idx),
         counts={"tiles": unit.image_count},
         seconds=round(seconds, 3),
+        values={GUIDANCE: made_from} if made_from else {},
     )
     run.append([with_first_crc(dataset, entry)])
     return tar.bytes + idx.bytes

@@ -4,6 +4,8 @@ The reconstructions are a synthetic dataset like any other, made by the same loo
 condition is the tile itself.
 """
 
+from functools import cached_property
+
 import numpy as np
 
 from evaluate.generate.condition_source import Positions, ShuffledSelection
@@ -21,11 +23,18 @@ class TileConditions(ShuffledSelection):
         """Which tiles."""
         return self.tile_identity("the tiles themselves")
 
+    def made_from(self, positions: Positions) -> str:
+        """A sum of what the tiles were made from."""
+        return self.hash_slides(positions, self._store.fingerprint_of)
+
+    @cached_property
+    def _store(self) -> TileStore:
+        return TileStore(self.dataset, self.tile_px)
+
     def read_features(self, positions: Positions) -> Features:
         """The tiles' values, float32 [n, px * px * 3], from 0 to 255."""
-        store = TileStore(self.dataset, self.tile_px)
         tiles = [
-            store.read(self.selection.slide_ids[slide], [int(rank)])[0]
+            self._store.read(self.selection.slide_ids[slide], [int(rank)])[0]
             for slide, rank in zip(self._slides[positions], self._ranks[positions], strict=True)
         ]
         return np.stack(tiles).reshape(len(tiles), -1).astype(np.float32)

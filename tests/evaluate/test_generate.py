@@ -97,6 +97,33 @@ def test_the_same_ranks_of_another_dataset_are_other_tiles(
         generate(Stripes(), guidance, Request(out=tmp_path / "syn"), ALONE)
 
 
+def test_features_that_were_made_again_do_not_guide_the_rest_of_the_images(
+    run: Callable[..., GenerationOutcome], tmp_path: Path
+) -> None:
+    """The same ranks of the same selection, by the same encoder, of other tiles."""
+    real = Dataset(tmp_path / "real")
+    assert run(conditions=16).made == 16
+    journal = next(real.status_dir("cache").glob("*.jsonl"))
+    sound = journal.read_bytes()
+
+    def go_on() -> int:
+        guidance = SelectionConditions.open_selection(real, "train", "h0-mini")
+        request = Request(out=tmp_path / "syn", conditions=48)
+        return generate(Stripes(), guidance, request, ALONE).made
+
+    lines = [line for line in Ledger.read(real, "cache").lines if line.start >= 0]
+    with Run(real, "cache", {}) as again:
+        again.append([replace(line, fingerprint="other") for line in lines])
+    before = tile_hashes(Dataset(tmp_path / "syn"))
+    with pytest.raises(UserError, match=r"images 0 to 15 of gen-00000 in .* were made again since"):
+        go_on()
+    assert tile_hashes(Dataset(tmp_path / "syn")) == before
+    for path in real.status_dir("cache").glob("*.jsonl"):
+        path.unlink()
+    journal.write_bytes(sound)
+    assert go_on() == 32
+
+
 def test_images_that_did_not_record_the_guiding_dataset_go_on(
     run: Callable[..., GenerationOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,11 @@ class FeatureStore:
         self._open: OrderedDict[str, FeatureShard] = OrderedDict()
         self._lock = threading.Lock()
 
+    def fingerprint_of(self, slide_id: str) -> str:
+        """The fingerprint of the slide's features, '' where it has none."""
+        entry = self._ledger.latest(slide_id)
+        return entry.fingerprint if entry else ""
+
     def read_block(self, slide_id: str, block: int) -> npt.NDArray[np.floating]:
         """Features of a block, [rows, ...]; row i is rank 16 * block + i."""
         return self._shard_of_block(slide_id, block).read_block(block)
