@@ -9,8 +9,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -306,6 +306,20 @@ def write_bytes(final: Path, data: bytes) -> None:
     """
     with replacing_file(final) as file:
         file.write(data)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write whole files that belong together: all are on the disk before the first is replaced.
+
+    The first one named is replaced last. Errors are those of `replacing_file`; none is replaced
+    where one does not fit.
+    """
+    with ExitStack() as stack:
+        for final, data in contents.items():
+            file = stack.enter_context(replacing_file(final))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_text(final: Path, text: str) -> None:

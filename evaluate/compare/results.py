@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_bytes
 from common.json_text import read_json
 from common.record import Record
 
@@ -54,8 +54,13 @@ def make_warning(code: str, message: str) -> dict[str, str]:
 
 def write_results(path: Path, results: Mapping[str, object]) -> None:
     """Write results.json in one step: a reader sees the old file or the new one."""
+    write_bytes(path, results_bytes(results))
+
+
+def results_bytes(results: Mapping[str, object]) -> bytes:
+    """The bytes of results.json; raises `ValueError` for a number that is not finite."""
     text = json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    return f"{text}\n".encode()
 
 
 def check_writable(path: Path) -> None:

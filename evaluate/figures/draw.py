@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.escape import escape_plot
-from common.files import write_bytes
+from common.files import write_files
 from common.plain_plots import plain_plots
 from evaluate.figures.layout import Sheet, compose_sheet
 from evaluate.report.plots import INK, STYLE
@@ -62,6 +62,5 @@ def write_figure(out: Path, files: dict[str, bytes]) -> list[Path]:
     """Write one file per suffix under the name `out`, whose .png or .pdf suffix is left off."""
     stem = out.with_suffix("") if out.suffix in files else out
     paths = {stem.with_name(stem.name + suffix): data for suffix, data in files.items()}
-    for path, data in paths.items():
-        write_bytes(path, data)
+    write_files(paths)
     return list(paths)

@@ -4,14 +4,15 @@ import argparse
 from collections.abc import Sequence
 
 from common.console import EXIT_FAILURES, EXIT_OK, print_line
+from common.files import write_files
 from common.text import format_bytes, format_seconds
 from common.torch_processes import joined_processes, make_sums_independent_of_threads
-from evaluate.compare.results import write_results
+from evaluate.compare.results import results_bytes
 from evaluate.protocols.config import Protocol, load_protocol, protocol_names
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import expand_names, plan_cells
 from evaluate.protocols.run import list_missing, out_folder, run_protocol
-from evaluate.report.protocol_files import write_protocol_files
+from evaluate.report.protocol_files import protocol_files
 
 
 def protocol_command(options: argparse.Namespace) -> int:
@@ -45,8 +46,14 @@ def protocol_command(options: argparse.Namespace) -> int:
 def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> int:
     folder = out_folder(protocol)
     results = run_protocol(protocol, arguments)
-    write_results(folder / "results.json", results)
-    written = [folder / "results.json", *write_protocol_files(results, folder)]
+    files = {folder / "results.json": results_bytes(results)}
+    try:
+        files |= protocol_files(results, folder)
+    finally:
+        # Together: tables of another run next to results.json would pass for its own. Where a
+        # page cannot be drawn, the results are kept all the same.
+        write_files(files)
+    written = list(files)
     for warning in results["warnings"]:
         print_line(f"warning: {warning['message']}")
     for path in written:

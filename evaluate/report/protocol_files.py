@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.files import write_text
+from common.files import write_files
 from common.record import Record
 from common.text import format_number
 from evaluate.report.levels import VOIDING, with_levels
@@ -29,6 +29,15 @@ def write_protocol_files(
     results: Mapping[str, object], folder: Path, page: Path | None = None
 ) -> list[Path]:
     """Write report.html (or `page`), tables.md and tables.tex; returns what was written."""
+    files = protocol_files(results, folder, page)
+    write_files(files)
+    return list(files)
+
+
+def protocol_files(
+    results: Mapping[str, object], folder: Path, page: Path | None = None
+) -> dict[Path, bytes]:
+    """What `write_protocol_files` writes: the bytes by path."""
     record = Record(results, "results.json")
     files = {page or folder / "report.html": render_protocol(results)}
     if results.get("tables"):
@@ -36,9 +45,7 @@ def write_protocol_files(
             folder / "tables.md": tables_as_markdown(record),
             folder / "tables.tex": tables_as_latex(record),
         }
-    for path, text in files.items():
-        write_text(path, text)
-    return list(files)
+    return {path: text.encode() for path, text in files.items()}
 
 
 def render_protocol(results: Mapping[str, object]) -> str:
