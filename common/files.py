@@ -110,7 +110,7 @@ def require_regular(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming_errors(path: Path) -> Iterator[None]:
     """Errors of reading say of which file they are, as those of opening do."""
     try:
         yield
@@ -131,7 +131,7 @@ def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 
     Raises `OSError`, whose `strerror` says what is wrong with the file.
     """
-    with _naming(path), open_regular(path) as file:
+    with naming_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         # The size is no promise: another process may be writing.
         data = file.read(most_bytes + 1) if size <= most_bytes else b""
@@ -289,7 +289,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """The hex digest of a file's bytes, such as "sha256" or "md5"; raises `OSError`."""
-    with _naming(path), open_regular(path) as file:
+    with naming_errors(path), open_regular(path) as file:
         # Not for security: machines that forbid MD5 for that still compare copies by it.
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
     return digest.hexdigest()

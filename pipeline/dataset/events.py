@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import make_directory, open_text, read_lines, sync_directory
+from common.files import make_directory, naming_errors, open_text, read_lines, sync_directory
 from common.json_text import parse_json
 from common.redact import redact_all
 
@@ -109,5 +109,5 @@ def decode_event(line: str) -> Event | None:
 def read_events(path: Path) -> list[Event]:
     """Every whole line of a log."""
     # A torn line may end inside a character.
-    with open_text(path, errors="replace") as lines:
+    with naming_errors(path), open_text(path, errors="replace") as lines:
         return [event for line in read_lines(lines) if (event := decode_event(line)) is not None]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.console import run_door
+from common.files import hash_file, read_regular
+from pipeline.dataset.events import read_events
 from tests.pipeline.faults import ROOT, contents, pipeline
 
 SLIDE = ROOT / "tests" / "data" / "slides" / "CMU-1-Small-Region.svs"
@@ -124,6 +126,14 @@ def test_what_the_machine_refuses_is_one_line_at_every_door(
     assert ended.value.code == 2
     (printed,) = capsys.readouterr().err.strip().splitlines()
     assert line in printed
+
+
+@pytest.mark.parametrize("read", [read_regular, hash_file, read_events])
+def test_an_error_while_a_file_is_read_names_it(read: Callable[[Path], object]) -> None:
+    path = Path("/proc/self/mem")  # it opens, and its first byte cannot be read
+    with pytest.raises(OSError, match=str(path)) as caught:
+        read(path)
+    assert caught.value.errno == errno.EIO
 
 
 def test_an_error_of_the_programs_own_is_none_of_the_machines() -> None:
