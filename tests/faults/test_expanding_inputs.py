@@ -253,7 +253,7 @@ def test_columns_in_great_number_cost_no_more_than_their_text(tmp_path) -> None:
 def test_the_tiles_of_a_large_sparse_slide_are_counted_in_arrays() -> None:
     count = 1 << 20
     starts = np.full(count, 16, np.int64)
-    page = _Segments(0, 8, starts, starts, 256, 256, 1024, 1 << 18, 1 << 18, 3)
+    page = _Segments(0, 8, starts, starts * 99, 256, 256, 1024, 1 << 18, 1 << 18, 3)
     tracemalloc.start()
     places = _sorted_places([page])
     peak = tracemalloc.get_traced_memory()[1]
