@@ -104,20 +104,18 @@ class _Segments:
         )
 
 
-_Place = npt.NDArray[np.int64]
-"""Offset in the file, number of the page in a list, index of the segment in the page: [3]."""
+_Place = tuple[int, int, int]
+"""Offset in the file, number of the page in a list, index of the segment in the page."""
 
 
-def _sorted_places(pages: list[_Segments]) -> npt.NDArray[np.int64]:
-    """The segments that are in the file, in its order: `_Place`s [n, 3]."""
-    # Arrays, not tuples: a file may list eight million segments a page.
-    parts = [np.zeros((0, 3), np.int64)]
-    for number, page in enumerate(pages):
-        index = np.flatnonzero((page.starts > 0) & (page.counts >= _HEAD_BYTES))
-        starts = page.starts[index]
-        parts.append(np.stack([starts, np.full_like(starts, number), index], 1))
-    places = np.concatenate(parts)
-    return places[np.lexsort((places[:, 2], places[:, 1], places[:, 0]))]
+def _sorted_places(pages: list[_Segments]) -> list[_Place]:
+    """The segments that are in the file, in its order."""
+    return sorted(
+        (int(start), number, index)
+        for number, page in enumerate(pages)
+        for index, start in enumerate(page.starts.tolist())
+        if start > 0 and page.counts[index] >= _HEAD_BYTES
+    )
 
 
 def _spread_places(count: int) -> list[int]:
@@ -171,16 +169,14 @@ class _DirectoryWalk:
                 )
         return ""
 
-    def _find_zero_head(
-        self, pages: list[_Segments], places: npt.NDArray[np.int64]
-    ) -> _Place | None:
+    def _find_zero_head(self, pages: list[_Segments], places: list[_Place]) -> _Place | None:
         """A compressed segment that begins with zeros, among those looked at."""
         for index in _spread_places(len(places)):
             if not any(self._read_at(places[index][0], _HEAD_BYTES)):
                 return places[index]
         return None
 
-    def _find_raw_end(self, pages: list[_Segments], places: npt.NDArray[np.int64]) -> _Place | None:
+    def _find_raw_end(self, pages: list[_Segments], places: list[_Place]) -> _Place | None:
         """The uncompressed segment in which the pixels end as only a copy ends."""
         passed = len(places)
         for start in _spread_places(len(places)):
@@ -201,7 +197,7 @@ class _DirectoryWalk:
                 return places[at]
         return None
 
-    def _ends_at(self, pages: list[_Segments], places: npt.NDArray[np.int64], at: int) -> bool:
+    def _ends_at(self, pages: list[_Segments], places: list[_Place], at: int) -> bool:
         """Whether the pixels of a segment, with zeros after it, end as a copy does.
 
         Black parts of a picture end at an edge of the picture's, which neighbours share. A copy

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from pipeline.imports.tile_folder import find_tile_folders
 from pipeline.selection.cohort_table import read_cohort_csv
 from pipeline.selection.labels import read_labels
 from pipeline.slides.entries import find_slides
-from pipeline.slides.tiff_extent import _Segments, _sorted_places
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_MB = 700
@@ -248,16 +246,3 @@ def test_columns_in_great_number_cost_no_more_than_their_text(tmp_path) -> None:
     began = time.process_time()
     assert len(find_slides([str(path)])) == 2_000
     assert time.process_time() - began < 1.5
-
-
-def test_the_tiles_of_a_large_sparse_slide_are_counted_in_arrays() -> None:
-    count = 1 << 20
-    starts = np.full(count, 16, np.int64)
-    page = _Segments(0, 8, starts, starts * 99, 256, 256, 1024, 1 << 18, 1 << 18, 3)
-    tracemalloc.start()
-    places = _sorted_places([page])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(places) == count
-    assert tuple(places[-1]) == (16, 0, count - 1)
-    assert peak < 150 * count
