@@ -110,7 +110,8 @@ def generate(
         )  # fmt: skip
         # Tables only grow: two runs with other numbers of images must see each other's.
         with hold_claim(dataset, GENERATED, "generate"):
-            refuse_other_guidance(dataset, generator.tile_px, unit_fingerprint, made_from)
+            end = None if source.end is None else source.end * request.variations
+            refuse_other_guidance(dataset, generator.tile_px, unit_fingerprint, end, made_from)
             units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
 

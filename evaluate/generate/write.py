@@ -174,20 +174,27 @@ GUIDANCE = "guidance"
 
 
 def refuse_other_guidance(
-    dataset: Dataset, tile_px: int, unit_fingerprint: str, made_from: Callable[[Unit], str]
+    dataset: Dataset,
+    tile_px: int,
+    unit_fingerprint: str,
+    images: int | None,
+    made_from: Callable[[Unit], str],
 ) -> None:
     """Refuse to go on where images were guided by features that were made again since.
 
-    `made_from` gives the sum of a unit's conditions now. What older images do not state is not
-    judged.
+    `images` is how many there can be, None where they never end, and `made_from` gives the sum of a
+    unit's conditions now. What older images do not state is not judged, nor are lines of images
+    that cannot be.
     """
     ledger = Ledger.read(dataset, "tile")[str(tile_px)]
-    for line in (line for entries in ledger.written.values() for line in entries):
-        stated = line.values.get(GUIDANCE)
-        if stated is None or line.fingerprint != unit_fingerprint:
-            continue
-        unit = Unit(int(line.slide_id.removeprefix("gen-")), line.start, line.stop)
-        if made_from(unit) != stated:
+    for number in range(count_tables(dataset)):
+        for line in ledger.written.get(pseudo_slide_id(number), ()):
+            stated, unit = line.values.get(GUIDANCE), Unit(number, line.start, line.stop)
+            last = unit.image_index(unit.stop - 1)
+            can_be = unit.stop <= IMAGES_PER_SLIDE and (images is None or last < images)
+            is_judged = can_be and stated is not None and line.fingerprint == unit_fingerprint
+            if not is_judged or made_from(unit) == stated:
+                continue
             raise UserError(
                 f"images {line.start} to {line.stop - 1} of {line.slide_id} in {dataset.root} were "
                 "guided by features that were made again since, from other tiles: use another "
