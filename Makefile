@@ -121,9 +121,9 @@ test-full: setup ## the longer tests as well
 	$(PY) -m pytest -m 'full and not gpu and not slurm' $(ARGS)
 
 test-faults: setup ## every attack of docs/reliability.md: full disks, power loss, clocks, hostile files
-	$(PY) -m pytest -rs tests/faults $(ARGS)
-	$(PY) -m pytest -rs $(wildcard $(addprefix tests/pipeline/test_,faults.py fuzz.py give_up.py interrupted.py killed.py security.py)) $(ARGS)
-	$(PY) -m pytest -rs tests/train/test_checkpoint.py tests/train/test_signals.py $(ARGS)
+	@set -e; for folder in common evaluate faults pipeline train; do \
+		$(PY) -m pytest -rs $$($(PY) tests/faults/attacks.py $$folder) $(ARGS); \
+	done
 
 test-slurm: setup ## stages and training as jobs of a real SLURM, started for the tests
 	@bash tests/slurm/install.sh
