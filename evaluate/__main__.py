@@ -124,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more")
+    if options.command != "report":
+        # Here: torch takes seconds that the report saves.
+        from common.torch_processes import make_sums_independent_of_threads
+
+        make_sums_independent_of_threads()
     command = COMMANDS[options.command]
     module, _, function = command.run.partition(":")
     config = command.options

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.console import EXIT_OK, print_line
 from common.errors import UserError
-from common.torch_processes import Processes, joined_processes, make_sums_independent_of_threads
+from common.torch_processes import Processes, joined_processes
 from evaluate.generate.condition_source import ConditionSource, check_fit
 from evaluate.generate.open import check_dataset, check_guidance_options, open_conditions
 from evaluate.generate.options import GenerateOptions, read_generate_options
@@ -24,7 +24,6 @@ def generate_command(parsed: argparse.Namespace) -> int:
     check_guidance_options(options)
     points = _requested_points(options)
     check_dataset(options)
-    make_sums_independent_of_threads()
     with joined_processes(options.device) as processes:
         opened = open_generator(
             ModelSource(

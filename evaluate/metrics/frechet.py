@@ -261,8 +261,16 @@ def _congruent_product(lower: Matrix, symmetric: Matrix) -> Matrix:
 
 
 def _ascending_eigenvalues(symmetric: NDArray[np.floating]) -> Matrix:
-    """In ascending order. Torch's LAPACK takes two thirds of the time of numpy's."""
-    return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).double().numpy()
+    """In ascending order. Torch's LAPACK takes two thirds of the time of numpy's.
+
+    By one thread: LAPACK's bits depend on their number, and more of them save little.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).double().numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _largest_variance(covariance: Matrix) -> float:

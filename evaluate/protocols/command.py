@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from common.console import EXIT_FAILURES, EXIT_OK, print_line
 from common.files import write_files
 from common.text import format_bytes, format_seconds
-from common.torch_processes import joined_processes, make_sums_independent_of_threads
+from common.torch_processes import joined_processes
 from evaluate.compare.results import results_bytes
 from evaluate.protocols.config import Protocol, load_protocol, protocol_names
 from evaluate.protocols.making import SourceMaker
@@ -20,7 +20,6 @@ def protocol_command(options: argparse.Namespace) -> int:
 
     `options.arguments` is the command line, for a launcher to repeat.
     """
-    make_sums_independent_of_threads()  # images that it makes are those of `generate`
     if options.name == "list":
         for name in protocol_names():
             print_line(f"{name:14} {load_protocol(name).title}")

@@ -233,9 +233,17 @@ GROWN = {
 
 
 def known_before(value: Any, previous: Any) -> Any:
-    """A record without the keys that the previous version does not write, at any depth."""
+    """A record without the keys that the previous version does not write, at any depth.
+
+    `noise_floor` is float32's, and was another in the fifth digit with other numbers of threads.
+    """
     if isinstance(value, dict) and isinstance(previous, dict):
-        return {key: known_before(value[key], previous[key]) for key in value if key in previous}
+        known = {key: known_before(value[key], previous[key]) for key in value if key in previous}
+        if "noise_floor" in known and known["noise_floor"] == pytest.approx(
+            previous["noise_floor"], rel=1e-4
+        ):
+            known["noise_floor"] = previous["noise_floor"]
+        return known
     if isinstance(value, list) and isinstance(previous, list) and len(value) == len(previous):
         return [known_before(*pair) for pair in zip(value, previous, strict=True)]
     return value

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
 from evaluate.metrics import Moments, frechet, frechet_distance, frechet_distance_of_moments
-from evaluate.metrics.frechet import expected_noise
+from evaluate.metrics.frechet import FrechetReference, expected_noise
 
 
 def features(n, d, seed=0, *, decay=1.0, shift=0.0):
@@ -136,6 +137,18 @@ def test_noise_floor_is_the_mean_distance_between_samples_of_one_gaussian():
     expected = expected_noise(np.linalg.eigvalsh(mixing.T @ mixing), n, m)
     assert np.mean(draws) == pytest.approx(expected, rel=0.05)
     assert expected_noise(np.zeros(3), n, m) == 0.0
+
+
+def test_the_noise_floor_is_the_same_for_any_number_of_threads():
+    rows = np.random.default_rng(0).normal(size=(12, 300)) * np.linspace(1, 0.01, 300)
+    threads, floors = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            floors.add(FrechetReference(Moments.from_rows(rows)).noise_floor(12))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(floors) == 1
 
 
 def test_the_generated_side_is_capped_by_a_seeded_draw_without_replacement():
