@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from common.files import open_descriptor
+from pipeline.dataset.thrift import read_number
 
 _INT32_FIELD = 0x15
 """Thrift compact: the next field, of type int32."""
@@ -119,25 +120,11 @@ def _page_header(data: memoryview, at: int) -> tuple[int, int | None]:
     """Bytes of the page and its CRC-32 (None where the writer took none)."""
     numbers: list[int] = []
     while len(numbers) < 4 and data[at] == _INT32_FIELD:
-        value, at = _read_varint(data, at + 1)
-        # Thrift's zigzag code: signs are in the lowest bit.
-        numbers.append((value >> 1) ^ -(value & 1))
+        number, at = read_number(data, at + 1)
+        numbers.append(number)
     if len(numbers) < 3 or numbers[0] != 0 or numbers[1] != numbers[2]:
         raise ValueError("not the header of a plain data page")
     return numbers[2], numbers[3] & 0xFFFFFFFF if len(numbers) == 4 else None
-
-
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number in the page's header does not end")
 
 
 def _checksum_crc32(data: memoryview) -> int:

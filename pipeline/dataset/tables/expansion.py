@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.files import open_regular
+from pipeline.dataset.thrift import read_number, read_varint
 
 MOST_TABLE_BYTES = 1 << 30
 """Of what is read at once: 2^24 candidates have 0.7 GB."""
@@ -204,35 +205,16 @@ def _read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], 
         if head >> 4:
             number += head >> 4
         else:
-            number, at = _read_number(data, at)
+            number, at = read_number(data, at)
         if kind in _NUMBERS:
-            fields[number], at = _read_number(data, at)
+            fields[number], at = read_number(data, at)
         elif kind == _STRUCT:
             fields[number], at = _read_struct(data, at, depth + 1)
         elif kind == _BINARY:
-            length, at = _read_varint(data, at)
+            length, at = read_varint(data, at)
             at += length
         elif kind in (_BYTE, _DOUBLE):
             at += 1 if kind == _BYTE else 8
         elif kind not in (_TRUE, _FALSE):
             raise ValueError("a page's head has a list")
     return fields, at + 1
-
-
-def _read_number(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _read_varint(data, at)
-    # Thrift's zigzag code: signs are in the lowest bit.
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number in a page's head does not end")
