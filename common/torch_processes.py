@@ -240,6 +240,17 @@ def make_sums_independent_of_threads() -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread of a CPU: sums whose order depends on their number are then equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _exit_at_once(error: BaseException, store: dist.Store, rank: int) -> NoReturn:
     """Report an error and end at once, so that torchrun ends the other processes.
 

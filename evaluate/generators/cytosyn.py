@@ -3,13 +3,14 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from common.torch_processes import one_thread
 from evaluate.generators.interface import EncoderRecord, Features, Seeds, StepProgress, Tiles
 from evaluate.generators.released import choose_dtype
 from model import CytoSyn, SiT
@@ -102,20 +103,13 @@ class CytoSynGenerator:
             return self._model.decode(latents, legacy_truncate=self._settings.legacy_truncate)
 
 
-@contextmanager
-def _one_thread_on(device: torch.device) -> Iterator[None]:
+def _one_thread_on(device: torch.device) -> AbstractContextManager[None]:
     """On a CPU, compute in one thread: the VAE's decoder sums in as many parts as there are.
 
     Its images differed between 1, 2 and 3 threads, and torchrun gives each process another
     number than a single process has. Next to the sampling of an XL/2 the decoder costs nothing.
     """
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return one_thread() if device.type == "cpu" else nullcontext()
 
 
 _Network = Callable[[Tensor, Tensor], Tensor]

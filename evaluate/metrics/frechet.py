@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.errors import UserError
 from common.record import Record
 from common.text import format_number
+from common.torch_processes import one_thread
 from evaluate.metrics.features import checked_pair, constant_features, random_subset
 from evaluate.metrics.metric import (
     ContextEntry,
@@ -265,12 +266,8 @@ def _ascending_eigenvalues(symmetric: NDArray[np.floating]) -> Matrix:
 
     By one thread: LAPACK's bits depend on their number, and more of them save little.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).double().numpy()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _largest_variance(covariance: Matrix) -> float:
