@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,11 +167,13 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     if resume == "never" and (latest_checkpoint(run_dir) or list_damaged(run_dir)):
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
 
+    inputs = cache(partial(_input_records, data))  # on the main process alone, and once
+
     def find_checkpoint() -> str:
         # Before anything is written or renamed: the files of another run stay as they are.
         _check_same_configuration(config, run_dir)
         if latest_checkpoint(run_dir):
-            _check_same_inputs(run_dir, _input_records(data))
+            _check_same_inputs(run_dir, inputs())
         sound = find_sound_checkpoint(run_dir, checkpoint_files(config))
         return sound.name if sound else ""
 
@@ -200,7 +203,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
             header += "# RANDOM encoder weights: conditions and alignment targets have no meaning\n"
         write_text(run_dir / CONFIG_FILE, header + config.to_yaml())
         records = {
-            **_input_records(data),
+            **inputs(),
             "dataset": read_identity(data.dataset),
             "rows": table.num_rows,
             "steps_per_epoch": data.stream.steps_per_epoch,

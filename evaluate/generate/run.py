@@ -110,7 +110,7 @@ def generate(
         )  # fmt: skip
         # Tables only grow: two runs with other numbers of images must see each other's.
         with hold_claim(dataset, GENERATED, "generate"):
-            end = None if source.end is None else source.end * request.variations
+            end = _most_images(source, request)
             refuse_other_guidance(dataset, generator.tile_px, unit_fingerprint, end, made_from)
             units = _plan_missing(dataset, generator, source, request, claims, unit_fingerprint)
         return [(unit.slide, unit.start, unit.stop) for unit in units]
@@ -157,6 +157,11 @@ def identity_claims(
     }
 
 
+def _most_images(source: ConditionSource, request: Request) -> int | None:
+    """How many images there can be; None where the conditions never end."""
+    return None if source.end is None else source.end * request.variations
+
+
 def _plan_missing(
     dataset: Dataset,
     generator: Generator,
@@ -169,7 +174,7 @@ def _plan_missing(
     conditions = min(request.conditions or source.count, source.count)
     asked, planned = conditions * request.variations, count_planned_images(dataset)
     # Whole blocks are made even where fewer images are selected: a larger --limit adds to them.
-    end = None if source.end is None else source.end * request.variations
+    end = _most_images(source, request)
     done = committed_spans(dataset, generator.tile_px, unit_fingerprint)
     # Without the selection's file, the images say what it had, to a block.
     there = planned or end_of_spans(done, count_tables(dataset))

@@ -8,7 +8,7 @@ release does not state is not judged.
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,10 @@ def inherited_values(tiles: Iterable[Entry]) -> dict[str, object]:
     return values
 
 
+_Reader = Callable[[Dataset, str, str], dict[str, str]]
+"""A dataset, a stage and a scope to the fingerprint of each slide."""
+
+
 class Lineage:
     """Judges lines of tiles, and of features of them, of one size in px. Safe to share.
 
@@ -78,6 +82,7 @@ class Lineage:
 
     def __init__(self, dataset: Dataset, tile_px: int) -> None:
         self.dataset, self.tile_px = dataset, tile_px
+        self._read: dict[tuple[str, _Reader], dict[str, str]] = {}
 
     def check_tiles(self, slide_id: str, entries: Iterable[Entry]) -> None:
         """Refuse the lines of a slide's tiles where they are of former candidates or a former file.
@@ -122,31 +127,22 @@ class Lineage:
         stated = {entry.values[key] for entry in entries if isinstance(entry.values.get(key), str)}
         if not stated:
             return False
-        now = (self._candidates if stage == "tissue" else self._tiles).get(slide_id)
+        now = self._fingerprints(stage, glance_fingerprints).get(slide_id)
         if now is None or stated == {now}:
             return False
         # The lines were looked at, not checked: only the ledger may refuse.
-        exact = (self._exact_candidates if stage == "tissue" else self._exact_tiles).get(slide_id)
+        exact = self._fingerprints(stage, _read_fingerprints).get(slide_id)
         return exact is not None and stated != {exact}
 
     def _command(self, stage: str) -> str:
         return f"`python -m pipeline {stage} --dataset {shlex.quote(str(self.dataset.root))}`"
 
-    @cached_property
-    def _candidates(self) -> dict[str, str]:
-        return glance_fingerprints(self.dataset, "tissue", "")
-
-    @cached_property
-    def _tiles(self) -> dict[str, str]:
-        return glance_fingerprints(self.dataset, "tile", str(self.tile_px))
-
-    @cached_property
-    def _exact_candidates(self) -> dict[str, str]:
-        return _read_fingerprints(self.dataset, "tissue", "")
-
-    @cached_property
-    def _exact_tiles(self) -> dict[str, str]:
-        return _read_fingerprints(self.dataset, "tile", str(self.tile_px))
+    def _fingerprints(self, stage: str, read: _Reader) -> dict[str, str]:
+        key = (stage, read)
+        if key not in self._read:
+            scope = "" if stage == "tissue" else str(self.tile_px)
+            self._read[key] = read(self.dataset, stage, scope)
+        return self._read[key]
 
     @cached_property
     def _slides(self) -> dict[str, Origin]:

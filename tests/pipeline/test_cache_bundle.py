@@ -488,7 +488,7 @@ def test_files_made_again_are_not_mixed_with_those_of_the_ledger(
     remake_tiles(dataset, "a", "m2", "x")
     with pytest.raises(UserError, match="is not the file that the journal named"):
         tiles.read("a", [0])
-    # A worker that begins now reads the new ledger, and was told of the former tiles.
+    # A worker that begins now reads the new ledger, and was given those of the former tiles.
     work = stage.make_task(item, "mark", Missing({range(3): stage.scopes}), "run").arguments
     (entries,) = cache_bundle([work])
     assert {e.outcome for e in entries} == {"failed"}
