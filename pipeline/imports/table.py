@@ -38,7 +38,7 @@ _LEVEL0_SUFFIX = "_level0"
 _HEAD_BYTES = 1 << 16
 _LINES_SHOWN = 5
 _MOST_ROWS = 1 << 27
-"""Tiles of a dataset, as in a selection."""
+"""Positions of all slides in one table."""
 _MOST_CSV_FACTOR = 100
 """Compressed text of positions is a tenth of it or so, and takes as much in memory."""
 
