@@ -103,9 +103,11 @@ def read_table(
         table = table.set_column(
             place, column.name, check_column(path, table.column(place), column, hint)
         )
-    for place in [i for i, name in enumerate(names) if name not in {c.name for c in wanted}]:
-        column = Column(names[place], schema.field(names[place]).type, nullable=True)
-        table = table.set_column(place, column.name, _cast(path, table[place], column, hint))
+    known = {column.name for column in wanted}
+    for place, name in enumerate(names):
+        if name not in known:
+            column = Column(name, schema.field(name).type, nullable=True)
+            table = table.set_column(place, name, _cast(path, table[place], column, hint))
     return table
 
 
