@@ -77,6 +77,20 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return result
 
 
+def keys_given(values: Mapping[str, Any], *sections: str) -> set[str]:
+    """The keys that nested values, with overrides set in them, give in a section.
+
+    >>> sorted(keys_given(with_overrides({"model": {"depth": 2}}, ["model.width=3"]), "model"))
+    ['depth', 'width']
+    """
+    place: Any = values
+    for section in sections:
+        place = place.get(section, {})
+        if isinstance(place, _Raw):
+            place = _parse_override(place, section)
+    return set(place)
+
+
 def build_config(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass with these nested values, its defaults elsewhere.
 

@@ -8,13 +8,14 @@ report (arXiv 2603.18089, section 3.3) follows. Every key can be set in YAML or 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from common.config import (
     build_config,
     check_setting,
+    keys_given,
     read_yaml,
     to_plain_values,
     with_overrides,
@@ -27,6 +28,7 @@ from model.sit import SiTConfig
 from model.vae import VAEConfig
 from train.losses import LossConfig, LossName
 from train.modes import MODES, Mode, ModeName
+from train.sizes import encoder_widths
 
 CONFIG_VERSION = 1
 
@@ -313,15 +315,22 @@ _FREE_KEYS = {
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a YAML file with `section.key=value` overrides.
 
-    Raises `UserError` in one line for an unknown key (naming the nearest), a value of a wrong
-    type or range, and values that do not fit together.
+    `model.sit.condition_dim` and `token_dim` are the encoder's where they are not given. Raises
+    `UserError` in one line for an unknown key (naming the nearest), a value of a wrong type or
+    range, and values that do not fit together.
 
     Example:
         >>> load_config(None, ["run.steps=10", "optim.betas=[0.9, 0.95]"]).optim.betas
         (0.9, 0.95)
     """
-    values = read_yaml(path) if path is not None else {}
-    return build_config(Config, with_overrides(values, overrides))
+    values = with_overrides(read_yaml(path) if path is not None else {}, overrides)
+    config = build_config(Config, values)
+    given = keys_given(values, "model", "sit")
+    if given >= {"condition_dim", "token_dim"}:  # of a run's own file, which needs no dataset
+        return config
+    widths = {key: n for key, n in encoder_widths(config).items() if key not in given}
+    sit = replace(config.model.sit, **widths)
+    return replace(config, model=replace(config.model, sit=sit))
 
 
 def differing_keys(ours: Config, theirs: Config) -> list[str]:

@@ -62,6 +62,6 @@ def check_online(config: Config) -> None:
     if (spec.num_tokens, spec.token_dim) != (sit.num_tokens, sit.token_dim):
         raise UserError(
             f"patch tokens of {spec.name} are {[spec.num_tokens, spec.token_dim]}, but the SiT "
-            f"aligns {[sit.num_tokens, sit.token_dim]}: set model.sit.token_dim, latent_size and "
-            "patch_size to match, or run.mode=ldm"
+            f"aligns {[sit.num_tokens, sit.token_dim]}: leave model.sit.token_dim out to take the "
+            "encoder's, and set latent_size and patch_size to match, or run.mode=ldm"
         )

@@ -145,14 +145,14 @@ def _check_features(config: Config, source: BlockSource) -> None:
     if config.uses_condition and dim is not None and dim != sit.condition_dim:
         raise UserError(
             f"configuration key 'model.sit.condition_dim': the features of {config.data.encoder} "
-            f"have {dim} values, got {sit.condition_dim}"
+            f"have {dim} values, got {sit.condition_dim}; leave the key out to take the encoder's"
         )
     shape = record.get("tokens_shape")
     if config.reads_tokens and shape and list(shape) != [sit.num_tokens, sit.token_dim]:
         raise UserError(
             f"patch tokens of {config.data.encoder} are {list(shape)}, but the SiT aligns "
-            f"{[sit.num_tokens, sit.token_dim]}: set model.sit.token_dim, latent_size and "
-            "patch_size to match"
+            f"{[sit.num_tokens, sit.token_dim]}: leave model.sit.token_dim out to take the "
+            "encoder's, and set latent_size and patch_size to match its number of tokens"
         )
 
 

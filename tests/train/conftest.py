@@ -91,7 +91,8 @@ def add_shard(dataset: Dataset, slide: int, start: int, stop: int) -> None:
         "tokens-float16": token_table(np.stack([tokens for _, tokens in features])),
         "tokens-int8": token_table(*quantise_tokens(np.stack([tokens for _, tokens in features]))),
     }
-    record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": DIM}
+    record = {"encoder": "h0-mini", "weights": "random:0", "random_weights": True, "dim": DIM,
+              "tokens_shape": list(TOKENS)}  # fmt: skip
     with Run(dataset, "cache", software_versions()) as run:
         for kind, table in tables.items():
             folder = dataset.features_dir(TILE_PX, "h0-mini") / kind
@@ -132,7 +133,7 @@ SMALL = [
     "data.cursors=2",
     "data.threads=2",
     "model.sit={latent_size: 4, hidden_size: 32, depth: 2, num_heads: 2, encoder_depth: 1, "
-    "projector_dim: 24, token_dim: 12, condition_dim: 16}",
+    "projector_dim: 24}",
     "model.vae={base_channels: 4, channel_multipliers: [1, 1, 2, 2], num_res_blocks: 1, "
     "norm_groups: 2}",
     "model.discriminator.base_channels=4",

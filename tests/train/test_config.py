@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from conftest import DIM, TOKENS, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import dotted_keys
 from common.errors import UserError
+from model.encoders import ENCODERS
+from pipeline.dataset import Dataset
 from train.config import Config, differing_keys, load_config
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
@@ -151,3 +154,16 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         "run.seed is 0 there, 4 here",
         "optim.lr_sit is 0.0001 there, 0.5 here",
     ]
+
+
+def test_widths_are_those_of_the_cached_features(train_dataset: Dataset, tmp_path: Path) -> None:
+    """Of the table where nothing is cached; a width that is given stays, and is refused later."""
+    sit = small_config(train_dataset, tmp_path).model.sit
+    assert (sit.condition_dim, sit.token_dim) == (DIM, TOKENS[1])
+    other = small_config(train_dataset, tmp_path, "model.sit.token_dim=5").model.sit
+    assert (other.condition_dim, other.token_dim) == (DIM, 5)
+    for name in ("phikon-v2", "efficientnet-lite0"):
+        sit = load_config(PAPER, [f"data.encoder={name}"]).model.sit
+        assert (sit.condition_dim, sit.token_dim) == (ENCODERS[name].dim, ENCODERS[name].token_dim)
+    whole = load_config(None, ["data.encoder=phikon-v2", "model.sit={depth: 9}"]).model.sit
+    assert (whole.depth, whole.condition_dim) == (9, 1024)

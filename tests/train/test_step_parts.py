@@ -212,7 +212,7 @@ def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "ENCODERS", {"h0-mini": spec})
 
 
-ONLINE = ("alignment.source=online", "alignment.weights=random:3", "model.sit.token_dim=192")
+ONLINE = ("alignment.source=online", "alignment.weights=random:3")
 
 
 @pytest.mark.usefixtures("small_encoder")
@@ -245,5 +245,7 @@ def test_a_run_with_online_tokens(train_dataset: Dataset, tmp_path: Path) -> Non
         open_encoder(config, {"weights_sha256": "0" * 64, "weights": "hub"}, CPU)
     with pytest.raises(UserError, match=r"alignment\.source=cache with a view"):
         open_encoder(small_config(train_dataset, tmp_path, *ONLINE, "data.view=jpeg70"), {}, CPU)
-    with pytest.raises(UserError, match=r"set model\.sit\.token_dim"):
-        open_encoder(small_config(train_dataset, tmp_path, *ONLINE[:2]), {}, CPU)
+    with pytest.raises(UserError, match=r"leave model\.sit\.token_dim out"):
+        open_encoder(
+            small_config(train_dataset, tmp_path, *ONLINE, "model.sit.token_dim=12"), {}, CPU
+        )
