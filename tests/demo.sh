@@ -5,7 +5,8 @@ set -euo pipefail
 export PYTHONSAFEPATH=1 OMP_WAIT_POLICY=PASSIVE
 DEMO=${DEMO:-demo}
 PY=${PY:-.venv/bin/python}
-WEIGHTS=random:0 # H0-mini's weights are gated: a dry run of the same architecture, and it says so
+# Real weights that a package carries, trained on photographs: H0-mini's are gated.
+ENCODER=(--encoder efficientnet-lite0 --weights package)
 began=$SECONDS
 
 step() {
@@ -17,16 +18,16 @@ step -m pipeline scan tests/data/slides --dataset "$DEMO/dataset"
 step -m pipeline tissue --dataset "$DEMO/dataset"
 step -m pipeline select --dataset "$DEMO/dataset" --name train
 step -m pipeline tile --dataset "$DEMO/dataset" --selection train
-step -m pipeline cache --dataset "$DEMO/dataset" --encoder h0-mini --weights "$WEIGHTS"
+step -m pipeline cache --dataset "$DEMO/dataset" "${ENCODER[@]}" --tokens float16
 step -m pipeline verify --dataset "$DEMO/dataset"
 step -m pipeline report --dataset "$DEMO/dataset"
 step -m train --config tiny data.dataset="$DEMO/dataset" run.dir="$DEMO/run"
 step -m train export "$DEMO/run" "$DEMO/model"
 step -m evaluate generate --model "$DEMO/model" --guidance "$DEMO/dataset" --selection train \
     --limit 32 --steps 25 --out "$DEMO/synthetic"
-step -m pipeline cache --dataset "$DEMO/synthetic" --encoder h0-mini --weights "$WEIGHTS" --tokens none
+step -m pipeline cache --dataset "$DEMO/synthetic" "${ENCODER[@]}" --tokens none
 step -m evaluate measure --real "$DEMO/dataset" --real-selection train --generated "$DEMO/synthetic" \
-    --encoder h0-mini --out "$DEMO/results.json"
+    --encoder efficientnet-lite0 --out "$DEMO/results.json"
 step -m evaluate report --results "$DEMO/results.json" --run "$DEMO/run" --dataset "$DEMO/dataset" \
     --generated "$DEMO/synthetic" --out "$DEMO/report.html" --picture "$DEMO/picture.png"
 

@@ -328,8 +328,9 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     given = keys_given(values, "model", "sit")
     if given >= {"condition_dim", "token_dim"}:  # of a run's own file, which needs no dataset
         return config
-    widths = {key: n for key, n in encoder_widths(config).items() if key not in given}
-    sit = replace(config.model.sit, **widths)
+    widths: dict[str, Any] = encoder_widths(config)
+    missing = {key: width for key, width in widths.items() if key not in given}
+    sit = replace(config.model.sit, **missing)
     return replace(config, model=replace(config.model, sit=sit))
 
 

@@ -33,6 +33,14 @@ def set_warnings(
                 "no number here says anything about image quality",
             )
         )
+    elif is_of_photographs(str(record.get("encoder"))):
+        warnings.append(
+            make_warning(
+                "photograph_encoder",
+                f"the encoder {record['encoder']} was trained on photographs, not on tissue: "
+                "compare its numbers with one another and with the noise floor; a pathology encoder sees more",
+            )
+        )
     for side, name in ((real, "real"), (generated, "generated")):
         count = len(side.features)
         if count < FEW_TILES:
@@ -49,6 +57,13 @@ def set_warnings(
             )
         )
     return warnings + model_warnings(identity)
+
+
+def is_of_photographs(encoder: str) -> bool:
+    """Whether the encoder of that name is known, and was trained on photographs alone."""
+    from model.encoders import ENCODERS  # torchvision takes seconds to import
+
+    return encoder in ENCODERS and ENCODERS[encoder].photographs
 
 
 def equality_warnings(equal: Mapping[str, int], generated: int) -> list[dict[str, str]]:
@@ -86,6 +101,12 @@ def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:
             "what it learned has no biological meaning"
         )
         warnings.append(make_warning("random_training_encoder", message))
+    elif is_of_photographs(str(identity.get("guidance_encoder"))):
+        message = (
+            f"the images were guided by features of {identity['guidance_encoder']}, which was "
+            "trained on photographs, not on tissue"
+        )
+        warnings.append(make_warning("photograph_guidance", message))
     for key, code in (("forced_guidance", "forced_guidance"), ("generator_note", "untested")):
         if identity.get(key):
             warnings.append(make_warning(code, str(identity[key])))

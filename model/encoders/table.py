@@ -108,7 +108,7 @@ class EncoderSpec:
     `published` is where the weights are, `licence` and `gating` ("" if anyone may fetch them)
     their terms. `layout` turns a published file's tensors into the network's; `containers` are
     the keys a PyTorch file may have them under, `prefixes` what training wrappers put before
-    every name.
+    every name. `photographs` says that the weights were trained on photographs, not on tissue.
     """
 
     name: str
@@ -129,6 +129,7 @@ class EncoderSpec:
     layout: Layout = as_published
     containers: tuple[str, ...] = ("state_dict", "model", "teacher")
     prefixes: tuple[str, ...] = ("module.", "backbone.")
+    photographs: bool = False
 
     @property
     def hub_id(self) -> str:
@@ -335,6 +336,7 @@ MIDNIGHT = EncoderSpec(
     std=_HALF,
     parameters=1_134_769_664,
     layout=Dinov2Layout(grid=16),
+    photographs=True,
 )  # fmt: skip
 
 MIDNIGHT_CLS_MEAN = replace(
@@ -466,6 +468,7 @@ EFFICIENTNET_LITE0 = EncoderSpec(
     std=_HALF,
     parameters=3_371_008,
     layout=EfficientNetLayout(repeats=(1, 2, 2, 3, 3, 4, 1)),
+    photographs=True,
 )
 
 CONCH_V1 = EncoderSpec(
@@ -517,6 +520,7 @@ INCEPTION_V3 = EncoderSpec(
     parameters=21_785_568,
     resize="torch_bilinear",
     layout=InceptionLayout(classes=1008, other="inception-v3-torchvision"),
+    photographs=True,
 )
 
 INCEPTION_V3_TF1 = replace(
@@ -553,6 +557,7 @@ DINOV2_B = EncoderSpec(
     parameters=85_724_928,
     resize="pil_bicubic",
     layout=Dinov2Layout(grid=16),
+    photographs=True,
 )
 
 DINOV2_B_518 = replace(

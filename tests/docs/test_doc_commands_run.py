@@ -41,7 +41,10 @@ REPLACED = (
     (r"--pool reserve --tiles 100_000", "--pool reserve --tiles 2"),
     (r"--from train-40m --tiles 100_000", "--from train-40m --tiles 16"),
     (r"--recall 0.99", "--recall 0.99 --folds 3"),  # of four patients, one is held out
-    (r"--config single-gpu", "--config tiny run.steps=2 log.samples_every=2 log.sample_steps=2"),
+    (
+        r"--config single-gpu",
+        "--config tiny data.encoder=h0-mini run.steps=2 log.samples_every=2 log.sample_steps=2",
+    ),
     (r"--limit 10000", "--limit 8 --steps 2"),
     (r"\s+\[--[^\]]*\]", ""),  # what may be left out of a synopsis is left out
 )

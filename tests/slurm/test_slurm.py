@@ -300,14 +300,14 @@ def test_a_preempted_job_goes_back_and_a_cancelled_one_does_not(
 
 
 def tiny_features(root: Path) -> Dataset:
-    """The committed slide's tiles and random features, for the tiny preset."""
+    """The committed slide's tiles and features, for the tiny preset."""
     for stage in (
         ["scan", str(SLIDES), "--workers", "1"],
         ["tissue", "--workers", "1"],
         ["select", "--name", "few", "--tiles", "16"],
         ["tile", "--selection", "few", "--workers", "1"],
-        ["cache", "--selection", "few", "--encoder", "h0-mini", "--weights", "random:0",
-         "--device", "cpu"],
+        ["cache", "--selection", "few", "--encoder", "efficientnet-lite0", "--weights", "package",
+         "--tokens", "float16", "--device", "cpu"],
     ):  # fmt: skip
         assert main([stage[0], "--dataset", str(root), *stage[1:]]) == 0
     return Dataset(root)

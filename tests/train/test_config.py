@@ -167,3 +167,12 @@ def test_widths_are_those_of_the_cached_features(train_dataset: Dataset, tmp_pat
         assert (sit.condition_dim, sit.token_dim) == (ENCODERS[name].dim, ENCODERS[name].token_dim)
     whole = load_config(None, ["data.encoder=phikon-v2", "model.sit={depth: 9}"]).model.sit
     assert (whole.depth, whole.condition_dim) == (9, 1024)
+
+
+def test_the_ungated_preset_is_the_papers_but_for_the_encoder() -> None:
+    ungated, paper = load_config(CONFIGS / "ungated.yaml"), load_config(PAPER)
+    spec = ENCODERS[ungated.data.encoder]
+    assert spec.gating == ""
+    assert ungated.model.sit.num_tokens == spec.num_tokens == spec.native_grid**2
+    differing = {text.partition(" ")[0].rstrip(":") for text in differing_keys(ungated, paper)}
+    assert differing == {"data.encoder", "model.sit.condition_dim", "model.sit.token_dim"}
