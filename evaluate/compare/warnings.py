@@ -38,7 +38,7 @@ def set_warnings(
             make_warning(
                 "photograph_encoder",
                 f"the encoder {record['encoder']} was trained on photographs, not on tissue: "
-                "compare its numbers with one another and with the noise floor; a pathology encoder sees more",
+                "compare its numbers with one another and with the noise floor alone",
             )
         )
     for side, name in ((real, "real"), (generated, "generated")):
