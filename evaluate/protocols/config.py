@@ -5,7 +5,7 @@ and models are) and `key=value` texts override it. What they change of the proto
 recorded as its deviations, so that no number passes for the paper's that is not.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,7 @@ Deviation = tuple[object, object]
 
 _PLACES = frozenset(
     {"dataset", "out", "device", "launcher", "cache_options", "leave_out", "weights",
-     "encoder_weights", "top", "tiles", "published"}
+     "encoder_weights", "top", "tiles", "published_model", "published_table"}
 )  # fmt: skip
 """Keys that say where and how, not what: changing them is no deviation."""
 _SPEC_PLACES = frozenset(
@@ -93,7 +93,8 @@ class TableRow:
 
     `generated` names a generation or a set; `{column}` in it is replaced by the column's set.
     The views are those of the features; `real_px` is the size of the real tiles, if not their
-    dataset's.
+    dataset's. `columns` and `encoders` limit the row to some of the protocol's (empty: all).
+    `published` is what the report calls the row; `{model}` in it is `published_model`.
     """
 
     takes_single_values: ClassVar[bool] = True
@@ -104,6 +105,9 @@ class TableRow:
     generated_view: str = ""
     real_view: str = ""
     real_px: int | None = None
+    columns: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
+    published: str = ""
     note: str = ""
 
     def source_in(self, column: str) -> str:
@@ -158,7 +162,8 @@ class Protocol:
     generations: dict[str, GenerationSpec] = field(default_factory=dict)
     rows: tuple[TableRow, ...] = ()
     settings: MetricSettings = field(default_factory=MetricSettings)
-    published: dict[str, object] = field(default_factory=dict)
+    published_model: str = ""
+    published_table: str = ""
     deviations: dict[str, Deviation] = field(default_factory=dict, metadata={"derived": True})
 
     def weights_of(self, encoder: str) -> str:
@@ -168,8 +173,12 @@ class Protocol:
 
     def row_sources(self) -> list[str]:
         """The sets and generations that the rows compare, in order of their first use."""
-        named = [row.source_in(column) for row in self.rows for column in self.columns]
+        named = [row.source_in(column) for row in self.rows for column in self.columns_of(row)]
         return list(dict.fromkeys(named))
+
+    def columns_of(self, row: TableRow) -> list[str]:
+        """The columns that a row has numbers in: the protocol's, of its own where it names any."""
+        return [one for one in self.columns if not row.columns or one in row.columns]
 
 
 def protocol_names() -> list[str]:
@@ -191,13 +200,20 @@ def load_protocol(name: str, config: Path | None = None, overrides: Sequence[str
     {'count': (100000, 1000)}
     """
     if name not in protocol_names():
-        raise UserError(f"no protocol '{name}'; there are {', '.join(protocol_names())}")
+        raise UserError(f"no protocol '{name}'; there are {', '.join(protocol_names())} and all")
+    return build_protocol(name, read_yaml(config) if config else {}, overrides)
+
+
+def build_protocol(name: str, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Protocol:
+    """The shipped protocol of that name under the user's values and `key=value` texts."""
     # Both are built alike, so that a deviation is a difference of values and not of spelling.
-    shipped = _read_shipped(name)
-    merged = _merge_values(shipped, read_yaml(config) if config else {})
+    shipped = read_shipped(name)
+    merged = _merge_values(shipped, values)
     protocol = build_config(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))
     _check_names(protocol)
-    return replace(protocol, deviations=_find_deviations(build_config(Protocol, shipped), protocol))
+    deviations = _find_deviations(build_config(Protocol, shipped), protocol)
+    columns = tuple(name for name in protocol.columns if name not in protocol.leave_out)
+    return replace(protocol, columns=columns, deviations=deviations)
 
 
 def _expand_stars(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
@@ -212,11 +228,11 @@ def _expand_stars(overrides: Sequence[str], values: Mapping[str, Any]) -> list[s
     return expanded
 
 
-def _read_shipped(name: str) -> dict[str, Any]:
+def read_shipped(name: str) -> dict[str, Any]:
     """A shipped YAML, over the one that its `base` names."""
     values = read_yaml(HERE / f"{name}.yaml")
     base = values.pop("base", None)
-    return {**(_merge_values(_read_shipped(str(base)), values) if base else values), "name": name}
+    return {**(_merge_values(read_shipped(str(base)), values) if base else values), "name": name}
 
 
 def _merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +251,8 @@ def _check_names(protocol: Protocol) -> None:
         raise UserError(f"count is {protocol.count}; expected {_FEWEST_TILES} tiles or more")
     columns = (*protocol.columns, *([protocol.train] if protocol.train else []))
     _require_names(columns, protocol.sets, "columns and train", "set")
-    _require_names(protocol.leave_out, protocol.models, "leave_out", "model")
+    models_and_columns = [*protocol.models, *protocol.columns]
+    _require_names(protocol.leave_out, models_and_columns, "leave_out", "model or column")
     for name, spec in protocol.generations.items():
         where = f"generations.{name}"
         _require_names([spec.model], protocol.models, f"{where}.model", "model")
@@ -255,11 +272,10 @@ def _check_names(protocol: Protocol) -> None:
         named = [row.source_in(column) for column in protocol.columns]
         _require_names(named, sources, where, "set or generation")
         _require_names(row.metrics, METRICS, where, "metric")
+        _require_names(row.columns, protocol.columns, f"{where}.columns", "column")
 
 
-def _require_names(
-    named: Iterable[str], known: Mapping[str, object], where: str, kind: str
-) -> None:
+def _require_names(named: Iterable[str], known: Collection[str], where: str, kind: str) -> None:
     for name in named:
         if name not in known:
             there = ", ".join(known) or "none"

@@ -15,6 +15,7 @@ from evaluate.protocols.plan import (
     parse_vae,
     used_sets,
 )
+from evaluate.protocols.published_values import published_rows
 from evaluate.protocols.results import KIND, SCHEMA_VERSION
 from evaluate.protocols.sources import ProtocolSources
 from evaluate.protocols.store import ResultStore
@@ -44,7 +45,7 @@ def describe_protocol(
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "deviations": {key: list(pair) for key, pair in protocol.deviations.items()},
         "left_out": list(protocol.leave_out),
-        "published": protocol.published,
+        "published": published_rows(protocol),
         "sources": {name: describe_source(sources, name, store) for name in used},
         "encoders": {encoder: list(records.values()) for encoder, records in encoders.items()},
         "versions": software_versions("torch", "numpy", "scipy", "timm", "pillow"),

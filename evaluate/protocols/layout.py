@@ -1,9 +1,23 @@
 """A table of a protocol as plain data, the same for the page, Markdown and LaTeX."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from evaluate.protocols.config import Protocol
+
+
+class PublishedNumber(TypedDict):
+    """What the report has in the same place, and why the two cannot be compared (empty: they can).
+
+    `difference` is ours less the published one, None where they cannot be compared.
+    """
+
+    row: str
+    value: float
+    spread: float | None
+    approximate: bool
+    difference: float | None
+    deviations: list[str]
 
 
 class TableNumber(TypedDict):
@@ -12,6 +26,7 @@ class TableNumber(TypedDict):
     value: float | None
     spread: float | None
     n: Mapping[str, int | None]
+    published: NotRequired[PublishedNumber]
 
 
 class TableColumn(TypedDict):
@@ -59,11 +74,16 @@ class TableBuilder:
             row["cells"][column] = number
 
     def build_table(self, name: str, title: str, better: str = "", *, share: bool = False) -> Table:
-        """The table of all rows so far."""
+        """The table of all rows so far, without the columns in which no row has a number."""
         rows = list(self._rows.values())
-        return Table(
-            name=name, title=title, better=better, share=share, columns=self._columns, rows=rows
-        )
+        columns = [
+            column
+            for column in self._columns
+            if any(row["cells"][column_key(column)] is not None for row in rows)
+        ]
+        for row in rows:
+            row["cells"] = {column_key(one): row["cells"][column_key(one)] for one in columns}
+        return Table(name=name, title=title, better=better, share=share, columns=columns, rows=rows)
 
 
 def column_key(column: TableColumn) -> str:

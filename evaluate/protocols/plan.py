@@ -45,7 +45,7 @@ class Cell:
     """One comparison: generated with real tiles by one encoder, by some metrics.
 
     `control` names what a control compares; real halves have no generated side. `point` has the
-    swept values of the images.
+    swept values of the images; `published` is what the report calls the row.
     """
 
     label: str
@@ -59,6 +59,7 @@ class Cell:
     control: str = ""
     point: Point = field(default_factory=dict)
     note: str = ""
+    published: str = ""
 
     @property
     def place(self) -> str:
@@ -129,7 +130,9 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
     cells: list[Cell] = []
     for row in protocol.rows:
         source = row.source_in(column)
-        if _is_left_out(protocol, source):
+        is_absent = column not in protocol.columns_of(row)
+        is_absent |= bool(row.encoders) and encoder not in row.encoders
+        if is_absent or _is_left_out(protocol, source):
             continue
         is_generated = source in protocol.generations
         # A real set in a row is compared like images, but has no generation behind it.
@@ -147,6 +150,7 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
                 train=train if "train" in needed_features(row.metrics) else None,
                 point=images.point,
                 note=row.note,
+                published=row.published,
             )
             for images in (expand_generation(protocol, source) if is_generated else [reference])
         ]

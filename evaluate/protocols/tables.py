@@ -9,12 +9,13 @@ from evaluate.metrics.metric import TableQuantity
 from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.layout import (
-    LabelledRow,
+    PublishedNumber,
     Table,
     TableBuilder,
     TableNumber,
     protocol_columns,
 )
+from evaluate.protocols.published_values import cell_deviations, find_published, published_name
 
 Cell = Mapping[str, object]
 """A measured cell of results.json."""
@@ -47,6 +48,8 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
                   if key in result}  # fmt: skip
         counts = counts or {"n": _read_integer(cell.part("basis"), "n_generated")}
         number = _table_number(value, counts, quantity.spread(result))
+        if published := published_number(protocol, name, cell, value):
+            number["published"] = published
         _add_number(builder, cell, label, number)
         if context is not None:
             # One row for all where their number is the same, else a row for each.
@@ -55,7 +58,7 @@ def quantity_table(protocol: Protocol, name: str, cells: Sequence[Cell]) -> Tabl
     table = builder.build_table(name, quantity.title, quantity.better, share=quantity.share)
     order = {"model": 0, "reference": 1, "control": 2}
     table["rows"].sort(key=lambda row: order[row["kind"]])
-    return _with_published(protocol, table)
+    return table
 
 
 def _cell_context(
@@ -144,12 +147,14 @@ def variability_table(protocol: Protocol, cells: Sequence[Cell]) -> Table:
     # A single group needs no prefix on its labels.
     for name, models in groups.items():
         prefix = f"{name}: " if len(groups) > 1 else ""
-        _add_widths(builder, prefix, models)
+        _add_widths(protocol, builder, prefix, models)
         _add_seeds(builder, prefix, models)
     return builder.build_table("variability", "Fréchet distance, mean ± standard deviation")
 
 
-def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> None:
+def _add_widths(
+    protocol: Protocol, builder: TableBuilder, prefix: str, models: Sequence[Record]
+) -> None:
     """The widths of a group's first seed."""
     first = dict(models[0].part("point"))
     for cell in models:
@@ -159,6 +164,13 @@ def _add_widths(builder: TableBuilder, prefix: str, models: Sequence[Record]) ->
             if width and dict(cell.part("point")) == first:
                 draws = {"draws": _read_integer(width, "draws")}
                 number = _table_number(width.optional("value"), draws, width.optional(key))
+                # The report's way of drawing is the first.
+                if (kind, key) == ("subsample", "std") and (
+                    published := published_number(
+                        protocol, "variability", cell, width.optional("value")
+                    )
+                ):
+                    number["published"] = published
                 _add_number(builder, cell, prefix + text.format(**width), number)
 
 
@@ -177,28 +189,23 @@ def _add_seeds(builder: TableBuilder, prefix: str, models: Sequence[Record]) -> 
             _add_number(builder, cells[0], f"{prefix}seeds of the sampler", number)
 
 
-def _with_published(protocol: Protocol, table: Table) -> Table:
-    """The published values as a row below ours, only where the protocol is the shipped one.
-
-    `published` of the configuration has `source` and `values`: table name, then row label,
-    then "encoder/set", then the number.
-    """
-    published = Record(protocol.published, "published")
-    values = published.part("values").part(table["name"])
-    # Published numbers next to those of a changed protocol would invite a false comparison.
-    if protocol.deviations or not values:
-        return table
-    rows: list[LabelledRow] = []
-    for row in table["rows"]:
-        rows.append(row)
-        known = values.part(row["label"])
-        if known:
-            cells = {column: _table_number(known.optional(column), {}) if column in known else None
-                     for column in row["cells"]}  # fmt: skip
-            note = published.text("source", "published")
-            label = f"{row['label']}, published"
-            rows.append(LabelledRow(label=label, kind="published", note=note, cells=cells))
-    return {**table, "rows": rows}
+def published_number(
+    protocol: Protocol, quantity: str, cell: Record, value: float | None
+) -> PublishedNumber | None:
+    """What the report has for a cell's quantity, with the difference where nothing deviates."""
+    place = cell.text("encoder"), cell.text("column")
+    steps = cell.part("point").get("steps", "")
+    name = published_name(protocol, cell.text("published", ""), steps)
+    found = find_published(protocol, quantity, name, *place)
+    if found is None or value is None:
+        return None
+    source = cell.part("generated").text("source")
+    deviations = cell_deviations(protocol, source, cell.text("column"))
+    # A difference of what was made otherwise would pass for a finding.
+    return PublishedNumber(
+        row=found.row, value=found.value, spread=found.spread, approximate=found.approximate,
+        difference=None if deviations else value - found.value, deviations=deviations,
+    )  # fmt: skip
 
 
 def _metric_result(cell: Record, metric: str) -> Record:

@@ -11,7 +11,10 @@ from evaluate.report.levels import VOIDING, with_levels
 from evaluate.report.protocol_plots import draw_protocol_plots, draw_ratios
 from evaluate.report.protocol_text import (
     counts_text,
+    deviations_text,
     entry_text,
+    published_note,
+    published_text,
     row_entries,
     tables_as_latex,
     tables_as_markdown,
@@ -77,6 +80,9 @@ def render_protocol(results: Mapping[str, object]) -> str:
         format_number=format_number,
         entry_text=entry_text,
         row_entries=row_entries,
+        published_text=published_text,
+        deviations_text=deviations_text,
+        published_note=published_note,
         counts_text=counts_text,
     )
 

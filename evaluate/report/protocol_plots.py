@@ -302,8 +302,10 @@ def _draw_scenarios(axes: Axes, cells: Sequence[Record], floor: float | None, ti
 def concordance_plots(results: Record) -> list[ProtocolPlot]:
     """Kendall's tau, from -1 to 1, between encoders: do they rank the rows alike?"""
     by_encoder: dict[str, dict[tuple[str, str], float]] = {}
+    ranking = {cell["encoder"] for cell in _cells_with(results, "frechet_distance", "model")}
     for cell in _cells_with(results, "frechet_distance", "model", "reference", "control"):
-        if cell["control"] != "neighbour":
+        # An encoder of cosines alone has distances of controls, and no rows to rank.
+        if cell["encoder"] in ranking and cell["control"] != "neighbour":
             row = (_row_name(cell), cell.text("column"))
             by_encoder.setdefault(cell.text("encoder"), {})[row] = _frechet_result(cell).number(
                 "value"

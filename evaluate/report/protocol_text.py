@@ -24,6 +24,57 @@ def entry_text(entry: Record, *, share: bool = False) -> str:
     return " ± ".join(map(format_share if share else format_number, numbers))
 
 
+def published_text(entry: Record, *, share: bool = False) -> str:
+    """The published value with the difference to ours, where the two can be compared.
+
+    >>> number = {"value": 48.1, "spread": None, "approximate": False, "difference": 0.31}
+    >>> published_text(Record({"published": number}))
+    '48.1, +0.31'
+    """
+    number = entry.part("published")
+    if not number:
+        return ""
+    show = format_share if share else format_number
+    text = ("about " if number["approximate"] else "") + show(number.number("value"))
+    if number.optional("spread") is not None:
+        text += f" ± {show(number.number('spread'))}"
+    difference = number.optional("difference")
+    if difference is None:
+        return text
+    return f"{text}, {'+' if difference >= 0 else '−'}{show(abs(float(difference)))}"
+
+
+def deviations_text(entry: Record) -> str:
+    """Why the published value of an entry cannot be compared with ours; "" where it can."""
+    return "; ".join(entry.part("published").texts("deviations"))
+
+
+def with_published(entry: Record, *, share: bool = False) -> str:
+    """A value and, in parentheses, the published one; in brackets where they cannot be compared."""
+    text, published = entry_text(entry, share=share), published_text(entry, share=share)
+    if not published:
+        return text
+    return f"{text} [{published}]" if deviations_text(entry) else f"{text} ({published})"
+
+
+_PUBLISHED_NOTE = (
+    "In parentheses: the published value, and ours less it. In brackets: a published value that "
+    "cannot be compared, since this run deviates from the protocol: {}."
+)
+
+
+def published_note(table: Record) -> str:
+    """What the published values in a table are, with the deviations; "" where it has none."""
+    entries = [entry for row in table.parts("rows") for entry in row_entries(row)]
+    if not any(entry.part("published") for entry in entries):
+        return ""
+    named = dict.fromkeys(
+        text for entry in entries for text in entry.part("published").texts("deviations")
+    )
+    note = _PUBLISHED_NOTE.format("; ".join(named))
+    return note if named else note.partition(" In brackets")[0]
+
+
 def row_entries(row: Record) -> list[Record]:
     """The entries of a table's row in the order of its columns, empty where it has no number."""
     cells = row.part("cells")
@@ -73,7 +124,7 @@ def _table_heading(table: Record) -> str:
 def _texts_by_row(table: Record) -> Iterator[tuple[Record, list[str]]]:
     share = bool(table["share"])
     for row in table.parts("rows"):
-        yield row, [entry_text(entry, share=share) for entry in row_entries(row)]
+        yield row, [with_published(entry, share=share) for entry in row_entries(row)]
 
 
 def _markdown_table(table: Record) -> list[str]:
@@ -90,12 +141,13 @@ def _markdown_table(table: Record) -> list[str]:
         cells = [f"*{label}*" if label and row["kind"] != "model" else label]
         cells += map(escape_markdown, [*values, counts_text(row)])
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    note = published_note(table)
+    return [*lines, "", escape_markdown(note)] if note else lines
 
 
 def tables_as_latex(results: Record) -> str:
     """All tables in booktabs' form, the warnings in front as comments."""
-    lines = ["% \\usepackage{booktabs}"]
+    lines = ["% \\usepackage{booktabs,xcolor}"]
     # Escaped in comments too: they are there to be made text of.
     lines += [
         f"% warning: {escape_latex(one.text('message'))}" for one in results.parts("warnings")
@@ -119,7 +171,9 @@ def _latex_table(protocol: str, table: Record) -> list[str]:
         if kind_before and row["kind"] == "control" != kind_before:
             rows.append(r"\midrule")
         kind_before = row.text("kind")
-        rows.append(" & ".join(map(escape_latex, [row.text("label"), *values])) + r" \\")
+        rows.append(
+            " & ".join([escape_latex(row.text("label")), *map(_latex_entry, values)]) + r" \\"
+        )
     return [
         r"\begin{table}",
         r"\centering",
@@ -132,5 +186,13 @@ def _latex_table(protocol: str, table: Record) -> list[str]:
         *rows,
         r"\bottomrule",
         r"\end{tabular}",
+        *([rf"\par\small {escape_latex(note)}"] if (note := published_note(table)) else []),
         r"\end{table}",
     ]
+
+
+def _latex_entry(text: str) -> str:
+    """Escaped, with a bracketed published value in grey."""
+    value, bracket, published = text.partition(" [")
+    grey = rf" \textcolor{{gray}}{{[{escape_latex(published)}}}" if bracket else ""
+    return escape_latex(value) + grey

@@ -88,6 +88,20 @@ def make_model(root: Path) -> Path:
     return root / "model"
 
 
+SECOND_COHORT = (
+    "sets.conditioning.selection=guidance", "sets.reference.selection=val-out",
+    "sets.conditioning.count=0", "sets.reference.count=0",
+    "generations.from-conditioning.count=0",
+)  # fmt: skip
+"""What has table 3's two sets of another cohort in the toy world, which has none."""
+SMALL_PIXCELL = (
+    *(f"generations.pixcell-{name}.guidance_px=32" for name in (
+        "png", "jpeg", "png-val-out", "jpeg-val-out", "jpeg-conditioning")),
+    "generations.pixcell-jpeg-conditioning.count=0",
+)  # fmt: skip
+"""PixCell's part is played by the toy model, whose guiding tiles have its own size."""
+
+
 def toy(root: Path, name: str, *more: str) -> Protocol:
     """A protocol over the toy world, with as few steps and resamples as show something."""
     fixed = [

@@ -16,6 +16,8 @@ import torch
 from evaluate_data import random_features
 from protocol_data import (
     COUNT,
+    SECOND_COHORT,
+    SMALL_PIXCELL,
     make_all,
     make_model,
     make_pixel_model,
@@ -66,7 +68,7 @@ ENCODERS = ("h-optimus-0", "uni2-h")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    make_world(root, ENCODERS)
+    make_world(root, (*ENCODERS, "virchow2"))
     make_model(root)
     return root
 
@@ -87,7 +89,9 @@ def test_a_shipped_protocol_is_the_papers_and_has_no_deviation(name: str) -> Non
     protocol = load_protocol(name, None, ["dataset=/x", "out=/y", "weights=random:0", "device=cpu"])
     assert protocol.deviations == {}
     assert protocol.rows
-    assert set(protocol.encoders) <= {"h-optimus-0", "virchow2", "uni2-h", "inception-v3"}
+    of_table_2 = {"h-optimus-0", "virchow2", "uni2-h", "inception-v3"}
+    of_cosines = {"uni", "conch-v1", "phikon-v2"} if name in ("table4", "figure5") else set()
+    assert set(protocol.encoders) == of_table_2 | of_cosines
     assert load_protocol(name, None, ["count=99"]).deviations["count"][1] == 99
 
 
@@ -120,7 +124,7 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
     protocol = load_protocol("table4")
     rows = {row.label: row for row in protocol.rows}
     control = rows["CytoSyn 224; JPEG validation (negative control)"]
-    assert (control.real_view, control.generated) == ("jpeg70", "cytosyn-png")
+    assert (control.real_view, control.generated) == ("jpeg70", "from-guidance")
     assert protocol.generations["pixcell-jpeg"].guidance_view == "jpeg70+resize224"
     assert sum("jpeg75" in row.generated_view for row in rows.values()) == 4
     left = plan_cells(replace(protocol, leave_out=("pixcell",)))
@@ -133,7 +137,7 @@ def test_table_4_holds_each_arm_and_the_control() -> None:
         (["counts=3"], "unknown configuration key 'counts'"),
         (["sets.val-in.selektion=a"], "unknown configuration key 'sets.val-in.selektion'"),
         (["columns=[elsewhere]"], "no set 'elsewhere'"),
-        (["leave_out=[dalle]"], "no model 'dalle'"),
+        (["leave_out=[dalle]"], "no model or column 'dalle'"),
         (["count=3"], "expected 8 tiles or more"),
         (["generations.from-guidance.model=other"], "no model 'other'"),
         (["generations.from-guidance.steps=[20"], "steps=[20: not a YAML value"),
@@ -355,14 +359,17 @@ def test_a_table_holds_only_what_belongs_together() -> None:
 
 
 def test_table_3_gives_the_floor_that_the_paper_omits(world: Path, table2: Any) -> None:
-    where = ["sets.conditioning.selection=guidance", "sets.reference.selection=val-out"]
-    protocol = toy(world, "table3", "encoders=[uni2-h]", *where)
+    protocol = toy(world, "table3", "encoders=[uni2-h]", *SECOND_COHORT)
     make_all(protocol)
     results = run_protocol(protocol)
     rows = {row["label"]: row["cells"]["uni2-h/reference"] for row in results["tables"][0]["rows"]}
     assert rows["Conditioning tiles"]["value"] > 0
     (relative,) = [table for table in results["tables"] if table["name"] == "fd_relative"]
-    assert list(relative["rows"][0]["cells"]) == ["uni2-h/reference"]
+    assert list(relative["rows"][0]["cells"]) == ["uni2-h/reference", "uni2-h/val-out"]
+    (cosine,) = [table for table in results["tables"] if table["name"] == "cosine"]
+    assert set(cosine["rows"][0]["cells"]) == {"uni2-h/reference", "uni2-h/val-out"}
+    alone = toy(world, "table3", "encoders=[uni2-h]", *SECOND_COHORT, "leave_out=[val-out]")
+    assert {cell.column for cell in plan_cells(alone)} == {"reference"}
 
 
 def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -> None:
@@ -382,20 +389,23 @@ def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -
 @pytest.mark.full
 def test_table_4_sees_tiles_through_views_and_in_two_sizes(world: Path) -> None:
     # PixCell's part is played by the toy model, whose guiding tiles have its own size.
-    small = [f"generations.pixcell-{codec}.guidance_px=32" for codec in ("png", "jpeg")]
-    protocol = toy(world, "table4", "encoders=[uni2-h]", *small)
+    protocol = toy(world, "table4", "encoders=[uni2-h,virchow2]", *SMALL_PIXCELL, *SECOND_COHORT,
+                   "generations.pixcell-png.steps=[2,3]")  # fmt: skip
     make_all(protocol)
     results = json.loads(json.dumps(run_protocol(protocol)))
     (fd, *_) = results["tables"]
-    assert sum(row["kind"] == "model" for row in fd["rows"]) == 14
+    assert sum(row["kind"] == "model" for row in fd["rows"]) == 18
+    (cosine,) = [table for table in results["tables"] if table["name"] == "cosine"]
+    assert sum(row["kind"] == "model" for row in cosine["rows"]) == 4
+    assert list(cosine["rows"][0]["cells"]) == ["virchow2/val-out", "virchow2/reference"]
     saved = cells(results, label="CytoSyn 224; PNG, saved as JPEG q75")[0]["basis"]
     assert (saved["generated_view"], saved["real_view"]) == ("jpeg75", "")
     both = cells(results, label="PixCell 256 resized; JPEG both")[0]["basis"]
     assert (both["real_view"], both["real_px"]) == ("jpeg70+resize224", 256)
     assert both["generated_view"] == "resize224"
     made = {name: one["identity"] for name, one in results["sources"].items()}
-    assert made["cytosyn-jpeg"]["guidance_view"] == "jpeg70"
-    assert made["pixcell-png"]["guidance_view"] == "resize224"
+    assert made["from-jpeg"]["guidance_view"] == "jpeg70"
+    assert made["pixcell-png_steps-2"]["guidance_view"] == "resize224"
     with pytest.raises(UserError, match="real_view is '' in"):
         run_protocol(replace(protocol, varies=()))
     without = run_protocol(replace(protocol, leave_out=("pixcell",)))
@@ -457,23 +467,6 @@ def test_a_floor_of_each_row_stands_by_itself() -> None:
     name = "Noise floor of these sizes (closed form)"
     assert controls(0.5, 0.7) == {f"{name}: row 0": 0.5, f"{name}: row 1": 0.7}
     assert controls(0.5, 0.5) == {name: 0.5}
-
-
-def test_published_values_stand_beside_ours_only_where_nothing_deviates(
-    world: Path, table2: dict[str, Any]
-) -> None:
-    values = {"fd": {"Model": {"uni2-h/val-in": 12.5}}}
-    from evaluate.protocols.tables import build_tables
-
-    protocol = toy(world, "table2", "encoders=[uni2-h]")
-    protocol = replace(protocol, published={"source": "somewhere", "values": values})
-    measured = cells(table2, encoder="uni2-h")
-    kinds = [row["kind"] for row in build_tables(protocol, measured)[0]["rows"]]
-    assert "published" not in kinds
-    (fd, *_) = build_tables(replace(protocol, deviations={}), measured)
-    (row,) = [row for row in fd["rows"] if row["kind"] == "published"]
-    assert row["cells"]["uni2-h/val-in"]["value"] == 12.5
-    assert row["cells"]["uni2-h/val-out"] is None
 
 
 def test_the_page_needs_nothing_and_holds_the_tables(

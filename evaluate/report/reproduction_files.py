@@ -1,0 +1,60 @@
+"""The page of `protocol all`, and its reproduction sheet as JSON and CSV."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.escape import csv_text
+from common.text import format_number, format_share
+from evaluate.metrics.registry import table_quantities
+from evaluate.protocols.reproduction import SheetRow
+from evaluate.report.template import render_template
+
+_SHARES = ("precision", "recall", "cosine")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a protocol ended; `failure` is empty where it was completed."""
+
+    name: str
+    title: str
+    failure: str
+
+
+def reproduction_files(
+    outcomes: Sequence[Outcome], sheet: Sequence[SheetRow], folder: Path
+) -> dict[Path, bytes]:
+    """report.html, reproduction.json and reproduction.csv of a folder: the bytes by path."""
+    rows = [asdict(row) for row in sheet]
+    table = [list(rows[0]), *(["" if v is None else v for v in row.values()] for row in rows)]
+    return {
+        folder / "report.html": render_reproduction(outcomes, sheet).encode(),
+        folder / "reproduction.json": (json.dumps({"rows": rows}, indent=1) + "\n").encode(),
+        folder / "reproduction.csv": csv_text(table).encode(),
+    }
+
+
+def render_reproduction(outcomes: Sequence[Outcome], sheet: Sequence[SheetRow]) -> str:
+    """One page: links to each protocol's page, and the sheet, table by table."""
+    titles = {name: quantity.title for name, (_, quantity) in table_quantities().items()}
+    titles["variability"] = "Fréchet distance, mean of 50 draws"
+    groups: dict[tuple[str, str], list[SheetRow]] = {}
+    for row in sheet:
+        groups.setdefault((row.table, row.quantity), []).append(row)
+    verdicts = [row.verdict.partition(":")[0] for row in sheet]
+    return render_template(
+        "reproduction.html.j2",
+        outcomes=outcomes,
+        groups=[(f"{table}: {titles[name]}", rows) for (table, name), rows in groups.items()],
+        counts={verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
+        show=_show_value,
+    )
+
+
+def _show_value(row: SheetRow, value: float | None, *, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    text = (format_share if row.quantity in _SHARES else format_number)(abs(value))
+    return ("+" if value >= 0 else "−") + text if signed else text

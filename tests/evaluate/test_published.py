@@ -1,0 +1,245 @@
+"""Published values: in which cells, compared when, judged how; `protocol all` and its sheet."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from protocol_data import COUNT, SECOND_COHORT, SMALL_PIXCELL, make_all, make_model, make_world, toy
+from test_report import Page
+
+from common.config import read_yaml
+from common.errors import UserError
+from common.record import Record
+from evaluate.__main__ import main
+from evaluate.metrics.registry import table_quantities
+from evaluate.protocols.config import load_protocol
+from evaluate.protocols.plan import plan_cells
+from evaluate.protocols.published_values import FILE, published_name, published_values
+from evaluate.protocols.report_protocols import REPORT_PROTOCOLS, load_report
+from evaluate.protocols.reproduction import reproduction_sheet
+from evaluate.protocols.run import run_protocol
+from evaluate.protocols.tables import build_tables
+from evaluate.report.protocol_files import render_protocol
+from evaluate.report.protocol_text import tables_as_latex, tables_as_markdown
+
+UNREPEATED = re.compile(r"published row '(.*)' is not repeated here")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    make_world(root, ("uni2-h", "virchow2"))
+    make_model(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def table2(world: Path) -> dict[str, Any]:
+    protocol = toy(world, "table2", "encoders=[uni2-h]", "controls=[]")
+    make_all(protocol)
+    return json.loads(json.dumps(run_protocol(protocol)))
+
+
+def test_published_values_are_compared_only_where_nothing_deviates(
+    world: Path, table2: dict[str, Any]
+) -> None:
+    protocol, measured = toy(world, "table2", "encoders=[uni2-h]"), table2["cells"]
+
+    def entries(deviations: dict[str, Any], model: str = "CytoSyn-40M") -> dict[str, Any]:
+        changed = replace(protocol, deviations=deviations, published_model=model)
+        (fd, *_) = build_tables(changed, measured)
+        return {row["label"]: row["cells"]["uni2-h/val-in"] for row in fd["rows"]}
+
+    ours = entries({})["Model"]
+    assert (ours["published"]["value"], ours["published"]["row"]) == (10.9, "CytoSyn-40M")
+    assert ours["published"]["difference"] == pytest.approx(ours["value"] - 10.9)
+    assert entries({}, "CytoSyn-108M-EMA")["Model"]["published"]["value"] == 9.4
+    assert "published" not in entries({}, "another")["Model"]
+    # What concerns the images alone leaves the row of real tiles comparable, and another set both.
+    for key, model, guidance in (
+        ("count", True, True), ("generations.from-guidance.scale", True, False),
+        ("models.model.dtype", True, False), ("sets.val-in.count", True, True),
+        ("sets.val-out.count", False, False), ("generations.from-val-out.scale", False, False),
+    ):  # fmt: skip
+        found = entries({key: (1, 2)})
+        for label, deviates in (("Model", model), ("Guidance tiles", guidance)):
+            published = found[label]["published"]
+            assert (published["difference"] is None) == deviates, (key, label)
+            assert published["deviations"] == ([f"{key} is 2, not 1"] if deviates else [])
+
+
+def table_with(published: dict[str, Any]) -> dict[str, Any]:
+    entry = {"value": 48.4, "spread": 0.2, "n": {"n": 9}, "published": published}
+    row = {"label": "A [b]", "kind": "model", "note": "", "cells": {"e/s": entry}}
+    return {"name": "fd", "title": "FD", "better": "lower", "share": False,
+            "columns": [{"encoder": "e", "set": "s"}], "rows": [row]}  # fmt: skip
+
+
+def test_a_deviating_number_is_never_shown_as_an_equal(table2: dict[str, Any]) -> None:
+    equal = {"row": "r", "value": 48.1, "spread": None, "approximate": False, "difference": 0.3,
+             "deviations": []}  # fmt: skip
+    other = {**equal, "difference": None, "deviations": ["count is 9, not 100000"]}
+    texts = []
+    for published in (equal, other):
+        results = table2 | {"tables": [table_with(published)]}
+        record, html = Record(results), render_protocol(results)
+        texts.append((tables_as_markdown(record), tables_as_latex(record), html))
+    assert "48.4 ± 0.2 (48.1, +0.3)" in texts[0][0]
+    assert "deviating" not in texts[0][2].partition("<body>")[2]
+    assert "48.4 ± 0.2 [48.1]" in texts[1][0].replace("\\", "")
+    assert r"\textcolor{gray}{[48.1" in texts[1][1]
+    assert 'class="published deviating" title="count is 9, not 100000"' in texts[1][2]
+    assert all("count is 9, not 100000" in text for text in texts[1])
+
+
+def test_every_published_row_is_named_by_a_dry_run(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = read_yaml(FILE)
+    assert set(values) == {"table2", "table3", "table4", "table5"}
+    settings = [f"dataset={world / 'real'}", f"out={world / 'out'}", "count=64", "weights=random:0",
+                f"models.*.model={world / 'model'}", *SECOND_COHORT]  # fmt: skip
+    unrepeated = set()
+    for table, quantities in values.items():
+        concerned = [text for text in settings if "cond" not in text and "reference" not in text]
+        more = settings if table in ("table3", "table4") else concerned
+        assert main(["protocol", table, "--dry-run", *more]) == 0
+        said = capsys.readouterr().out
+        for quantity in quantities.values():
+            for row in quantity["rows"]:
+                assert f"'{row}'" in said, (table, row)
+        unrepeated |= set(UNREPEATED.findall(said))
+    # Other models' rows are chosen by published_model; PixCell's paper used other data.
+    assert unrepeated == {"CytoSyn-40M", "CytoSyn-108M", "PixCell original paper, in-domain"}
+
+
+@pytest.mark.parametrize("table", ["table2", "table3", "table4", "table5"])
+def test_every_published_cell_has_a_comparison_that_fills_it(table: str) -> None:
+    """By the plan: a cell of that row, encoder and column that computes the quantity's metric."""
+    quantities = table_quantities()
+    models = ("CytoSyn-40M", "CytoSyn-108M", "CytoSyn-108M-EMA") if table == "table2" else ("",)
+    planned = set()
+    for model in models:
+        protocol = load_protocol(table, None, [f"published_model={model}"] if model else [])
+        for cell in plan_cells(protocol):
+            row = published_name(protocol, cell.published, cell.point.get("steps", ""))
+            planned |= {(row, cell.encoder, cell.column, metric) for metric in cell.metrics}
+    for value in published_values(table):
+        fd = value.quantity == "variability"
+        metric = "frechet_distance" if fd else quantities[value.quantity][0].name
+        place = (value.row, value.encoder, value.column, metric)
+        assert place in planned or value.row == "PixCell original paper, in-domain", place
+
+
+@pytest.mark.full
+def test_all_runs_every_protocol_over_one_folder_and_compares(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"out={tmp_path}"
+    settings = [
+        f"dataset={world / 'real'}", out, f"count={COUNT}", "weights=random:0", "device=cpu",
+        f"models.*.model={world / 'model'}", "models.*.generator=own", "models.*.encoder=h0-mini",
+        "generations.*.steps=[2]", "settings.draws=3", "settings.subsample=32",
+        "settings.fld_seeds=[0,1]", "group_tiles=8", "tiles=2", "encoders=[uni2-h,virchow2]",
+        *SMALL_PIXCELL, *SECOND_COHORT,
+    ]  # fmt: skip
+    for protocol in load_report(None, settings):
+        make_all(protocol)
+    capsys.readouterr()
+    assert main(["protocol", "all", "--dry-run", *settings]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    assert main(["protocol", "all", *settings]) == 0
+    said = capsys.readouterr().out
+    assert "6 of 6 protocols done; 0 of" in said
+    sheet = json.loads((tmp_path / "reproduction.json").read_text())["rows"]
+    wanted = [row for row in sheet if row["encoder"] in ("uni2-h", "virchow2")]
+    assert len(sheet) == sum(len(published_values(name)) for name in REPORT_PROTOCOLS)
+    # Only other models' rows, PixCell's own, and rows of other steps are without ours.
+    absent = {row["row"] for row in wanted if row["ours"] is None}
+    assert absent == {"CytoSyn-40M", "CytoSyn-108M", "PixCell original paper, in-domain",
+                      "PixCell 256px PNG all, 250 steps", "PixCell 256px PNG all, 50 steps",
+                      "PixCell 256px JPEG val-out only, 250 steps",
+                      "PixCell 256px JPEG val-out only, 50 steps"}  # fmt: skip
+    assert all("not comparable: count is" in r["verdict"] for r in wanted if r["ours"] is not None)
+    page = Page((tmp_path / "report.html").read_text())
+    assert list(page.attributes("href")) == [f"{n}/report.html" for n in REPORT_PROTOCOLS]
+    # LaTeX of every table
+    for name in REPORT_PROTOCOLS:
+        compile_latex((tmp_path / name / "tables.tex").read_text(), tmp_path / name)
+    # One that fails costs no other.
+    assert main(["protocol", "all", *settings, "sets.reference.selection=nowhere"]) == 1
+    said = capsys.readouterr().out
+    assert "3 of 6 protocols done (failed: table3, table4, figure5)" in said
+
+
+def compile_latex(tables: str, folder: Path) -> None:
+    """The tables as a document, by pdflatex where there is one."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed (texlive-latex-base, texlive-latex-recommended)")
+    document = "\n".join([
+        r"\documentclass{article}", r"\usepackage{booktabs,xcolor}",
+        r"\usepackage[landscape,margin=1cm]{geometry}", r"\begin{document}", tables,
+        r"\end{document}", "",
+    ])  # fmt: skip
+    (folder / "document.tex").write_text(document, encoding="utf-8")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"],
+        cwd=folder, capture_output=True, text=True, errors="replace", timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["models.dalle.model=x"], "models.dalle is in no protocol of the report"),
+        (["leave_out=[dalle]"], "no model or column 'dalle' in any protocol"),
+        (["counts=3"], "unknown configuration key 'counts'"),
+    ],
+)
+def test_what_no_protocol_of_all_has_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_report(None, overrides)
+
+
+def test_all_gives_each_protocol_what_concerns_it(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("dataset: d\nmodels: {pixcell: {model: p}, model: {model: m}}\n")
+    found = {
+        p.name: p for p in load_report(config, ["leave_out=[reference]", "sets.val-in.selection=v"])
+    }
+    assert tuple(found) == REPORT_PROTOCOLS
+    assert found["table4"].models["pixcell"].model == "p"
+    assert all(one.models["model"].model == "m" for one in found.values())
+    assert found["table2"].sets["val-in"].selection == "v"
+    assert "reference" not in found["table3"].columns
+    assert all(one.deviations == {} for one in found.values())
+
+
+def test_a_difference_is_judged_by_what_chance_gives() -> None:
+    value = next(v for v in published_values("table2") if v.row == "CytoSyn-40M"
+                 and (v.encoder, v.column, v.quantity) == ("uni2-h", "val-in", "fd"))  # fmt: skip
+
+    def verdict(ours: float, spread: float | None, deviations: list[str]) -> tuple[Any, ...]:
+        published = {"row": value.row, "value": value.value, "spread": None, "approximate": False,
+                     "difference": None, "deviations": deviations}  # fmt: skip
+        entry = {"value": ours, "spread": spread, "n": {"n": 100}, "published": published}
+        table = {"name": "fd", "rows": [{"label": "Model", "kind": "model", "note": "",
+                                         "cells": {"uni2-h/val-in": entry}}]}  # fmt: skip
+        sheet = reproduction_sheet({"table2": {"tables": [table]}})
+        (row,) = [r for r in sheet if r.ours is not None]
+        return row.verdict, row.difference, row.bound_of
+
+    assert verdict(11.0, 0.2, []) == ("within chance", pytest.approx(0.1), "interval of ours")
+    assert verdict(12.0, 0.2, [])[0] == "beyond chance"
+    # Table 5 has 0.04 for it: 1.96 x sqrt(2) x 0.04 and half of the last printed digit.
+    assert verdict(11.05, None, [])[::2] == ("within chance", "spread of table 5")
+    assert verdict(11.1, None, [])[0] == "beyond chance"
+    assert verdict(11.0, 0.2, ["count is 9, not 1"])[:2] == (
+        "not comparable: count is 9, not 1", None
+    )  # fmt: skip
