@@ -35,6 +35,9 @@ def generate_command(parsed: argparse.Namespace) -> int:
                 trust_remote_code=options.trust_remote_code,
                 pipeline_code=options.pipeline_code,
                 vae=options.vae,
+                vae_dtype=options.vae_dtype,
+                revision=options.revision,
+                subfolder=options.subfolder,
             )
         )
         # All points share the conditions, and whether they fit is not a matter of the settings.

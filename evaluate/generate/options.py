@@ -34,6 +34,15 @@ class GenerateOptions:
     vae: str | None = option_field(
         None, "PixCell's VAE, if a local copy; none: bundled", metavar="WHERE"
     )
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option_field(
+        "auto", "dtype of PixCell's VAE; auto is float32, as published"
+    )
+    revision: str | None = option_field(
+        None, "branch, tag or commit of the released CytoSyn's repository"
+    )
+    subfolder: str | None = option_field(
+        None, "folder of the released CytoSyn within its repository", metavar="FOLDER"
+    )
     guidance: Path | None = option_field(None, "real dataset that guides", metavar="DATASET")
     selection: str | None = option_field(None, "its selection that guides", metavar="NAME")
     encoder: str | None = option_field(

@@ -73,7 +73,8 @@ class ModelSource:
 
     `dtype` is "auto", "float32" or "bfloat16".
     `kind` is "own", "cytosyn" or "pixcell"; `pipeline_code` and `vae` are the places of PixCell's
-    parts, if they are not where they were published.
+    parts, if they are not where they were published, and `vae_dtype` that of its VAE ("auto":
+    float32, as published). `revision` and `subfolder` choose one of several models in a repository.
     """
 
     kind: str
@@ -84,3 +85,6 @@ class ModelSource:
     trust_remote_code: bool = False
     pipeline_code: str | None = None
     vae: str | None = None
+    vae_dtype: str = "auto"
+    revision: str | None = None
+    subfolder: str | None = None

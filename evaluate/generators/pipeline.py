@@ -79,6 +79,7 @@ class CytoSynPipeline:
         guidance_low: float = _PUBLISHED.guidance_low,
         guidance_high: float = _PUBLISHED.guidance_high,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
         output_type: OutputType = "pil",
         solver: Solver = _PUBLISHED.solver,
         batch_size: int = 32,
@@ -87,9 +88,14 @@ class CytoSynPipeline:
 
         `h0_mini_embeds` is [B, d], [d] or [B, 1, d]; each guides `num_images_per_prompt`
         consecutive images. None generates that many without condition. Seeds are drawn from
-        `generator` (one, or one per image), which advances; without it, from PyTorch's global
-        generator. Raises `UserError` for features of another width and for numbers out of range.
+        `generator` (one, or one per image), which advances, or from a new one of `seed`; without
+        either, from PyTorch's global generator. Raises `UserError` for both at once, features of
+        another width and numbers out of range.
         """
+        if seed is not None:
+            if generator is not None:
+                raise UserError("give generator= or seed=, not both")
+            generator = torch.Generator().manual_seed(seed)
         features = None if h0_mini_embeds is None else _as_rows(torch.as_tensor(h0_mini_embeds))
         # Seeds are drawn for all images at once, so that batch_size does not change them.
         count = num_images_per_prompt * (1 if features is None else len(features))

@@ -4,6 +4,7 @@ Source: PixCell (Yellapragada et al., arXiv 2506.05127) and the usage on its mod
 UNI2-h feature per image, [B, 1, 1536]; guidance needs the pipeline's unconditional embedding.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,12 +32,14 @@ VAE_ID = "stabilityai/stable-diffusion-3.5-large"
 
 
 def load_model(source: ModelSource) -> MakeGenerator:
-    """Load it under DPM-Solver; "auto" is float16 on a GPU, as published.
+    """Load it under DPM-Solver; "auto" is as published: float16 on a GPU, the VAE in float32.
 
+    On a CPU all of it is float32, since float16 is slow there and for some layers absent.
     `source.vae` is a repository or folder whose `vae/` contains the VAE; "none" where the model's
     own folder has it.
     """
     dtype = choose_dtype(source.dtype, source.device, "float16")
+    vae_dtype = "float32" if source.vae_dtype == "auto" else source.vae_dtype
     components: dict[str, Any] = {}
     # An untrusted pipeline is refused below, before gigabytes of its VAE are fetched here.
     if source.vae != "none" and source.trust_remote_code:
@@ -45,7 +48,7 @@ def load_model(source: ModelSource) -> MakeGenerator:
             from diffusers import AutoencoderKL
 
             components["vae"] = AutoencoderKL.from_pretrained(
-                vae, subfolder="vae", torch_dtype=getattr(torch, dtype)
+                vae, subfolder="vae", torch_dtype=getattr(torch, vae_dtype)
             )
     loaded = load_pipeline(
         source.model or HUB_ID,
@@ -55,12 +58,15 @@ def load_model(source: ModelSource) -> MakeGenerator:
         device=source.device,
         **components,
     )
+    loaded.pipeline.vae.to(getattr(torch, vae_dtype))  # one that is bundled, too
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = loaded.pipeline.scheduler
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         loaded.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    return partial(PixCell, loaded)
+    # Left out where all is of one dtype, so that datasets from before it was chosen go on.
+    chosen = {} if vae_dtype == dtype else {"vae_dtype": vae_dtype}
+    return partial(PixCell, replace(loaded, chosen=chosen))
 
 
 class PixCell(ReleasedGenerator):

@@ -6,9 +6,9 @@ call signatures by tests on small local pipelines, and every dataset made with t
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,10 +30,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device, and its dtype, such as "bfloat16"."""
+    """A diffusers pipeline on its device, and its dtype, such as "bfloat16".
+
+    `chosen` is what else was chosen in loading it and is recorded with its images.
+    """
 
     pipeline: Any
     dtype: str
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -79,6 +83,7 @@ class ReleasedGenerator:
             "model_sha256": self.loaded.sha256,
             **self.settings.arguments(),
             "compute_dtype": self.loaded.dtype,
+            **self.loaded.chosen,
         }
 
     def to_tensor(self, features: Features) -> torch.Tensor:
@@ -104,6 +109,7 @@ def load_pipeline(
     trust_remote_code: bool,
     dtype: str,
     device: torch.device,
+    revision: str | None = None,
     **components: Any,
 ) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder or the hub, with the code that it brings.
@@ -119,22 +125,52 @@ def load_pipeline(
             f"model {source}: the released models need diffusers, which is not installed; "
             "pip install 'histogen[diffusers]'"
         ) from error
-    if not trust_remote_code:
-        raise UserError(
-            f"model {source} runs code that comes with it ({custom_pipeline}); read that code, "
-            "then give --trust-remote-code"
-        )
+    require_trust(source, custom_pipeline, trust_remote_code=trust_remote_code)
+    # Of a folder there is one revision, and diffusers asks the hub for any other.
+    at = {} if revision is None or Path(source).is_dir() else {"revision": revision}
     with explain_pipeline_errors(source):
         pipeline = DiffusionPipeline.from_pretrained(
             source,
             custom_pipeline=custom_pipeline,
             trust_remote_code=trust_remote_code,
             torch_dtype=_DTYPES[dtype],
+            **at,
             **components,
         )
     # One bar per call would break up this program's own progress line.
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline.to(device), dtype)
+
+
+def require_trust(source: str, code: str, *, trust_remote_code: bool) -> None:
+    """Refuse to run the code that a model brings, until the user has said that it may."""
+    if not trust_remote_code:
+        raise UserError(
+            f"model {source} runs code that comes with it ({code}); read that code, then give "
+            "--trust-remote-code"
+        )
+
+
+def find_folder(source: str, revision: str | None, subfolder: str | None) -> str:
+    """A repository or folder, or the folder below it of one of its models.
+
+    A pipeline of diffusers has no subfolder of its own: that part of the repository is fetched.
+    Raises `UserError` for a subfolder that is not there or leads out of the repository.
+    """
+    if subfolder is None:
+        return source
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise UserError(f"--subfolder {subfolder}: expected a folder within the repository")
+    root = Path(source)
+    if not root.is_dir():
+        with explain_pipeline_errors(source):
+            from huggingface_hub import snapshot_download
+
+            wanted = [f"{subfolder}/*"]
+            root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    if not (root / subfolder).is_dir():
+        raise UserError(f"--subfolder {subfolder}: {source} has no such folder")
+    return str(root / subfolder)
 
 
 @contextmanager
@@ -171,13 +207,15 @@ def call_pipeline(pipeline: Any, seeds: Seeds, **arguments: Any) -> Tiles:
     """Images uint8 [B, H, W, 3] for seeds [B]: of one call, or of one call per row.
 
     Each row draws from a generator of its seed where the pipeline takes `generator`. Where it
-    does not, rows are drawn one by one, each under PyTorch's global generators at its seed: an
-    image depends on its seed alone either way. Arguments that are tensors have a row per image.
+    does not, rows are drawn one by one: with `seed`, where it takes that, else under PyTorch's
+    global generators at its seed. An image depends on its seed alone in any case. Arguments that
+    are tensors have a row per image.
     """
     # PyTorch's generators take no negative seeds, so these have 63 bits.
     positive = [int(seed) & (2**63 - 1) for seed in seeds]
     with torch.no_grad():
-        if "generator" in inspect.signature(pipeline.__call__).parameters:
+        taken = inspect.signature(pipeline.__call__).parameters
+        if "generator" in taken:
             generators = [torch.Generator().manual_seed(seed) for seed in positive]
             return _to_uint8(pipeline(**arguments, generator=generators), len(seeds))
         tiles = []
@@ -188,6 +226,8 @@ def call_pipeline(pipeline: Any, seeds: Seeds, **arguments: Any) -> Tiles:
             }
             if "num_images_per_prompt" in single:
                 single["num_images_per_prompt"] = 1
+            if "seed" in taken:
+                single["seed"] = seed
             # The caller's random state stays as it was.
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

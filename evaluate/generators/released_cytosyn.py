@@ -1,5 +1,6 @@
 """The released CytoSyn (arXiv 2603.18089) as a generator, by its published call signature."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,22 +12,30 @@ from evaluate.generators.interface import (
     StepProgress,
     Tiles,
 )
-from evaluate.generators.released import ReleasedGenerator, choose_dtype, load_pipeline
+from evaluate.generators.released import (
+    ReleasedGenerator,
+    choose_dtype,
+    find_folder,
+    load_pipeline,
+)
 
 HUB_ID = "Owkin-Bioptimus/CytoSyn"
 
 
 def load_model(source: ModelSource) -> MakeGenerator:
     """Load it from the hub or a downloaded copy; "auto" is float32, as it is published."""
-    where = source.model or HUB_ID
+    where = find_folder(source.model or HUB_ID, source.revision, source.subfolder)
     loaded = load_pipeline(
         where,
         custom_pipeline=where,
         trust_remote_code=source.trust_remote_code,
         dtype=choose_dtype(source.dtype, source.device, "float32"),
         device=source.device,
+        revision=source.revision,
     )
-    return partial(ReleasedCytoSyn, loaded)
+    places = {"revision": source.revision, "subfolder": source.subfolder}
+    chosen = {key: value for key, value in places.items() if value is not None}
+    return partial(ReleasedCytoSyn, replace(loaded, chosen=chosen))
 
 
 class ReleasedCytoSyn(ReleasedGenerator):

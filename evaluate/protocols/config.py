@@ -28,7 +28,17 @@ _PLACES = frozenset(
 )  # fmt: skip
 """Keys that say where and how, not what: changing them is no deviation."""
 _SPEC_PLACES = frozenset(
-    {"dataset", "selection", "model", "trust_remote_code", "pipeline_code", "vae", "batch"}
+    {
+        "dataset",
+        "selection",
+        "model",
+        "trust_remote_code",
+        "pipeline_code",
+        "vae",
+        "batch",
+        "revision",
+        "subfolder",
+    }
 )
 _FEWEST_TILES = 8
 
@@ -58,6 +68,9 @@ class ModelSpec:
     trust_remote_code: bool = False
     pipeline_code: str = ""
     vae: str = ""
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str = ""
+    subfolder: str = ""
 
 
 @dataclass(frozen=True)

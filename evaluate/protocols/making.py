@@ -103,6 +103,9 @@ class SourceMaker(ProtocolSources):
                     trust_remote_code=spec.trust_remote_code,
                     pipeline_code=spec.pipeline_code or None,
                     vae=spec.vae or None,
+                    vae_dtype=spec.vae_dtype,
+                    revision=spec.revision or None,
+                    subfolder=spec.subfolder or None,
                 )
             )
         return self._opened[name].make(sampler_settings(spec.generator, images.spec))

@@ -7,7 +7,7 @@ Schema 1, one JSON object:
     protocol, title, source, left_out
     config           the whole configuration that was used; config_sha256 is its sum
     deviations       key -> [as shipped, as used] of what was changed of the protocol itself
-    published        values of the paper that the configuration brought, {} where none
+    published        names of the published rows of this table, [] where none
     sources          name -> what tiles: kind (real, generated, reconstruction), dataset,
                      selection, selection_sha256 of the rows used, selection_rows, rows, slides,
                      tile_px, guidance (the set that guided), identity (of dataset.json:
@@ -24,7 +24,9 @@ Schema 1, one JSON object:
                      of the result classes of evaluate.metrics with their seeds, `groups`, and
                      `failed`, the reason by metric, where one could not be computed
     tables           name, title, better, columns (encoder, set) and rows: label, kind, cells by
-                     "encoder/set" of value, spread, n; null where there is no number
+                     "encoder/set" of value, spread, n; null where there is no number; published,
+                     where the report has the cell: row, value, spread, approximate, difference
+                     (ours less it; null where the two cannot be compared), deviations
     memorisation     in place of cells: one search per encoder
     warnings         a list of {code, message}; codes are stable, messages are for people
     seconds, versions, hardware

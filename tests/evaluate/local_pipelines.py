@@ -87,9 +87,13 @@ def _save(folder: Path, code: str, **components: object) -> Path:
     return folder
 
 
-def save_cytosyn(folder: Path, *, takes_generator: bool) -> Path:
-    """CytoSyn's published call; whether it takes `generator` is not published."""
-    extra, given = (", generator=None", "generator") if takes_generator else ("", "None")
+def save_cytosyn(folder: Path, *, takes: str) -> Path:
+    """CytoSyn's published call; how it is seeded is not published: `generator`, `seed`, or not."""
+    extra, given = {
+        "generator": (", generator=None", "generator"),
+        "seed": (", seed=0", "torch.Generator().manual_seed(seed)"),
+        "": ("", "None"),
+    }[takes]
     return _save(folder, _CYTOSYN.format(generator=extra, given=given), vae=_vae())
 
 

@@ -59,6 +59,16 @@ def test_images_are_the_models_under_seeds_of_the_generator(
     np.testing.assert_allclose(channels_first * 255, expected, atol=1e-4)
 
 
+def test_a_seed_is_a_generator_of_that_seed(pipeline: CytoSynPipeline) -> None:
+    def run(**seeding: object) -> bytes:
+        return pipeline(embeds(1), num_inference_steps=1, **seeding).images[0].tobytes()
+
+    assert run(seed=5) == run(seed=5) == run(generator=torch.Generator().manual_seed(5))
+    assert run(seed=6) != run(seed=5)
+    with pytest.raises(UserError, match="generator= or seed=, not both"):
+        run(seed=5, generator=torch.Generator())
+
+
 def test_every_shape_of_embedding_that_is_in_use(pipeline: CytoSynPipeline) -> None:
     def run(given: torch.Tensor) -> bytes:
         generator = [torch.Generator().manual_seed(1)]

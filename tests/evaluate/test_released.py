@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -31,8 +32,9 @@ SEEDS = np.array([3, -7, 2**62, 11])
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("released")
     return {
-        "cytosyn": save_cytosyn(root / "cytosyn", takes_generator=True),
-        "cytosyn without generator": save_cytosyn(root / "cytosyn2", takes_generator=False),
+        "cytosyn": save_cytosyn(root / "cytosyn", takes="generator"),
+        "cytosyn without generator": save_cytosyn(root / "cytosyn2", takes=""),
+        "cytosyn with seed": save_cytosyn(root / "cytosyn3", takes="seed"),
         "pixcell": save_pixcell(root / "pixcell"),
     }
 
@@ -49,7 +51,12 @@ def features(dim: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "dim", "px"),
-    [("cytosyn", 768, 224), ("cytosyn without generator", 768, 224), ("pixcell", 1536, 256)],
+    [
+        ("cytosyn", 768, 224),
+        ("cytosyn without generator", 768, 224),
+        ("cytosyn with seed", 768, 224),
+        ("pixcell", 1536, 256),
+    ],
 )
 def test_an_image_is_its_seeds_and_features_own(
     folders: dict[str, Path], name: str, dim: int, px: int
@@ -96,6 +103,33 @@ def test_a_pipelines_code_runs_only_when_it_is_trusted(folders: dict[str, Path])
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"model {tmp_path}: not a diffusers pipeline that loads"):
         open_generator(ModelSource("cytosyn", str(tmp_path), CPU, trust_remote_code=True))
+
+
+def test_a_subfolder_and_a_revision_choose_a_model_and_are_recorded(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "v2").symlink_to(folders["cytosyn"])
+    both = ModelSource("cytosyn", str(tmp_path), CPU, trust_remote_code=True)
+    opened = open_generator(replace(both, subfolder="v2", revision="main"))
+    identity = opened.make(settings_for("cytosyn", {})).identity()
+    assert (identity["revision"], identity["subfolder"]) == ("main", "v2")
+    plain = open_generator(source(folders, "cytosyn")).make(settings_for("cytosyn", {})).identity()
+    assert identity["model_sha256"] == plain["model_sha256"]
+    assert "subfolder" not in plain
+    for wrong, message in (("v3", "has no such folder"), ("../x", "within the repository")):
+        with pytest.raises(UserError, match=message):
+            open_generator(replace(both, subfolder=wrong))
+
+
+def test_pixcells_vae_has_a_dtype_of_its_own(folders: dict[str, Path]) -> None:
+    half = replace(source(folders, "pixcell"), dtype="bfloat16")
+    make = open_generator(half).make
+    generator = make(settings_for("pixcell", {}))
+    assert generator.loaded.pipeline.vae.dtype == torch.float32
+    assert generator.identity()["vae_dtype"] == "float32"
+    same = open_generator(replace(half, vae_dtype="bfloat16")).make(settings_for("pixcell", {}))
+    assert same.loaded.pipeline.vae.dtype == torch.bfloat16
+    assert "vae_dtype" not in same.identity()
 
 
 def test_generate_with_a_released_model_says_that_it_is_untested(
