@@ -25,6 +25,7 @@ from evaluate.compare.warnings import (
     fault_warnings,
     hold_out_warnings,
     metric_warnings,
+    seen_cohort_warnings,
     set_warnings,
 )
 from evaluate.metrics.metric import FeaturePair, MetricSettings
@@ -94,6 +95,9 @@ def measure(
     warnings += equality_warnings(equal, len(generated.features))
     warnings += [make_warning("no_cosine", no_cosine)] if no_cosine else []
     warnings += hold_out_warnings([side for side in (real, train) if side is not None])
+    encoders = {str(identity.get("guidance_encoder", "")): "guides the images"}
+    encoders.setdefault(real.store.encoder, "measures")
+    warnings += seen_cohort_warnings(encoders, [(real.dataset, real.selection)])
     warnings += fault_warnings(faults, failed)
     return {
         "schema_version": SCHEMA_VERSION,

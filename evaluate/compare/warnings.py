@@ -9,7 +9,9 @@ from evaluate.compare.inputs import InputFault
 from evaluate.compare.results import make_warning
 from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.registry import METRICS
-from pipeline.dataset.hold_outs import find_leaks
+from pipeline.dataset import Dataset, Selection
+from pipeline.dataset.hold_outs import find_leaks, is_hold_out
+from pipeline.slides.barcode import parse_barcode
 
 FEW_TILES = 1000
 """Below so many tiles numbers are noisy and biased."""
@@ -64,6 +66,30 @@ def is_of_photographs(encoder: str) -> bool:
     from model.encoders import ENCODERS  # torchvision takes seconds to import
 
     return encoder in ENCODERS and ENCODERS[encoder].photographs
+
+
+def seen_cohort_warnings(
+    encoders: Mapping[str, str], held_out: Iterable[tuple[Dataset, Selection]]
+) -> list[dict[str, str]]:
+    """Held-out selections of TCGA, where an encoder was itself trained on TCGA.
+
+    `encoders` has names by what they do here ("guides", "measures"). Slides of TCGA are those whose
+    name is a barcode.
+    """
+    from model.encoders import ENCODERS  # torchvision takes seconds to import
+
+    seen = {n: does for n, does in encoders.items() if n in ENCODERS and ENCODERS[n].tcga}
+    held = [selection for dataset, selection in held_out if is_hold_out(dataset, selection.name)]
+    names = [one.name for one in held if any(map(parse_barcode, one.slide_ids))]
+    if not seen or not names:
+        return []
+    used = " and ".join(f"{name}, which {does}" for name, does in seen.items())
+    message = (
+        f"{', '.join(names)} holds out slides of TCGA from the generator, but not from {used}: "
+        "its weights were trained on tiles of TCGA, so that these numbers are of unseen slides for "
+        "the generator alone"
+    )
+    return [make_warning("encoder_saw_cohort", message)]
 
 
 def equality_warnings(equal: Mapping[str, int], generated: int) -> list[dict[str, str]]:

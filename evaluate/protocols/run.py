@@ -9,6 +9,7 @@ from typing import Any
 
 from common.console import open_meter, print_line
 from common.errors import UserError
+from evaluate.compare.warnings import seen_cohort_warnings
 from evaluate.protocols.cautions import find_cautions
 from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import check_table
@@ -18,7 +19,14 @@ from evaluate.protocols.image_checks import check_images, given_deviations
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.memorisation import measure_memorisation
 from evaluate.protocols.memorisation_tables import memorisation_tables
-from evaluate.protocols.plan import Cell, all_features, made_sources, plan_cells, used_sets
+from evaluate.protocols.plan import (
+    Cell,
+    all_features,
+    all_images,
+    made_sources,
+    plan_cells,
+    used_sets,
+)
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
 
@@ -55,8 +63,17 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
         f"protocol {protocol.name}: {store.computed} results computed, {store.reused} reused"
     )
     results |= describe_protocol(protocol, sources, cells, store)
-    results["warnings"] = find_cautions(protocol, results)
+    results["warnings"] = [*_seen_cohorts(protocol, sources), *find_cautions(protocol, results)]
     return results | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def _seen_cohorts(protocol: Protocol, sources: SourceMaker) -> list[dict[str, str]]:
+    """Held-out columns that the encoders were trained on."""
+    guides = {images.spec.model for images in all_images(protocol) if images.spec.guidance}
+    encoders = dict.fromkeys(protocol.encoders, "measures")
+    encoders |= {protocol.models[name].encoder: "guides the images" for name in guides}
+    held_out = [sources.select_tiles(name) for name in protocol.columns]
+    return seen_cohort_warnings(encoders, [(one.dataset, one.whole) for one in held_out])
 
 
 def make_missing(sources: SourceMaker, cells: list[Cell]) -> None:

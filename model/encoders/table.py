@@ -108,7 +108,8 @@ class EncoderSpec:
     `published` is where the weights are, `licence` and `gating` ("" if anyone may fetch them)
     their terms. `layout` turns a published file's tensors into the network's; `containers` are
     the keys a PyTorch file may have them under, `prefixes` what training wrappers put before
-    every name. `photographs` says that the weights were trained on photographs, not on tissue.
+    every name. `photographs` says that the weights were trained on photographs, not on tissue,
+    `tcga` that they were trained or distilled on tiles of TCGA by what their authors published.
     """
 
     name: str
@@ -130,6 +131,7 @@ class EncoderSpec:
     containers: tuple[str, ...] = ("state_dict", "model", "teacher")
     prefixes: tuple[str, ...] = ("module.", "backbone.")
     photographs: bool = False
+    tcga: bool = False
 
     @property
     def hub_id(self) -> str:
@@ -156,6 +158,7 @@ _CC_BY_NC_ND = "CC BY-NC-ND 4.0"
 
 H0_MINI = EncoderSpec(
     name="h0-mini",
+    tcga=True,  # distilled on 40 million tiles of TCGA
     published=HubFiles("bioptimus/H0-mini"),
     licence=_CC_BY_NC_ND,
     gating=TERMS_BY_HAND,
@@ -320,6 +323,7 @@ PROV_GIGAPATH = EncoderSpec(
 
 MIDNIGHT = EncoderSpec(
     name="midnight",
+    tcga=True,
     published=HubFiles("kaiko-ai/midnight"),
     licence="MIT",
     gating="",
@@ -336,7 +340,6 @@ MIDNIGHT = EncoderSpec(
     std=_HALF,
     parameters=1_134_769_664,
     layout=Dinov2Layout(grid=16),
-    photographs=True,
 )  # fmt: skip
 
 MIDNIGHT_CLS_MEAN = replace(
@@ -369,6 +372,7 @@ HIBOU_B = EncoderSpec(
 
 PHIKON = EncoderSpec(
     name="phikon",
+    tcga=True,
     published=HubFiles("owkin/phikon"),
     licence="Owkin non-commercial licence",
     gating="",
@@ -390,6 +394,7 @@ PHIKON = EncoderSpec(
 
 PHIKON_V2 = EncoderSpec(
     name="phikon-v2",
+    tcga=True,
     published=HubFiles("owkin/phikon-v2"),
     licence="Owkin non-commercial licence",
     gating="",
@@ -411,6 +416,7 @@ PHIKON_V2 = EncoderSpec(
 
 KAIKO_VIT_S16 = EncoderSpec(
     name="kaiko-vit-s16",
+    tcga=True,
     published=HubFiles("1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms"),
     licence="Kaiko non-commercial licence",
     gating="",

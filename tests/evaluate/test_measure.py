@@ -22,6 +22,7 @@ from evaluate.compare.warnings import (
     equality_warnings,
     hold_out_warnings,
     metric_warnings,
+    seen_cohort_warnings,
 )
 from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.metrics import (
@@ -47,6 +48,7 @@ from pipeline.dataset import (
     make_selection,
     new_run_id,
     read_candidates,
+    read_selection,
     read_slides,
     write_selection,
     write_slides,
@@ -237,6 +239,25 @@ def test_patients_on_both_sides_of_a_hold_out_are_warned_of(real: Dataset) -> No
         found = hold_out_warnings([side])
         assert [one["code"] for one in found] == ["hold_out_broken"] * count
     assert "selection 'mine' has slides of patients that 'val-out' holds" in found[0]["message"]
+
+
+def test_held_out_slides_of_tcga_are_not_unseen_by_encoders_that_were_trained_on_it(
+    evaluate_real: Callable[..., Dataset],
+) -> None:
+    def said(slide: str, plan: dict[str, Any], encoder: str) -> str:
+        dataset = evaluate_real({slide: 8}, name=f"{slide}-{encoder}-{len(plan)}")
+        selection = make_selection("val-out", {slide: np.arange(8, dtype=np.int32)}, plan)
+        write_selection(dataset, new_run_id(), selection)
+        held_out = [(dataset, read_selection(dataset, "val-out"))]
+        warnings = seen_cohort_warnings({encoder: "guides the images"}, held_out)
+        return " ".join(one["message"] for one in warnings)
+
+    barcode, plan = "TCGA-02-0001-01Z-00-DX1", {"ties": {"patients": ["TCGA-02-0001"]}}
+    assert "val-out holds out slides of TCGA" in said(barcode, plan, "h0-mini")
+    assert "h0-mini, which guides the images" in said(barcode, plan, "h0-mini")
+    assert said(barcode, plan, "uni2-h") == ""  # was not trained on TCGA
+    assert said("case-1", plan, "h0-mini") == ""  # no slide of TCGA
+    assert said(barcode, {}, "h0-mini") == ""  # holds nobody out
 
 
 def test_fewer_tiles_than_dimensions_is_a_warning(

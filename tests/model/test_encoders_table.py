@@ -340,3 +340,15 @@ def test_the_large_networks_run_entire(name: str, tmp_path: Path, tiles: np.ndar
     assert out.tokens.shape == (1, 196, spec.token_dim)
     assert out.cls.isfinite().all()
     assert not encoder.is_random
+
+
+def test_what_encoders_were_trained_on() -> None:
+    photographs = {name for name, spec in ENCODERS.items() if spec.photographs}
+    assert photographs == {
+        "efficientnet-lite0", "inception-v3", "inception-v3-tf1", "inception-v3-clean",
+        "inception-v3-torchvision", "dinov2-b", "dinov2-b-518",
+    }  # fmt: skip
+    assert {name for name, spec in ENCODERS.items() if spec.tcga} == {
+        "h0-mini", "phikon", "phikon-v2", "midnight", "midnight-cls-mean", "kaiko-vit-s16",
+        "kaiko-vit-b8", "lunit-vit-s16",
+    }  # fmt: skip
