@@ -21,6 +21,7 @@ from common.config import build_config, check_setting
 from common.errors import UserError
 from common.files import read_regular, replacing_folder, write_text
 from common.json_text import read_json
+from common.terms import Terms, parse_terms
 from model.images import from_uint8, to_uint8
 from model.interpolant import Interpolant
 from model.noise import derive_seeds, seed_tensor
@@ -50,7 +51,8 @@ class Records:
     """Where a model's weights come from; None where it is not known.
 
     `sit` and `vae` say which weights these are: the exponential moving average of training, or
-    the last step's. The encoder's sha256 is that of `model.weights.tensors_sha256`.
+    the last step's. The encoder's sha256 is that of `model.weights.tensors_sha256`. `terms` are
+    those of what the model descends from: slides, encoder, weights that it began with.
     """
 
     encoder: str | None = None
@@ -62,6 +64,7 @@ class Records:
     training_step: int | None = None
     sit: Literal["ema", "raw"] | None = None
     vae: Literal["ema", "raw"] | None = None
+    terms: tuple[Terms, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
@@ -70,9 +73,10 @@ class Records:
         Those of later versions are left out. Raises UserError for one of another kind.
         """
         known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in values.items() if key in known}
+        given = {key: value for key, value in values.items() if key in known - {"terms"}}
         # As they are written: 1 and 1.0 are one number, but two identities.
         build_config(cls, given)
+        given["terms"] = parse_terms(values.get("terms"))
         records = cls(**given)  # type: ignore[arg-type]  # which `build_config` has checked
         for name, least in (("mpp", 1e-6), ("tile_px", 1), ("training_step", 0)):
             value = getattr(records, name)

@@ -14,7 +14,7 @@ step() {
     "$PY" "$@"
 }
 
-step -m pipeline scan tests/data/slides --dataset "$DEMO/dataset"
+step -m pipeline scan tests/data/slides --terms CC0-1.0 --dataset "$DEMO/dataset"
 step -m pipeline tissue --dataset "$DEMO/dataset"
 step -m pipeline select --dataset "$DEMO/dataset" --name train
 step -m pipeline tile --dataset "$DEMO/dataset" --selection train

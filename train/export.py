@@ -96,6 +96,7 @@ def _describe_weights(
                 "training_step": step,
                 "sit": sit,
                 "vae": vae,
+                "terms": records.get("terms"),
             }
         )
     except UserError as error:

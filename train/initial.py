@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from common.errors import UserError
+from common.json_text import read_json
+from common.terms import Terms, merge_terms, parse_terms
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import Tensors, fit_tensors, load_archive, read_tensors
@@ -35,6 +38,26 @@ def load_initial_weights(sit: SiT, vae: VAE, config: Config) -> None:
         published = read_archived_part(path, "ema")
         tensors = read_tensors(path) if published is None else published_sit(published, sit)
         fit_tensors(sit, tensors, source=str(path))
+
+
+def initial_terms(config: Config) -> tuple[Terms, ...]:
+    """The terms of the weights that a run begins with; not recorded where no model states any."""
+    return merge_terms(
+        *(
+            _weights_terms(f"init.{name}", Path(where))
+            for name, where in (("vae", config.init.vae), ("sit", config.init.sit))
+            if where
+        )
+    )
+
+
+def _weights_terms(key: str, path: Path) -> tuple[Terms, ...]:
+    for folder in (path, path.parent):
+        with suppress(OSError, ValueError, UserError):
+            records = read_json(folder / "config.json")["records"]
+            if terms := parse_terms(records.get("terms")):
+                return terms
+    return (Terms(f"weights of {key}", "", path.name),)
 
 
 def weights_file(name: str, network: str) -> Path:

@@ -12,12 +12,14 @@ from common.errors import UserError
 from common.files import read_regular, write_json, write_text
 from common.json_text import parse_json, read_json
 from common.record import Record
+from common.terms import merge_terms, parse_terms, plain_terms
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
     open_dataset,
     read_identity,
     read_selection,
+    read_terms,
     software_versions,
 )
 from pipeline.dataset.features import refuse_other_features
@@ -35,6 +37,7 @@ from train.checkpoint import (
     remove_unfinished,
 )
 from train.config import Config, differing_keys, has_same_keys, load_config
+from train.initial import initial_terms
 from train.source import BlockSource, check_coverage
 from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_blocks
 
@@ -167,7 +170,7 @@ def open_run(config: Config, data: TrainingData, processes: Processes, resume: R
     if resume == "never" and (latest_checkpoint(run_dir) or list_damaged(run_dir)):
         raise UserError(f"{run_dir} has checkpoints: use --resume auto, or another run.dir")
 
-    inputs = cache(partial(_input_records, data))  # on the main process alone, and once
+    inputs = cache(partial(_input_records, config, data))  # on the main process alone, and once
 
     def find_checkpoint() -> str:
         # Before anything is written or renamed: the files of another run stay as they are.
@@ -226,10 +229,17 @@ def checkpoint_files(config: Config) -> list[str]:
     return [f"{name}.safetensors" for name in (*kept, *(f"optimizer_{name}" for name in trained))]
 
 
-def _input_records(data: TrainingData) -> dict[str, Any]:
+def _input_records(config: Config, data: TrainingData) -> dict[str, Any]:
     """What a run trains on beside its selection: the features' encoder, and a sum of the tiles."""
     return {
         "encoder": data.source.encoder_record,
+        "terms": plain_terms(
+            merge_terms(
+                read_terms(data.dataset),
+                parse_terms(data.source.encoder_record.get("terms")),
+                initial_terms(config),
+            )
+        ),
         "tiles_sha256": data.source.hash_tiles(data.stream.table.slide_ids),
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.terms import Terms, merge_terms, parse_terms
 from evaluate.generate.plan import source_order
 from evaluate.generators import EncoderRecord, Generator
 from evaluate.generators.interface import Features
@@ -20,6 +21,7 @@ from pipeline.dataset import (
     identity_value,
     read_identity,
     read_selection,
+    read_terms,
 )
 from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore, require_fields
 
@@ -88,6 +90,10 @@ class ConditionSource(ABC):
     def read_features(self, positions: Positions) -> Features | None:
         """Features float32 [n, d] of the conditions at positions [n]; None: unconditional."""
 
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of the tiles and features that guide; empty where nothing does."""
+        return ()
+
     def guidance_files(self) -> dict[str, bytes]:
         """Files, bytes by name, that the synthetic dataset has in `guidance/`."""
         return {}
@@ -132,6 +138,11 @@ class ShuffledSelection(ConditionSource):
         order = source_order(selection.rows, selection.content_hash)
         slides = np.repeat(np.arange(len(selection.slide_ids)), np.diff(selection.offsets))
         self._slides, self._ranks = slides[order], selection.ranks[order]
+
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of the guiding dataset and, where features guide, of their encoder."""
+        record = self.encoder_record or {}
+        return merge_terms(read_terms(self.dataset), parse_terms(record.get("terms")))
 
     def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tiles at these positions, int64 [n], of the order in which they guide."""

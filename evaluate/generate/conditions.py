@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
+from common.terms import Terms, parse_terms
 from evaluate.generate.condition_source import (
     ConditionSource,
     Positions,
@@ -189,6 +190,10 @@ class ConditionList(ConditionSource):
             "guidance_conditions_sha256": conditions.hexdigest(),
             **encoder_identity(self.encoder_record),
         }
+
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of the features' encoder; those of slides and pictures are not known here."""
+        return parse_terms(self.encoder_record.get("terms"))
 
     def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tile behind each condition [n] that is a single tile of a dataset, none elsewhere."""

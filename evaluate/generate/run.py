@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from common.console import open_meter, print_line
+from common.terms import merge_terms
 from common.text import format_bytes, format_seconds
 from common.torch_processes import Processes
 from evaluate.generate.condition_source import GUIDING_FINGERPRINT, ConditionSource
@@ -106,7 +107,7 @@ def generate(
     def claim_and_plan() -> list[tuple[int, ...]]:
         claim_identity(
             dataset, claims, stage="generate", versions=_software_versions(),
-            kind=DatasetKind.GENERATED,
+            kind=DatasetKind.GENERATED, terms=merge_terms(generator.terms, source.terms()),
         )  # fmt: skip
         # Tables only grow: two runs with other numbers of images must see each other's.
         with hold_claim(dataset, GENERATED, "generate"):

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from common.terms import Terms
 from common.torch_processes import one_thread
 from evaluate.generators.interface import EncoderRecord, Features, Seeds, StepProgress, Tiles
 from evaluate.generators.released import choose_dtype
@@ -69,6 +70,11 @@ class CytoSynGenerator:
             "weights_sha256": records.encoder_weights_sha256,
             "random_weights": records.encoder_is_random,
         }
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of what the model descends from, as it was exported with."""
+        return self._model.records.terms
 
     def identity(self) -> dict[str, object]:
         """The model's sum, the sampler's settings and the arithmetic."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.terms import Terms
 from model.sampler_settings import SamplerSettings
 
 Tiles = npt.NDArray[np.uint8]
@@ -29,6 +30,7 @@ class EncoderRecord(TypedDict, total=False):
     view: str
     compute_dtype: str
     tile_px: int
+    terms: list[dict[str, object]]
 
 
 class Generator(Protocol):
@@ -53,6 +55,10 @@ class Generator(Protocol):
     @property
     def encoder_record(self) -> EncoderRecord | None:
         """The encoder whose features the model was trained on, where it is known."""
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of the model and of what it descends from, where they are known."""
 
     def identity(self) -> dict[str, object]:
         """What fixes the images besides features and seeds: weights, sampler, dtype, as JSON."""

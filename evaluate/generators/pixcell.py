@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.terms import Terms
 from evaluate.generators.interface import (
     Features,
     MakeGenerator,
@@ -74,6 +75,8 @@ class PixCell(ReleasedGenerator):
 
     name = title = "PixCell-256"
     tile_px, condition_dim, encoder = 256, 1536, "uni2-h"
+    # Its licence, and that of the VAE it borrows, are on their pages.
+    model_terms = Terms("model PixCell-256", "", HUB_ID, None, f"https://huggingface.co/{HUB_ID}")
 
     def generate_tiles(
         self, features: Features | None, seeds: Seeds, progress: StepProgress | None = None

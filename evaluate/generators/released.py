@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from common.errors import UserError
+from common.terms import Terms
 from common.text import one_line
 from evaluate.generators.interface import EncoderRecord, Features, Seeds, Tiles
 from model.sampler_settings import SamplerSettings
@@ -60,6 +61,7 @@ class ReleasedGenerator:
     tile_px: ClassVar[int]
     condition_dim: ClassVar[int]
     encoder: ClassVar[str]
+    model_terms: ClassVar[Terms]
     mpp: ClassVar[float] = 0.5
 
     def __init__(self, loaded: LoadedPipeline, settings: SamplerSettings) -> None:
@@ -74,6 +76,13 @@ class ReleasedGenerator:
             "weights_sha256": None,
             "random_weights": False,
         }
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of the released weights, and of the encoder that conditions them."""
+        from model.encoders import encoder_spec
+
+        return (self.model_terms, encoder_spec(self.encoder).terms)
 
     def identity(self) -> dict[str, object]:
         """The weights' sum, the call's arguments, and that the weights were never available."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from common.terms import Terms
 from evaluate.generators.interface import (
     Features,
     MakeGenerator,
@@ -43,6 +44,9 @@ class ReleasedCytoSyn(ReleasedGenerator):
 
     name, title = "released CytoSyn", "CytoSyn"
     tile_px, condition_dim, encoder = 224, 768, "h0-mini"
+    model_terms = Terms(
+        "model CytoSyn", "CC BY-NC-ND 4.0", HUB_ID, True, f"https://huggingface.co/{HUB_ID}"
+    )
 
     def identity(self) -> dict[str, object]:
         """The weights' sum, the call's arguments, and that the weights were never available."""

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from common.terms import Terms
 from evaluate.generate.condition_source import Positions, ShuffledSelection
 from evaluate.generators import EncoderRecord
 from evaluate.generators.interface import Features, Seeds, StepProgress, Tiles
@@ -50,6 +51,11 @@ class Reconstruction:
     def __init__(self, model: CytoSyn, tile_px: int) -> None:
         self._model, self.tile_px = model, tile_px
         self._weights_sha256 = tensors_sha256(model.vae.state_dict())
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """The terms of what the model descends from."""
+        return self._model.records.terms
 
     def identity(self) -> dict[str, object]:
         """The autoencoder's sum; no sampler."""

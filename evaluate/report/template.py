@@ -6,6 +6,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from common.templates import load_template
+from common.terms import parse_terms
 from evaluate.report.images import encode_page_png
 
 _HERE = Path(__file__).parent
@@ -26,6 +27,7 @@ def render_template(name: str, **values: object) -> str:
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         svg_uri=lambda data: data_uri(data, "image/svg+xml"),
         jpeg_uri=lambda data: data_uri(data, "image/jpeg"),
+        describe_terms=lambda records: [one.describe() for one in parse_terms(records)],
         tile_uri=lambda tile: data_uri(encode_page_png(tile), "image/png"),
         **values,
     )

@@ -86,6 +86,11 @@ class PackageFile:
         """The package and its version."""
         return f"package {self.requirement}"
 
+    @property
+    def page(self) -> str:
+        """No address: the terms are in the package."""
+        return ""
+
 
 Published = HubFiles | ReleaseFile | PackageFile
 

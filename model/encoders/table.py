@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.terms import Terms
 from common.text import find_nearest
 from model.encoders.construct import (
     SWIGLU,
@@ -139,6 +140,20 @@ class EncoderSpec:
         return self.published.id
 
     @property
+    def terms(self) -> Terms:
+        """The terms of the published weights, under which their features are, too."""
+        restricted = any(word in self.licence.lower() for word in ("-nc", "non-commercial"))
+        # "Research only" is not said to be either.
+        open_source = self.licence.split()[0] in _OPEN_SOURCE and ";" not in self.licence
+        return Terms(
+            covers=f"encoder {self.name}",
+            licence=self.licence,
+            source=self.hub_id,
+            non_commercial=True if restricted else False if open_source else None,
+            link=self.published.page,
+        )
+
+    @property
     def num_tokens(self) -> int:
         """Patch tokens after resizing, `token_grid` squared."""
         return self.token_grid**2
@@ -148,6 +163,8 @@ class EncoderSpec:
         """What `weights fetch` calls the weights: the first entry's name that has the same."""
         return next(s.name for s in ENCODERS.values() if s.published == self.published)
 
+
+_OPEN_SOURCE = ("Apache-2.0", "MIT", "BSD-3-Clause")
 
 TERMS = "accept the terms; approved at once"
 """Gating that ends with a click."""

@@ -19,6 +19,7 @@ from pipeline.dataset.identity import (
     kind_of,
     open_dataset,
     read_identity,
+    read_terms,
     software_versions,
 )
 from pipeline.dataset.journal import Entry, Run, begun_stages, files_present, read_journal
@@ -101,6 +102,7 @@ __all__ = [
     "read_selection",
     "read_selection_rows",
     "read_slides",
+    "read_terms",
     "safe_slide_id",
     "software_versions",
     "write_candidates",

@@ -4,7 +4,7 @@ import copy
 import json
 import platform
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from importlib import metadata
@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import json_bytes, read_regular
 from common.json_text import parse_json
+from common.terms import Terms, merge_terms, parse_terms, plain_terms
 from common.text import one_line
 from pipeline.dataset.commit import commit_bytes, new_run_id
 from pipeline.dataset.inside import free_place
@@ -120,6 +121,15 @@ def mixed_kinds(identity: Mapping[str, object], slide_readers: Collection[str]) 
     return ""
 
 
+def read_terms(dataset: Dataset) -> tuple[Terms, ...]:
+    """Under whose terms a dataset's tiles are, by what its stages recorded; empty for nothing."""
+    records = _read_document(dataset)["records"]
+    return merge_terms(
+        *(parse_terms(records[stage].get("terms")) for stage in sorted(records)
+          if isinstance(records[stage], dict))
+    )  # fmt: skip
+
+
 def identity_damage(dataset: Dataset) -> str:
     """What is wrong with the bytes of dataset.json; "" where they are as they were written.
 
@@ -156,6 +166,7 @@ def claim_identity(
     stage: str,
     versions: dict[str, str],
     kind: DatasetKind = DatasetKind.UNKNOWN,
+    terms: Iterable[Terms] | None = None,
 ) -> dict[str, Any]:
     """Add a stage's identity values, or check them against the recorded ones.
 
@@ -163,12 +174,16 @@ def claim_identity(
     Another value than the recorded one is refused with both in the message. The stage's
     software versions and platform are recorded too; records have no time and no host name in them,
     so that two datasets made alike are alike in bytes. Each stage keeps a copy, `copy_file`.
+    `terms` are those of what the stage brought, in place of what it stated before; None leaves
+    those as they are.
     """
     if kind:
         refuse_other_kind(dataset, kind, stage)
     # As they are read back, or a tuple would differ from the list that was recorded.
     claims = json.loads(json.dumps(claims))
-    record = {"versions": versions, "platform": platform.platform()}
+    record: dict[str, Any] = {"versions": versions, "platform": platform.platform()}
+    if terms is not None:
+        record["terms"] = plain_terms(terms)
     # Another run that makes the dataset writes its copy first: only under the lock is a missing
     # dataset.json one that was lost.
     before, after = (
@@ -184,7 +199,7 @@ def claim_identity(
                 # The copy first: once a stage goes on, its values are there twice.
                 for file in (copy_file(dataset, stage), dataset.identity_file):
                     _commit_document(dataset, file, after)
-    elif not _is_copied(dataset, claims, stage, record):
+    elif not _is_copied(dataset, claims, stage, after["records"][stage]):
         # A dataset of an older release. Where there is no room, the stage's own files come first.
         with suppress(UserError):
             _commit_document(dataset, copy_file(dataset, stage), after)
@@ -340,7 +355,9 @@ def _with_claims(
                 f"{value!r} was asked for; use the dataset's value or another --dataset"
             )
         identity[key] = value
-    after["records"][stage] = record
+    kept = after["records"].get(stage)
+    kept = {"terms": kept["terms"]} if isinstance(kept, dict) and "terms" in kept else {}
+    after["records"][stage] = kept | dict(record)
     after["crc"] = _checksum_of(after)
     return before, after
 

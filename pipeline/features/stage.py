@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from common.console import print_line
 from common.errors import UserError
 from common.json_text import read_json
+from common.terms import plain_terms
 from pipeline.dataset import (
     Dataset,
     Entry,
@@ -118,6 +119,7 @@ def _describe_encoder(encoder: "Encoder", tile_px: int, config: CacheConfig) -> 
         "view": config.view,
         "view_software": view_software(config.view),
         "compute_dtype": config.dtype,
+        **({} if encoder.is_random else {"terms": plain_terms([spec.terms])}),
     }
 
 

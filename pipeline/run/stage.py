@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
 from common.console import open_meter
+from common.terms import Terms
 from pipeline.dataset import (
     Dataset,
     DatasetKind,
@@ -85,6 +86,10 @@ class Stage(ABC, Generic[Item]):
         """Identity values that every stage must agree with; {} for none."""
         return {}
 
+    def stated_terms(self) -> tuple[Terms, ...] | None:
+        """The terms of what the stage brings; None where it states none."""
+        return None
+
     def claim_items(self) -> None:
         """Called once the identity is claimed: what no other run may decide at the same time."""
 
@@ -137,8 +142,9 @@ def run_stage(stage: Stage[Any], engine: EngineConfig) -> int:
     dataset, versions = stage.dataset, stage_versions(*stage.packages)
     if claims := stage.identity_claims():
         stage.identity = claim_identity(
-            dataset, claims, stage=stage.name, versions=versions, kind=stage.kind
-        )
+            dataset, claims, stage=stage.name, versions=versions, kind=stage.kind,
+            terms=stage.stated_terms(),
+        )  # fmt: skip
     stage.claim_items()
     summary = Summary(stage.label)
     with ExitStack() as stack:

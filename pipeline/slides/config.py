@@ -145,6 +145,12 @@ class ScanConfig:
     replace: bool = option_field(
         False, "a slide of the same id at another path takes the place of the one scanned before"
     )
+    terms: str = option_field(
+        "",
+        "under whose terms the slides are: a licence such as CC0-1.0, or a YAML file with a list "
+        "of covers, licence, source, non_commercial, link; recorded and passed on, not judged",
+        metavar="LICENCE|FILE.yaml",
+    )
     sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE
 

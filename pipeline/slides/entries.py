@@ -12,12 +12,14 @@ from pathlib import Path
 from common.csv_rows import CsvRows, describe_columns
 from common.errors import UserError
 from common.files import MOST_LINE, open_text
+from common.terms import Terms
 from common.text import is_whole_number
 from pipeline.dataset import MOST_SLIDES, check_slide_id, safe_slide_id
 from pipeline.slides.config import IdSource
 from pipeline.slides.dicom_series import group_series, read_head
 from pipeline.slides.readers import SLIDE_SUFFIXES
 from pipeline.slides.search import FolderSearch, FoundSlide, kind_of_junk, unique_matches
+from pipeline.slides.slide_terms import terms_of_row
 
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _PATH_COLUMNS = ("path", "slide_path", "file_name", "filename", "slide")
@@ -76,6 +78,7 @@ class SlideSearch:
 
     id_from: IdSource = "stem"
     folders: FolderSearch = field(default_factory=FolderSearch)
+    terms: dict[Terms, None] = field(default_factory=dict)  # that tables state, each once
     _by_path: dict[Path, _Mention] = field(default_factory=dict)
     _has_several: bool = False
 
@@ -166,6 +169,8 @@ class SlideSearch:
                 entry, has_id = _table_entry(row, path_column)
             else:
                 entry, has_id = _manifest_entry(row), False
+            if terms := _row_terms(row):
+                self.terms[terms] = None
             if self.id_from == "path" and not has_id:
                 named = Path(row.read_text(path_column)) if path_column else entry.path
                 is_plain = not named.is_absolute() and not entry.uri
@@ -414,6 +419,16 @@ def _table_entry(row: SlideTableRow, path_column: str) -> tuple[SlideEntry, bool
         series=row.read_text("series"),
     )
     return entry, bool(slide_id)
+
+
+def _row_terms(row: SlideTableRow) -> Terms | None:
+    """The terms that a row states of its slide; None for none."""
+    licence, link = row.read_text("licence", "license"), row.read_text("licence_link")
+    limit, project = row.read_text("non_commercial"), row.read_text("project")
+    try:
+        return terms_of_row(licence, limit, link, project)
+    except ValueError as error:
+        raise row.line_error(str(error)) from error
 
 
 def _manifest_entry(row: SlideTableRow) -> SlideEntry:

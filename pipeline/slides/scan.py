@@ -7,6 +7,7 @@ from pathlib import Path
 from common.console import print_line
 from common.errors import UserError
 from common.redact import redact_secrets
+from common.terms import Terms, merge_terms
 from common.text import describe_joined, joined_names, list_some
 from pipeline.dataset import (
     Dataset,
@@ -40,6 +41,7 @@ from pipeline.slides.identity import (
 )
 from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
+from pipeline.slides.slide_terms import read_slide_terms
 from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
 from pipeline.slides.tiff_limits import refuse_unbounded
@@ -300,6 +302,7 @@ class ScanStage(Stage[SlideEntry]):
         self.config = config
         self.search = SlideSearch(config.id_from)
         self.search.add_inputs(config.inputs)
+        self.terms = merge_terms(read_slide_terms(config.terms), self.search.terms)
         self.before: dict[str, Slide] = {}
         self.claimed: dict[str, Slide] = {}
         self._read_known()
@@ -343,6 +346,10 @@ class ScanStage(Stage[SlideEntry]):
         """The path or address of the slide that has the id, or has claimed it; '' for none."""
         holder = self.before.get(slide_id) or self.claimed.get(slide_id)
         return holder.path if holder else ""
+
+    def stated_terms(self) -> tuple[Terms, ...] | None:
+        """Those of --terms and of the tables' columns; None where neither states any."""
+        return self.terms or None
 
     def identity_claims(self) -> dict[str, object]:
         """Resolution, grid and seed of the tiles to come."""
