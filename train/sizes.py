@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.config import read_yaml
 from common.errors import UserError
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.dataset.features import read_encoder_record
@@ -15,14 +16,27 @@ if TYPE_CHECKING:
 def encoder_widths(config: "Config") -> dict[str, int]:
     """`condition_dim` and `token_dim` of the features that a run reads.
 
-    Widths are those of the dataset's encoder.json, else the encoder table's. What neither says
-    is left out: that the features are missing is reported where they are opened.
+    Widths are those that the run was begun with, else of the dataset's encoder.json, else the
+    encoder table's. What none says is left out: that the features are missing is reported where
+    they are opened.
     """
+    # A finished run needs no dataset, and one that goes on is held against its features.
+    if begun := _begun_widths(config.run.dir):
+        return begun
     widths = _table_widths(config.data.encoder)
     if config.data.dataset:
         with contextlib.suppress(UserError):  # opening the data raises it, with what to do
             widths |= _cached_widths(open_dataset(Path(config.data.dataset)), config)
     return {key: width for key, width in widths.items() if width > 0}
+
+
+def _begun_widths(run_dir: str) -> dict[str, int]:
+    """The widths in the configuration of a run that is there; {} where that cannot be read."""
+    with contextlib.suppress(UserError, LookupError, TypeError):
+        sit = read_yaml(Path(run_dir) / "config.yaml")["model"]["sit"]
+        widths = {key: sit[key] for key in ("condition_dim", "token_dim")}
+        return widths if all(type(width) is int for width in widths.values()) else {}
+    return {}
 
 
 def _table_widths(encoder: str) -> dict[str, int]:

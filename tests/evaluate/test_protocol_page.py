@@ -26,7 +26,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     more = {
         "table2": [],
         "figure4": ["generations.*.steps=[2,3,4,6]", "columns=[val-in]"],
-        "table4": ["leave_out=[pixcell]"],
+        "table4": ["leave_out=[pixcell,reference]"],
         "memorisation": [],
     }
     found = {}

@@ -165,6 +165,11 @@ def test_widths_are_those_of_the_cached_features(train_dataset: Dataset, tmp_pat
     for name in ("phikon-v2", "efficientnet-lite0"):
         sit = load_config(PAPER, [f"data.encoder={name}"]).model.sit
         assert (sit.condition_dim, sit.token_dim) == (ENCODERS[name].dim, ENCODERS[name].token_dim)
+    begun = small_config(train_dataset, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(begun.to_yaml())
+    again = small_config(train_dataset, tmp_path / "run", "data.dataset=/gone")
+    assert again.hash == begun.hash
     whole = load_config(None, ["data.encoder=phikon-v2", "model.sit={depth: 9}"]).model.sit
     assert (whole.depth, whole.condition_dim) == (9, 1024)
 
