@@ -236,8 +236,10 @@ class CytoSyn(nn.Module):
             )
         return to_uint8(images, legacy_truncate=legacy_truncate).cpu().numpy()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
         """Write config.json, sit.safetensors and vae.safetensors (CompVis keys) to a folder.
+
+        `card` is the text of its README.md; "" writes none.
 
         A model that is there is replaced whole: whatever ends this process, the folder has the old
         model or the new one, or says that it is none. The configuration has the weights' sha256, so
@@ -245,6 +247,8 @@ class CytoSyn(nn.Module):
         """
         with replacing_folder(Path(folder), last=_CONFIG) as staged:
             self._write_files(staged)
+            if card:
+                write_text(staged / "README.md", card)
 
     def _write_files(self, folder: Path) -> None:
         weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}

@@ -12,6 +12,7 @@ from model.interpolant import Interpolant
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import build_from_tensors, read_tensors
+from train.card import model_card
 from train.checkpoint import (
     DamagedCheckpointError,
     check_sums,
@@ -57,6 +58,7 @@ def export_run(
             "before it, or choose another with --step"
         ) from error
     # Around the tensors: the configuration alone may ask for any amount of memory.
+    records = _describe_weights(run_dir, config, state.step, sit=chosen_sit, vae=chosen_vae)
     model = CytoSyn(
         build_from_tensors(
             lambda: SiT(config.model.sit), read_tensors(sit_file), source=str(sit_file)
@@ -65,13 +67,13 @@ def export_run(
             lambda: VAE(config.model.vae), read_tensors(vae_file), source=str(vae_file)
         ),
         interpolant=Interpolant(config.model.path),
-        records=_describe_weights(run_dir, config, state.step, sit=chosen_sit, vae=chosen_vae),
+        records=records,
     )
     # Non-finite weights would only show as black images, far from here.
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{checkpoint}: {name} is not finite: export an older step with --step")
-    model.save_pretrained(out)
+    model.save_pretrained(out, card=model_card(config, read_records(run_dir), records, run_dir))
     size = sum(path.lstat().st_size for path in out.iterdir()) / 1e6
     print_line(
         f"exported {checkpoint.name} of {run_dir}: SiT {chosen_sit}, VAE {chosen_vae}, "

@@ -48,6 +48,7 @@ from pipeline.dataset import (
     read_identity,
     software_versions,
 )
+from pipeline.dataset.card import write_dataset_card
 from pipeline.dataset.claim import GENERATED, hold_claim
 
 _STAGE_VERSION = 1
@@ -131,6 +132,7 @@ def generate(
                     tiles = _sample_unit(generator, source, request, unit, advance)
                     writer.write_unit(unit, tiles, made_from(unit))
             written = writer.bytes
+    processes.on_main(lambda: str(write_dataset_card(dataset)))
     made = sum(unit.image_count for unit in units)
     made, written = processes.sum_values(torch.tensor([made, written])).tolist()
     seconds = time.monotonic() - started

@@ -36,6 +36,7 @@ from pipeline.dataset import (
     write_candidates,
     write_tar,
 )
+from pipeline.dataset.card import write_dataset_card
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName
@@ -339,8 +340,9 @@ class ImportTilesStage(Stage[_ListedFolder]):
             run.append([entry])
 
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
-        """Write slides.parquet."""
+        """Write slides.parquet and the dataset's card."""
         record_slides(self.dataset, runs[-1], Summary(SCAN))
+        write_dataset_card(self.dataset)
 
     @property
     def output_path(self) -> Path:

@@ -34,6 +34,7 @@ from pipeline.dataset import (
     read_slides,
     write_tar,
 )
+from pipeline.dataset.card import write_dataset_card
 from pipeline.dataset.commit import HashingFile
 from pipeline.dataset.journal import Outcome
 from pipeline.dataset.layout import ShardName, ranks_of_blocks
@@ -497,7 +498,8 @@ class TileStage(Stage[_SlideNeed]):
         return SlideTask(item.slide_id, fingerprint, arguments, cost, tiles, scopes=self.scopes)
 
     def after_tasks(self, runs: Sequence[Run], summary: Summary, engine: EngineConfig) -> None:
-        """Say so where more tiles were written than are selected."""
+        """Write the dataset's card; say so where more tiles were written than are selected."""
+        write_dataset_card(self.dataset)
         written = summary.counts.get("tiles", 0)
         spans = {s: self.written_spans.get(s, []) for s in summary.done_slides}
         selected = _count_selected(self.dataset, self.config.selections, spans)

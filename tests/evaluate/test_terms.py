@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from evaluate_data import DIM, DOOR_PX, DOOR_RECORD, export_model, make_real
+from huggingface_hub import DatasetCard
 from test_report import Page
 
 from common.terms import Terms
@@ -32,6 +33,12 @@ def test_terms_go_from_model_and_guidance_to_the_report(tmp_path: Path) -> None:
     from pipeline.dataset import Dataset
 
     assert read_terms(Dataset(synthetic)) == (SLIDES, ENCODER, COHORT)
+    card = (synthetic / "README.md").read_text()
+    head = DatasetCard(card).data.to_dict()
+    assert (head["license"], head["configs"][0]["config_name"]) == ("other", "32px")
+    for line in ("Guided by features of h0-mini", "Selection generated: 16 tiles", "slides: CC0",
+                 "never for diagnosis", "steps: 1", "RANDOM weights"):  # fmt: skip
+        assert line in card, line
     free = tmp_path / "free"
     assert main(["generate", "--model", str(model), "--unconditional", "--count", "16", "--steps",
                  "1", "--out", str(free), "--device", "cpu"]) == 0  # fmt: skip

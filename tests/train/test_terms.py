@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from conftest import make_dataset, small_config
+from huggingface_hub import ModelCard
 
 from common.json_text import read_json
 from common.terms import Terms, parse_terms
@@ -29,6 +30,12 @@ def test_terms_go_from_the_dataset_to_the_model_and_on_to_what_begins_with_it(
     assert parse_terms(read_json(run / "records.json")["terms"]) == (SLIDES, encoder)
     export_run(run, tmp_path / "model")
     assert CytoSyn.from_pretrained(tmp_path / "model").records.terms == (SLIDES, encoder)
+    card = (tmp_path / "model" / "README.md").read_text()
+    head = ModelCard(card).data.to_dict()
+    assert (head["license"], head["library_name"]) == ("other", "histogen")
+    for line in ("slides: CC0-1.0", "1 steps of 5 tiles", "Reconstruction of training tiles: PSNR",
+                 "h0-mini, weights random:0", "RANDOM weights"):  # fmt: skip
+        assert line in card, line
 
     # A run that begins with that model descends from the same, and one of other weights says so.
     bare = make_dataset(tmp_path / "bare")
