@@ -665,8 +665,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from protocol_data import SECOND_COHORT, make_all, toy
 from evaluate.protocols import run, store
-protocol = toy(Path({str(world)!r}), "table3", "encoders=[uni2-h]", *SECOND_COHORT, "leave_out=[val-out]",
-    "out={tmp_path}")
+protocol = toy(Path({str(world)!r}), "table3", "encoders=[uni2-h]", *SECOND_COHORT,
+    "leave_out=[val-out]", "out={tmp_path}")
 make_all(protocol)
 real = store.write_results
 def write(path, results):
