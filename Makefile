@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tile plan-cohort cache run doctor train sample evaluate report test test-full test-faults test-slurm lint house bench docs clean
+.PHONY: help setup demo demo-long tile plan-cohort cache run doctor train sample evaluate report test test-full test-faults test-slurm lint house bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,6 +56,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup ## one real slide to a report, on a CPU, in a few minutes; DEMO=folder
 	@DEMO='$(DEMO)' PY='$(PY)' bash tests/demo.sh
+
+demo-long: setup ## a model of the demo's slide, in two to three hours on two CPU cores; DEMO=folder ARGS=
+	@DEMO='$(if $(filter demo,$(DEMO)),demo-long,$(DEMO))' PY='$(PY)' bash tests/demo_long.sh $(ARGS)
 
 tile: setup ## SLIDES= to tile shards: scan, tissue, select, tile; DATASET= SELECTION= TILES=
 	@[ -n '$(SLIDES)' ] || { echo 'error: say which slides: make tile SLIDES=/path/to/slides DATASET=$(DATASET)' >&2; exit 2; }
@@ -146,5 +149,5 @@ docs: setup ## the documentation as a site, in site/
 	$(VENV)/bin/mkdocs build --strict
 
 clean: ## remove what the demo, tests and linters made; keeps .venv
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out site
+	rm -rf $(DEMO) demo-long .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out site
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The long demo: a model of the committed slide, trained for two to three hours on two CPU cores.
+# DEMO is the folder it writes, PY the interpreter, CROP_STEP the pixels from tile to tile; what is
+# given as arguments goes to the training. An interrupted one goes on. Run it by `make demo-long`.
+set -euo pipefail
+export PYTHONSAFEPATH=1 PYTHONPATH=$PWD OMP_WAIT_POLICY=PASSIVE
+DEMO=${DEMO:-demo-long}
+PY=${PY:-.venv/bin/python}
+CROP_STEP=${CROP_STEP:-16}
+ENCODER=(--encoder efficientnet-lite0 --weights package)
+SCAN=(-m pipeline scan tests/data/slides --terms CC0-1.0)
+
+step() {
+    printf '\n$ python %s\n' "$*"
+    "$PY" "$@"
+}
+
+# Dense crops: positions on the tissue that is found first, and then imported.
+step "${SCAN[@]}" --dataset "$DEMO/tissue"
+step -m pipeline tissue --dataset "$DEMO/tissue"
+step tests/dense_positions.py "$DEMO/tissue" "$DEMO/positions" --step "$CROP_STEP"
+step "${SCAN[@]}" --dataset "$DEMO/dataset"
+step -m pipeline import coordinates train="$DEMO/positions/train.csv" \
+    val-below="$DEMO/positions/val-below.csv" --dataset "$DEMO/dataset"
+step -m pipeline tile --dataset "$DEMO/dataset"
+step -m pipeline cache --dataset "$DEMO/dataset" "${ENCODER[@]}" --tokens float16
+
+step -m train --config one-slide data.dataset="$DEMO/dataset" run.dir="$DEMO/run" "$@"
+step -m train export "$DEMO/run" "$DEMO/model"
+
+# Tiles of the lower part, which the model has not seen, guide and are what is compared with.
+generate() { step -m evaluate generate --model "$DEMO/model" --steps 50 --scale 1.5 "$@"; }
+generate --guidance "$DEMO/dataset" --selection val-below --limit 256 --out "$DEMO/synthetic"
+generate --guidance "$DEMO/dataset" --selection val-below --limit 6 --variations 5 \
+    --out "$DEMO/varied"
+step -m evaluate figure variations --generated "$DEMO/varied" --guidance "$DEMO/dataset" \
+    --out "$DEMO/variations"
+step -m pipeline cache --dataset "$DEMO/synthetic" "${ENCODER[@]}" --tokens none
+step -m evaluate measure --real "$DEMO/dataset" --real-selection val-below \
+    --generated "$DEMO/synthetic" --guidance "$DEMO/dataset" --train-selection train \
+    --encoder efficientnet-lite0 --out "$DEMO/results.json"
+step -m evaluate report --results "$DEMO/results.json" --run "$DEMO/run" --dataset "$DEMO/dataset" \
+    --generated "$DEMO/synthetic" --out "$DEMO/report.html" --picture "$DEMO/picture.png"
+printf '\nOpen %s/report.html in a browser; %s/variations.png has images of unseen tissue.\n' "$DEMO" "$DEMO"
