@@ -11,7 +11,6 @@ from evaluate.compare.sides import FeatureSide
 from evaluate.metrics.registry import METRICS
 from pipeline.dataset import Dataset, Selection
 from pipeline.dataset.hold_outs import find_leaks, is_hold_out
-from pipeline.slides.barcode import parse_barcode
 
 FEW_TILES = 1000
 """Below so many tiles numbers are noisy and biased."""
@@ -80,7 +79,7 @@ def seen_cohort_warnings(
 
     seen = {n: does for n, does in encoders.items() if n in ENCODERS and ENCODERS[n].tcga}
     held = [selection for dataset, selection in held_out if is_hold_out(dataset, selection.name)]
-    names = [one.name for one in held if any(map(parse_barcode, one.slide_ids))]
+    names = [one.name for one in held if any(name.startswith("TCGA-") for name in one.slide_ids)]
     if not seen or not names:
         return []
     used = " and ".join(f"{name}, which {does}" for name, does in seen.items())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from common.escape import csv_text
 from common.text import format_number, format_share
@@ -50,6 +51,7 @@ def render_reproduction(outcomes: Sequence[Outcome], sheet: Sequence[SheetRow]) 
         groups=[(f"{table}: {titles[name]}", rows) for (table, name), rows in groups.items()],
         counts={verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)},
         show=_show_value,
+        link=lambda name: f"{quote(name)}/report.html",
     )
 
 

@@ -15,6 +15,7 @@ import pipeline.__main__ as pipeline_door
 import train.__main__ as train_door
 from common.errors import UserError
 from evaluate.protocols.config import load_protocol
+from evaluate.protocols.report_protocols import load_report
 from tests.docs.doc_commands import PAGES, ROOT, Block, blocks, call_of, words
 from train.config import Config, load_config
 
@@ -76,7 +77,10 @@ def understood(command: str) -> None:
     except UserError as error:
         raise RefusedError(str(error)) from error
     if call[0] == "evaluate" and parsed.command == "protocol" and parsed.name != "list":
-        load_protocol(parsed.name, None, parsed.overrides)
+        if parsed.name == "all":
+            load_report(None, parsed.overrides)
+        else:
+            load_protocol(parsed.name, None, parsed.overrides)
     elif call[0] == "train" and hasattr(parsed, "overrides"):
         load_config(train_door._find_config(parsed.config), list(parsed.overrides))
 

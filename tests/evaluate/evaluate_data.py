@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from common.terms import Terms
 from common.torch_processes import ALONE
 from evaluate.generate.condition_source import ConditionSource
 from evaluate.generate.run import Request, generate
@@ -187,6 +188,7 @@ class Stripes:
     mpp: float | None = None
     condition_dim = DIM
     encoder_record: dict[str, Any] | None = RECORD
+    terms: tuple[Terms, ...] = ()
 
     def __init__(self, name: str = "stripes", stop_after: int | None = None) -> None:
         self.name, self.stop_after = name, stop_after

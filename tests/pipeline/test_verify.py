@@ -77,8 +77,9 @@ def whole(own_tiled):
 
 
 def files_of(dataset):
-    """All but the runs' logs, on which nothing depends."""
-    return sorted(p for p in dataset.root.rglob("*") if p.is_file() and p.suffix != ".log")
+    """All but the runs' logs and the card, on which nothing depends."""
+    files = sorted(p for p in dataset.root.rglob("*") if p.is_file())
+    return [p for p in files if p.suffix not in (".log", ".md")]
 
 
 def verify(dataset, capsys, *more):

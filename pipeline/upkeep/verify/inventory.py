@@ -16,6 +16,7 @@ from pipeline.dataset import (
     kind_of,
     read_journal,
 )
+from pipeline.dataset.card import CARD_FILE
 from pipeline.dataset.layout import DAMAGED_DIR
 
 _STAGE_OF_FOLDER = {
@@ -84,7 +85,11 @@ class Inventory:
         return lines
 
     def list_strays(self) -> Strays:
-        """Every file that no current line names; journals, `.tmp` and `.damaged` left out."""
+        """Every file that no current line names; journals, `.tmp` and `.damaged` left out.
+
+        So are dataset.json, which has its own sum, and the card, which nothing reads.
+        """
+        unjournalled = (self.dataset.identity_file.name, CARD_FILE)
         ever_named = {
             record.path
             for entries in self.journals.values()
@@ -93,7 +98,7 @@ class Inventory:
         }
         strays = Strays()
         for stray in _walk_files(self.dataset, strays.links):
-            if stray.path in self.named or stray.path == self.dataset.identity_file.name:
+            if stray.path in self.named or stray.path in unjournalled:
                 continue
             parts = PurePosixPath(stray.path).parts
             has_journal = self.journals.get(_STAGE_OF_FOLDER.get(parts[0], ""))
