@@ -13,7 +13,7 @@ from evaluate.compare.results import results_bytes
 from evaluate.protocols.config import Protocol, load_protocol, protocol_names
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import expand_names, plan_cells
-from evaluate.protocols.published_values import describe_rows
+from evaluate.protocols.published_values import check_published_model, describe_rows
 from evaluate.protocols.report_protocols import load_report
 from evaluate.protocols.reproduction import reproduction_sheet
 from evaluate.protocols.run import list_missing, out_folder, run_protocol
@@ -51,7 +51,9 @@ def _load_protocols(options: argparse.Namespace) -> list[Protocol]:
     if options.name != "all":
         if options.only:
             raise UserError(f"--only is for `all`; here the protocol is {options.name}")
-        return [load_protocol(options.name, options.config, options.overrides)]
+        protocol = load_protocol(options.name, options.config, options.overrides)
+        check_published_model(protocol)
+        return [protocol]
     protocols = load_report(options.config, options.overrides)
     if not options.only:
         return protocols

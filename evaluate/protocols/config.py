@@ -285,7 +285,7 @@ def _check_names(protocol: Protocol) -> None:
         named = [row.source_in(column) for column in protocol.columns]
         _require_names(named, sources, where, "set or generation")
         _require_names(row.metrics, METRICS, where, "metric")
-        _require_names(row.columns, protocol.columns, f"{where}.columns", "column")
+        _require_names(row.columns, protocol.sets, f"{where}.columns", "set")
 
 
 def _require_names(named: Iterable[str], known: Collection[str], where: str, kind: str) -> None:

@@ -67,6 +67,15 @@ def given_deviations(sources: ProtocolSources) -> dict[str, Deviation]:
     return {key: pair for key, pair in deviations.items() if pair[0] != pair[1]}
 
 
+def random_models(sources: ProtocolSources) -> dict[str, Deviation]:
+    """Models that learned from an encoder with random weights, as deviations: once they drew."""
+    return {
+        f"models.{images.spec.model}.encoder_weights": ("published", "random")
+        for images in sources.images.values()
+        if recorded_identity(sources, images).get("model_encoder_random")
+    }
+
+
 def recorded_identity(sources: ProtocolSources, images: Images) -> dict[str, object]:
     """The identity section of the images' dataset."""
     return dict(read_identity(open_dataset(sources.image_folder(images.key))))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import read_yaml
+from common.errors import UserError
 from common.record import Record
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.plan import Cell, Images, all_images, guiding_set
@@ -89,6 +90,15 @@ def published_name(protocol: Protocol, row: str, steps: object = "") -> str:
     return row.replace("{model}", protocol.published_model).replace("{steps}", str(steps))
 
 
+def check_published_model(protocol: Protocol) -> None:
+    """Refuse a `published_model` that no row of the table is of: nothing would be compared."""
+    rows = published_rows(protocol)
+    if rows and protocol.published_model not in rows:
+        raise UserError(
+            f"published_model is '{protocol.published_model}'; the table has {', '.join(rows)}"
+        )
+
+
 def published_rows(protocol: Protocol) -> list[str]:
     """The report's names of all rows of the protocol's table."""
     values = published_values(protocol.published_table or protocol.name)
@@ -114,18 +124,21 @@ def describe_rows(protocol: Protocol, cells: Sequence[Cell]) -> list[str]:
     return [*lines, *(f"published row '{name}' is not repeated here" for name in rest)]
 
 
-def cell_deviations(protocol: Protocol, source: str, column: str) -> list[str]:
+def cell_deviations(protocol: Protocol, encoder: str, source: str, column: str) -> list[str]:
     """The deviations that concern images (or a set) compared with a column, as texts.
 
-    Those of other generations, sets and models do not; all others concern every number.
+    Those of other generations, sets and models do not; all others concern every number. So does
+    an encoder with random weights, which the configuration of places chooses.
     """
+    weights = protocol.weights_of(encoder)
+    random = [f"{encoder} has random weights ({weights})"] if weights.startswith("random:") else []
     images = [one for one in all_images(protocol) if one.key == source]
     named = {
         "generations": {one.generation for one in images},
         "models": {one.spec.model for one in images},
         "sets": {source, column, guiding_set(protocol, source)},
     }
-    return [
+    return random + [
         describe_deviation(key, pair)
         for key, pair in protocol.deviations.items()
         if _concerns(key.split("."), named, images)

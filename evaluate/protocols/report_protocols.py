@@ -8,6 +8,7 @@ from common.config import read_yaml
 from common.errors import UserError
 from common.plain_yaml import load_yaml
 from evaluate.protocols.config import Protocol, build_protocol, read_shipped
+from evaluate.protocols.published_values import published_rows
 
 REPORT_PROTOCOLS = ("table2", "table3", "table4", "table5", "figure4", "figure5")
 _NAMED = ("sets", "models", "generations")
@@ -28,7 +29,7 @@ def load_report(config: Path | None, overrides: Sequence[str] = ()) -> list[Prot
     names = {name: _names_of(read_shipped(name)) for name in REPORT_PROTOCOLS}
     known = set().union(*names.values())
     _check_known(values, texts, known)
-    return [
+    protocols = [
         build_protocol(
             name,
             _concerning(values, names[name]),
@@ -36,6 +37,10 @@ def load_report(config: Path | None, overrides: Sequence[str] = ()) -> list[Prot
         )
         for name in REPORT_PROTOCOLS
     ]
+    chosen = {protocol.published_model for protocol in protocols}
+    if len(chosen) == 1 and not any(chosen & set(published_rows(one)) for one in protocols):
+        raise UserError(f"published_model is '{chosen.pop()}', which no table of the report has")
+    return protocols
 
 
 def _names_of(shipped: Mapping[str, Any]) -> set[str]:

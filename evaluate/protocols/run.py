@@ -15,7 +15,7 @@ from evaluate.protocols.cells import Measurer
 from evaluate.protocols.comparable import check_table
 from evaluate.protocols.config import Protocol
 from evaluate.protocols.describe import describe_protocol
-from evaluate.protocols.image_checks import check_images, given_deviations
+from evaluate.protocols.image_checks import check_images, given_deviations, random_models
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.memorisation import measure_memorisation
 from evaluate.protocols.memorisation_tables import memorisation_tables
@@ -47,6 +47,7 @@ def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, A
         f"protocol {protocol.name}: {len(cells)} comparisons by {len(protocol.encoders)} encoders"
     )
     make_missing(sources, cells)
+    protocol = replace(protocol, deviations=protocol.deviations | random_models(sources))
     store = ResultStore(Path(protocol.out) / "cells")
     measurer = Measurer(protocol, sources, store)
     # What does not belong in one table is refused before hours of measuring.

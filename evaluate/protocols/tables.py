@@ -200,7 +200,7 @@ def published_number(
     if found is None or value is None:
         return None
     source = cell.part("generated").text("source")
-    deviations = cell_deviations(protocol, source, cell.text("column"))
+    deviations = cell_deviations(protocol, cell.text("encoder"), source, cell.text("column"))
     # A difference of what was made otherwise would pass for a finding.
     return PublishedNumber(
         row=found.row, value=found.value, spread=found.spread, approximate=found.approximate,

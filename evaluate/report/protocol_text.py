@@ -1,6 +1,7 @@
 """A protocol's tables as Markdown and LaTeX, from the same rows as the page's."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from common.escape import escape_latex, escape_markdown
@@ -159,10 +160,10 @@ def tables_as_latex(results: Record) -> str:
 
 def _latex_table(protocol: str, table: Record) -> list[str]:
     columns = table.parts("columns")
-    sets = {column.text("set") for column in columns}
-    encoders = list(dict.fromkeys(column.text("encoder") for column in columns))
+    spans = Counter(column.text("encoder") for column in columns)
     heads = [
-        rf"\multicolumn{{{len(sets)}}}{{c}}{{{escape_latex(encoder)}}}" for encoder in encoders
+        rf"\multicolumn{{{span}}}{{c}}{{{escape_latex(encoder)}}}"
+        for encoder, span in spans.items()
     ]
     # Two rows of heads: each encoder over the sets that it was compared on.
     below = [escape_latex(column.text("set")) for column in columns]

@@ -21,7 +21,7 @@ from evaluate.protocols.config import load_protocol
 from evaluate.protocols.plan import plan_cells
 from evaluate.protocols.published_values import FILE, published_name, published_values
 from evaluate.protocols.report_protocols import REPORT_PROTOCOLS, load_report
-from evaluate.protocols.reproduction import reproduction_sheet
+from evaluate.protocols.reproduction import difference_bound, reproduction_sheet
 from evaluate.protocols.run import run_protocol
 from evaluate.protocols.tables import build_tables
 from evaluate.report.protocol_files import render_protocol
@@ -51,7 +51,7 @@ def test_published_values_are_compared_only_where_nothing_deviates(
     protocol, measured = toy(world, "table2", "encoders=[uni2-h]"), table2["cells"]
 
     def entries(deviations: dict[str, Any], model: str = "CytoSyn-40M") -> dict[str, Any]:
-        changed = replace(protocol, deviations=deviations, published_model=model)
+        changed = replace(protocol, deviations=deviations, published_model=model, weights="hub")
         (fd, *_) = build_tables(changed, measured)
         return {row["label"]: row["cells"]["uni2-h/val-in"] for row in fd["rows"]}
 
@@ -71,6 +71,33 @@ def test_published_values_are_compared_only_where_nothing_deviates(
             published = found[label]["published"]
             assert (published["difference"] is None) == deviates, (key, label)
             assert published["deviations"] == ([f"{key} is 2, not 1"] if deviates else [])
+
+
+def test_random_weights_are_no_equals(world: Path, table2: dict[str, Any]) -> None:
+    """Of an encoder by the configuration, of a model by what its images record."""
+    protocol = replace(toy(world, "table2", "encoders=[uni2-h]"), deviations={})
+    for given, expected in (
+        ({"weights": "random:0"}, "uni2-h has random weights (random:0)"),
+        ({"weights": "hub", "encoder_weights": ("uni2-h=random:7",)}, "weights (random:7)"),
+    ):
+        (fd, *_) = build_tables(replace(protocol, **given), table2["cells"])
+        for row in fd["rows"][:2]:
+            published = row["cells"]["uni2-h/val-in"]["published"]
+            assert published["difference"] is None
+            assert expected in published["deviations"][0]
+    assert table2["deviations"]["models.model.encoder_weights"] == ["published", "random"]
+
+
+def test_fewer_columns_are_no_mistake_and_an_unknown_published_model_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for table, column in (("table3", "reference"), ("table4", "val-out")):
+        protocol = load_protocol(table, None, [f"columns=[{column}]"])
+        assert {cell.column for cell in plan_cells(protocol)} == {column}
+    with pytest.raises(UserError, match="published_model is 'CytoSyn-40'; the table has CytoSyn-"):
+        main(["protocol", "table2", "--dry-run", "published_model=CytoSyn-40"])
+    with pytest.raises(UserError, match="'CytoSyn-40', which no table of the report has"):
+        main(["protocol", "all", "--dry-run", "published_model=CytoSyn-40"])
 
 
 def table_with(published: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +267,8 @@ def test_a_difference_is_judged_by_what_chance_gives() -> None:
     # Table 5 has 0.04 for it: 1.96 x sqrt(2) x 0.04 and half of the last printed digit.
     assert verdict(11.05, None, [])[::2] == ("within chance", "spread of table 5")
     assert verdict(11.1, None, [])[0] == "beyond chance"
+    floor = next(v for v in published_values("table2") if v.row == "guidance-vs-val")
+    assert difference_bound(floor, Record({"value": 4.0, "n": {"n": 9}})) == (None, "")
     assert verdict(11.0, 0.2, ["count is 9, not 1"])[:2] == (
         "not comparable: count is 9, not 1", None
     )  # fmt: skip
