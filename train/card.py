@@ -76,7 +76,12 @@ def _describe_measured(run_dir: Path) -> list[str]:
 
 
 def _describe_limits(weights: Records) -> list[str]:
+    from model.encoders import ENCODERS  # torchvision takes seconds to import
+
     lines = ["Draws the kinds of tissue that it was trained on, at their resolution and stain"]
+    encoder = ENCODERS.get(weights.encoder or "")
+    if encoder is not None and encoder.photographs:
+        lines.append(f"{encoder.name} was trained on photographs, not on tissue")
     if weights.encoder_is_random:
         lines.append("The encoder had RANDOM weights: a dry run, its images mean nothing")
     return lines

@@ -61,7 +61,7 @@ def _describe_content(dataset: Dataset, identity: dict[str, Any]) -> list[str]:
     px, mpp = identity.get("tile_px", "unknown"), identity.get("mpp") or "unknown"
     lines = [f"Tiles of {px} px at {mpp} µm per pixel, lossless"]
     if kind_of(identity) != DatasetKind.GENERATED:
-        lines.append(f"{usable:,} slides")
+        lines.append(f"{usable:,} slide{'' if usable == 1 else 's'}")
     for name in dataset.selection_names():
         rows = pq.read_metadata(dataset.selection_file(name)).num_rows
         lines.append(f"Selection {name}: {rows:,} tiles")

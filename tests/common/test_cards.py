@@ -64,7 +64,7 @@ def test_shards_of_a_real_dataset_load_by_the_hubs_library_offline(tmp_path: Pat
     head = head_of(card)
     assert head["license"] == "cc0-1.0"
     assert "Selection train: 5 tiles" in card
-    assert "1 slides" in card
+    assert "- 1 slide\n" in card
     script = f"""
 import datasets
 given = datasets.load_dataset("webdataset", data_files={str(root / "tiles/224/*.tar")!r},
