@@ -254,13 +254,16 @@ class CytoSyn(nn.Module):
         weights = {_SIT: self.sit.state_dict(), _VAE: self.vae.state_dict()}
         for name, tensors in weights.items():
             write_tensors(folder / name, tensors)
+        records = asdict(self.records)
+        if not records["terms"]:  # so that a model without any is as it was before there were terms
+            del records["terms"]
         config = {
             "format": "cytosyn",
             "format_version": FORMAT_VERSION,
             "path": self.interpolant.path,
             "sit": self.sit.config.to_dict(),
             "vae": self.vae.config.to_dict(),
-            "records": asdict(self.records),
+            "records": records,
             "sha256": {name: tensors_sha256(tensors) for name, tensors in weights.items()},
         }
         write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")

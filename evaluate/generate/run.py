@@ -108,7 +108,7 @@ def generate(
     def claim_and_plan() -> list[tuple[int, ...]]:
         claim_identity(
             dataset, claims, stage="generate", versions=_software_versions(),
-            kind=DatasetKind.GENERATED, terms=merge_terms(generator.terms, source.terms()),
+            kind=DatasetKind.GENERATED, terms=merge_terms(generator.terms, source.terms()) or None,
         )  # fmt: skip
         # Tables only grow: two runs with other numbers of images must see each other's.
         with hold_claim(dataset, GENERATED, "generate"):

@@ -141,7 +141,8 @@ def test_training_and_evaluation_survive(machine: Machine) -> None:
     ]  # fmt: skip
     for stage in stages:
         machine.run("-m", "pipeline", *stage, "--dataset", dataset)
-    machine.run("-m", "train", "--config", "tiny", f"data.dataset={dataset}", f"run.dir={run}",
+    machine.run("-m", "train", "--config", "tiny", "data.encoder=h0-mini",
+                f"data.dataset={dataset}", f"run.dir={run}",
                 "data.selection=a", "run.steps=2")  # fmt: skip
     machine.run("-m", "train", "export", run, model)
     machine.run("-m", "evaluate", "generate", "--model", model, "--guidance", dataset,
