@@ -7,12 +7,11 @@ from common.config import write_yaml
 from common.escape import escape_markdown
 from common.terms import Terms
 
-_HUB_LICENCES = {
-    "apache-2.0": "apache-2.0", "mit": "mit", "bsd-3-clause": "bsd-3-clause", "cc0-1.0": "cc0-1.0",
-    "cc by 4.0": "cc-by-4.0", "cc by-nc 4.0": "cc-by-nc-4.0", "cc by-nc-nd 4.0": "cc-by-nc-nd-4.0",
-    "cc by-nc-sa 4.0": "cc-by-nc-sa-4.0", "cc by-sa 4.0": "cc-by-sa-4.0",
-}  # fmt: skip
-"""The hub's names of licences, by ours in lower case."""
+_HUB_LICENCES = frozenset({
+    "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-4.0", "cc-by-sa-4.0",
+})  # fmt: skip
+"""The hub's names of licences: the usual ones in lower case, with hyphens."""
 
 _NO_TERMS = "No terms were recorded."
 
@@ -27,16 +26,14 @@ def licence_head(terms: Sequence[Terms]) -> dict[str, str]:
     {'license': 'cc0-1.0'}
     """
     names = {one.licence for one in terms}
-    if len(names) == 1 and (known := _hub_licence(next(iter(names)))):
-        return {"license": known}
+    if len(names) == 1 and (hub_name := _with_hyphens(*names)) in _HUB_LICENCES:
+        return {"license": hub_name}
     label = "see-terms" if names - {""} else "not-recorded"
     return {"license": "other", "license_name": label}
 
 
-def _hub_licence(name: str) -> str:
-    text = re.sub(r"[\s_-]+", " ", name.strip().lower())
-    by_words = {re.sub(r"[\s_-]+", " ", key): value for key, value in _HUB_LICENCES.items()}
-    return by_words.get(text, "")
+def _with_hyphens(name: str) -> str:
+    return re.sub(r"[\s_-]+", "-", name.strip().lower())
 
 
 def render_card(

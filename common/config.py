@@ -69,7 +69,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         for section in sections:
             below = place.setdefault(section, {})
             if isinstance(below, _Raw):  # section={...} and then section.key=value
-                below = place[section] = _parse_override(below, section)
+                below = place[section] = parse_override(below, section)
             if not isinstance(below, dict):
                 raise UserError(f"override '{text}': '{section}' is not a section")
             place = below
@@ -87,7 +87,7 @@ def keys_given(values: Mapping[str, Any], *sections: str) -> set[str]:
     for section in sections:
         place = place.get(section, {})
         if isinstance(place, _Raw):
-            place = _parse_override(place, section)
+            place = parse_override(place, section)
     return set(place)
 
 
@@ -131,7 +131,7 @@ def _settable_fields(cls: type) -> list["Field[Any]"]:
 
 def _build_section(cls: type[T], values: Any, prefix: str, known: list[str]) -> T:
     if isinstance(values, _Raw):
-        values = _parse_override(values, prefix.rstrip("."))
+        values = parse_override(values, prefix.rstrip("."))
     if not isinstance(values, Mapping):
         raise _mismatch_error(prefix.rstrip("."), "a section of keys", values)
     hints = get_type_hints(cls)
@@ -161,7 +161,7 @@ def _as_list(hint: Any, value: Any, key: str) -> Any:
     if get_origin(hint) is not tuple or Ellipsis not in get_args(hint):
         return value
     if isinstance(value, _Raw):
-        value = _parse_override(value, key)
+        value = parse_override(value, key)
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -171,7 +171,7 @@ def _build_value(hint: Any, value: Any, key: str, known: list[str]) -> Any:
     if isinstance(value, _Raw):
         if hint is str:
             return str(value)
-        value = _parse_override(value, key)
+        value = parse_override(value, key)
     origin, args = get_origin(hint), get_args(hint)
     if hint is object:  # anything: no type says what is right
         entries = value.items() if isinstance(value, Mapping) else ()
@@ -243,7 +243,8 @@ def _parse_number(value: Any, key: str) -> float:
         raise _mismatch_error(key, "a number", value) from error
 
 
-def _parse_override(text: str, key: str) -> Any:
+def parse_override(text: str, key: str) -> Any:
+    """The value of an override's text; a `UserError` names the key where it is no YAML."""
     try:
         return load_yaml(str(text))
     except ValueError as error:

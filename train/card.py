@@ -10,11 +10,6 @@ from train.config import Config
 from train.setup import SUMMARY_FILE
 
 _TAGS = ["histology", "pathology", "diffusion", "repa-e"]
-_TASK = "unconditional-image-generation"
-_USE = [
-    "With histogen: model.CytoSyn.from_pretrained(FOLDER).generate(features)",
-    "As the released CytoSyn is called: evaluate.generators.pipeline.CytoSynPipeline",
-]
 
 
 def model_card(config: Config, records: Record, weights: Records, run_dir: Path) -> str:
@@ -76,12 +71,11 @@ def _describe_measured(run_dir: Path) -> list[str]:
 
 
 def _describe_limits(weights: Records) -> list[str]:
-    from model.encoders import ENCODERS  # torchvision takes seconds to import
+    from model.encoders import is_of_photographs  # torchvision takes seconds to import
 
     lines = ["Draws the kinds of tissue that it was trained on, at their resolution and stain"]
-    encoder = ENCODERS.get(weights.encoder or "")
-    if encoder is not None and encoder.photographs:
-        lines.append(f"{encoder.name} was trained on photographs, not on tissue")
+    if is_of_photographs(weights.encoder or ""):
+        lines.append(f"{weights.encoder} was trained on photographs, not on tissue")
     if weights.encoder_is_random:
         lines.append("The encoder had RANDOM weights: a dry run, its images mean nothing")
     return lines

@@ -7,6 +7,7 @@ import torch
 from common.console import print_line
 from common.errors import UserError
 from common.files import find_link
+from common.record import Record
 from model.cytosyn import CytoSyn, Records
 from model.interpolant import Interpolant
 from model.sit import SiT
@@ -58,8 +59,11 @@ def export_run(
             f"{error}: run the same training command again, which goes on from the checkpoint "
             "before it, or choose another with --step"
         ) from error
+    run_records = read_records(run_dir)
+    records = _describe_weights(
+        run_dir, run_records, config, state.step, sit=chosen_sit, vae=chosen_vae
+    )
     # Around the tensors: the configuration alone may ask for any amount of memory.
-    records = _describe_weights(run_dir, config, state.step, sit=chosen_sit, vae=chosen_vae)
     model = CytoSyn(
         build_from_tensors(
             lambda: SiT(config.model.sit), read_tensors(sit_file), source=str(sit_file)
@@ -74,7 +78,7 @@ def export_run(
     for name, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{checkpoint}: {name} is not finite: export an older step with --step")
-    model.save_pretrained(out, card=model_card(config, read_records(run_dir), records, run_dir))
+    model.save_pretrained(out, card=model_card(config, run_records, records, run_dir))
     size = sum(path.lstat().st_size for path in out.iterdir()) / 1e6
     print_line(
         f"exported {checkpoint.name} of {run_dir}: SiT {chosen_sit}, VAE {chosen_vae}, "
@@ -83,9 +87,8 @@ def export_run(
 
 
 def _describe_weights(
-    run_dir: Path, config: Config, step: int, *, sit: Weights, vae: Weights
+    run_dir: Path, records: Record, config: Config, step: int, *, sit: Weights, vae: Weights
 ) -> Records:
-    records = read_records(run_dir)
     encoder = records.part("encoder")
     try:
         return Records.from_dict(

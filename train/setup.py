@@ -12,14 +12,14 @@ from common.errors import UserError
 from common.files import read_regular, write_json, write_text
 from common.json_text import parse_json, read_json
 from common.record import Record
-from common.terms import merge_terms, parse_terms, plain_terms
+from common.terms import merge_terms, plain_terms
 from common.torch_processes import ALONE, Processes
 from pipeline.dataset import (
     Dataset,
+    lineage_terms,
     open_dataset,
     read_identity,
     read_selection,
-    read_terms,
     software_versions,
 )
 from pipeline.dataset.features import refuse_other_features
@@ -235,9 +235,7 @@ def _input_records(config: Config, data: TrainingData) -> dict[str, Any]:
         "encoder": data.source.encoder_record,
         "terms": plain_terms(
             merge_terms(
-                read_terms(data.dataset),
-                parse_terms(data.source.encoder_record.get("terms")),
-                initial_terms(config),
+                lineage_terms([data.dataset], [data.source.encoder_record]), initial_terms(config)
             )
         ),
         "tiles_sha256": data.source.hash_tiles(data.stream.table.slide_ids),

@@ -21,12 +21,14 @@ def encoder_widths(config: "Config") -> dict[str, int]:
     they are opened.
     """
     # A finished run needs no dataset, and one that goes on is held against its features.
-    if begun := _begun_widths(config.run.dir):
+    if config.run.dir and (begun := _begun_widths(config.run.dir)):
         return begun
-    widths = _table_widths(config.data.encoder)
+    widths: dict[str, int] = {}
     if config.data.dataset:
         with contextlib.suppress(UserError):  # opening the data raises it, with what to do
-            widths |= _cached_widths(open_dataset(Path(config.data.dataset)), config)
+            widths = _cached_widths(open_dataset(Path(config.data.dataset)), config)
+    if len(widths) < 2:
+        widths = _table_widths(config.data.encoder) | widths
     return {key: width for key, width in widths.items() if width > 0}
 
 
@@ -40,7 +42,7 @@ def _begun_widths(run_dir: str) -> dict[str, int]:
 
 
 def _table_widths(encoder: str) -> dict[str, int]:
-    from model.encoders import encoder_spec
+    from model.encoders import encoder_spec  # torchvision takes seconds to import
 
     try:
         spec = encoder_spec(encoder)

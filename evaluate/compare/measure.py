@@ -8,7 +8,7 @@ import numpy as np
 
 from common.console import print_line
 from common.errors import UserError
-from common.terms import merge_terms, parse_terms, plain_terms
+from common.terms import plain_terms
 from evaluate.compare.inputs import InputFault, TileRows, check_train, find_faults, stopped_metrics
 from evaluate.compare.results import SCHEMA_VERSION, describe_hardware, make_warning
 from evaluate.compare.sides import (
@@ -32,7 +32,7 @@ from evaluate.compare.warnings import (
 from evaluate.metrics.metric import FeaturePair, MetricSettings
 from evaluate.metrics.registry import METRICS, compute_each, compute_floors, describe_failure
 from model.sampler_settings import FIELD_OF_OPTION
-from pipeline.dataset import Dataset, read_identity, read_terms, software_versions
+from pipeline.dataset import Dataset, lineage_terms, read_identity, software_versions
 from pipeline.dataset.features import FeatureStore
 
 FLOOR_SPLITS, FLOOR_SPLIT_ROWS = 8, 4096
@@ -109,9 +109,8 @@ def measure(
         "sampler": {key: identity.get(key) for key in _SAMPLER_KEYS},
         "encoder": real.store.record,
         "terms": plain_terms(
-            merge_terms(
-                *(read_terms(side.dataset) for side in (real, generated, train) if side),
-                parse_terms(real.store.record.get("terms")),
+            lineage_terms(
+                [side.dataset for side in (real, generated, train) if side], [real.store.record]
             )
         ),
         "settings": asdict(settings) | {"fld_seeds": list(settings.fld_seeds)},

@@ -24,6 +24,8 @@ def set_warnings(
     real: FeatureSide, generated: FeatureSide, identity: Mapping[str, object]
 ) -> list[dict[str, str]]:
     """What makes numbers between these two sides doubtful."""
+    from model.encoders import is_of_photographs  # torchvision takes seconds to import
+
     warnings = []
     record = real.store.record
     if record.get("random_weights"):
@@ -58,13 +60,6 @@ def set_warnings(
             )
         )
     return warnings + model_warnings(identity)
-
-
-def is_of_photographs(encoder: str) -> bool:
-    """Whether the encoder of that name is known, and was trained on photographs alone."""
-    from model.encoders import ENCODERS  # torchvision takes seconds to import
-
-    return encoder in ENCODERS and ENCODERS[encoder].photographs
 
 
 def seen_cohort_warnings(
@@ -119,6 +114,8 @@ def hold_out_warnings(sides: Iterable[FeatureSide]) -> list[dict[str, str]]:
 
 def model_warnings(identity: Mapping[str, object]) -> list[dict[str, str]]:
     """What makes the model doubtful, by the identity of the synthetic dataset."""
+    from model.encoders import is_of_photographs  # torchvision takes seconds to import
+
     warnings = []
     if identity.get("model_encoder_random"):
         message = (

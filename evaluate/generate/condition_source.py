@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.terms import Terms, merge_terms, parse_terms
+from common.terms import Terms
 from evaluate.generate.plan import source_order
 from evaluate.generators import EncoderRecord, Generator
 from evaluate.generators.interface import Features
@@ -19,9 +19,9 @@ from pipeline.dataset import (
     Selection,
     fingerprint_of,
     identity_value,
+    lineage_terms,
     read_identity,
     read_selection,
-    read_terms,
 )
 from pipeline.dataset.features import NETWORK, FeatureRecord, FeatureStore, require_fields
 
@@ -141,8 +141,7 @@ class ShuffledSelection(ConditionSource):
 
     def terms(self) -> tuple[Terms, ...]:
         """The terms of the guiding dataset and, where features guide, of their encoder."""
-        record = self.encoder_record or {}
-        return merge_terms(read_terms(self.dataset), parse_terms(record.get("terms")))
+        return lineage_terms([self.dataset], [self.encoder_record or {}])
 
     def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tiles at these positions, int64 [n], of the order in which they guide."""

@@ -114,16 +114,18 @@ class ReleasedGenerator:
 def load_pipeline(
     source: str,
     *,
-    custom_pipeline: str,
+    custom_pipeline: str | None,
     trust_remote_code: bool,
     dtype: str,
     device: torch.device,
     revision: str | None = None,
+    subfolder: str | None = None,
     **components: Any,
 ) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder or the hub, with the code that it brings.
 
-    `custom_pipeline` is where that code is; it runs only with `trust_remote_code`. Raises
+    `custom_pipeline` is where that code is (None: with the model); it runs only with
+    `trust_remote_code`. `revision` and `subfolder` choose one of a repository's models. Raises
     `UserError` in one line: diffusers is missing, the code is not trusted, the weights are gated
     (with what to accept and where to put the token) or cannot be loaded.
     """
@@ -134,13 +136,18 @@ def load_pipeline(
             f"model {source}: the released models need diffusers, which is not installed; "
             "pip install 'histogen[diffusers]'"
         ) from error
-    require_trust(source, custom_pipeline, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:
+        raise UserError(
+            f"model {source} runs code that comes with it ({custom_pipeline or source}); read that "
+            "code, then give --trust-remote-code"
+        )
+    source = _find_folder(source, revision, subfolder)
     # Of a folder there is one revision, and diffusers asks the hub for any other.
     at = {} if revision is None or Path(source).is_dir() else {"revision": revision}
     with explain_pipeline_errors(source):
         pipeline = DiffusionPipeline.from_pretrained(
             source,
-            custom_pipeline=custom_pipeline,
+            custom_pipeline=custom_pipeline or source,
             trust_remote_code=trust_remote_code,
             torch_dtype=_DTYPES[dtype],
             **at,
@@ -151,16 +158,7 @@ def load_pipeline(
     return LoadedPipeline(pipeline.to(device), dtype)
 
 
-def require_trust(source: str, code: str, *, trust_remote_code: bool) -> None:
-    """Refuse to run the code that a model brings, until the user has said that it may."""
-    if not trust_remote_code:
-        raise UserError(
-            f"model {source} runs code that comes with it ({code}); read that code, then give "
-            "--trust-remote-code"
-        )
-
-
-def find_folder(source: str, revision: str | None, subfolder: str | None) -> str:
+def _find_folder(source: str, revision: str | None, subfolder: str | None) -> str:
     """A repository or folder, or the folder below it of one of its models.
 
     A pipeline of diffusers has no subfolder of its own: that part of the repository is fetched.

@@ -16,7 +16,6 @@ from evaluate.generators.interface import (
 from evaluate.generators.released import (
     ReleasedGenerator,
     choose_dtype,
-    find_folder,
     load_pipeline,
 )
 
@@ -25,14 +24,14 @@ HUB_ID = "Owkin-Bioptimus/CytoSyn"
 
 def load_model(source: ModelSource) -> MakeGenerator:
     """Load it from the hub or a downloaded copy; "auto" is float32, as it is published."""
-    where = find_folder(source.model or HUB_ID, source.revision, source.subfolder)
     loaded = load_pipeline(
-        where,
-        custom_pipeline=where,
+        source.model or HUB_ID,
+        custom_pipeline=None,
         trust_remote_code=source.trust_remote_code,
         dtype=choose_dtype(source.dtype, source.device, "float32"),
         device=source.device,
         revision=source.revision,
+        subfolder=source.subfolder,
     )
     places = {"revision": source.revision, "subfolder": source.subfolder}
     chosen = {key: value for key, value in places.items() if value is not None}

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 from common.config import to_plain_values
-from common.terms import merge_terms, parse_terms, plain_terms
+from common.terms import plain_terms
 from evaluate.compare.provenance import tile_provenance
 from evaluate.compare.results import describe_hardware
 from evaluate.protocols.config import Protocol
@@ -20,7 +20,7 @@ from evaluate.protocols.published_values import published_rows
 from evaluate.protocols.results import KIND, SCHEMA_VERSION
 from evaluate.protocols.sources import ProtocolSources
 from evaluate.protocols.store import ResultStore
-from pipeline.dataset import read_identity, read_terms, software_versions
+from pipeline.dataset import lineage_terms, read_identity, software_versions
 
 
 def describe_protocol(
@@ -50,13 +50,9 @@ def describe_protocol(
         "sources": {name: describe_source(sources, name, store) for name in used},
         "encoders": {encoder: list(records.values()) for encoder, records in encoders.items()},
         "terms": plain_terms(
-            merge_terms(
-                *(read_terms(sources.select_tiles(name).dataset) for name in used),
-                *(
-                    parse_terms(record.get("terms"))
-                    for records in encoders.values()
-                    for record in records.values()
-                ),
+            lineage_terms(
+                [sources.select_tiles(name).dataset for name in used],
+                [record for records in encoders.values() for record in records.values()],
             )
         ),
         "versions": software_versions("torch", "numpy", "scipy", "timm", "pillow"),

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import read_yaml
+from common.config import parse_override, read_yaml
 from common.errors import UserError
-from common.plain_yaml import load_yaml
 from evaluate.protocols.config import Protocol, build_protocol, read_shipped
 from evaluate.protocols.published_values import published_rows
 
@@ -25,7 +24,7 @@ def load_report(config: Path | None, overrides: Sequence[str] = ()) -> list[Prot
     texts = [text for text in overrides if not text.startswith("leave_out=")]
     for text in overrides:
         if text not in texts:
-            values["leave_out"] = load_yaml(text.partition("=")[2])
+            values["leave_out"] = parse_override(text.partition("=")[2], "leave_out")
     names = {name: _names_of(read_shipped(name)) for name in REPORT_PROTOCOLS}
     known = set().union(*names.values())
     _check_known(values, texts, known)

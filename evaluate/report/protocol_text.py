@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from common.escape import escape_latex, escape_markdown
 from common.record import Record
@@ -42,7 +42,16 @@ def published_text(entry: Record, *, share: bool = False) -> str:
     difference = number.optional("difference")
     if difference is None:
         return text
-    return f"{text}, {'+' if difference >= 0 else '−'}{show(abs(float(difference)))}"
+    return f"{text}, {signed_text(float(difference), show)}"
+
+
+def signed_text(value: float, show: Callable[[float], str]) -> str:
+    """A difference with its sign, as `show` writes numbers.
+
+    >>> signed_text(-0.31, format_number)
+    '−0.31'
+    """
+    return ("+" if value >= 0 else "−") + show(abs(value))
 
 
 def deviations_text(entry: Record) -> str:

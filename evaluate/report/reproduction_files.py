@@ -10,9 +10,8 @@ from common.escape import csv_text
 from common.text import format_number, format_share
 from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.reproduction import SheetRow
+from evaluate.report.protocol_text import signed_text
 from evaluate.report.template import render_template
-
-_SHARES = ("precision", "recall", "cosine")
 
 
 @dataclass(frozen=True)
@@ -58,5 +57,7 @@ def render_reproduction(outcomes: Sequence[Outcome], sheet: Sequence[SheetRow]) 
 def _show_value(row: SheetRow, value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return "–"
-    text = (format_share if row.quantity in _SHARES else format_number)(abs(value))
-    return ("+" if value >= 0 else "−") + text if signed else text
+    quantities = table_quantities()
+    is_share = row.quantity in quantities and quantities[row.quantity][1].share
+    show = format_share if is_share else format_number
+    return signed_text(value, show) if signed else show(value)

@@ -9,7 +9,7 @@ from model.encoders.encoder import (
     published_sha256,
 )
 from model.encoders.resize import antialias_bicubic_matrix, resize_tokens
-from model.encoders.table import ENCODERS, EncoderSpec, encoder_spec
+from model.encoders.table import ENCODERS, EncoderSpec, encoder_spec, is_of_photographs
 
 __all__ = [
     "ENCODERS",
@@ -19,6 +19,7 @@ __all__ = [
     "MissingPackageError",
     "antialias_bicubic_matrix",
     "encoder_spec",
+    "is_of_photographs",
     "load_encoder",
     "load_spec",
     "published_sha256",

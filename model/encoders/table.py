@@ -629,6 +629,11 @@ ENCODERS: Mapping[str, EncoderSpec] = MappingProxyType(
 )
 
 
+def is_of_photographs(name: str) -> bool:
+    """Whether the encoder of that name is known, and was trained on photographs alone."""
+    return name in ENCODERS and ENCODERS[name].photographs
+
+
 def encoder_spec(name: str) -> EncoderSpec:
     """Look an encoder up by name; `UserError` names the nearest known one."""
     if name in ENCODERS:

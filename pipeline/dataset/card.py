@@ -30,14 +30,15 @@ def dataset_card(dataset: Dataset) -> str:
     identity = read_identity(dataset)
     is_generated = kind_of(identity) == DatasetKind.GENERATED
     title = "Generated histology tiles" if is_generated else "Histology tiles"
+    data_files = _data_files(dataset)
     sections = [
         ("Content", _describe_content(dataset, identity)),
         ("How the images were made", _describe_generation(identity) if is_generated else []),
-        ("Reading it", _describe_reading(dataset)),
+        ("Reading it", _describe_reading(has_shards=bool(data_files))),
         ("Intended use and limits", _describe_limits(identity, is_generated=is_generated)),
     ]
     tags = [*_TAGS, "synthetic"] if is_generated else _TAGS
-    return render_card(title, {"tags": tags, **_data_files(dataset)}, sections, read_terms(dataset))
+    return render_card(title, {"tags": tags, **data_files}, sections, read_terms(dataset))
 
 
 def _tile_sizes(dataset: Dataset) -> list[str]:
@@ -78,9 +79,9 @@ def _describe_generation(identity: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_reading(dataset: Dataset) -> list[str]:
+def _describe_reading(*, has_shards: bool) -> list[str]:
     lines = [f"A dataset of histogen, which reads it with its selections. {_FEATURES}"]
-    if _data_files(dataset):
+    if has_shards:
         lines.append(
             "The shards are tar files of PNG, as webdataset and datasets.load_dataset read them; "
             "their tiles are all that were cut, of which selections choose"
@@ -90,7 +91,7 @@ def _describe_reading(dataset: Dataset) -> list[str]:
 
 def _describe_limits(identity: dict[str, Any], *, is_generated: bool) -> list[str]:
     if not is_generated:
-        return ["For research. Tissue and artifacts were told apart by a program, and not reviewed"]
+        return ["For research. A program found tissue and artifacts, and nobody reviewed them"]
     lines = ["For research, never for diagnosis: no patient has this tissue"]
     if identity.get("model_encoder_random"):
         lines.append("The model was trained with an encoder of RANDOM weights: a dry run")

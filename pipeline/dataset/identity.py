@@ -130,6 +130,15 @@ def read_terms(dataset: Dataset) -> tuple[Terms, ...]:
     )  # fmt: skip
 
 
+def lineage_terms(
+    datasets: Iterable[Dataset], encoders: Iterable[Mapping[str, object]]
+) -> tuple[Terms, ...]:
+    """The terms of datasets' tiles, then those of the features' encoder.json, each once."""
+    return merge_terms(
+        *map(read_terms, datasets), *(parse_terms(record.get("terms")) for record in encoders)
+    )
+
+
 def identity_damage(dataset: Dataset) -> str:
     """What is wrong with the bytes of dataset.json; "" where they are as they were written.
 

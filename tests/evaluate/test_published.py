@@ -228,6 +228,7 @@ def compile_latex(tables: str, folder: Path) -> None:
         (["models.dalle.model=x"], "models.dalle is in no protocol of the report"),
         (["leave_out=[dalle]"], "no model or column 'dalle' in any protocol"),
         (["counts=3"], "unknown configuration key 'counts'"),
+        (["leave_out=[pixcell"], "leave_out=[pixcell: not a YAML value"),
     ],
 )
 def test_what_no_protocol_of_all_has_is_refused(overrides: list[str], message: str) -> None:

@@ -116,6 +116,9 @@ def test_a_subfolder_and_a_revision_choose_a_model_and_are_recorded(
     plain = open_generator(source(folders, "cytosyn")).make(settings_for("cytosyn", {})).identity()
     assert identity["model_sha256"] == plain["model_sha256"]
     assert "subfolder" not in plain
+    untrusted = replace(both, model="lab/nowhere", subfolder="v2", trust_remote_code=False)
+    with pytest.raises(UserError, match="read that code"):  # before anything is fetched
+        open_generator(untrusted)
     for wrong, message in (("v3", "has no such folder"), ("../x", "within the repository")):
         with pytest.raises(UserError, match=message):
             open_generator(replace(both, subfolder=wrong))
