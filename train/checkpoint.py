@@ -85,6 +85,10 @@ class Trainees:
         return {key: parameter for key, parameter in named if parameter.requires_grad}
 
 
+RECORDS_FILE = "records.json"
+"""What a run descends from, in its folder."""
+
+
 def checkpoints_dir(run_dir: Path) -> Path:
     """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"

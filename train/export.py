@@ -14,6 +14,7 @@ from model.vae import VAE
 from model.weights import build_from_tensors, read_tensors
 from train.card import model_card
 from train.checkpoint import (
+    RECORDS_FILE,
     DamagedCheckpointError,
     check_sums,
     checkpoints_dir,
@@ -22,7 +23,7 @@ from train.checkpoint import (
     read_state,
 )
 from train.config import Config, Weights
-from train.setup import RECORDS_FILE, read_config, read_records
+from train.setup import read_config, read_records
 
 
 def export_run(

@@ -13,6 +13,7 @@ from common.terms import Terms, merge_terms, parse_terms
 from model.sit import SiT
 from model.vae import VAE
 from model.weights import Tensors, fit_tensors, load_archive, read_tensors
+from train.checkpoint import RECORDS_FILE, checkpoints_dir
 from train.config import Config
 
 _ARCHIVES = (".pt", ".pth")
@@ -52,12 +53,25 @@ def initial_terms(config: Config) -> tuple[Terms, ...]:
 
 
 def _weights_terms(key: str, path: Path) -> tuple[Terms, ...]:
-    for folder in (path, path.parent):
-        with suppress(OSError, ValueError, UserError):
-            records = read_json(folder / "config.json")["records"]
-            if terms := parse_terms(records.get("terms")):
+    for folder in (path.absolute(), path.absolute().parent):
+        files = [folder / "config.json"]
+        run_dir = folder.parent.parent
+        if folder.parent == checkpoints_dir(run_dir):
+            files.append(run_dir / RECORDS_FILE)
+        for file in files:
+            if terms := _stated_terms(file):
                 return terms
     return (Terms(f"weights of {key}", "", path.name),)
+
+
+def _stated_terms(file: Path) -> tuple[Terms, ...]:
+    """The terms in a model's config.json or a run's records.json; none of another's file."""
+    with suppress(OSError, ValueError, UserError):
+        values = read_json(file)
+        # A diffusers repository has a config.json, too, without records.
+        records = values.get("records", values) if isinstance(values, dict) else None
+        return parse_terms(records.get("terms")) if isinstance(records, dict) else ()
+    return ()
 
 
 def weights_file(name: str, network: str) -> Path:

@@ -25,6 +25,7 @@ from pipeline.dataset import (
 from pipeline.dataset.features import refuse_other_features
 from pipeline.dataset.hold_outs import check_held_out, honoured, is_hold_out
 from train.checkpoint import (
+    RECORDS_FILE,
     DamagedCheckpointError,
     RunState,
     check_sums,
@@ -44,7 +45,6 @@ from train.stream import BlockTable, Stream, compile_blocks, map_blocks, write_b
 Resume = Literal["auto", "never"]
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
-RECORDS_FILE = "records.json"
 BLOCKS_DIR = "blocks"  # of a run on several processes
 _WRITTEN_IN_PLACE = (
     ".lock", ".lease", ".lease.lock", BLOCKS_DIR, "checkpoints", "metrics.jsonl", "samples",

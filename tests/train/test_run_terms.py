@@ -10,7 +10,9 @@ from common.json_text import read_json
 from common.terms import Terms, parse_terms
 from model import CytoSyn
 from pipeline.dataset import claim_identity
+from train.config import load_config
 from train.export import export_run
+from train.initial import initial_terms
 from train.loop import train
 
 SLIDES = Terms("slides", "CC0-1.0")
@@ -52,3 +54,17 @@ def test_terms_go_from_the_dataset_to_the_model_and_on_to_what_begins_with_it(
     train(small_config(bare, begun, "run.steps=1", "log.every=1", alone))
     (unknown,) = parse_terms(read_json(begun / "records.json")["terms"])
     assert unknown.describe() == "weights of init.vae: licence not recorded (vae.safetensors)"
+
+
+def test_weights_of_a_diffusers_folder_and_of_a_checkpoint_have_their_terms(tmp_path: Path) -> None:
+    """A config.json of other software has no records, and a checkpoint's run states them."""
+    other, run = tmp_path / "diffusers", tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (run / "records.json").write_text(json.dumps({"terms": [vars(SLIDES)]}))
+    other.mkdir()
+    for text in ('{"_class_name": "AutoencoderKL"}', "[]", '{"records": 3}', "not JSON"):
+        (other / "config.json").write_text(text)
+        config = load_config(None, [f"init.vae={other}"])
+        assert initial_terms(config) == (Terms("weights of init.vae", "", "diffusers"),)
+    assert initial_terms(load_config(None, [f"init.vae={checkpoint}"])) == (SLIDES,)
