@@ -1,6 +1,6 @@
 """The refusal to put two numbers in one table that do not belong together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from common.errors import UserError
 from pipeline.dataset.features import MADE, FeatureRecord
@@ -47,7 +47,7 @@ def check_sides(
         )
 
 
-def check_table(name: str, rows: Sequence[tuple[str, Basis]], varies: Iterable[str]) -> None:
+def check_table(name: str, rows: Iterable[tuple[str, Basis]], varies: Iterable[str]) -> None:
     """Refuse a table whose numbers differ in more than it is about.
 
     `rows` are (label, basis). What fixes an encoder must agree among its own numbers; dtype,

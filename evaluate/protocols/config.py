@@ -107,7 +107,8 @@ class TableRow:
     `generated` names a generation or a set; `{column}` in it is replaced by the column's set.
     The views are those of the features; `real_px` is the size of the real tiles, if not their
     dataset's. `columns` and `encoders` limit the row to some of the protocol's (empty: all).
-    `published` is what the report calls the row; `{model}` in it is `published_model`.
+    `published` is what the report calls the row; `{model}` in it is `published_model`, `{steps}`
+    the steps of the images.
     """
 
     takes_single_values: ClassVar[bool] = True

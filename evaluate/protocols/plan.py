@@ -150,11 +150,16 @@ def _row_cells(protocol: Protocol, encoder: str, column: str) -> list[Cell]:
                 train=train if "train" in needed_features(row.metrics) else None,
                 point=images.point,
                 note=row.note,
-                published=row.published,
+                published=_with_steps(row.published, images.spec),
             )
             for images in (expand_generation(protocol, source) if is_generated else [reference])
         ]
     return cells
+
+
+def _with_steps(published: str, spec: GenerationSpec) -> str:
+    """The report's name of a row: `{steps}` in it are those of the images, swept or not."""
+    return published.replace("{steps}", ",".join(map(str, spec.steps)))
 
 
 _REAL_CONTROLS = {

@@ -12,10 +12,25 @@ from typing import NamedTuple
 from common.config import read_yaml
 from common.errors import UserError
 from common.record import Record
-from evaluate.protocols.config import Protocol
+from evaluate.protocols.config import SWEPT_KEYS, Deviation, Protocol
 from evaluate.protocols.plan import Cell, Images, all_images, guiding_set
 
 FILE = Path(__file__).parent / "published" / "cytosyn.yaml"
+_ONE_MODEL = ("CytoSyn-108M-EMA", "CytoSyn-v2")
+"""Table 2 and tables 3 and 4 print one model under two names."""
+_CHANGE_NO_NUMBER = frozenset(
+    {"encoders", "columns", "tables", "plots", "controls", "groups", "group_tiles", "relative_to",
+     "title", "source", "varies"}
+)  # fmt: skip
+"""Keys that choose what is measured beside a number, or how it is shown."""
+_QUANTITIES_OF = {
+    "draws": ("variability",),
+    "subsample": ("variability",),
+    "k": ("precision", "recall"),
+    "fld": ("fld",),
+    "kid": (),
+}
+"""Settings, by their name or its first word, that change only these published quantities."""
 
 
 class PublishedValue(NamedTuple):
@@ -85,15 +100,19 @@ def find_published(
     return None
 
 
-def published_name(protocol: Protocol, row: str, steps: object = "") -> str:
-    """What the report calls a row: `{model}` is `published_model`, `{steps}` the point's steps."""
-    return row.replace("{model}", protocol.published_model).replace("{steps}", str(steps))
+def published_name(protocol: Protocol, row: str) -> str:
+    """What the report calls a row: `{model}` in it is `published_model`, as this table names it."""
+    model = protocol.published_model
+    if model in _ONE_MODEL:
+        rows = published_rows(protocol)
+        model = next((name for name in _ONE_MODEL if name in rows), model)
+    return row.replace("{model}", model)
 
 
 def check_published_model(protocol: Protocol) -> None:
     """Refuse a `published_model` that no row of the table is of: nothing would be compared."""
     rows = published_rows(protocol)
-    if rows and protocol.published_model not in rows:
+    if rows and published_name(protocol, "{model}") not in rows:
         raise UserError(
             f"published_model is '{protocol.published_model}'; the table has {', '.join(rows)}"
         )
@@ -115,7 +134,7 @@ def describe_rows(protocol: Protocol, cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         if cell.kind == "control":
             continue
-        name = published_name(protocol, cell.published, cell.point.get("steps", ""))
+        name = published_name(protocol, cell.published)
         repeated.add(name)
         point = "".join(f", {key} {value}" for key, value in cell.point.items())
         paper = f"; published as '{name}'" if name in published_rows(protocol) else ""
@@ -124,31 +143,52 @@ def describe_rows(protocol: Protocol, cells: Sequence[Cell]) -> list[str]:
     return [*lines, *(f"published row '{name}' is not repeated here" for name in rest)]
 
 
-def cell_deviations(protocol: Protocol, encoder: str, source: str, column: str) -> list[str]:
-    """The deviations that concern images (or a set) compared with a column, as texts.
+def cell_deviations(
+    protocol: Protocol, quantity: str, encoder: str, source: str, column: str
+) -> list[str]:
+    """The deviations that a quantity of images (or a set) against a column rests on, as texts.
 
-    Those of other generations, sets and models do not; all others concern every number. So does
-    an encoder with random weights, which the configuration of places chooses.
+    Those of other generations, sets and models, and of settings of other quantities, do not
+    concern it; all others concern every number. So does an encoder with random weights, which
+    the configuration of places chooses.
     """
     weights = protocol.weights_of(encoder)
     random = [f"{encoder} has random weights ({weights})"] if weights.startswith("random:") else []
-    images = [one for one in all_images(protocol) if one.key == source]
+    images = next((one for one in all_images(protocol) if one.key == source), None)
     named = {
-        "generations": {one.generation for one in images},
-        "models": {one.spec.model for one in images},
+        "generations": {images.generation if images else ""},
+        "models": {images.spec.model if images else ""},
         "sets": {source, column, guiding_set(protocol, source)},
     }
     return random + [
         describe_deviation(key, pair)
         for key, pair in protocol.deviations.items()
-        if _concerns(key.split("."), named, images)
+        if _concerns(key.split("."), quantity, named) and not _is_shipped_point(key, pair, images)
     ]
 
 
-def _concerns(key: list[str], named: dict[str, set[str]], images: list[Images]) -> bool:
-    if key[0] in ("encoders", "columns", "rows", "tables", "plots", "controls", "groups"):
-        return key[0] == "rows"  # a row that was changed; fewer columns change no number
-    return key[0] not in named or len(key) < 2 or key[1] in named[key[0]]
+def _concerns(key: list[str], quantity: str, named: dict[str, set[str]]) -> bool:
+    section, *names = key
+    if section in _CHANGE_NO_NUMBER:
+        return False
+    if section == "settings":
+        known = _QUANTITIES_OF.get(names[0], _QUANTITIES_OF.get(names[0].partition("_")[0]))
+        return known is None or quantity in known
+    return section not in named or not names or names[0] in named[section]
+
+
+def _is_shipped_point(key: str, pair: Deviation, images: Images | None) -> bool:
+    """Whether a list of steps, solvers or seeds was changed, but these images' value is of both.
+
+    Of images that were given, `pair` has the recorded value, which must be the configured one too.
+    """
+    name, (shipped, used) = key.rpartition(".")[2], pair
+    if images is None or not key.startswith("generations.") or name not in SWEPT_KEYS:
+        return False
+    if not (isinstance(shipped, list) and isinstance(used, list)):
+        return False
+    value = getattr(images.spec, name)
+    return len(value) == 1 and value[0] in used and value[0] in shipped
 
 
 def describe_deviation(key: str, pair: tuple[object, object]) -> str:
@@ -157,6 +197,8 @@ def describe_deviation(key: str, pair: tuple[object, object]) -> str:
     >>> describe_deviation("count", (100_000, 1000))
     'count is 1000, not 100000'
     """
+    if key == "rows":
+        return "rows are not the shipped ones"  # lists of many keys, which nobody reads in a note
     shipped, used = (_show_value(value) for value in pair)
     return f"{key} is {used}, not {shipped}"
 

@@ -18,8 +18,9 @@ Schema 1, one JSON object:
                      weights_sha256, random_weights, dim, resize, mean, std, input_px, view,
                      tile_px, compute_dtype
     cells            one comparison each: label, kind (model, reference, control), control,
-                     encoder, column (the set it is held against), point (swept values), real and
-                     generated (source, view, px), train, basis (all that must agree within a
+                     encoder, column (the set it is held against), point (swept values), published
+                     (the report's name of the row; {model} is config's published_model), real
+                     and generated (source, view, px), train, basis (all that must agree within a
                      table, n_real, n_generated and k among it) and results: by metric the fields
                      of the result classes of evaluate.metrics with their seeds, `groups`, and
                      `failed`, the reason by metric, where one could not be computed

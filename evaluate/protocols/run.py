@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from evaluate.protocols.plan import (
 )
 from evaluate.protocols.store import ResultStore
 from evaluate.protocols.tables import build_tables
+
+_SIZES = ("n_real", "n_generated", "n_train")
 
 
 def run_protocol(protocol: Protocol, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -113,14 +116,19 @@ def list_missing(sources: SourceMaker, cells: list[Cell]) -> list[str]:
 
 
 def _check_tables(protocol: Protocol, cells: list[Cell], bases: list[dict[str, object]]) -> None:
-    """Numbers of one metric are in one table: all but the controls must rest on the same."""
+    """Numbers of one metric are in one table: all but the controls must rest on the same.
+
+    Of a protocol that varies `columns`, these may be of different sizes, each of one.
+    """
+    by_column = _SIZES if "columns" in protocol.varies else ()
     for metric in dict.fromkeys(metric for cell in cells for metric in cell.metrics):
-        rows = [
-            (cell.place, basis)
-            for cell, basis in zip(cells, bases, strict=True)
-            if metric in cell.metrics and cell.kind != "control"
-        ]
-        check_table(metric, rows, protocol.varies)
+        rows: dict[str, list[tuple[str, dict[str, object]]]] = {}
+        for cell, basis in zip(cells, bases, strict=True):
+            if metric in cell.metrics and cell.kind != "control":
+                rows.setdefault(cell.column, []).append((cell.place, basis))
+        for column_rows in rows.values():
+            check_table(metric, column_rows, protocol.varies)
+        check_table(metric, chain.from_iterable(rows.values()), (*protocol.varies, *by_column))
 
 
 def _measure_cells(

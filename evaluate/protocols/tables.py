@@ -193,14 +193,13 @@ def published_number(
     protocol: Protocol, quantity: str, cell: Record, value: float | None
 ) -> PublishedNumber | None:
     """What the report has for a cell's quantity, with the difference where nothing deviates."""
-    place = cell.text("encoder"), cell.text("column")
-    steps = cell.part("point").get("steps", "")
-    name = published_name(protocol, cell.text("published", ""), steps)
-    found = find_published(protocol, quantity, name, *place)
+    encoder, column = cell.text("encoder"), cell.text("column")
+    name = published_name(protocol, cell.text("published", ""))
+    found = find_published(protocol, quantity, name, encoder, column)
     if found is None or value is None:
         return None
     source = cell.part("generated").text("source")
-    deviations = cell_deviations(protocol, cell.text("encoder"), source, cell.text("column"))
+    deviations = cell_deviations(protocol, quantity, encoder, source, column)
     # A difference of what was made otherwise would pass for a finding.
     return PublishedNumber(
         row=found.row, value=found.value, spread=found.spread, approximate=found.approximate,

@@ -371,6 +371,14 @@ def test_table_3_gives_the_floor_that_the_paper_omits(world: Path, table2: Any) 
     assert set(cosine["rows"][0]["cells"]) == {"uni2-h/reference", "uni2-h/val-out"}
     alone = toy(world, "table3", "encoders=[uni2-h]", *SECOND_COHORT, "leave_out=[val-out]")
     assert {cell.column for cell in plan_cells(alone)} == {"reference"}
+    # The two cohorts may differ in size, two numbers against one of them may not.
+    smaller = ["sets.reference.count=32", "sets.conditioning.count=32",
+               "generations.from-conditioning.count=32"]  # fmt: skip
+    run_protocol(toy(world, "table3", "encoders=[uni2-h]", *SECOND_COHORT, *smaller))
+    mixed = toy(world, "table3", "encoders=[uni2-h]", *SECOND_COHORT,
+                "generations.from-guidance.count=32")  # fmt: skip
+    with pytest.raises(UserError, match=r"n_generated is 32 in .*val-out.* and 64"):
+        run_protocol(mixed)
 
 
 def test_figure_4_has_a_point_for_each_solver_and_number_of_steps(world: Path) -> None:

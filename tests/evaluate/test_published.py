@@ -18,8 +18,14 @@ from common.record import Record
 from evaluate.__main__ import main
 from evaluate.metrics.registry import table_quantities
 from evaluate.protocols.config import load_protocol
-from evaluate.protocols.plan import plan_cells
-from evaluate.protocols.published_values import FILE, published_name, published_values
+from evaluate.protocols.plan import all_images, plan_cells
+from evaluate.protocols.published_values import (
+    FILE,
+    cell_deviations,
+    check_published_model,
+    published_name,
+    published_values,
+)
 from evaluate.protocols.report_protocols import REPORT_PROTOCOLS, load_report
 from evaluate.protocols.reproduction import difference_bound, reproduction_sheet
 from evaluate.protocols.run import run_protocol
@@ -71,6 +77,69 @@ def test_published_values_are_compared_only_where_nothing_deviates(
             published = found[label]["published"]
             assert (published["difference"] is None) == deviates, (key, label)
             assert published["deviations"] == ([f"{key} is 2, not 1"] if deviates else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "greyed"),
+    [
+        ("table2", ["settings.draws=0"], set()),
+        ("table2", ["settings.fld_dtype=float32", "settings.fld_seeds=[0]"], {"fld"}),
+        ("table2", ["settings.k=5"], {"precision", "recall"}),
+        ("table2", ["settings.kid_subsets=9", "group_tiles=9", "controls=[]"], set()),
+        ("table2", ["settings.seed=1"], {"fd", "fld", "precision", "recall", "cosine"}),
+        ("table5", ["settings.draws=9"], {"variability"}),
+        ("table5", ["generations.from-guidance.seed=[0]"], set()),
+        ("table5", ["generations.from-guidance.seed=[0,7]"], {"variability"}),
+    ],
+)
+def test_a_deviation_concerns_the_numbers_that_it_can_change(
+    name: str, overrides: list[str], greyed: set[str]
+) -> None:
+    protocol = load_protocol(name, None, overrides)
+    assert protocol.deviations
+    found = {
+        value.quantity
+        for value in published_values(name)
+        for images in all_images(protocol)
+        if cell_deviations(protocol, value.quantity, value.encoder, images.key, value.column)
+    }
+    assert found == greyed
+
+
+def test_each_point_of_a_list_is_compared_by_itself() -> None:
+    """Steps that the report names stay comparable when others are left out or added."""
+    for steps, expected in (
+        ([250], {"250": True}),
+        ([50, 250, 9], {"50": True, "250": True, "9": False}),
+    ):
+        protocol = load_protocol("table4", None, [f"generations.pixcell-png.steps={steps}"])
+        found = {
+            cell.published: not cell_deviations(
+                protocol, "fd", cell.encoder, cell.generated.source, cell.column
+            )
+            for cell in plan_cells(protocol)
+            if cell.label == "PixCell 256 cropped; PNG"
+        }
+        assert found == {f"PixCell 256px PNG all, {n} steps": ok for n, ok in expected.items()}
+    # Given images that were made with steps of another of the report's rows.
+    given = replace(protocol, deviations={"generations.pixcell-png.steps": ([50, 250], [50])})
+    for images in all_images(given):
+        if images.generation == "pixcell-png":
+            deviations = cell_deviations(given, "fd", "uni2-h", images.key, "val-out")
+            assert bool(deviations) == (images.spec.steps != (50,))
+
+
+@pytest.mark.parametrize("model", ["CytoSyn-v2", "CytoSyn-108M-EMA"])
+def test_a_model_of_two_names_is_compared_in_every_table(model: str) -> None:
+    names = {
+        protocol.name: {published_name(protocol, cell.published) for cell in plan_cells(protocol)}
+        for protocol in load_report(None, [f"published_model={model}"])
+    }
+    assert "CytoSyn-108M-EMA" in names["table2"]
+    assert "CytoSyn-v2" in names["table3"] & names["table4"]
+    # Table 5 has CytoSyn-40M alone.
+    assert not names["table5"] & {value.row for value in published_values("table5")}
+    check_published_model(load_protocol("table3", None, [f"published_model={model}"]))
 
 
 def test_random_weights_are_no_equals(world: Path, table2: dict[str, Any]) -> None:
@@ -154,13 +223,44 @@ def test_every_published_cell_has_a_comparison_that_fills_it(table: str) -> None
     for model in models:
         protocol = load_protocol(table, None, [f"published_model={model}"] if model else [])
         for cell in plan_cells(protocol):
-            row = published_name(protocol, cell.published, cell.point.get("steps", ""))
+            row = published_name(protocol, cell.published)
             planned |= {(row, cell.encoder, cell.column, metric) for metric in cell.metrics}
     for value in published_values(table):
         fd = value.quantity == "variability"
         metric = "frechet_distance" if fd else quantities[value.quantity][0].name
         place = (value.row, value.encoder, value.column, metric)
         assert place in planned or value.row == "PixCell original paper, in-domain", place
+
+
+@pytest.mark.full
+def test_toy_runs_fill_every_published_cell(tmp_path: Path) -> None:
+    """By all encoders, every published row; the tables share their images, as `all` does."""
+    make_world(tmp_path, load_protocol("table4").encoders)
+    make_model(tmp_path)
+    pixcell = (*SMALL_PIXCELL, "generations.pixcell-png.steps=[50,250]")
+    for table, more in (
+        ("table2", ()), ("table3", SECOND_COHORT), ("table4", (*SECOND_COHORT, *pixcell)),
+        ("table5", ("generations.*.seed=0",)),
+    ):  # fmt: skip
+        draws = () if table == "table5" else ("settings.draws=0",)
+        small = ("count=16", "settings.subsample=8", "controls=[]", "plots=[]")
+        shipped = toy(tmp_path, table, *more, *draws, *small)
+        rows = tuple(row for row in shipped.rows if row.published)
+        protocol = replace(shipped, rows=rows)
+        make_all(protocol)
+        measured = run_protocol(protocol)["cells"]
+        filled = set()
+        for model in ("CytoSyn-40M", "CytoSyn-108M", "CytoSyn-v2"):
+            for shown in build_tables(replace(protocol, published_model=model), measured):
+                filled |= {
+                    (shown["name"], number["published"]["row"], *place.split("/"))
+                    for row in shown["rows"]
+                    for place, number in row["cells"].items()
+                    if number and "published" in number
+                }
+        original = "PixCell original paper, in-domain"  # of other data
+        wanted = {value[1:5] for value in published_values(table) if value.row != original}
+        assert filled == wanted, table
 
 
 @pytest.mark.full
