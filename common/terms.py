@@ -12,8 +12,10 @@ from common.errors import UserError
 from common.text import one_line
 
 _LONGEST = 300
-_MOST = 200
-"""Of a list that somebody else wrote; a cohort has a handful."""
+MOST_STATED = 200
+"""Of the slides of one dataset; a cohort has a handful."""
+_MOST = 10_000
+"""Of a list that somebody else wrote: lineages add up."""
 
 
 @dataclass(frozen=True)

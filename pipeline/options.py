@@ -16,6 +16,11 @@ SELECTIONS = option_metadata(
     "a selection's name; may be given several times (default: all selections)",
     flag="--selection", metavar="NAME",
 )  # fmt: skip
+TERMS = option_metadata(
+    "under whose terms the slides are: a licence such as CC0-1.0, or a YAML file with a list "
+    "of covers, licence, source, non_commercial, link; recorded and passed on, not judged",
+    metavar="LICENCE|FILE.yaml",
+)
 RANK_SEED = option_metadata("seed of the tiles' rank order")
 PNG = option_metadata(
     "how hard PNG files are compressed: fast encodes five times as fast, 3 to 7% larger"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.terms import Terms, parse_terms
+from common.terms import Terms, merge_terms, parse_terms
 from evaluate.generate.condition_source import (
     ConditionSource,
     Positions,
@@ -156,8 +156,9 @@ class ConditionList(ConditionSource):
     """Conditions that were made one by one, with the tiles that they are made of.
 
     `record` describes the encoder of the features, `how` is further identity values, such as the
-    kind of interpolation. The references' pixels and the list of conditions become files of the
-    synthetic dataset, so that figures can show them.
+    kind of interpolation, `terms` are those of the tiles, where a dataset states them. The
+    references' pixels and the list of conditions become files of the synthetic dataset, so that
+    figures can show them.
     """
 
     encoder_record: EncoderRecord
@@ -172,11 +173,13 @@ class ConditionList(ConditionSource):
         tile_px: int,
         mpp: float | None,
         how: dict[str, object],
+        terms: tuple[Terms, ...] = (),
     ) -> None:
         self.name, self.tile_px, self.mpp = name, tile_px, mpp
         self.count = self.end = len(conditions)
         self.encoder_record = record
         self._conditions, self._references, self._how = conditions, references, how
+        self._terms = terms
         self._features = np.stack([each.feature for each in conditions]).astype(np.float32)
 
     def identity(self) -> dict[str, object]:
@@ -192,8 +195,8 @@ class ConditionList(ConditionSource):
         }
 
     def terms(self) -> tuple[Terms, ...]:
-        """The terms of the features' encoder; those of slides and pictures are not known here."""
-        return parse_terms(self.encoder_record.get("terms"))
+        """The terms of the tiles, where a dataset states them, and of the features' encoder."""
+        return merge_terms(self._terms, parse_terms(self.encoder_record.get("terms")))
 
     def source_tiles(self, positions: Positions) -> SourceTiles:
         """The tile behind each condition [n] that is a single tile of a dataset, none elsewhere."""

@@ -37,4 +37,5 @@ def mean_conditions(selection: SelectionConditions, over: MeanOver) -> Condition
         tile_px=selection.tile_px,
         mpp=selection.mpp,
         how=selection.tile_identity(f"mean of {over}"),
+        terms=selection.terms(),
     )

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 
 from common.errors import UserError
+from common.terms import Terms
 from evaluate.generate.condition_source import (
     ConditionSource,
     SelectionConditions,
@@ -33,7 +34,14 @@ from evaluate.generate.references import (
 from evaluate.generate.slide_tiles import parse_place, read_slide_tiles
 from evaluate.generators import EncoderRecord, Generator
 from model.encoders import load_encoder
-from pipeline.dataset import Dataset, identity_value, open_dataset, read_identity, read_selection
+from pipeline.dataset import (
+    Dataset,
+    identity_value,
+    open_dataset,
+    read_identity,
+    read_selection,
+    read_terms,
+)
 from pipeline.dataset.features import FeatureStore
 
 _SOURCES = ("guidance", "slide", "images", "unconditional")
@@ -106,7 +114,9 @@ def _open_cached(
         store = FeatureStore(dataset, tile_px=tile_px, encoder=encoder)
         references = cached_references(dataset, names, store)
         record = cast(EncoderRecord, dict(store.record))
-        return _combine_references(options, names, references, record, tile_px, mpp)
+        return _combine_references(
+            options, names, references, record, tile_px, mpp, read_terms(dataset)
+        )
     selection = SelectionConditions.open_selection(dataset, options.selection or "", encoder)
     # Before any feature is read for a mean.
     check_condition_dim(selection.encoder_record, generator.condition_dim)
@@ -177,6 +187,7 @@ def _combine_references(
     record: EncoderRecord,
     tile_px: int,
     mpp: float | None,
+    terms: tuple[Terms, ...] = (),
 ) -> ConditionList:
     """The references as they are, their mean, or points between pairs of them."""
     # `how` becomes part of the identity: other points between the tiles are other images.
@@ -193,5 +204,5 @@ def _combine_references(
         conditions, how = each_alone(references), {"guidance": "tiles"}
     name = str(how["guidance"])
     return ConditionList(
-        name, conditions, references, record=record, tile_px=tile_px, mpp=mpp, how=how
+        name, conditions, references, record=record, tile_px=tile_px, mpp=mpp, how=how, terms=terms
     )

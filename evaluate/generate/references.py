@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.pictures import PictureSizeError, open_picture
+from common.terms import plain_terms
 from common.text import is_whole_number
 from evaluate.generate.condition_source import check_resolution
 from evaluate.generate.conditions import Reference
@@ -91,7 +92,7 @@ def encode_tiles(
 
 def describe_encoder(encoder: Encoder, tile_px: int) -> EncoderRecord:
     """What encoder.json would record of features computed on the fly; `tile_px` in pixels."""
-    return {
+    record: EncoderRecord = {
         "encoder": encoder.spec.name,
         "weights": encoder.weights,
         "weights_sha256": encoder.weights_sha256,
@@ -101,6 +102,9 @@ def describe_encoder(encoder: Encoder, tile_px: int) -> EncoderRecord:
         "compute_dtype": str(encoder.dtype).removeprefix("torch."),
         "tile_px": tile_px,
     }
+    if not encoder.is_random:
+        record["terms"] = [dict(one) for one in plain_terms([encoder.spec.terms])]
+    return record
 
 
 def parse_tile_name(text: str) -> tuple[str, int]:

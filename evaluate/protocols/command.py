@@ -1,24 +1,18 @@
-"""The `protocol` command: the plan, the run, the files that it leaves."""
+"""The `protocol` command: what exists, the plan, images alone, the run."""
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.console import EXIT_FAILURES, EXIT_OK, print_line
+from common.console import EXIT_OK, print_line
 from common.errors import UserError
-from common.files import write_files
-from common.text import format_bytes, format_seconds
 from common.torch_processes import joined_processes
-from evaluate.compare.results import results_bytes
 from evaluate.protocols.config import Protocol, load_protocol, protocol_names
 from evaluate.protocols.making import SourceMaker
 from evaluate.protocols.plan import expand_names, plan_cells
 from evaluate.protocols.published_values import check_published_model, describe_rows
 from evaluate.protocols.report_protocols import load_report
-from evaluate.protocols.reproduction import reproduction_sheet
-from evaluate.protocols.run import list_missing, out_folder, run_protocol
-from evaluate.report.protocol_files import protocol_files
-from evaluate.report.reproduction_files import Outcome, reproduction_files
+from evaluate.protocols.run import list_missing
+from evaluate.protocols.run_files import exit_status, run_and_write, run_report
 
 
 def protocol_command(options: argparse.Namespace) -> int:
@@ -43,8 +37,9 @@ def protocol_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _print_plan(protocols)
     if options.name == "all":
-        return _run_report(protocols, options.arguments)
-    return _run_and_write(protocols[0], options.arguments)[0]
+        whole = load_report(options.config, options.overrides)
+        return run_report(whole, [one.name for one in protocols], options.arguments)
+    return exit_status(run_and_write(protocols[0], options.arguments))
 
 
 def _load_protocols(options: argparse.Namespace) -> list[Protocol]:
@@ -80,51 +75,3 @@ def _print_plan(protocols: Sequence[Protocol]) -> int:
     comparisons = sum(len(cells) for _, cells in plans)
     print_line(f"protocol {names}: {comparisons} comparisons; {rest}")
     return EXIT_OK
-
-
-def _run_report(protocols: Sequence[Protocol], arguments: Sequence[str]) -> int:
-    """Each protocol in turn; one that fails leaves the others be. Then the sheet and its page."""
-    outcomes, results = [], {}
-    for protocol in protocols:
-        try:
-            status, measured = _run_and_write(protocol, [*arguments, "--only", protocol.name])
-        except UserError as error:
-            print_line(f"protocol {protocol.name}: failed: {error}")
-            outcomes.append(Outcome(protocol.name, protocol.title, str(error)))
-            continue
-        results[protocol.name] = measured
-        failure = "some numbers could not be computed" if status else ""
-        outcomes.append(Outcome(protocol.name, protocol.title, failure))
-    sheet = reproduction_sheet(results)
-    files = reproduction_files(outcomes, sheet, Path(protocols[0].out))
-    write_files(files)
-    for path in files:
-        print_line(f"protocol all: wrote {path}, {format_bytes(path.stat().st_size)}")
-    failed = [outcome.name for outcome in outcomes if outcome.failure]
-    compared = sum(row.difference is not None for row in sheet)
-    print_line(
-        f"protocol all: {len(outcomes) - len(failed)} of {len(outcomes)} protocols done"
-        + (f" (failed: {', '.join(failed)})" if failed else "")
-        + f"; {compared} of {len(sheet)} published values compared"
-    )
-    return EXIT_FAILURES if failed else EXIT_OK
-
-
-def _run_and_write(protocol: Protocol, arguments: Sequence[str]) -> tuple[int, dict[str, object]]:
-    folder = out_folder(protocol)
-    results = run_protocol(protocol, arguments)
-    files = {folder / "results.json": results_bytes(results)}
-    try:
-        files |= protocol_files(results, folder)
-    finally:
-        # Together: tables of another run next to results.json would pass for its own. Where a
-        # page cannot be drawn, the results are kept all the same.
-        write_files(files)
-    written = list(files)
-    for warning in results["warnings"]:
-        print_line(f"warning: {warning['message']}")
-    for path in written:
-        print_line(f"protocol {protocol.name}: wrote {path}, {format_bytes(path.stat().st_size)}")
-    print_line(f"protocol {protocol.name}: done in {format_seconds(results['seconds'])}")
-    has_failed = any("failed" in cell["results"] for cell in results.get("cells", []))
-    return EXIT_FAILURES if has_failed else EXIT_OK, results

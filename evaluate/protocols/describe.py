@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from common.config import to_plain_values
 from common.terms import plain_terms
@@ -27,9 +28,7 @@ def describe_protocol(
     protocol: Protocol, sources: ProtocolSources, cells: list[Cell], store: ResultStore
 ) -> dict[str, object]:
     """Everything of results.json but the numbers, which says what they are of."""
-    config = to_plain_values(protocol)
-    config.pop("deviations")
-    text = json.dumps(config, sort_keys=True)
+    config = plain_config(protocol)
     used = dict.fromkeys([*used_sets(protocol), *made_sources(protocol, cells)])
     # encoder.json of every feature set that was read, once for each view and size.
     encoders: dict[str, dict[str, dict[str, object]]] = {}
@@ -43,7 +42,7 @@ def describe_protocol(
         "title": protocol.title,
         "source": protocol.source,
         "config": config,
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "config_sha256": config_sum(config),
         "deviations": {key: list(pair) for key, pair in protocol.deviations.items()},
         "left_out": list(protocol.leave_out),
         "published": published_rows(protocol),
@@ -58,6 +57,18 @@ def describe_protocol(
         "versions": software_versions("torch", "numpy", "scipy", "timm", "pillow"),
         "hardware": describe_hardware(),
     }
+
+
+def plain_config(protocol: Protocol) -> dict[str, object]:
+    """The whole configuration as results.json has it; what deviates is not part of it."""
+    config = to_plain_values(protocol)
+    config.pop("deviations")
+    return config
+
+
+def config_sum(config: Mapping[str, object]) -> str:
+    """The SHA-256 of a configuration, in hexadecimal."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def describe_source(sources: ProtocolSources, name: str, store: ResultStore) -> dict[str, object]:

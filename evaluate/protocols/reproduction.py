@@ -8,6 +8,8 @@ from common.record import Record
 from evaluate.protocols.published_values import PublishedValue, published_values
 
 _TWO_SIDED_95 = 1.96
+_TWO_DRAWS = math.sqrt(2)
+"""Ours and the published number are each of a draw, so that their difference varies by both."""
 
 
 @dataclass(frozen=True)
@@ -87,32 +89,37 @@ def _sheet_row(value: PublishedValue, entry: Record | None) -> SheetRow:
 def difference_bound(value: PublishedValue, entry: Record) -> tuple[float | None, str]:
     """How far ours may be from a published value by chance (95 %), and what says so.
 
-    The rounding of the printed value is added. Of Fréchet distances it is the interval of ours, or
-    table 5's spread of the same encoder and set; of FLD twice the spread over seeds; of cosines the
-    standard error of their mean; of precision and recall the binomial one.
+    The difference of two draws varies by the root of two more than each, and the rounding of the
+    printed value is added. Of Fréchet distances it is by the interval of ours, or table 5's spread
+    of the same encoder and set; of FLD by twice the spread over seeds; of cosines by the standard
+    error of their mean; of precision and recall by the binomial one. The last two take tiles as
+    independent, which makes them too narrow where a slide has many.
     """
-    rounding = 0.5 * 10 ** -_decimals(value)
+    width, source = _draw_width(value, entry)
+    if width is None:
+        return None, ""
+    return _TWO_DRAWS * width + 0.5 * 10 ** -_decimals(value), source
+
+
+def _draw_width(value: PublishedValue, entry: Record) -> tuple[float | None, str]:
+    """How far one number may be from its expectation by chance (95 %), and what says so."""
     spread = entry.optional("spread")
     counts = [entry.part("n").count(key) for key in entry.part("n")]
     n = min(counts) if counts else 0
+    if value.quantity == "fd" and spread is not None:
+        return float(spread), "interval of ours"
     if value.quantity in ("fd", "variability"):
-        if value.quantity == "fd" and spread is not None:
-            return float(spread) + rounding, "interval of ours"
         published = value.spread or _table5_spread(value)
-        if value.row == "guidance-vs-val":  # table 5 is of images, this is of real tiles
-            published = None
-        if published is None:
-            return None, ""
-        # Both numbers are of a draw, so that their difference varies by both.
-        return _TWO_SIDED_95 * math.sqrt(2) * published + rounding, "spread of table 5"
+        if published is None or value.row == "guidance-vs-val":
+            return None, ""  # table 5 is of images, that row of real tiles
+        return _TWO_SIDED_95 * published, "spread of table 5"
     if value.quantity == "fld":
-        return (None, "") if spread is None else (2 * float(spread) + rounding, "spread of seeds")
+        return (None, "") if spread is None else (2 * float(spread), "spread of seeds")
     if value.quantity == "cosine" and spread is not None and n:
-        return _TWO_SIDED_95 * float(spread) / math.sqrt(n) + rounding, "standard error"
+        return _TWO_SIDED_95 * float(spread) / math.sqrt(n), "standard error"
     if value.quantity in ("precision", "recall") and n:
         share = entry.number("value")
-        error = math.sqrt(max(share * (1 - share), 0.0) / n)
-        return _TWO_SIDED_95 * error + rounding, "binomial error"
+        return _TWO_SIDED_95 * math.sqrt(max(share * (1 - share), 0.0) / n), "binomial error"
     return None, ""
 
 

@@ -16,11 +16,12 @@ from evaluate.report.template import render_template
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a protocol ended; `failure` is empty where it was completed."""
+    """How a protocol ended, in words; `has_page`: its page is of the results that are shown."""
 
     name: str
     title: str
-    failure: str
+    state: str
+    has_page: bool = False
 
 
 def reproduction_files(

@@ -121,12 +121,15 @@ def mixed_kinds(identity: Mapping[str, object], slide_readers: Collection[str]) 
     return ""
 
 
-def read_terms(dataset: Dataset) -> tuple[Terms, ...]:
-    """Under whose terms a dataset's tiles are, by what its stages recorded; empty for nothing."""
-    records = _read_document(dataset)["records"]
+def read_terms(dataset: Dataset, stage: str = "") -> tuple[Terms, ...]:
+    """Under whose terms a dataset's tiles are, by what its stages (or one) recorded.
+
+    Empty where nothing is recorded, and of a dataset that is not there yet.
+    """
+    records = _read_document(dataset)["records"] if _is_there(dataset) else {}
     return merge_terms(
-        *(parse_terms(records[stage].get("terms")) for stage in sorted(records)
-          if isinstance(records[stage], dict))
+        *(parse_terms(records[name].get("terms")) for name in sorted(records)
+          if isinstance(records[name], dict) and stage in ("", name))
     )  # fmt: skip
 
 

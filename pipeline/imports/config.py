@@ -12,6 +12,7 @@ from pipeline.options import (
     PNG,
     RANK_SEED,
     SELECTIONS,
+    TERMS,
     Icc,
     PngEffort,
     parse_mpp,
@@ -133,6 +134,7 @@ class TilesConfig:
     crop: bool = option_field(False, "take the centre of larger pictures")
     icc: Icc = option_field("ignore", "srgb: apply a picture's colour profile")
     png: PngEffort = option_field("small", PNG)
+    terms: str = option_field("", TERMS)
 
     def identity(self) -> dict[str, object]:
         """The values that every run on a dataset must share."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from common.console import print_line
 from common.errors import UserError
+from common.terms import Terms
 from common.text import list_some
 from pipeline.dataset import (
     Dataset,
@@ -59,6 +60,7 @@ from pipeline.run.tasks import SlideTask, report_progress
 from pipeline.run.workers import EngineConfig
 from pipeline.slides.scan import STAGE as SCAN
 from pipeline.slides.scan import record_slides, slide_values
+from pipeline.slides.slide_terms import read_slide_terms, stated_terms
 from pipeline.tiles.stage import STAGE as TILE
 from pipeline.tiles.stage import tile_fingerprint
 from pipeline.tissue.stage import STAGE as TISSUE
@@ -283,6 +285,13 @@ class ImportTilesStage(Stage[_ListedFolder]):
         _refuse_other_grouping(self.folders, taken)
         _report_folders(self.folders)
         self.slides: dict[str, Slide] = {}
+        others = taken.keys() - {folder.slide_id for folder in self.folders}
+        terms = read_slide_terms(config.terms)
+        self.terms = stated_terms(dataset, SCAN, terms, others_stay=bool(others))
+
+    def stated_terms(self) -> tuple[Terms, ...] | None:
+        """Those of --terms, beside those of pictures that stay; None where it states none."""
+        return self.terms
 
     def identity_claims(self) -> dict[str, object]:
         """All values of the identity: no other stage has any to add."""

@@ -15,7 +15,7 @@ from common.options import (
     parse_count_or_zero,
     parse_seconds,
 )
-from pipeline.options import RANK_SEED, parse_mpp
+from pipeline.options import RANK_SEED, TERMS, parse_mpp
 from pipeline.slides.readers import reader_choices
 
 JOB_SCRATCH = "$SLURM_TMPDIR"
@@ -145,12 +145,7 @@ class ScanConfig:
     replace: bool = option_field(
         False, "a slide of the same id at another path takes the place of the one scanned before"
     )
-    terms: str = option_field(
-        "",
-        "under whose terms the slides are: a licence such as CC0-1.0, or a YAML file with a list "
-        "of covers, licence, source, non_commercial, link; recorded and passed on, not judged",
-        metavar="LICENCE|FILE.yaml",
-    )
+    terms: str = option_field("", TERMS)
     sha256: bool = option_field(False, "recognise slides by their sha256")
     stage_in: StageIn = IN_PLACE
 

@@ -41,7 +41,7 @@ from pipeline.slides.identity import (
 )
 from pipeline.slides.reader import SlideOpenError, SlideReadError
 from pipeline.slides.resolution import ResolutionError
-from pipeline.slides.slide_terms import read_slide_terms
+from pipeline.slides.slide_terms import read_slide_terms, stated_terms
 from pipeline.slides.staging import StageInError, local_slide
 from pipeline.slides.tiff_extent import what_is_missing, what_is_unwritten
 from pipeline.slides.tiff_limits import refuse_unbounded
@@ -348,8 +348,9 @@ class ScanStage(Stage[SlideEntry]):
         return holder.path if holder else ""
 
     def stated_terms(self) -> tuple[Terms, ...] | None:
-        """Those of --terms and of the tables' columns; None where neither states any."""
-        return self.terms or None
+        """Those of --terms and of the tables' columns, beside those of slides that stay."""
+        others = self.before.keys() - {entry.slide_id for entry in self.sources}
+        return stated_terms(self.dataset, STAGE, self.terms, others_stay=bool(others))
 
     def identity_claims(self) -> dict[str, object]:
         """Resolution, grid and seed of the tiles to come."""

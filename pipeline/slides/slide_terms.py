@@ -5,7 +5,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import read_regular
 from common.plain_yaml import load_yaml
-from common.terms import Terms, parse_terms
+from common.terms import MOST_STATED, Terms, merge_terms, parse_terms
+from pipeline.dataset import Dataset, read_terms
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -28,6 +29,25 @@ def read_slide_terms(text: str) -> tuple[Terms, ...]:
         return parse_terms(values)
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"--terms {text}: {error}") from error
+
+
+def stated_terms(
+    dataset: Dataset, stage: str, terms: tuple[Terms, ...], *, others_stay: bool
+) -> tuple[Terms, ...] | None:
+    """What a stage that brings slides records: its terms; None where none were stated.
+
+    Where slides that it does not name stay in the dataset, what it recorded of them does, too.
+    Raises `UserError` for more records than a cohort has.
+    """
+    if len(terms) > MOST_STATED:
+        raise UserError(
+            f"the slides' terms: {len(terms)} different records (licence, non_commercial, "
+            f"licence_link and project), expected at most {MOST_STATED}; state the terms of "
+            "whole cohorts in the table, or by --terms FILE.yaml"
+        )
+    if not terms:
+        return None
+    return merge_terms(read_terms(dataset, stage), terms) if others_stay else terms
 
 
 def terms_of_row(licence: str, non_commercial: str, link: str, project: str) -> Terms | None:

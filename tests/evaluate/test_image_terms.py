@@ -13,7 +13,7 @@ from evaluate.generators.open import KINDS
 from evaluate.generators.pixcell import PixCell
 from evaluate.generators.released_cytosyn import ReleasedCytoSyn
 from model.encoders import ENCODERS
-from pipeline.dataset import claim_identity, read_terms
+from pipeline.dataset import claim_identity, read_selection, read_terms
 
 SLIDES, COHORT = Terms("slides", "CC0-1.0"), Terms("slides of P", "", non_commercial=True)
 ENCODER = Terms("encoder h0-mini", "CC BY-NC-ND 4.0", "bioptimus/H0-mini", True, "https://x")
@@ -39,6 +39,16 @@ def test_terms_go_from_model_and_guidance_to_the_report(tmp_path: Path) -> None:
     for line in ("Guided by features of h0-mini", "Selection generated: 16 tiles", "slides: CC0",
                  "never for diagnosis", "steps: 1", "RANDOM weights"):  # fmt: skip
         assert line in card, line
+    selection = read_selection(real, "train")
+    tiles = [f"{slide}:{ranks[0]}" for slide, ranks in selection.items()][:2]
+    for name, guides in (
+        ("mean", ["--selection", "train", "--mean", "all"]),
+        ("between", ["--interpolate", *tiles]),
+    ):
+        guided = ["--guidance", str(real.root), *guides, "--out", str(tmp_path / name)]
+        assert main(["generate", "--model", str(model), *guided, "--steps", "1", "--device",
+                     "cpu"]) == 0  # fmt: skip
+        assert read_terms(Dataset(tmp_path / name)) == (SLIDES, ENCODER, COHORT)
     free = tmp_path / "free"
     assert main(["generate", "--model", str(model), "--unconditional", "--count", "16", "--steps",
                  "1", "--out", str(free), "--device", "cpu"]) == 0  # fmt: skip
