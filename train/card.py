@@ -25,6 +25,7 @@ def model_card(config: Config, records: Record, weights: Records, run_dir: Path)
         ("Encoder", _describe_encoder(weights)),
         ("Training", _describe_training(config, weights)),
         ("Measured", _describe_measured(run_dir)),
+        ("How to use it", _describe_use(weights)),
         (
             "Intended use",
             ["For research: images of tissue that no patient has, never for diagnosis"],
@@ -46,6 +47,17 @@ def _describe_encoder(weights: Records) -> list[str]:
         return ["None: the model is not conditioned"]
     sha = (weights.encoder_weights_sha256 or "unknown")[:16]
     return [f"{weights.encoder}, weights {weights.encoder_weights} (sha256 {sha})"]
+
+
+def _describe_use(weights: Records) -> list[str]:
+    guide = (
+        "--guidance DATASET --selection NAME" if weights.encoder else "--unconditional --count 64"
+    )
+    return [
+        f"Images: python -m evaluate generate --model FOLDER {guide} --out IMAGES, where FOLDER "
+        "is a copy of this one",
+        'In Python: CytoSyn.from_pretrained("FOLDER"), from the module model.cytosyn of histogen',
+    ]
 
 
 def _describe_training(config: Config, weights: Records) -> list[str]:

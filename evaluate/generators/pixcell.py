@@ -67,7 +67,17 @@ def load_model(source: ModelSource) -> MakeGenerator:
         loaded.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
     # Left out where all is of one dtype, so that datasets from before it was chosen go on.
     chosen = {} if vae_dtype == dtype else {"vae_dtype": vae_dtype}
-    return partial(PixCell, replace(loaded, chosen=chosen))
+    return partial(PixCell, replace(loaded, chosen=chosen, terms=_vae_terms(source.vae)))
+
+
+def _vae_terms(vae: str | None) -> tuple[Terms, ...]:
+    """Of the VAE that is borrowed; of another one than the published only where it is from."""
+    if vae == "none":
+        return ()
+    if vae:
+        return (Terms("VAE of PixCell-256", "", vae),)
+    link = f"https://huggingface.co/{VAE_ID}"
+    return (Terms("VAE of PixCell-256", "Stability AI Community License", VAE_ID, None, link),)
 
 
 class PixCell(ReleasedGenerator):
@@ -75,7 +85,7 @@ class PixCell(ReleasedGenerator):
 
     name = title = "PixCell-256"
     tile_px, condition_dim, encoder = 256, 1536, "uni2-h"
-    # Its licence, and that of the VAE it borrows, are on their pages.
+    # Its licence is on its page.
     model_terms = Terms("model PixCell-256", "", HUB_ID, None, f"https://huggingface.co/{HUB_ID}")
 
     def generate_tiles(

@@ -33,12 +33,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoadedPipeline:
     """A diffusers pipeline on its device, and its dtype, such as "bfloat16".
 
-    `chosen` is what else was chosen in loading it and is recorded with its images.
+    `chosen` is what else was chosen in loading it and is recorded with its images; `terms` are
+    those of networks that another model lends it.
     """
 
     pipeline: Any
     dtype: str
     chosen: Mapping[str, str] = field(default_factory=dict)
+    terms: tuple[Terms, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -79,10 +81,10 @@ class ReleasedGenerator:
 
     @property
     def terms(self) -> tuple[Terms, ...]:
-        """The terms of the released weights, and of the encoder that conditions them."""
+        """The terms of the released weights, of what they borrow, and of the guiding encoder."""
         from model.encoders import encoder_spec
 
-        return (self.model_terms, encoder_spec(self.encoder).terms)
+        return (self.model_terms, *self.loaded.terms, encoder_spec(self.encoder).terms)
 
     def identity(self) -> dict[str, object]:
         """The weights' sum, the call's arguments, and that the weights were never available."""

@@ -224,8 +224,9 @@ def build_protocol(name: str, values: Mapping[str, Any], overrides: Sequence[str
     shipped = read_shipped(name)
     merged = _merge_values(shipped, values)
     protocol = build_config(Protocol, with_overrides(merged, _expand_stars(overrides, merged)))
-    _check_names(protocol)
-    deviations = _find_deviations(build_config(Protocol, shipped), protocol)
+    as_shipped = build_config(Protocol, shipped)
+    _check_names(protocol, as_shipped)
+    deviations = _find_deviations(as_shipped, protocol)
     columns = tuple(name for name in protocol.columns if name not in protocol.leave_out)
     return replace(protocol, columns=columns, deviations=deviations)
 
@@ -259,7 +260,7 @@ def _merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[st
     return result
 
 
-def _check_names(protocol: Protocol) -> None:
+def _check_names(protocol: Protocol, shipped: Protocol) -> None:
     """Refuse names that do not exist, before anything is computed."""
     if protocol.count < _FEWEST_TILES:
         raise UserError(f"count is {protocol.count}; expected {_FEWEST_TILES} tiles or more")
@@ -287,6 +288,9 @@ def _check_names(protocol: Protocol) -> None:
         _require_names(named, sources, where, "set or generation")
         _require_names(row.metrics, METRICS, where, "metric")
         _require_names(row.columns, protocol.sets, f"{where}.columns", "set")
+        # Of those that are shipped some may not be used now.
+        encoders = dict.fromkeys((*protocol.encoders, *shipped.encoders))
+        _require_names(row.encoders, encoders, f"{where}.encoders", "encoder of this protocol")
 
 
 def _require_names(named: Iterable[str], known: Collection[str], where: str, kind: str) -> None:

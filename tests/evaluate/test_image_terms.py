@@ -9,8 +9,10 @@ from test_report import Page
 
 from common.terms import Terms
 from evaluate.__main__ import main
-from evaluate.generators.open import KINDS
+from evaluate.generators import pixcell
+from evaluate.generators.open import KINDS, settings_for
 from evaluate.generators.pixcell import PixCell
+from evaluate.generators.released import LoadedPipeline
 from evaluate.generators.released_cytosyn import ReleasedCytoSyn
 from model.encoders import ENCODERS
 from pipeline.dataset import claim_identity, read_selection, read_terms
@@ -68,6 +70,16 @@ def test_released_models_state_theirs() -> None:
     assert ReleasedCytoSyn.model_terms.licence == "CC BY-NC-ND 4.0"
     assert ReleasedCytoSyn.model_terms.non_commercial
     assert PixCell.model_terms.licence == ""  # not established: its page has it
+    loaded = LoadedPipeline(None, "float32", terms=pixcell._vae_terms(None))
+    model, vae, encoder = PixCell(loaded, settings_for("pixcell", {})).terms
+    assert (model.covers, encoder.covers) == ("model PixCell-256", "encoder uni2-h")
+    assert vae.describe() == (
+        "VAE of PixCell-256: Stability AI Community License "
+        "(stabilityai/stable-diffusion-3.5-large, "
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-large)"
+    )
+    assert pixcell._vae_terms("none") == ()  # its own
+    assert pixcell._vae_terms("mine/vae") == (Terms("VAE of PixCell-256", "", "mine/vae"),)
 
 
 def test_encoders_terms_say_what_is_known() -> None:

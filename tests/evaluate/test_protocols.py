@@ -158,6 +158,15 @@ def test_braces_hold_the_column_alone(tmp_path: Path, generated: str) -> None:
         load_protocol("table2", file)
 
 
+def test_a_rows_encoder_is_one_of_the_protocols(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rows: [{label: Ours, generated: from-guidance, encoders: [uni2h]}]")
+    with pytest.raises(UserError, match=r"row 'Ours'\.encoders: no encoder .*'uni2h'; there are"):
+        load_protocol("table2", file)
+    # Table 4's rows name encoders that a shorter run leaves out.
+    assert load_protocol("table4", None, ["encoders=[uni2-h]"]).encoders == ("uni2-h",)
+
+
 def test_a_row_without_a_key_that_it_needs_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("rows: [{label: Ours}]")
