@@ -36,7 +36,8 @@ def test_terms_go_from_the_dataset_to_the_model_and_on_to_what_begins_with_it(
     head = ModelCard(card).data.to_dict()
     assert (head["license"], head["library_name"]) == ("other", "histogen")
     for line in ("slides: CC0-1.0", "1 steps of 5 tiles", "Reconstruction of training tiles: PSNR",
-                 "h0-mini, weights random:0", "RANDOM weights", "evaluate generate --model FOLDER"):  # fmt: skip
+                 "h0-mini, weights random:0", "RANDOM weights",
+                 "evaluate generate --model FOLDER"):  # fmt: skip
         assert line in card, line
 
     # A run that begins with that model descends from the same, and one of other weights says so.
