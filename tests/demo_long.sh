@@ -34,11 +34,14 @@ generate --guidance "$DEMO/dataset" --selection val-below --limit 256 --out "$DE
 generate --guidance "$DEMO/dataset" --selection val-below --limit 6 --variations 5 \
     --out "$DEMO/varied"
 step -m evaluate figure variations --generated "$DEMO/varied" --guidance "$DEMO/dataset" \
-    --out "$DEMO/variations"
+    --reconstruct "$DEMO/model" --out "$DEMO/variations"
+generate --slide tests/data/slides/CMU-1-Small-Region.svs --interpolate 576,2581 848,2533 \
+    --interpolate 560,2453 1216,2373 --out "$DEMO/between"
+step -m evaluate figure interpolation --generated "$DEMO/between" --out "$DEMO/interpolation"
 step -m pipeline cache --dataset "$DEMO/synthetic" "${ENCODER[@]}" --tokens none
 step -m evaluate measure --real "$DEMO/dataset" --real-selection val-below \
     --generated "$DEMO/synthetic" --guidance "$DEMO/dataset" --train-selection train \
     --encoder efficientnet-lite0 --out "$DEMO/results.json"
 step -m evaluate report --results "$DEMO/results.json" --run "$DEMO/run" --dataset "$DEMO/dataset" \
     --generated "$DEMO/synthetic" --out "$DEMO/report.html" --picture "$DEMO/picture.png"
-printf '\nOpen %s/report.html in a browser; %s/variations.png has images of unseen tissue.\n' "$DEMO" "$DEMO"
+printf '\nOpen %s/report.html in a browser; %s/variations.png and\n%s/interpolation.png have images of unseen tissue.\n' "$DEMO" "$DEMO" "$DEMO"

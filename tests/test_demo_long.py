@@ -22,7 +22,13 @@ def test_the_long_demo_runs_to_its_pictures_and_holds_out_the_lower_part(tmp_pat
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for name in ("report.html", "picture.png", "variations.png", "model/README.md"):
+    for name in (
+        "report.html",
+        "picture.png",
+        "variations.png",
+        "interpolation.png",
+        "model/README.md",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     # Terms go from the slide and the encoder to all that descends from them.
     results = json.loads((tmp_path / "results.json").read_text())

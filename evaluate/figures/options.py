@@ -35,3 +35,8 @@ def add_figure_options(command: argparse.ArgumentParser) -> None:
             kind.add_argument("--columns", type=int, default=8, help="tiles per row")
         if name == "variations":
             kind.add_argument("--variations", type=int, default=5, help="images per row")
+            kind.add_argument(
+                "--reconstruct",
+                metavar="MODEL",
+                help="add each real tile as the autoencoder of this model, which made SYN, has it",
+            )

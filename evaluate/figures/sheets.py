@@ -1,5 +1,7 @@
 """The three figures: which tiles are in which row and column."""
 
+from collections.abc import Callable
+
 from common.errors import UserError
 from evaluate.figures.layout import Sheet
 from evaluate.figures.tiles import GeneratedTiles, Tile
@@ -16,8 +18,17 @@ def grid_sheet(made: GeneratedTiles, rows: int, columns: int) -> Sheet:
     return Sheet(tiles, [""] * columns)
 
 
-def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
-    """Figure 2: a real tile and images that it guided, one row per condition."""
+def variations_sheet(
+    made: GeneratedTiles,
+    rows: int,
+    variations: int,
+    reconstruct: Callable[[Tile], Tile] | None = None,
+) -> Sheet:
+    """Figure 2: a real tile and images that it guided, one row per condition.
+
+    With `reconstruct` what the model's autoencoder makes of the real tile is beside it: the best
+    that the model could draw.
+    """
     if made.variations < variations:
         raise UserError(
             f"{made.dataset.root} has {made.variations} images per tile, not {variations}; "
@@ -27,15 +38,14 @@ def variations_sheet(made: GeneratedTiles, rows: int, variations: int) -> Sheet:
     rows = min(rows, made.condition_count)
     if not rows:
         raise UserError(f"{made.dataset.root} has no tile with all its {made.variations} images")
-    tiles = [
-        [
-            made.read_reference(row),
-            *(made.read_variation(row, number) for number in range(variations)),
-        ]
-        for row in range(rows)
-    ]
-    titles = ["real", *(f"generated {number + 1}" for number in range(variations))]
-    return Sheet(tiles, titles, frozenset([0]))
+    tiles: list[list[Tile]] = []
+    for row in range(rows):
+        real = made.read_reference(row)
+        left = [real] if reconstruct is None else [real, reconstruct(real)]
+        tiles.append([*left, *(made.read_variation(row, number) for number in range(variations))])
+    left_titles = ["real"] if reconstruct is None else ["real", "reconstructed"]
+    titles = [*left_titles, *(f"generated {number + 1}" for number in range(variations))]
+    return Sheet(tiles, titles, frozenset(range(len(left_titles))))
 
 
 def interpolation_sheet(made: GeneratedTiles, rows: int) -> Sheet:

@@ -82,7 +82,7 @@ class CytoSynGenerator:
         # Images of a model whose encoder was random mean nothing, which every reader must know.
         random = self._model.records.encoder_is_random
         return {
-            "model_sha256": _model_sha256(self._model),
+            "model_sha256": model_sha256(self._model),
             **({} if random is None else {"model_encoder_random": random}),
             **self._settings.arguments(),
             **({"rounding": "down"} if self._settings.legacy_truncate else {}),
@@ -152,7 +152,7 @@ _SUMS: WeakKeyDictionary[CytoSyn, str] = WeakKeyDictionary()
 """Sums of models that are in use: a sweep makes many generators of one model."""
 
 
-def _model_sha256(model: CytoSyn) -> str:
+def model_sha256(model: CytoSyn) -> str:
     """Sum of the weights and of what else decides what the networks compute."""
     if model not in _SUMS:
         shape = {

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluate_data import ALONE, PX, RECORD, Stripes, real_tile
+from evaluate_data import (
+    ALONE,
+    DIM,
+    DOOR_PX,
+    DOOR_RECORD,
+    PX,
+    RECORD,
+    Stripes,
+    export_model,
+    make_real,
+    real_tile,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +31,7 @@ from evaluate.figures.tiles import GeneratedTiles
 from evaluate.generate.condition_source import SelectionConditions, Unconditional
 from evaluate.generate.conditions import ConditionList, Reference, conditions_between
 from evaluate.generate.run import Request, generate
+from model import CytoSyn
 from pipeline.dataset import Dataset, claim_identity, read_candidates
 
 
@@ -94,6 +106,37 @@ def test_figure_2_has_the_real_tile_and_its_own_variations(
         variations_sheet(made, 8, 6)
     with pytest.raises(UserError, match=r"contains no interpolation.*--interpolate A B"):
         interpolation_sheet(made, 8)
+
+
+def test_a_real_tile_has_its_models_reconstruction_beside_it(tmp_path: Path) -> None:
+    folder = export_model(tmp_path / "model", DOOR_PX, DIM, DOOR_RECORD)
+    real = make_real(tmp_path / "real", record=DOOR_RECORD)
+    syn = tmp_path / "syn"
+    assert main(["generate", "--model", str(folder), "--guidance", str(real.root), "--selection",
+                 "train", "--steps", "1", "--limit", "2", "--variations", "2", "--out", str(syn),
+                 "--device", "cpu"]) == 0  # fmt: skip
+    made = GeneratedTiles(Dataset(syn), real)
+    model = CytoSyn.from_pretrained(folder)
+
+    def reconstruct(tile: np.ndarray) -> np.ndarray:
+        return model.decode(model.encode(tile[None]))[0]
+
+    sheet = variations_sheet(made, 2, 2, reconstruct)
+    plain = variations_sheet(made, 2, 2)
+    assert sheet.titles == ["real", "reconstructed", "generated 1", "generated 2"]
+    assert sheet.set_apart == {0, 1}
+    for row, without in zip(sheet.rows, plain.rows, strict=True):
+        assert (row[1] == reconstruct(row[0])).all()
+        assert len(row) == 4
+        assert all((a == b).all() for a, b in zip([row[0], *row[2:]], without, strict=True))
+    figure = ["figure", "variations", "--generated", str(syn), "--guidance", str(real.root),
+              "--variations", "2", "--out", str(tmp_path / "figure"), "--reconstruct"]  # fmt: skip
+    assert main([*figure, str(folder)]) == 0
+    assert (tmp_path / "figure.png").stat().st_size > 0
+    model.vae.post_quant_conv.bias.data += 0.01
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="other is not the model that made the images of"):
+        main([*figure, str(tmp_path / "other")])
 
 
 def test_figure_3_has_each_pairs_real_tiles_at_both_ends(tmp_path: Path) -> None:
