@@ -1,5 +1,6 @@
 """Fixtures that every room's tests may use."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SLIDES = REPOSITORY / "tests" / "data" / "slides"
 CMU = SLIDES / "CMU-1-Small-Region.svs"
 SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+# A shell that runs `make test &` lets it ignore Ctrl-C, and the commands that tests send one to
+# would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
