@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long demo: a model of the committed slide, trained for two to three hours on two CPU cores.
+# The long demo: a model of the committed slide, trained for about two hours on two CPU cores.
 # DEMO is the folder it writes, PY the interpreter, CROP_STEP the pixels from tile to tile; what is
 # given as arguments goes to the training. An interrupted one goes on. Run it by `make demo-long`.
 set -euo pipefail
@@ -25,18 +25,25 @@ step -m pipeline import coordinates train="$DEMO/positions/train.csv" \
 step -m pipeline tile --dataset "$DEMO/dataset"
 step -m pipeline cache --dataset "$DEMO/dataset" "${ENCODER[@]}" --tokens float16
 
-step -m train --config one-slide data.dataset="$DEMO/dataset" run.dir="$DEMO/run" "$@"
+# REPA-E first, both networks together. Then the SiT alone on the autoencoder as it is by then: at
+# this size three quarters of a step are the autoencoder's.
+train() { step -m train --config one-slide data.dataset="$DEMO/dataset" "$@"; }
+train run.dir="$DEMO/run-together" "$@"
+step -m train export "$DEMO/run-together" "$DEMO/model-together"
+train run.dir="$DEMO/run" run.mode=repa run.steps=4500 log.samples_every=1000 \
+    init.vae="$DEMO/model-together" init.sit="$DEMO/model-together" "$@"
 step -m train export "$DEMO/run" "$DEMO/model"
 
 # Tiles of the lower part, which the model has not seen, guide and are what is compared with.
-generate() { step -m evaluate generate --model "$DEMO/model" --steps 50 --scale 1.5 "$@"; }
+generate() { step -m evaluate generate --model "$DEMO/model" --steps 100 --scale 1.5 "$@"; }
+SLIDE=tests/data/slides/CMU-1-Small-Region.svs
 generate --guidance "$DEMO/dataset" --selection val-below --limit 256 --out "$DEMO/synthetic"
-generate --guidance "$DEMO/dataset" --selection val-below --limit 6 --variations 5 \
+generate --slide "$SLIDE" --at 576,2581 848,2533 1552,2661 1216,2373 560,2453 --variations 5 \
     --out "$DEMO/varied"
-step -m evaluate figure variations --generated "$DEMO/varied" --guidance "$DEMO/dataset" \
-    --reconstruct "$DEMO/model" --out "$DEMO/variations"
-generate --slide tests/data/slides/CMU-1-Small-Region.svs --interpolate 576,2581 848,2533 \
-    --interpolate 560,2453 1216,2373 --out "$DEMO/between"
+step -m evaluate figure variations --generated "$DEMO/varied" --reconstruct "$DEMO/model" \
+    --out "$DEMO/variations"
+generate --slide "$SLIDE" --interpolate 576,2581 848,2533 --interpolate 560,2453 1216,2373 \
+    --out "$DEMO/between"
 step -m evaluate figure interpolation --generated "$DEMO/between" --out "$DEMO/interpolation"
 step -m pipeline cache --dataset "$DEMO/synthetic" "${ENCODER[@]}" --tokens none
 step -m evaluate measure --real "$DEMO/dataset" --real-selection val-below \
