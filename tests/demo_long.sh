@@ -38,8 +38,8 @@ step -m train export "$DEMO/run" "$DEMO/model"
 generate() { step -m evaluate generate --model "$DEMO/model" --steps 100 --scale 1.5 "$@"; }
 SLIDE=tests/data/slides/CMU-1-Small-Region.svs
 generate --guidance "$DEMO/dataset" --selection val-below --limit 256 --out "$DEMO/synthetic"
-generate --slide "$SLIDE" --at 576,2581 848,2533 1552,2661 1216,2373 560,2453 --variations 5 \
-    --out "$DEMO/varied"
+generate --slide "$SLIDE" --at 576,2581 --at 848,2533 --at 1552,2661 --at 1216,2373 \
+    --at 560,2453 --variations 5 --out "$DEMO/varied"
 step -m evaluate figure variations --generated "$DEMO/varied" --reconstruct "$DEMO/model" \
     --out "$DEMO/variations"
 generate --slide "$SLIDE" --interpolate 576,2581 848,2533 --interpolate 560,2453 1216,2373 \
