@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## one real slide to a report, on a CPU, in a few minutes; DEMO=folder
 	@DEMO='$(DEMO)' PY='$(PY)' bash tests/demo.sh
 
-demo-long: setup ## a model of the demo's slide, in about two hours on two CPU cores; DEMO=folder ARGS=
+demo-long: setup ## a model of the demo's slide, in an hour and a half on two CPU cores; DEMO=folder ARGS=
 	@DEMO='$(if $(filter demo,$(DEMO)),demo-long,$(DEMO))' PY='$(PY)' bash tests/demo_long.sh $(ARGS)
 
 tile: setup ## SLIDES= to tile shards: scan, tissue, select, tile; DATASET= SELECTION= TILES=

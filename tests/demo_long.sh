@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long demo: a model of the committed slide, trained for about two hours on two CPU cores.
+# The long demo: a model of the committed slide, trained for an hour and a half on two CPU cores.
 # DEMO is the folder it writes, PY the interpreter, CROP_STEP the pixels from tile to tile; what is
 # given as arguments goes to the training. An interrupted one goes on. Run it by `make demo-long`.
 set -euo pipefail
@@ -30,14 +30,14 @@ step -m pipeline cache --dataset "$DEMO/dataset" "${ENCODER[@]}" --tokens float1
 train() { step -m train --config one-slide data.dataset="$DEMO/dataset" "$@"; }
 train run.dir="$DEMO/run-together" "$@"
 step -m train export "$DEMO/run-together" "$DEMO/model-together"
-train run.dir="$DEMO/run" run.mode=repa run.steps=4500 log.samples_every=1000 \
+train run.dir="$DEMO/run" run.mode=repa run.steps=2000 \
     init.vae="$DEMO/model-together" init.sit="$DEMO/model-together" "$@"
 step -m train export "$DEMO/run" "$DEMO/model"
 
 # Tiles of the lower part, which the model has not seen, guide and are what is compared with.
-generate() { step -m evaluate generate --model "$DEMO/model" --steps 100 --scale 1.5 "$@"; }
+generate() { step -m evaluate generate --model "$DEMO/model" --steps 50 --scale 1.5 "$@"; }
 SLIDE=tests/data/slides/CMU-1-Small-Region.svs
-generate --guidance "$DEMO/dataset" --selection val-below --limit 256 --out "$DEMO/synthetic"
+generate --guidance "$DEMO/dataset" --selection val-below --limit 128 --out "$DEMO/synthetic"
 generate --slide "$SLIDE" --at 576,2581 --at 848,2533 --at 1552,2661 --at 1216,2373 \
     --at 560,2453 --variations 5 --out "$DEMO/varied"
 step -m evaluate figure variations --generated "$DEMO/varied" --reconstruct "$DEMO/model" \
