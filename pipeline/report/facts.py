@@ -144,8 +144,10 @@ def count_done(entries: Iterable[Entry]) -> dict[str, int]:
         key = (entry.scope, entry.slide_id)
         if current.get(key) != entry.fingerprint:
             current[key], ranges[key] = entry.fingerprint, {}
-        # A failed or pruned range supersedes what was done of it.
-        made = entry.counts.get("tiles", 0) if entry.outcome == "done" else 0
+        # A failed or pruned range supersedes what was done of it. Of a slide's kinds of features
+        # only one has the count, so that a run's total counts a tile once: the range has it too.
+        made = entry.counts.get("tiles", entry.stop - entry.start)
+        made = made if entry.outcome == "done" else 0
         ranges[key][entry.start, entry.stop] = made
     totals: dict[str, int] = {}
     for (scope, _), parts in ranges.items():

@@ -141,6 +141,19 @@ def test_the_line_of_an_encoders_record_is_no_stage_that_slides_wait_for(
     assert (cached.name, cached.done, cached.waiting) == ("cache 224/e/cls", 1, 0)
 
 
+def test_every_kind_of_features_says_how_many_tiles_it_has(own_tiled: Dataset) -> None:
+    """In the journal one kind alone has the count."""
+    tiles = {"counts": {"tiles": 49}, "start": 0, "stop": 49, "scope": "224/e/cls"}
+    tokens = {"start": 0, "stop": 49, "scope": "224/e/tokens-float16"}
+    with Run(own_tiled, "cache", {}) as run:
+        run.append(
+            [Entry("CMU-1-Small-Region", "done", "a" * 32, **one) for one in (tiles, tokens)]
+        )
+    outcomes = stage_outcomes(read_facts(own_tiled), read_selections(own_tiled))
+    cached = [one for one in outcomes if one.name.startswith("cache")]
+    assert [one.result for one in cached] == ["49 tiles", "49 tiles"]
+
+
 def test_totals_are_sums_over_the_files(many: Dataset, many_page: Page) -> None:
     files = {path.stem: pq.read_metadata(path).num_rows for path in
              (many.root / "candidates").glob("*.parquet")}  # fmt: skip
