@@ -102,8 +102,8 @@ def describe_encoder(encoder: Encoder, tile_px: int) -> EncoderRecord:
         "compute_dtype": str(encoder.dtype).removeprefix("torch."),
         "tile_px": tile_px,
     }
-    if not encoder.is_random:
-        record["terms"] = [dict(one) for one in plain_terms([encoder.spec.terms])]
+    if encoder.terms:
+        record["terms"] = [dict(one) for one in plain_terms(encoder.terms)]
     return record
 
 

@@ -26,19 +26,19 @@ def protocol_command(options: argparse.Namespace) -> int:
         print_line(f"{'all':14} Every table and figure of the report, and a reproduction sheet")
         return EXIT_OK
     protocols = _load_protocols(options)
+    chosen = _choose_protocols(protocols, options.only)
     if options.generate:
-        if len(protocols) > 1:
+        if len(chosen) > 1:
             raise UserError("--generate makes images of one protocol: name it with --only NAME")
-        sources = SourceMaker(protocols[0])
-        with joined_processes(protocols[0].device, setting="device=") as processes:
-            for source in expand_names(protocols[0], options.generate):
+        sources = SourceMaker(chosen[0])
+        with joined_processes(chosen[0].device, setting="device=") as processes:
+            for source in expand_names(chosen[0], options.generate):
                 sources.generate_images(source, processes)
         return EXIT_OK
     if options.dry_run:
-        return _print_plan(protocols)
+        return _print_plan(chosen)
     if options.name == "all":
-        whole = load_report(options.config, options.overrides)
-        return run_report(whole, [one.name for one in protocols], options.arguments)
+        return run_report(protocols, [one.name for one in chosen], options.arguments)
     return exit_status(run_and_write(protocols[0], options.arguments))
 
 
@@ -49,13 +49,14 @@ def _load_protocols(options: argparse.Namespace) -> list[Protocol]:
         protocol = load_protocol(options.name, options.config, options.overrides)
         check_published_model(protocol)
         return [protocol]
-    protocols = load_report(options.config, options.overrides)
-    if not options.only:
-        return protocols
-    chosen = [protocol for protocol in protocols if protocol.name == options.only]
+    return load_report(options.config, options.overrides)
+
+
+def _choose_protocols(protocols: list[Protocol], only: str | None) -> list[Protocol]:
+    chosen = [one for one in protocols if not only or one.name == only]
     if not chosen:
         there = ", ".join(protocol.name for protocol in protocols)
-        raise UserError(f"--only {options.only}: not one of all; there are {there}")
+        raise UserError(f"--only {only}: not one of all; there are {there}")
     return chosen
 
 

@@ -41,7 +41,8 @@ class Encoder:
 
     `weights` is the string that chose the weights and `weights_sha256` the sum of its
     tensors in float32 (`model.weights.tensors_sha256`), the same for a hub, safetensors or
-    PyTorch copy of one set of weights. `is_random` means that the features have no meaning.
+    PyTorch copy of one set of weights. `is_random` means that the features have no meaning;
+    `terms` are those of its weights, which random ones have none of.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Encoder:
         self.weights = weights
         self.weights_sha256 = tensors_sha256(network.state_dict())
         self.is_random = parse_weights(weights).kind == "random"
+        self.terms = () if self.is_random else (spec.terms,)
         self.device = torch.device(device)
         self.dtype = dtype
         self.network = network.eval().requires_grad_(False)

@@ -119,7 +119,7 @@ def _describe_encoder(encoder: "Encoder", tile_px: int, config: CacheConfig) -> 
         "view": config.view,
         "view_software": view_software(config.view),
         "compute_dtype": config.dtype,
-        **({} if encoder.is_random else {"terms": plain_terms([spec.terms])}),
+        **({"terms": plain_terms(encoder.terms)} if encoder.terms else {}),
     }
 
 
