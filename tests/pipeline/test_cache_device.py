@@ -202,7 +202,7 @@ def test_a_scheduler_whose_workers_have_no_gpu_is_told_in_one_line(
     from model.encoders import encoder_spec
 
     spec = encoder_spec("dinov2-b")
-    loaded = SimpleNamespace(spec=spec, weights_sha256="w", is_random=True)
+    loaded = SimpleNamespace(spec=spec, weights_sha256="w", is_random=True, terms=())
     monkeypatch.setattr(stage, "load_encoder_once", lambda *_: loaded)
     with started_right(), LocalCluster(
         n_workers=1, threads_per_worker=1, dashboard_address=None,
